@@ -1,0 +1,33 @@
+"""Sparsity for JAX as pure functions over parameter pytrees.
+
+Train: `recipes` wrap an optimizer. Look: `report`, `check`, `masks`, `metrics`. Store: `formats`, `io`. The words of
+which recipes are sentences: `trees` (where), `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`.
+"""
+
+from sparsejax import (
+  allocation,
+  flows,
+  formats,
+  io,
+  metrics,
+  patterns,
+  ranking,
+  recipes,
+  schedules,
+  scores,
+  tracing,
+  transforms,
+  trees,
+  types,
+  updates,
+)
+from sparsejax.patterns import NM, Unstructured
+from sparsejax.reports import Report, check, report
+from sparsejax.tracing import contractions
+from sparsejax.transforms import SparseState, masks, project
+
+__all__ = [
+  'NM', 'Report', 'SparseState', 'Unstructured', 'allocation', 'check', 'contractions', 'flows', 'formats', 'io',
+  'masks', 'metrics', 'patterns', 'project', 'ranking', 'recipes', 'report', 'schedules', 'scores', 'tracing',
+  'transforms', 'trees', 'types', 'updates',
+]

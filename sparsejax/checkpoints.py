@@ -1,0 +1,102 @@
+"""Reading Orbax checkpoints whose structure nobody says, on any number of devices: as NumPy arrays.
+
+The folder may be a tree (`StandardCheckpointer`, `PyTreeCheckpointer`), several items (`Composite`), or the steps of a
+`CheckpointManager`.
+"""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax import errors
+from sparsejax.types import PyTree
+
+
+def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
+  """The parameters of the newest complete step: the item `params`, or the only one; of it what `chosen` takes.
+
+  Only that part is read from the disk. Raises `ValueError` if there is no checkpoint, or none or several items fit.
+  """
+  import orbax.checkpoint as ocp  # takes seconds, which callers that read no checkpoint should not wait
+
+  step = _step(pathlib.Path(path).absolute(), ocp)
+  items = _items(step)
+  if not items:
+    raise ValueError(f'io.read: {path} holds no complete Orbax checkpoint of a tree; in it there is '
+                     f'{errors.some(sorted(os.listdir(path))) or "nothing"}.')
+  name, key = _item(path, items, item)
+  handler = ocp.PyTreeCheckpointHandler()
+  with contextlib.closing(handler):
+    with _readable(items[name]):
+      tree = handler.metadata(items[name]).tree
+    wanted, key = _wanted(path, tree, key, items)
+    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    with _readable(items[name]):
+      args = ocp.args.PyTreeRestore(wanted, restore_args=arrays, partial_restore=True)
+      tree = handler.restore(items[name], args=args)
+  return _plain(tree if key is None else tree[key])
+
+
+@contextlib.contextmanager
+def _readable(folder: pathlib.Path) -> Iterator[None]:
+  """Whatever Orbax raises over damaged files, as a `ValueError` that names the folder."""
+  try:
+    yield
+  except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+    reason = str(e).partition(' [tensorstore_spec')[0]
+    raise ValueError(f'io.read: Orbax cannot restore {folder}, which may be damaged: {reason}') from e
+
+
+def at_top(path: Any, tree: PyTree, key: str, others: Iterable[str] = ()) -> Any:
+  """What is under `key` at the top of the tree. Raises `ValueError` with the names that there are."""
+  keys = list(tree) if isinstance(tree, dict) else []
+  if key not in keys:
+    raise errors.unknown('io.read', f'item of {path}', key, {*others, *map(str, keys)})
+  return tree[key]
+
+
+def _step(path: pathlib.Path, ocp: Any) -> pathlib.Path:
+  """The newest complete step of a `CheckpointManager`'s folder; any other folder itself."""
+  if _items(path) and (path / '_CHECKPOINT_METADATA').exists() or (path / '_METADATA').exists():
+    return path
+  steps = [pathlib.Path(step) for step in ocp.utils.checkpoint_steps_paths(path)]
+  steps = {ocp.utils.step_from_checkpoint_name(step.name): step for step in steps if _items(step)}
+  return steps[max(steps)] if steps else path
+
+
+def _items(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The trees in the folder of one step, by name; a folder that is itself a tree has the name ''."""
+  if (folder / '_METADATA').exists():
+    return {'': folder}
+  return {entry.name: entry for entry in sorted(folder.iterdir()) if (entry / '_METADATA').exists()}
+
+
+def _item(path: Any, items: dict[str, pathlib.Path], item: str | None) -> tuple[str, str | None]:
+  """The item to open, and the key of its tree to take."""
+  if item in items:
+    return item, None
+  usual = [name for name in ('params', 'default') if name in items] or list(items)
+  if usual[0] not in ('params', 'default') and len(usual) > 1:
+    raise ValueError(f'io.read: {path} holds several items, none of them `params`; choose one: {errors.some(usual)}.')
+  return usual[0], item
+
+
+def _wanted(path: Any, tree: PyTree, key: str | None, items: Iterable[str]) -> tuple[PyTree, str | None]:
+  """The part of the tree to restore, and the key it is under: `params` where an optimizer's state is beside it."""
+  if key is None and isinstance(tree, dict) and 'params' in tree and any(str(k).startswith('opt') for k in tree):
+    key = 'params'
+  return (tree, None) if key is None else ({key: at_top(path, tree, key, filter(None, items))}, key)
+
+
+def _plain(tree: PyTree) -> PyTree:
+  """Numbers as arrays, and the box `{'value': ...}` that NNX puts around each parameter removed."""
+  if isinstance(tree, dict):
+    return _plain(tree['value']) if list(tree) == ['value'] else {key: _plain(child) for key, child in tree.items()}
+  if isinstance(tree, (list, tuple)):
+    return [_plain(child) for child in tree]
+  return np.asarray(tree) if isinstance(tree, (bool, int, float)) else tree

@@ -1,0 +1,186 @@
+"""The command `sparsejax`: look at checkpoints, check a pattern, pack and unpack.
+
+Exit status 0: done, and all is well. 1: `check` found parameters that do not keep the pattern. 2: the command could not
+be carried out; one line on the standard error says why.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax import errors, formats, io, patterns, reports, trees
+from sparsejax.types import Axes, Pattern, Predicate, PyTree
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Run one command and return its exit status. Without `argv`, the process's own arguments, on the CPU."""
+  if argv is None and 'JAX_PLATFORMS' not in os.environ:
+    jax.config.update('jax_platforms', 'cpu')  # looking at a file needs no accelerator, and one may be busy training
+  try:
+    args = _parser().parse_args(argv)
+    with jax.enable_x64(True):  # 64-bit leaves come through whole
+      return args.run(args)
+  except SystemExit as e:  # argparse has said what there is to say
+    return int(e.code or 0)
+  except (ValueError, OSError, MemoryError) as e:
+    reason = getattr(e, 'strerror', None) or str(e) or type(e).__name__
+    print('sparsejax:', ' '.join(reason.split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('sparsejax: interrupted', file=sys.stderr)
+    return 130
+
+
+def report(args: argparse.Namespace) -> int:
+  """Print the table of `sparsejax.report`."""
+  print(_report(args))
+  return 0
+
+
+def check(args: argparse.Namespace) -> int:
+  """One line for each parameter that does not keep the pattern."""
+  found = _report(args)
+  for row in found.violations:
+    print(f'{row.path} {"x".join(map(str, row.shape))}: {row.problem}')
+  if not found.violations:
+    print(f'ok: {len(found.rows)} parameters keep {" ".join(args.pattern)}')
+  return 1 if found.violations else 0
+
+
+def pack(args: argparse.Namespace) -> int:
+  """Write packed parameters, and say how much smaller they are."""
+  _refuse_to_overwrite(args)
+  params = formats.unpack(io.read(args.checkpoint, args.item))
+  where = _where(args)
+  packed = formats.pack(params, _pattern(args), where=where, axes=_axes(args, params, where))
+  io.save(args.out, packed, metadata=_metadata(args.checkpoint))
+  leaves = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]
+  before = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in leaves)
+  print(_sizes(f'{len(leaves)} packed parameters', before, formats.nbytes(leaves)))
+  print(_sizes(f'all of {args.out}', formats.nbytes(params), os.path.getsize(args.out)))
+  return 0
+
+
+def unpack(args: argparse.Namespace) -> int:
+  """Write dense parameters, bit for bit those that were packed."""
+  _refuse_to_overwrite(args)
+  packed = io.load(args.file)
+  io.save(args.out, formats.unpack(packed), metadata=_metadata(args.file))
+  print(_sizes(f'all of {args.out}', formats.nbytes(packed), os.path.getsize(args.out)))
+  return 0
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line."""
+
+  def error(self, message: str) -> Any:
+    self.exit(2, f'sparsejax: {message} (see {self.prog} --help)\n')
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser('sparsejax', description='Sparse checkpoints: look at them, check them, pack and unpack them.')
+  commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
+  command = _command(commands, 'report', report, 'a table of the sparsity and pattern of each parameter')
+  _selection(command, pattern_required=False)
+  command = _command(commands, 'check', check, 'exit status 1, and a line for each parameter, if some lack the pattern')
+  _selection(command, pattern_required=True)
+  command = _command(commands, 'pack', pack, 'write one safetensors file that stores only what is not zero')
+  _selection(command, pattern_required=True)
+  _output(command)
+  command = _command(commands, 'unpack', unpack, 'write the dense parameters of a packed file, bit for bit')
+  command.add_argument('file', metavar='FILE', help='a file written by pack, or by sparsejax.io.save')
+  _output(command)
+  return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+  command = commands.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
+  command.set_defaults(run=run)
+  return command
+
+
+def _selection(command: argparse.ArgumentParser, pattern_required: bool) -> None:
+  command.add_argument('checkpoint', metavar='CKPT', help='a safetensors file, or the folder of an Orbax checkpoint')
+  command.add_argument('--pattern', action='append', required=pattern_required, metavar='[GLOB=]N:M',
+                       help="N:M as in 2:4, or 'bitmask' for zeros anywhere; GLOB=N:M for some parameters, repeatable")
+  command.add_argument('--where', nargs='+', metavar='GLOB', help='these parameters, as in mlp/*/kernel; '
+                       'default: all matrices and convolutions, no embeddings, norms and biases')
+  command.add_argument('--except', nargs='+', metavar='GLOB', default=[], dest='but', help='but not these')
+  command.add_argument('--axis', action='append', default=[], metavar='GLOB=AXIS', help='the contraction axis of some '
+                       'parameters (several with commas), where the conventions do not hold; repeatable')
+  command.add_argument('--item', help='which item of a checkpoint with several, or which key of its tree')
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+  command.add_argument('out', metavar='OUT', help='the safetensors file to write')
+  command.add_argument('--force', action='store_true', help='replace OUT if it is there')
+
+
+def _report(args: argparse.Namespace) -> reports.Report:
+  params, where = formats.unpack(io.read(args.checkpoint, args.item)), _where(args)
+  return reports.report(params, pattern=_pattern(args), where=where, axes=_axes(args, params, where))
+
+
+def _where(args: argparse.Namespace) -> Predicate:
+  where = trees.named(*args.where) if args.where else trees.matrices
+  return trees.all_but(*args.but, where=where) if args.but else where
+
+
+def _pattern(args: argparse.Namespace) -> Pattern | dict[str, Pattern] | None:
+  """One pattern, or one per glob with the one for all others last."""
+  given = [text.rpartition('=') for text in args.pattern or ()]
+  asked = {glob if equals else '**': _one_pattern(text) for glob, equals, text in given}
+  if len(asked) != len(given):
+    raise ValueError('--pattern: two are for the same parameters; give one for each GLOB, and at most one without.')
+  everywhere = asked.pop('**', None)
+  return {**asked, '**': everywhere} if asked and everywhere else asked or everywhere
+
+
+def _one_pattern(text: str) -> Pattern:
+  return patterns.Unstructured() if text == 'bitmask' else patterns.parse(text)
+
+
+def _axes(args: argparse.Namespace, params: PyTree, where: Predicate) -> dict[str, Axes] | None:
+  """The axes of the parameters that `where` picks, if --axis says something about them."""
+  if not args.axis:
+    return None
+  names, leaves, _ = trees.flatten(params)
+  shapes = {name: leaf.shape for name, leaf in zip(names, leaves) if where(name, leaf)}
+  axes = {name: trees.conventional_axes(name, shape) for name, shape in shapes.items()}
+  for text in args.axis:
+    glob, _, numbers = text.rpartition('=')
+    chosen = [name for name in shapes if trees.matches(glob, name)]
+    if not chosen:
+      raise errors.unknown('--axis', 'parameter', glob, shapes)
+    axes |= {name: _given(text, name, shapes[name], numbers.split(',')) for name in chosen}
+  return axes
+
+
+def _given(text: str, path: str, shape: tuple[int, ...], numbers: list[str]) -> Axes:
+  try:
+    contracted = tuple(range(len(shape))[int(number)] for number in numbers)
+  except (ValueError, IndexError) as e:
+    raise errors.at_leaf(f'--axis {text}', path, shape, f'the axes are the numbers 0 to {len(shape) - 1}.') from e
+  return Axes(contracted, tuple(a for a in range(len(shape)) if a not in contracted), source='given')
+
+
+def _metadata(path: str) -> dict[str, str] | None:
+  return io.metadata(path) if os.path.isfile(path) else None
+
+
+def _refuse_to_overwrite(args: argparse.Namespace) -> None:
+  if os.path.exists(args.out) and not args.force:
+    raise ValueError(f'{args.out} is there already; --force replaces it.')
+
+
+def _sizes(what: str, before: int, after: int) -> str:
+  return f'{what}: {before:,} -> {after:,} bytes ({after / max(before, 1):.4f})'
+
+
+if __name__ == '__main__':
+  sys.exit(main())

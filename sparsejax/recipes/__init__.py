@@ -1,0 +1,82 @@
+"""Recipes: a paper's method as a sentence of the grammar. `TABLE` is the one list of them all."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+from sparsejax import errors, patterns, schedules, transforms, trees
+from sparsejax.recipes.n_m import (
+  asp,
+  bdwp,
+  bdwp_backward,
+  dense,
+  mdgf,
+  sdgf_geometric,
+  sdgf_stepwise,
+  sr_ste,
+  st3,
+  ste,
+)
+
+TABLE = {f.__name__: f for f in (dense, ste, sr_ste, asp, mdgf, sdgf_stepwise, sdgf_geometric, st3, bdwp)}
+__all__ = ['TABLE', 'arguments', 'bdwp_backward', 'from_config', *TABLE]
+
+_STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps')  # counted in updates, or as a fraction of all of them
+_SCHEDULE_STEPS = ('begin', 'end', 'half_life')
+
+
+def arguments(recipe: Callable[..., Any]) -> list[str]:
+  """The names that a recipe takes besides the optimizer: its own, and the options it passes on to `sparsify`."""
+  own = inspect.signature(recipe).parameters
+  passed_on = inspect.signature(transforms.sparsify).parameters
+  options = [p for p in passed_on.values() if p.kind is p.KEYWORD_ONLY]
+  takes_options = any(p.kind is p.VAR_KEYWORD for p in own.values())
+  return sorted({p.name for p in [*own.values(), *(options if takes_options else [])]
+                 if p.kind is not p.VAR_KEYWORD and p.name != 'inner'})
+
+
+def from_config(
+    inner: optax.GradientTransformation, config: Mapping[str, Any], *, total_steps: int,
+    axes: Mapping[str, Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """The recipe that plain data describe: `{'name': 'mdgf', 'pattern': '1:8', 'where': ['mlp/*/kernel'], ...}`.
+
+  `pattern`: `'N:M'`, or a dict of them by glob. `where`: globs. A schedule goes by its name,
+  `{'name': 'linear', 'begin': 0.0, 'end': 0.75}`, and `refresh` a number of updates. A float among the numbers of steps
+  is a fraction of `total_steps`. Raises `ValueError` with the closest names for a name or key that does not exist.
+  """
+  config = dict(config)
+  name = config.pop('name', None)
+  if name not in TABLE:
+    raise errors.unknown('recipes.from_config', 'recipe', name, TABLE)
+  valid = arguments(TABLE[name])
+  for key in config:
+    if key not in valid:
+      raise errors.unknown('recipes.from_config', f'key of recipe {name!r}:', key, ['name', *valid])
+  given = {key: _read(key, value, total_steps) for key, value in config.items()}
+  rest = {'total_steps': total_steps, 'axes': axes}
+  return TABLE[name](inner, **{key: value for key, value in rest.items() if key in valid} | given)
+
+
+def _read(key: str, value: Any, total_steps: int) -> Any:
+  """One entry of a configuration as the recipe takes it."""
+  if key == 'pattern':
+    return patterns.parse(value)
+  if key == 'where' and not callable(value):
+    return trees.named(value) if isinstance(value, str) else trees.named(*value)
+  if key in _STEPS:
+    return _steps(key, value, total_steps)
+  if key == 'refresh' and isinstance(value, int):
+    return schedules.every(value)
+  if isinstance(value, Mapping) and 'name' in value:
+    steps = {k: _steps(k, v, total_steps) if k in _SCHEDULE_STEPS else v for k, v in value.items() if k != 'name'}
+    return schedules.named(value['name'], **steps)
+  return value
+
+
+def _steps(key: str, value: Any, total_steps: int) -> int:
+  if not isinstance(value, (int, float)) or isinstance(value, float) and not (value.is_integer() or 0 <= value <= 1):
+    raise ValueError(f'recipes.from_config: {key}={value!r} is neither a number of updates nor a fraction of them.')
+  return round(value * total_steps) if isinstance(value, float) and value <= 1 else int(value)

@@ -1,0 +1,413 @@
+"""The words as one optax transform around the user's optimizer, its state, and finding that state again.
+
+The user's parameters are the sparse ones after every `optax.apply_updates`: a pruned weight's update is minus the
+weight. Flows that need dense weights behind the zeros keep them in the state as `master`; the gradient, taken at the
+sparse point, is pulled back to the master, the user's optimizer updates the master, and the update that comes out moves
+the user's parameters to the new sparse point. `optax.contrib.schedule_free` works the same way.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import allocation as allocations
+from sparsejax import errors, flows, ranking, schedules, scores, trees, updates
+from sparsejax.patterns import Unstructured, parse
+from sparsejax.types import Allocation, Array, Axes, Flow, Pattern, Predicate, PyTree, Schedule, Score, Signals
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseLeaf:
+  """What was asked of one sparse parameter: static, compared by value."""
+
+  path: str
+  shape: tuple[int, ...]
+  axes: Axes
+  pattern: Any
+  sparsity: float | None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What was asked of all of them. Lives in the state's treedef: it has no leaves, is never saved and never traced."""
+
+  leaves: tuple[SparseLeaf, ...] = ()
+  flow: Flow | None = None
+  sparsity: float | None = None  # asked of all leaves together, where no leaf has a share of its own
+
+
+class SparseState(NamedTuple):
+  """The memory of a sparse optimizer. Trees have the parameters' structure, `optax.MaskedNode` where nothing is kept.
+
+  `step`: `int32[]`, updates so far. `key`: PRNG key or `None`. `masks`: `bool` like the sparse parameters, of the
+  point that the user holds. `master`: dense weights behind it (none for fixed masks), float32 for narrower parameters.
+  `stats`: what the selection hands to the flow, one scalar a leaf or nothing. `inner`: the user's optimizer's state.
+  """
+
+  step: Array
+  key: Array | None
+  masks: PyTree
+  master: PyTree
+  stats: PyTree
+  inner: Any
+  plan: Plan
+
+
+class Selection(NamedTuple):
+  """How masks are chosen. `plan(function, params, ...)` makes the `SparseLeaf`s; `select(leaves, weights, masks,
+  signals)` returns the new masks and stats, each a list over the sparse leaves; `stat` is a leaf's first `stats`."""
+
+  plan: Callable[[dict[str, Array], dict[str, Axes]], Plan]
+  select: Callable[[Sequence[SparseLeaf], list[Array], list[Array], list[Signals]], tuple[list[Array], list[Any]]]
+  stat: Any = trees.DENSE
+
+
+def leafwise(
+    pattern: Pattern | Mapping[str, Pattern],
+    *,
+    score: Score = scores.magnitude,
+    update: Any = updates.reselect,
+    progression: Callable[[Pattern], Schedule] | None = None,
+    sparsity: float | None = None,
+    allocation: Allocation = allocations.uniform,
+) -> Selection:
+  """Each leaf by itself, by `pattern` (or one per glob) over `score`.
+
+  `sparsity` is shared out by `allocation`; without it each pattern goes to its own. `progression(pattern)` is a
+  schedule of patterns on the way to the asked one.
+  """
+  pattern = parse(pattern)
+
+  def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
+    patterns = trees.per_leaf('sparsejax', 'pattern', pattern, list(arrays))
+    asked = dict.fromkeys(arrays) if sparsity is None else allocation(arrays, sparsity)
+    leaves = []
+    for (path, leaf), own in zip(arrays.items(), patterns):
+      if asked[path] is None and own == Unstructured():
+        raise errors.at_leaf('sparsejax', path, leaf.shape, 'Unstructured() has no sparsity; pass `sparsity=`.')
+      on_the_way = progression(own)(0) if progression else own
+      if why := on_the_way.validate(leaf.shape, axes[path]) or own.validate(leaf.shape, axes[path]):
+        raise errors.at_leaf('sparsejax', path, leaf.shape, why)
+      target = own.sparsity if asked[path] is None else asked[path]
+      # A traced n cannot be part of a treedef; then nothing is on record as asked.
+      leaves.append(SparseLeaf(path, leaf.shape, axes[path], own if own.static else None, target))
+    return Plan(tuple(leaves))
+
+  def select(leaves, weights, masks, signals):
+    chosen = []
+    patterns = trees.per_leaf('sparsejax', 'pattern', pattern, [leaf.path for leaf in leaves])
+    for leaf, own, w, mask, s in zip(leaves, patterns, weights, masks, signals):
+      now = progression(own)(s.step) if progression else own
+      asked = None if sparsity is None else leaf.sparsity
+      chosen.append(update(mask, score(w, s), lambda x, p=now, a=asked, at=leaf.axes: p(x, a, at)))
+    return chosen, [trees.DENSE] * len(chosen)
+
+  return Selection(plan, select)
+
+
+def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False) -> Selection:
+  """All leaves together: keeps what is above the `sparsity(step)`-quantile of |w| over all sparse leaves.
+
+  `scaled`: each leaf is measured in units of `1 / sqrt(sum(shape without layers))`. The stats are the leaf's
+  threshold, -1 while the sparsity is 0. The count is the quantile's, linearly interpolated, ties pruned: not exact.
+  """
+  def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
+    leaves = [SparseLeaf(path, w.shape, axes[path], 'global', None) for path, w in arrays.items()]
+    return Plan(tuple(leaves), sparsity=target)
+
+  def unit(leaf: SparseLeaf) -> float:
+    return sum(n for a, n in enumerate(leaf.shape) if a not in leaf.axes.layer) ** -0.5 if scaled else 1.0
+
+  def select(leaves, weights, masks, signals):
+    del masks
+    at = sparsity(signals[0].step)
+    common = ranking.quantile([jnp.abs(w).astype(jnp.float32) / unit(leaf) for leaf, w in zip(leaves, weights)], at)
+    thresholds = [jnp.where(at > 0, common * unit(leaf), jnp.float32(-1)) for leaf in leaves]
+    return [jnp.abs(w).astype(jnp.float32) > th for w, th in zip(weights, thresholds)], thresholds
+
+  return Selection(plan, select, stat=-1.0)
+
+
+def sparsify(
+    inner: optax.GradientTransformation,
+    flow: Flow,
+    selection: Selection,
+    *,
+    where: Predicate | PyTree | None = None,
+    axes: Mapping[str, Axes] | None = None,
+    refresh: Schedule = schedules.every(1),
+    dense_steps: int = 0,
+    fine_tune_steps: int = 0,
+    total_steps: int | None = None,
+    key: Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps `inner` so that the parameters it trains are sparse: the one transform behind every recipe.
+
+  `where`: the sparse leaves, a predicate `(path, leaf)` or a prefix pytree of bools; default `trees.matrices`, and with
+    `axes` those of them that the traced program contracts.
+  `axes`: `sparsejax.contractions(...)`, or any mapping from paths to `Axes`; default the naming conventions.
+  `refresh`: when masks are chosen anew, a schedule of bools on the step from the end of the dense phase.
+  `dense_steps`: nothing is pruned for so many updates. `fine_tune_steps`: in the last so many of `total_steps` the mask
+    is fixed, only kept weights get gradients and the pruned ones are gone from the master too.
+
+  It has to be the outermost transform on its leaves: one that rescales its updates breaks the zeros (`check` finds it).
+  Raises `ValueError` at trace time for leaves that cannot carry the pattern and for parameters of another state.
+  """
+  freeze = _freeze_step(dense_steps, fine_tune_steps, total_steps)
+  inner = optax.with_extra_args_support(inner)
+  method, flow = flow, flow if freeze is None else flows.until(flow, freeze)
+  always = freeze is None and dense_steps == 0 and refresh == schedules.every(1)
+  never = dense_steps == 0 and refresh == schedules.once(0)  # `init` has chosen
+
+  def due(step: Array) -> Array:
+    in_time = (step >= dense_steps) if freeze is None else (step >= dense_steps) & (step <= freeze)
+    return in_time & ((step == freeze) | refresh(step - dense_steps))
+
+  def choose(tree: _Leaves, weights, masks, stats, signals):
+    if never:
+      return masks, stats
+    compute = lambda: selection.select(tree.plan.leaves, weights, masks, signals)
+    # Only masks and their stats come out of the branch: whatever a cond returns, it copies.
+    return compute() if always else jax.lax.cond(due(signals[0].step), compute, lambda: (masks, stats))
+
+  def init(params: PyTree) -> SparseState:
+    tree = _Leaves(params, where, axes, selection, flow)
+    weights = [_master_of(w) if flow.dense else w for w in tree.pick(params)]
+    masks = [_all_kept(w) for w in weights]
+    stats = [selection.stat if trees.is_dense(selection.stat) else jnp.float32(selection.stat) for _ in weights]
+    if dense_steps == 0:
+      signals = tree.signals(jnp.zeros((), jnp.int32), stats, key=key)
+      masks, stats = selection.select(tree.plan.leaves, weights, masks, signals)
+    return SparseState(
+        step=jnp.zeros((), jnp.int32), key=key, masks=tree.put(masks), master=tree.put(weights if flow.dense else None),
+        stats=tree.put(stats), inner=inner.init(tree.put(weights, params)), plan=tree.plan)
+
+  def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
+    if params is None:
+      raise ValueError('sparsejax: update needs the parameters: tx.update(grads, state, params).')
+    tree = _Leaves(params, where, axes, selection, flow)
+    tree.check_belongs(state, grads)
+    held, grad, masks, stats = (tree.pick(t) for t in (params, grads, state.masks, state.stats))
+    weights = tree.pick(state.master) if flow.dense else held
+    signals = tree.signals(state.step, stats, grad, state.key)
+    pulled = [flow.pull_back(g.astype(w.dtype), w, m, s) for g, w, m, s in zip(grad, weights, masks, signals)]
+    moves, inner_state = inner.update(tree.put(pulled, grads), state.inner, tree.put(weights, params), **extra)
+    moved = tree.pick(moves)
+    weights = [(w + u).astype(w.dtype) for w, u in zip(weights, moved)]
+    if flow.settle is not None:
+      weights = [flow.settle(w, m, s) for w, m, s in zip(weights, masks, signals)]
+
+    step = optax.safe_increment(state.step)
+    masks, stats = choose(tree, weights, masks, stats, tree.signals(step, stats, grad, state.key))
+    signals = tree.signals(step, stats)
+    if freeze is not None and flow.dense:
+      weights = [jnp.where(step == freeze, jnp.where(m, method.project(w, m, s), 0).astype(w.dtype), w)
+                 for w, m, s in zip(weights, masks, signals)]
+    if flow.dense:
+      # Recomputed from the master, not accumulated: what p + (q - p) rounds away is back after the next step.
+      moved = [flow.project(w, m, s).astype(p.dtype) - p for w, m, s, p in zip(weights, masks, signals, held)]
+    else:
+      moved = [jnp.where(m, u.astype(p.dtype), -p) for m, u, p in zip(masks, moved, held)]
+    return tree.put(moved, moves), SparseState(
+        step=step, key=state.key, masks=tree.put(masks), master=tree.put(weights if flow.dense else None),
+        stats=tree.put(stats), inner=inner_state, plan=tree.plan)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def identity(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`inner` in a `SparseState` with no sparse leaf: what it would do alone, under the same tools as every recipe."""
+  inner = optax.with_extra_args_support(inner)
+
+  def wrap(params: PyTree, step: Array, inner_state: Any) -> SparseState:
+    nothing = jax.tree.map(lambda _: trees.DENSE, params)
+    return SparseState(step, None, nothing, nothing, nothing, inner_state, Plan())
+
+  def init(params: PyTree) -> SparseState:
+    return wrap(params, jnp.zeros((), jnp.int32), inner.init(params))
+
+  def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
+    moves, inner_state = inner.update(grads, state.inner, params, **extra)
+    return moves, wrap(grads, optax.safe_increment(state.step), inner_state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Leaves:
+  """One call's view of the parameters: which leaves are sparse, and what was asked of them."""
+
+  def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
+    self.paths, leaves, self.treedef = trees.flatten(params)
+    paths = self.paths
+    picked = trees.select('sparsejax', where or _default_where(axes), params)
+    self.index = [i for i, pick in enumerate(picked) if pick]
+    arrays = {paths[i]: leaves[i] for i in self.index}
+    self.plan = selection.plan(arrays, {p: trees.axes_of('sparsejax', axes, p, w.shape) for p, w in arrays.items()})
+    self.plan, self.keeps_master = dataclasses.replace(self.plan, flow=_static(flow)), flow.dense
+
+  def pick(self, tree: PyTree) -> list[Any]:
+    """The sparse leaves of a tree with the parameters' structure. Raises `ValueError` if it has another."""
+    try:
+      leaves = self.treedef.flatten_up_to(tree)
+    except ValueError as problem:
+      others = trees.flatten(tree, is_leaf=trees.is_dense)[0]
+      odd = errors.some(sorted({*self.paths} ^ {*others}))
+      raise ValueError(f'sparsejax: parameters, gradients and state are not of one structure; they differ in {odd}. '
+                       'Make the state by tx.init(params), the gradients of the same params.') from problem
+    return [leaves[i] for i in self.index]
+
+  def put(self, values: Sequence[Any] | None, base: PyTree | None = None) -> PyTree:
+    """A tree with `values` at the sparse leaves, and `base`'s leaves or nothing elsewhere."""
+    size = self.treedef.num_leaves
+    leaves = [trees.DENSE] * size if base is None else self.treedef.flatten_up_to(base)
+    for i, value in zip(self.index, values or [trees.DENSE] * size):
+      leaves[i] = value
+    return self.treedef.unflatten(leaves)
+
+  def signals(self, step: Array, stats: Sequence[Any], grads: Sequence[Any] | None = None, key=None) -> list[Signals]:
+    """What the words may look at, one `Signals` for each sparse leaf."""
+    keys = [key if key is None else jax.random.fold_in(jax.random.fold_in(key, step), i) for i in self.index]
+    grads = [None] * len(self.index) if grads is None else grads
+    return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
+
+  def check_belongs(self, state: SparseState, grads: PyTree) -> None:
+    """Raises `ValueError` if state or gradients are of other parameters, or the state is of another kind of recipe."""
+    if not isinstance(state, SparseState):
+      raise ValueError(f'sparsejax: the state is a {type(state).__name__}, no SparseState. Make it by tx.init(params).')
+    asked = {leaf.path: leaf.shape for leaf in self.plan.leaves}
+    made = {leaf.path: leaf.shape for leaf in state.plan.leaves}
+    for path in [*asked, *made]:
+      if asked.get(path) != made.get(path):
+        raise ValueError(
+            f'sparsejax: parameter {path!r} of shape {asked.get(path, "(not sparse)")} does not belong to this state, '
+            f'where it is {made.get(path, "not sparse")}. Make the state from these parameters: tx.init(params).')
+    if bool(jax.tree.leaves(state.master)) != self.keeps_master:
+      raise ValueError(f'sparsejax: the state has {"no" if self.keeps_master else "a"} dense master, unlike those of '
+                       'this recipe: another one made it. Make the state by tx.init(params).')
+    for leaf, grad in zip(self.plan.leaves, self.pick(grads)):
+      if grad.shape != leaf.shape:
+        raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its gradient has shape {grad.shape}; take it with '
+                             'respect to these parameters.')
+
+
+def _default_where(axes: Mapping[str, Axes] | None) -> Predicate:
+  if axes is None:
+    return trees.matrices
+  return lambda path, leaf: trees.matrices(path, leaf) and bool(trees.tails(path, axes))
+
+
+def _master_of(w: Array) -> Array:
+  """A copy, float32 at least: a narrow master would round small steps away, a shared one could not be donated."""
+  return jnp.array(w, dtype=w.dtype if w.dtype.itemsize > 4 else jnp.float32, copy=True)
+
+
+def _all_kept(w: Array) -> Array:
+  """`True` everywhere, computed from `w`: under `jit` a constant would lie on every device, whatever `w`'s sharding."""
+  return (w == w) | (w != w)
+
+
+def _freeze_step(dense_steps: int, fine_tune_steps: int, total_steps: int | None) -> int | None:
+  """The step at which the mask is fixed for good, or `None`."""
+  if min(dense_steps, fine_tune_steps) < 0:
+    raise ValueError(f'sparsejax: dense_steps ({dense_steps}) and fine_tune_steps ({fine_tune_steps}) count updates.')
+  if total_steps is None:
+    if fine_tune_steps:
+      raise ValueError('sparsejax: fine_tune_steps counts from the end of training; pass total_steps= too.')
+    return None
+  if dense_steps + fine_tune_steps > total_steps:
+    raise ValueError(f'sparsejax: dense_steps ({dense_steps}) and fine_tune_steps ({fine_tune_steps}) leave nothing of '
+                     f'total_steps ({total_steps}) between them.')
+  return total_steps - fine_tune_steps if fine_tune_steps else None
+
+
+def _static(flow: Flow) -> Flow | None:
+  """The flow if it can be part of a treedef; `None` if its coefficients are arrays (`project` then says so)."""
+  try:
+    hash(flow)
+  except TypeError:
+    return None
+  return flow
+
+
+def find(opt_state: Any) -> list[SparseState]:
+  """Every `SparseState` inside an optimizer state, however it was wrapped, chained or partitioned.
+
+  Raises `ValueError` if there is none.
+  """
+  is_state = lambda node: isinstance(node, SparseState)
+  found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+  if not found:
+    raise ValueError('sparsejax: no SparseState in this optimizer state. Wrap the optimizer in a recipe, as in '
+                     'sparsejax.recipes.sr_ste(optax.adamw(1e-3)), and pass the state that init or update returned.')
+  return found
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+  names, leaves, _ = trees.flatten(tree)
+  return dict(zip(names, leaves))
+
+
+def reproject(params: PyTree, opt_state: Any, point: Callable[[Array, SparseLeaf], Array]) -> PyTree:
+  """`point(weight, leaf)` in the place of every sparse leaf, from the dense master where the state keeps one."""
+  return _replace(params, opt_state, lambda state, leaf, w, mask, stats: point(w, leaf))
+
+
+def project(params: PyTree, opt_state: Any) -> PyTree:
+  """The sparse point of an optimizer state, in the parameters' structure and dtypes; dense leaves as they are.
+
+  Where the user's parameters are after each update; needed only before the first one. For a state made under
+  `jax.vmap`, call it under `jax.vmap` too. Raises `ValueError` if the state is not of these parameters.
+  """
+  def point(state: SparseState, leaf: SparseLeaf, w: Array, mask: Array, stats: Any) -> Array:
+    if state.plan.flow is None:
+      raise ValueError('sparsejax.project: the flow has coefficients that are arrays; give numbers to the recipe.')
+    signals = Signals(stats=stats, step=jax.tree.leaves(state.step)[0], axes=leaf.axes)
+    return state.plan.flow.project(w, mask, signals)
+
+  return _replace(params, opt_state, point)
+
+
+def _replace(params: PyTree, opt_state: Any, point: Callable[..., Array]) -> PyTree:
+  """`point(state, leaf, weight, mask, stats)` in the place of every sparse leaf, in that leaf's dtype."""
+  paths, leaves, treedef = trees.flatten(params)
+  place = {path: i for i, path in enumerate(paths)}
+  for state in find(opt_state):
+    if jax.tree.leaves(state.step)[0].ndim:
+      raise ValueError('sparsejax: this state was made under jax.vmap; call this under jax.vmap too.')
+    masks, masters, stats = _by_path(state.masks), _by_path(state.master), _by_path(state.stats)
+    for leaf in state.plan.leaves:
+      _refuse_unless_among(paths, leaf.path)
+      w, mask = leaves[place[leaf.path]], masks[leaf.path]
+      if mask.shape != w.shape:
+        raise errors.at_leaf('sparsejax', leaf.path, w.shape, f'the state holds a mask of shape {mask.shape}; make the '
+                             'state from these parameters: tx.init(params).')
+      new = point(state, leaf, masters.get(leaf.path, w), mask, stats.get(leaf.path))
+      leaves[place[leaf.path]] = new.astype(w.dtype)
+  return treedef.unflatten(leaves)
+
+
+def _refuse_unless_among(paths: Sequence[str], path: str) -> None:
+  if path not in paths:
+    raise ValueError(f'sparsejax: the state has a mask of {path!r}, which is not among the parameters '
+                     f'{errors.some(paths)}. Make the state from these parameters: tx.init(params).')
+
+
+def masks(params: PyTree, opt_state: Any) -> PyTree:
+  """The masks in the parameters' structure, `True` where kept; the scalar `True` for a leaf that is dense."""
+  found = {}
+  for state in find(opt_state):
+    found.update(_by_path(state.masks))
+  paths, _, treedef = trees.flatten(params)
+  for path in found:
+    _refuse_unless_among(paths, path)
+  return treedef.unflatten([found.get(path, jnp.ones((), bool)) for path in paths])
+
+
+def plans(opt_state: Any) -> list[Plan]:
+  """What was asked, for each `SparseState` in an optimizer state."""
+  return [state.plan for state in find(opt_state)]
