@@ -1,0 +1,126 @@
+"""Configs: Python files with `get_config()`, changed by `key=value` from the command line, strict about every name."""
+
+import ast
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs import default
+from sparsejax import errors
+
+# Sections whose keys belong to somebody else, who checks them: see `configs/default.py`.
+OPEN = ('model', 'optimizer.options', 'recipes')
+
+
+def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
+  """The config of the Python file at `path` with `overrides` (`'optimizer.learning_rate=3e-4'`) applied, locked.
+
+  What the file leaves out is as in `configs/default.py`.
+  Raises `ValueError` for a file that is no config, an unknown key, and a value that its key cannot have.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise ValueError(f'configs.load: there is no file {str(path)!r}; see experiments/configs for those that exist.')
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ValueError(f'configs.load: {str(path)!r} has no function get_config(); see experiments/configs/default.py.')
+  config = ConfigDict(module.get_config(), type_safe=False)
+  _fill(config, default.get_config(), '')
+  for override in overrides:
+    _override(config, override)
+  check(config)
+  return config.lock()
+
+
+def check(config: Mapping[str, Any]) -> None:
+  """Raises `ValueError` for a key that `configs/default.py` has not, and for a value that no run could use."""
+  _check_names(config, default.get_config(), '')
+  seeds, runs = config['seeds'], list(config['recipes'])
+  whole = isinstance(seeds, tuple) and all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
+  if not whole or not seeds or len(set(seeds)) < len(seeds):
+    raise ValueError(f'config: seeds={seeds!r} must be a tuple of different whole numbers, such as (0, 1, 2).')
+  for key in ('steps', 'batch_size', 'measure_every', 'validate_every', 'checkpoint_every'):
+    if not isinstance(config[key], int) or config[key] < 1:
+      raise ValueError(f'config: {key}={config[key]!r} must be a whole number of at least 1.')
+  if not runs:
+    raise ValueError('config: recipes is empty; name at least one run, such as {"dense": {"name": "dense"}}.')
+  for run in runs:
+    if not re.fullmatch(r'[\w-]+', run):
+      raise ValueError(f'config: the run name {run!r} is a directory too; use letters, digits, "-" and "_".')
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+  """`config` as JSON would give it back, its keys as they were written: a ConfigDict sorts those that it shows."""
+  return json.loads(config.to_json())
+
+
+def runs(config: ConfigDict) -> list[str]:
+  """The names of the runs in the order in which they were written: the first is the baseline."""
+  return list(plain(config)['recipes'])
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """One `key: old -> new` for each value that is not the same."""
+  old, new = dict(_flat(old)), dict(_flat(new))
+  return [f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
+          for key in sorted(old | new) if old.get(key, _flat) != new.get(key, _flat)]
+
+
+def _flat(section: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any]]:
+  for key, value in section.items():
+    if isinstance(value, Mapping) and value:
+      yield from _flat(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
+
+
+def _check_names(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> None:
+  for key in config:
+    if key not in known:
+      raise errors.unknown('config', 'key', prefix + key, [prefix + k for k in known])
+    section = isinstance(known[key], (Mapping, ConfigDict))
+    if section and not isinstance(config[key], (Mapping, ConfigDict)):
+      raise ValueError(f'config: {prefix}{key} is a section, not {config[key]!r}.')
+    if section and prefix + key not in OPEN:
+      _check_names(config[key], known[key], f'{prefix}{key}.')
+
+
+def _fill(config: ConfigDict, known: Mapping[str, Any], prefix: str) -> None:
+  """Adds the keys that are missing, except in sections whose keys belong to somebody else."""
+  for key, value in known.items():
+    if key not in config:
+      config[key] = value
+    elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict) and prefix + key not in OPEN:
+      _fill(config[key], value, f'{prefix}{key}.')
+
+
+def _override(config: ConfigDict, override: str) -> None:
+  """Sets one `key=value`. The value is a Python literal, or else a string."""
+  name, equals, text = override.partition('=')
+  *sections, key = name.strip().split('.')
+  if not equals:
+    raise ValueError(f'config: cannot read {override!r}; write key=value, such as optimizer.learning_rate=3e-4.')
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  section = config
+  for i, part in enumerate(sections):
+    if part not in section or not isinstance(section[part], ConfigDict):
+      raise errors.unknown('config', 'section', '.'.join(sections[:i + 1]),
+                           ['.'.join([*sections[:i], k]) for k, v in section.items() if isinstance(v, ConfigDict)])
+    section = section[part]
+  old = section.get(key)
+  kinds = {int: 'number', float: 'number', dict: 'section', ConfigDict: 'section'}
+  kind = lambda x: kinds.get(type(x), type(x).__name__)
+  if old is not None and value is not None and kind(old) != kind(value):
+    raise ValueError(f'config: {name}={text} is a {kind(value)}, but {name} is a {kind(old)} ({old!r}).')
+  section[key] = value

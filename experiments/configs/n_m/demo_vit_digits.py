@@ -1,0 +1,27 @@
+r"""The main job: dense, SR-STE and MdGf-Linear at 1:8 on the feed-forward layers of a small ViT, digits, eight seeds.
+
+  python -m experiments.train --config experiments/configs/n_m/demo_vit_digits.py --workdir runs/demo
+
+`make demo` runs it. The digits are scikit-learn's, written as a TFDS set at the first use; nothing is downloaded.
+
+Measured on two shared CPU cores, jax 0.10.2, in about five minutes of a busy machine: test accuracy 97.81 +- 0.50 %
+dense, 97.47 +- 0.57 % SR-STE, 97.36 +- 0.71 % MdGf-Linear; paired differences to dense -0.35 +- 0.60 and -0.45 +- 0.48.
+"""
+
+from experiments.configs import default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(8))
+  config.steps = 400
+  config.validate_every = 25
+  config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
+  config.optimizer.learning_rate = 2e-3
+  sparse = {'pattern': '1:8', 'where': ['mlp/*/kernel']}
+  config.recipes = {
+      'dense': {'name': 'dense'},
+      'SR-STE': {'name': 'sr_ste', **sparse},
+      'MdGf-Linear': {'name': 'mdgf', **sparse, 'decay': {'name': 'linear', 'begin': 0.0, 'end': 0.75}},
+  }
+  return config

@@ -1,0 +1,164 @@
+"""Trains every run of a config, one after the other, on the same data from the same initial weights, and compares them.
+
+  python -m experiments.train --config experiments/configs/n_m/demo_vit_digits.py --workdir runs/demo [--set key=value]
+
+The same command resumes a run that was stopped or killed, bit for bit, and prints the results of a finished one again.
+Exit status: 0 done; 2 refused, with the reason in one line; 128 + signal: stopped by Ctrl-C or SIGTERM, resumable.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+from ml_collections import ConfigDict
+
+from experiments import checkpoints, configs, evaluate, outcomes, records, results
+from experiments.progress import Progress
+from experiments.runs import Run, Setup, batch, build, prepare
+from experiments.signals import Signals
+from sparsejax import metrics
+from sparsejax.types import Array
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog='python -m experiments.train', description='Trains the runs of a config.')
+  parser.add_argument('--config', required=True, help='a Python file with get_config(); see experiments/configs')
+  parser.add_argument('--workdir', required=True, help='where checkpoints, metrics and results go, and resume from')
+  parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change one value of the config')
+  parser.add_argument('--traceback', action='store_true', help='show where in the code a refusal comes from')
+  asked = parser.parse_args(arguments)
+  logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS log their every step, and what they raise too
+  python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+  again = shlex.join([python, '-m', 'experiments.train', *(sys.argv[1:] if arguments is None else arguments)])
+  try:
+    with Signals() as signals:
+      config = configs.load(asked.config, asked.set)
+      return compare(config, pathlib.Path(asked.workdir), rich.console.Console(), signals, again)
+  except (ValueError, OSError, FloatingPointError) as error:
+    if asked.traceback:
+      raise
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f'Interrupted at once: what follows the last checkpoint is lost. Resume with: {again}', file=sys.stderr)
+    return 130
+
+
+def compare(config: ConfigDict, workdir: pathlib.Path, console: rich.console.Console, signals: Signals,
+            again: str) -> int:
+  """Trains and tests each run that is not finished yet, then shows all of them. Returns the exit status."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  directories = {name: workdir / name for name in configs.runs(config)}
+  todo = [name for name, directory in directories.items() if outcomes.read(directory, config) is None]
+  with Progress(len(todo), config.steps, console) as progress:
+    _say_what_changed(config, workdir, progress)
+    progress.doing('reading data, tracing')
+    setup = prepare(config) if todo else None
+    runs = build(setup, directories) if todo else {}
+    for run in runs.values():
+      checkpoints.check(run.directory / 'checkpoints', run.state)
+    records.write_whole(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
+    for name in todo:
+      if not train(runs[name], setup, signals, progress):
+        progress.say(f'Stopped by {signals.name}, {name} is saved. Resume with: {again}')
+        return 128 + signals.received
+      progress.doing(f'testing {name}')
+      outcomes.write(runs[name], setup, progress.say)
+  results.show([outcomes.read(directory, config) for directory in directories.values()], workdir, console)
+  return 0
+
+
+def train(run: Run, setup: Setup, signals: Signals, progress: Progress) -> bool:
+  """Trains one run to its end, from its newest checkpoint if it has one. False if a signal stopped it, after saving.
+
+  Raises `FloatingPointError` where the loss or a parameter is no longer finite; all that is saved is from before that.
+  """
+  config = setup.config
+  with checkpoints.open_(run.directory / 'checkpoints') as saved:
+    done, state, before = _resumed(run, saved, config, progress)
+    progress.doing(f'compiling {run.name}')
+    step = run.step.compile() if done < config.steps and not signals.received else None
+    progress.start(run.name, done)
+    losses, began = {}, time.monotonic() - before
+    with records.Records(run.directory, done) as record:
+      while done < config.steps and not signals.received:
+        state, loss, measured = step(state, batch(setup, done), jnp.int32(done))
+        done += 1
+        losses[done] = loss
+        due = lambda every, done=done: done % every == 0 or done == config.steps
+        if due(config.measure_every) or due(config.validate_every) or due(config.checkpoint_every):
+          losses = _refuse_infinite(run, config, losses, saved.latest_step())
+        numbers = _numbers(run, setup, done, loss, measured) if due(config.measure_every) else {}
+        if due(config.validate_every):
+          numbers |= _validation(setup, state)
+        if numbers:
+          record.write(done, numbers)
+          progress.advance(done, numbers)
+        if due(config.checkpoint_every):
+          _save(saved, done, state, config, time.monotonic() - began)
+    _refuse_infinite(run, config, losses, saved.latest_step())
+    _save(saved, done, state, config, time.monotonic() - began)  # nothing, unless a signal came between two of them
+  return done == config.steps
+
+
+def _resumed(run: Run, saved: Any, config: ConfigDict, progress: Progress) -> tuple[int, Any, float]:
+  """Steps done, state, and the seconds that they took."""
+  found = checkpoints.restore(saved, run.state, progress.say)
+  if found is None:
+    return 0, run.start(), 0.0
+  done, state, meta = found
+  if tuple(meta['seeds']) != tuple(config.seeds) or done > config.steps:
+    raise ValueError(f'train: {saved.directory} holds step {done} of seeds {meta["seeds"]}; the config asks for '
+                     f'{config.steps} steps of seeds {list(config.seeds)}. Give another --workdir.')
+  progress.say(f'{run.name}: resumed at step {done}.')
+  return done, state, meta['seconds']
+
+
+def _save(saved: Any, done: int, state: Any, config: ConfigDict, seconds: float) -> None:
+  checkpoints.save(saved, done, state, seconds=seconds, seeds=list(config.seeds))
+
+
+def _refuse_infinite(run: Run, config: ConfigDict, losses: Mapping[int, Array], good: int | None) -> dict[int, Array]:
+  """No losses, if all of them are finite. Raises `FloatingPointError` otherwise."""
+  for step, loss in losses.items():
+    bad = np.flatnonzero(~np.isfinite(loss))
+    if len(bad):
+      kept = 'nothing is saved yet' if good is None else f'the last good checkpoint, of step {good}, is kept'
+      raise FloatingPointError(f'{run.name}: loss or parameters of seed {config.seeds[bad[0]]} are not finite at step '
+                               f'{step}; {kept}. A lower optimizer.learning_rate or a clip may help.')
+  return {}
+
+
+def _numbers(run: Run, setup: Setup, done: int, loss: Array, measured: Mapping[str, Array]) -> dict[str, Any]:
+  """What is recorded of a measured step: numbers per seed, and the operations of this step relative to a dense one."""
+  numbers = {'loss': loss, **measured}
+  densities = np.mean(numbers.pop('densities'), axis=0)
+  flops = metrics.flops(setup.contractions, dict(zip(run.sparse, densities)))
+  return {**numbers, 'training_flops': flops.training / flops.dense_training,
+          'learning_rate': float(run.learning_rate(done - 1))}
+
+
+def _validation(setup: Setup, state: Any) -> dict[str, Any]:
+  scores = evaluate.scores(setup.predict, state.params, setup.data[0].valid)
+  return {f'valid_{key}': value for key, value in scores.items()}
+
+
+def _say_what_changed(config: ConfigDict, workdir: pathlib.Path, progress: Progress) -> None:
+  path = workdir / 'config.json'
+  if path.exists():
+    for difference in configs.differences(json.loads(path.read_text()), configs.plain(config)):
+      progress.say(f'Not as the last time: {difference}')
+
+
+if __name__ == '__main__':
+  sys.exit(main())
