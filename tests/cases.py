@@ -1,0 +1,208 @@
+"""What the conformance tests run: recipes by name with what they promise, small parameters of every kind, and a loop.
+
+A recipe that lands in `recipes.TABLE` is a case at once, by itself and between a dense and a fine-tune phase. What it
+promises beyond that (patterns on the way, zeros before the end) is one entry in `PROMISES`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparsejax
+from sparsejax import recipes, schedules, trees
+
+STEPS, DENSE, TUNED = 12, 2, 3  # updates in all, of the dense phase, of the fine-tune phase
+F32, BF16 = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+# Two axes that are contracted as one, a stack of layers in bfloat16, and what stays dense.
+SHAPES = {
+    'attention': {'out': {'kernel': F32((12, 8, 4)), 'bias': F32((4,))}},
+    'stack': {'kernel': BF16((2, 96, 4)), 'bias': BF16((2, 4))},
+    'norm': {'scale': F32((8,))},
+    'embed': {'embedding': F32((7, 8))},
+}
+SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants: they differ in time, not in space
+CONTRACTED = {'attention/out/kernel': (0, 1), 'stack/kernel': (1,)}
+
+
+class Promise(NamedTuple):
+  """`stages`: the (N, M) that the masks go through. `zeros_from`: updates until pruned weights are zero, if ever."""
+
+  stages: tuple[tuple[int, int], ...] = ()
+  zeros_from: int | None = 0
+
+
+class Case(NamedTuple):
+  """A recipe with its options, the phases included, and what it promises."""
+
+  recipe: str
+  options: dict[str, Any]
+  promise: Promise
+  shapes: Any
+
+  @property
+  def dense(self) -> int:
+    """Updates of the dense phase."""
+    return self.options.get('dense_steps', 0)
+
+  @property
+  def tuned(self) -> int:
+    """Updates of the fine-tune phase."""
+    return self.options.get('fine_tune_steps', 0)
+
+  def make(self, inner: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, made from scratch every time, as users do inside of a step."""
+    return recipes.TABLE[self.recipe](optax.sgd(0.3, momentum=0.5) if inner is None else inner, **self.options)
+
+
+PROMISES = {
+    'dense': Promise(),
+    'ste': Promise(((2, 4),)),
+    'sr_ste': Promise(((2, 4),)),
+    'asp': Promise(((2, 4),)),
+    'mdgf': Promise(((2, 4),), None),  # by default it decays over 5000 updates
+    'sdgf_stepwise': Promise(((3, 4), (2, 4))),
+    'sdgf_geometric': Promise(((16, 32), (8, 16), (4, 8), (2, 4))),
+    'st3': Promise(),
+    'bdwp': Promise(((2, 8),)),
+}
+DECAYS = {
+    'linear': schedules.linear(1.0, 0.0, end=5), 'cosine': schedules.cosine(1.0, 0.0, end=5),
+    'exponential': schedules.exponential(half_life=2),
+}
+VARIANTS = {
+    **{f'mdgf-{gradient}-{name}': ('mdgf', {'decay': decay, 'gradient': gradient},
+                                   Promise(((2, 4),), None if name == 'exponential' else 5))
+       for gradient in ('scaled', 'straight_through') for name, decay in DECAYS.items()},
+    'sr_ste-decoupled': ('sr_ste', {'pattern': sparsejax.NM(1, 8), 'decoupled': True, 'decay': 0.1},
+                         Promise(((1, 8),))),
+    'sdgf_stepwise-odd': ('sdgf_stepwise', {'pattern': sparsejax.NM(2, 12), 'gradient': 'scaled'},
+                          Promise(((11, 12), (6, 12), (3, 12), (2, 12)))),
+    'sdgf_geometric-2': ('sdgf_geometric', {'pattern': sparsejax.NM(1, 4), 'k': 2}, Promise(((2, 8), (1, 4)))),
+    'sdgf_geometric-1': ('sdgf_geometric', {'k': 1}, Promise(((2, 4),))),
+    'st3-sigma': ('st3', {'sigma': True, 'sparsity': 0.7}, Promise()),
+    'asp-dense': ('asp', {'dense_steps': DENSE}, Promise(((2, 4),))),
+    'mdgf-dense': ('mdgf', {'dense_steps': DENSE, 'decay': DECAYS['linear']}, Promise(((2, 4),), 5)),
+    'sr_ste-tuned': ('sr_ste', {'fine_tune_steps': TUNED}, Promise(((2, 4),))),
+    'ste-mixed': ('ste', {'pattern': {'stack/kernel': sparsejax.NM(1, 16), '**': sparsejax.NM(2, 4)}}, Promise()),
+}
+
+
+def _cases() -> dict[str, Case]:
+  plain = {name: (name, {}, PROMISES.get(name, Promise(zeros_from=None))) for name in recipes.TABLE} | VARIANTS
+  phases = {'dense_steps': DENSE, 'fine_tune_steps': TUNED}
+  found = {}
+  for name, (recipe, options, promise) in plain.items():
+    valid = {*recipes.arguments(recipes.TABLE[recipe])}
+    timed = options | ({'total_steps': STEPS} if 'total_steps' in valid else {})
+    shapes = SHAPES if name in recipes.TABLE or name == 'ste-mixed' else SMALL
+    found[name] = Case(recipe, timed, promise, shapes)
+    if valid >= {*phases} and not {*options} & {*phases}:
+      found[f'{name}-phases'] = Case(recipe, timed | phases, promise, shapes)
+  return found
+
+
+CASES = _cases()
+BY_NAME = [name for name, case in CASES.items() if name.removesuffix('-phases') in recipes.TABLE]
+
+
+def random(seed: int, lead: tuple[int, ...] = (), like: Any = SHAPES) -> Any:
+  """Normal numbers `[*lead, *shape]` for each leaf of `like`."""
+  draw = np.random.default_rng(seed).normal
+  return jax.tree.map(lambda s: jnp.asarray(draw(size=lead + s.shape), s.dtype), like)
+
+
+@functools.cache
+def _all_gradients(seed: int, name: str) -> Any:
+  return jax.tree.map(np.asarray, random(seed + 1, (STEPS,), CASES[name].shapes))
+
+
+def start(name: str, seed: int = 0) -> Any:
+  """The parameters with which `run` begins."""
+  return random(seed, like=CASES[name].shapes)
+
+
+def gradients(name: str, t: int | slice = slice(None), seed: int = 0) -> Any:
+  """Those of update `t` in `run`, or all of them, stacked."""
+  return jax.tree.map(lambda x: x[t], _all_gradients(seed, name))
+
+
+def step(tx, params, state, grads, **extra):
+  """What every training loop does. The gradients are given, so that nothing but the recipe decides where this goes."""
+  updates, state = tx.update(grads, state, params, **extra)
+  return optax.apply_updates(params, updates), state
+
+
+def scanned(make, params, grads, watch=True, **extra):
+  """All updates in one program: the last parameters and state; and after each update parameters, point and masks."""
+  def body(carry, grads):
+    params, state = step(make(), *carry, grads, **extra)
+    seen = (params, sparsejax.project(params, state), sparsejax.masks(params, state)) if watch else None
+    return (params, state), seen
+
+  return jax.lax.scan(body, (params, make().init(params)), grads)
+
+
+@functools.cache
+def program(name: str) -> Any:
+  """A case from the first update to the last, as a compiled function of parameters and gradients."""
+  return jax.jit(functools.partial(scanned, CASES[name].make))
+
+
+@functools.cache
+def run(name: str, seed: int = 0) -> tuple[Any, Any, Any]:
+  """What `program` returns, as numpy; kept, because several tests look at it."""
+  return jax.tree.map(np.asarray, program(name)(start(name, seed), gradients(name, seed=seed)))
+
+
+@functools.cache
+def stepper(name: str) -> tuple[Any, list[int]]:
+  """One update of a case, compiled, that donates what it is given; and a list that grows with every trace."""
+  traced = []
+
+  def update(params, state, grads):
+    traced.append(1)
+    return step(CASES[name].make(), params, state, grads)
+
+  return jax.jit(update, donate_argnums=(0, 1)), traced
+
+
+def stepped(name, params, state, times):
+  """`stepper`'s updates at `times`, with the gradients of `run`."""
+  for t in times:
+    params, state = stepper(name)[0](params, state, gradients(name, t))
+  return params, state
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+  paths, leaves, _ = trees.flatten(tree)
+  return dict(zip(paths, leaves))
+
+
+def assert_same(a: Any, b: Any) -> None:
+  """Bit for bit, dtypes and structure included."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (path, x), y in zip(by_path(a).items(), jax.tree.leaves(b)):
+    assert x.dtype == y.dtype, path
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
+
+
+def assert_at_the_point(before: Any, params: Any, point: Any) -> None:
+  """Zeros are exactly zero, and the rest is there up to the rounding of `p + (q - p)` in the parameters' dtype."""
+  for (path, p), old, q in zip(by_path(params).items(), jax.tree.leaves(before), jax.tree.leaves(point)):
+    eps = float(jnp.finfo(p.dtype).eps)
+    p, q, old = (np.asarray(x, np.float64) for x in (p, q, old))
+    assert np.all(p[q == 0] == 0), f'{path}: {np.sum(p[q == 0] != 0)} zeros are none'
+    assert np.all(np.abs(p - q) <= eps * (np.abs(q) + np.abs(old))), f'{path}: {np.max(np.abs(p - q))}'
+
+
+def assert_always_at_the_point(start: Any, seen: Any, points: Any) -> None:
+  """The same after every update of `scanned`."""
+  before, times = start, len(jax.tree.leaves(seen)[0])
+  for t in range(times):
+    params, point = (jax.tree.map(lambda x, t=t: x[t], tree) for tree in (seen, points))
+    assert_at_the_point(before, params, point)
+    before = params

@@ -1,0 +1,24 @@
+"""Selection written out in numpy with sorts, for the tests to compare with: slow, obvious, and without JAX."""
+
+import numpy as np
+
+
+def best(scores, n):
+  """Mask of the `n` largest along the last axis: NaN last, -0.0 equal to 0.0, equals from the lower index up."""
+  s = np.asarray(scores, np.float64)
+  s = np.where(s == 0, 0.0, s)
+  missing = np.isnan(s)
+  place = np.broadcast_to(np.arange(s.shape[-1]), s.shape)
+  order = np.lexsort((place, -np.where(missing, 0.0, s), missing), axis=-1)  # the last key is the first to count
+  mask = np.zeros(s.shape, bool)
+  np.put_along_axis(mask, order[..., :n], True, -1)
+  return mask
+
+
+def n_of_m(scores, n, m, contracted):
+  """Mask of the `n` largest of every `m` neighbours along the axes `contracted`, in their order, of one row each."""
+  s = np.asarray(scores, np.float64)
+  last = tuple(range(s.ndim - len(contracted), s.ndim))
+  moved = np.moveaxis(s, contracted, last)
+  mask = best(moved.reshape(-1, m), n)
+  return np.moveaxis(mask.reshape(moved.shape), last, contracted)

@@ -1,0 +1,212 @@
+"""The command: what it prints and writes, its exit status, and one line for every error."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
+
+import sparsejax as sj
+from sparsejax import cli, formats, io
+
+
+def sparse(*shape, dtype='float32', axis=-2):
+  """2:4 along `axis`: the third and fourth of every four are zero."""
+  w = np.moveaxis(np.random.default_rng(0).standard_normal(shape).astype(dtype), axis, 0).copy()
+  w[2::4] = w[3::4] = 0
+  return np.ascontiguousarray(np.moveaxis(w, 0, axis))
+
+
+def params():
+  return {'mlp': {'up': {'kernel': sparse(8, 16, dtype='bfloat16'), 'bias': np.ones(16, 'float32')},
+                  'down': {'kernel': sparse(16, 8)}},
+          'embed': {'table': np.ones((4, 8), 'float32')}}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+  """Runs the command in an empty folder: `status, out, err`."""
+  monkeypatch.chdir(tmp_path)
+
+  def command(*argv):
+    status = cli.main(list(argv))
+    return status, *capsys.readouterr()
+
+  return command
+
+
+@pytest.fixture
+def ckpt(run):
+  """A dense file of ours, with a bad group in `down` if asked for."""
+
+  def written(tree=None):
+    io.save('ckpt.safetensors', params() if tree is None else tree, metadata={'step': '7'})
+    return 'ckpt.safetensors'
+
+  return written
+
+
+def crowded():
+  tree = params()
+  tree['mlp']['down']['kernel'][6, 3] = 1
+  return tree
+
+
+def same(a, b):
+  return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(
+      lambda x, y: (x.shape, x.dtype, np.asarray(x).tobytes()) == (y.shape, y.dtype, np.asarray(y).tobytes()), a, b))
+
+
+def test_report_is_a_table(run, ckpt):
+  status, out, err = run('report', ckpt(), '--pattern', '2:4')
+  assert (status, err) == (0, '')
+  assert out == f'{sj.report(params(), pattern=sj.NM(2, 4))}\n'
+  assert re.search(r'mlp/up/kernel +8 x 16 +2:4', out) and 'embed' not in out
+  assert re.search('kernel .* (2:4|4:8)', run('report', 'ckpt.safetensors')[1])  # found without being asked for
+
+
+@pytest.mark.parametrize('arguments, status, lines', [
+    (['--pattern', '2:4'], 1, [r'^mlp/down/kernel 16x8: 1 of 32 groups keep more than 2 of 4, the first, .*keeps 3$']),
+    (['--pattern', '2:4', '--except', 'down/*'], 0, ['^ok: 1 parameters keep 2:4$']),
+    (['--pattern', '2:4', '--where', 'up/kernel'], 0, ['^ok: 1 parameters keep 2:4$']),
+    (['--pattern', '2:4', '--pattern', 'down/*=3:4'], 0, ['^ok: 2 parameters']),
+    (['--pattern', '1:4'], 1, ['^mlp/down/kernel', '^mlp/up/kernel']),
+    (['--pattern', '2:4', '--axis', 'up/kernel=1'], 1, ['^mlp/down/kernel', '^mlp/up/kernel 8x16: .* groups']),
+    (['--pattern', '2:5'], 1, ['^mlp/down/kernel .* 5 divides', '^mlp/up/kernel .* 5 divides']),
+    (['--pattern', 'bitmask'], 0, ['^ok']),
+])
+def test_check_names_each_violating_layer_in_a_line(run, ckpt, arguments, status, lines):
+  found, out, err = run('check', ckpt(crowded()), *arguments)
+  assert (found, err) == (status, '')
+  assert len(out.splitlines()) == len(lines)
+  for line, expected in zip(out.splitlines(), lines):
+    assert re.search(expected, line)
+
+
+@pytest.mark.parametrize('pattern, kind, ratio', [
+    ('2:4', formats.NMArray, '0.5625'), ('bitmask', formats.BitmaskArray, '0.5417')])
+def test_pack_and_unpack_give_back_every_bit(run, ckpt, pattern, kind, ratio):
+  status, out, err = run('pack', ckpt(), 'packed.safetensors', '--pattern', pattern)
+  assert (status, err) == (0, '')
+  packed = io.load('packed.safetensors')
+  assert isinstance(packed['mlp']['up']['kernel'], kind) and isinstance(packed['embed']['table'], np.ndarray)
+  after = packed['mlp']['up']['kernel'].nbytes + packed['mlp']['down']['kernel'].nbytes
+  assert f'2 packed parameters: {8 * 16 * 2 + 16 * 8 * 4} -> {after} bytes ({ratio})' in out
+  size, whole = formats.nbytes(params()), os.path.getsize('packed.safetensors')
+  assert f'all of packed.safetensors: {size:,} -> {whole:,} bytes ({whole / size:.4f})' in out
+  assert run('check', 'packed.safetensors', '--pattern', pattern)[0] == 0
+  assert run('unpack', 'packed.safetensors', 'dense.safetensors')[0] == 0
+  assert same(io.load('dense.safetensors'), params())
+  assert (open('dense.safetensors', 'rb').read() == open('ckpt.safetensors', 'rb').read()
+          and io.metadata('packed.safetensors') == {'step': '7'})
+
+
+def test_pack_takes_axes_patterns_and_64_bits(run, ckpt):
+  """A contraction axis that conventions get wrong; another pattern for some; nothing is truncated."""
+  tree = {'a': {'kernel': sparse(3, 8, dtype='float64', axis=1)}, 'b': {'kernel': sparse(8, 3, dtype='float64')}}
+  assert run('pack', ckpt(tree), 'out', '--pattern', '2:4')[0] == 2
+  arguments = ['--pattern', '2:4', '--pattern', 'b/*=4:8', '--axis', 'a/kernel=1']
+  assert run('pack', 'ckpt.safetensors', 'out', *arguments)[0] == 0
+  packed = io.load('out')
+  assert (packed['a']['kernel'].m, packed['a']['kernel'].axes) == (4, (-1,)) and packed['b']['kernel'].m == 8
+  assert run('unpack', 'out', 'dense')[0] == 0 and same(io.load('dense'), tree)
+
+
+def test_orbax_and_foreign_files_are_checkpoints_too(run, tmp_path):
+  state = {'params': jax.tree.map(jnp.asarray, params()), 'opt_state': [jnp.ones(2)]}
+  with ocp.CheckpointManager(tmp_path / 'run') as manager:
+    manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+  assert run('check', 'run', '--pattern', '2:4')[:2] == (0, 'ok: 2 parameters keep 2:4\n')
+  assert run('pack', 'run', 'out', '--pattern', '2:4')[0] == 0
+  assert same(formats.unpack(io.load('out')), params() | {'mlp': jax.tree.map(jnp.asarray, params()['mlp'])})
+  safetensors.numpy.save_file({'model.fc.weight': sparse(3, 8, axis=1)}, 'torch.safetensors')
+  assert run('check', 'torch.safetensors', '--pattern', '2:4') == (0, 'ok: 1 parameters keep 2:4\n', '')
+
+
+def altered():
+  io.save('bad', params())
+  with open('bad', 'r+b') as file:
+    file.seek(-1, os.SEEK_END)
+    file.write(b'\x55')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ('', 'COMMAND'), ('prune', "'prune'.*'report'"), ('check CKPT', '--pattern'), ('report', 'CKPT'),
+    ('report CKPT --colour', '--colour'), ('report nowhere', 'nowhere does not exist'),
+    ('report empty', 'no complete Orbax'), ('report bad', "bad: tensor '.*' was altered"),
+    ('unpack nowhere out', 'nowhere: No such file'),
+    ('unpack foreign out', 'foreign was not written by'), ('report text', 'text: it is not a whole safetensors file'),
+    ('check CKPT --pattern 2/4', "'2/4'"), ('check CKPT --pattern 5:4', '5:4'),
+    ('check CKPT --pattern 2:4 --pattern 1:4', 'two'),
+    ('check CKPT --pattern 2:4 --where no/such', "picks no parameter.*'mlp/down/kernel'"),
+    ('check CKPT --pattern down/*=2:4', "says nothing about 'mlp/up/kernel'"),
+    ('check CKPT --pattern 2:4 --axis no/such=1', "'no/such'.*Valid: mlp/down/kernel"),
+    ('check CKPT --pattern 2:4 --axis up/kernel=2', r"'mlp/up/kernel' of shape \(8, 16\).*0 to 1"),
+    ('check CKPT --pattern 2:4 --axis 1', "''|unknown parameter"),
+    ('report CKPT --item ema', "'ema'.*Valid: embed, mlp"),
+    ('pack CKPT out --pattern 1:4', r"'mlp/down/kernel' of shape \(16, 8\): .* more than 1"),
+    ('pack CKPT CKPT --pattern 2:4', 'there already; --force'), ('unpack CKPT empty --force', 'is a folder'),
+    ('pack CKPT no/folder/out --pattern 2:4', 'cannot write no/folder/out: No such file'),
+])
+def test_every_error_is_one_line_and_status_2(run, ckpt, arguments, message):
+  os.mkdir('empty')
+  altered()
+  safetensors.numpy.save_file({'w': np.ones(2, 'float32')}, 'foreign')
+  open('text', 'w').write('no tensors here\n' * 9)
+  file = ckpt()
+  before = open(file, 'rb').read()
+  status, out, err = run(*arguments.replace('CKPT', file).split())
+  assert (status, out) == (2, '')
+  assert err.startswith('sparsejax: ') and err.count('\n') == 1 and re.search(message, err)
+  assert not os.path.exists('out') and open(file, 'rb').read() == before and os.listdir('empty') == []
+
+
+def test_a_name_of_two_lines_makes_no_second_line(run):
+  status, out, err = run('report', 'no\nwhere')
+  assert (status, out, err.count('\n')) == (2, '', 1)
+  assert err.startswith('sparsejax: io.read: no where does not exist')
+
+
+def test_force_replaces(run, ckpt):
+  file = ckpt()
+  assert run('pack', file, file, '--pattern', '2:4', '--force')[0] == 0
+  assert run('unpack', file, file, '--force')[0] == 0 and same(io.load(file), params())
+
+
+def test_help_is_help(run):
+  status, out, _ = run('--help')
+  assert status == 0 and all(word in out for word in ('report', 'check', 'pack', 'unpack'))
+
+
+# In a process of its own, as a user has it: one device, no JAX configured.
+
+
+def process(folder, shell):
+  env = {key: value for key, value in os.environ.items() if key not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
+  done = subprocess.run(['bash', '-c', shell.replace('sparsejax', f'{sys.executable} -m sparsejax.cli')],
+                        cwd=folder, env=env, capture_output=True, text=True, check=False)
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):
+  kernel = jax.device_put(sparse(16, 8), NamedSharding(jax.make_mesh((8,), ('x',)), PartitionSpec('x')))
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'ckpt', {'params': {'kernel': kernel}, 'opt_state': {'mu': kernel}})
+  assert process(tmp_path, 'sparsejax check ckpt --pattern 2:4') == (0, 'ok: 1 parameters keep 2:4\n', '')
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
+  """The limit of a file's length stands for the disk: the write fails in the middle."""
+  io.save(tmp_path / 'ckpt', {'kernel': sparse(256, 64)})
+  (tmp_path / 'out').write_text('precious')
+  status, out, err = process(tmp_path, 'ulimit -f 8; sparsejax pack ckpt out --pattern 2:4 --force')
+  assert (status, out) == (2, '') and err.startswith('sparsejax: io.save: cannot write out: File too large')
+  assert err.count('\n') == 1
+  assert (tmp_path / 'out').read_text() == 'precious' and sorted(os.listdir(tmp_path)) == ['ckpt', 'out']

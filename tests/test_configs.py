@@ -1,0 +1,60 @@
+"""Every config is strict, says how it is run and what came out, and trains at toy size."""
+
+import pathlib
+
+import optax
+import pytest
+
+from experiments import configs, train
+from sparsejax import recipes
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(path for path in (ROOT / 'experiments/configs').rglob('*.py')
+                 if path.name not in ('__init__.py', 'default.py'))
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp('text') / 'book.txt'
+  path.write_text('to be, or not to be, that is the question: ' * 200)
+  return path
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
+  config = configs.load(path)
+  changes = [
+      # Nothing is downloaded: images are digits, text is a file.
+      f'data.name={text}' if config.model.name == 'lm' else 'data.name=digits', f'data.data_dir={tmp_path / "data"}',
+      'steps=10', 'seeds=(0,)', 'batch_size=4', 'model.depth=1', 'measure_every=5', 'validate_every=10',
+      'checkpoint_every=10']
+  if config.model.name == 'vit':
+    changes.append('model.patch=4')
+  else:
+    changes.append('data.sequence_length=8')
+  *others, last = configs.plain(config)['recipes'].items()
+  for _, recipe in others:  # the last one trains, the others are made: a run costs seconds of compilation
+    recipes.from_config(optax.sgd(0.1), recipe, total_steps=100)
+  changes.append(f'recipes={dict([last])}')
+  arguments = ['--config', str(path), '--workdir', str(tmp_path / 'run')]
+  assert train.main(arguments + [part for change in changes for part in ('--set', change)]) == 0
+  assert (tmp_path / 'run' / 'results.png').exists()
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_docstring_has_the_command_and_a_measurement(path):
+  doc = path.read_text()
+  assert 'python -m experiments.train' in doc and str(path.relative_to(ROOT)) in doc
+  assert 'Measured on' in doc or 'Not yet run' in doc
+
+
+def test_a_key_that_no_config_has_is_refused(tmp_path):
+  path = tmp_path / 'config.py'
+  path.write_text('from experiments.configs import default\n'
+                  'def get_config():\n  c = default.get_config()\n  c.unlock()\n  c.sed = 1\n  return c\n')
+  with pytest.raises(ValueError, match="'sed'"):
+    configs.load(path)
+
+
+def test_there_are_configs():
+  assert CONFIGS

@@ -1,0 +1,231 @@
+"""What every recipe of `recipes.TABLE` promises (DESIGN, section 1), whatever its method. The cases are in `cases`."""
+
+import functools
+import pickle
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from cases import BY_NAME, CASES, CONTRACTED, STEPS
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sparsejax
+from sparsejax import recipes, transforms, trees
+
+every_case = pytest.mark.parametrize('name', CASES)
+every_recipe = pytest.mark.parametrize('name', BY_NAME)
+PHASES = [name for name in BY_NAME if CASES[name].tuned or CASES[name].recipe == 'dense']
+
+
+def test_the_case_table_knows_every_recipe():
+  assert {case.recipe for case in CASES.values()} == {*recipes.TABLE}
+  assert {*CONTRACTED} == {path for path, w in cases.by_path(cases.random(0)).items() if trees.matrices(path, w)}
+
+
+@every_case
+def test_after_every_update_the_user_holds_the_sparse_point(name):
+  """In the parameters' own dtypes, float32 and bfloat16, with a float32 master behind both."""
+  params, state, seen, points, _ = unpacked(name)
+  start = cases.start(name)
+  cases.assert_always_at_the_point(start, seen, points)
+  assert [w.dtype for w in jax.tree.leaves(params)] == [w.dtype for w in jax.tree.leaves(start)]
+  assert {w.dtype for sparse in transforms.find(state) for w in jax.tree.leaves(sparse.master)} <= {np.dtype('float32')}
+
+
+def unpacked(name):
+  (params, state), seen = cases.run(name)
+  return params, state, *seen
+
+
+@every_case
+def test_masks_keep_their_pattern_at_every_update_and_the_last_phase_is_exact(name):
+  case, (params, state, seen, _, masks) = CASES[name], unpacked(name)
+  sparse = {leaf.path for plan in transforms.plans(state) for leaf in plan.leaves}
+  assert sparse == ({*CONTRACTED} & {*cases.by_path(case.shapes)} if case.recipe != 'dense' else set())
+  seen, masks = cases.by_path(seen), cases.by_path(masks)
+  for path in masks.keys() - sparse:
+    assert masks[path].shape == (STEPS,) and masks[path].all(), 'a dense leaf has the scalar True'
+  for path in sparse:
+    after = dict(zip(range(1, STEPS + 1), masks[path]))
+    held = dict(zip(range(1, STEPS + 1), seen[path]))
+    dense, rest = [t for t in after if t < case.dense], [t for t in after if t >= case.dense]
+    assert all(after[t].all() for t in dense), f'{path} in the dense phase'
+    assert in_stages([after[t] for t in rest], path, case.promise.stages), f'{path}: not the stages'
+    zeros_from = STEPS - case.tuned if case.promise.zeros_from is None else case.dense + case.promise.zeros_from
+    for t in rest:
+      if t >= STEPS - case.tuned and case.tuned:
+        np.testing.assert_array_equal(after[t], after[STEPS], err_msg=f'{path} in the fine-tune phase')
+        assert not after[t].all()
+      if t >= zeros_from and (case.tuned or case.promise.zeros_from is not None):
+        assert np.all(held[t][~after[t]] == 0), f'{path} after update {t}'
+  if case.tuned or case.promise.zeros_from is not None:
+    sparsejax.check(params, state)
+
+
+def in_stages(masks, path, stages):
+  """Does each mask keep exactly n of every m, through all the stages, in their order?"""
+  if not stages:
+    return True
+  # A mask that keeps 1:4 keeps 2:8 as well, so that the last stage that fits is the one it is in.
+  fits = [[i for i, (n, m) in enumerate(stages) if np.all(kept(mask, path, m) == n)] for mask in masks]
+  if not all(fits):
+    return False
+  at = [stage[-1] for stage in fits]
+  return at == sorted(at) and {*at} == {*range(len(stages))}
+
+
+def kept(mask, path, m):
+  """How many of each `m` neighbours along the contraction are kept: `[groups]`."""
+  axes = CONTRACTED[path]
+  last = np.moveaxis(mask, axes, range(mask.ndim - len(axes), mask.ndim))
+  return last.reshape(-1, m).sum(-1)
+
+
+@every_recipe
+def test_a_jitted_step_compiles_once_donates_everything_and_equals_the_scan(name):
+  """The state is made eagerly, and the step makes its own transform."""
+  params = cases.random(0)
+  params, state = cases.stepped(name, params, CASES[name].make().init(params), range(STEPS))
+  assert len(cases.stepper(name)[1]) == 1
+  cases.assert_same((params, state), cases.run(name)[0])
+
+
+def test_a_loop_of_unknown_length_carries_the_state():
+  make, start = CASES['mdgf-phases'].make, cases.start('mdgf-phases')
+  grads = jax.tree.map(jnp.asarray, cases.gradients('mdgf-phases'))
+
+  def body(t, carry):
+    return cases.step(make(), *carry, jax.tree.map(lambda x: x[t], grads))
+
+  params, state = jax.jit(lambda n: jax.lax.fori_loop(0, n, body, (start, make().init(start))))(STEPS)
+  cases.assert_same((params, state), cases.run('mdgf-phases')[0])
+
+
+@pytest.mark.parametrize('name', PHASES)
+def test_an_update_without_jit_is_the_same_up_to_rounding(name):
+  """Not bit for bit: compiled, a multiplication and the addition after it round once, and bfloat16 not in between."""
+  params, tx = cases.random(0), CASES[name].make()
+  state = tx.init(params)
+  for t in range(STEPS):
+    eager = None
+    if t + 1 in (cases.DENSE, STEPS - cases.TUNED):
+      eager = cases.step(tx, params, state, cases.gradients(name, t))
+    params, state = cases.stepped(name, params, state, [t])
+    if eager is not None:
+      close(eager, (params, state))
+
+
+def close(eager, compiled):
+  assert jax.tree.structure(eager) == jax.tree.structure(compiled)
+  for (path, x), y in zip(cases.by_path(eager).items(), jax.tree.leaves(compiled)):
+    assert x.dtype == y.dtype
+    eps = 16 * float(jnp.finfo(x.dtype).eps) if jnp.issubdtype(x.dtype, jnp.floating) else 0.0
+    np.testing.assert_allclose(*(np.asarray(z, np.float64) for z in (x, y)), rtol=eps, atol=eps, err_msg=path)
+
+
+@pytest.mark.parametrize('name', PHASES)
+def test_vmap_over_seeds_equals_the_loop_over_seeds_bit_for_bit(name):
+  seeds = range(3)
+  stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+  together, _ = jax.jit(jax.vmap(functools.partial(cases.scanned, CASES[name].make, watch=False)))(
+      stack([cases.start(name, s) for s in seeds]), stack([cases.gradients(name, seed=s) for s in seeds]))
+  for s in seeds:
+    cases.assert_same(jax.tree.map(lambda x, s=s: x[s], together), cases.run(name, s)[0])
+
+
+SPECS = {'attention': {'out': {'kernel': P(None, None, 'model'), 'bias': P('model')}},
+         'stack': {'kernel': P(None, None, 'model'), 'bias': P(None, 'model')},
+         'norm': {'scale': P(None)}, 'embed': {'embedding': P(None, None)}}
+
+
+@pytest.mark.parametrize('name, kind', [(name, AxisType.Explicit) for name in PHASES if name != 'dense'] + [
+    (name, AxisType.Auto) for name in ('asp-phases', 'sdgf_geometric-phases', 'st3-phases')])
+def test_eight_devices_keep_the_parameters_sharding_and_bits(name, kind):
+  """Columns over four devices, all of it twice: masks and master lie as their parameter does, from `init` on."""
+  mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(kind,) * 2)
+  shard = lambda tree: jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS))
+  params = shard(cases.random(0))
+  with jax.set_mesh(mesh):
+    tx = CASES[name].make()
+    state = jax.jit(tx.init)(params)
+    assert_lie_alike(params, state)
+    update = jax.jit(functools.partial(cases.step, tx), donate_argnums=(0, 1))
+    for t in range(STEPS):
+      before = jax.tree.map(np.array, params)
+      params, state = update(params, state, shard(cases.gradients(name, t)))
+    assert_lie_alike(params, state)
+  (_, expected), _ = cases.run(name)
+  cases.assert_same(jax.tree.map(np.asarray, state), expected)
+  cases.assert_at_the_point(before, params, sparsejax.project(params, state))
+
+
+def assert_lie_alike(params, state):
+  lies = {path: w.sharding for path, w in cases.by_path(params).items()}
+  for path, spec in cases.by_path(SPECS).items():
+    assert tuple(lies[path].spec) + (None,) * (len(spec) - len(lies[path].spec)) == tuple(spec), path
+  for tree in (state.masks, state.master):
+    for path, x in cases.by_path(tree).items():
+      assert x.sharding.is_equivalent_to(lies[path], x.ndim), f'{path}: {x.sharding}'
+
+
+def test_through_orbax_and_on_bit_for_bit(tmp_path):
+  """All recipes in one checkpoint, in the middle of their schedules; the restored state is not compiled for again."""
+  saved, middle = {}, STEPS // 2
+  for name in PHASES:
+    params = cases.random(0)
+    saved[name] = cases.stepped(name, params, CASES[name].make().init(params), range(middle))
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'checkpoint', saved)
+  blank = {name: (cases.random(0), jax.eval_shape(CASES[name].make().init, cases.random(0))) for name in PHASES}
+  with ocp.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(tmp_path / 'checkpoint', blank)
+  for name in PHASES:
+    assert_goes_on(name, *restored[name])
+
+
+@every_recipe
+def test_through_pickle_and_on_bit_for_bit(name):
+  params = cases.random(0)
+  half = cases.stepped(name, params, CASES[name].make().init(params), range(STEPS // 2))
+  assert_goes_on(name, *pickle.loads(pickle.dumps(jax.tree.map(np.asarray, half))))
+
+
+def assert_goes_on(name, params, state):
+  again = cases.stepped(name, *jax.tree.map(jnp.array, (params, state)), range(STEPS // 2, STEPS))
+  cases.assert_same(again, cases.run(name)[0])
+  assert len(cases.stepper(name)[1]) == 1, 'compiled again'
+
+
+@every_recipe
+def test_memory_is_one_master_of_the_sparse_leaves_and_a_byte_a_weight(name):
+  params = cases.random(0)
+  state = jax.eval_shape(CASES[name].make().init, params)
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  weights = sum(w.size for path, w in cases.by_path(params).items() if path in CONTRACTED)
+  assert size(state) - size(state.inner) <= weights * (4 + 1) + 16
+  (inner,) = (jax.eval_shape(optax.sgd(0.3, momentum=0.5).init, params),)
+  assert [x.shape for x in jax.tree.leaves(inner)] == [x.shape for x in jax.tree.leaves(state.inner)]
+  if CASES[name].recipe == 'asp':
+    assert size(state) - size(state.inner) <= weights + 16
+
+
+@every_recipe
+def test_dense_leaves_go_exactly_where_the_optimizer_alone_takes_them(name):
+  (alone, _), _ = alone_run()
+  for path, w in cases.by_path(cases.run(name)[0][0]).items():
+    if path not in CONTRACTED or CASES[name].recipe == 'dense':
+      np.testing.assert_array_equal(w, cases.by_path(alone)[path], err_msg=path)
+
+
+@functools.cache
+def alone_run():
+  """The inner optimizer without any recipe."""
+  tx, params = optax.sgd(0.3, momentum=0.5), cases.random(0)
+  body = lambda carry, grads: (cases.step(tx, *carry, grads), None)
+  return jax.tree.map(np.asarray, jax.jit(
+      lambda p, grads: jax.lax.scan(body, (p, tx.init(p)), grads))(params, cases.random(1, (STEPS,))))

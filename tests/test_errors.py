@@ -1,0 +1,260 @@
+"""Refusals: each names the function, the place, what was found there, and the way out or the valid names."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sparsejax
+from sparsejax import NM, Unstructured, allocation, errors, flows, recipes, schedules, scores, transforms, trees
+from sparsejax.patterns import parse
+from sparsejax.types import Axes
+
+PARAMS = {'fc': {'kernel': jnp.ones((16, 8)), 'bias': jnp.ones((8,))}, 'head': {'kernel': jnp.ones((24, 4))}}
+SGD = optax.sgd(0.1)
+from_config = functools.partial(recipes.from_config, SGD, total_steps=10)
+
+
+def start(tx, params=PARAMS):
+  return tx.init(params)
+
+
+def update(tx, state=None, grads=PARAMS, params=PARAMS):
+  return tx.update(grads, start(tx) if state is None else state, params)
+
+
+def doubled(params):
+  return jax.tree.map(lambda w: jnp.concatenate([w, w]), params)
+
+
+def without(params, *path):
+  (key, *rest) = path
+  return {k: v for k, v in params.items() if k != key} if not rest else params | {key: without(params[key], *rest)}
+
+
+ARRAYS = recipes.sr_ste(SGD, decay=jnp.float32(0.1))  # a coefficient that cannot be compared, so not part of a state
+
+# What is done, and all that the answer says, in this order.
+REFUSALS = {
+    # Patterns and the shapes that carry them.
+    'm does not divide': (
+        lambda: start(recipes.ste(SGD), {'fc': {'kernel': jnp.ones((18, 8))}}),
+        ["'fc/kernel' of shape (18, 8)", '2:4', '4 divides', 'axes (0,)', '18', 'Leave the leaf dense', 'all_but',
+         'an m that divides it (say 3)', 'pad the axis to 20']),
+    'm does not divide a prime': (
+        lambda: start(recipes.ste(SGD), {'k': jnp.ones((7, 3))}),
+        ["'k' of shape (7, 3)", 'Leave the leaf dense (trees.all_but), or pad the axis to 8.']),
+    'm does not divide the channels of a first convolution': (
+        lambda: start(recipes.ste(SGD, NM(1, 4)), {'conv': {'kernel': jnp.ones((3, 3, 3, 8))}}),
+        ["'conv/kernel' of shape (3, 3, 3, 8)", 'axes (2,)', 'have 3', 'pad the axis to 4']),
+    'm does not divide heads times head_dim': (
+        lambda: start(recipes.ste(SGD, NM(1, 8)), {'out': {'kernel': jnp.ones((3, 4, 8))}}),
+        ["'out/kernel' of shape (3, 4, 8)", 'axes (0, 1)', 'have 12', 'pad the axis to 16']),
+    'm does not divide at the first stage': (
+        lambda: start(recipes.sdgf_geometric(SGD, total_steps=9)),
+        ["'fc/kernel' of shape (16, 8)", '16:32', '32 divides', 'pad the axis to 32']),
+    'm does not divide backwards': (
+        lambda: recipes.bdwp_backward(PARAMS, start(recipes.bdwp(SGD))),
+        ['bdwp_backward', "'head/kernel' of shape (24, 4)", '2:8', 'axes (1,)', 'have 4']),
+    'n above m': (lambda: NM(5, 4), ['NM', '5:4 keeps 5 of 4', 'n must be from 0 to m']),
+    'n above m in a config': (lambda: from_config({'name': 'ste', 'pattern': '9:8'}), ['NM', '9:8', 'from 0 to m']),
+    'n is a fraction': (lambda: NM(0.5, 4), ['NM', 'whole number, not 0.5', 'Unstructured']),
+    'm is too large': (lambda: NM(1, 2000), ['NM', 'from 1 to 1024, not 2000']),
+    'm is zero': (lambda: NM(0, 0), ['NM', 'from 1 to 1024, not 0']),
+    'sparsity above one': (lambda: Unstructured(1.5), ['Unstructured', 'fraction of zeros', 'from 0 to 1', '1.5']),
+    'no sparsity': (lambda: start(recipes.ste(SGD, Unstructured())),
+                    ["'fc/kernel' of shape (16, 8)", 'Unstructured() has no sparsity', '`sparsity=`']),
+    'no pattern': (lambda: recipes.ste(SGD, (2, 4)), ['patterns.parse', "'(2, 4)'", '2:4', 'N:M', 'unstructured']),
+    'unknown pattern': (lambda: parse('2-4'), ['patterns.parse', "'2-4'", "Did you mean '2:4'?", 'Valid: 1:8']),
+    'a rank without contraction': (
+        lambda: start(recipes.ste(SGD, where=trees.named('fc/bias'))),
+        ["'fc/bias' of shape (8,)", 'no axis is contracted', 'leave the leaf out of `where`']),
+    # Where.
+    'where picks nothing': (
+        lambda: start(recipes.ste(SGD, where=trees.named('mlp/*/kernel'))),
+        ['`where` picks no parameter', "'fc/bias', 'fc/kernel', 'head/kernel'", "trees.named('tail/of/path')"]),
+    'no matrices': (lambda: start(recipes.ste(SGD), {'scale': jnp.ones(8)}), ['`where` picks no parameter', "'scale'"]),
+    'where picks integers': (
+        lambda: start(recipes.ste(SGD, where=lambda *_: True), {'codes': jnp.ones((4, 4), jnp.int8)}),
+        ["'codes' of shape (4, 4)", 'int8 is not floating', 'leave it out of `where`']),
+    'where is a glob': (lambda: start(recipes.ste(SGD, where='fc/*')), ["'fc/*'", "trees.named('fc/*')"]),
+    'where is no prefix': (
+        lambda: start(recipes.ste(SGD, where={'fc': True})), ['`where`', 'no prefix of the parameters']),
+    'report picks nothing': (lambda: sparsejax.report(PARAMS, where=trees.named('x')), ['report', "'fc/kernel'"]),
+    'a glob matches nothing': (
+        lambda: start(recipes.ste(SGD, {'fd/*': NM(2, 4), '**': NM(1, 4)})),
+        ["unknown path in `pattern` 'fd/*'", 'Valid: fc/kernel, head/kernel']),
+    'a leaf that no glob covers': (
+        lambda: start(recipes.ste(SGD, {'fc/*': NM(2, 4)})), ["`pattern` says nothing about 'head/kernel'", "'**'"]),
+    'a share that nobody gives': (
+        lambda: allocation.custom({'fc/*': 0.5})({'fc/kernel': None, 'head/kernel': None}, 0.5),
+        ['allocation.custom', "'head/kernel'", "'**'"]),
+    # Axes.
+    'axes of another leaf': (
+        lambda: start(recipes.ste(SGD, where=trees.matrices, axes={'fc/kernel': Axes((0,), (1,))})),
+        ["'head/kernel' of shape (24, 4)", "is none of 'fc/kernel'", 'Trace a program that uses it', '`where`']),
+    'axes of another shape': (
+        lambda: start(recipes.ste(SGD, axes={'fc/kernel': Axes((0,), (1, 2))})),
+        ["'fc/kernel' of shape (16, 8)", 'of another shape', 'trace again']),
+    'axes of no leaf': (lambda: start(recipes.ste(SGD, axes={'x': Axes((0,), (1,))})), ['`where` picks no parameter']),
+    'axes that differ in two places': (
+        lambda: start(recipes.ste(SGD, axes=sparsejax.contractions(
+            lambda p, x: x @ p['tied'] @ p['tied'].T, {'tied': PARAMS['fc']['kernel']}, jnp.ones((2, 16)))),
+            {'tied': PARAMS['fc']['kernel']}),
+        ["'tied' of shape (16, 8)", 'one mask cannot follow both', 'Leave it dense', 'axes=']),
+    # Phases and schedules.
+    'fine-tuning without an end': (
+        lambda: recipes.ste(SGD, fine_tune_steps=5), ['fine_tune_steps counts from the end', 'pass total_steps=']),
+    'phases that overlap': (
+        lambda: recipes.mdgf(SGD, dense_steps=5, fine_tune_steps=6, total_steps=10),
+        ['dense_steps (5)', 'fine_tune_steps (6)', 'total_steps (10)']),
+    'a phase below zero': (lambda: recipes.asp(SGD, dense_steps=-1), ['dense_steps (-1)', 'count updates']),
+    'stages without an end': (lambda: recipes.sdgf_stepwise(SGD), ['sdgf', 'pass total_steps=']),
+    'geometric stages without an end': (lambda: recipes.sdgf_geometric(SGD), ['sdgf', 'pass total_steps=']),
+    'more stages than updates': (
+        lambda: start(recipes.sdgf_stepwise(SGD, NM(1, 8), total_steps=5, fine_tune_steps=3)),
+        ['sdgf', '4 stages (7:8, 4:8, 2:8, 1:8)', '2 updates', 'raise total_steps']),
+    'k is no power of two': (lambda: start(recipes.sdgf_geometric(SGD, k=3, total_steps=9)),
+                             ['sdgf_geometric', 'power of two, not 3']),
+    'stages of no N:M': (lambda: start(recipes.sdgf_stepwise(SGD, Unstructured(0.5), total_steps=9)),
+                         ['sdgf', 'N:M patterns, not unstructured 0.5']),
+    'a ramp without an end': (lambda: recipes.st3(SGD), ['st3', 'total_steps= or ramp_steps=']),
+    'a ramp of no updates': (
+        lambda: recipes.st3(SGD, total_steps=5, dense_steps=2, fine_tune_steps=3),
+        ['st3', 'over 0 updates', 'between the dense and the fine-tune phase', 'raise total_steps']),
+    'a sparsity that is none': (lambda: recipes.st3(SGD, 90, total_steps=5), ['st3', 'sparsity 90', 'from 0 to 1']),
+    'a decay that is a number': (
+        lambda: recipes.mdgf(SGD, decay=0.5), ['mdgf', '`decay` is a schedule', '0.5', 'linear(']),
+    'a gradient that is not known': (
+        lambda: recipes.mdgf(SGD, gradient='scale'), ["'scale'", "Did you mean 'scaled'?", 'Valid: scaled, straight']),
+    'an end before the beginning': (
+        lambda: schedules.linear(begin=5, end=5), ['schedules.linear', '`end` (5) must come after `begin` (5)']),
+    'a rate and a half-life': (
+        lambda: schedules.exponential(1.0, half_life=2),
+        ['schedules.exponential', 'exactly one of `rate`', 'half_life']),
+    'never': (lambda: schedules.every(0), ['schedules.every', 'at least 1, not 0']),
+    # Signals that a score misses.
+    'no gradient yet': (
+        lambda: start(transforms.sparsify(SGD, flows.hard(), transforms.leafwise('2:4', score=scores.gradient))),
+        ['scores.gradient', 'gradient of this leaf', 'magnitude or random']),
+    'no key': (lambda: start(transforms.sparsify(SGD, flows.hard(), transforms.leafwise('2:4', score=scores.random))),
+               ['scores.random', 'PRNG key', 'key=jax.random.key(seed)']),
+    # Configurations.
+    'unknown recipe': (
+        lambda: from_config({'name': 'mdfg'}),
+        ['recipes.from_config', "unknown recipe 'mdfg'", "Did you mean 'mdgf'", *sorted(recipes.TABLE)]),
+    'no recipe': (lambda: from_config({'pattern': '2:4'}), ['recipes.from_config', 'unknown recipe None', 'asp, bdwp']),
+    'unknown key': (
+        lambda: from_config({'name': 'sr_ste', 'dacay': 0.1}),
+        ['from_config', "'sr_ste'", "'dacay'", "Did you mean 'decay'", *sorted(recipes.arguments(recipes.sr_ste))]),
+    'a key of another recipe': (
+        lambda: from_config({'name': 'ste', 'decay': 0.1}), ["'ste'", "'decay'", 'Valid: axes, dense_steps']),
+    'unknown schedule': (lambda: from_config({'name': 'mdgf', 'decay': {'name': 'liner', 'end': 5}}),
+                         ['schedules.named', "'liner'", "Did you mean 'linear'", 'constant, cosine']),
+    'unknown argument of a schedule': (
+        lambda: from_config({'name': 'mdgf', 'decay': {'name': 'linear', 'stop': 5}}),
+        ['schedules.named', "'linear'", "'stop'", 'begin, end']),
+    'a schedule without a name': (
+        lambda: from_config({'name': 'mdgf', 'decay': {'end': 5}}), ['mdgf', "{'name': 'linear'"]),
+    'half an update': (lambda: from_config({'name': 'ste', 'dense_steps': 2.5}), ['dense_steps=2.5', 'fraction']),
+    'a number in words': (
+        lambda: from_config({'name': 'ste', 'dense_steps': '10%'}), ["dense_steps='10%'", 'fraction']),
+    'globs that match nothing': (lambda: start(from_config({'name': 'ste', 'where': ['mlp/*']})), ['`where` picks no']),
+    # Parameters, gradients and states that do not belong together.
+    'no parameters': (
+        lambda: recipes.ste(SGD).update(PARAMS, start(recipes.ste(SGD))),
+        ['update needs the parameters', 'tx.update(grads, state, params)']),
+    'parameters of another shape': (
+        lambda: update(recipes.ste(SGD), start(recipes.ste(SGD)), doubled(PARAMS), doubled(PARAMS)),
+        ["'fc/kernel' of shape (32, 8)", 'does not belong', '(16, 8)', 'tx.init(params)']),
+    'parameters of another model': (
+        lambda: update(recipes.ste(SGD), start(recipes.ste(SGD)), {'x': PARAMS['fc']}, {'x': PARAMS['fc']}),
+        ["'x/kernel' of shape (16, 8)", 'does not belong', 'not sparse', 'tx.init(params)']),
+    'another choice of leaves': (
+        lambda: update(recipes.ste(SGD, where=trees.named('fc/kernel')), start(recipes.ste(SGD))),
+        ["'head/kernel'", '(not sparse)', 'does not belong', '(24, 4)', 'tx.init(params)']),
+    'a dense leaf that is gone': (
+        lambda: update(recipes.ste(SGD), start(recipes.ste(SGD)), *[without(PARAMS, 'fc', 'bias')] * 2),
+        ['not of one structure', "differ in 'fc/bias'", 'tx.init(params)']),
+    'gradients of another structure': (
+        lambda: update(recipes.ste(SGD), grads=without(PARAMS, 'head')),
+        ['gradients', 'not of one structure', "differ in 'head/kernel'"]),
+    'gradients of another shape': (
+        lambda: update(recipes.ste(SGD), grads=jax.tree.map(lambda g: g[:1], PARAMS)),
+        ["'fc/kernel' of shape (16, 8)", 'its gradient has shape (1, 8)']),
+    'a state of the optimizer alone': (
+        lambda: update(recipes.ste(SGD), SGD.init(PARAMS)), ['the state is a tuple', 'SparseState', 'tx.init(params)']),
+    'a state of a recipe without a master': (
+        lambda: update(recipes.ste(SGD), start(recipes.asp(SGD))), ['no dense master', 'another', 'tx.init(params)']),
+    'a state of a recipe with a master': (
+        lambda: update(recipes.asp(SGD), start(recipes.ste(SGD))), ['a dense master', 'another', 'tx.init(params)']),
+    'a state of the baseline': (
+        lambda: update(recipes.ste(SGD), start(recipes.dense(SGD))), ["'fc/kernel'", 'not sparse', 'tx.init(params)']),
+    'the point of parameters of another shape': (
+        lambda: sparsejax.project(doubled(PARAMS), start(recipes.ste(SGD))),
+        ["'fc/kernel' of shape (32, 8)", 'mask of shape (16, 8)', 'tx.init(params)']),
+    'the point of other parameters': (
+        lambda: sparsejax.project(without(PARAMS, 'head'), start(recipes.ste(SGD))),
+        ["mask of 'head/kernel'", 'not among the parameters', "'fc/bias', 'fc/kernel'"]),
+    'the masks of other parameters': (
+        lambda: sparsejax.masks(without(PARAMS, 'head'), start(recipes.ste(SGD))),
+        ["mask of 'head/kernel'", 'not among the parameters', "'fc/bias', 'fc/kernel'", 'tx.init(params)']),
+    'the report of other parameters': (
+        lambda: sparsejax.check(doubled(PARAMS), start(recipes.ste(SGD))), ["'fc/kernel' of shape (32, 8)", '(16, 8)']),
+    'the point of an ensemble': (
+        lambda: sparsejax.project(*[jax.vmap(f)(jax.tree.map(lambda w: w[None], PARAMS))
+                                    for f in (lambda p: p, recipes.ste(SGD).init)]), ['made under jax.vmap']),
+    'the point of coefficients that are arrays': (
+        lambda: sparsejax.project(PARAMS, start(ARRAYS)), ['sparsejax.project', 'arrays', 'give numbers to the rec']),
+    'no recipe in the state': (
+        lambda: sparsejax.masks(PARAMS, SGD.init(PARAMS)),
+        ['no SparseState', 'Wrap the optimizer in a recipe', 'sr_ste']),
+}
+
+
+@pytest.mark.parametrize('what', REFUSALS)
+def test_a_refusal_names_the_place_and_the_remedy(what):
+  do, says = REFUSALS[what]
+  with pytest.raises(ValueError) as refusal:
+    do()
+  text, at = str(refusal.value), 0
+  for part in says:
+    assert part in text[at:], f'{part!r} is not in {text[at:]!r}'
+    at = text.index(part, at) + len(part)
+  assert text[0] not in ' \n' and '<function' not in text and len(text) < 700
+
+
+def test_nothing_is_refused_later_than_at_trace_time():
+  """Under `jit` the same refusal comes before anything runs."""
+  tx = recipes.ste(SGD)
+  with pytest.raises(ValueError, match=r"'fc/kernel' of shape \(18, 8\): 2:4 needs"):
+    jax.eval_shape(tx.init, {'fc': {'kernel': jnp.ones((18, 8))}})
+  with pytest.raises(ValueError, match='does not belong'):
+    jax.jit(tx.update).lower(doubled(PARAMS), start(tx), doubled(PARAMS))
+
+
+@pytest.mark.parametrize('name', recipes.TABLE)
+def test_every_recipe_answers_unknown_keys_and_leaves_it_cannot_carry(name):
+  valid = recipes.arguments(recipes.TABLE[name])
+  with pytest.raises(ValueError, match=f"recipes.from_config: unknown key of recipe '{name}': 'wehre'"):
+    from_config({'name': name, 'wehre': 1})
+  if 'where' in valid:
+    with pytest.raises(ValueError, match='`where` picks no parameter'):
+      start(from_config({'name': name, 'where': 'nowhere'}))
+  if 'pattern' in valid:
+    with pytest.raises(ValueError, match=r"'kernel' of shape \(7, 4\)"):
+      start(from_config({'name': name, 'pattern': '2:4'}), {'kernel': jnp.ones((7, 4))})
+  if 'total_steps' in valid:
+    with pytest.raises(ValueError, match='total_steps'):
+      from_config({'name': name, 'dense_steps': 6, 'fine_tune_steps': 6})
+
+
+def test_names_are_offered_closest_first_and_long_lists_are_cut():
+  text = str(errors.unknown('f', 'thing', 'mdfg', ['sr_ste', 'mdgf', 'ste']))
+  assert text == "f: unknown thing 'mdfg'. Did you mean 'mdgf'? Valid: mdgf, sr_ste, ste."
+  assert str(errors.unknown('f', 'thing', 'x', [])) == "f: unknown thing 'x'. Valid: none."
+  assert errors.some(map(str, range(14))) == ', '.join(f"'{i}'" for i in range(12)) + ', and 2 more'
+  assert str(errors.at_leaf('f', 'a/b', np.ones((2, 3)).shape, 'no.')) == "f: parameter 'a/b' of shape (2, 3): no."

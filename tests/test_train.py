@@ -1,0 +1,261 @@
+"""The experiment loop at toy size: the main job from end to end, what it refuses, and what it survives."""
+
+import csv
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparsejax
+from experiments import configs, models, outcomes, records, runs, train
+from sparsejax import formats, io
+
+pytestmark = pytest.mark.usefixtures('standard_promotion')
+
+DEMO = pathlib.Path(__file__).parent.parent / 'experiments/configs/n_m/demo_vit_digits.py'
+TOY = ('steps=8', 'seeds=(0, 7)', 'batch_size=8', 'model.width=16', 'model.depth=1', 'model.heads=2', 'model.patch=4',
+       'measure_every=2', 'validate_every=4', 'checkpoint_every=2')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Where the data are, and, because the same programs are compiled again and again, JAX's cache of them."""
+  folder = tmp_path_factory.mktemp('train')
+  before = {name: getattr(jax.config, name) for name in CACHE}
+  for name, value in CACHE.items():
+    jax.config.update(name, str(folder / 'cache') if value is None else value)
+  yield folder
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+CACHE = {'jax_compilation_cache_dir': None, 'jax_persistent_cache_min_compile_time_secs': 0.0,
+         'jax_persistent_cache_min_entry_size_bytes': -1}
+
+
+def call(folder, workdir, *changes, config=DEMO, toy=TOY):
+  """Runs the command and returns its exit status."""
+  overrides = [f'data.data_dir={folder / "data"}', *toy, *changes]
+  return train.main(['--config', str(config), '--workdir', str(workdir), *(x for o in overrides for x in ('--set', o))])
+
+
+@pytest.fixture(scope='module')
+def demo(folder):
+  """The workdir of the whole main job, run once."""
+  with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
+    assert call(folder, folder / 'demo') == 0
+  return folder / 'demo'
+
+
+@pytest.fixture
+def unfinished(demo, tmp_path):
+  """A copy of the job in which SR-STE has come to step 6 of 8."""
+  shutil.copytree(demo, tmp_path / 'copy')
+  (tmp_path / 'copy/SR-STE' / outcomes.FILE).unlink()
+  shutil.rmtree(tmp_path / 'copy/SR-STE/checkpoints/8')
+  return tmp_path / 'copy'
+
+
+def bits(checkpoint):
+  return [np.asarray(leaf).tobytes() for item in ('params', 'opt_state')
+          for leaf in jax.tree.leaves(io.read(checkpoint, item))]
+
+
+# The main job.
+
+
+def test_main_job_leaves_everything_that_it_promises(demo):
+  results = json.loads((demo / 'results.json').read_text())
+  names = [row['run'] for row in results['rows']]
+  assert names == ['dense', 'SR-STE', 'MdGf-Linear']  # as written, not as sorted
+  assert [row['run'] for row in csv.DictReader((demo / 'results.csv').open())] == names
+  assert all(f'| {name} |' in (demo / 'results.md').read_text() for name in names)
+  assert (demo / 'results.png').read_bytes()[:4] == b'\x89PNG'
+  dense, sr_ste, mdgf = results['rows']
+  assert dense['asked'] is None and dense['training_flops'] == pytest.approx(1, abs=1e-3)
+  for row in (sr_ste, mdgf):
+    assert row['asked'] == row['achieved'] == 0.875
+    assert row['inference_flops'] < row['training_flops'] < 1
+  assert mdgf['training_flops'] > sr_ste['training_flops']  # a fading mask is dense
+  environment = results['outcomes'][0]['environment']
+  assert environment['platform'] == 'cpu' and environment['jax'] == jax.__version__ and environment['cpus'] > 0
+
+
+@pytest.mark.parametrize('run', ['dense', 'SR-STE', 'MdGf-Linear'])
+def test_metrics_of_a_run(demo, run):
+  lines = list(records.read(demo / run))
+  assert [line['step'] for line in lines] == [2, 4, 6, 8]
+  assert [line['step'] for line in lines if 'valid_accuracy' in line] == [4, 8]
+  sparse = run != 'dense'
+  for line in lines:
+    assert all(len(line[key]) == 2 for key in ('loss', 'accuracy', 'sparsity', 'flips', 'noise_kept', 'noise_pruned'))
+    assert 0 < line['learning_rate'] <= 1e-2
+    assert (line['noise_pruned'][0] is not None) == sparse  # JSON has no NaN
+  assert (lines[-1]['sparsity'][0] == pytest.approx(0.875)) == sparse
+  assert any((demo / run).glob('events.out.tfevents.*'))
+
+
+@pytest.mark.parametrize('run', ['SR-STE', 'MdGf-Linear'])
+def test_packed_file_is_small_and_sparse_and_predicts_the_same_bits(demo, run):
+  held = io.read(demo / run / 'checkpoints/8', 'params')
+  packed = io.load(demo / run / 'packed.safetensors')
+  kernels = lambda tree: [tree['block_0']['mlp'][name]['kernel'] for name in ('fc1', 'fc2')]
+  assert formats.nbytes(kernels(packed)) < 0.2 * formats.nbytes(kernels(held))
+  unpacked = formats.unpack(packed)
+  sparsejax.check(unpacked, pattern=sparsejax.NM(1, 8), where=sparsejax.trees.named('mlp/*/kernel'))
+  model = models.make('vit', 10, patch=4, width=16, depth=1, heads=2)
+  images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
+  logits = lambda params: jax.vmap(lambda p: model.apply({'params': p}, images))(jax.tree.map(jnp.asarray, params))
+  assert np.asarray(logits(held)).tobytes() == np.asarray(logits(unpacked)).tobytes()
+
+
+def test_all_runs_start_from_the_same_weights_and_each_seed_has_its_own_order(folder):
+  config = configs.load(DEMO, [f'data.data_dir={folder / "data"}', *TOY])
+  setup = runs.prepare(config)
+  starts = [run.start() for run in runs.build(setup, {name: folder for name in configs.runs(config)}).values()]
+  dense, *others = [start.params['block_0']['attention'] for start in starts]
+  for other in others:
+    jax.tree.map(np.testing.assert_array_equal, dense, other)
+  assert (starts[1].params['block_0']['mlp']['fc1']['kernel'] == 0).mean() == 0.875  # sparse before the first step
+  first, second = runs.batch(setup, 5)['inputs']
+  assert not np.array_equal(first, second)
+  np.testing.assert_array_equal(second, setup.data[1].train[5]['inputs'])
+
+
+def test_a_finished_job_prints_its_results_again(folder, demo, monkeypatch, capsys):
+  monkeypatch.setattr(train, 'prepare', None)  # nothing is left to prepare for
+  before = (demo / 'results.json').read_bytes()
+  assert call(folder, demo) == 0
+  out = capsys.readouterr().out
+  assert 'MdGf-Linear' in out and '87.50%' in out and 'results.png' in out
+  assert (demo / 'results.json').read_bytes() == before
+
+
+def test_dense_alone(folder, tmp_path):
+  assert call(folder, tmp_path, "recipes={'only': {'name': 'dense'}}", 'seeds=(0,)') == 0
+  row, = json.loads((tmp_path / 'results.json').read_text())['rows']
+  assert row['asked'] is None and row['accuracy_ci95'] is None and (tmp_path / 'results.png').exists()
+
+
+def test_other_predictions_of_the_packed_file_are_refused(folder, unfinished, monkeypatch, capsys):
+  unpack = formats.unpack
+  monkeypatch.setattr(formats, 'unpack', lambda tree: jax.tree.map(lambda x: np.nextafter(x, 9), unpack(tree)))
+  assert call(folder, unfinished) == 2
+  assert 'SR-STE: the predictions of' in capsys.readouterr().err
+
+
+# What it survives.
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(folder, demo, unfinished, capsys):
+  shutil.copytree(demo / 'SR-STE/checkpoints/8', unfinished / 'SR-STE/checkpoints/8')
+  for file in (unfinished / 'SR-STE/checkpoints/8/params').rglob('d/*'):
+    file.write_bytes(file.read_bytes()[:-100])
+  assert call(folder, unfinished) == 0
+  out = capsys.readouterr().out
+  assert 'checkpoint of step 8' in out and 'is damaged' in out and 'SR-STE: resumed at step 6' in out
+  assert bits(unfinished / 'SR-STE/checkpoints/8') == bits(demo / 'SR-STE/checkpoints/8')
+  assert (unfinished / 'SR-STE/damaged/8').is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(folder, unfinished, capsys):
+  before = bits(unfinished / 'SR-STE/checkpoints/6')
+  assert call(folder, unfinished, 'optimizer.learning_rate=1e38') == 2
+  captured = capsys.readouterr()
+  assert 'Not as the last time: optimizer.learning_rate' in captured.out
+  assert re.match('error: SR-STE: loss or parameters of seed [07] are not finite at step [78];', captured.err)
+  assert captured.err.count('\n') == 1 and 'of step 6, is kept' in captured.err
+  assert [path.name for path in (unfinished / 'SR-STE/checkpoints').iterdir()] == ['6']
+  assert bits(unfinished / 'SR-STE/checkpoints/6') == before
+
+
+def test_a_full_disk_stops_and_keeps_the_last_good_checkpoint(folder, unfinished, monkeypatch, capsys):
+  before = bits(unfinished / 'SR-STE/checkpoints/6')
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+  assert call(folder, unfinished) == 2
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1 and 'no room for the checkpoint of step 8' in err and '1,000 are free' in err
+  assert bits(unfinished / 'SR-STE/checkpoints/6') == before
+
+
+# What it refuses, in one line and with status 2.
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    ('model.width=32', ["block_0/attention/key/bias'", '(2, 2, 16)', '[2, 2, 8]', 'another --workdir']),
+    ('seeds=(0, 8)', ['seeds [0, 7]', 'another --workdir']),
+    ('seeds=(0, 7, 8)', ['(3,', 'another --workdir']),
+    ('steps=5', ['step 8', '5 steps', 'another --workdir']),
+    ("recipes.SR-STE={'name': 'asp', 'pattern': '1:8', 'where': ['mlp/*/kernel']}", ['opt_state/', 'other --workdir']),
+])
+def test_a_checkpoint_of_another_configuration(folder, unfinished, change, words, capsys):
+  before = bits(unfinished / 'SR-STE/checkpoints/6')
+  assert call(folder, unfinished, change) == 2
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1 and all(word in err for word in words), err
+  assert bits(unfinished / 'SR-STE/checkpoints/6') == before
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    ('optimzer.lr=1', ["'optimzer'", "'optimizer'"]),
+    ('optimizer.lr=1', ["'optimizer.lr'", 'optimizer.learning_rate']),
+    ('batchsize=8', ["'batchsize'", "'batch_size'"]),
+    ('data.nam=digits', ["'data.nam'", "'data.name'"]),
+    ('data.name=digit', ["'digit'", "'digits'"]),
+    ('model.depht=2', ["'depht'", "'depth'"]),
+    ('model.name=vitt', ["'vitt'", "'vit'"]),
+    ('optimizer.name=adamW', ["'adamW'", "'adamw'"]),
+    ('optimizer.options.b_2=0.9', ["'b_2'", "'b2'"]),
+    ('optimizer.decay=cosin', ["'cosin'", "'cosine'"]),
+    ('recipes.SR-STE.patern=1:8', ["'patern'", "'pattern'"]),
+    ('recipes.SR-STE.pattern=1:7', ["'block_0/mlp/fc1/kernel'", '1:7', 'pad']),
+    ("recipes.SR-STE.where=['mpl/*']", ['mlp/fc1/kernel']),
+    ('recipes.SR-STE.name=srste', ["'srste'", "'sr_ste'"]),
+    ("recipes={'a/b': {'name': 'dense'}}", ["'a/b'", 'directory']),
+    ('steps=many', ['steps=many', 'number']),
+    ('steps=0', ['steps=0', 'at least 1']),
+    ('seeds=3', ['seeds=3', 'tuple']),
+    ('seeds=(1, 1)', ['seeds', 'different']),
+    ('seeds=(1, -1)', ['seeds', 'whole numbers']),
+    ('steps', ['key=value']),
+])
+def test_a_change_that_makes_no_sense(folder, tmp_path, change, words, capsys):
+  assert call(folder, tmp_path, change) == 2
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1 and all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(('text', 'words'), [
+    (None, ['no file', 'experiments/configs']),
+    ('get_confg = dict', ['get_config']),
+    ('from experiments.configs import default\ndef get_config():\n  return {**default.get_config(), "sede": (1,)}',
+     ["'sede'", "'seeds'"]),
+])
+def test_a_config_file_that_is_none(folder, tmp_path, text, words, capsys):
+  path = tmp_path / 'config.py'
+  if text is not None:
+    path.write_text(text)
+  assert call(folder, tmp_path / 'run', config=path, toy=()) == 2
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1 and all(word in err for word in words), err
+
+
+def test_what_a_config_file_leaves_out_is_as_in_the_default(tmp_path):
+  path = tmp_path / 'config.py'
+  path.write_text('def get_config():\n  return {"steps": 7, "data": {"name": "mnist"}, "optimizer": {"clip": None}}')
+  config, known = configs.load(path), configs.default.get_config()
+  assert config.steps == 7 and config.optimizer.clip is None and config.data.name == 'mnist'
+  assert config.optimizer.decay == known.optimizer.decay and config.seeds == known.seeds
+  assert config.is_locked
+
+
+def test_a_workdir_that_cannot_be_written(folder, tmp_path, capsys):
+  (tmp_path / 'file').write_text('')  # not a matter of permissions: the superuser has them all
+  assert call(folder, tmp_path / 'file' / 'run') == 2
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1 and str(tmp_path / 'file') in err
