@@ -15,6 +15,7 @@ from sparsejax import (
   recipes,
   schedules,
   scores,
+  states,
   tracing,
   transforms,
   trees,
@@ -23,11 +24,11 @@ from sparsejax import (
 )
 from sparsejax.patterns import NM, Unstructured
 from sparsejax.reports import Report, check, report
+from sparsejax.states import SparseState, apply_masks, masks, project
 from sparsejax.tracing import contractions
-from sparsejax.transforms import SparseState, masks, project
 
 __all__ = [
-  'NM', 'Report', 'SparseState', 'Unstructured', 'allocation', 'check', 'contractions', 'flows', 'formats', 'io',
-  'masks', 'metrics', 'patterns', 'project', 'ranking', 'recipes', 'report', 'schedules', 'scores', 'tracing',
-  'transforms', 'trees', 'types', 'updates',
+  'NM', 'Report', 'SparseState', 'Unstructured', 'allocation', 'apply_masks', 'check', 'contractions', 'flows',
+  'formats', 'io', 'masks', 'metrics', 'patterns', 'project', 'ranking', 'recipes', 'report', 'schedules', 'scores',
+  'states', 'tracing', 'transforms', 'trees', 'types', 'updates',
 ]

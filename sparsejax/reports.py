@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import transforms, trees
+from sparsejax import states, trees
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
@@ -112,20 +112,20 @@ def check(
 def _of_state(params: PyTree, opt_state: Any) -> Report:
   paths, leaves, _ = trees.flatten(params)
   held = dict(zip(paths, leaves))
-  states = transforms.find(opt_state)
-  extra = jax.tree.leaves(states[0].step)[0].ndim  # the axes of a vmap around init and update
-  project = transforms.project
+  found = states.find(opt_state)
+  extra = jax.tree.leaves(found[0].step)[0].ndim  # the axes of a vmap around init and update
+  project = states.project
   for _ in range(extra):
     project = jax.vmap(project)
   names, points, _ = trees.flatten(project(params, opt_state))
   point = dict(zip(names, points))
   rows, notes, asked = [], [], []
-  for state in states:
+  for state, around in zip(found, states.surroundings(opt_state)):
     together = _together(state, held, point)
     for leaf in state.plan.leaves:
       at = Axes(*(tuple(a + extra for a in group) for group in leaf.axes[:4]), leaf.axes.source)
       at = at._replace(layer=(*range(extra), *at.layer))
-      row = _row_of(leaf, held[leaf.path], point[leaf.path], at)
+      row = _row_of(leaf, held[leaf.path], point[leaf.path], at, around)
       rows.append(row._replace(problem=row.problem or together))
       asked.append((row, leaf.sparsity if state.plan.sparsity is None else state.plan.sparsity))
       if rows[-1].problem and not jnp.any(jax.tree.leaves(state.step)[0]):
@@ -142,7 +142,7 @@ def _overall(asked: list[tuple[Row, float | None]]) -> float | None:
   return sum(n * sparsity for n, (_, sparsity) in zip(sizes, asked)) / sum(sizes)
 
 
-def _together(state: transforms.SparseState, held: Mapping[str, Array], point: Mapping[str, Array]) -> str:
+def _together(state: states.SparseState, held: Mapping[str, Array], point: Mapping[str, Array]) -> str:
   """Why the leaves of a state are not as sparse as was asked of all of them together; empty if they are."""
   if state.plan.sparsity is None:
     return ''
@@ -156,11 +156,12 @@ def _together(state: transforms.SparseState, held: Mapping[str, Array], point: M
   return f'{yet}{zeros(held) / size:.4f} of all of them together are zero, {state.plan.sparsity:.4f} asked'
 
 
-def _row_of(leaf: transforms.SparseLeaf, w: Array, point: Array, axes: Axes) -> Row:
+def _row_of(leaf: states.SparseLeaf, w: Array, point: Array, axes: Axes, around: str) -> Row:
   revived = int(jnp.sum((point == 0) & (w != 0), dtype=jnp.int32))
   if revived:
     problem = (f'{revived} pruned weights are not zero: something after the recipe changes its updates (make it the '
-               'outermost transform on its leaves), or these are not the parameters of this state')
+               f'outermost transform on its leaves{around and ", it is " + around}), or these are not the parameters of '
+               'this state (of an average of them: sparsejax.apply_masks)')
   else:
     problem = '' if leaf.pattern in (None, 'global') else _problem(w, leaf.pattern, leaf.sparsity, axes)
     if problem and bool(jnp.any(point != 0)) and _problem(point, leaf.pattern, leaf.sparsity, axes):

@@ -1,4 +1,4 @@
-"""The words as one optax transform around the user's optimizer, its state, and finding that state again.
+"""The words as one optax transform around the user's optimizer.
 
 The user's parameters are the sparse ones after every `optax.apply_updates`: a pruned weight's update is minus the
 weight. Flows that need dense weights behind the zeros keep them in the state as `master`; the gradient, taken at the
@@ -17,45 +17,11 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax import errors, flows, ranking, schedules, scores, trees, updates
 from sparsejax.patterns import Unstructured, parse
+from sparsejax.states import Plan, SparseLeaf, SparseState
 from sparsejax.types import Allocation, Array, Axes, Flow, Pattern, Predicate, PyTree, Schedule, Score, Signals
 
-
-@dataclasses.dataclass(frozen=True)
-class SparseLeaf:
-  """What was asked of one sparse parameter: static, compared by value."""
-
-  path: str
-  shape: tuple[int, ...]
-  axes: Axes
-  pattern: Any
-  sparsity: float | None
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What was asked of all of them. Lives in the state's treedef: it has no leaves, is never saved and never traced."""
-
-  leaves: tuple[SparseLeaf, ...] = ()
-  flow: Flow | None = None
-  sparsity: float | None = None  # asked of all leaves together, where no leaf has a share of its own
-
-
-class SparseState(NamedTuple):
-  """The memory of a sparse optimizer. Trees have the parameters' structure, `optax.MaskedNode` where nothing is kept.
-
-  `step`: `int32[]`, updates so far. `key`: PRNG key or `None`. `masks`: `bool` like the sparse parameters, of the
-  point that the user holds. `master`: dense weights behind it (none for fixed masks), float32 for narrower parameters.
-  `stats`: what the selection hands to the flow, one scalar a leaf or nothing. `inner`: the user's optimizer's state.
-  """
-
-  step: Array
-  key: Array | None
-  masks: PyTree
-  master: PyTree
-  stats: PyTree
-  inner: Any
-  plan: Plan
+SLOTS = ('kept', 'fresh')
+_LINE_SEARCHES = (optax.ScaleByLBFGSState, optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
 
 class Selection(NamedTuple):
@@ -144,6 +110,7 @@ def sparsify(
     dense_steps: int = 0,
     fine_tune_steps: int = 0,
     total_steps: int | None = None,
+    slots: str = 'kept',
     key: Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps `inner` so that the parameters it trains are sparse: the one transform behind every recipe.
@@ -154,11 +121,18 @@ def sparsify(
   `refresh`: when masks are chosen anew, a schedule of bools on the step from the end of the dense phase.
   `dense_steps`: nothing is pruned for so many updates. `fine_tune_steps`: in the last so many of `total_steps` the mask
     is fixed, only kept weights get gradients and the pruned ones are gone from the master too.
+  `slots`: what the optimizer remembers of a weight that returns: what it had (`'kept'`), or what `init` gives it
+    (`'fresh'`). A slot is an array in `inner`'s state whose path ends in the parameter's and that has its shape, so
+    that factored ones, which belong to a row or a column, stay as they are.
 
-  It has to be the outermost transform on its leaves: one that rescales its updates breaks the zeros (`check` finds it).
-  Raises `ValueError` at trace time for leaves that cannot carry the pattern and for parameters of another state.
+  Keyword arguments of `update` go to `inner`. It has to be the outermost transform on its leaves: one that rescales its
+  updates breaks the zeros (`check` finds and names it). Raises `ValueError` at trace time for leaves that cannot carry
+  the pattern, for parameters of another state, and for an `inner` that cannot be right: a line search across changes of
+  the mask, or one that calls a function of the parameters at a dense master.
   """
   freeze = _freeze_step(dense_steps, fine_tune_steps, total_steps)
+  if slots not in SLOTS:
+    raise errors.unknown('sparsejax', 'slots', slots, SLOTS)
   inner = optax.with_extra_args_support(inner)
   method, flow = flow, flow if freeze is None else flows.until(flow, freeze)
   always = freeze is None and dense_steps == 0 and refresh == schedules.every(1)
@@ -183,15 +157,20 @@ def sparsify(
     if dense_steps == 0:
       signals = tree.signals(jnp.zeros((), jnp.int32), stats, key=key)
       masks, stats = selection.select(tree.plan.leaves, weights, masks, signals)
+    inner_state = inner.init(tree.put(weights, params))
+    if flow.dense or not never:
+      _refuse_line_search(inner_state)
     return SparseState(
         step=jnp.zeros((), jnp.int32), key=key, masks=tree.put(masks), master=tree.put(weights if flow.dense else None),
-        stats=tree.put(stats), inner=inner.init(tree.put(weights, params)), plan=tree.plan)
+        stats=tree.put(stats), inner=inner_state, plan=tree.plan)
 
   def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
     if params is None:
       raise ValueError('sparsejax: update needs the parameters: tx.update(grads, state, params).')
     tree = _Leaves(params, where, axes, selection, flow)
     tree.check_belongs(state, grads)
+    if flow.dense:
+      _refuse_functions(extra)
     held, grad, masks, stats = (tree.pick(t) for t in (params, grads, state.masks, state.stats))
     weights = tree.pick(state.master) if flow.dense else held
     signals = tree.signals(state.step, stats, grad, state.key)
@@ -205,6 +184,9 @@ def sparsify(
     step = optax.safe_increment(state.step)
     masks, stats = choose(tree, weights, masks, stats, tree.signals(step, stats, grad, state.key))
     signals = tree.signals(step, stats)
+    if slots == 'fresh':
+      grown = [new & ~old for new, old in zip(masks, tree.pick(state.masks))]
+      inner_state = tree.refreshed(inner_state, inner.init(tree.put(weights, params)), grown)
     if freeze is not None and flow.dense:
       weights = [jnp.where(step == freeze, jnp.where(m, method.project(w, m, s), 0).astype(w.dtype), w)
                  for w, m, s in zip(weights, masks, signals)]
@@ -247,6 +229,11 @@ class _Leaves:
     picked = trees.select('sparsejax', where or _default_where(axes), params)
     self.index = [i for i, pick in enumerate(picked) if pick]
     arrays = {paths[i]: leaves[i] for i in self.index}
+    for path, leaf in arrays.items():
+      if leaf.dtype.itemsize < 2:
+        raise errors.at_leaf('sparsejax', path, leaf.shape, f'an update of dtype {leaf.dtype} cannot carry the step '
+                             'from one sparse point to the next. Keep the parameter in bfloat16 and cast it in the '
+                             'forward pass, or leave it out of `where`.')
     self.plan = selection.plan(arrays, {p: trees.axes_of('sparsejax', axes, p, w.shape) for p, w in arrays.items()})
     self.plan, self.keeps_master = dataclasses.replace(self.plan, flow=_static(flow)), flow.dense
 
@@ -268,6 +255,16 @@ class _Leaves:
     for i, value in zip(self.index, values or [trees.DENSE] * size):
       leaves[i] = value
     return self.treedef.unflatten(leaves)
+
+  def refreshed(self, inner_state: Any, fresh: Any, grown: Sequence[Array]) -> Any:
+    """`inner_state` with the slots of the `grown` weights as in `fresh`."""
+    names, leaves, treedef = trees.flatten(inner_state)
+    sparse = {self.paths[i]: mask for i, mask in zip(self.index, grown)}
+    for i, (name, new) in enumerate(zip(names, jax.tree.leaves(fresh))):
+      owner = max((path for path in self.paths if f'/{name}'.endswith(f'/{path}')), key=len, default=None)
+      if owner in sparse and sparse[owner].shape == new.shape:
+        leaves[i] = jnp.where(sparse[owner], new, leaves[i])
+    return treedef.unflatten(leaves)
 
   def signals(self, step: Array, stats: Sequence[Any], grads: Sequence[Any] | None = None, key=None) -> list[Signals]:
     """What the words may look at, one `Signals` for each sparse leaf."""
@@ -293,6 +290,26 @@ class _Leaves:
       if grad.shape != leaf.shape:
         raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its gradient has shape {grad.shape}; take it with '
                              'respect to these parameters.')
+
+
+def _refuse_line_search(inner_state: Any) -> None:
+  """Raises `ValueError` for an optimizer that compares the loss, or gradients, at points with different masks."""
+  is_search = lambda node: isinstance(node, _LINE_SEARCHES)
+  for node in jax.tree.leaves(inner_state, is_leaf=is_search):
+    if is_search(node):
+      raise ValueError(
+          f'sparsejax: the optimizer holds a {type(node).__name__}, a line search or its curvature, which compares '
+          'points along the dense weights, or across a change of the mask, where the model is not. Wrap it in a recipe '
+          'whose mask is fixed from the start (asp without dense_steps), or take a first-order optimizer.')
+
+
+def _refuse_functions(extra: Mapping[str, Any]) -> None:
+  """Raises `ValueError` for a function among the extra arguments: the optimizer would call it at the dense master."""
+  for name, value in extra.items():
+    if callable(value):
+      raise ValueError(
+          f'sparsejax: update got a function, {name}=, which the optimizer would call at the dense master, but the '
+          'model is at the sparse point. Use a recipe that keeps no master (asp), or an optimizer without it.')
 
 
 def _default_where(axes: Mapping[str, Axes] | None) -> Predicate:
@@ -332,82 +349,3 @@ def _static(flow: Flow) -> Flow | None:
   except TypeError:
     return None
   return flow
-
-
-def find(opt_state: Any) -> list[SparseState]:
-  """Every `SparseState` inside an optimizer state, however it was wrapped, chained or partitioned.
-
-  Raises `ValueError` if there is none.
-  """
-  is_state = lambda node: isinstance(node, SparseState)
-  found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-  if not found:
-    raise ValueError('sparsejax: no SparseState in this optimizer state. Wrap the optimizer in a recipe, as in '
-                     'sparsejax.recipes.sr_ste(optax.adamw(1e-3)), and pass the state that init or update returned.')
-  return found
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-  names, leaves, _ = trees.flatten(tree)
-  return dict(zip(names, leaves))
-
-
-def reproject(params: PyTree, opt_state: Any, point: Callable[[Array, SparseLeaf], Array]) -> PyTree:
-  """`point(weight, leaf)` in the place of every sparse leaf, from the dense master where the state keeps one."""
-  return _replace(params, opt_state, lambda state, leaf, w, mask, stats: point(w, leaf))
-
-
-def project(params: PyTree, opt_state: Any) -> PyTree:
-  """The sparse point of an optimizer state, in the parameters' structure and dtypes; dense leaves as they are.
-
-  Where the user's parameters are after each update; needed only before the first one. For a state made under
-  `jax.vmap`, call it under `jax.vmap` too. Raises `ValueError` if the state is not of these parameters.
-  """
-  def point(state: SparseState, leaf: SparseLeaf, w: Array, mask: Array, stats: Any) -> Array:
-    if state.plan.flow is None:
-      raise ValueError('sparsejax.project: the flow has coefficients that are arrays; give numbers to the recipe.')
-    signals = Signals(stats=stats, step=jax.tree.leaves(state.step)[0], axes=leaf.axes)
-    return state.plan.flow.project(w, mask, signals)
-
-  return _replace(params, opt_state, point)
-
-
-def _replace(params: PyTree, opt_state: Any, point: Callable[..., Array]) -> PyTree:
-  """`point(state, leaf, weight, mask, stats)` in the place of every sparse leaf, in that leaf's dtype."""
-  paths, leaves, treedef = trees.flatten(params)
-  place = {path: i for i, path in enumerate(paths)}
-  for state in find(opt_state):
-    if jax.tree.leaves(state.step)[0].ndim:
-      raise ValueError('sparsejax: this state was made under jax.vmap; call this under jax.vmap too.')
-    masks, masters, stats = _by_path(state.masks), _by_path(state.master), _by_path(state.stats)
-    for leaf in state.plan.leaves:
-      _refuse_unless_among(paths, leaf.path)
-      w, mask = leaves[place[leaf.path]], masks[leaf.path]
-      if mask.shape != w.shape:
-        raise errors.at_leaf('sparsejax', leaf.path, w.shape, f'the state holds a mask of shape {mask.shape}; make the '
-                             'state from these parameters: tx.init(params).')
-      new = point(state, leaf, masters.get(leaf.path, w), mask, stats.get(leaf.path))
-      leaves[place[leaf.path]] = new.astype(w.dtype)
-  return treedef.unflatten(leaves)
-
-
-def _refuse_unless_among(paths: Sequence[str], path: str) -> None:
-  if path not in paths:
-    raise ValueError(f'sparsejax: the state has a mask of {path!r}, which is not among the parameters '
-                     f'{errors.some(paths)}. Make the state from these parameters: tx.init(params).')
-
-
-def masks(params: PyTree, opt_state: Any) -> PyTree:
-  """The masks in the parameters' structure, `True` where kept; the scalar `True` for a leaf that is dense."""
-  found = {}
-  for state in find(opt_state):
-    found.update(_by_path(state.masks))
-  paths, _, treedef = trees.flatten(params)
-  for path in found:
-    _refuse_unless_among(paths, path)
-  return treedef.unflatten([found.get(path, jnp.ones((), bool)) for path in paths])
-
-
-def plans(opt_state: Any) -> list[Plan]:
-  """What was asked, for each `SparseState` in an optimizer state."""
-  return [state.plan for state in find(opt_state)]

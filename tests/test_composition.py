@@ -17,7 +17,7 @@ from flax import nnx
 from optax import contrib
 
 import sparsejax
-from sparsejax import recipes, transforms
+from sparsejax import recipes, states
 
 # Models and optimizers need JAX's ordinary promotion; that recipes do not is in test_conformance.
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -127,7 +127,7 @@ def test_two_recipes_on_two_parts():
   rows = {row.path: row for row in sparsejax.check(params, state).rows}
   assert {path: str(row.pattern) for path, row in rows.items()} == {'stack/kernel': '1:8', 'head/kernel': '2:4'}
   assert [rows[path].achieved for path in ('stack/kernel', 'head/kernel')] == [0.875, 0.5]
-  assert len(transforms.find(state)) == 2
+  assert len(states.find(state)) == 2
 
 
 @pytest.mark.parametrize('case', ['asp', 'sr_ste', 'mdgf-scaled-linear', 'st3'])
@@ -268,7 +268,7 @@ def test_matrices_of_a_transformer_are_sparse_and_nothing_else(traced):
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
   axes = sparsejax.contractions(model.apply, variables, tokens) if traced else None
   state = jax.eval_shape(recipes.ste(optax.sgd(0.1), axes=axes).init, variables)
-  found = {leaf.path: leaf.axes for leaf in transforms.plans(state)[0].leaves}
+  found = {leaf.path: leaf.axes for leaf in states.plans(state)[0].leaves}
   expected = {'params/conv/kernel': (1,), 'params/head/kernel': (0,)}
   expected |= {f'params/block/{path}': contracted for path, contracted in IN_A_BLOCK.items()}
   expected |= {f'params/blocks/{path}': tuple(a + 1 for a in contracted) for path, contracted in IN_A_BLOCK.items()}

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sparsejax
-from sparsejax import recipes, transforms, trees
+from sparsejax import recipes, states, trees
 
 every_case = pytest.mark.parametrize('name', CASES)
 every_recipe = pytest.mark.parametrize('name', BY_NAME)
@@ -34,7 +34,7 @@ def test_after_every_update_the_user_holds_the_sparse_point(name):
   start = cases.start(name)
   cases.assert_always_at_the_point(start, seen, points)
   assert [w.dtype for w in jax.tree.leaves(params)] == [w.dtype for w in jax.tree.leaves(start)]
-  assert {w.dtype for sparse in transforms.find(state) for w in jax.tree.leaves(sparse.master)} <= {np.dtype('float32')}
+  assert {w.dtype for sparse in states.find(state) for w in jax.tree.leaves(sparse.master)} <= {np.dtype('float32')}
 
 
 def unpacked(name):
@@ -45,7 +45,7 @@ def unpacked(name):
 @every_case
 def test_masks_keep_their_pattern_at_every_update_and_the_last_phase_is_exact(name):
   case, (params, state, seen, _, masks) = CASES[name], unpacked(name)
-  sparse = {leaf.path for plan in transforms.plans(state) for leaf in plan.leaves}
+  sparse = {leaf.path for plan in states.plans(state) for leaf in plan.leaves}
   assert sparse == ({*CONTRACTED} & {*cases.by_path(case.shapes)} if case.recipe != 'dense' else set())
   seen, masks = cases.by_path(seen), cases.by_path(masks)
   for path in masks.keys() - sparse:

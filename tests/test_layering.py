@@ -22,6 +22,7 @@ LAYERS = (
     ('ranking', 'groups'),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics'),
     ('formats',),
+    ('states',),
     ('transforms',),
     ('recipes', 'recipes.n_m'),
     ('reports',),

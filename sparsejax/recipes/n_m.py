@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from sparsejax import errors, flows, patterns, schedules, scores, transforms, updates
+from sparsejax import errors, flows, patterns, schedules, scores, states, transforms, updates
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Bound, Pattern, PyTree, Schedule
 
@@ -176,10 +176,10 @@ def geometric_stages(pattern: NM, k: int) -> tuple[NM, ...]:
 
 def bdwp_backward(params: PyTree, opt_state: Any) -> PyTree:
   """m_b W for `bdwp`: the weights of the input-gradient product, N:M along each leaf's output axes."""
-  return transforms.reproject(params, opt_state, _along_output)
+  return states.reproject(params, opt_state, _along_output)
 
 
-def _along_output(master: Array, leaf: transforms.SparseLeaf) -> Array:
+def _along_output(master: Array, leaf: states.SparseLeaf) -> Array:
   turned = leaf.axes._replace(contracted=leaf.axes.output, output=leaf.axes.contracted)
   if why := leaf.pattern.validate(leaf.shape, turned):
     raise errors.at_leaf('recipes.bdwp_backward', leaf.path, leaf.shape, why)
