@@ -22,13 +22,13 @@ from sparsejax import (
   types,
   updates,
 )
-from sparsejax.patterns import NM, Unstructured
+from sparsejax.patterns import NM, Block, Unstructured
 from sparsejax.reports import Report, check, report
 from sparsejax.states import SparseState, apply_masks, masks, project
 from sparsejax.tracing import contractions
 
 __all__ = [
-  'NM', 'Report', 'SparseState', 'Unstructured', 'allocation', 'apply_masks', 'check', 'contractions', 'flows',
-  'formats', 'io', 'masks', 'metrics', 'patterns', 'project', 'ranking', 'recipes', 'report', 'schedules', 'scores',
-  'states', 'tracing', 'transforms', 'trees', 'types', 'updates',
+  'NM', 'Block', 'Report', 'SparseState', 'Unstructured', 'allocation', 'apply_masks', 'check', 'contractions',
+  'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'project', 'ranking', 'recipes', 'report', 'schedules',
+  'scores', 'states', 'tracing', 'transforms', 'trees', 'types', 'updates',
 ]

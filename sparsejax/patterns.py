@@ -5,6 +5,8 @@ prints, so that it can be part of a configuration; the counting is `ranking`'s.
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +62,7 @@ class NM:
     return None
 
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
-    n = self.n if sparsity is None else _kept(sparsity, self.m)
+    n = self.n if sparsity is None else ranking.count(_kept(sparsity, self.m)).low
     contracted, sizes = axes.contracted, tuple(scores.shape[a] for a in axes.contracted)
     mask = ranking.top_n_in_groups(groups.merged(scores, contracted), n, self.m, min(contracted))
     return groups.unmerged(mask, contracted, sizes)
@@ -80,8 +82,7 @@ class Unstructured:
   static = True
 
   def __post_init__(self):
-    if self.sparsity is not None and not 0 <= self.sparsity <= 1:
-      raise ValueError(f'Unstructured: sparsity is the fraction of zeros, from 0 to 1, not {self.sparsity!r}.')
+    _check_share('Unstructured', self.sparsity)
 
   def __str__(self) -> str:
     return 'unstructured' if self.sparsity is None else f'unstructured {self.sparsity:g}'
@@ -91,6 +92,72 @@ class Unstructured:
 
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes | None = None) -> Array:
     return ranking.top_n(scores, _kept(self.sparsity if sparsity is None else sparsity, scores.size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """Blocks of `shape` (along the contraction, along the output) are zero: exactly `round(sparsity * blocks)` of a leaf.
+
+  Several contracted axes count as one, in the program's order, and so do several output axes. No block crosses a
+  spatial tap or a layer, but all blocks of the leaf compete. A block's score is the `float32` sum of its scores (of
+  magnitudes: the L1 norm), NaN if one of them is. NaN goes first, ties keep the lower index: by layer and tap, then
+  along the contraction, then along the output. Sharded leaves need no more than counts from each other where no block
+  crosses a shard; where one does, the order in which its sum is taken, and with it a near tie, may change.
+  """
+
+  shape: tuple[int, int]
+  sparsity: float | None = None
+  static = True
+
+  def __post_init__(self):
+    object.__setattr__(self, 'shape', tuple(self.shape))  # a list, from a configuration
+    if len(self.shape) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in self.shape):
+      raise ValueError('Block: shape is two whole numbers, weights along the contraction and along the output, as in '
+                       f'(128, 128), not {self.shape!r}.')
+    _check_share('Block', self.sparsity)
+
+  def __str__(self) -> str:
+    return '{}x{}'.format(*self.shape) + ('' if self.sparsity is None else f' {self.sparsity:g}')
+
+  def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if not axes.contracted or not axes.output:
+      return (f'{self} lies along contracted and output axes, and those are {axes.contracted} and {axes.output} '
+              f'({axes.source}); leave the leaf out of `where`.')
+    lengths = [math.prod(shape[a] for a in group) for group in (axes.contracted, axes.output)]
+    if not any(length % n for length, n in zip(lengths, self.shape)):
+      return None
+    fits = lambda length, n: max(d for d in range(1, n + 1) if length % d == 0)
+    smaller, padded = map(fits, lengths, self.shape), [-(-length // n) * n for length, n in zip(lengths, self.shape)]
+    return (f'{self} needs axes that {self.shape[0]} and {self.shape[1]} divide, and contracted {axes.contracted} and '
+            f'output {axes.output} ({axes.source}) have {lengths[0]} and {lengths[1]}. Leave the leaf dense '
+            f'(trees.all_but), use a block that divides it (say {"x".join(map(str, smaller))}), or pad the axes to '
+            f'{padded[0]} and {padded[1]}.')
+
+  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
+    blocks, restored = self._split(scores, axes)
+    sums = jnp.sum(blocks, (-3, -1), dtype=jnp.float32)
+    kept = ranking.top_n(sums, _kept(self.sparsity if sparsity is None else sparsity, sums.size))
+    return restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape))
+
+  def occupied(self, nonzero: Array, axes: Axes) -> Array:
+    """`bool`, which blocks hold a nonzero: layers and taps first, then blocks along contraction and output."""
+    return jnp.any(self._split(nonzero, axes)[0], (-3, -1))
+
+  def _split(self, w: Array, axes: Axes) -> tuple[Array, Callable[[Array], Array]]:
+    """`[..., K / k, k, O / o, o]`, layers and taps in front, and the way back from it."""
+    along = (*axes.contracted, *axes.output)
+    order = [*(a for a in range(w.ndim) if a not in along), *along]
+    moved = jnp.transpose(w, order)
+    front, inner, outer = np.split(moved.shape, [w.ndim - len(along), w.ndim - len(axes.output)])
+    # One axis after another: on a mesh with explicit axes no reshape may do more at once.
+    rows = moved.reshape(*front, *inner, math.prod(outer)).reshape(*front, math.prod(inner), math.prod(outer))
+    blocks = groups.split(groups.split(rows, self.shape[1], rows.ndim - 1), self.shape[0], rows.ndim - 2)
+
+    def restored(blocks: Array) -> Array:
+      rows = groups.joined(groups.joined(blocks, blocks.ndim - 1), blocks.ndim - 3)
+      return jnp.transpose(rows.reshape(*front, *inner, math.prod(outer)).reshape(moved.shape), np.argsort(order))
+
+    return blocks, restored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +180,30 @@ class Staged:
     return lax.switch(self.index, branches, scores)
 
 
+def _check_share(name: str, sparsity: float | None) -> None:
+  if sparsity is not None and not 0 <= sparsity <= 1:
+    raise ValueError(f'{name}: sparsity is the fraction of zeros, from 0 to 1, not {sparsity!r}.')
+
+
 def _kept(sparsity: Any, size: int) -> Any:
-  """How many of `size` are kept: all but `sparsity * size`, rounded half to even. A Python int for a number."""
+  """How many of `size` are kept: all but `sparsity * size`, rounded half to even. A Python int for a number.
+
+  A traced sparsity is a `float32`, and so is the product: above 2^24 weights the `ranking.Count` may be off by up to
+  `size / 2^23`. All are kept at 0 and none at 1.
+  """
+  if sparsity is None:
+    raise ValueError('patterns: how many weights are kept? Give a sparsity, as in Unstructured(0.9).')
   if isinstance(sparsity, (int, float, np.floating, np.integer)):
     return size - round(float(sparsity) * size)
-  return size - jnp.round(jnp.asarray(sparsity, jnp.float32) * size).astype(jnp.int32)
+  share = jnp.asarray(sparsity, jnp.float32)
+  kept = ranking.minus(ranking.count(size), ranking.count(jnp.round(share * np.float32(size))))
+  return ranking.Count(*(jnp.where(share < 1, word, 0) for word in kept))
 
 
 def parse(text: Any) -> Any:
-  """`'2:4'` is `NM(2, 4)`, `'unstructured'` is `Unstructured()`; a pattern is itself; a dict of them, each for itself.
+  """`'2:4'` is `NM(2, 4)`, `'128x128'` is `Block((128, 128))`, `'unstructured'` is `Unstructured()`.
 
+  A pattern is itself; a dict of them, each for itself.
   Raises `ValueError` for anything else.
   """
   if isinstance(text, Mapping):
@@ -130,9 +211,11 @@ def parse(text: Any) -> Any:
   if callable(text):
     return text
   text = str(text)
+  if block := re.fullmatch(r'\s*(\d+)\s*x\s*(\d+)\s*', text):
+    return Block((int(block[1]), int(block[2])))
   n, colon, m = text.partition(':')
   if colon and n.strip().isdigit() and m.strip().isdigit():
     return NM(int(n), int(m))
   if text.strip().lower() == 'unstructured':
     return Unstructured()
-  raise errors.unknown('patterns.parse', 'pattern', text, ['2:4', '1:8', 'N:M', 'unstructured'])
+  raise errors.unknown('patterns.parse', 'pattern', text, ['2:4', '1:8', 'N:M', '128x128', 'unstructured'])

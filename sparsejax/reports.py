@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import states, trees
-from sparsejax.patterns import NM
+from sparsejax.patterns import NM, Block
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
 _COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
@@ -181,8 +181,9 @@ def _problem(w: Array, pattern: Pattern, asked: float | None, axes: Axes) -> str
       return (f'{bad} of {excess.size} groups keep more than {pattern.n} of {pattern.m}, '
               f'the first, {first}, keeps {int(excess[first]) + pattern.n}')
     return ''
-  kept, allowed = int(jnp.sum(w != 0, dtype=jnp.int32)), w.size - round((asked or 0) * w.size)
-  return f'{kept} weights are kept, {allowed} asked' if kept > allowed else ''
+  units, what = (pattern.occupied(w != 0, axes), 'blocks') if isinstance(pattern, Block) else (w != 0, 'weights')
+  kept, allowed = int(jnp.sum(units, dtype=jnp.int32)), units.size - round((asked or 0) * units.size)
+  return f'{kept} {what} are kept, {allowed} asked' if kept > allowed else ''
 
 
 def _tightest(w: Array, axes: Axes) -> NM | None:

@@ -16,7 +16,7 @@ import optax
 
 from sparsejax import allocation as allocations
 from sparsejax import errors, flows, ranking, schedules, scores, trees, updates
-from sparsejax.patterns import Unstructured, parse
+from sparsejax.patterns import parse
 from sparsejax.states import Plan, SparseLeaf, SparseState
 from sparsejax.types import Allocation, Array, Axes, Flow, Pattern, Predicate, PyTree, Schedule, Score, Signals
 
@@ -54,8 +54,8 @@ def leafwise(
     asked = dict.fromkeys(arrays) if sparsity is None else allocation(arrays, sparsity)
     leaves = []
     for (path, leaf), own in zip(arrays.items(), patterns):
-      if asked[path] is None and own == Unstructured():
-        raise errors.at_leaf('sparsejax', path, leaf.shape, 'Unstructured() has no sparsity; pass `sparsity=`.')
+      if asked[path] is None and own.static and own.sparsity is None:
+        raise errors.at_leaf('sparsejax', path, leaf.shape, f'{own} has no sparsity; pass `sparsity=`.')
       on_the_way = progression(own)(0) if progression else own
       if why := on_the_way.validate(leaf.shape, axes[path]) or own.validate(leaf.shape, axes[path]):
         raise errors.at_leaf('sparsejax', path, leaf.shape, why)

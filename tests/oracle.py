@@ -22,3 +22,21 @@ def n_of_m(scores, n, m, contracted):
   moved = np.moveaxis(s, contracted, last)
   mask = best(moved.reshape(-1, m), n)
   return np.moveaxis(mask.reshape(moved.shape), last, contracted)
+
+
+def blocks(scores, kept, shape, axes):
+  """Mask of the `kept` blocks of `shape`, along (contraction, output), with the largest sums, in the whole leaf."""
+  s = np.asarray(scores, np.float64)
+  index = np.indices(s.shape)
+  along = [np.zeros(s.shape, int) for _ in range(3)]  # layers and taps, contraction, output: each as one axis
+  rest = [a for a in range(s.ndim) if a not in (*axes.contracted, *axes.output)]
+  for i, group in enumerate((rest, axes.contracted, axes.output)):
+    for a in group:
+      along[i] = along[i] * s.shape[a] + index[a]
+  lengths = [int(place.max()) + 1 for place in along]
+  across = lengths[2] // shape[1]
+  number = (along[0] * (lengths[1] // shape[0]) + along[1] // shape[0]) * across + along[2] // shape[1]
+  sums = np.zeros(s.size // (shape[0] * shape[1]))
+  with np.errstate(invalid='ignore'):
+    np.add.at(sums, number, s)
+  return best(sums, kept)[number]

@@ -22,8 +22,8 @@ def start(tx, params=PARAMS):
   return tx.init(params)
 
 
-def update(tx, state=None, grads=PARAMS, params=PARAMS):
-  return tx.update(grads, start(tx) if state is None else state, params)
+def update(tx, state=None, grads=PARAMS, params=PARAMS, **extra):
+  return tx.update(grads, start(tx) if state is None else state, params, **extra)
 
 
 def doubled(params):
@@ -66,9 +66,9 @@ REFUSALS = {
     'm is zero': (lambda: NM(0, 0), ['NM', 'from 1 to 1024, not 0']),
     'sparsity above one': (lambda: Unstructured(1.5), ['Unstructured', 'fraction of zeros', 'from 0 to 1', '1.5']),
     'no sparsity': (lambda: start(recipes.ste(SGD, Unstructured())),
-                    ["'fc/kernel' of shape (16, 8)", 'Unstructured() has no sparsity', '`sparsity=`']),
+                    ["'fc/kernel' of shape (16, 8)", 'unstructured has no sparsity', '`sparsity=`']),
     'no pattern': (lambda: recipes.ste(SGD, (2, 4)), ['patterns.parse', "'(2, 4)'", '2:4', 'N:M', 'unstructured']),
-    'unknown pattern': (lambda: parse('2-4'), ['patterns.parse', "'2-4'", "Did you mean '2:4'?", 'Valid: 1:8']),
+    'unknown pattern': (lambda: parse('2-4'), ['patterns.parse', "'2-4'", "Did you mean '2:4'?", 'Valid: 128x128, 1:8']),
     'a rank without contraction': (
         lambda: start(recipes.ste(SGD, where=trees.named('fc/bias'))),
         ["'fc/bias' of shape (8,)", 'no axis is contracted', 'leave the leaf out of `where`']),
@@ -77,6 +77,21 @@ REFUSALS = {
         lambda: start(recipes.ste(SGD, where=trees.named('mlp/*/kernel'))),
         ['`where` picks no parameter', "'fc/bias', 'fc/kernel', 'head/kernel'", "trees.named('tail/of/path')"]),
     'no matrices': (lambda: start(recipes.ste(SGD), {'scale': jnp.ones(8)}), ['`where` picks no parameter', "'scale'"]),
+    'where picks eight-bit floats': (
+        lambda: start(recipes.ste(SGD), {'kernel': jnp.ones((4, 4), jnp.float8_e4m3fn)}),
+        ["'kernel' of shape (4, 4)", 'dtype float8_e4m3fn', 'bfloat16', 'cast it', 'leave it out of `where`']),
+    'unknown slots': (lambda: recipes.ste(SGD, slots='zero'), ["unknown slots 'zero'", 'Valid: fresh, kept']),
+    'L-BFGS behind a master': (
+        lambda: start(recipes.ste(optax.lbfgs())),
+        ['ScaleByLBFGSState', 'line search', 'change of the mask', 'asp without dense_steps', 'first-order']),
+    'L-BFGS across a change of the mask': (
+        lambda: start(recipes.asp(optax.lbfgs(), dense_steps=3)), ['ScaleByLBFGSState', 'asp without dense_steps']),
+    'a line search across a change of the mask': (
+        lambda: start(recipes.asp(optax.chain(SGD, optax.scale_by_backtracking_linesearch(3)), dense_steps=3)),
+        ['ScaleByBacktrackingLinesearchState', 'asp without dense_steps']),
+    'a function of the parameters behind a master': (
+        lambda: update(recipes.ste(optax.contrib.sophia(0.1)), obj_fn=lambda params: 0.0),
+        ['obj_fn=', 'dense master', 'asp']),
     'where picks integers': (
         lambda: start(recipes.ste(SGD, where=lambda *_: True), {'codes': jnp.ones((4, 4), jnp.int8)}),
         ["'codes' of shape (4, 4)", 'int8 is not floating', 'leave it out of `where`']),

@@ -6,13 +6,17 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from sparsejax import patterns
-from sparsejax.patterns import NM, Staged, Unstructured
+import sparsejax
+from sparsejax import patterns, ranking
+from sparsejax.patterns import NM, Block, Staged, Unstructured
 from sparsejax.types import Axes
 
 LAW = hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
@@ -125,6 +129,117 @@ def test_sparsity_may_be_given_bound_or_traced():
     np.testing.assert_array_equal(mask, one_of_four)
 
 
+SIZES = st.integers(1, 2**40) | st.sampled_from([1, 10, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**33])
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(SIZES, st.floats(0, 1, width=32))
+def test_counts_of_any_leaf_are_exact_and_those_of_a_traced_share_as_exact_as_promised(size, share):
+  kept = patterns._kept(share, size)
+  assert kept == size - round(share * size) and patterns._kept(np.float32(share), size) == kept
+  traced = patterns._kept(jnp.float32(share), size)
+  off = abs(int(traced.high) * 2**31 + int(traced.low) - kept)
+  assert off <= size / 2**23 if size > 2**24 else off <= 1
+  for end in (0, 1):
+    assert ranking.count(size - size * end) == patterns._kept(jnp.float32(end), size)
+
+
+# Block shapes that divide the layouts which have an output, as one contraction and one output each.
+BLOCKS = {
+    'Dense [in, out]': (4, 5), 'Equinox [out, in]': (3, 1), 'query [in, heads, head_dim]': (2, 3),
+    'attention out [heads, head_dim, out]': (3, 5), 'the same, flattened head_dim first': (4, 1),
+    'contracted axes apart [in, out, in]': (6, 5), 'contracted axes apart, last first': (4, 1), 'HWIO': (4, 5),
+    'OIHW': (2, 5), 'scanned Dense [layer, in, out]': (6, 1),
+    'scanned attention out [layer, heads, head_dim, out]': (6, 5),
+}
+# Sums of these are exact, in any order.
+QUARTERS = st.integers(-9, 9).map(lambda n: n / 4) | st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0])
+
+
+@functools.lru_cache
+def blocks_of(layout):
+  """`(scores, sparsities) -> masks` of one layout, with the sparsity traced."""
+  pattern, axes = Block(BLOCKS[layout]), LAYOUTS[layout][1]
+  return jax.jit(jax.vmap(lambda scores, sparsity: pattern(scores, sparsity, axes), (None, 0)))
+
+
+@pytest.mark.parametrize('layout', BLOCKS)
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_blocks_lie_along_contraction_and_output(layout, data):
+  (shape, axes, _), block = LAYOUTS[layout], BLOCKS[layout]
+  assert Block(block).validate(shape, axes) is None
+  scores = data.draw(hnp.arrays(np.float32, shape, elements=QUARTERS.filter(lambda s: not 0 < abs(s) < 0.25)))
+  count = scores.size // (block[0] * block[1])
+  kept = np.linspace(0, count, 7).astype(int)
+  for n, mask in zip(kept, blocks_of(layout)(scores, np.float32(1 - kept / count))):
+    np.testing.assert_array_equal(mask, oracle.blocks(scores, n, block, axes), err_msg=f'{n} of {count}')
+    np.testing.assert_array_equal(np.sum(mask), n * block[0] * block[1])
+
+
+@pytest.mark.parametrize('layout', BLOCKS)
+def test_occupied_blocks_are_those_that_are_kept(layout):
+  (shape, axes, _), block = LAYOUTS[layout], BLOCKS[layout]
+  scores = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  mask = blocks_of(layout)(scores, np.linspace(0, 1, 7).astype(np.float32))[3]
+  occupied = Block(block).occupied(mask, axes)
+  count = mask.size // (block[0] * block[1])
+  assert occupied.size == count and occupied.sum() == count - round(count / 2)
+
+
+def test_a_block_sums_narrow_scores_in_float32_and_counts_its_own_sparsity():
+  scores = jnp.concatenate([jnp.full((512, 4), 1.0), jnp.full((512, 4), 1.01)], 1).astype(jnp.bfloat16)
+  mask = jax.jit(Block((512, 4), 0.5))(scores)
+  np.testing.assert_array_equal(mask, np.arange(8)[None] >= np.full((512, 1), 4))
+  five = jnp.arange(10.0).reshape(5, 2)
+  assert [int(Block((1, 2), share)(five).sum()) for share in (0.0, 0.1, 0.3, 0.5, 1.0)] == [10, 10, 6, 6, 0]
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('shape, spec, axes', [
+    ((64, 24), P('rows', 'columns'), Axes((0,), (1,))),
+    ((3, 16, 4, 6), P(None, 'rows', 'columns'), Axes((1,), (2, 3), layer=(0,))),
+    ((8, 2, 4, 6), P('rows', None, 'columns'), Axes((0, 1), (2, 3)))])
+def test_sharded_blocks_are_the_same_bits_and_share_nothing_but_counts(kind, shape, spec, axes):
+  """The blocks of 4 x 6 lie within the shards, of 16 x 12, of 4 x 12 and of 4 x 12 again."""
+  mesh = jax.make_mesh((4, 2), ('rows', 'columns'), axis_types=(kind,) * 2)
+  scores = jax.random.normal(jax.random.key(1), shape)
+  held = jax.device_put(scores, NamedSharding(mesh, spec))
+  select = lambda s: Block((4, 6), 0.7)(s, None, axes)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(select).lower(held).compile()
+    mask = compiled(held)
+  text = compiled.as_text()
+  assert 'all-reduce(' in text
+  assert not any(f' {name}(' in text for name in ('all-gather', 'all-to-all', 'collective-permute', 'reduce-scatter'))
+  assert mask.sharding.is_equivalent_to(held.sharding, len(shape))
+  np.testing.assert_array_equal(mask, jax.jit(select)(scores))
+
+
+def test_blocks_are_the_same_bits_eager_compiled_and_under_vmap():
+  stack = jax.random.normal(jax.random.key(2), (2, 64, 24))
+  select = Block((4, 6), 0.7)
+  eager = np.stack([select(s) for s in stack])
+  np.testing.assert_array_equal(jax.jit(jax.vmap(select))(stack), eager)
+  np.testing.assert_array_equal([jax.jit(select)(s) for s in stack], eager)
+
+
+def test_a_recipe_trains_blocks_and_the_report_counts_them():
+  """Two of five blocks: no whole number of weights would be half of them."""
+  params = {'kernel': jax.random.normal(jax.random.key(0), (10, 4))}
+  tx = sparsejax.recipes.ste(optax.sgd(0.1), Block((2, 4), 0.5))
+  state = tx.init(params)
+  for seed in (1, 2):
+    updates, state = jax.jit(tx.update)({'kernel': jax.random.normal(jax.random.key(seed), (10, 4))}, state, params)
+    params = optax.apply_updates(params, updates)
+  assert sparsejax.check(params, state).achieved == pytest.approx(0.4)
+  sparsejax.check(params, pattern=Block((2, 4), 0.5))
+  with pytest.raises(ValueError, match='3 blocks are kept, 2 asked'):
+    sparsejax.check(params, pattern=Block((2, 4), 0.6))
+  with pytest.raises(ValueError, match="'kernel' of shape .10, 4.: 2x4 has no sparsity; pass `sparsity=`"):
+    sparsejax.recipes.ste(optax.sgd(0.1), '2x4').init(params)
+
+
 def test_a_stage_is_its_pattern_and_only_one_runs():
   scores, axes = jax.random.normal(jax.random.key(0), (32, 3)), Axes((0,), (1,))
   stages = (NM(8, 32), NM(4, 16), NM(2, 8), NM(1, 4))
@@ -145,11 +260,13 @@ def test_patterns_are_values():
   traced = NM(jnp.int32(2), 8)
   assert traced.sparsity is None and not traced.static and str(traced) == 'n:8'
   assert NM(np.int64(2), 4).sparsity == 0.5
+  assert Block([4, 8], 0.5) == Block((4, 8), 0.5) != Block((4, 8)) and len({Block((4, 8)), Block([4, 8])}) == 1
+  assert [str(p) for p in (Block((4, 8)), Block((4, 8), 0.9))] == ['4x8', '4x8 0.9'] and Block((1, 1)).static
 
 
 @pytest.mark.parametrize('text, pattern', [
     ('2:4', NM(2, 4)), (' 1 : 8 ', NM(1, 8)), ('unstructured', Unstructured()), ('Unstructured', Unstructured()),
-    (NM(1, 2), NM(1, 2))])
+    (NM(1, 2), NM(1, 2)), ('128x128', Block((128, 128))), (' 32 x 8 ', Block((32, 8)))])
 def test_patterns_are_read_from_text(text, pattern):
   assert patterns.parse(text) == pattern
 
@@ -166,7 +283,14 @@ REFUSED = [
     (lambda: Unstructured(1.5), 'sparsity is the fraction of zeros, from 0 to 1, not 1.5'),
     (lambda: Unstructured(-0.1), 'not -0.1'),
     (lambda: Unstructured(90), 'not 90'),
-    (lambda: patterns.parse('2:'), r"unknown pattern '2:'.* Did you mean '2:4'.* Valid: 1:8, 2:4, N:M, unstructured"),
+    (lambda: patterns.parse('2:'), r"unknown pattern '2:'.* Did you mean '2:4'.* Valid: 128x128, 1:8, 2:4, N:M, unstr"),
+    (lambda: patterns.parse('bitmask'), "unknown pattern 'bitmask'"),
+    (lambda: patterns.parse('128*128'), "Did you mean '128x128'"),
+    (lambda: patterns.parse('0x4'), r'Block: shape is two whole numbers.* as in \(128, 128\), not \(0, 4\)'),
+    (lambda: Block((4, 4, 4)), r'not \(4, 4, 4\)'),
+    (lambda: Block((4, 4.0)), r'not \(4, 4.0\)'),
+    (lambda: Block((4, 4), 4), 'Block: sparsity is the fraction of zeros, from 0 to 1, not 4'),
+    (lambda: Block((4, 4))(jnp.ones((4, 4))), 'how many weights are kept. Give a sparsity'),
     (lambda: patterns.parse('unstructed'), "Did you mean 'unstructured'"),
     (lambda: patterns.parse('5:4'), 'NM: 5:4 keeps 5 of 4'),
 ]
@@ -183,6 +307,10 @@ def test_refusals_say_what_is_wrong_and_what_is_right(make, message):
     (NM(1, 8), (3, 4, 8), Axes((0, 1), (2,), source='traced'), ['axes (0, 1) (traced) have 12', 'to 16', '(say 6)']),
     (NM(2, 4), (7, 8), Axes((0,), (1,)), ['have 7', 'pad the axis to 8.']),  # nothing but 1 divides 7: none is proposed
     (NM(2, 4), (8,), Axes((), (0,)), ['no axis is contracted', '2:4', 'leave the leaf out of `where`']),
+    (Block((8, 8)), (12, 20), Axes((0,), (1,)), [
+        '8x8', 'contracted (0,) and output (1,) (convention) have 12 and 20', 'all_but', '(say 6x5)', 'to 16 and 24']),
+    (Block((4, 8), 0.5), (3, 4, 20), Axes((0, 1), (2,)), ['4x8 0.5', 'have 12 and 20', '(say 4x5)', 'to 12 and 24']),
+    (Block((2, 2)), (8,), Axes((0,), ()), ['2x2', 'those are (0,) and ()', 'leave the leaf out of `where`']),
 ])
 def test_validate_says_why_and_the_way_out(pattern, shape, axes, words):
   why = pattern.validate(shape, axes)

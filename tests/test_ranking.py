@@ -1,6 +1,9 @@
 """Exact-count selection against a numpy oracle that sorts: counts, ties, NaN, dtypes, and every way to run it."""
 
+import contextlib
 import functools
+import math
+import re
 
 import hypothesis
 import jax
@@ -34,15 +37,17 @@ def collectives(compiled):
   return [name for name in COLLECTIVES if name in compiled.as_text()]
 
 
+def most_moved(compiled):
+  """The number of elements that the largest result of a collective has."""
+  results = re.findall(rf'= (.*?) (?:{"|".join(COLLECTIVES)})(?:-start)?\(', compiled.as_text())
+  shapes = [dimensions for result in results for dimensions in re.findall(r'\w+\[([\d,]*)\]', result)]
+  return max(math.prod(int(n) for n in dimensions.split(',') if n) for dimensions in shapes)
+
+
 @functools.lru_cache
 def chosen_in_groups(m, axis):
   """`(scores, counts) -> masks`, compiled once for each shape; the counts are traced."""
   return jax.jit(jax.vmap(lambda scores, n: ranking.top_n_in_groups(scores, n, m, axis), (None, 0)))
-
-
-@functools.lru_cache
-def chosen_of_leaf():
-  return jax.jit(jax.vmap(ranking.top_n, (None, 0)))
 
 
 quantile = jax.jit(ranking.quantile)
@@ -62,11 +67,16 @@ def test_every_count_of_a_group_is_exact_and_the_right_ones(m, axis):
     np.testing.assert_array_equal(mask, oracle.n_of_m(scores, n, m, (axis,)), err_msg=f'{n}:{m}')
 
 
-def scores_of(*shapes):
-  """A shape among `shapes` and scores of it, in one of the dtypes, with no more ties than the dtype makes."""
+def scores_in(shape, dtype):
+  """Scores with no more ties than the dtype makes."""
   elements = st.sampled_from(AWKWARD) | st.floats(-8, 8, width=16)
-  arrays = st.sampled_from(shapes).flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=elements))
-  return st.tuples(arrays, st.sampled_from(DTYPES)).map(lambda drawn: jnp.asarray(drawn[0]).astype(drawn[1]))
+  return hnp.arrays(np.float32, shape, elements=elements).map(lambda drawn: jnp.asarray(drawn).astype(dtype))
+
+
+def scores_of(*shapes):
+  """A shape among `shapes` and scores of it, in one of the dtypes."""
+  kinds = st.tuples(st.sampled_from(shapes), st.sampled_from(DTYPES))
+  return kinds.flatmap(lambda kind: scores_in(*kind))
 
 
 @LAW
@@ -78,11 +88,90 @@ def test_groups_equal_the_oracle_for_any_scores_and_dtype(scores, group):
     np.testing.assert_array_equal(mask, oracle.n_of_m(scores, n, m, (axis,)))
 
 
+# (shapes and dtypes of the leaves, the way): one leaf or several, of one dtype or of several, counted either way.
+# Words of three bits carry after 15 elements: leaves are counted in slabs, and leaves together in several sums.
+LEAVES = {
+    'one': ([((41,), jnp.float32)], 'as it is'),
+    'one, as on one CPU': ([((3, 2, 4), jnp.float16)], 'one reduction'),
+    'one, in small words': ([((9, 2, 4), jnp.float32)], 'small words'),
+    'several of two bytes': ([(shape, jnp.bfloat16) for shape in ((3, 4), (2, 1, 5), (1,))], 'one reduction'),
+    'a scalar, none, and dtypes mixed': (
+        [((7,), jnp.float32), ((), jnp.bfloat16), ((0, 3), jnp.float16), ((2, 3), jnp.float16)], 'as it is'),
+    'several, in small words': ([((5, 7), jnp.float32), ((13,), jnp.float32), ((2, 2), jnp.float32)], 'small words'),
+}
+WAYS = {'as it is': {}, 'one reduction': {'_one_cpu': lambda: True}, 'small words': {'_WORD': 3}}
+
+
+@contextlib.contextmanager
+def counting(way):
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in WAYS[way].items():
+      patch.setattr(ranking, name, value)
+    yield
+
+
+@functools.lru_cache
+def chosen_of_leaves(case):
+  """`(leaves, counts) -> masks`, compiled once; the counts are traced."""
+  return jax.jit(jax.vmap(ranking.top_n_of_leaves, (None, 0)))
+
+
+@pytest.mark.parametrize('case', LEAVES)
 @LAW
-@hypothesis.given(scores_of((41,), (3, 2, 4)))
-def test_the_whole_leaf_equals_the_oracle_at_every_count(scores):
-  for n, mask in zip(counts_up_to(scores.size), np.asarray(chosen_of_leaf()(scores, counts_up_to(scores.size)))):
-    np.testing.assert_array_equal(mask.reshape(-1), oracle.best(scores.reshape(-1), n), err_msg=f'{n} kept')
+@hypothesis.given(st.data())
+def test_leaves_taken_as_one_equal_the_oracle_at_every_count(case, data):
+  kinds, way = LEAVES[case]
+  leaves = [data.draw(scores_in(shape, dtype)) for shape, dtype in kinds]
+  together = np.concatenate([np.asarray(leaf, np.float32).reshape(-1) for leaf in leaves])
+  counts = counts_up_to(together.size)
+  with counting(way):
+    masks = chosen_of_leaves(case)(leaves, counts)
+  assert [mask.shape[1:] for mask in masks] == [shape for shape, _ in kinds]
+  for i, n in enumerate(counts):
+    found = np.concatenate([np.asarray(mask[i]).reshape(-1) for mask in masks])
+    np.testing.assert_array_equal(found, oracle.best(together, n), err_msg=f'{n} kept')
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_of_many_equals_the_first_are_kept_at_every_count(way):
+  """The cut within the ties goes through every place of every leaf."""
+  leaves = [jnp.ones((3, 5)), jnp.asarray([2.0, 1.0, 0.0, 1.0]), jnp.ones((2, 1, 3))]
+  with counting(way):
+    found = jax.jit(jax.vmap(lambda n: ranking.top_n_of_leaves(leaves, n)))(jnp.arange(26))
+  together = np.concatenate([np.ravel(leaf) for leaf in leaves])
+  for n in range(26):
+    kept = np.concatenate([np.asarray(mask[n]).reshape(-1) for mask in found])
+    np.testing.assert_array_equal(kept, oracle.best(together, n))
+
+
+WORDS = st.integers(0, 2**61) | st.sampled_from([0, 1, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**33])
+
+
+def value(n):
+  assert 0 <= int(n.low) < 2**ranking._WORD and jnp.asarray(n.low).dtype == jnp.asarray(n.high).dtype == jnp.int32
+  return int(n.high) * 2**ranking._WORD + int(n.low)
+
+
+@LAW
+@hypothesis.given(WORDS, WORDS, st.integers(-2**31, 2**31 - 1), st.integers(0, 2**32 - 1))
+def test_counts_in_two_words_are_whole_numbers(a, b, n, total):
+  first, second = ranking.count(a), ranking.count(b)
+  assert (value(first), value(second)) == (a, b) and ranking.count(first) is first
+  assert value(ranking.plus(first, second)) == a + b
+  assert value(ranking.minus(first, second)) == a - b
+  assert bool(ranking.at_least(first, second)) == (a >= b) and ranking.at_least(first, first)
+  assert not ranking.at_least(ranking.minus(ranking.count(a), ranking.count(a + 1)), ranking.count(0))
+  assert value(ranking.count(jnp.int32(n))) == n and value(ranking.count(jnp.uint32(total))) == total
+  assert value(ranking.count(jnp.float32(a))) == int(np.float32(a))
+  assert value(ranking._words(jnp.uint32(total).astype(jnp.int32))) == total, 'a sum that fills the sign bit'
+
+
+def test_any_whole_number_is_a_count():
+  scores = awkward((5, 9))
+  chosen = jax.jit(jax.vmap(lambda n: ranking.top_n(scores, n)))
+  counts = lambda *ns: jax.tree.map(lambda *words: jnp.asarray(words), *map(ranking.count, ns))
+  assert chosen(counts(45, 46, 10**30, np.int64(2**40), jnp.int16(45), jnp.uint32(2**32 - 1))).all()
+  assert not chosen(counts(0, -1, -10**30, jnp.int32(-5))).any()
 
 
 # Row-major: the lower index is the earlier one of the flattened leaf. NaN is below -inf, the zeros are equal.
@@ -138,6 +227,7 @@ def selections():
       '2:4': lambda s: ranking.top_n_in_groups(s, 2, 4, 1),
       '5:72': lambda s: ranking.top_n_in_groups(s, 5, 72, 1),
       '100 of the leaf': lambda s: ranking.top_n(s, 100),
+      '700 of two leaves': lambda s: functools.reduce(jnp.logical_and, ranking.top_n_of_leaves([s, s[::-1]], 700)),
       'quantile': lambda s: ranking.quantile([jnp.nan_to_num(s), jnp.abs(jnp.nan_to_num(s[:3]))], 0.3),
   }
 
@@ -193,17 +283,45 @@ def test_sharded_heads_are_merged_with_head_dim_without_another_device(kind):
   assert collectives(compiled) == []
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-def test_the_sharded_leaf_sums_counts_and_gathers_nothing(kind):
+@pytest.mark.parametrize('kind, word', [(AxisType.Auto, 31), (AxisType.Explicit, 31), (AxisType.Auto, 8)])
+def test_sharded_leaves_sum_counts_and_gather_nothing(kind, word, monkeypatch):
+  """One leaf by rows and columns, one by rows alone; in words of 8 bits the first is counted in four slabs."""
   mesh = jax.make_mesh((4, 2), ('rows', 'columns'), axis_types=(kind,) * 2)
-  scores = awkward((64, 32), seed=5)
-  held = jax.device_put(scores, NamedSharding(mesh, P('rows', 'columns')))
+  leaves, specs = [awkward((64, 32), seed=5), awkward((8, 5), seed=6)], [P('rows', 'columns'), P('rows', None)]
+  held = [jax.device_put(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, specs)]
+  select = lambda leaves: (ranking.top_n(leaves[0], 700), *ranking.top_n_of_leaves(leaves, 600))
+  expected = jax.jit(select)(leaves)
+  monkeypatch.setattr(ranking, '_WORD', word)
   with jax.set_mesh(mesh):
-    compiled = jax.jit(lambda s: ranking.top_n(s, 700)).lower(held).compile()
-    mask = compiled(held)
-  assert set(collectives(compiled)) == {'all-reduce'}
-  assert mask.sharding.is_equivalent_to(held.sharding, 2)
-  np.testing.assert_array_equal(mask, ranking.top_n(scores, 700))
+    compiled = jax.jit(lambda leaves: select(leaves)).lower(held).compile()
+    masks = compiled(held)
+  assert set(collectives(compiled)) == {'all-reduce'} and most_moved(compiled) <= 8
+  for mask, where, right in zip(masks, [held[0], *held], expected):
+    assert mask.sharding.is_equivalent_to(where.sharding, 2)
+    np.testing.assert_array_equal(mask, right)
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+def test_the_quantile_of_sharded_leaves_is_the_same_bits(kind):
+  mesh = jax.make_mesh((8,), ('devices',), axis_types=(kind,))
+  leaves = [jnp.nan_to_num(awkward((64, 3), seed=5)), jax.random.normal(jax.random.key(0), (16, 8))]
+  held = [jax.device_put(leaf, NamedSharding(mesh, P('devices', None))) for leaf in leaves]
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(lambda leaves: ranking.quantile(leaves, 0.7)).lower(held).compile()
+    assert compiled(held) == quantile(leaves, np.float32(0.7))
+  assert set(collectives(compiled)) == {'all-reduce'} and most_moved(compiled) <= 8
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+def test_within_shard_map_each_shard_is_a_leaf(kind):
+  mesh = jax.make_mesh((8,), ('devices',), axis_types=(kind,))
+  scores = awkward((64, 12), seed=6)
+  select = jax.shard_map(lambda s: ranking.top_n(s, 30), mesh=mesh, in_specs=P('devices'), out_specs=P('devices'))
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(select).lower(jax.device_put(scores, NamedSharding(mesh, P('devices')))).compile()
+  assert collectives(compiled) == []
+  expected = oracle.best(scores.reshape(8, -1), 30).reshape(scores.shape)
+  np.testing.assert_array_equal(compiled(jax.device_put(scores, NamedSharding(mesh, P('devices')))), expected)
 
 
 def test_permuting_what_is_not_contracted_permutes_the_mask():
@@ -239,8 +357,32 @@ def test_nan_is_the_least_of_a_quantile():
   np.testing.assert_array_equal(found, [np.nan, 2.0, 3.0])
 
 
-def test_more_than_32_bit_counts_are_refused():
-  huge = jax.ShapeDtypeStruct((2**16, 2**16), jnp.bfloat16)
-  for rank in (lambda s: ranking.top_n(s, 5), lambda s: ranking.quantile([s], 0.5)):
-    with pytest.raises(ValueError, match='ranking: 4294967296 elements .* leaf by leaf'):
-      jax.eval_shape(rank, huge)
+HUGE = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2**17, 2**16), (64, 2**14, 2**13), (3, 5))]
+
+
+@pytest.mark.parametrize('way', ['as it is', 'one reduction'])
+def test_leaves_of_2_to_the_33_weights_are_ranked(way):
+  with counting(way):
+    for n in (2**33 - 5, jnp.int32(7), ranking.Count(3, 5)):
+      assert jax.eval_shape(lambda s, n=n: ranking.top_n(s, n), HUGE[0]).shape == HUGE[0].shape
+    assert [mask.shape for mask in jax.eval_shape(lambda s: ranking.top_n_of_leaves(s, 2**33), HUGE)] == [
+        leaf.shape for leaf in HUGE]
+    assert jax.eval_shape(ranking.quantile, HUGE, 0.5) == jax.ShapeDtypeStruct((), jnp.float32)
+    lowered = jax.jit(lambda s: ranking.top_n_of_leaves(s, 2**33)).lower(HUGE).as_text()
+  assert 'sort' not in lowered and 'i64' not in re.sub(r'array<i64|: i64|, i64', '', lowered)
+
+
+def test_slabs_share_out_a_leaf():
+  for shape in ((9, 2, 4), (2, 9, 4), (41,), (3, 5), (), (0, 3)):
+    parts = ranking._slabs(shape, 15)
+    assert all(size <= 15 for size, _ in parts)
+    masks = [np.broadcast_to(True if slab is None else slab, shape) for _, slab in parts]
+    np.testing.assert_array_equal(np.sum(masks, 0), np.ones(shape))
+    assert all(mask.sum() <= size for mask, (size, _) in zip(masks, parts))
+
+
+def test_an_axis_that_32_bits_cannot_count_is_refused():
+  for shape in ((2**33,), (2, 2**31)):
+    for rank in (lambda s: ranking.top_n(s, 5), lambda s: ranking.quantile([s], 0.5)):
+      with pytest.raises(ValueError, match=r'ranking: an axis .* of shape \(.*reshape it to more axes'):
+        jax.eval_shape(rank, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
