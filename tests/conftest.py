@@ -17,3 +17,22 @@ def standard_promotion():
   """For code outside this library that needs JAX's ordinary promotion (models, some optimizers)."""
   with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
     yield
+
+
+def pytest_addoption(parser):
+  parser.addoption('--cells', default='126', help='how many cells of the conformance table to run, or `all`')
+  parser.addoption('--table', default=None, help='write what they gave to this file')
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  """With `--table`, what `test_product` found as a page of the docs."""
+  if config.getoption('--table'):
+    import conformance_page  # not before JAX is configured
+
+    results = {}
+    for outcome in ('passed', 'failed'):
+      for report in terminalreporter.stats.get(outcome, []):
+        found = dict(report.user_properties)
+        if 'cell' in found:
+          results[tuple(found['cell'])] = found.get('verdict', 'failed')
+    conformance_page.write(config.getoption('--table'), results)

@@ -1,11 +1,9 @@
-"""Recipes among other things: every optimizer inside, every wrapper outside, every container of parameters."""
+"""Recipes among other things: what optimizers remember and ask for, averages, and the models of each library."""
 
 import functools
-from typing import Any, NamedTuple
 
 import cases
 import equinox as eqx
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,102 +15,16 @@ from flax import nnx
 from optax import contrib
 
 import sparsejax
-from sparsejax import recipes, states
+from sparsejax import recipes, states, transforms
 
 # Models and optimizers need JAX's ordinary promotion; that recipes do not is in test_conformance.
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
 SHAPES = {'stack': {'kernel': cases.F32((96, 4)), 'bias': cases.F32((4,))}, 'norm': {'scale': cases.F32((4,))}}
-is_bias = functools.partial(jax.tree.map, lambda w: w.ndim < 2)
-
-OPTIMIZERS = {
-    'sgd': lambda: optax.sgd(0.3),
-    'momentum': lambda: optax.sgd(0.3, momentum=0.9),
-    'nesterov': lambda: optax.sgd(optax.linear_schedule(0.3, 0.1, 9), momentum=0.9, nesterov=True),
-    'adam': lambda: optax.adam(0.3),
-    'amsgrad': lambda: optax.amsgrad(0.3),
-    'adamw': lambda: optax.adamw(0.3, mask=lambda params: jax.tree.map(lambda w: w.ndim > 1, params)),
-    'nadamw': lambda: optax.nadamw(0.3),
-    'adagrad': lambda: optax.adagrad(0.3),
-    'adafactor': lambda: optax.adafactor(0.3, min_dim_size_to_factor=4),
-    'lion': lambda: optax.lion(0.1),
-    'lamb': lambda: optax.lamb(0.3),
-    'rmsprop': lambda: optax.rmsprop(0.1, centered=True, momentum=0.9),
-    'muon': lambda: contrib.muon(0.3),
-    'schedule_free': lambda: contrib.schedule_free_adamw(0.3),
-    'prodigy': lambda: contrib.prodigy(1.0),
-    'mechanize': lambda: contrib.mechanize(optax.adam(0.3)),
-    'sam': lambda: contrib.sam(optax.sgd(0.3), optax.sgd(0.1), sync_period=2),
-    'ema': lambda: optax.chain(optax.ema(0.9), optax.sgd(0.3)),
-    'inject_hyperparams': lambda: optax.inject_hyperparams(optax.adamw)(optax.constant_schedule(0.3)),
-    'MultiSteps': lambda: optax.MultiSteps(optax.adam(0.3), 2),
-    'clip': lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.3)),
-    'plateau': lambda: optax.chain(optax.sgd(0.3), contrib.reduce_on_plateau(0.5, patience=1)),
-    'masked': lambda: optax.chain(optax.masked(optax.add_decayed_weights(0.1), is_bias), optax.sgd(0.3)),
-    'partition': lambda: optax.partition(
-        {True: optax.adam(0.3), False: optax.sgd(0.3)}, functools.partial(jax.tree.map, lambda w: w.ndim > 1)),
-}
-SPARSE = [name for name, case in CASES.items() if case.recipe != 'dense']
-
-
-@pytest.mark.parametrize('name', OPTIMIZERS)
-def test_any_optimizer_inside(name):
-  """Two cases for each, of all; `dense` is the optimizer alone, bit for bit. All get a `value=`."""
-  inner, i = OPTIMIZERS[name], [*OPTIMIZERS].index(name)
-  picked = [SPARSE[(5 * i) % len(SPARSE)], SPARSE[(5 * i + 19) % len(SPARSE)]]
-  makes = {case: functools.partial(CASES[case].make, inner()) for case in picked}
-  makes |= {'dense': lambda: recipes.dense(inner()), 'alone': lambda: optax.with_extra_args_support(inner())}
-  start, grads = cases.random(0, like=SHAPES), cases.random(1, (STEPS,), SHAPES)
-
-  extra = {'value': 1.0} if name != 'sam' else {}  # which says that it takes any and then refuses them
-
-  @jax.jit
-  def program(params, grads):
-    return {case: cases.scanned(make, params, grads, watch=case in picked, **extra) for case, make in makes.items()}
-
-  results = program(start, grads)
-  for case in picked:
-    (params, state), (seen, points, _) = results[case]
-    cases.assert_always_at_the_point(start, seen, points)
-    assert not np.array_equal(*(x['stack']['kernel'] for x in (params, start)))
-    if CASES[case].tuned or CASES[case].promise.zeros_from is not None:
-      sparsejax.check(params, state)
-    if name == 'plateau':
-      assert float(optax.tree.get(state, 'ReduceLROnPlateauState').scale) < 1, '`value` did not arrive'
-  (alone, alone_state), (dense, dense_state) = results['alone'][0], results['dense'][0]
-  cases.assert_same((dense, dense_state.inner), (alone, alone_state))
 
 
 def by_kind(params):
   return jax.tree.map_with_path(lambda path, w: path[0].key, params)
-
-
-OUTSIDE = {
-    'chain': lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
-    'named_chain': lambda tx: optax.named_chain(('clip', optax.clip(0.5)), ('sparse', tx)),
-    'masked': lambda tx: optax.masked(tx, {'stack': True, 'norm': False}),
-    'partition': lambda tx: optax.partition({'stack': tx, 'norm': optax.adam(0.1)}, by_kind),
-    'apply_if_finite': lambda tx: optax.apply_if_finite(tx, 3),
-    'MultiSteps': lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-    'inject_hyperparams': lambda tx: optax.inject_hyperparams(
-        lambda learning_rate: recipes.ste(optax.sgd(learning_rate)))(0.3),
-    'accumulate in chain': lambda tx: optax.chain(optax.zero_nans(), optax.apply_if_finite(optax.chain(tx), 3)),
-}
-
-
-@pytest.mark.parametrize('name', OUTSIDE)
-@pytest.mark.parametrize('case', ['sr_ste', 'asp'])
-def test_any_wrapper_outside_that_leaves_the_updates_alone(case, name):
-  make = lambda: OUTSIDE[name](CASES[case].make())
-  start = cases.random(0, like=SHAPES)
-  start = sparsejax.project(start, make().init(start))  # MultiSteps moves nothing before its second update
-  (params, state), (seen, points, masks) = jax.jit(functools.partial(cases.scanned, make))(
-      start, cases.random(1, (STEPS,), SHAPES))
-  cases.assert_always_at_the_point(start, seen, points)
-  assert np.any(np.asarray(masks['stack']['kernel'][0]) != masks['stack']['kernel'][-1]) == (case != 'asp' or (
-      name == 'inject_hyperparams'))
-  (row,) = sparsejax.check(params, state).rows
-  assert (row.path, row.asked, row.achieved) == ('stack/kernel', 0.5, 0.5)
 
 
 def test_two_recipes_on_two_parts():
@@ -148,54 +60,98 @@ def test_gradients_that_are_not_finite_revive_nothing(case):
     assert was_pruned.any() and np.all(held[8][was_pruned] == 0)
 
 
-# Containers.
+# What an optimizer remembers, and what it asks for.
 
 
-class Layer(NamedTuple):
-  kernel: Any
-  bias: Any
+def run(make, updates=STEPS, **extra):
+  """Parameters and states after each of so many updates of `SHAPES`, one compiled function for all of them."""
+  tx, params = make(), cases.random(0, like=SHAPES)
+  grads, state = cases.random(1, (STEPS,), SHAPES), tx.init(params)
+  update = jax.jit(functools.partial(cases.step, tx, **extra))
+  for t in range(updates):
+    params, state = update(params, state, jax.tree.map(lambda x, t=t: x[t], grads))
+    yield params, state
 
 
-@flax.struct.dataclass
-class Model:
-  stack: Any
-  norm: Any
+def test_extra_arguments_reach_the_optimizer():
+  make = lambda: recipes.ste(optax.chain(optax.sgd(0.3), contrib.reduce_on_plateau(0.5, patience=1)))
+  *_, (_, state) = run(make, value=jnp.float32(1.0))
+  assert float(optax.tree.get(state, 'ReduceLROnPlateauState').scale) < 1
+  with pytest.raises(TypeError, match='value'):
+    [*run(make, updates=1)]
 
 
-def as_layer(params):
-  return params | {'stack': Layer(**params['stack'])}
+@pytest.mark.parametrize('inner', [optax.sgd(0.3, momentum=0.9), optax.adam(0.3)])
+def test_momentum_of_a_pruned_weight_does_not_revive_it(inner):
+  """Full of momentum when it is pruned, and no gradient ever brings it back."""
+  steps = [*run(lambda: recipes.asp(inner, dense_steps=5))]
+  momentum = optax.tree.get(steps[4][1].inner, 'trace' if 'trace' in str(steps[4][1]) else 'mu')['stack']['kernel']
+  pruned = ~np.asarray(steps[4][1].masks['stack']['kernel'])
+  assert pruned.mean() == 0.5 and np.all(np.asarray(momentum)[pruned] != 0)
+  for params, _ in steps[4:]:
+    assert np.all(np.asarray(params['stack']['kernel'])[pruned] == 0)
 
 
-CONTAINERS = {
-    'variables': lambda params: {'params': params},
-    'a NamedTuple': as_layer,
-    'lists in a dict': lambda params: {'layers': [params['stack'], params['norm']]},
-    'a tuple': lambda params: (params, ),
-    'a dataclass': lambda params: Model(**params),
-    'a FrozenDict': flax.core.freeze,
-    'an nnx.State': lambda params: nnx.State(jax.tree.map(nnx.Param, params)),
-    'with None': lambda params: params | {'frozen': None},
-}
+def returning(slots, inner):
+  """Masks drawn anew at every update, with nothing behind the zeros: weights are pruned and return all the time."""
+  key = jax.random.key(3)
+  selection = transforms.leafwise(sparsejax.NM(2, 4), score=sparsejax.scores.random)
+  return transforms.sparsify(inner, sparsejax.flows.hard(), selection, slots=slots, key=key)
 
 
-@functools.cache
-def plain_run(case):
-  return jax.jit(functools.partial(cases.scanned, CASES[case].make))(
-      cases.random(0, like=SHAPES), cases.random(1, (STEPS,), SHAPES))
+@pytest.mark.parametrize('name, inner', [
+    ('trace', optax.sgd(0.3, momentum=0.9)), ('mu', optax.adam(0.3)), ('nu', optax.chain(optax.adam(0.3))),
+    ('mu', optax.masked(optax.adam(0.3), {'stack': True, 'norm': False})),
+    ('sum_of_squares', optax.adagrad(0.3, initial_accumulator_value=0.25))])
+def test_slots_of_a_weight_that_returns_are_kept_or_fresh_as_asked(name, inner):
+  fresh = 0.25 if name == 'sum_of_squares' else 0.0
+  for slots in ('kept', 'fresh'):
+    before, seen = None, 0
+    for _, state in run(functools.partial(returning, slots, inner)):
+      mask = np.asarray(state.masks['stack']['kernel'])
+      slot = np.asarray(optax.tree.get(state.inner, name)['stack']['kernel'])
+      if before is not None:
+        grown = mask & ~before[0]
+        stayed = mask & before[0] & (before[1] != fresh)
+        seen += np.sum(before[1][grown] != fresh)
+        assert np.all(slot[stayed] != fresh)
+        assert np.all((slot[grown] == fresh) | (before[1][grown] != fresh if slots == 'kept' else False))
+        remembered = before[1][grown] != fresh
+        assert np.all((slot[grown][remembered] == fresh) == (slots == 'fresh'))
+      before = mask, slot
+    assert seen, 'nothing that returned had a slot of its own'
 
 
-@pytest.mark.parametrize('name', CONTAINERS)
-def test_any_container_gives_the_same_bits(name):
-  case, container = 'mdgf-scaled-cosine-phases', CONTAINERS[name]
-  start, grads = container(cases.random(0, like=SHAPES)), container(cases.random(1, (STEPS,), SHAPES))
-  (params, state), (_, points, masks) = jax.jit(functools.partial(cases.scanned, CASES[case].make))(start, grads)
-  (expected, _), (_, expected_points, expected_masks) = plain_run(case)
-  assert jax.tree.structure(params) == jax.tree.structure(start)
-  for got, want in ((params, expected), (points, expected_points), (masks, expected_masks)):
-    for a, b in zip(jax.tree.leaves(container(want)), jax.tree.leaves(got)):
-      np.testing.assert_array_equal(a, b)
-  (row,) = sparsejax.check(params, state).rows
-  assert row.path.endswith('kernel')
+def test_factored_slots_stay_for_they_belong_to_a_row():
+  inner = optax.adafactor(0.3, min_dim_size_to_factor=4)
+  (*_, (_, kept)), (*_, (_, fresh)) = (run(functools.partial(returning, slots, inner)) for slots in ('kept', 'fresh'))
+  cases.assert_same(kept.inner, fresh.inner)
+
+
+@pytest.mark.parametrize('recipe', ['sr_ste', 'asp', 'mdgf-scaled-linear'])
+def test_an_average_of_parameters_is_sparse_again_by_the_masks(recipe):
+  average, steps = None, [*run(CASES[recipe].make)]
+  for params, _ in steps:
+    average = params if average is None else optax.incremental_update(params, average, 0.3)
+  state = steps[-1][1]
+  sparse = sparsejax.apply_masks(average, state)
+  assert sparsejax.check(sparse, state).achieved == 0.5
+  kernel, mask = np.asarray(average['stack']['kernel']), np.asarray(state.masks['stack']['kernel'])
+  np.testing.assert_array_equal(sparse['stack']['kernel'], np.where(mask, kernel, 0))
+  cases.assert_same(sparse['norm'], average['norm'])
+  if recipe != 'asp':
+    with pytest.raises(ValueError, match='an average of them: sparsejax.apply_masks'):
+      sparsejax.check(average, state)
+
+
+def test_schedule_frees_average_is_had_from_the_master():
+  *_, (params, state) = run(lambda: recipes.sr_ste(contrib.schedule_free_adamw(0.3)))
+  master = sparsejax.trees.fill_dense(state.master, params)
+  average = contrib.schedule_free_eval_params(state.inner, master)
+  assert sparsejax.check(sparsejax.apply_masks(average, state), state).achieved == 0.5
+
+
+# Models of each library, trained as its documentation says.
 
 
 def test_nnx_by_its_optimizer_and_nothing_else():
@@ -236,6 +192,50 @@ def test_equinox_as_its_documentation_says():
     rows = sparsejax.check(params, state).rows
     assert [(row.path, row.axes.contracted) for row in rows] == [('layers/0/weight', (1,)), ('layers/1/weight', (1,))]
     cases.assert_at_the_point(params, params, sparsejax.project(params, state))
+
+
+def test_haiku_as_its_documentation_says():
+  hk = pytest.importorskip('haiku')
+  net = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(4)(jax.nn.relu(hk.Conv1D(8, 3)(x)).mean(1))))
+  x = jnp.ones((2, 6, 8))
+  params = net.init(jax.random.key(0), x)
+  tx = recipes.sr_ste(optax.adamw(0.1), axes=sparsejax.contractions(net.apply, params, x))
+  state = tx.init(params)
+
+  @jax.jit
+  def train(params, state, x):
+    grads = jax.grad(lambda params: jnp.mean((net.apply(params, x) - 1) ** 2))(params)
+    return cases.step(tx, params, state, grads)
+
+  for i in range(4):
+    params, state = train(params, state, jax.random.normal(jax.random.key(i), x.shape))
+    rows = sparsejax.check(params, state).rows
+    assert [(row.path, row.axes.contracted, row.axes.spatial) for row in rows] == [
+        ('conv1_d/w', (1,), (0,)), ('linear/w', (0,), ())]
+
+
+@pytest.mark.parametrize('recipe', ['sr_ste', 'asp', 'sdgf_stepwise'])
+def test_an_ensemble_trains_as_its_members_do(recipe):
+  """A leading axis under `vmap`, as of `eqx.filter_vmap` and `nnx.vmap`, and the same axis as one stack of layers."""
+  members = [cases.random(seed, like=SHAPES) for seed in range(3)]
+  grads = [cases.random(seed, (STEPS,), SHAPES) for seed in range(3, 6)]
+  alone = [jax.jit(functools.partial(cases.scanned, CASES[recipe].make, watch=False))(*one)[0]
+           for one in zip(members, grads)]
+  stack = lambda trees, axis=0: jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
+  tx = CASES[recipe].make()
+  start = stack(members)
+
+  def loop(grads, update, state):
+    body = lambda carry, g: (update(*carry, g), None)
+    return jax.jit(lambda state: jax.lax.scan(body, (start, state), grads)[0])(state)
+
+  step = functools.partial(cases.step, tx)
+  together = loop(stack(grads, 1), jax.vmap(step), jax.vmap(tx.init)(start))
+  cases.assert_same(together, stack(alone))
+  assert sparsejax.check(*together).achieved == 0.5
+  layers = loop(stack(grads, 1), step, tx.init(start))
+  assert states.find(layers[1])[0].plan.leaves[0].axes.layer == (0,)
+  cases.assert_same(layers[0], together[0])
 
 
 # Which leaves of a transformer are sparse.
