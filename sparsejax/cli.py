@@ -1,11 +1,14 @@
-"""The command `sparsejax`: look at checkpoints, check a pattern, pack and unpack.
+"""The command `sparsejax`: look at checkpoints, check a pattern, pack and unpack; plan for devices that are not here.
 
 Exit status 0: done, and all is well. 1: `check` found parameters that do not keep the pattern. 2: the command could not
 be carried out; one line on the standard error says why.
 """
 
 import argparse
+import ast
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,6 +78,23 @@ def unpack(args: argparse.Namespace) -> int:
   return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+  """Print the table of `planning.budget`, made in a process of its own: one has as many devices as it began with."""
+  asked = {'path': args.program, 'devices': args.devices, 'options': dict(map(_option, args.set))}
+  if args.mesh:
+    asked['mesh'] = _mesh(args.mesh)
+  env = {key: value for key, value in os.environ.items() if key != 'JAX_NUM_CPU_DEVICES'} | {'JAX_PLATFORMS': 'cpu'}
+  env['XLA_FLAGS'] = f'{env.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={args.devices}'.strip()
+  done = subprocess.run([sys.executable, '-m', 'sparsejax.planning', json.dumps(asked)], env=env, text=True,
+                        capture_output=True, check=False)
+  if done.returncode:
+    said = done.stderr.strip().splitlines()[-1:]
+    ended = [] if done.returncode == 2 and said else [f'plan: compiling ended with status {done.returncode}']
+    raise ValueError(': '.join([*ended, *said]).removeprefix('sparsejax: '))
+  print(done.stdout, end='')
+  return 0
+
+
 class _Parser(argparse.ArgumentParser):
   """Says what is wrong in one line."""
 
@@ -83,7 +103,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser('sparsejax', description='Sparse checkpoints: look at them, check them, pack and unpack them.')
+  parser = _Parser('sparsejax', description='Sparse checkpoints: look at them, check them, pack and unpack them. '
+                   'Plan for devices that are not here.')
   commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
   command = _command(commands, 'report', report, 'a table of the sparsity and pattern of each parameter')
   _selection(command, pattern_required=False)
@@ -95,6 +116,13 @@ def _parser() -> argparse.ArgumentParser:
   command = _command(commands, 'unpack', unpack, 'write the dense parameters of a packed file, bit for bit')
   command.add_argument('file', metavar='FILE', help='a file written by pack, or by sparsejax.io.save')
   _output(command)
+  command = _command(commands, 'plan', plan, 'bytes of state and traffic of a step, on devices that are not here')
+  command.add_argument('program', metavar='PROGRAM.py', help='a file with a function program(mesh, ...) that returns '
+                       '(step, arguments): a function, and a tuple of pytrees of jax.ShapeDtypeStruct with shardings')
+  command.add_argument('--devices', type=_positive, required=True, metavar='N', help='how many; none has to be here')
+  command.add_argument('--mesh', metavar='AXIS=N,...', help='the lengths of its axes; default data=N')
+  command.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='an argument of program, '
+                       'repeatable')
   return parser
 
 
@@ -167,6 +195,34 @@ def _given(text: str, path: str, shape: tuple[int, ...], numbers: list[str]) -> 
   except (ValueError, IndexError) as e:
     raise errors.at_leaf(f'--axis {text}', path, shape, f'the axes are the numbers 0 to {len(shape) - 1}.') from e
   return Axes(contracted, tuple(a for a in range(len(shape)) if a not in contracted), source='given')
+
+
+def _positive(text: str) -> int:
+  if not text.isdigit() or not int(text):
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number of devices')
+  return int(text)
+
+
+def _mesh(text: str) -> dict[str, int]:
+  axes = [axis.partition('=') for axis in text.split(',')]
+  if not all(name.isidentifier() and size.isdigit() and int(size) for name, _, size in axes):
+    raise ValueError(f'--mesh {text}: name each axis with its length, as in data=8,fsdp=32.')
+  if len({name for name, _, _ in axes}) != len(axes):
+    raise ValueError(f'--mesh {text}: two axes have one name.')
+  return {name: int(size) for name, _, size in axes}
+
+
+def _option(text: str) -> tuple[str, object]:
+  """`name=value`, the value a Python literal or else the text itself."""
+  name, equals, value = text.partition('=')
+  if not equals:
+    raise ValueError(f'--set {text}: give NAME=VALUE.')
+  try:
+    literal = ast.literal_eval(value)
+    json.dumps(literal)
+    return name, literal
+  except (ValueError, SyntaxError, TypeError):
+    return name, value
 
 
 def _metadata(path: str) -> dict[str, str] | None:

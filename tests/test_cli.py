@@ -14,7 +14,7 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sparsejax as sj
-from sparsejax import cli, formats, io
+from sparsejax import cli, formats, io, planning
 
 
 def sparse(*shape, dtype='float32', axis=-2):
@@ -39,6 +39,7 @@ def run(tmp_path, monkeypatch, capsys):
     status = cli.main(list(argv))
     return status, *capsys.readouterr()
 
+  command.output = capsys.readouterr
   return command
 
 
@@ -182,7 +183,82 @@ def test_force_replaces(run, ckpt):
 
 def test_help_is_help(run):
   status, out, _ = run('--help')
-  assert status == 0 and all(word in out for word in ('report', 'check', 'pack', 'unpack'))
+  assert status == 0 and all(word in out for word in ('report', 'check', 'pack', 'unpack', 'plan'))
+
+
+PROGRAM = '''
+import jax, size  # a module beside this one
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+def program(mesh, rows=16, wrong=''):
+  if wrong == 'result':
+    return 1
+  if wrong == 'error':
+    return 1 / 0
+  x = jax.ShapeDtypeStruct((rows, size.WIDTH), 'float32', sharding=NamedSharding(mesh, P(mesh.axis_names)))
+
+  def step(x):
+    return x - x.sum(0)
+
+  return step, (x,)
+'''
+
+
+@pytest.fixture
+def program(run):
+  open('program.py', 'w').write(PROGRAM)
+  open('size.py', 'w').write('WIDTH = 4')
+  open('empty.py', 'w').write('x = 1')
+  open('broken.py', 'w').write('x =')
+  return 'program.py'
+
+
+def test_plan_is_for_more_devices_than_are_here(run, program, monkeypatch):
+  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '2')
+  status, out, err = run('plan', program, '--devices', '16', '--mesh', 'data=4,model=4', '--set', 'rows=32')
+  assert (status, err) == (0, '')
+  assert re.search(r'^x +32 +512$', out, re.MULTILINE)  # float32[2, 4] of [32, 4]
+  assert re.search(r'^all-reduce +f32\[4\] +16 +1 +30 +30$', out, re.MULTILINE)  # 2 x 15/16 x 16 bytes
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ('plan', 'PROGRAM.py'), ('plan P', '--devices'), ('plan P --devices 0', "'0' is not a number of devices"),
+    ('plan P --devices 8 --mesh data', 'data=8,fsdp=32'), ('plan P --devices 8 --mesh a=0', 'data=8,fsdp=32'),
+    ('plan P --devices 4 --mesh a=2,a=2', 'one name'), ('plan P --devices 8 --set rows', 'NAME=VALUE'),
+])
+def test_what_plan_is_given_is_checked_first(run, program, arguments, message):
+  status, out, err = run(*arguments.replace('P', program).split())
+  assert (status, out) == (2, '')
+  assert err.startswith('sparsejax: ') and err.count('\n') == 1 and re.search(message, err)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ('nowhere.py', 'nowhere.py: No such file'), ('empty.py', 'empty.py has no function program'),
+    ('broken.py', 'broken.py, line 1: SyntaxError'), ('program.py --mesh a=2,b=2', 'a=2 x b=2 has 4 .* 8 were asked'),
+    ('program.py --set row=8', "unknown option .*'row'. Did you mean 'rows'"),
+    ('program.py --set rows=12', r"'x' of shape \(12, 4\): .*'data': 8.* does not divide it"),
+    ('program.py --set wrong=result', r'must return \(step, arguments\)'),
+    ('program.py --set wrong=error', '^sparsejax: program.py, line 9: ZeroDivisionError: division by zero$'),
+])
+def test_what_is_wrong_with_a_program_is_one_line(run, program, monkeypatch, arguments, message):
+  """In this process, which has eight devices: what the process that `plan` starts would print."""
+  monkeypatch.syspath_prepend('.')
+  name, *rest = arguments.split()
+  asked = {'path': name, 'devices': 8}
+  if rest[:1] == ['--mesh']:
+    asked['mesh'] = cli._mesh(rest[1])
+  asked['options'] = dict(map(cli._option, rest[1::2] if rest[:1] == ['--set'] else []))
+  status, out, err = planning._main(asked), *run.output()
+  assert (status, out) == (2, '')
+  assert err.startswith('sparsejax: ') and err.count('\n') == 1 and re.search(message, err.strip())
+
+
+@pytest.mark.parametrize('name, message', [('broken.py', 'broken.py, line 1: SyntaxError'), ('killed.py', 'status -9')])
+def test_plan_hands_on_what_its_process_says(run, program, name, message):
+  open('killed.py', 'w').write('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
+  status, out, err = run('plan', name, '--devices', '2')
+  assert (status, out) == (2, '')
+  assert err.startswith('sparsejax: ') and err.count('\n') == 1 and re.search(message, err)
 
 
 # In a process of its own, as a user has it: one device, no JAX configured.

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(sparsejax.__file__).parent
 # From the bottom up. A module imports from lines above its own, not from its own line.
 LAYERS = (
     ('types',),
-    ('errors',),
+    ('errors', 'hlo'),
     ('trees',),
     ('views',),  # what reshapes and transposes do to axes; `tracing` walks programs with it
     ('tracing',),
@@ -23,7 +23,7 @@ LAYERS = (
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics'),
     ('formats',),
     ('states',),
-    ('transforms',),
+    ('transforms', 'planning'),
     ('recipes', 'recipes.n_m'),
     ('reports',),
     ('checkpoints',),
