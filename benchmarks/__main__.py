@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import group_selection, timing, training_step
+from benchmarks import group_selection, selection, timing, training_step
 
-SUITES = {'group_selection': group_selection.run, 'training_step': training_step.run}
+SUITES = {'group_selection': group_selection.run, 'selection': selection.run, 'training_step': training_step.run}
 
 
 def main(argv: list[str] | None = None) -> int:

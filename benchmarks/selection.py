@@ -1,0 +1,42 @@
+"""The unstructured mask of a 4096 x 4096 float32 matrix, one weight of ten, against a stable `argsort` and `top_k`."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks import timing
+from sparsejax import ranking
+
+SHAPE = (4096, 4096)
+KEPT = SHAPE[0] * SHAPE[1] // 10
+BARS = {'argsort': 15.0, 'top_k': 7.0}  # at least so many times faster
+
+
+def by_argsort(scores: jax.Array, n: int) -> jax.Array:
+  """The first `n` of all, sorted down; stable, so that ties fall as in `ranking`."""
+  return _mask_of(jnp.argsort(-scores.reshape(-1), stable=True)[:n], scores)
+
+
+def by_top_k(scores: jax.Array, n: int) -> jax.Array:
+  return _mask_of(lax.top_k(scores.reshape(-1), n)[1], scores)
+
+
+def _mask_of(places: jax.Array, scores: jax.Array) -> jax.Array:
+  return jnp.zeros(scores.size, bool).at[places].set(True).reshape(scores.shape)
+
+
+def run(rounds: int = 20) -> Iterator[timing.Claim]:
+  """One claim for each way. The matrix has ties, also at the cut (rounded normals), and all masks have to be equal."""
+  w = jnp.round(jax.random.normal(jax.random.key(0), SHAPE) * 512) / 512
+  ways = {'ranking': ranking.top_n, 'argsort': by_argsort, 'top_k': by_top_k}
+  chosen = {name: jax.jit(lambda w, way=way: way(jnp.abs(w), KEPT)) for name, way in ways.items()}
+  masks = {name: choose(w) for name, choose in chosen.items()}
+  for name in BARS:
+    if not bool(jnp.all(masks['ranking'] == masks[name])):
+      raise AssertionError(f'selection: the masks of ranking and {name} differ.')
+  seconds = list(timing.take_turns({name: lambda f=choose: f(w) for name, choose in chosen.items()}, rounds))
+  for name, bar in BARS.items():
+    speed, spread = timing.ratio(seconds, name, 'ranking')
+    yield timing.Claim(f'10 % mask of 4096 x 4096, times faster than {name}', speed, spread, bar, True, rounds)
