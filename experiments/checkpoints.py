@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 
+from experiments import hosts
 from sparsejax import errors, trees
 from sparsejax.types import Array, PyTree
 
@@ -37,8 +38,9 @@ def open_(directory: str | os.PathLike) -> ocp.CheckpointManager:
   """The checkpoints of one run, the newest two of them. Half-written ones that a kill left behind are removed."""
   directory = pathlib.Path(directory).absolute()
   # Orbax's own `cleanup_tmp_directories` deletes in the background, and may hit the new files of the same step.
-  for unfinished in directory.glob('*.orbax-checkpoint-tmp*'):
+  for unfinished in directory.glob('*.orbax-checkpoint-tmp*') if hosts.leads() else ():
     shutil.rmtree(unfinished)
+  hosts.agreed(0)
   handlers = {item: ocp.StandardCheckpointHandler() for item in State._fields}
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
   handlers['meta'] = ocp.JsonCheckpointHandler()
@@ -54,7 +56,7 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: State, **meta: An
     return
   # Before, not when it fails: the writers in the background would each print a traceback.
   needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(checkpoints.directory).free
-  if free < needed:
+  if hosts.agreed(free < needed):
     raise OSError(f'checkpoints.save: no room for the checkpoint of step {step} in {checkpoints.directory}: it may '
                   f'take {needed:,} bytes and {free:,} are free. Make room and give the same command again.')
   items = {item: ocp.args.StandardSave(tree) for item, tree in state._asdict().items()}
@@ -72,14 +74,19 @@ def restore(checkpoints: ocp.CheckpointManager, like: State,
   """
   steps = sorted(checkpoints.all_steps(), reverse=True)
   for i, step in enumerate(steps):
+    damage = refusal = None
     with _unfinished_reads_unmentioned():
       try:
         saved = _saved_shapes(checkpoints, step)
         refusal = _another(saved, like, checkpoints.directory)
         state, meta = _read(checkpoints, step, like) if refusal is None else (None, None)
       except Exception as error:  # Orbax and TensorStore raise all sorts, plain `Exception` among them
-        say(f'The checkpoint of step {step} in {checkpoints.directory} is damaged ({_first_line(error)}).')
-        continue
+        if hosts.lost(error):
+          raise
+        damage = _first_line(error)
+    if hosts.agreed(damage is not None):
+      say(f'The checkpoint of step {step} in {checkpoints.directory} is damaged ({damage or "for another process"}).')
+      continue
     if refusal is not None:
       raise refusal
     for damaged in steps[:i]:
@@ -153,9 +160,11 @@ def _first_line(error: Exception) -> str:
 def _set_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
   """Moves a checkpoint where no manager looks, so that its step can be saved again and nothing is lost."""
   aside = checkpoints.directory.parent / 'damaged' / str(step)
-  shutil.rmtree(aside, ignore_errors=True)
-  aside.parent.mkdir(exist_ok=True)
-  shutil.move(checkpoints.directory / str(step), aside)
+  if hosts.leads():
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    shutil.move(checkpoints.directory / str(step), aside)
+  hosts.agreed(0)
   checkpoints.reload()
 
 

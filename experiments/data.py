@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from experiments import digits
 from sparsejax import errors
 
-IN_MEMORY = 2**30  # bytes; image sets up to this size are decoded once, larger ones at each access
+IN_MEMORY = 2**30  # bytes; images of sets up to this size are decoded once, those of larger ones at each access
 STATISTICS = 10_000  # images that the standardisation constants are computed from
 BYTES = 256  # the vocabulary of text
 
@@ -67,7 +67,8 @@ def cache_directory() -> pathlib.Path:
 
 
 def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike | None = None,
-         sequence_length: int | None = None, valid_fraction: float = 0.1, augment: bool = False) -> Data:
+         sequence_length: int | None = None, valid_fraction: float = 0.1, augment: bool = False,
+         rows: slice = slice(None)) -> Data:
   """The data set `name`: `digits`, any TFDS image or text set that is prepared in `data_dir`, or a UTF-8 text file.
 
   Images: `inputs` `float32[B, H, W, C]`, standardised per channel by the training split, `labels` `int32[B]`,
@@ -75,6 +76,8 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
   `weight` `float32[B, T]`, with `T = sequence_length` (128 if not given). `valid_fraction` of the training split,
   evenly spaced in it, is the validation split, unless the set has its own; of a text file, the last
   `valid_fraction` is half validation, half test. `augment`: shift training images by up to an eighth of their height.
+  `rows`: only these of each batch, and only these are read, as one of several processes needs them; `example` is of the
+  whole batch. The constants of the standardisation are computed by each process, from the same images.
 
   Raises `ValueError` for a name that nobody knows, a set that is not in `data_dir`, and arguments that do not fit.
   """
@@ -89,9 +92,9 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
     splits = _splits(name, pathlib.Path(data_dir or cache_directory()).expanduser(), valid_fraction)
     if isinstance(splits, _Texts):
       _refuse(name, 'text', 'augment', augment)
-      return _text(name, splits, batch_size, seed, sequence_length or 128)
+      return _text(name, splits, _Part(batch_size, rows), seed, sequence_length or 128)
     _refuse(name, 'images', 'sequence_length', sequence_length)
-    return _images(splits, batch_size, seed, augment)
+    return _images(splits, _Part(batch_size, rows), seed, augment)
 
 
 def _refuse(name: str, kind: str, argument: str, value: Any) -> None:
@@ -114,6 +117,16 @@ def _quiet() -> Iterator[None]:
 # Which examples are in a batch.
 
 
+class _Part(NamedTuple):
+  """Of each batch of `batch_size`, these rows."""
+
+  batch_size: int
+  rows: slice
+
+  def places(self, step: int) -> np.ndarray:
+    return step * self.batch_size + np.arange(self.batch_size)[self.rows]
+
+
 def _philox(seed: int, epoch: int) -> np.random.Philox:
   return np.random.Philox(key=np.array([seed, epoch], np.uint64))
 
@@ -130,15 +143,15 @@ class _Shuffled:
   examples on a 2-core CPU, 3 ms a batch of 128, which is otherwise ready in 0.05 ms.
   """
 
-  def __init__(self, count: int, batch_size: int, seed: int):
-    self._count, self._batch_size = count, batch_size
+  def __init__(self, count: int, part: _Part, seed: int):
+    self._count, self._part = count, part
     self._order = functools.lru_cache(maxsize=2)(functools.partial(_order, seed, count))
 
   def __len__(self) -> int:
-    return sys.maxsize // self._batch_size
+    return sys.maxsize // self._part.batch_size
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-    epoch, at = np.divmod(step * self._batch_size + np.arange(self._batch_size), self._count)
+    epoch, at = np.divmod(self._part.places(step), self._count)
     index = [self._order(one)[at[epoch == one]] for one in range(int(epoch[0]), int(epoch[-1]) + 1)]
     return {'index': np.concatenate(index), 'epoch': epoch}
 
@@ -146,19 +159,20 @@ class _Shuffled:
 class _InOrder:
   """Grain source of evaluation positions: `{'index', 'weight'}`, every one once, the last batch padded by weight 0."""
 
-  def __init__(self, count: int, batch_size: int):
-    self._count, self._batch_size = count, batch_size
+  def __init__(self, count: int, part: _Part):
+    self._count, self._part = count, part
 
   def __len__(self) -> int:
-    return -(-self._count // self._batch_size)
+    return -(-self._count // self._part.batch_size)
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-    at = step * self._batch_size + np.arange(self._batch_size)
+    at = self._part.places(step)
     return {'index': np.minimum(at, self._count - 1), 'weight': (at < self._count).astype(np.float32)}
 
 
-def _data(train: grain.MapDataset, valid: grain.MapDataset, test: grain.MapDataset, num_classes: int) -> Data:
-  example = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in train[0].items()}
+def _data(train: grain.MapDataset, valid: grain.MapDataset, test: grain.MapDataset, num_classes: int,
+          batch_size: int) -> Data:
+  example = {key: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype) for key, value in train[0].items()}
   return Data(Batches(train), Batches(valid), Batches(test), num_classes, example)
 
 
@@ -177,13 +191,13 @@ class _Images(NamedTuple):
   num_classes: int
 
 
-def _images(splits: _Images, batch_size: int, seed: int, augment: bool) -> Data:
+def _images(splits: _Images, part: _Part, seed: int, augment: bool) -> Data:
   standardise = _standardiser(*splits.train)
-  train = _batches(_Shuffled(len(splits.train[1]), batch_size, seed), *splits.train)
+  train = _batches(_Shuffled(len(splits.train[1]), part, seed), *splits.train)
   if augment:
-    train = train.seed(seed).random_map(_shifted)
-  valid, test = (_batches(_InOrder(len(rows), batch_size), read, rows) for read, rows in (splits.valid, splits.test))
-  return _data(*(part.map(standardise) for part in (train, valid, test)), splits.num_classes)
+    train = train.seed(seed).random_map(functools.partial(_shifted, part))
+  valid, test = (_batches(_InOrder(len(rows), part), read, rows) for read, rows in (splits.valid, splits.test))
+  return _data(*(one.map(standardise) for one in (train, valid, test)), splits.num_classes, part.batch_size)
 
 
 def _batches(positions: _Shuffled | _InOrder, read: Read, rows: np.ndarray) -> grain.MapDataset:
@@ -221,11 +235,11 @@ def _cut(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
   return np.flatnonzero(~valid), np.flatnonzero(valid)
 
 
-_DECODED = weakref.WeakValueDictionary()  # (directory, split) -> Read, so that sets for several seeds share the images
+_REMEMBERED = weakref.WeakValueDictionary()  # (directory, split) -> Read: sets for several seeds share the images
 
 
 def _reader(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> Read:
-  """Reads rows of a split: from memory if the whole of it fits `IN_MEMORY`, else from the records each time."""
+  """Reads rows of a split: once if the whole of it fits `IN_MEMORY`, else from the records each time."""
   source = builder.as_data_source(split=split)
 
   def read(rows):
@@ -236,15 +250,23 @@ def _reader(builder: tfds.core.DatasetBuilder, split: str, image: str, label: st
   if len(source) * np.prod(builder.info.features[image].shape) > IN_MEMORY:
     return read
   key = (str(builder.data_path), split)
-  if (decoded := _DECODED.get(key)) is None:
-    _DECODED[key] = decoded = _decoded(read, len(source))
-  return decoded
+  if (remembered := _REMEMBERED.get(key)) is None:
+    _REMEMBERED[key] = remembered = _remembered(read, len(source))
+  return remembered
 
 
-def _decoded(read: Read, count: int) -> Read:
-  chunks = [read(range(start, min(start + 1000, count))) for start in range(0, count, 1000)]
-  whole = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
-  return lambda rows: {key: value[rows] for key, value in whole.items()}
+def _remembered(read: Read, count: int) -> Read:
+  known, whole = np.zeros(count, bool), {}
+
+  def remember(rows):
+    new = np.unique(rows[~known[rows]])
+    for chunk in np.split(new, range(1000, len(new), 1000)) if len(new) else ():
+      for key, value in read(chunk).items():
+        whole.setdefault(key, np.empty((count, *value.shape[1:]), value.dtype))[chunk] = value
+      known[chunk] = True
+    return {key: value[rows] for key, value in whole.items()}
+
+  return remember
 
 
 def _standardiser(read: Read, rows: np.ndarray) -> Callable[[Batch], Batch]:
@@ -264,13 +286,13 @@ def _standardiser(read: Read, rows: np.ndarray) -> Callable[[Batch], Batch]:
   return lambda batch: {**batch, 'inputs': (batch['inputs'] - mean) * scale}
 
 
-def _shifted(batch: Batch, rng: np.random.Generator) -> Batch:
+def _shifted(part: _Part, batch: Batch, rng: np.random.Generator) -> Batch:
   """Move each image by up to an eighth of its height in both directions; what comes in is 0."""
   count, height, width, channels = batch['inputs'].shape
   most = max(1, height // 8)
   padded = np.pad(batch['inputs'], ((0, 0), (most, most), (most, most), (0, 0)))
   windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width, channels), axis=(1, 2, 3))
-  down, right = rng.integers(0, 2 * most + 1, (2, count))
+  down, right = rng.integers(0, 2 * most + 1, (2, part.batch_size))[:, part.rows]  # as for the whole batch
   return {**batch, 'inputs': windows[np.arange(count), down, right, 0]}
 
 
@@ -285,17 +307,17 @@ class _Texts(NamedTuple):
   test: np.ndarray
 
 
-def _text(name: str, texts: _Texts, batch_size: int, seed: int, length: int) -> Data:
+def _text(name: str, texts: _Texts, part: _Part, seed: int, length: int) -> Data:
   for split, text in texts._asdict().items():
     if len(text) < (needed := 2 * length if split == 'train' else 2):
       raise ValueError(f'data.load: {name!r} has {len(text)} bytes of {split} text, and a sequence length of {length} '
                        f'needs {needed}; use a longer text or shorter sequences.')
   # One window less than fits, so that an epoch can start at any byte of the first.
-  positions = _Shuffled((len(texts.train) - length) // length, batch_size, seed)
+  positions = _Shuffled((len(texts.train) - length) // length, part, seed)
   train = grain.MapDataset.source(positions).map(functools.partial(_training_windows, texts.train, length, seed))
-  valid, test = (grain.MapDataset.source(_InOrder(-(-(len(text) - 1) // length), batch_size))
+  valid, test = (grain.MapDataset.source(_InOrder(-(-(len(text) - 1) // length), part))
                  .map(functools.partial(_evaluation_windows, text, length)) for text in (texts.valid, texts.test))
-  return _data(train, valid, test, BYTES)
+  return _data(train, valid, test, BYTES, part.batch_size)
 
 
 def _training_windows(text: np.ndarray, length: int, seed: int, at: Batch) -> Batch:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import models
+from experiments import models, sharding
 from experiments.data import Batch
 from sparsejax.types import Array, PyTree
 
@@ -24,20 +24,27 @@ def scores(predict: Predict, params: PyTree, batches: Iterable[Batch]) -> dict[s
   """`accuracy` in [0, 1] and `loss` in nats, `float64[seeds]` each, over every label of `batches` by its weight."""
   total, sums = 0.0, 0.0
   for batch in batches:
-    sums += np.asarray(_sums(predict(params, batch['inputs']), batch['labels'], batch['weight']), np.float64)
-    total += batch['weight'].sum(dtype=np.float64)
+    of_batch, weight = sharding.whole(_sums(predict(params, batch['inputs']), batch['labels'], batch['weight']))
+    sums += np.asarray(of_batch, np.float64)
+    total += np.float64(weight)
   accuracy, loss = sums / total
   return {'accuracy': accuracy, 'loss': loss}
 
 
 def same_predictions(predict: Predict, params: PyTree, others: PyTree, batches: Iterable[Batch]) -> bool:
   """Are the logits of both parameters equal bit for bit on all of `batches`?"""
-  bits = lambda p, batch: np.asarray(predict(p, batch['inputs'])).tobytes()
-  return all(bits(params, batch) == bits(others, batch) for batch in batches)
+  same = jax.jit(lambda one, other: (_bits(one) == _bits(other)).all())
+  alike = [same(predict(params, batch['inputs']), predict(others, batch['inputs'])) for batch in batches]
+  return all(bool(sharding.whole(one)) for one in alike)
+
+
+def _bits(logits: Array) -> Array:
+  return jax.lax.bitcast_convert_type(logits, jnp.uint32)
 
 
 @jax.jit
-def _sums(logits: Array, labels: Array, weight: Array) -> Array:
-  """Sums over one batch of what `models.accuracy` and `models.loss` are the means of, `[2, seeds]`."""
+def _sums(logits: Array, labels: Array, weight: Array) -> tuple[Array, Array]:
+  """Over one batch: what `models.accuracy` and `models.loss` are the means of, summed, `[2, seeds]`; the weight."""
   means = lambda one: jnp.stack([models.accuracy(one, labels, weight), models.loss(one, labels, weight)])
-  return jax.vmap(means, out_axes=1)(logits) * weight.sum()
+  total = weight.sum()
+  return jax.vmap(means, out_axes=1)(logits) * total, total

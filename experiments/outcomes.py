@@ -5,18 +5,19 @@ import math
 import os
 import pathlib
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 import sparsejax
-from experiments import checkpoints, evaluate, records
+from experiments import checkpoints, evaluate, hosts, records, sharding
 from experiments.checkpoints import State
-from experiments.runs import Run, Setup
+from experiments.runs import Run, Setup, split
 from sparsejax import formats, io, metrics
 from sparsejax.patterns import NM
+from sparsejax.types import PyTree
 
 FILE = 'outcome.json'
 PACKED = 'packed.safetensors'
@@ -38,15 +39,20 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
   with checkpoints.open_(run.directory / 'checkpoints') as saved:
     step, state, meta = checkpoints.restore(saved, run.state, say)
     place = saved.directory / str(step)
+  test = evaluate.scores(setup.predict, state.params, split(setup, 'test'))
+  sharded, state = state.params, sharding.whole(state)
   report = sparsejax.report(state.params, state.opt_state)
+  packed = _packed(run, setup, sharded, state, report)
+  if not hosts.leads():
+    return
   outcome = {
       'name': run.name, 'steps': step, 'seeds': list(setup.config.seeds), 'seconds': meta['seconds'],
-      'test': {key: value.tolist() for key, value in _tested(setup, state).items()},
+      'test': {key: value.tolist() for key, value in test.items()},
       'asked': report.asked, 'achieved': report.achieved if report.rows else None,
       'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, setup, state),
       'checkpoint': {'path': str(place.relative_to(run.directory)), 'bytes': _size(place / 'params'),
                      'dense_bytes': formats.nbytes(state.params)},
-      'packed': _packed(run, setup, state, report), 'environment': environment(),
+      'packed': packed, 'environment': environment(),
   }
   records.write_whole(run.directory / 'report.txt', f'{report}\n')
   records.write_whole(run.directory / FILE, json.dumps(outcome, indent=2) + '\n')
@@ -65,10 +71,6 @@ def environment() -> dict[str, Any]:
           'jax': jax.__version__, 'commit': commit}
 
 
-def _tested(setup: Setup, state: State) -> Mapping[str, Any]:
-  return evaluate.scores(setup.predict, state.params, setup.data[0].test)
-
-
 def _training_flops(run: Run) -> float:
   """The mean over all steps, relative to dense: what is recorded at a step stands for those since the one before."""
   lines = [line for line in records.read(run.directory) if 'training_flops' in line]
@@ -82,7 +84,7 @@ def _inference_flops(run: Run, setup: Setup, state: State) -> float:
   return flops.inference / flops.dense_inference
 
 
-def _packed(run: Run, setup: Setup, state: State, report: sparsejax.Report) -> dict[str, Any] | None:
+def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparsejax.Report) -> dict[str, Any] | None:
   """Writes the parameters packed, reads them back, and compares predictions. `None` if no pattern is N:M."""
   rows = {row.path: row for row in report.rows if isinstance(row.pattern, NM)}
   if not rows:
@@ -90,9 +92,11 @@ def _packed(run: Run, setup: Setup, state: State, report: sparsejax.Report) -> d
   path = run.directory / PACKED
   packed = formats.pack(state.params, {path: row.pattern for path, row in rows.items()},
                         where=lambda path, leaf: path in rows, axes={path: row.axes for path, row in rows.items()})
-  io.save(path, packed)
-  unpacked = formats.unpack(io.load(path))
-  if not evaluate.same_predictions(setup.predict, state.params, unpacked, setup.data[0].test):
+  if hosts.leads():
+    io.save(path, packed)
+  hosts.agreed(0)
+  unpacked = sharding.placed(formats.unpack(io.load(path)), params)
+  if not evaluate.same_predictions(setup.predict, params, unpacked, split(setup, 'test')):
     raise ValueError(f'{run.name}: the predictions of {path} are not those of the checkpoint; please report it.')
   small = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]
   return {'path': path.name, 'bytes': path.stat().st_size, 'sparse_bytes': formats.nbytes(small),

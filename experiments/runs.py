@@ -1,7 +1,7 @@
 """A config made concrete: the data, the model and, for each recipe, a compiled-to-be training step for all seeds."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 import sparsejax
-from experiments import configs, data, evaluate, measurements, models, optimizers
+from experiments import configs, data, evaluate, measurements, models, optimizers, sharding
 from experiments.checkpoints import State
 from sparsejax.types import Array, Axes, PyTree, Schedule
 
@@ -21,7 +21,8 @@ class Setup(NamedTuple):
   """What all runs share: everything but the recipe."""
 
   config: ConfigDict
-  data: Sequence[data.Data]  # one per seed: the same examples, each in its own order
+  layout: sharding.Layout
+  data: Sequence[data.Data]  # one per seed: the same examples, each in its own order; of a batch, this process's rows
   model: nn.Module
   initial: Any  # () -> params
   predict: evaluate.Predict
@@ -34,7 +35,7 @@ class Run(NamedTuple):
   name: str
   directory: pathlib.Path
   start: Any  # () -> State
-  state: State  # its shapes
+  state: State  # its shapes and shardings
   step: jax.stages.Lowered  # (State, batch, number of the step) -> State, loss `[seeds]`, measurements
   learning_rate: Schedule
   sparse: list[str]  # paths of the leaves that are measured
@@ -42,35 +43,45 @@ class Run(NamedTuple):
 
 def prepare(config: ConfigDict) -> Setup:
   """Reads the data, makes the model and traces it once. Raises `ValueError` for whatever the config has wrong there."""
-  sets = [data.load(**config.data, batch_size=config.batch_size, seed=seed) for seed in config.seeds]
+  layout = sharding.layout(config)
+  rows = sharding.rows(layout, config.batch_size)
+  sets = [data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows) for seed in config.seeds]
   model = models.make(num_classes=sets[0].num_classes, **config.model)
   example = sets[0].example['inputs']
   params = jax.eval_shape(model.init, jax.random.key(0), example)['params']
   contractions = sparsejax.contractions(lambda p, x: model.apply({'params': p}, x), params, example)
-  initial = _initial(model, config.seeds, example)
-  return Setup(config, sets, model, initial, evaluate.predictor(model), contractions)
+  initial = _initial(model, config.seeds, example, layout)
+  return Setup(config, layout, sets, model, initial, evaluate.predictor(model), contractions)
 
 
 def build(setup: Setup, directories: Mapping[str, pathlib.Path]) -> dict[str, Run]:
   """Every run of the config, its step traced, so that what one refuses is refused before the first trains."""
   made = {name: _transform(setup, name) for name in directories}
   starts = {name: _start(setup, tx) for name, (_, tx) in made.items()}
-  states = {name: jax.eval_shape(start) for name, start in starts.items()}
+  states = {name: sharding.like(jax.eval_shape(start), setup.layout) for name, start in starts.items()}
   sparse = {name: measurements.sparse_paths(sparsejax.masks(*state), state.params) for name, state in states.items()}
   # A run that prunes nothing is measured where the others prune, or else on all that is contracted.
   anywhere = list(dict.fromkeys(path for paths in sparse.values() for path in paths)) or list(setup.contractions)
   runs = {}
   for name, (rate, tx) in made.items():
     paths = sparse[name] or anywhere
-    step = jax.jit(jax.vmap(_step(setup, tx, paths), in_axes=(0, 0, None)), donate_argnums=0)
-    lowered = step.lower(states[name], batch(setup, 0), jnp.int32(0))
+    step = jax.vmap(_step(setup, tx, paths), in_axes=(0, 0, None))
+    kept, seen = sharding.of_state(setup.layout, states[name]), setup.layout.replicated
+    jitted = jax.jit(step, out_shardings=(kept, seen, seen), donate_argnums=0)
+    lowered = jitted.lower(states[name], batch(setup, 0), np.int32(0))
     runs[name] = Run(name, directories[name], starts[name], states[name], lowered, rate, paths)
   return runs
 
 
 def batch(setup: Setup, step: int) -> data.Batch:
-  """The batch of `step` for all seeds: `inputs` and `labels`, `[seeds, B, ...]`."""
-  return jax.tree.map(lambda *seeds: np.stack(seeds), *(one.train[step] for one in setup.data))
+  """The batch of `step` for all seeds: `inputs` and `labels`, `[seeds, B, ...]`, on the devices of all processes."""
+  rows = jax.tree.map(lambda *seeds: np.stack(seeds), *(one.train[step] for one in setup.data))
+  return sharding.put(setup.layout.batches, rows)
+
+
+def split(setup: Setup, name: str) -> Iterator[data.Batch]:
+  """The batches of `valid` or `test`, `[B, ...]`, on the devices of all processes."""
+  return (sharding.put(setup.layout.batch, rows) for rows in getattr(setup.data[0], name))
 
 
 def _transform(setup: Setup, name: str) -> tuple[Schedule, optax.GradientTransformationExtraArgs]:
@@ -80,12 +91,13 @@ def _transform(setup: Setup, name: str) -> tuple[Schedule, optax.GradientTransfo
   return rate, sparsejax.recipes.from_config(inner, recipe, total_steps=config.steps, axes=setup.contractions)
 
 
-def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStruct) -> Any:
+def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStruct, layout: sharding.Layout) -> Any:
   """`() -> params` of all seeds: weights that depend on the seed alone."""
   init = lambda seed: model.init(jax.random.key(seed), jnp.zeros(example.shape, example.dtype))['params']
-  compiled = jax.jit(jax.vmap(init))
   # The seeds are an argument: XLA would spend seconds on folding weights that are drawn from constants.
-  return lambda: compiled(np.array(seeds, np.uint32))
+  seeds = np.array(seeds, np.uint32)
+  compiled = jax.jit(jax.vmap(init), out_shardings=sharding.of_state(layout, jax.eval_shape(jax.vmap(init), seeds)))
+  return lambda: compiled(seeds)
 
 
 def _start(setup: Setup, tx: optax.GradientTransformationExtraArgs) -> Any:
@@ -94,7 +106,9 @@ def _start(setup: Setup, tx: optax.GradientTransformationExtraArgs) -> Any:
     opt_state = tx.init(params)
     return State(sparsejax.project(params, opt_state), opt_state)
 
-  compiled = jax.jit(jax.vmap(sparse))
+  every = jax.vmap(sparse)
+  shapes = jax.eval_shape(lambda: every(setup.initial()))
+  compiled = jax.jit(every, out_shardings=sharding.of_state(setup.layout, shapes))
   return lambda: compiled(setup.initial())
 
 

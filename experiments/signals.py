@@ -3,6 +3,8 @@
 import signal
 import threading
 
+from experiments import hosts
+
 
 class Signals:
   """Which signal asked to stop, if any. A context manager; a second Ctrl-C interrupts at once."""
@@ -19,6 +21,12 @@ class Signals:
   def __exit__(self, *_) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
+
+  def agreed(self) -> bool:
+    """Did any process receive one? All of them ask at the same step, and get the same answer."""
+    if number := hosts.agreed(self.received or 0):
+      self.received = number
+    return bool(number)
 
   def _receive(self, number: int, _) -> None:
     if self.received == number == signal.SIGINT:

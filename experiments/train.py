@@ -3,10 +3,14 @@
   python -m experiments.train --config experiments/configs/n_m/demo_vit_digits.py --workdir runs/demo [--set key=value]
 
 The same command resumes a run that was stopped or killed, bit for bit, and prints the results of a finished one again.
-Exit status: 0 done; 2 refused, with the reason in one line; 128 + signal: stopped by Ctrl-C or SIGTERM, resumable.
+On several hosts, or in several processes of one, each gets it with `--distributed`, and one shared `--workdir`.
+Exit status: 0 done; 1 another process is gone, resumable; 2 refused, with the reason in one line; 128 + signal: stopped
+by Ctrl-C or SIGTERM, resumable.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
@@ -14,52 +18,71 @@ import pathlib
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, configs, evaluate, outcomes, records, results
+from experiments import checkpoints, configs, evaluate, hosts, outcomes, records, results
 from experiments.progress import Progress
-from experiments.runs import Run, Setup, batch, build, prepare
+from experiments.runs import Run, Setup, batch, build, prepare, split
 from experiments.signals import Signals
 from sparsejax import metrics
 from sparsejax.types import Array
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m experiments.train', description='Trains the runs of a config.')
-  parser.add_argument('--config', required=True, help='a Python file with get_config(); see experiments/configs')
-  parser.add_argument('--workdir', required=True, help='where checkpoints, metrics and results go, and resume from')
-  parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change one value of the config')
-  parser.add_argument('--traceback', action='store_true', help='show where in the code a refusal comes from')
-  asked = parser.parse_args(arguments)
+  asked = _parsed(arguments)
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS log their every step, and what they raise too
   python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
   again = shlex.join([python, '-m', 'experiments.train', *(sys.argv[1:] if arguments is None else arguments)])
+  patience = hosts.LEAVE
   try:
+    config, workdir = configs.load(asked.config, asked.set), pathlib.Path(asked.workdir)
+    if asked.distributed:
+      hosts.join(asked.distributed, workdir / 'logs')
     with Signals() as signals:
-      config = configs.load(asked.config, asked.set)
-      return compare(config, pathlib.Path(asked.workdir), rich.console.Console(), signals, again)
-  except (ValueError, OSError, FloatingPointError) as error:
-    if asked.traceback:
-      raise
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    return 2
+      status, patience = compare(config, workdir, signals, again), hosts.JOIN
   except KeyboardInterrupt:
-    print(f'Interrupted at once: what follows the last checkpoint is lost. Resume with: {again}', file=sys.stderr)
-    return 130
+    hosts.say(f'Interrupted at once: what follows the last checkpoint is lost. Resume with: {again}')
+    status, patience = 130, 0
+  except Exception as error:
+    if hosts.lost(error):
+      hosts.end()
+    if asked.traceback or not isinstance(error, (ValueError, OSError, FloatingPointError)):
+      if hosts.alone():
+        raise
+      traceback.print_exc()
+    hosts.say(f'error: {_one_line(error)}')
+    status = 2
+  return hosts.leave(status, patience)
 
 
-def compare(config: ConfigDict, workdir: pathlib.Path, console: rich.console.Console, signals: Signals,
-            again: str) -> int:
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog='python -m experiments.train', description='Trains the runs of a config.',
+                                   allow_abbrev=False)
+  parser.add_argument('--config', required=True, help='a Python file with get_config(); see experiments/configs')
+  parser.add_argument('--workdir', required=True, help='where checkpoints, metrics and results go, and resume from')
+  parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change one value of the config')
+  parser.add_argument('--data_dir', action='append', dest='set', type='data.data_dir={}'.format, metavar='DIRECTORY',
+                      help='where the data sets are: the same as --set data.data_dir=DIRECTORY')
+  parser.add_argument('--distributed', nargs='?', const='auto', metavar='HOST:PORT,PROCESS,COUNT',
+                      help='be one of several processes, each started with this command: PROCESS of them, from 0 to '
+                      'COUNT - 1, number 0 on HOST; without a value JAX asks Slurm, Open MPI, Kubernetes or the TPU')
+  parser.add_argument('--traceback', action='store_true', help='show where in the code a refusal comes from')
+  return parser.parse_args(arguments)
+
+
+def compare(config: ConfigDict, workdir: pathlib.Path, signals: Signals, again: str) -> int:
   """Trains and tests each run that is not finished yet, then shows all of them. Returns the exit status."""
   workdir.mkdir(parents=True, exist_ok=True)
+  hosts.check(configs.plain(config), workdir)
+  console = rich.console.Console(file=None if hosts.leads() else io.StringIO())
   directories = {name: workdir / name for name in configs.runs(config)}
-  todo = [name for name, directory in directories.items() if outcomes.read(directory, config) is None]
+  todo = [name for name, directory in directories.items() if hosts.first(outcomes.read(directory, config) is None)]
   with Progress(len(todo), config.steps, console) as progress:
     _say_what_changed(config, workdir, progress)
     progress.doing('reading data, tracing')
@@ -67,14 +90,16 @@ def compare(config: ConfigDict, workdir: pathlib.Path, console: rich.console.Con
     runs = build(setup, directories) if todo else {}
     for run in runs.values():
       checkpoints.check(run.directory / 'checkpoints', run.state)
-    records.write_whole(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
+    if hosts.leads():
+      records.write_whole(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
     for name in todo:
       if not train(runs[name], setup, signals, progress):
         progress.say(f'Stopped by {signals.name}, {name} is saved. Resume with: {again}')
         return 128 + signals.received
       progress.doing(f'testing {name}')
       outcomes.write(runs[name], setup, progress.say)
-  results.show([outcomes.read(directory, config) for directory in directories.values()], workdir, console)
+  if hosts.leads():
+    results.show([outcomes.read(directory, config) for directory in directories.values()], workdir, console)
   return 0
 
 
@@ -87,25 +112,28 @@ def train(run: Run, setup: Setup, signals: Signals, progress: Progress) -> bool:
   with checkpoints.open_(run.directory / 'checkpoints') as saved:
     done, state, before = _resumed(run, saved, config, progress)
     progress.doing(f'compiling {run.name}')
-    step = run.step.compile() if done < config.steps and not signals.received else None
+    stopped = signals.agreed()
+    step = run.step.compile() if done < config.steps and not stopped else None
     progress.start(run.name, done)
     losses, began = {}, time.monotonic() - before
-    with records.Records(run.directory, done) as record:
-      while done < config.steps and not signals.received:
-        state, loss, measured = step(state, batch(setup, done), jnp.int32(done))
+    with records.Records(run.directory, done) if hosts.leads() else contextlib.nullcontext() as record:
+      while done < config.steps and not stopped:
+        state, loss, measured = step(state, batch(setup, done), np.int32(done))
         done += 1
         losses[done] = loss
         due = lambda every, done=done: done % every == 0 or done == config.steps
-        if due(config.measure_every) or due(config.validate_every) or due(config.checkpoint_every):
+        waits = due(config.measure_every) or due(config.validate_every) or due(config.checkpoint_every)
+        if waits:
           losses = _refuse_infinite(run, config, losses, saved.latest_step())
         numbers = _numbers(run, setup, done, loss, measured) if due(config.measure_every) else {}
         if due(config.validate_every):
           numbers |= _validation(setup, state)
-        if numbers:
+        if numbers and record:
           record.write(done, numbers)
           progress.advance(done, numbers)
         if due(config.checkpoint_every):
           _save(saved, done, state, config, time.monotonic() - began)
+        stopped = signals.agreed() if waits or hosts.alone() else False
     _refuse_infinite(run, config, losses, saved.latest_step())
     _save(saved, done, state, config, time.monotonic() - began)  # nothing, unless a signal came between two of them
   return done == config.steps
@@ -149,8 +177,12 @@ def _numbers(run: Run, setup: Setup, done: int, loss: Array, measured: Mapping[s
 
 
 def _validation(setup: Setup, state: Any) -> dict[str, Any]:
-  scores = evaluate.scores(setup.predict, state.params, setup.data[0].valid)
+  scores = evaluate.scores(setup.predict, state.params, split(setup, 'valid'))
   return {f'valid_{key}': value for key, value in scores.items()}
+
+
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())
 
 
 def _say_what_changed(config: ConfigDict, workdir: pathlib.Path, progress: Progress) -> None:

@@ -27,7 +27,7 @@ def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
       # Nothing is downloaded: images are digits, text is a file.
       f'data.name={text}' if config.model.name == 'lm' else 'data.name=digits', f'data.data_dir={tmp_path / "data"}',
       'steps=10', 'seeds=(0,)', 'batch_size=4', 'model.depth=1', 'measure_every=5', 'validate_every=10',
-      'checkpoint_every=10']
+      'checkpoint_every=10', 'mesh.data=1']
   if config.model.name == 'vit':
     changes.append('model.patch=4')
   else:

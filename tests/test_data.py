@@ -195,7 +195,7 @@ def test_a_batch_does_not_depend_on_what_was_asked_before(root):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 10**12))
 def test_every_position_once_an_epoch(count, batch_size, seed, number):
-  positions = data._Shuffled(count, batch_size, seed)
+  positions = data._Shuffled(count, data._Part(batch_size, slice(None)), seed)
   first, last = number * count, (number + 1) * count
   steps = [positions[step] for step in range(first // batch_size, -(-last // batch_size))]
   index, epochs = (np.concatenate([step[key] for step in steps]) for key in ('index', 'epoch'))
@@ -276,7 +276,7 @@ def test_from_records_as_from_memory(root, monkeypatch):
 
 def test_sets_for_several_seeds_share_the_images(root, monkeypatch):
   one = load(root, seed=0)
-  monkeypatch.setattr(data, '_decoded', lambda *_: pytest.fail('decoded again'))
+  monkeypatch.setattr(data, '_remembered', lambda *_: pytest.fail('decoded again'))
   assert (load(root, seed=1).test[0]['inputs'] == one.test[0]['inputs']).all()
 
 
@@ -288,6 +288,57 @@ def test_augmented_images_are_shifts(root):
   same = (candidates == shifted['inputs']).all((2, 3, 4))
   assert same.any(0).all() and (same.sum(1) > 0).all()  # each image is one of the nine, and all nine occur
   assert (plain['labels'] == shifted['labels']).all()
+
+
+# A part of each batch.
+
+
+PARTS = [slice(0, 5), slice(5, 6), slice(6, 12)]
+
+
+@pytest.mark.parametrize('arguments', [{}, {'augment': True}, {'name': 'numbers.txt', 'sequence_length': 10}], ids=str)
+def test_the_parts_of_a_batch_are_together_the_batch(root, text, arguments):
+  arguments = {**arguments, 'batch_size': 12}
+  if 'name' in arguments:
+    arguments['name'] = text
+  one, parts = load(root, **arguments), [load(root, rows=rows, **arguments) for rows in PARTS]
+  assert all(part.example == one.example for part in parts)
+  for split in ('train', 'valid', 'test'):
+    whole, pieces = getattr(one, split), [getattr(part, split) for part in parts]
+    assert {len(whole)} == {len(piece) for piece in pieces}
+    for step in (0, 1, len(whole) - 1 if split != 'train' else 12_345):
+      assert [len(piece[step]['labels']) for piece in pieces] == [5, 1, 6]
+      for key, value in whole[step].items():
+        np.testing.assert_array_equal(np.concatenate([piece[step][key] for piece in pieces]), value)
+
+
+def test_only_the_own_rows_are_read(root, monkeypatch):
+  """Every row read twice and more is counted, as from a set too large to remember."""
+  monkeypatch.setattr(data, 'IN_MEMORY', 0)
+  read, reader = collections.Counter(), data._reader
+
+  def counting(builder, split, *keys):
+    get = reader(builder, split, *keys)
+    return lambda rows: (read.update((split, int(row)) for row in rows), get(rows))[1]
+
+  monkeypatch.setattr(data, '_reader', counting)
+  whole = load(root, batch_size=12)
+  parts = [load(root, batch_size=12, rows=rows) for rows in PARTS]
+  for split in ('train', 'valid', 'test'):
+    counts = []
+    for one in (whole, *parts):
+      read.clear()
+      getattr(one, split)[3]
+      counts.append(read.copy())
+    assert [count.total() for count in counts] == [12, 5, 1, 6] and sum(counts[1:], collections.Counter()) == counts[0]
+
+
+def test_what_fits_in_memory_is_read_once(monkeypatch):
+  read = []
+  get = data._remembered(lambda rows: (read.extend(rows), {'inputs': rows * 2})[1], 3000)
+  for rows in ([5, 1, 5], [1, 2], np.arange(3000), [2999, 0]):
+    assert (get(np.array(rows))['inputs'] == np.array(rows) * 2).all()
+  assert sorted(read) == list(range(3000))
 
 
 # Text.

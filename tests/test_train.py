@@ -18,8 +18,8 @@ from sparsejax import formats, io
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
 DEMO = pathlib.Path(__file__).parent.parent / 'experiments/configs/n_m/demo_vit_digits.py'
-TOY = ('steps=8', 'seeds=(0, 7)', 'batch_size=8', 'model.width=16', 'model.depth=1', 'model.heads=2', 'model.patch=4',
-       'measure_every=2', 'validate_every=4', 'checkpoint_every=2')
+TOY = ('mesh.data=1', 'steps=8', 'seeds=(0, 7)', 'batch_size=8', 'model.width=16', 'model.depth=1', 'model.heads=2',
+       'model.patch=4', 'measure_every=2', 'validate_every=4', 'checkpoint_every=2')
 
 
 @pytest.fixture(scope='module')

@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
   config.seeds = (0,)
   config.steps = 1000
   config.batch_size = 64  # examples a step and seed
+  config.mesh = {'data': -1}  # devices that share each batch; -1: all of all processes
+  config.shard = 'replicated'  # parameters and optimizer state on every device; `fully`: split over them
   config.data = {
       'name': 'digits',  # `digits`, any TFDS set in `data_dir`, or the path of a UTF-8 text file
       'data_dir': None,  # None: the user's cache directory

@@ -1,0 +1,108 @@
+"""Several processes train as one: killed, stopped and resumed, they end in the same bits; one that is lost is said."""
+
+import json
+import signal
+
+import jax
+import jobs
+import numpy as np
+import pytest
+
+from experiments import checkpoints, configs, digits, evaluate, hosts, runs
+from sparsejax import io
+
+RUN, STEPS = 'MdGf', 16
+CONFIG = f"""
+from experiments.configs import default
+
+def get_config():
+  config = default.get_config()
+  config.seeds = (3, 5)
+  config.steps = {STEPS}
+  config.batch_size = 8
+  config.shard = 'fully'
+  config.model = {{'name': 'vit', 'patch': 4, 'width': 16, 'depth': 1, 'heads': 2}}
+  sparse = {{'pattern': '1:4', 'where': ['mlp/*/kernel'], 'dense_steps': 0.1, 'fine_tune_steps': 0.2}}
+  config.recipes = {{'MdGf': {{'name': 'mdgf', **sparse, 'decay': {{'name': 'linear', 'begin': 0.0, 'end': 0.5}}}}}}
+  config.measure_every = 1
+  config.validate_every = 8
+  config.checkpoint_every = 2
+  return config
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('hosts')
+  (folder / 'config.py').write_text(CONFIG)
+  digits.prepared(folder / 'data')
+  return folder
+
+
+def started(folder, workdir, count, *arguments, others=None):
+  """`count` jobs that train in `workdir` as one, or, with `others`, that should be one but are not."""
+  port, same = jobs.port(), ('--config', folder / 'config.py', '--workdir', folder / workdir,
+                             '--data_dir', folder / 'data', *arguments)
+  return jobs.together(*(
+      jobs.Job(folder / f'{workdir}-{i}', *same, *(others or {}).get(i, ()), '--distributed',
+               f'localhost:{port},{i},{count}', cache=folder / 'cache') for i in range(count)))
+
+
+def lines(folder, workdir):
+  path = folder / workdir / RUN / 'metrics.jsonl'
+  return path.read_text().count('\n') if path.exists() else 0
+
+
+def bits(folder, workdir, step=STEPS):
+  place = folder / workdir / RUN / 'checkpoints' / str(step)
+  return {item: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(io.read(place, item))]
+          for item in ('params', 'opt_state')}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(folder):
+  """What two processes said that trained to the end as one."""
+  with started(folder, 'alone', 2) as both:
+    return [job.wait() for job in both]
+
+
+def test_only_the_first_process_speaks(folder, undisturbed):
+  (code, out, err), other = undisturbed
+  assert (code, err) == (0, '') and other == (0, '', '')
+  assert f'{RUN} {STEPS}/{STEPS}' in out and '75.00%' in out and out.count('results.png') == 1
+
+
+def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_promotion):
+  """The same batches, each row once: what differs is the order in which floating-point numbers are added."""
+  arguments = [f'data.data_dir={folder / "data"}', 'mesh.data=1']
+  setup = runs.prepare(configs.load(folder / 'config.py', arguments))
+  run = runs.build(setup, {RUN: folder / 'alone' / RUN})[RUN]
+  _, loss, _ = run.step.compile()(run.start(), runs.batch(setup, 0), np.int32(0))
+  first, *_ = (folder / 'alone' / RUN / 'metrics.jsonl').read_text().splitlines()
+  np.testing.assert_allclose(json.loads(first)['loss'], loss, rtol=1e-5)
+  with checkpoints.open_(run.directory / 'checkpoints') as saved:
+    _, state, _ = checkpoints.restore(saved, run.state, pytest.fail)
+  outcome = json.loads((run.directory / 'outcome.json').read_text())
+  for key, value in evaluate.scores(setup.predict, state.params, runs.split(setup, 'test')).items():
+    np.testing.assert_allclose(outcome['test'][key], value, rtol=1e-5)
+
+
+def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed):
+  for victim, at in ((1, 3), (0, 7)):
+    with started(folder, 'killed', 2) as both:
+      jobs.until(lambda at=at: lines(folder, 'killed') >= at, *both)
+      both[victim].signal(signal.SIGKILL)
+      code, _, err = both[1 - victim].wait()
+      assert both[victim].wait()[0] == -signal.SIGKILL
+      assert code == hosts.LOST and err.count('\n') == 1 and err.startswith(f'error: process {1 - victim} stops')
+      assert 'another process is gone' in err and 'give every process its command again' in err
+  with started(folder, 'killed', 2) as both:
+    jobs.until(lambda: lines(folder, 'killed') >= 11, *both)
+    both[1].signal(signal.SIGTERM)  # the one that does not print
+    (code, out, err), other = [job.wait() for job in both]
+    assert (code, err) == (128 + signal.SIGTERM, '') and other == (code, '', ''), (out, err, other)
+    assert 'Stopped by SIGTERM' in out and 'resumed at step' in out
+    assert len(list((folder / 'killed' / RUN / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))) == 0
+  with started(folder, 'killed', 2) as both:
+    assert [job.wait()[0] for job in both] == [0, 0]
+  assert bits(folder, 'killed') == bits(folder, 'alone')
