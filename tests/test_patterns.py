@@ -187,8 +187,13 @@ def test_occupied_blocks_are_those_that_are_kept(layout):
   assert occupied.size == count and occupied.sum() == count - round(count / 2)
 
 
+def test_one_nonzero_occupies_a_block():
+  nonzero = jnp.zeros((4, 6), bool).at[0, 1].set(True).at[3, 5].set(True)
+  np.testing.assert_array_equal(Block((2, 3)).occupied(nonzero, Axes((0,), (1,))), [[True, False], [False, True]])
+
+
 def test_a_block_sums_narrow_scores_in_float32_and_counts_its_own_sparsity():
-  scores = jnp.concatenate([jnp.full((512, 4), 1.0), jnp.full((512, 4), 1.01)], 1).astype(jnp.bfloat16)
+  scores = jnp.ones((512, 8), jnp.bfloat16).at[3, 5].set(2)  # 2048 and 2049, the same number in bfloat16
   mask = jax.jit(Block((512, 4), 0.5))(scores)
   np.testing.assert_array_equal(mask, np.arange(8)[None] >= np.full((512, 1), 4))
   five = jnp.arange(10.0).reshape(5, 2)

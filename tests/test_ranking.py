@@ -95,6 +95,7 @@ LEAVES = {
     'one, as on one CPU': ([((3, 2, 4), jnp.float16)], 'one reduction'),
     'one, in small words': ([((9, 2, 4), jnp.float32)], 'small words'),
     'several of two bytes': ([(shape, jnp.bfloat16) for shape in ((3, 4), (2, 1, 5), (1,))], 'one reduction'),
+    'of two bytes, but of two kinds': ([((5,), jnp.bfloat16), ((4,), jnp.float16)], 'as it is'),
     'a scalar, none, and dtypes mixed': (
         [((7,), jnp.float32), ((), jnp.bfloat16), ((0, 3), jnp.float16), ((2, 3), jnp.float16)], 'as it is'),
     'several, in small words': ([((5, 7), jnp.float32), ((13,), jnp.float32), ((2, 2), jnp.float32)], 'small words'),
@@ -164,6 +165,13 @@ def test_counts_in_two_words_are_whole_numbers(a, b, n, total):
   assert value(ranking.count(jnp.int32(n))) == n and value(ranking.count(jnp.uint32(total))) == total
   assert value(ranking.count(jnp.float32(a))) == int(np.float32(a))
   assert value(ranking._words(jnp.uint32(total).astype(jnp.int32))) == total, 'a sum that fills the sign bit'
+
+
+def test_a_full_sum_is_carried_before_the_next(monkeypatch):
+  monkeypatch.setattr(ranking, '_slabs', lambda shape, most: [(most, None)] * 2)
+  monkeypatch.setattr(ranking, '_sums', lambda masks: [jnp.int32(-1), jnp.int32(3)])  # -1 are the bits of 2^32 - 1
+  full, few = ranking._totals([[jnp.ones(4, bool)] * 2] * 3)
+  assert (value(full), value(few)) == (6 * (2**32 - 1), 18)
 
 
 def test_any_whole_number_is_a_count():
@@ -349,6 +357,12 @@ def test_quantile_at_a_whole_place_is_that_weight_exactly(q):
   values = awkward((257,), seed=9)
   finite = jnp.where(jnp.isfinite(values), values, 3.0)
   assert quantile([finite[:100], finite[100:]], np.float32(q)) == np.quantile(np.asarray(finite), q)
+
+
+def test_the_last_place_is_the_largest_weight_where_float32_rounds_it_up():
+  leaf = jnp.zeros(2**24 + 4, jnp.bfloat16).at[7].set(2.0)
+  with counting('one reduction'):
+    assert jax.jit(lambda leaf: ranking.quantile([leaf], 1.0))(leaf) == 2.0
 
 
 def test_nan_is_the_least_of_a_quantile():
