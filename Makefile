@@ -6,16 +6,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKDIR ?= runs/demo
 WORKERS ?= 2
+# Python:JAX, the oldest JAX that setup.cfg allows and the newest of both that is to be had here.
+MATRIX ?= 3.11:0.10 newest:newest
 
-.PHONY: help demo test bench lint setup clean
+.PHONY: help demo test test-full test-matrix bench lint setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo   set up, train dense, SR-STE and MdGf-Linear on digits, show a table and a picture ($(WORKDIR))'
-	@echo 'make test   set up, run the tests'
-	@echo 'make bench  set up, measure side by side what the README claims (about 15 minutes, an otherwise idle machine)'
-	@echo 'make lint   set up, run ruff'
-	@echo 'make clean  remove .venv and caches'
+	@echo 'make demo         set up, train dense, SR-STE and MdGf-Linear on digits, show a table and a picture ($(WORKDIR))'
+	@echo 'make test         set up, run the tests'
+	@echo 'make test-full    the same without leaving any combination out'
+	@echo 'make test-matrix  the tests on the oldest JAX that is supported and on the newest, each in its own .venv-...'
+	@echo 'make bench        set up, measure side by side what the README claims (15 minutes, an otherwise idle machine)'
+	@echo 'make lint         set up, run ruff'
+	@echo 'make clean        remove .venv, .venv-... and caches'
 
 setup: $(READY)
 
@@ -39,6 +43,12 @@ test: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+test-full: $(READY)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --full
+
+test-matrix:
+	@.ci/matrix $(MATRIX) -- -n $(WORKERS) --dist loadfile $(TESTS)
+
 bench: $(READY)
 	@$(BIN)/python -m benchmarks
 
@@ -46,4 +56,4 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis
