@@ -5,11 +5,14 @@ notices a file that is missing or cut, but not a flipped bit, so `meta` holds a 
 """
 
 import contextlib
+import errno
 import gc
 import os
 import pathlib
+import re
 import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -37,6 +40,7 @@ class State(NamedTuple):
 def open_(directory: str | os.PathLike) -> ocp.CheckpointManager:
   """The checkpoints of one run, the newest two of them. Half-written ones that a kill left behind are removed."""
   directory = pathlib.Path(directory).absolute()
+  sys.unraisablehook, threading.excepthook = map(_without_late_ends, (sys.unraisablehook, threading.excepthook))
   # Orbax's own `cleanup_tmp_directories` deletes in the background, and may hit the new files of the same step.
   for unfinished in directory.glob('*.orbax-checkpoint-tmp*') if hosts.leads() else ():
     shutil.rmtree(unfinished)
@@ -55,7 +59,8 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: State, **meta: An
   if step in checkpoints.all_steps():
     return
   # Before, not when it fails: the writers in the background would each print a traceback.
-  needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(checkpoints.directory).free
+  needed = max(sum(leaf.nbytes for leaf in jax.tree.leaves(state)), _on_disk(checkpoints))
+  free = shutil.disk_usage(checkpoints.directory).free
   if hosts.agreed(free < needed):
     raise OSError(f'checkpoints.save: no room for the checkpoint of step {step} in {checkpoints.directory}: it may '
                   f'take {needed:,} bytes and {free:,} are free. Make room and give the same command again.')
@@ -140,16 +145,39 @@ def _words(leaf: Array) -> Array:
 
 @contextlib.contextmanager
 def _unfinished_reads_unmentioned() -> Iterator[None]:
-  """When a read fails Orbax drops the others, and Python would print a page on each as it is collected.
-
-  A thread of TensorStore may end a dropped read later still and find the event loop closed: also left unmentioned.
-  """
+  """When a read fails Orbax drops the others, and Python would print a page on each as it is collected."""
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:
     yield
     gc.collect()
   finally:
-    sys.unraisablehook = lambda late: None if str(late.exc_value) == 'Event loop is closed' else hook(late)
+    sys.unraisablehook = hook
+
+
+def no_room(error: BaseException | None) -> bool:
+  """Did a write fail because the disk is full, or a quota or a limit reached?"""
+  return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or bool(
+      re.search('No space left on device|Disk quota exceeded|File too large', str(error)))
+
+
+def _without_late_ends(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+  """`hook` without the pages that threads print on what the main thread says in a line.
+
+  A thread of TensorStore may end a dropped read or write late and find the event loop closed; TensorBoard's meets the
+  full disk by itself, and its own end.
+  """
+  def without(late: Any) -> None:
+    if str(late.exc_value) not in ('Event loop is closed', 'handle is closed') and not no_room(late.exc_value):
+      hook(late)
+
+  without.late_ends = True
+  return hook if hasattr(hook, 'late_ends') else without
+
+
+def _on_disk(checkpoints: ocp.CheckpointManager) -> int:
+  """Bytes of the newest checkpoint, 0 if there is none: many small files take more room than their arrays."""
+  place = checkpoints.directory / str(checkpoints.latest_step())
+  return sum(path.lstat().st_blocks * 512 for path in pathlib.Path(place).rglob('*'))
 
 
 def _first_line(error: Exception) -> str:

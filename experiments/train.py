@@ -36,7 +36,8 @@ from sparsejax.types import Array
 
 def main(arguments: Sequence[str] | None = None) -> int:
   asked = _parsed(arguments)
-  logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS log their every step, and what they raise too
+  for name in ('absl', 'asyncio'):  # Orbax and TFDS log their every step, and what they raise too
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
   again = shlex.join([python, '-m', 'experiments.train', *(sys.argv[1:] if arguments is None else arguments)])
   patience = hosts.LEAVE
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       if hosts.alone():
         raise
       traceback.print_exc()
-    hosts.say(f'error: {_one_line(error)}')
+    hosts.say(f'error: {_one_line(error)}{_remedy(error, asked.workdir)}')
     status = 2
   return hosts.leave(status, patience)
 
@@ -179,6 +180,13 @@ def _numbers(run: Run, setup: Setup, done: int, loss: Array, measured: Mapping[s
 def _validation(setup: Setup, state: Any) -> dict[str, Any]:
   scores = evaluate.scores(setup.predict, state.params, split(setup, 'valid'))
   return {f'valid_{key}': value for key, value in scores.items()}
+
+
+def _remedy(error: Exception, workdir: str) -> str:
+  if not checkpoints.no_room(error) or 'Make room' in str(error):
+    return ''
+  return (f' No room is left for {workdir}. Make room and give the same command again: '
+          'it goes on from the last checkpoint.')
 
 
 def _one_line(error: Exception) -> str:
