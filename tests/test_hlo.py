@@ -103,11 +103,11 @@ def test_a_branch_is_marked_and_so_is_what_it_calls(attributes):
     (['%n.1 = s8[16,4]{1,0} convert(%x.1)', f'%w.1 = {F32} convert(%n.1)'], '', 'f32'),
     ([f'%w.1 = {F32} fusion(%x.1), kind=kLoop, calls=%widen.1'],
      computation('widen.1', PARAMETER, f'%n.1 = {BF16} convert(%p.1)', f'ROOT %v.1 = {F32} convert(%n.1)'), 'bf16'),
-    # The way goes through a fusion and out of its second parameter, printed first.
-    ([f'%n.1 = {BF16} convert(%x.1)', f'%w.1 = {F32} fusion(%x.1, %n.1), kind=kLoop, calls=%widen.1'],
-     computation('widen.1', f'%q.1 = {BF16} parameter(1)', PARAMETER, f'ROOT %v.1 = {F32} convert(%q.1)'), 'bf16'),
-    ([f'%n.1 = {BF16} convert(%x.1)', f'%w.1 = {F32} fusion(%x.1, %n.1), kind=kLoop, calls=%widen.1'],
-     computation('widen.1', '%q.1 = bf16[16,4]{1,0} parameter(1)', PARAMETER, f'ROOT %v.1 = {F32} copy(%p.1)'), 'f32'),
+    # The way goes through a fusion and out of its second parameter, printed first; then out of the other one.
+    ([f'%n.1 = {BF16} convert(%x.1)', f'%v.1 = {F32} convert(%n.1)', f'%w.1 = {F32} fusion(%x.1, %v.1), calls=%same.1'],
+     computation('same.1', '%q.1 = f32[16,4]{1,0} parameter(1)', PARAMETER, f'ROOT %r.1 = {F32} copy(%q.1)'), 'bf16'),
+    ([f'%n.1 = {BF16} convert(%x.1)', f'%v.1 = {F32} convert(%n.1)', f'%w.1 = {F32} fusion(%x.1, %v.1), calls=%same.1'],
+     computation('same.1', '%q.1 = f32[16,4]{1,0} parameter(1)', PARAMETER, f'ROOT %r.1 = {F32} copy(%p.1)'), 'f32'),
 ])
 def test_what_was_widened_before_it_was_sent(lines, before, value):
   (found,) = hlo.collectives(entry(*lines, f'ROOT %c.1 = {F32} all-reduce(%w.1), replica_groups={{}}', before=before))
