@@ -118,7 +118,9 @@ def check(directory: str | os.PathLike, like: State) -> None:
 
 def fingerprint(tree: PyTree) -> int:
   """32 bits that any flipped bit and any swap of elements or arrays changes, the same under any sharding."""
-  return zlib.crc32(np.array(jax.device_get([_hash(leaf) for leaf in jax.tree.leaves(tree)]), np.uint32).tobytes())
+  # One after the other: many collectives under way at once can block each other, and on a CPU then abort.
+  hashes = [jax.device_get(_hash(leaf)) for leaf in jax.tree.leaves(tree)]
+  return zlib.crc32(np.array(hashes, np.uint32).tobytes())
 
 
 @jax.jit

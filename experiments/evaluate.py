@@ -34,8 +34,8 @@ def scores(predict: Predict, params: PyTree, batches: Iterable[Batch]) -> dict[s
 def same_predictions(predict: Predict, params: PyTree, others: PyTree, batches: Iterable[Batch]) -> bool:
   """Are the logits of both parameters equal bit for bit on all of `batches`?"""
   same = jax.jit(lambda one, other: (_bits(one) == _bits(other)).all())
-  alike = [same(predict(params, batch['inputs']), predict(others, batch['inputs'])) for batch in batches]
-  return all(bool(sharding.whole(one)) for one in alike)
+  alike = lambda inputs: same(predict(params, inputs), predict(others, inputs))
+  return all(bool(sharding.whole(alike(batch['inputs']))) for batch in batches)
 
 
 def _bits(logits: Array) -> Array:

@@ -142,7 +142,7 @@ def _place(where: str) -> dict[str, Any]:
   """The arguments of `jax.distributed.initialize`."""
   if where == 'auto':
     return {}
-  match = re.fullmatch(r'(.+:\d+),(\d+),(\d+)', where)
+  match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', where)
   if not match or not int(match[2]) < int(match[3]):
     raise ValueError(f'--distributed: {where!r} is not HOST:PORT,PROCESS,COUNT with PROCESS from 0 to COUNT - 1, such '
                      'as localhost:1234,0,2 and localhost:1234,1,2; HOST is that of process 0.')

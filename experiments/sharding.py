@@ -99,7 +99,7 @@ def whole(tree: PyTree) -> PyTree:
       return leaf
     if not leaf.is_fully_replicated:
       leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(leaf)
-    return leaf.addressable_data(0)
+    return leaf.addressable_data(0).block_until_ready()  # one collective at a time
 
   return jax.tree.map(one, tree)
 

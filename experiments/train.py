@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       if hosts.alone():
         raise
       traceback.print_exc()
-    hosts.say(f'error: {_one_line(error)}{_remedy(error, asked.workdir)}')
+    hosts.say(f'error: {_reason(error, asked.workdir)}')
     status = 2
   return hosts.leave(status, patience)
 
@@ -182,15 +182,13 @@ def _validation(setup: Setup, state: Any) -> dict[str, Any]:
   return {f'valid_{key}': value for key, value in scores.items()}
 
 
-def _remedy(error: Exception, workdir: str) -> str:
-  if not checkpoints.no_room(error) or 'Make room' in str(error):
-    return ''
-  return (f' No room is left for {workdir}. Make room and give the same command again: '
+def _reason(error: Exception, workdir: str) -> str:
+  """One line; with the remedy where libraries report a full disk."""
+  line = ' '.join(str(error).split())
+  if not checkpoints.no_room(error):
+    return line
+  return (f'no room is left for {workdir} ({line}). Make room and give the same command again: '
           'it goes on from the last checkpoint.')
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split())
 
 
 def _say_what_changed(config: ConfigDict, workdir: pathlib.Path, progress: Progress) -> None:

@@ -21,11 +21,12 @@ class Job:
 
   def __init__(self, place, *arguments, devices=1, cache=None, before=None):
     FORKS.set_forkserver_preload(['experiments.train'])
+    self.arguments = [*map(str, arguments)]
     self._out, self._err = (pathlib.Path(f'{place}.{name}') for name in ('out', 'err'))
     flags = f'--xla_force_host_platform_device_count={devices}'
     environment = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
     self._process = FORKS.Process(
-        target=_main, args=([*map(str, arguments)], environment, cache, before, self._out, self._err))
+        target=_main, args=(self.arguments, environment, cache, before, self._out, self._err))
     self._process.start()
 
   def signal(self, number):

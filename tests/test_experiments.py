@@ -15,8 +15,9 @@ import pytest
 import rich.console
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
-from experiments import checkpoints, optimizers, records, results
+from experiments import checkpoints, optimizers, records, results, sharding
 from experiments.checkpoints import State
 from experiments.progress import Progress
 from experiments.signals import Signals
@@ -53,6 +54,23 @@ def test_the_newest_two_checkpoints_are_kept_and_come_back_bit_for_bit(tmp_path)
   assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['2', '3']
   step, found, meta = restored(tmp_path / 'run')
   assert step == 3 and meta['seeds'] == [3] and equal(found, state(3.0))
+
+
+@pytest.mark.parametrize('shard', sharding.SHARDS)
+def test_a_checkpoint_of_four_devices_comes_back_on_any_number(tmp_path, shard):
+  layout = lambda devices: sharding.layout(ConfigDict({'mesh': {'data': devices}, 'shard': shard, 'batch_size': 8}))
+  like = {devices: sharding.like(jax.eval_shape(state), layout(devices)) for devices in (1, 2, 4, 8)}
+  with checkpoints.open_(tmp_path / 'run') as manager:
+    four = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), state(), like[4])
+    checkpoints.save(manager, 1, four)
+  assert (len({str(tile.index) for tile in four.params['w'].addressable_shards}) == 4) == (shard == 'fully')
+  for devices, wanted in like.items():
+    _, found, _ = restored(tmp_path / 'run', wanted)
+    assert equal(found, state())
+    for leaf, to in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+      assert leaf.sharding.is_equivalent_to(to.sharding, leaf.ndim)
+    assert found.params['w'].sharding.spec == found.opt_state[-1][0].sharding.spec == found.opt_state[3].sharding.spec
+    assert len(found.params['w'].sharding.device_set) == devices
 
 
 def largest(place):

@@ -88,9 +88,10 @@ def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_
 
 
 def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed):
-  for victim, at in ((1, 3), (0, 7)):
+  writing = lambda: any((folder / 'killed' / RUN / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))
+  for victim, moment in ((1, lambda: lines(folder, 'killed') >= 3), (0, writing)):
     with started(folder, 'killed', 2) as both:
-      jobs.until(lambda at=at: lines(folder, 'killed') >= at, *both)
+      jobs.until(moment, *both)
       both[victim].signal(signal.SIGKILL)
       code, _, err = both[1 - victim].wait()
       assert both[victim].wait()[0] == -signal.SIGKILL
@@ -106,3 +107,25 @@ def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undistu
   with started(folder, 'killed', 2) as both:
     assert [job.wait()[0] for job in both] == [0, 0]
   assert bits(folder, 'killed') == bits(folder, 'alone')
+
+
+def test_four_processes(folder):
+  """They train, and what they save four processes and one read alike."""
+  with started(folder, 'four', 4, '--set', 'steps=4') as four:
+    assert [job.wait()[::2] for job in four] == [(0, '')] * 4
+  with jobs.together(jobs.Job(folder / 'one', *four[0].arguments[:-2], '--set', 'steps=6', cache=folder / 'cache')) as (
+      one,):
+    code, out, err = one.wait()
+  assert (code, err) == (0, '') and 'resumed at step 4' in out
+
+
+@pytest.mark.parametrize(('arguments', 'others', 'words'), [
+    (['--set', 'batch_size=7'], {}, ['batch_size=7', '2 devices', 'such as 8']),
+    ([], {1: ['--set', 'optimizer.learning_rate=0.1']}, ['process 1', 'optimizer.learning_rate: 0.001 -> 0.1']),
+])
+def test_refused_in_one_line_by_all(folder, arguments, others, words):
+  with started(folder, f'refused-{len(others)}', 2, *arguments, others=others) as both:
+    ended = [job.wait() for job in both]
+  assert [code for code, _, _ in ended] == [2, 2]
+  err = ''.join(err for _, _, err in ended)
+  assert err.startswith('error: ') and err.count('\n') == 1 and all(word in err for word in words), ended

@@ -183,7 +183,23 @@ def test_a_full_disk_stops_and_keeps_the_last_good_checkpoint(folder, unfinished
   assert bits(unfinished / 'SR-STE/checkpoints/6') == before
 
 
+def test_training_goes_on_with_another_number_of_devices(folder, tmp_path, capsys):
+  recipe = "recipes={'only': {'name': 'sr_ste', 'pattern': '1:4', 'where': ['mlp/*/kernel']}}"
+  for devices, steps, shard in ((4, 2, 'fully'), (1, 4, 'replicated'), (8, 6, 'fully'), (2, 8, 'replicated')):
+    assert call(folder, tmp_path, recipe, f'mesh.data={devices}', f'steps={steps}', f'shard={shard}') == 0
+    assert steps == 2 or f'only: resumed at step {steps - 2}.' in capsys.readouterr().out
+  lines = list(records.read(tmp_path / 'only'))
+  assert [line['step'] for line in lines] == [2, 4, 6, 8] and lines[-1]['sparsity'] == pytest.approx([0.75, 0.75])
+
+
 # What it refuses, in one line and with status 2.
+
+
+@pytest.mark.parametrize('where', ['localhost', 'localhost:1234', 'localhost:1234,2,2', 'localhost,0,2', ':1,0,2'])
+def test_coordinates_that_make_no_sense(tmp_path, where, capsys):
+  assert train.main(['--config', str(DEMO), '--workdir', str(tmp_path), '--distributed', where]) == 2
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1 and repr(where) in err and 'localhost:1234,1,2' in err
 
 
 @pytest.mark.parametrize(('change', 'words'), [
@@ -222,6 +238,10 @@ def test_a_checkpoint_of_another_configuration(folder, unfinished, change, words
     ('seeds=3', ['seeds=3', 'tuple']),
     ('seeds=(1, 1)', ['seeds', 'different']),
     ('seeds=(1, -1)', ['seeds', 'whole numbers']),
+    ('mesh.data=3', ['batch_size=8', '3 devices', 'multiple of 3, such as 9', 'mesh.data']),
+    ('mesh.data=0', ['mesh.data=0', 'from 1 to the 8', '-1']),
+    ('mesh.dta=1', ["'mesh.dta'", "'mesh.data'"]),
+    ('shard=fuly', ["'fuly'", "'fully'"]),
     ('steps', ['key=value']),
 ])
 def test_a_change_that_makes_no_sense(folder, tmp_path, change, words, capsys):
