@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger(name).setLevel(logging.CRITICAL)
   python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
   again = shlex.join([python, '-m', 'experiments.train', *(sys.argv[1:] if arguments is None else arguments)])
+  again += ', and every other process with its own' if asked.distributed else ''
   patience = hosts.LEAVE
   try:
     config, workdir = configs.load(asked.config, asked.set), pathlib.Path(asked.workdir)
