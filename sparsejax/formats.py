@@ -276,14 +276,15 @@ def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...]) -> str | None:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _counts(w: Array, m: int, axes: tuple[int, ...]) -> Array:
   """Nonzeros of each group: `[..., K / m, ...]`."""
-  nonzero = groups.split(groups.bits(groups.merged(w, axes)) != 0, m, min(axes))
+  nonzero = groups.split(groups.bits(groups.merged(w, axes, m)) != 0, m, min(axes))
   return jnp.sum(nonzero, axis=min(axes) + 1, dtype=jnp.int16)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _nm_packed(w: Array, n: int, m: int, axes: tuple[int, ...]) -> NMArray:
   axis = min(axes) + 1
-  grouped = groups.split(groups.merged(w, axes), m, axis - 1)
+  octets = m * (8 // math.gcd(n, 8))  # the indices of eight neighbours share bytes, across groups
+  grouped = groups.split(groups.merged(w, axes, octets), m, axis - 1)
   positions = groups.first_nonzeros(groups.bits(grouped) != 0, n, axis)
   values = groups.joined(groups.exactly(groups.take, grouped, positions, axis), axis)
   indices = groups.encoded(groups.joined(positions, axis), m, axis - 1)

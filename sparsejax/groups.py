@@ -19,9 +19,39 @@ from sparsejax.types import Array
 _UNROLLED = 32
 
 
-def merged(w: Array, axes: tuple[int, ...]) -> Array:
-  """`w` with `axes`, in their order, as one axis in the place of the first of them."""
-  first, w = min(axes), jnp.transpose(w, _order(w.ndim, axes))
+def undivided(w: Array, axes: tuple[int, ...], m: int) -> Array:
+  """`w` with every group of `m` along `axes` on one device, so that it can be reshaped to groups.
+
+  For meshes with Explicit axes, where a reshape that moves data is an error: `w` is gathered along `axes`, if groups
+  are divided there, and stays as it is otherwise. With Auto axes the compiler sees to it, and `w` stays as it is.
+  """
+  sharding = jax.typeof(w).sharding
+  cut = [a for a in axes if sharding.spec[a] is not None]
+  if not cut:
+    return w
+  local = sharding.shard_shape(w.shape)
+  if cut == [axes[0]] and math.prod(local[a] for a in axes) % m == 0:
+    return w
+  spec = [None if a in axes else names for a, names in enumerate(sharding.spec)]
+  return jax.sharding.reshard(w, sharding.update(spec=spec))
+
+
+def everywhere(w: Array) -> Array:
+  """`True` everywhere, computed from `w`: under `jit` a constant would lie on every device, whatever `w`'s sharding."""
+  return (w == w) | (w != w)
+
+
+def alike(mask: Array, other: Array) -> Array:
+  """`mask` lying on the devices as `other` of its shape does, whatever the mesh."""
+  sharding = jax.typeof(other).sharding
+  if jax.typeof(mask).sharding.spec != sharding.spec:  # only where the mesh has Explicit axes
+    return jax.sharding.reshard(mask, sharding)
+  return mask & everywhere(other)  # with Auto axes, an operation of both is what makes the compiler lay them alike
+
+
+def merged(w: Array, axes: tuple[int, ...], m: int) -> Array:
+  """`w` with `axes`, in their order, as one axis in the place of the first of them, `undivided` for groups of `m`."""
+  first, w = min(axes), jnp.transpose(undivided(w, axes, m), _order(w.ndim, axes))
   return w.reshape(*w.shape[:first], math.prod(w.shape[first:first + len(axes)]), *w.shape[first + len(axes):])
 
 
@@ -82,7 +112,8 @@ def first_nonzeros(nonzero: Array, n: int, axis: int) -> Array:
 
 def take(w: Array, positions: Array, axis: int) -> Array:
   """The entries of `w` at `positions` along `axis`; both have the same other axes."""
-  return jnp.take_along_axis(w, positions, axis=axis, mode='promise_in_bounds')
+  # XLA aborts the process over gathers of a sharded array by narrower integers ("Unsupported indices type: U8").
+  return jnp.take_along_axis(w, positions.astype(jnp.int32), axis=axis, mode='promise_in_bounds')
 
 
 def placed(values: Array, positions: Array, m: int, axis: int) -> Array:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -64,19 +65,19 @@ class NM:
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
     n = self.n if sparsity is None else ranking.count(_kept(sparsity, self.m)).low
     contracted, sizes = axes.contracted, tuple(scores.shape[a] for a in axes.contracted)
-    mask = ranking.top_n_in_groups(groups.merged(scores, contracted), n, self.m, min(contracted))
-    return groups.unmerged(mask, contracted, sizes)
+    mask = ranking.top_n_in_groups(groups.merged(scores, contracted, self.m), n, self.m, min(contracted))
+    return groups.alike(groups.unmerged(mask, contracted, sizes), scores)
 
   def excess(self, nonzero: Array, axes: Axes) -> Array:
     """How many more than `n` each group keeps, at least 0: `int32`, the contraction merged and shortened to groups."""
     axis = min(axes.contracted)
-    grouped = groups.split(groups.merged(nonzero, axes.contracted), self.m, axis)
+    grouped = groups.split(groups.merged(nonzero, axes.contracted, self.m), self.m, axis)
     return jnp.maximum(jnp.sum(grouped, axis + 1, dtype=jnp.int32) - self.n, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-  """Any weight of the leaf may be zero: exactly `round(sparsity * size)` are, half to even."""
+  """Any weight may be zero: exactly `round(sparsity * size)` of each layer of the leaf are, half to even."""
 
   sparsity: float | None = None
   static = True
@@ -91,17 +92,22 @@ class Unstructured:
     return None
 
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes | None = None) -> Array:
-    return ranking.top_n(scores, _kept(self.sparsity if sparsity is None else sparsity, scores.size))
+    layers = () if axes is None else axes.layer
+    return _best_of_each_layer(scores, self.sparsity if sparsity is None else sparsity, layers)
+
+  def units(self, nonzero: Array, axes: Axes) -> tuple[Array, tuple[int, ...]]:
+    """What is counted, and which axes of it are layers."""
+    return nonzero, axes.layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """Blocks of `shape` (along the contraction, along the output) are zero: exactly `round(sparsity * blocks)` of a leaf.
+  """Blocks of `shape` (along contraction and output) are zero: exactly `round(sparsity * blocks)` of each layer.
 
   Several contracted axes count as one, in the program's order, and so do several output axes. No block crosses a
-  spatial tap or a layer, but all blocks of the leaf compete. A block's score is the `float32` sum of its scores (of
-  magnitudes: the L1 norm), NaN if one of them is. NaN goes first, ties keep the lower index: by layer and tap, then
-  along the contraction, then along the output. Sharded leaves need no more than counts from each other where no block
+  spatial tap or a layer; the blocks of all taps of a layer compete. A block's score is the `float32` sum of its scores
+  (of magnitudes: the L1 norm), NaN if one of them is. NaN goes first, ties keep the lower index: by tap, then along the
+  contraction, then along the output. Sharded leaves need no more than counts from each other where no block
   crosses a shard; where one does, the order in which its sum is taken, and with it a near tie, may change.
   """
 
@@ -136,18 +142,24 @@ class Block:
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
     blocks, restored = self._split(scores, axes)
     sums = jnp.sum(blocks, (-3, -1), dtype=jnp.float32)
-    kept = ranking.top_n(sums, _kept(self.sparsity if sparsity is None else sparsity, sums.size))
-    return restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape))
+    kept = _best_of_each_layer(sums, self.sparsity if sparsity is None else sparsity, self._layers(axes))
+    return groups.alike(restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape)), scores)
 
-  def occupied(self, nonzero: Array, axes: Axes) -> Array:
-    """`bool`, which blocks hold a nonzero: layers and taps first, then blocks along contraction and output."""
-    return jnp.any(self._split(nonzero, axes)[0], (-3, -1))
+  def units(self, nonzero: Array, axes: Axes) -> tuple[Array, tuple[int, ...]]:
+    """Which blocks hold a nonzero, taps and layers first, then along contraction and output; and the layers' axes."""
+    return jnp.any(self._split(nonzero, axes)[0], (-3, -1)), self._layers(axes)
+
+  def _layers(self, axes: Axes) -> tuple[int, ...]:
+    """The layers' axes among those that are left in front."""
+    front = sorted((*axes.spatial, *axes.layer))
+    return tuple(front.index(a) for a in axes.layer)
 
   def _split(self, w: Array, axes: Axes) -> tuple[Array, Callable[[Array], Array]]:
     """`[..., K / k, k, O / o, o]`, layers and taps in front, and the way back from it."""
     along = (*axes.contracted, *axes.output)
     order = [*(a for a in range(w.ndim) if a not in along), *along]
-    moved = jnp.transpose(w, order)
+    whole = groups.undivided(groups.undivided(w, axes.contracted, self.shape[0]), axes.output, self.shape[1])
+    moved = jnp.transpose(whole, order)
     front, inner, outer = np.split(moved.shape, [w.ndim - len(along), w.ndim - len(axes.output)])
     # One axis after another: on a mesh with explicit axes no reshape may do more at once.
     rows = moved.reshape(*front, *inner, math.prod(outer)).reshape(*front, math.prod(inner), math.prod(outer))
@@ -178,6 +190,16 @@ class Staged:
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
     branches: list[Callable[[Array], Array]] = [lambda s, p=stage: p(s, sparsity, axes) for stage in self.stages]
     return lax.switch(self.index, branches, scores)
+
+
+def _best_of_each_layer(scores: Array, sparsity: Any, layers: tuple[int, ...]) -> Array:
+  """Layers are matrices of their own, however they are stored: a stack of them is as sparse as each of them."""
+  size = math.prod(n for a, n in enumerate(scores.shape) if a not in layers)
+  select = lambda scores: ranking.top_n(scores, _kept(sparsity, size))
+  for _ in layers:
+    select = jax.vmap(select)
+  front = tuple(range(len(layers)))
+  return jnp.moveaxis(select(jnp.moveaxis(scores, layers, front)), front, layers)
 
 
 def _check_share(name: str, sparsity: float | None) -> None:

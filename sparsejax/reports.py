@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import states, trees
 from sparsejax.patterns import NM, Block
@@ -159,9 +160,10 @@ def _together(state: states.SparseState, held: Mapping[str, Array], point: Mappi
 def _row_of(leaf: states.SparseLeaf, w: Array, point: Array, axes: Axes, around: str) -> Row:
   revived = int(jnp.sum((point == 0) & (w != 0), dtype=jnp.int32))
   if revived:
+    at = around and f', it is {around}'
     problem = (f'{revived} pruned weights are not zero: something after the recipe changes its updates (make it the '
-               f'outermost transform on its leaves{around and ", it is " + around}), or these are not the parameters of '
-               'this state (of an average of them: sparsejax.apply_masks)')
+               f'outermost transform on its leaves{at}), or these are not the parameters of this state (of an average '
+               'of them: sparsejax.apply_masks)')
   else:
     problem = '' if leaf.pattern in (None, 'global') else _problem(w, leaf.pattern, leaf.sparsity, axes)
     if problem and bool(jnp.any(point != 0)) and _problem(point, leaf.pattern, leaf.sparsity, axes):
@@ -181,9 +183,12 @@ def _problem(w: Array, pattern: Pattern, asked: float | None, axes: Axes) -> str
       return (f'{bad} of {excess.size} groups keep more than {pattern.n} of {pattern.m}, '
               f'the first, {first}, keeps {int(excess[first]) + pattern.n}')
     return ''
-  units, what = (pattern.occupied(w != 0, axes), 'blocks') if isinstance(pattern, Block) else (w != 0, 'weights')
-  kept, allowed = int(jnp.sum(units, dtype=jnp.int32)), units.size - round((asked or 0) * units.size)
-  return f'{kept} {what} are kept, {allowed} asked' if kept > allowed else ''
+  units, layers = pattern.units(w != 0, axes)
+  kept = np.asarray(jnp.sum(units, [a for a in range(units.ndim) if a not in layers], dtype=jnp.int32)).reshape(-1)
+  size = units.size // max(kept.size, 1)
+  allowed = size - round((asked or 0) * size)
+  what, where = 'blocks' if isinstance(pattern, Block) else 'weights', f' in layer {kept.argmax()}' if layers else ''
+  return f'{kept.max()} {what} are kept{where}, {allowed} asked' if kept.max(initial=0) > allowed else ''
 
 
 def _tightest(w: Array, axes: Axes) -> NM | None:

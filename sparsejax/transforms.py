@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocations
-from sparsejax import errors, flows, ranking, schedules, scores, trees, updates
+from sparsejax import errors, flows, groups, ranking, schedules, scores, trees, updates
 from sparsejax.patterns import parse
 from sparsejax.states import Plan, SparseLeaf, SparseState
 from sparsejax.types import Allocation, Array, Axes, Flow, Pattern, Predicate, PyTree, Schedule, Score, Signals
@@ -142,21 +142,25 @@ def sparsify(
     in_time = (step >= dense_steps) if freeze is None else (step >= dense_steps) & (step <= freeze)
     return in_time & ((step == freeze) | refresh(step - dense_steps))
 
+  def chosen(tree: _Leaves, weights, masks, signals):
+    masks, stats = selection.select(tree.plan.leaves, weights, masks, signals)
+    return [groups.alike(mask, w) for mask, w in zip(masks, weights)], stats
+
   def choose(tree: _Leaves, weights, masks, stats, signals):
     if never:
       return masks, stats
-    compute = lambda: selection.select(tree.plan.leaves, weights, masks, signals)
+    compute = lambda: chosen(tree, weights, masks, signals)
     # Only masks and their stats come out of the branch: whatever a cond returns, it copies.
     return compute() if always else jax.lax.cond(due(signals[0].step), compute, lambda: (masks, stats))
 
   def init(params: PyTree) -> SparseState:
     tree = _Leaves(params, where, axes, selection, flow)
     weights = [_master_of(w) if flow.dense else w for w in tree.pick(params)]
-    masks = [_all_kept(w) for w in weights]
+    masks = [groups.everywhere(w) for w in weights]
     stats = [selection.stat if trees.is_dense(selection.stat) else jnp.float32(selection.stat) for _ in weights]
     if dense_steps == 0:
       signals = tree.signals(jnp.zeros((), jnp.int32), stats, key=key)
-      masks, stats = selection.select(tree.plan.leaves, weights, masks, signals)
+      masks, stats = chosen(tree, weights, masks, signals)
     inner_state = inner.init(tree.put(weights, params))
     if flow.dense or not never:
       _refuse_line_search(inner_state)
@@ -321,11 +325,6 @@ def _default_where(axes: Mapping[str, Axes] | None) -> Predicate:
 def _master_of(w: Array) -> Array:
   """A copy, float32 at least: a narrow master would round small steps away, a shared one could not be donated."""
   return jnp.array(w, dtype=w.dtype if w.dtype.itemsize > 4 else jnp.float32, copy=True)
-
-
-def _all_kept(w: Array) -> Array:
-  """`True` everywhere, computed from `w`: under `jit` a constant would lie on every device, whatever `w`'s sharding."""
-  return (w == w) | (w != w)
 
 
 def _freeze_step(dense_steps: int, fine_tune_steps: int, total_steps: int | None) -> int | None:

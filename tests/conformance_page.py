@@ -10,7 +10,7 @@ import optax
 
 VERDICTS = {
     'same bits': 'the same bits as in a dict on one device',
-    'kept': 'zeros and pattern kept; sums over arrays that a mesh rounds otherwise, or inside `shard_map`',
+    'kept': 'zeros and pattern kept; last bits that a mesh rounds otherwise, or inside `shard_map`',
     'refused': 'refused with the reason, as it has to be: a line search or a function of the parameters',
     'not even alone': "the optimizer without a recipe fails there too, by an error of its own or of JAX's",
     'failed': 'a defect',

@@ -25,10 +25,17 @@ def n_of_m(scores, n, m, contracted):
 
 
 def blocks(scores, kept, shape, axes):
-  """Mask of the `kept` blocks of `shape`, along (contraction, output), with the largest sums, in the whole leaf."""
+  """Mask of the `kept` blocks of `shape`, along (contraction, output), with the largest sums, in each layer."""
+  if axes.layer:
+    layer, *others = axes.layer
+    drop = lambda group: tuple(a - (a > layer) for a in group)
+    inside = axes._replace(contracted=drop(axes.contracted), output=drop(axes.output), spatial=drop(axes.spatial),
+                           layer=drop(others))
+    parts = np.moveaxis(np.asarray(scores), layer, 0)
+    return np.stack([blocks(part, kept, shape, inside) for part in parts], layer)
   s = np.asarray(scores, np.float64)
   index = np.indices(s.shape)
-  along = [np.zeros(s.shape, int) for _ in range(3)]  # layers and taps, contraction, output: each as one axis
+  along = [np.zeros(s.shape, int) for _ in range(3)]  # taps, contraction, output: each as one axis
   rest = [a for a in range(s.ndim) if a not in (*axes.contracted, *axes.output)]
   for i, group in enumerate((rest, axes.contracted, axes.output)):
     for a in group:

@@ -11,8 +11,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from cases import BY_NAME, CASES, CONTRACTED, STEPS
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import sparsejax
 from sparsejax import recipes, states, trees
@@ -136,41 +134,6 @@ def test_vmap_over_seeds_equals_the_loop_over_seeds_bit_for_bit(name):
       stack([cases.start(name, s) for s in seeds]), stack([cases.gradients(name, seed=s) for s in seeds]))
   for s in seeds:
     cases.assert_same(jax.tree.map(lambda x, s=s: x[s], together), cases.run(name, s)[0])
-
-
-SPECS = {'attention': {'out': {'kernel': P(None, None, 'model'), 'bias': P('model')}},
-         'stack': {'kernel': P(None, None, 'model'), 'bias': P(None, 'model')},
-         'norm': {'scale': P(None)}, 'embed': {'embedding': P(None, None)}}
-
-
-@pytest.mark.parametrize('name, kind', [(name, AxisType.Explicit) for name in PHASES if name != 'dense'] + [
-    (name, AxisType.Auto) for name in ('asp-phases', 'sdgf_geometric-phases', 'st3-phases')])
-def test_eight_devices_keep_the_parameters_sharding_and_bits(name, kind):
-  """Columns over four devices, all of it twice: masks and master lie as their parameter does, from `init` on."""
-  mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(kind,) * 2)
-  shard = lambda tree: jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS))
-  params = shard(cases.random(0))
-  with jax.set_mesh(mesh):
-    tx = CASES[name].make()
-    state = jax.jit(tx.init)(params)
-    assert_lie_alike(params, state)
-    update = jax.jit(functools.partial(cases.step, tx), donate_argnums=(0, 1))
-    for t in range(STEPS):
-      before = jax.tree.map(np.array, params)
-      params, state = update(params, state, shard(cases.gradients(name, t)))
-    assert_lie_alike(params, state)
-  (_, expected), _ = cases.run(name)
-  cases.assert_same(jax.tree.map(np.asarray, state), expected)
-  cases.assert_at_the_point(before, params, sparsejax.project(params, state))
-
-
-def assert_lie_alike(params, state):
-  lies = {path: w.sharding for path, w in cases.by_path(params).items()}
-  for path, spec in cases.by_path(SPECS).items():
-    assert tuple(lies[path].spec) + (None,) * (len(spec) - len(lies[path].spec)) == tuple(spec), path
-  for tree in (state.masks, state.master):
-    for path, x in cases.by_path(tree).items():
-      assert x.sharding.is_equivalent_to(lies[path], x.ndim), f'{path}: {x.sharding}'
 
 
 def test_through_orbax_and_on_bit_for_bit(tmp_path):

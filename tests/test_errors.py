@@ -68,7 +68,8 @@ REFUSALS = {
     'no sparsity': (lambda: start(recipes.ste(SGD, Unstructured())),
                     ["'fc/kernel' of shape (16, 8)", 'unstructured has no sparsity', '`sparsity=`']),
     'no pattern': (lambda: recipes.ste(SGD, (2, 4)), ['patterns.parse', "'(2, 4)'", '2:4', 'N:M', 'unstructured']),
-    'unknown pattern': (lambda: parse('2-4'), ['patterns.parse', "'2-4'", "Did you mean '2:4'?", 'Valid: 128x128, 1:8']),
+    'unknown pattern': (
+        lambda: parse('2-4'), ['patterns.parse', "'2-4'", "Did you mean '2:4'?", 'Valid: 128x128, 1:8']),
     'a rank without contraction': (
         lambda: start(recipes.ste(SGD, where=trees.named('fc/bias'))),
         ["'fc/bias' of shape (8,)", 'no axis is contracted', 'leave the leaf out of `where`']),

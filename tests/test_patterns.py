@@ -1,6 +1,7 @@
 """Patterns: groups lie along the contraction and cross nothing else, counts are exact, refusals say the way out."""
 
 import functools
+import math
 
 import hypothesis
 import jax
@@ -170,11 +171,12 @@ def test_blocks_lie_along_contraction_and_output(layout, data):
   (shape, axes, _), block = LAYOUTS[layout], BLOCKS[layout]
   assert Block(block).validate(shape, axes) is None
   scores = data.draw(hnp.arrays(np.float32, shape, elements=QUARTERS.filter(lambda s: not 0 < abs(s) < 0.25)))
-  count = scores.size // (block[0] * block[1])
+  layers = math.prod(shape[a] for a in axes.layer)
+  count = scores.size // (block[0] * block[1]) // layers
   kept = np.linspace(0, count, 7).astype(int)
   for n, mask in zip(kept, blocks_of(layout)(scores, np.float32(1 - kept / count))):
     np.testing.assert_array_equal(mask, oracle.blocks(scores, n, block, axes), err_msg=f'{n} of {count}')
-    np.testing.assert_array_equal(np.sum(mask), n * block[0] * block[1])
+    np.testing.assert_array_equal(np.sum(mask), n * block[0] * block[1] * layers)
 
 
 @pytest.mark.parametrize('layout', BLOCKS)
@@ -182,14 +184,32 @@ def test_occupied_blocks_are_those_that_are_kept(layout):
   (shape, axes, _), block = LAYOUTS[layout], BLOCKS[layout]
   scores = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   mask = blocks_of(layout)(scores, np.linspace(0, 1, 7).astype(np.float32))[3]
-  occupied = Block(block).occupied(mask, axes)
-  count = mask.size // (block[0] * block[1])
-  assert occupied.size == count and occupied.sum() == count - round(count / 2)
+  occupied, layers = Block(block).units(mask, axes)
+  assert [occupied.shape[a] for a in layers] == [shape[a] for a in axes.layer]
+  counts = jnp.sum(occupied, [a for a in range(occupied.ndim) if a not in layers])
+  count = occupied.size // counts.size
+  assert count * counts.size * block[0] * block[1] == mask.size and np.all(counts == count - round(count / 2))
+
+
+@pytest.mark.parametrize('pattern', [Unstructured(0.5), Block((4, 3), 0.5)], ids=str)
+@pytest.mark.parametrize('layer', [(0,), (2,), (3, 0)])
+def test_every_layer_of_a_stack_is_as_sparse_as_asked_and_pruned_as_it_is_alone(pattern, layer):
+  """Weights of one layer a hundred times those of another: ranked together, a whole layer would be gone."""
+  others = tuple(a for a in range(2 + len(layer)) if a not in layer)
+  axes = Axes(others[:1], others[1:], layer=layer)
+  stack = np.random.default_rng(0).normal(size=(3, 2, 8, 6)[:len(layer)] + (8, 6)).astype(np.float32)
+  stack *= 100.0 ** np.arange(len(stack)).reshape(-1, *[1] * (stack.ndim - 1))
+  front = tuple(range(len(layer)))
+  mask = jax.jit(lambda s: pattern(s, None, axes))(np.moveaxis(stack, front, layer))
+  for i in np.ndindex(stack.shape[:-2]):
+    alone = pattern(jnp.asarray(stack[i]), None, Axes((0,), (1,)))
+    assert alone.mean() == 0.5
+    np.testing.assert_array_equal(np.moveaxis(mask, layer, front)[i], alone)
 
 
 def test_one_nonzero_occupies_a_block():
   nonzero = jnp.zeros((4, 6), bool).at[0, 1].set(True).at[3, 5].set(True)
-  np.testing.assert_array_equal(Block((2, 3)).occupied(nonzero, Axes((0,), (1,))), [[True, False], [False, True]])
+  np.testing.assert_array_equal(Block((2, 3)).units(nonzero, Axes((0,), (1,)))[0], [[True, False], [False, True]])
 
 
 def test_a_block_sums_narrow_scores_in_float32_and_counts_its_own_sparsity():

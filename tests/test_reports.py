@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 import sparsejax
-from sparsejax import NM, Unstructured, recipes, schedules, states, trees
+from sparsejax import NM, Block, Unstructured, recipes, schedules, states, trees
 from sparsejax.types import Axes
 
 SHAPES = {'fc': {'kernel': cases.F32((16, 8)), 'bias': cases.F32((8,))}, 'head': {'kernel': cases.F32((24, 4))}}
@@ -99,6 +99,17 @@ def test_check_names_every_parameter_with_the_place_and_what_is_wrong():
       'check: 2 of 2 parameters do not keep their pattern:',
       '  fc/kernel (16, 8): 1 of 32 groups keep more than 1 of 4, the first, (1, 3), keeps 2',
       '  head/kernel (24, 4): 96 weights are kept, 24 asked']
+
+
+@pytest.mark.parametrize('pattern, problem', [
+    (Unstructured(0.5), '128 weights are kept in layer 1, 64 asked'),
+    (Block((4, 4), 0.5), '8 blocks are kept in layer 1, 4 asked')])
+def test_a_stack_is_checked_layer_by_layer(pattern, problem):
+  stack = jnp.stack([jnp.zeros((16, 8)), jnp.ones((16, 8))])
+  with pytest.raises(ValueError, match=problem):
+    sparsejax.check({'kernel': stack}, pattern=pattern)
+  even = jnp.where(pattern(stack, None, Axes((1,), (2,), layer=(0,))), 1.0, 0.0)
+  assert sparsejax.check({'kernel': even}, pattern=pattern).achieved == 0.5
 
 
 def test_a_group_may_keep_fewer():
