@@ -44,7 +44,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-full: $(READY)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --full
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cells all
 
 test-matrix:
 	@.ci/matrix $(MATRIX) -- -n $(WORKERS) --dist loadfile $(TESTS)

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import group_selection, selection, timing, training_step
+from benchmarks import group_selection, memory, selection, timing, training_step
 
-SUITES = {'group_selection': group_selection.run, 'selection': selection.run, 'training_step': training_step.run}
+SUITES = {suite.__name__.split('.')[-1]: suite.run for suite in (group_selection, selection, training_step, memory)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -150,8 +150,12 @@ def sparsify(
     if never:
       return masks, stats
     compute = lambda: chosen(tree, weights, masks, signals)
-    # Only masks and their stats come out of the branch: whatever a cond returns, it copies.
-    return compute() if always else jax.lax.cond(due(signals[0].step), compute, lambda: (masks, stats))
+    if not always:
+      # Only masks and their stats come out of the branch: whatever a cond returns, it copies.
+      return jax.lax.cond(due(signals[0].step), compute, lambda: (masks, stats))
+    new, stats = compute()
+    # JAX drops an argument that nothing reads, and with it its donation. XLA takes this reading away again.
+    return [mask & (old | True) for mask, old in zip(new, masks)], stats
 
   def init(params: PyTree) -> SparseState:
     tree = _Leaves(params, where, axes, selection, flow)

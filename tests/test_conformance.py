@@ -178,6 +178,17 @@ def test_memory_is_one_master_of_the_sparse_leaves_and_a_byte_a_weight(name):
 
 
 @every_recipe
+def test_a_donated_step_changes_everything_in_place(name):
+  """A mask that the step does not read would be dropped from its arguments, donated or not, and be there twice."""
+  params = cases.random(0)
+  state = jax.eval_shape(CASES[name].make().init, params)
+  step = jax.jit(functools.partial(cases.step, CASES[name].make()), donate_argnums=(0, 1))
+  memory = step.lower(params, state, params).compile().memory_analysis()
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  assert 0 <= size((params, state)) - memory.alias_size_in_bytes <= size(state.stats)  # scalars, made anew each time
+
+
+@every_recipe
 def test_dense_leaves_go_exactly_where_the_optimizer_alone_takes_them(name):
   (alone, _), _ = alone_run()
   for path, w in cases.by_path(cases.run(name)[0][0]).items():
