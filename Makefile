@@ -41,7 +41,7 @@ demo: $(READY)
 test: $(READY)
 	@echo 'sparsejax: lint, then the tests on $(WORKERS) processes ...'
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: $(READY)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cells all
