@@ -28,9 +28,10 @@ def _lines(results):
   total = collections.Counter(results.values())
   yield '# Recipes x optimizers x containers x meshes\n'
   yield (f'{len(results):,} cells of the product of {len(recipes)} recipes, {len(optimizers)} optimizers and wrappers '
-         f'of optax, {len(containers)} containers and {len(meshes)} meshes of eight devices. Each is twelve updates, '
-         'with a dense and a fine-tune phase: after every update pruned weights are exactly zero and the rest is at '
-         'the sparse point, masks and master lie as their parameter does, and `sparsejax.check` finds the pattern.\n')
+         f'of optax, {len(containers)} containers and {len(meshes)} meshes of eight devices. Each is twelve updates: '
+         'after every update pruned weights are exactly zero and the rest is at '
+         'the sparse point, masks and master lie as their parameter does, and `sparsejax.check` finds the pattern. '
+         '`-phases`: with a dense and a fine-tune phase.\n')
   yield (f'Measured on CPU ({platform.machine()}, eight fake devices), jax {jax.__version__}, optax '
          f'{optax.__version__}, commit {_commit()}. Made by\n')
   yield f'    pytest tests/test_product.py --cells {len(results)} --table docs/conformance.md\n'
@@ -44,7 +45,7 @@ def _lines(results):
     yield ''
   yield '## By optimizer and recipe\n'
   yield 'How many cells held; `r` refused, `a` not even alone.\n'
-  yield '| | ' + ' | '.join(recipe.removesuffix('-phases') for recipe in recipes) + ' |\n|---|' + '---|' * len(recipes)
+  yield '| | ' + ' | '.join(recipes) + ' |\n|---|' + '---|' * len(recipes)
   for optimizer in sorted(optimizers, key=str.lower):
     yield f'| {optimizer} | ' + ' | '.join(_entry(results, recipe, optimizer) for recipe in recipes) + ' |'
 

@@ -30,6 +30,7 @@ SHAPES = {'stack': {'kernel': cases.F32((64, 8)), 'bias': cases.F32((8,))}, 'nor
 
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 on_matrices = functools.partial(jax.tree.map, lambda w: w.ndim > 1)
+on_rest = functools.partial(jax.tree.map, lambda w: w.ndim < 2)
 RATE = 0.1
 
 
@@ -96,7 +97,7 @@ OPTIMIZERS = _automatic() | {
         optax.conditionally_transform(optax.clip(0.1), lambda step, **_: step % 2 == 0), optax.sgd(RATE)),
     'ema': _inside(optax.ema(0.9), optax.sgd(RATE)),
     'flatten': _inside(optax.flatten(optax.adam(RATE))),
-    'freeze': _inside(optax.adam(RATE), optax.freeze({'stack': False, 'norm': True})),
+    'freeze': _inside(optax.adam(RATE), optax.freeze(on_rest)),
     'keep_params_nonnegative': _inside(optax.sgd(RATE), optax.keep_params_nonnegative()),
     'masked': _inside(optax.masked(optax.add_decayed_weights(0.1), on_matrices), optax.sgd(RATE)),
     'measure_with_ema': _inside(
@@ -115,7 +116,7 @@ OPTIMIZERS = _automatic() | {
     'scale_by_zoom_linesearch': _inside(optax.sgd(RATE), optax.scale_by_zoom_linesearch(3)),
     'schedule_free': _inside(contrib.schedule_free(optax.sgd(RATE), RATE)),
     'selective_transform': _inside(
-        optax.selective_transform(optax.adam(RATE), freeze_mask={'stack': False, 'norm': True})),
+        optax.selective_transform(optax.adam(RATE), freeze_mask=on_rest)),
     'snapshot': _inside(optax.snapshot('norm', optax.global_norm), optax.sgd(RATE)),
     'split_real_and_imaginary': _inside(contrib.split_real_and_imaginary(optax.adam(RATE))),
     'stateless': _inside(optax.stateless(lambda updates, params: jax.tree.map(lambda u: -RATE * u, updates))),
@@ -142,6 +143,7 @@ OPTIMIZERS = _automatic() | {
 }
 # Sum over whole arrays, so that a mesh may change their last bits, and sometimes, not always, does.
 SUMS = {'dog', 'dowg', 'scale_by_distance_over_gradients', 'mechanize', 'prodigy', 'dadapt_adamw', 'sam', 'fromage'}
+NOT_WITH_NONE = {'galore', 'scale_by_galore'}
 FUNCTIONS = {'sophia'}  # call a function of the parameters
 LINE_SEARCHES = {'lbfgs', 'scale_by_lbfgs', 'scale_by_backtracking_linesearch', 'scale_by_zoom_linesearch'}
 
