@@ -50,7 +50,7 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
       'test': {key: value.tolist() for key, value in test.items()},
       'asked': report.asked, 'achieved': report.achieved if report.rows else None,
       'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, setup, state),
-      'checkpoint': {'path': str(place.relative_to(run.directory)), 'bytes': _size(place / 'params'),
+      'checkpoint': {'path': f'checkpoints/{step}', 'bytes': _size(place / 'params'),
                      'dense_bytes': formats.nbytes(state.params)},
       'packed': packed, 'environment': environment(),
   }
