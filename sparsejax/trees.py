@@ -165,13 +165,6 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
   return found_axes
 
 
-def map_sparse(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-  """`f` on the leaves where `tree` is sparse; a dense place stays one. `rest` may hold anything there."""
-  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_dense)
-  columns = [treedef.flatten_up_to(other) for other in rest]
-  return treedef.unflatten([leaf if is_dense(leaf) else f(leaf, *others) for leaf, *others in zip(leaves, *columns)])
-
-
 def fill_dense(tree: PyTree, other: PyTree) -> PyTree:
   """`tree` with `other`'s leaves in its dense places."""
   leaves, treedef = jax.tree.flatten(tree, is_leaf=is_dense)

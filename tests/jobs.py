@@ -12,8 +12,37 @@ import socket
 import sys
 import time
 
+from experiments import digits
+
 FORKS = multiprocessing.get_context('forkserver')
 PATIENCE = 300  # seconds, for a loaded machine; nothing waits so long unless something is broken
+
+
+def config(run, steps, **changes):
+  """The text of a config: one small run of two seeds, measured at every step and saved at every second."""
+  lines = [f'  config.{key} = {value!r}\n' for key, value in changes.items()]
+  return f"""
+from experiments.configs import default
+
+def get_config():
+  config = default.get_config()
+  config.seeds = (3, 5)
+  config.steps = {steps}
+  config.batch_size = 8
+  config.model = {{'name': 'vit', 'patch': 4, 'width': 16, 'depth': 1, 'heads': 2}}
+  sparse = {{'pattern': '1:4', 'where': ['mlp/*/kernel'], 'dense_steps': 0.1, 'fine_tune_steps': 0.2}}
+  config.recipes = {{{run!r}: {{'name': 'mdgf', **sparse, 'decay': {{'name': 'linear', 'begin': 0.0, 'end': 0.5}}}}}}
+  config.measure_every = 1
+  config.checkpoint_every = 2
+{''.join(lines)}  return config
+"""
+
+
+def folder(place, config):
+  """`place`, with the config and the data that jobs train on."""
+  (place / 'config.py').write_text(config)
+  digits.prepared(place / 'data')
+  return place
 
 
 class Job:

@@ -14,36 +14,17 @@ import jobs
 import numpy as np
 import pytest
 
-from experiments import digits
 from sparsejax import io
 
 ROOT = pathlib.Path(__file__).parent.parent
 RUN, STEPS = 'MdGf', 80
 KILLS = 15  # a run; there are two of them, and half of their kills hit a checkpoint that is being written
-CONFIG = f"""
-from experiments.configs import default
-
-def get_config():
-  config = default.get_config()
-  config.seeds = (3, 5)
-  config.steps = {STEPS}
-  config.batch_size = 8
-  config.model = {{'name': 'vit', 'patch': 4, 'width': 16, 'depth': 1, 'heads': 2}}
-  sparse = {{'pattern': '1:4', 'where': ['mlp/*/kernel'], 'dense_steps': 0.1, 'fine_tune_steps': 0.2}}
-  config.recipes = {{'MdGf': {{'name': 'mdgf', **sparse, 'decay': {{'name': 'linear', 'begin': 0.0, 'end': 0.5}}}}}}
-  config.measure_every = 1
-  config.validate_every = 40
-  config.checkpoint_every = 2
-  return config
-"""
+CONFIG = jobs.config(RUN, STEPS, validate_every=40)
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('crash')
-  (folder / 'config.py').write_text(CONFIG)
-  digits.prepared(folder / 'data')
-  return folder
+  return jobs.folder(tmp_path_factory.mktemp('crash'), CONFIG)
 
 
 def arguments(folder, workdir):

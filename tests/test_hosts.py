@@ -8,35 +8,16 @@ import jobs
 import numpy as np
 import pytest
 
-from experiments import checkpoints, configs, digits, evaluate, hosts, runs
+from experiments import checkpoints, configs, evaluate, hosts, runs
 from sparsejax import io
 
 RUN, STEPS = 'MdGf', 16
-CONFIG = f"""
-from experiments.configs import default
-
-def get_config():
-  config = default.get_config()
-  config.seeds = (3, 5)
-  config.steps = {STEPS}
-  config.batch_size = 8
-  config.shard = 'fully'
-  config.model = {{'name': 'vit', 'patch': 4, 'width': 16, 'depth': 1, 'heads': 2}}
-  sparse = {{'pattern': '1:4', 'where': ['mlp/*/kernel'], 'dense_steps': 0.1, 'fine_tune_steps': 0.2}}
-  config.recipes = {{'MdGf': {{'name': 'mdgf', **sparse, 'decay': {{'name': 'linear', 'begin': 0.0, 'end': 0.5}}}}}}
-  config.measure_every = 1
-  config.validate_every = 8
-  config.checkpoint_every = 2
-  return config
-"""
+CONFIG = jobs.config(RUN, STEPS, shard='fully', validate_every=8)
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('hosts')
-  (folder / 'config.py').write_text(CONFIG)
-  digits.prepared(folder / 'data')
-  return folder
+  return jobs.folder(tmp_path_factory.mktemp('hosts'), CONFIG)
 
 
 def started(folder, workdir, count, *arguments, others=None):
