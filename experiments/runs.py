@@ -92,12 +92,14 @@ def _transform(setup: Setup, name: str) -> tuple[Schedule, optax.GradientTransfo
 
 
 def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStruct, layout: sharding.Layout) -> Any:
-  """`() -> params` of all seeds: weights that depend on the seed alone."""
-  init = lambda seed: model.init(jax.random.key(seed), jnp.zeros(example.shape, example.dtype))['params']
+  """`() -> params` of all seeds: weights that depend on the seed alone, or are the same pretrained ones for all."""
+  drawn = lambda seed: model.init(jax.random.key(seed), jnp.zeros(example.shape, example.dtype))['params']
+  given = model.initial(jax.eval_shape(drawn, 0)) if hasattr(model, 'initial') else {}
+  init = jax.vmap(lambda seed, given: {**drawn(seed), **given}, in_axes=(0, None))
   # The seeds are an argument: XLA would spend seconds on folding weights that are drawn from constants.
   seeds = np.array(seeds, np.uint32)
-  compiled = jax.jit(jax.vmap(init), out_shardings=sharding.of_state(layout, jax.eval_shape(jax.vmap(init), seeds)))
-  return lambda: compiled(seeds)
+  compiled = jax.jit(init, out_shardings=sharding.of_state(layout, jax.eval_shape(init, seeds, given)))
+  return lambda: compiled(seeds, given)
 
 
 def _start(setup: Setup, tx: optax.GradientTransformationExtraArgs) -> Any:
