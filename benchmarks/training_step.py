@@ -9,7 +9,7 @@ import optax
 
 import sparsejax as sj
 from benchmarks import timing
-from experiments import models
+from experiments import models, tasks
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 256
 BARS = {'sr_ste': 1.06, 'mdgf': 1.06, 'asp': 1.03}  # at most so many times a dense step
@@ -39,7 +39,7 @@ def compiled(model: Any, params: Any, tokens: jax.Array, name: str, abstract: bo
   state = jax.eval_shape(start, params) if abstract else start(jax.tree.map(jnp.copy, params))
 
   def loss(params):
-    return models.loss(model.apply({'params': params}, tokens[:, :-1]), tokens[:, 1:])
+    return tasks.cross_entropy(model.apply({'params': params}, tokens[:, :-1]), tokens[:, 1:])
 
   def step(params, opt_state):
     value, grads = jax.value_and_grad(loss)(params)

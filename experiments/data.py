@@ -49,8 +49,8 @@ class Data(NamedTuple):
 
   `train[step]`: `inputs` and `labels`, for every `step >= 0`, each example once an epoch in an order that
   depends on the seed and the epoch. `valid` and `test`: every example once in a fixed order, with a `weight` that is 0
-  where the last batch is padded. `num_classes` is the vocabulary for text. `example`: one training batch as
-  `jax.ShapeDtypeStruct`.
+  where the last batch is padded. `num_classes` is how many numbers a model gives for each label: the vocabulary
+  for text, the channels for super-resolution. `example`: one training batch as `jax.ShapeDtypeStruct`.
   """
 
   train: Batches
@@ -68,7 +68,7 @@ def cache_directory() -> pathlib.Path:
 
 def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike | None = None,
          sequence_length: int | None = None, valid_fraction: float = 0.1, augment: bool = False,
-         rows: slice = slice(None)) -> Data:
+         task: str = 'classification', rows: slice = slice(None)) -> Data:
   """The data set `name`: `digits`, any TFDS image or text set that is prepared in `data_dir`, or a UTF-8 text file.
 
   Images: `inputs` `float32[B, H, W, C]`, standardised per channel by the training split, `labels` `int32[B]`,
@@ -76,6 +76,8 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
   `weight` `float32[B, T]`, with `T = sequence_length` (128 if not given). `valid_fraction` of the training split,
   evenly spaced in it, is the validation split, unless the set has its own; of a text file, the last
   `valid_fraction` is half validation, half test. `augment`: shift training images by up to an eighth of their height.
+  `task='super_resolution'`: `labels` `float32[B, H, W, C]` is the image over the largest pixel value of the training
+  split, `inputs` is it at half the height and width, bicubic with antialiasing, and classes play no part.
   `rows`: only these of each batch, and only these are read, as one of several processes needs them; `example` is of the
   whole batch. The constants of the standardisation are computed by each process, from the same images.
 
@@ -91,17 +93,21 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
       (f'valid_fraction={valid_fraction}', 0 <= valid_fraction < 1, 'in 0 ... 1, without 1')):
     if not fits:
       raise ValueError(f'data.load: {argument} must be {rule}.')
+  if task not in PREPARED:
+    raise errors.unknown('data.load', 'task', task, PREPARED)
   if name == sentences.NAME:
     _refuse(name, 'sentences', 'augment', augment)
+    _refuse(name, 'sentences', 'task', task if task != 'classification' else None)
     root = pathlib.Path(data_dir or cache_directory()).expanduser()
     return _sentences(sentences.load(root, sequence_length or sentences.LENGTH), _Part(batch_size, rows), seed)
   with _quiet():
     splits = _splits(name, pathlib.Path(data_dir or cache_directory()).expanduser(), valid_fraction)
     if isinstance(splits, _Texts):
       _refuse(name, 'text', 'augment', augment)
+      _refuse(name, 'text', 'task', task if task != 'classification' else None)
       return _text(name, splits, _Part(batch_size, rows), seed, sequence_length or 128)
     _refuse(name, 'images', 'sequence_length', sequence_length)
-    return _images(splits, _Part(batch_size, rows), seed, augment)
+    return _images(splits, _Part(batch_size, rows), seed, augment, PREPARED[task])
 
 
 def _refuse(name: str, kind: str, argument: str, value: Any) -> None:
@@ -198,13 +204,13 @@ class _Images(NamedTuple):
   num_classes: int
 
 
-def _images(splits: _Images, part: _Part, seed: int, augment: bool) -> Data:
-  standardise = _standardiser(*splits.train)
+def _images(splits: _Images, part: _Part, seed: int, augment: bool, prepared: Callable[..., Any]) -> Data:
+  prepare, outputs = prepared(splits)
   train = _batches(_Shuffled(len(splits.train[1]), part, seed), *splits.train)
   if augment:
     train = train.seed(seed).random_map(functools.partial(_shifted, part))
   valid, test = (_batches(_InOrder(len(rows), part), read, rows) for read, rows in (splits.valid, splits.test))
-  return _data(*(one.map(standardise) for one in (train, valid, test)), splits.num_classes, part.batch_size)
+  return _data(*(one.map(prepare) for one in (train, valid, test)), outputs, part.batch_size)
 
 
 def _batches(positions: _Shuffled | _InOrder, read: Read, rows: np.ndarray) -> grain.MapDataset:
@@ -276,13 +282,17 @@ def _remembered(read: Read, count: int) -> Read:
   return remember
 
 
-def _standardiser(read: Read, rows: np.ndarray) -> Callable[[Batch], Batch]:
-  """Subtract each channel's mean and divide by its deviation, over at most `STATISTICS` of `rows`, evenly spaced."""
+def _sampled(read: Read, rows: np.ndarray) -> Iterator[np.ndarray]:
+  """At most `STATISTICS` of the images, evenly spaced, some at a time."""
   rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), STATISTICS)).astype(int)]
+  return (read(rows[start:start + 1000])['inputs'] for start in range(0, len(rows), 1000))
+
+
+def _standardised(splits: _Images) -> tuple[Callable[[Batch], Batch], int]:
+  """Subtract each channel's mean and divide by its deviation, over a sample of the training images; the classes."""
   sums, squares, count = 0, 0, 0
-  for start in range(0, len(rows), 1000):
-    pixels = read(rows[start:start + 1000])['inputs'].astype(np.int64)  # integers: exact in any order
-    shape, pixels = pixels.shape[1:], pixels.reshape(-1, pixels.shape[-1])
+  for images in _sampled(*splits.train):
+    shape, pixels = images.shape[1:], images.reshape(-1, images.shape[-1]).astype(np.int64)  # exact in any order
     sums, squares, count = sums + pixels.sum(0), squares + (pixels**2).sum(0), count + len(pixels)
   mean = sums / count
   deviation = np.sqrt(squares / count - mean**2)
@@ -290,7 +300,31 @@ def _standardiser(read: Read, rows: np.ndarray) -> Callable[[Batch], Batch]:
   # As large as an image: NumPy broadcasts over a last axis of three channels eight times slower.
   scale = np.broadcast_to(1 / deviation, shape).astype(np.float32)
   mean = np.broadcast_to(mean, shape).astype(np.float32)
-  return lambda batch: {**batch, 'inputs': (batch['inputs'] - mean) * scale}
+  return lambda batch: {**batch, 'inputs': (batch['inputs'] - mean) * scale}, splits.num_classes
+
+
+def _halved(splits: _Images) -> tuple[Callable[[Batch], Batch], int]:
+  """Images in [0, 1] as labels, the same at half the size as inputs; the channels.
+
+  Divided by the largest value of a sample of the training images: in `digits` that is 16.
+  """
+  largest = max(int(images.max()) for images in _sampled(*splits.train))
+  *_, height, width, channels = next(_sampled(*splits.train)).shape
+  if height % 2 or width % 2:
+    raise ValueError(f'data.load: images of {height} x {width} have no half; super_resolution needs even sizes.')
+  down, across = (np.asarray(jax.image.resize(np.eye(size, dtype=np.float32), (size // 2, size), 'bicubic'))
+                  for size in (height, width))
+
+  def prepare(batch):
+    images = batch['inputs'].astype(np.float32) / max(largest, 1)
+    # One product of two matrices for each image and channel, so that an image does not depend on its neighbours.
+    half = down @ images.transpose(0, 3, 1, 2) @ across.T
+    return {**batch, 'inputs': np.ascontiguousarray(half.transpose(0, 2, 3, 1)), 'labels': images}
+
+  return prepare, channels
+
+
+PREPARED = {'classification': _standardised, 'super_resolution': _halved}  # task -> what is done to each batch
 
 
 def _shifted(part: _Part, batch: Batch, rng: np.random.Generator) -> Batch:

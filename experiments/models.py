@@ -1,4 +1,4 @@
-"""A Vision Transformer and a decoder-only language model in Flax Linen, and the two numbers they are judged by.
+"""A Vision Transformer and a decoder-only language model in Flax Linen, and `make` for these and all others.
 
 Both compute in `dtype` and keep their parameters in float32. Parameters are named so that
 `trees.named('mlp/*/kernel')` is every feed-forward kernel: `block_0/mlp/fc1/kernel`; with `scan=True`
@@ -12,8 +12,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
+from experiments import image_models
 from experiments.encoders import MiniLM
 from sparsejax import errors
 
@@ -151,11 +151,14 @@ class LM(nn.Module):
     return nn.Dense(self.vocabulary, dtype=self.dtype, name='head')(x).astype(jnp.float32)
 
 
-MODELS: Mapping[str, type[nn.Module]] = {'vit': ViT, 'lm': LM, 'minilm': MiniLM}
+MODELS: Mapping[str, type[nn.Module]] = {
+    'vit': ViT, 'lm': LM, 'minilm': MiniLM,
+    'mlp': image_models.Perceptron, 'cnn': image_models.CNN, 'sr': image_models.SuperResolution,
+}
 
 
 def make(name: str, num_classes: int, **config: Any) -> nn.Module:
-  """The model `name` of `MODELS` with `num_classes` outputs (the vocabulary, for text) and its fields from `config`.
+  """The model `name` of `MODELS` with `num_classes` outputs (for text the vocabulary) and its fields from `config`.
 
   `dtype` may be a name: `'bfloat16'`. Raises `ValueError` for an unknown model or key, naming the closest.
   """
@@ -167,6 +170,7 @@ def make(name: str, num_classes: int, **config: Any) -> nn.Module:
       raise errors.unknown('models.make', f'key of model {name!r}', key, fields)
   if 'dtype' in config:
     config['dtype'] = _dtype(config['dtype'])
+  config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}  # from JSON
   return MODELS[name](**{outputs: num_classes}, **config)
 
 
@@ -175,20 +179,3 @@ def _dtype(name: Any) -> jnp.dtype:
   if name not in valid and name not in valid.values():
     raise errors.unknown('models.make', 'dtype', name, valid)
   return jnp.dtype(name)
-
-
-def loss(logits: Array, labels: Array, weight: Array | None = None) -> Array:
-  """Mean softmax cross-entropy in nats of `logits` `[..., classes]` against `labels` `int[...]`, weighted."""
-  return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), weight)
-
-
-def accuracy(logits: Array, labels: Array, weight: Array | None = None) -> Array:
-  """Fraction of `labels` that are the largest logit, weighted. Ties go to the lower class."""
-  return _mean((logits.argmax(-1) == labels).astype(jnp.float32), weight)
-
-
-def _mean(values: Array, weight: Array | None) -> Array:
-  """The weighted mean; 0 where all weights are 0, as in a batch of padding."""
-  if weight is None:
-    return values.mean()
-  return (values * weight).sum() / jnp.maximum(weight.sum(), jnp.finfo(values.dtype).tiny)

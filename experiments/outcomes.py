@@ -15,7 +15,7 @@ import sparsejax
 from experiments import checkpoints, evaluate, hosts, records, sharding
 from experiments.checkpoints import State
 from experiments.runs import Run, Setup, split
-from sparsejax import formats, io, metrics
+from sparsejax import formats, io, metrics, trees
 from sparsejax.patterns import NM
 from sparsejax.types import PyTree
 
@@ -39,7 +39,7 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
   with checkpoints.open_(run.directory / 'checkpoints') as saved:
     step, state, meta = checkpoints.restore(saved, run.state, say)
     place = saved.directory / str(step)
-  test = evaluate.scores(setup.predict, state.params, split(setup, 'test'))
+  test = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, 'test'))
   sharded, state = state.params, sharding.whole(state)
   report = sparsejax.report(state.params, state.opt_state)
   packed = _packed(run, setup, sharded, state, report)
@@ -47,9 +47,10 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
     return
   outcome = {
       'name': run.name, 'steps': step, 'seeds': list(setup.config.seeds), 'seconds': meta['seconds'],
-      'test': {key: value.tolist() for key, value in test.items()},
+      'task': setup.config.data.task, 'test': {key: value.tolist() for key, value in test.items()},
+      'empty': _empty(run, state.params),
       'asked': report.asked, 'achieved': report.achieved if report.rows else None,
-      'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, setup, state),
+      'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, state),
       'checkpoint': {'path': f'checkpoints/{step}', 'bytes': _size(place / 'params'),
                      'dense_bytes': formats.nbytes(state.params)},
       'packed': packed, 'environment': environment(),
@@ -78,10 +79,17 @@ def _training_flops(run: Run) -> float:
   return sum(span * line['training_flops'] for span, line in zip(spans, lines)) / sum(spans)
 
 
-def _inference_flops(run: Run, setup: Setup, state: State) -> float:
+def _inference_flops(run: Run, state: State) -> float:
   densities = metrics.density(state.params)
-  flops = metrics.flops(setup.contractions, {path: densities[path] for path in run.sparse})
+  flops = metrics.flops(run.model.contractions, {path: densities[path] for path in run.sparse})
   return flops.inference / flops.dense_inference
+
+
+def _empty(run: Run, params: PyTree) -> list[int]:
+  """How many of the sparse leaves have no weight left, for each seed."""
+  names, leaves, _ = trees.flatten(params)
+  weights = [leaf for name, leaf in zip(names, leaves) if name in run.sparse]
+  return sum((leaf == 0).reshape(len(leaf), -1).all(1).astype(int) for leaf in weights).tolist()
 
 
 def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparsejax.Report) -> dict[str, Any] | None:
@@ -96,7 +104,7 @@ def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparse
     io.save(path, packed)
   hosts.agreed(0)
   unpacked = sharding.placed(formats.unpack(io.load(path)), params)
-  if not evaluate.same_predictions(setup.predict, params, unpacked, split(setup, 'test')):
+  if not evaluate.same_predictions(run.model.predict, params, unpacked, split(setup, 'test')):
     raise ValueError(f'{run.name}: the predictions of {path} are not those of the checkpoint; please report it.')
   small = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]
   return {'path': path.name, 'bytes': path.stat().st_size, 'sparse_bytes': formats.nbytes(small),

@@ -9,8 +9,11 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from experiments.tasks import TASKS
+
 QUIET = 5.0  # seconds from one plain line to the next
-SHOWN = {'loss': 'loss {:.3f}', 'valid_accuracy': 'valid {:.1%}', 'sparsity': 'sparse {:.1%}', 'flips': 'flips {:.2%}'}
+SHOWN = {'loss': 'loss {:.3f}', **{f'valid_{task.name}': f'valid {task.short}' for task in TASKS.values()},
+         'sparsity': 'sparse {:.1%}', 'flips': 'flips {:.2%}'}
 
 
 class Progress:

@@ -13,9 +13,9 @@ import rich.console
 import rich.table
 import scipy.stats
 
-from experiments import records
+from experiments import records, tasks
 
-HEAD = ('run', 'test\naccuracy %', 'difference', 'test\nloss', 'sparsity\nasked', 'sparsity\nachieved', 'train\nFLOPs',
+HEAD = ('run', 'test\n{} {}', 'difference', 'test\nloss', 'sparsity\nasked', 'sparsity\nachieved', 'train\nFLOPs',
         'infer\nFLOPs', 'time')  # with the cells just 80 columns
 FILES = ('run', 'parameters', 'checkpoint', 'packed file', 'sparse part', 'packed', 'predictions')
 
@@ -31,14 +31,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def rows(outcomes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   """One row of numbers a run. Differences are seed by seed to the first run, the baseline."""
-  base = np.array(outcomes[0]['test']['accuracy'])
+  name = _task(outcomes).name
+  base = np.array(outcomes[0]['test'][name])
   table = []
   for outcome in outcomes:
-    accuracy, accuracy_ci = interval(outcome['test']['accuracy'])
-    difference, difference_ci = interval(np.array(outcome['test']['accuracy']) - base)
+    score, score_ci = interval(outcome['test'][name])
+    difference, difference_ci = interval(np.array(outcome['test'][name]) - base)
     loss, loss_ci = interval(outcome['test']['loss'])
     table.append({
-        'run': outcome['name'], 'accuracy': accuracy, 'accuracy_ci95': accuracy_ci, 'difference': difference,
+        'run': outcome['name'], name: score, f'{name}_ci95': score_ci, 'difference': difference,
         'difference_ci95': difference_ci, 'loss': loss, 'loss_ci95': loss_ci, 'asked': outcome['asked'],
         'achieved': outcome['achieved'], 'training_flops': outcome['training_flops'],
         'inference_flops': outcome['inference_flops'], 'seconds': outcome['seconds']})
@@ -46,14 +47,15 @@ def rows(outcomes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(outcomes: Sequence[dict[str, Any]], workdir: pathlib.Path, console: rich.console.Console) -> None:
-  """Prints the tables of accuracy and of files; writes `results.{md,csv,json,png}` in `workdir`."""
-  table, notes = rows(outcomes), _notes(outcomes, workdir)
-  tables = [(HEAD, [_cells(i, row) for i, row in enumerate(table)]), (FILES, [_files(outcome) for outcome in outcomes])]
+  """Prints the tables of scores and of files; writes `results.{md,csv,json,png}` in `workdir`."""
+  table, notes, task = rows(outcomes), _notes(outcomes, workdir), _task(outcomes)
+  head = [name.format(task.name, task.unit) for name in HEAD]
+  tables = [(head, [_cells(task, i, row) for i, row in enumerate(table)]), (FILES, list(map(_files, outcomes)))]
   for head, cells in tables:
-    console.print('', _drawn(head, cells))
+    console.print('', drawn(head, cells))
   console.print('\n' + '\n'.join(notes), markup=False, highlight=False, soft_wrap=True)
-  markdown = [*(_markdown(head, cells) for head, cells in tables), '\n'.join(f'- {note}' for note in notes)]
-  records.write_whole(workdir / 'results.md', '\n\n'.join(markdown) + '\n')
+  written = [*(markdown(head, cells) for head, cells in tables), '\n'.join(f'- {note}' for note in notes)]
+  records.write_whole(workdir / 'results.md', '\n\n'.join(written) + '\n')
   results = {'rows': table, 'outcomes': [{k: v for k, v in o.items() if k != 'directory'} for o in outcomes]}
   records.write_whole(workdir / 'results.json', json.dumps(_strict(results), indent=2) + '\n')
   with (workdir / 'results.csv').open('w', newline='') as file:
@@ -63,7 +65,11 @@ def show(outcomes: Sequence[dict[str, Any]], workdir: pathlib.Path, console: ric
   draw(outcomes, workdir / 'results.png')
 
 
-def _drawn(head: Sequence[str], cells: Sequence[Sequence[str]]) -> rich.table.Table:
+def _task(outcomes: Sequence[dict[str, Any]]) -> tasks.Task:
+  return tasks.named(outcomes[0].get('task', 'classification'))  # there was no other
+
+
+def drawn(head: Sequence[str], cells: Sequence[Sequence[str]]) -> rich.table.Table:
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False)
   for i, name in enumerate(head):
     table.add_column(name, justify='right' if i else 'left', no_wrap=True)
@@ -72,19 +78,23 @@ def _drawn(head: Sequence[str], cells: Sequence[Sequence[str]]) -> rich.table.Ta
   return table
 
 
-def _markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
   head = [name.replace('\n', ' ') for name in head]
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in (head, ['---'] * len(head), *cells))
 
 
-def _cells(place: int, row: dict[str, Any]) -> list[str]:
+def _cells(task: tasks.Task, place: int, row: dict[str, Any]) -> list[str]:
   share = lambda x: '-' if x is None else f'{x:.2%}'
-  spread = lambda mean, ci, sign: f'{100 * mean:{sign}.2f}' + ('' if np.isnan(ci) else f' ± {100 * ci:.2f}')
   return [
-      row['run'], spread(row['accuracy'], row['accuracy_ci95'], ''),
-      'baseline' if place == 0 else spread(row['difference'], row['difference_ci95'], '+'),
+      row['run'], spread(task.scale, row[task.name], row[f'{task.name}_ci95']),
+      'baseline' if place == 0 else spread(task.scale, row['difference'], row['difference_ci95'], '+'),
       f'{row["loss"]:.4f}', share(row['asked']), share(row['achieved']),
       f'{row["training_flops"]:.3f}', f'{row["inference_flops"]:.3f}', f'{row["seconds"]:.0f} s']
+
+
+def spread(scale: float, mean: float, ci: float, sign: str = '') -> str:
+  """A mean and half its interval, `scale` times as large; the mean alone where there is no interval."""
+  return f'{scale * mean:{sign}.2f}' + ('' if np.isnan(ci) else f' ± {scale * ci:.2f}')
 
 
 def _files(outcome: dict[str, Any]) -> list[str]:
@@ -97,10 +107,11 @@ def _files(outcome: dict[str, Any]) -> list[str]:
 
 def _notes(outcomes: Sequence[dict[str, Any]], workdir: pathlib.Path) -> list[str]:
   seeds, machine, saved = outcomes[0]['seeds'], outcomes[-1]['environment'], outcomes[0]['checkpoint']['path']
+  task = _task(outcomes)
   files = f'{workdir}/<run>/{saved}/params' + (' and packed.safetensors' if any(o['packed'] for o in outcomes) else '')
   return [
       f'{outcomes[0]["steps"]} steps, seeds {", ".join(map(str, seeds))}. ±: 95 % confidence interval (Student t). '
-      f'Difference: in points of accuracy to {outcomes[0]["name"]}, seed by seed. Loss: in nats.',
+      f'Difference: in {task.difference} to {outcomes[0]["name"]}, seed by seed. Loss: in {task.loss_unit}.',
       'Sparsity: fraction of zeros in the sparse parameters. FLOPs: of all contractions, over dense; in training '
       'the mean over the steps by the densities there, with (2 density + 1) / 3 on a sparse product.',
       f'Time: training without compilation, all seeds together, on {machine["platform"]} ({machine["device"]}), '
@@ -112,26 +123,29 @@ def _notes(outcomes: Sequence[dict[str, Any]], workdir: pathlib.Path) -> list[st
 
 
 def draw(outcomes: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """Validation accuracy, flip rate and gradient noise over the steps: the seeds' mean, in a band of all of them."""
+  """The validation score, flip rate and gradient noise over the steps: the seeds' mean, in a band of all of them."""
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
-  figure, (accuracy, flips, noise) = plt.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
+  task = _task(outcomes)
+  figure, (score, flips, noise) = plt.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
   reached = []
   for i, outcome in enumerate(outcomes):
-    reached.extend(_plot(accuracy, outcome, 'valid_accuracy', color=f'C{i}', label=outcome['name']))
+    reached.extend(_plot(score, outcome, f'valid_{task.name}', color=f'C{i}', label=outcome['name']))
     _plot(noise, outcome, 'noise_kept', color=f'C{i}')
     if outcome['asked'] is not None:  # what prunes nothing has no mask
       _plot(flips, outcome, 'flips', color=f'C{i}')
       _plot(noise, outcome, 'noise_pruned', band=False, color=f'C{i}', linestyle=':')
-  accuracy.set_ylim(bottom=np.quantile(reached, 0.1))  # the first steps would squeeze what follows
+  score.set_ylim(bottom=np.quantile(reached, 0.1))  # the first steps would squeeze what follows
   flips.set_yscale('symlog', linthresh=1e-5)
   noise.set_yscale('log')
-  titles = ('validation accuracy', 'mask entries flipped by a step, fraction', 'gradient noise: variance of |gradient|')
-  for axis, title in zip((accuracy, flips, noise), titles):
+  titles = (f'validation {task.name}',
+            'mask entries flipped by a step, fraction',
+            'gradient noise: variance of |gradient|')
+  for axis, title in zip((score, flips, noise), titles):
     axis.set_title(title)
     axis.set_xlabel('step')
     axis.grid(alpha=0.3)
-  accuracy.legend(loc='lower right')
+  score.legend(loc='lower right')
   noise.legend([plt.Line2D([], [], color='grey', linestyle=style) for style in ('-', ':')], ['kept', 'pruned weights'])
   figure.savefig(path, dpi=120)
   plt.close(figure)

@@ -127,9 +127,9 @@ def train(run: Run, setup: Setup, signals: Signals, progress: Progress) -> bool:
         waits = due(config.measure_every) or due(config.validate_every) or due(config.checkpoint_every)
         if waits:
           losses = _refuse_infinite(run, config, losses, saved.latest_step())
-        numbers = _numbers(run, setup, done, loss, measured) if due(config.measure_every) else {}
+        numbers = _numbers(run, done, loss, measured) if due(config.measure_every) else {}
         if due(config.validate_every):
-          numbers |= _validation(setup, state)
+          numbers |= _validation(run, setup, state)
         if numbers and record:
           record.write(done, numbers)
           progress.advance(done, numbers)
@@ -169,17 +169,17 @@ def _refuse_infinite(run: Run, config: ConfigDict, losses: Mapping[int, Array], 
   return {}
 
 
-def _numbers(run: Run, setup: Setup, done: int, loss: Array, measured: Mapping[str, Array]) -> dict[str, Any]:
+def _numbers(run: Run, done: int, loss: Array, measured: Mapping[str, Array]) -> dict[str, Any]:
   """What is recorded of a measured step: numbers per seed, and the operations of this step relative to a dense one."""
   numbers = {'loss': loss, **measured}
   densities = np.mean(numbers.pop('densities'), axis=0)
-  flops = metrics.flops(setup.contractions, dict(zip(run.sparse, densities)))
+  flops = metrics.flops(run.model.contractions, dict(zip(run.sparse, densities)))
   return {**numbers, 'training_flops': flops.training / flops.dense_training,
           'learning_rate': float(run.learning_rate(done - 1))}
 
 
-def _validation(setup: Setup, state: Any) -> dict[str, Any]:
-  scores = evaluate.scores(setup.predict, state.params, split(setup, 'valid'))
+def _validation(run: Run, setup: Setup, state: Any) -> dict[str, Any]:
+  scores = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, 'valid'))
   return {f'valid_{key}': value for key, value in scores.items()}
 
 

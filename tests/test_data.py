@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -257,6 +258,29 @@ def test_standardised_by_the_training_images(root):
   np.testing.assert_allclose(channels.std((0, 1, 2)), [1, 1, 0], atol=1e-5)  # a constant channel is no NaN
 
 
+def test_super_resolution_is_from_images_at_half_the_size(root):
+  one, plain = load(root, task='super_resolution', batch_size=9), load(root, batch_size=9)
+  assert one.num_classes == 1 and one.example['inputs'].shape == (9, 4, 4, 1)
+  for batch, same in zip(one.test, plain.test):
+    assert set(batch) == set(same)
+    np.testing.assert_array_equal(batch['weight'], same['weight'])
+    half = jax.image.resize(batch['labels'], (9, 4, 4, 1), 'bicubic')
+    np.testing.assert_allclose(batch['inputs'], half, atol=1e-6)
+  labels = one.train[3]['labels']
+  assert labels.min() == 0 and labels.max() == 1  # of 16 in digits
+  standardised = plain.train[3]['inputs']
+  np.testing.assert_allclose((labels - labels.mean()) / labels.std(),
+                             (standardised - standardised.mean()) / standardised.std(), atol=1e-5)
+  colours = load(root, 'boxes', task='super_resolution', batch_size=2)
+  assert colours.num_classes == 3 and colours.train[0]['inputs'].shape == (2, 2, 3, 3)
+
+
+def test_images_without_a_half_are_refused():
+  part = (lambda rows: {'inputs': np.ones((len(rows), 4, 5, 1), np.uint8)}, np.arange(3))
+  with pytest.raises(ValueError, match='4 x 5 have no half'):
+    data.PREPARED['super_resolution'](data._Images(part, part, part, 10))
+
+
 def test_a_set_keeps_its_own_validation_split(root):
   one = load(root, 'boxes', batch_size=4)
   assert [batch['weight'].sum() for batch in one.valid] == [4, 2]
@@ -296,7 +320,8 @@ def test_augmented_images_are_shifts(root):
 PARTS = [slice(0, 5), slice(5, 6), slice(6, 12)]
 
 
-@pytest.mark.parametrize('arguments', [{}, {'augment': True}, {'name': 'numbers.txt', 'sequence_length': 10}], ids=str)
+@pytest.mark.parametrize('arguments', [
+    {}, {'augment': True}, {'task': 'super_resolution'}, {'name': 'numbers.txt', 'sequence_length': 10}], ids=str)
 def test_the_parts_of_a_batch_are_together_the_batch(root, text, arguments):
   arguments = {**arguments, 'batch_size': 12}
   if 'name' in arguments:
@@ -404,6 +429,8 @@ REFUSED = [
     ('latin1.txt', {}, ['latin1.txt', 'byte 1 is not']),
     ('digits', {'sequence_length': 8}, ["'digits' is images", 'sequence_length=8']),
     ('short.txt', {'augment': True}, ['is text', 'augment=True']),
+    ('short.txt', {'task': 'super_resolution'}, ['is text', 'task=super_resolution']),
+    ('digits', {'task': 'superresolution'}, ["unknown task 'superresolution'", "Did you mean 'super_resolution'"]),
     ('digits', {'batch_size': 0}, ['batch_size=0 must be at least 1']),
     ('digits', {'seed': -1}, ['seed=-1 must be in 0']),
     ('digits', {'valid_fraction': 1.0}, ['valid_fraction=1.0']),

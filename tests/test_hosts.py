@@ -64,7 +64,7 @@ def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_
   with checkpoints.open_(run.directory / 'checkpoints') as saved:
     _, state, _ = checkpoints.restore(saved, run.state, pytest.fail)
   outcome = json.loads((run.directory / 'outcome.json').read_text())
-  for key, value in evaluate.scores(setup.predict, state.params, runs.split(setup, 'test')).items():
+  for key, value in evaluate.scores(setup.task, run.model.predict, state.params, runs.split(setup, 'test')).items():
     np.testing.assert_allclose(outcome['test'][key], value, rtol=1e-5)
 
 

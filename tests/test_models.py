@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import models
+import sparsejax
+from experiments import evaluate, image_models, models
 from sparsejax import trees
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -175,27 +176,59 @@ def test_patches_are_squares_and_only_positions_tell_them_apart():
   assert not np.allclose(apply(blind, within), apply(blind, IMAGES), atol=1e-3)
 
 
-# Loss and accuracy.
+# Perceptrons and convolutions.
 
 
-@pytest.mark.parametrize('shape', [(7,), (2, 5)])
-def test_loss_and_accuracy_against_numpy(shape):
-  rng = np.random.default_rng(3)
-  logits, labels = rng.normal(size=(*shape, 4)).astype(np.float32), rng.integers(0, 4, shape).astype(np.int32)
-  weight = rng.integers(0, 3, shape).astype(np.float32)
-  picked = np.take_along_axis(logits, labels[..., None], -1)[..., 0]
-  each = np.log(np.exp(logits).sum(-1)) - picked
-  right = (logits.argmax(-1) == labels).astype(np.float32)
-  for function, values in ((models.loss, each), (models.accuracy, right)):
-    np.testing.assert_allclose(function(logits, labels), values.mean(), rtol=1e-5)
-    np.testing.assert_allclose(function(logits, labels, weight), np.average(values, weights=weight), rtol=1e-5)
-    assert function(logits, labels, np.zeros_like(weight)) == 0
+SHARED = [
+    # model, its fields, number of outputs, the shape of its outputs, paths of its matrices and convolution kernels
+    ('mlp', {'widths': (7, 5)}, 4, (3, 4), ['fc0/kernel', 'fc1/kernel', 'head/kernel']),
+    ('cnn', {'widths': (4, 6)}, 4, (3, 4), ['conv0/kernel', 'conv1/kernel', 'head/kernel']),
+    ('sr', {'width': 4, 'depth': 1}, 1, (3, 16, 16, 1),
+     ['conv_in/kernel', 'block_0_conv1/kernel', 'block_0_conv2/kernel', 'conv_up/kernel']),
+]
 
 
-def test_padding_has_no_gradient():
-  logits, labels = np.ones((4, 3), np.float32), np.zeros(4, np.int32)
-  grads = jax.grad(models.loss)(logits, labels, np.array([1, 1, 0, 0], np.float32))
-  assert bool((grads[2:] == 0).all()) and bool((grads[:2] != 0).all())
+@pytest.mark.parametrize('name, config, outputs, shape, kernels', SHARED, ids=[case[0] for case in SHARED])
+def test_image_models(name, config, outputs, shape, kernels):
+  """The axes that a name tells are those that the program has, and all seeds at once are seeds one by one."""
+  model = models.make(name, outputs, **config)
+  seeds = jax.jit(jax.vmap(lambda seed: model.init(jax.random.key(seed), IMAGES)['params']))(jnp.arange(2))
+  first = jax.tree.map(lambda leaf: leaf[0], seeds)
+  apply = lambda params, images: model.apply({'params': params}, images)
+  images = apply(first, IMAGES)
+  assert images.shape == shape and images.dtype == jnp.float32
+  traced = sparsejax.contractions(apply, first, IMAGES)
+  assert sorted(traced) == sorted(kernels)
+  for path, leaf in paths(first).items():
+    if path in traced:
+      assert trees.conventional_axes(path, leaf.shape) == traced[path]._replace(source='convention')
+  at_once = evaluate.predictor(evaluate.one_by_one(apply))(seeds, IMAGES)
+  np.testing.assert_allclose(at_once, jax.vmap(apply, in_axes=(0, None))(seeds, IMAGES), rtol=1e-4, atol=1e-5)
+  half = models.make(name, outputs, dtype='bfloat16', **config).apply({'params': first}, IMAGES)
+  assert half.dtype == jnp.float32 and 1e-4 < float(jnp.abs(half - images).max() / images.std()) < 0.2
+
+
+def test_convolutions_of_several_models_stay_convolutions_of_one():
+  model = models.make('cnn', 4, widths=(4, 6))
+  apply = lambda params, images: model.apply({'params': params}, images)
+  params = jax.vmap(lambda seed: model.init(jax.random.key(seed), IMAGES)['params'])(jnp.arange(2))
+  groups = lambda function: set(re.findall(r'feature_group_count = (\d+)', jax.jit(
+      jax.vmap(function, in_axes=(0, None))).lower(params, IMAGES).as_text()))
+  assert '2' in groups(apply) and groups(evaluate.one_by_one(apply)) == {'1'}
+
+
+def test_super_resolution_without_its_network_is_bicubic():
+  model = models.make('sr', 1, width=4, depth=1)
+  params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), IMAGES)['params'])
+  np.testing.assert_allclose(
+      model.apply({'params': params}, IMAGES), jax.image.resize(IMAGES, (3, 16, 16, 1), 'bicubic'), rtol=1e-6)
+
+
+def test_a_pixel_shuffle_puts_each_channel_in_its_place():
+  x = np.random.default_rng(4).normal(size=(2, 3, 5, 8)).astype(np.float32)
+  shuffled = image_models.pixel_shuffle(x)
+  for i, j in np.ndindex(2, 2):
+    np.testing.assert_array_equal(shuffled[:, i::2, j::2], x[..., 2 * (2 * i + j):][..., :2])
 
 
 # Refusals.

@@ -15,7 +15,7 @@ from experiments.configs import default
 from sparsejax import errors
 
 # Sections whose keys belong to somebody else, who checks them: see `configs/default.py`.
-OPEN = ('model', 'optimizer.options', 'recipes')
+OPEN = ('model', 'models', 'optimizer.options', 'recipes')
 
 
 def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -55,6 +55,11 @@ def check(config: Mapping[str, Any]) -> None:
   for run in runs:
     if not re.fullmatch(r'[\w-]+', run):
       raise ValueError(f'config: the run name {run!r} is a directory too; use letters, digits, "-" and "_".')
+  for run, changes in config['models'].items():
+    if run not in runs:
+      raise errors.unknown('config', 'run in models', run, runs)
+    if not isinstance(changes, (Mapping, ConfigDict)):
+      raise ValueError(f'config: models.{run} is a section, such as {{"width": 128}}, not {changes!r}.')
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

@@ -23,8 +23,10 @@ def get_config() -> ConfigDict:
       'sequence_length': None,  # text: bytes in a window; None: 128
       'valid_fraction': 0.1,
       'augment': False,  # images: shift by up to an eighth of the height
+      'task': 'classification',  # or `super_resolution`: images from themselves at half the size
   }
   config.model = {'name': 'vit'}
+  config.models = {}  # what is different in the model of one run: {'wide': {'width': 128}}
   config.optimizer = {
       'name': 'adamw',
       'learning_rate': 1e-3,  # at the peak
