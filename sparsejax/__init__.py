@@ -1,7 +1,8 @@
 """Sparsity for JAX as pure functions over parameter pytrees.
 
 Train: `recipes` wrap an optimizer. Look: `report`, `check`, `masks`, `metrics`. Store: `formats`, `io`. The words of
-which recipes are sentences: `trees` (where), `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`.
+which recipes are sentences: `trees` (where), `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`,
+and, of all leaves at once, `selections` and `starts`.
 """
 
 from sparsejax import (
@@ -15,6 +16,8 @@ from sparsejax import (
   recipes,
   schedules,
   scores,
+  selections,
+  starts,
   states,
   tracing,
   transforms,
@@ -22,13 +25,14 @@ from sparsejax import (
   types,
   updates,
 )
-from sparsejax.patterns import NM, Block, Unstructured
+from sparsejax.patterns import NM, Block, Channel, Unstructured
 from sparsejax.reports import Report, check, report
 from sparsejax.states import SparseState, apply_masks, masks, project
 from sparsejax.tracing import contractions
 
 __all__ = [
-  'NM', 'Block', 'Report', 'SparseState', 'Unstructured', 'allocation', 'apply_masks', 'check', 'contractions',
+  'NM', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'allocation', 'apply_masks', 'check',
+  'contractions',
   'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'project', 'ranking', 'recipes', 'report', 'schedules',
-  'scores', 'states', 'tracing', 'transforms', 'trees', 'types', 'updates',
+  'scores', 'selections', 'starts', 'states', 'tracing', 'transforms', 'trees', 'types', 'updates',
 ]

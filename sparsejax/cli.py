@@ -60,7 +60,7 @@ def pack(args: argparse.Namespace) -> int:
   _refuse_to_overwrite(args)
   params = formats.unpack(io.read(args.checkpoint, args.item))
   where = _where(args)
-  packed = formats.pack(params, _pattern(args), where=where, axes=_axes(args, params, where))
+  packed = formats.pack(params, _pattern(args, str), where=where, axes=_axes(args, params, where))
   io.save(args.out, packed, metadata=_metadata(args.checkpoint))
   leaves = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]
   before = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in leaves)
@@ -135,7 +135,8 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 def _selection(command: argparse.ArgumentParser, pattern_required: bool) -> None:
   command.add_argument('checkpoint', metavar='CKPT', help='a safetensors file, or the folder of an Orbax checkpoint')
   command.add_argument('--pattern', action='append', required=pattern_required, metavar='[GLOB=]N:M',
-                       help="N:M as in 2:4, or 'bitmask' for zeros anywhere; GLOB=N:M for some parameters, repeatable")
+                       help="N:M as in 2:4, or 'bitmask' or (smaller above 88 %% sparsity) 'relative_index' for zeros "
+                       'anywhere; GLOB=N:M for some parameters, repeatable')
   command.add_argument('--where', nargs='+', metavar='GLOB', help='these parameters, as in mlp/*/kernel; '
                        'default: all matrices and convolutions, no embeddings, norms and biases')
   command.add_argument('--except', nargs='+', metavar='GLOB', default=[], dest='but', help='but not these')
@@ -159,18 +160,18 @@ def _where(args: argparse.Namespace) -> Predicate:
   return trees.all_but(*args.but, where=where) if args.but else where
 
 
-def _pattern(args: argparse.Namespace) -> Pattern | dict[str, Pattern] | None:
-  """One pattern, or one per glob with the one for all others last."""
+def _one_pattern(text: str) -> Pattern:
+  return patterns.Unstructured() if text in formats.ANYWHERE else patterns.parse(text)
+
+
+def _pattern(args: argparse.Namespace, meant: Callable[[str], Any] = _one_pattern) -> Any:
+  """What each text means: one pattern, or one per glob with the one for all others last."""
   given = [text.rpartition('=') for text in args.pattern or ()]
-  asked = {glob if equals else '**': _one_pattern(text) for glob, equals, text in given}
+  asked = {glob if equals else '**': meant(text) for glob, equals, text in given}
   if len(asked) != len(given):
     raise ValueError('--pattern: two are for the same parameters; give one for each GLOB, and at most one without.')
   everywhere = asked.pop('**', None)
   return {**asked, '**': everywhere} if asked and everywhere else asked or everywhere
-
-
-def _one_pattern(text: str) -> Pattern:
-  return patterns.Unstructured() if text == 'bitmask' else patterns.parse(text)
 
 
 def _axes(args: argparse.Namespace, params: PyTree, where: Predicate) -> dict[str, Axes] | None:

@@ -5,6 +5,7 @@ what q is (`project`) and what the master's gradient is (`pull_back`); both are 
 and coefficients come from `signals.step` and `signals.stats`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -57,15 +58,90 @@ def soft_threshold() -> Flow:
   return Flow(_soft_thresholded, _whole_gradient)
 
 
+def remembered() -> Flow:
+  """q = m W, gradient m G, but what is pruned keeps its value behind the zero, and returns with it.
+
+  As a mask in the forward pass does: movement pruning, and gradual pruning in TensorFlow's and PyTorch's libraries.
+  """
+  return Flow(_masked, _masked_gradient)
+
+
+def soft_shrink(ratio: float) -> Flow:
+  """q = W, gradient G; after every step what the mask prunes is `ratio` times what it was (ISS-P, Wang et al. 2023)."""
+  return Flow(_whole, _whole_gradient, settle=Bound(_shrunk, (ratio,)))
+
+
+def frozen() -> Flow:
+  """Pruned weights keep the value that they had when they were pruned, instead of zero, and get no gradient.
+
+  FreezeNet (Wimmer et al. 2020): the forward pass is dense, the mask says what is trained. Needs no master.
+  """
+  return Flow(_whole, _masked_gradient, dense=False)
+
+
+def searched(kept: float = 1.0, pruned: float = 0.99) -> Flow:
+  """q = m W with W fixed, `signals.stats`; the master is a score S, whose gradient is W G (Zhang et al. 2023).
+
+  S begins at `kept` where the first mask keeps, and at `pruned` elsewhere.
+  """
+  return Flow(_fixed, _score_gradient, begin=Bound(_first_scores, (kept, pruned)))
+
+
+def on_the_edge(gain: float) -> Flow:
+  """As `remembered`, but with the first mask each leaf is rescaled to the edge of chaos, E[fan_in w^2] = `gain`.
+
+  Hayou et al. 2021, Robust Pruning at Initialization, section 3: the mean is over all weights of a layer, the pruned
+  ones as zeros; fan_in is that of the dense layer, taps included.
+  """
+  return Flow(_masked, _masked_gradient, begin=Bound(_rescaled, (gain,)))
+
+
 def until(flow: Flow, at: int) -> Flow:
-  """`flow` before step `at`, `hard` from there on. Whoever stores the master makes it the sparse point at `at`."""
+  """`flow` before step `at`, `hard` from there on. Whoever stores the master makes it the sparse point at `at`.
+
+  A flow without a master is itself: a fixed mask is all that there is to it.
+  """
+  if not flow.dense:
+    return flow
   settle = flow.settle and Bound(_settle_until, (flow, at))
-  return Flow(Bound(_project_until, (flow, at)), Bound(_pull_back_until, (flow, at)), settle, flow.dense)
+  return Flow(Bound(_project_until, (flow, at)), Bound(_pull_back_until, (flow, at)), settle, flow.dense, flow.begin)
 
 
 def _masked(master: Array, mask: Array, signals: Signals) -> Array:
   del signals
   return jnp.where(mask, master, jnp.zeros((), master.dtype))  # not a product: 0 * NaN is NaN
+
+
+def _whole(master: Array, mask: Array, signals: Signals) -> Array:
+  del mask, signals
+  return master
+
+
+def _shrunk(master: Array, mask: Array, signals: Signals, ratio: float) -> Array:
+  del signals
+  return jnp.where(mask, master, ratio * master)
+
+
+def _fixed(master: Array, mask: Array, signals: Signals) -> Array:
+  return _masked(signals.stats.astype(master.dtype), mask, signals)
+
+
+def _score_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
+  del mask
+  return grad * signals.stats.astype(master.dtype)
+
+
+def _first_scores(master: Array, mask: Array, signals: Signals, kept: float, pruned: float) -> Array:
+  del signals
+  return jnp.where(mask, jnp.asarray(kept, master.dtype), jnp.asarray(pruned, master.dtype))
+
+
+def _rescaled(master: Array, mask: Array, signals: Signals, gain: float) -> Array:
+  axes = signals.axes
+  along = tuple(a for a in range(master.ndim) if a not in axes.layer)
+  fan_in = math.prod(master.shape[a] for a in (*axes.contracted, *axes.spatial))
+  energy = fan_in * jnp.mean(jnp.square(jnp.where(mask, master, 0)), along, keepdims=True)
+  return jnp.where(energy > 0, jnp.sqrt(gain / jnp.where(energy > 0, energy, 1)), 1) * master
 
 
 def _masked_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:

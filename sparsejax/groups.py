@@ -89,14 +89,27 @@ def from_bits(integers: Array, dtype: np.dtype) -> Array:
   return integers != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(integers, dtype)
 
 
-def exactly(move: Callable[..., Array], values: Array, places: Array, *static: int) -> Array:
-  """`move` on the bits of `values`. Bits have no derivative, so tangents are moved as the numbers that they are."""
-  on_bits = lambda v, p: from_bits(move(bits(v), p, *static), v.dtype)
-  if not jnp.issubdtype(values.dtype, jnp.floating):
+def exactly(move: Callable[..., Array], values: Array | tuple[Array, ...], places: Array, *static: int) -> Array:
+  """`move` on the bits of `values`, an array or a tuple of arrays of one dtype.
+
+  Bits have no derivative, so tangents are moved as the numbers that they are.
+  """
+  dtype = jax.tree.leaves(values)[0].dtype
+  on_bits = lambda v, p: from_bits(move(jax.tree.map(bits, v), p, *static), dtype)
+  if not jnp.issubdtype(dtype, jnp.floating):
     return on_bits(values, places)
   moved = jax.custom_jvp(on_bits)
   moved.defjvp(lambda primals, tangents: (on_bits(*primals), move(tangents[0], primals[1], *static)))
   return moved(values, places)
+
+
+def filled(values: Array, slots: Array, stored: Array, base: Array) -> Array:
+  """`values` at `slots` where `stored`, and `base` elsewhere."""
+  filled = jnp.where(stored, values.at[slots].get(mode='clip'), base)
+  if values.size == 1 and jnp.issubdtype(values.dtype, jnp.unsignedinteger):
+    # LLVM would select between one value and zero as bfloat16, which may flush subnormals; not if a bit could yet flip.
+    return filled ^ (~jnp.any(stored)).astype(values.dtype)
+  return filled
 
 
 def first_nonzeros(nonzero: Array, n: int, axis: int) -> Array:

@@ -1,8 +1,9 @@
 """Files: packed and dense parameters in one safetensors file, verified in full; and reading Orbax checkpoints.
 
 In the file every tensor is a plain one that any safetensors reader opens: a dense leaf under its path `a/b/kernel`, a
-packed one as `a/b/kernel.values` with `.indices` (`NMArray`) or `.mask` (`BitmaskArray`). The header's `__metadata__`
-says in JSON what belongs together and has the SHA-256 of every tensor; one more, of the header itself, covers it all.
+packed one as `a/b/kernel.values` with `.indices` (`NMArray`), `.mask` (`BitmaskArray`) or `.gaps`
+(`RelativeIndexArray`). The header's `__metadata__` says in JSON what belongs together and has the SHA-256 of every
+tensor; one more, of the header itself, covers it all.
 """
 
 import contextlib
@@ -127,6 +128,8 @@ def _entry(path: str, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     parts = {f'{path}.values': leaf.values, f'{path}.indices': leaf.indices}
   elif isinstance(leaf, formats.BitmaskArray):
     kind, parts = {'kind': 'bitmask'}, {f'{path}.values': leaf.values, f'{path}.mask': leaf.mask}
+  elif isinstance(leaf, formats.RelativeIndexArray):
+    kind, parts = {'kind': 'relative_index'}, {f'{path}.values': leaf.values, f'{path}.gaps': leaf.gaps}
   else:
     leaf = leaf if hasattr(leaf, 'dtype') and hasattr(leaf, 'shape') else np.asarray(leaf)
     kind, parts = {'kind': 'dense'}, {path: leaf}
@@ -285,6 +288,8 @@ def _leaf(path: Any, entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> A
     leaf = formats.NMArray(tensors[f'{name}.values'], tensors[f'{name}.indices'], *static)
   elif kind == 'bitmask':
     leaf = formats.BitmaskArray(tensors[f'{name}.values'], tensors[f'{name}.mask'], shape)
+  elif kind == 'relative_index':
+    leaf = formats.RelativeIndexArray(tensors[f'{name}.values'], tensors[f'{name}.gaps'], shape)
   elif kind == 'dense':
     leaf = tensors[name]
   else:

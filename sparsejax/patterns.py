@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,22 @@ from jax import lax
 
 from sparsejax import errors, groups, ranking
 from sparsejax.types import Array, Axes, Pattern
+
+
+class Pooled(NamedTuple):
+  """`scores`: one for each unit that is kept or pruned whole. `layers`: which of its axes are layers. `whole(mask)`:
+  the mask of the units as one of the weights."""
+
+  scores: Array
+  layers: tuple[int, ...]
+  whole: Callable[[Array], Array]
+
+
+class Ramp(NamedTuple):
+  """A sparsity on its way to `target`, which it reaches, exactly, when `progress` (traced or not) is 1."""
+
+  target: float
+  progress: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +78,10 @@ class NM:
               f'{length}. Leave the leaf dense (trees.all_but){smaller}, or pad the axis to {padded}.')
     return None
 
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
-    n = self.n if sparsity is None else ranking.count(_kept(sparsity, self.m)).low
+  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
+    n = self.n if sparsity is None else ranking.count(kept_of(sparsity, self.m)).low
+    if drop is not None:  # what is left of a group may be of any size: those left are the best of the layer
+      return Unstructured()(scores, 1 - n / self.m, axes, drop)
     contracted, sizes = axes.contracted, tuple(scores.shape[a] for a in axes.contracted)
     mask = ranking.top_n_in_groups(groups.merged(scores, contracted, self.m), n, self.m, min(contracted))
     return groups.alike(groups.unmerged(mask, contracted, sizes), scores)
@@ -91,13 +109,12 @@ class Unstructured:
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     return None
 
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes | None = None) -> Array:
-    layers = () if axes is None else axes.layer
-    return _best_of_each_layer(scores, self.sparsity if sparsity is None else sparsity, layers)
+  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes | None = None, drop: Any = None) -> Array:
+    return _best_units(self, scores, sparsity, axes, drop)
 
-  def units(self, nonzero: Array, axes: Axes) -> tuple[Array, tuple[int, ...]]:
-    """What is counted, and which axes of it are layers."""
-    return nonzero, axes.layer
+  def pooled(self, scores: Array, axes: Axes | None) -> Pooled:
+    """Every weight is a unit."""
+    return Pooled(scores, () if axes is None else axes.layer, lambda mask: mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +156,15 @@ class Block:
             f'(trees.all_but), use a block that divides it (say {"x".join(map(str, smaller))}), or pad the axes to '
             f'{padded[0]} and {padded[1]}.')
 
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
-    blocks, restored = self._split(scores, axes)
-    sums = jnp.sum(blocks, (-3, -1), dtype=jnp.float32)
-    kept = _best_of_each_layer(sums, self.sparsity if sparsity is None else sparsity, self._layers(axes))
-    return groups.alike(restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape)), scores)
+  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
+    return _best_units(self, scores, sparsity, axes, drop)
 
-  def units(self, nonzero: Array, axes: Axes) -> tuple[Array, tuple[int, ...]]:
-    """Which blocks hold a nonzero, taps and layers first, then along contraction and output; and the layers' axes."""
-    return jnp.any(self._split(nonzero, axes)[0], (-3, -1)), self._layers(axes)
+  def pooled(self, scores: Array, axes: Axes) -> Pooled:
+    """The sums of the blocks, taps and layers first, then along contraction and output."""
+    blocks, restored = self._split(scores, axes)
+    whole = lambda kept: restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape))
+    return Pooled(jnp.sum(blocks, (-3, -1), dtype=jnp.float32), self._layers(axes),
+                  lambda kept: groups.alike(whole(kept), scores))
 
   def _layers(self, axes: Axes) -> tuple[int, ...]:
     """The layers' axes among those that are left in front."""
@@ -173,6 +190,42 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
+class Channel:
+  """Whole output channels are zero: exactly `round(sparsity * channels)` of each layer, half to even.
+
+  A channel is all that one index of the output axes is contracted with, through all spatial taps: a neuron's incoming
+  weights, a convolution's filter. Its score is the `float32` sum of its scores. NaN goes first, ties keep the lower
+  index. Only the weights are zero: a bias of the channel stays.
+  """
+
+  sparsity: float | None = None
+  static = True
+
+  def __post_init__(self):
+    _check_share('Channel', self.sparsity)
+
+  def __str__(self) -> str:
+    return 'channel' if self.sparsity is None else f'channel {self.sparsity:g}'
+
+  def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if axes.contracted and axes.output:
+      return None
+    return (f'{self} lies along output axes, and contracted and output axes are {axes.contracted} and {axes.output} '
+            f'({axes.source}); leave the leaf out of `where`.')
+
+  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
+    return _best_units(self, scores, sparsity, axes, drop)
+
+  def pooled(self, scores: Array, axes: Axes) -> Pooled:
+    """The sums of the channels, `[*layers, *outputs]` in the order of the leaf's axes."""
+    along = (*axes.contracted, *axes.spatial)
+    left = [a for a in range(scores.ndim) if a not in along]
+    whole = lambda kept: jnp.broadcast_to(jnp.expand_dims(kept, along), scores.shape)
+    return Pooled(jnp.sum(scores, along, dtype=jnp.float32), tuple(left.index(a) for a in axes.layer),
+                  lambda kept: groups.alike(whole(kept), scores))
+
+
+@dataclasses.dataclass(frozen=True)
 class Staged:
   """One of several patterns, by a traced `index`: only the chosen one's mask is computed (all of them under `vmap`)."""
 
@@ -187,19 +240,36 @@ class Staged:
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     return next((why for why in (stage.validate(shape, axes) for stage in self.stages) if why), None)
 
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
-    branches: list[Callable[[Array], Array]] = [lambda s, p=stage: p(s, sparsity, axes) for stage in self.stages]
+  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
+    branches: list[Callable[[Array], Array]] = [lambda s, p=stage: p(s, sparsity, axes, drop) for stage in self.stages]
     return lax.switch(self.index, branches, scores)
 
 
-def _best_of_each_layer(scores: Array, sparsity: Any, layers: tuple[int, ...]) -> Array:
+def units(pattern: Pattern, shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
+  """How many units that are kept or pruned whole one layer of a leaf has, and of how many weights each is.
+
+  A group of N:M is `m` units of one weight each.
+  """
+  if not hasattr(pattern, 'pooled'):
+    return pattern.m, 1
+  pooled = jax.eval_shape(lambda w: pattern.pooled(w, axes).scores, jax.ShapeDtypeStruct(shape, jnp.float32))
+  layers = math.prod(shape[a] for a in axes.layer)
+  return math.prod(pooled.shape) // max(layers, 1), math.prod(shape) // max(math.prod(pooled.shape), 1)
+
+
+def _best_units(pattern: Any, scores: Array, sparsity: Any, axes: Axes | None, drop: Any) -> Array:
   """Layers are matrices of their own, however they are stored: a stack of them is as sparse as each of them."""
-  size = math.prod(n for a, n in enumerate(scores.shape) if a not in layers)
-  select = lambda scores: ranking.top_n(scores, _kept(sparsity, size))
+  pooled, layers, whole = pattern.pooled(scores, axes)
+  size = math.prod(n for a, n in enumerate(pooled.shape) if a not in layers)
+  kept = kept_of(pattern.sparsity if sparsity is None else sparsity, size)
+  if drop is not None:
+    kept = fewer(ranking.count(kept), drop)
+  each = 0 if isinstance(kept, ranking.Count) and jnp.ndim(kept.low) else None  # a count for each layer
+  select = ranking.top_n
   for _ in layers:
-    select = jax.vmap(select)
+    select = jax.vmap(select, in_axes=(0, each))
   front = tuple(range(len(layers)))
-  return jnp.moveaxis(select(jnp.moveaxis(scores, layers, front)), front, layers)
+  return whole(jnp.moveaxis(select(jnp.moveaxis(pooled, layers, front), kept), front, layers))
 
 
 def _check_share(name: str, sparsity: float | None) -> None:
@@ -207,23 +277,39 @@ def _check_share(name: str, sparsity: float | None) -> None:
     raise ValueError(f'{name}: sparsity is the fraction of zeros, from 0 to 1, not {sparsity!r}.')
 
 
-def _kept(sparsity: Any, size: int) -> Any:
+def kept_of(sparsity: Any, size: int) -> Any:
   """How many of `size` are kept: all but `sparsity * size`, rounded half to even. A Python int for a number.
 
-  A traced sparsity is a `float32`, and so is the product: above 2^24 weights the `ranking.Count` may be off by up to
-  `size / 2^23`. All are kept at 0 and none at 1.
+  A `ranking.Count` is the number of those kept itself. Of a `Ramp` `progress * round(target * size)` are pruned,
+  exactly `round(target * size)` from 1 on. A traced sparsity is a `float32`, and so is the product: above 2^24 weights
+  the count may be off by up to `size / 2^23`. All are kept at 0 and none at 1.
   """
   if sparsity is None:
     raise ValueError('patterns: how many weights are kept? Give a sparsity, as in Unstructured(0.9).')
+  if isinstance(sparsity, ranking.Count):
+    return sparsity
   if isinstance(sparsity, (int, float, np.floating, np.integer)):
     return size - round(float(sparsity) * size)
+  if isinstance(sparsity, Ramp):
+    pruned, progress = round(sparsity.target * size), jnp.asarray(sparsity.progress, jnp.float32)
+    kept, done = _all_but(size, progress * np.float32(pruned)), ranking.count(size - pruned)
+    return ranking.Count(*(jnp.where(progress < 1, word, last) for word, last in zip(kept, done)))
   share = jnp.asarray(sparsity, jnp.float32)
-  kept = ranking.minus(ranking.count(size), ranking.count(jnp.round(share * np.float32(size))))
-  return ranking.Count(*(jnp.where(share < 1, word, 0) for word in kept))
+  return ranking.Count(*(jnp.where(share < 1, word, 0) for word in _all_but(size, share * np.float32(size))))
+
+
+def _all_but(size: int, pruned: Array) -> ranking.Count:
+  return ranking.minus(ranking.count(size), ranking.count(jnp.round(pruned)))
+
+
+def fewer(kept: ranking.Count, drop: Any) -> ranking.Count:
+  """`kept - floor(drop * kept)`, the product in `float32`."""
+  whole = jnp.asarray(kept.high, jnp.float32) * 2.0**31 + jnp.asarray(kept.low, jnp.float32)
+  return ranking.minus(kept, ranking.count(jnp.floor(jnp.asarray(drop, jnp.float32) * whole)))
 
 
 def parse(text: Any) -> Any:
-  """`'2:4'` is `NM(2, 4)`, `'128x128'` is `Block((128, 128))`, `'unstructured'` is `Unstructured()`.
+  """`'2:4'` is `NM(2, 4)`, `'128x128'` `Block((128, 128))`, `'unstructured'` `Unstructured()`, `'channel'` `Channel()`.
 
   A pattern is itself; a dict of them, each for itself.
   Raises `ValueError` for anything else.
@@ -238,6 +324,7 @@ def parse(text: Any) -> Any:
   n, colon, m = text.partition(':')
   if colon and n.strip().isdigit() and m.strip().isdigit():
     return NM(int(n), int(m))
-  if text.strip().lower() == 'unstructured':
-    return Unstructured()
-  raise errors.unknown('patterns.parse', 'pattern', text, ['2:4', '1:8', 'N:M', '128x128', 'unstructured'])
+  plain = {'unstructured': Unstructured, 'channel': Channel}
+  if text.strip().lower() in plain:
+    return plain[text.strip().lower()]()
+  raise errors.unknown('patterns.parse', 'pattern', text, ['2:4', '1:8', 'N:M', '128x128', *plain])

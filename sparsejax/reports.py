@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import states, trees
-from sparsejax.patterns import NM, Block
+from sparsejax import flows, states, trees
+from sparsejax.patterns import NM, Block, Channel
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
 _COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
@@ -122,12 +122,22 @@ def _of_state(params: PyTree, opt_state: Any) -> Report:
   point = dict(zip(names, points))
   rows, notes, asked = [], [], []
   for state, around in zip(found, states.surroundings(opt_state)):
-    together = _together(state, held, point)
+    frozen, masks = state.plan.flow == flows.frozen(), states.by_path(state.masks)
+    together = '' if frozen else _together(state, held, point)
+    if frozen:
+      notes.append('achieved: the fraction that is frozen at its first value, which is not zero')
     for leaf in state.plan.leaves:
       at = Axes(*(tuple(a + extra for a in group) for group in leaf.axes[:4]), leaf.axes.source)
       at = at._replace(layer=(*range(extra), *at.layer))
-      row = _row_of(leaf, held[leaf.path], point[leaf.path], at, around)
-      rows.append(row._replace(problem=row.problem or together))
+      if frozen:
+        share = 1 - float(jnp.mean(masks[leaf.path], dtype=jnp.float32))
+        rows.append(Row(leaf.path, held[leaf.path].shape, leaf.pattern, at, leaf.sparsity, share))
+      else:
+        row = _row_of(leaf, held[leaf.path], point[leaf.path], at, around)
+        rows.append(row._replace(problem=row.problem or together))
+      if not bool(jnp.all(jnp.any(masks[leaf.path], [a for a in range(masks[leaf.path].ndim) if a not in at.layer]))):
+        notes.append(f'nothing is kept of {leaf.path}, or of a layer of it')
+      row = rows[-1]
       asked.append((row, leaf.sparsity if state.plan.sparsity is None else state.plan.sparsity))
       if rows[-1].problem and not jnp.any(jax.tree.leaves(state.step)[0]):
         notes.append('no update was made yet: sparsejax.project(params, opt_state) is where training starts')
@@ -183,11 +193,13 @@ def _problem(w: Array, pattern: Pattern, asked: float | None, axes: Axes) -> str
       return (f'{bad} of {excess.size} groups keep more than {pattern.n} of {pattern.m}, '
               f'the first, {first}, keeps {int(excess[first]) + pattern.n}')
     return ''
-  units, layers = pattern.units(w != 0, axes)
+  sums, layers, _ = pattern.pooled((w != 0).astype(jnp.float32), axes)
+  units = sums > 0
   kept = np.asarray(jnp.sum(units, [a for a in range(units.ndim) if a not in layers], dtype=jnp.int32)).reshape(-1)
   size = units.size // max(kept.size, 1)
   allowed = size - round((asked or 0) * size)
-  what, where = 'blocks' if isinstance(pattern, Block) else 'weights', f' in layer {kept.argmax()}' if layers else ''
+  what = {Block: 'blocks', Channel: 'channels'}.get(type(pattern), 'weights')
+  where = f' in layer {kept.argmax()}' if layers else ''
   return f'{kept.max()} {what} are kept{where}, {allowed} asked' if kept.max(initial=0) > allowed else ''
 
 

@@ -53,11 +53,29 @@ def stepwise(values: Sequence[Any], boundaries: Sequence[int]) -> Schedule:
   return Bound(_stepwise, (values, boundaries))
 
 
-def every(steps: int, *, begin: int = 0) -> Schedule:
-  """`True` at `begin` and every `steps` steps from there."""
+def polynomial(init_value: float = 1.0, end_value: float = 0.0, *, power: float, begin: int = 0, end: int) -> Schedule:
+  """`end + (init - end) (1 - progress)^power`: `linear` with power 1, `cubic` with 3."""
+  return Bound(_polynomial, (init_value, end_value, begin, _after('polynomial', begin, end), power))
+
+
+def every(steps: int, *, begin: int = 0, end: int | None = None) -> Schedule:
+  """`True` at `begin` and every `steps` steps from there; with an `end` also there, on the grid or not, and not after.
+
+  So whatever has to be reached at `end` is: a grid that misses it leaves a ramp unfinished.
+  """
   if steps < 1:
     raise ValueError(f'schedules.every: `steps` must be at least 1, not {steps}.')
-  return Bound(_every, (steps, begin))
+  return Bound(_every, (steps, begin) if end is None else (steps, begin, _after('every', begin, end)))
+
+
+def before(schedule: Schedule, end: int) -> Schedule:
+  """A schedule of bools, and `False` from `end` on."""
+  return Bound(_before, (schedule, end))
+
+
+def density_decay(sparsity: float, *, end: int) -> Schedule:
+  """From 0 to 1 at `end`, the part of `sparsity` at which the density is `(1 - sparsity)^(step / end)`."""
+  return Bound(_density_decay, (sparsity, _after('density_decay', 0, end)))
 
 
 def once(at: int) -> Schedule:
@@ -70,7 +88,8 @@ def named(name: str, **arguments: Any) -> Schedule:
 
   Raises `ValueError` with the closest names for an unknown schedule or argument, and for an argument that is missing.
   """
-  known = {f.__name__: f for f in (constant, linear, cubic, cosine, exponential, stepwise, every, once)}
+  known = {f.__name__: f for f in (
+      constant, linear, cubic, polynomial, cosine, exponential, density_decay, stepwise, every, once)}
   if name not in known:
     raise errors.unknown('schedules.named', 'schedule', name, known)
   parameters = inspect.signature(known[name]).parameters
@@ -120,9 +139,19 @@ def _stepwise(step: Step, values: tuple[Any, ...], boundaries: tuple[int, ...]) 
   return jnp.asarray(values)[jnp.asarray(stage, jnp.int32)]
 
 
-def _every(step: Step, steps: int, begin: int) -> Any:
+def _every(step: Step, steps: int, begin: int, end: int | None = None) -> Any:
   step = jnp.asarray(step)
-  return (step >= begin) & ((step - begin) % steps == 0)
+  due = (step >= begin) & ((step - begin) % steps == 0)
+  return due if end is None else (due & (step < end)) | (step == end)
+
+
+def _before(step: Step, schedule: Schedule, end: int) -> Any:
+  return schedule(step) & (jnp.asarray(step) < end)
+
+
+def _density_decay(step: Step, sparsity: float, end: int) -> Any:
+  part = 1.0 - jnp.exp(jnp.log(1.0 - jnp.float32(sparsity)) * _progress(step, 0, end))
+  return jnp.where(jnp.asarray(step) < end, part / sparsity, 1.0) if sparsity else jnp.asarray(step) >= end
 
 
 def _once(step: Step, at: int) -> Any:

@@ -40,7 +40,7 @@ class SparseState(NamedTuple):
 
   `step`: `int32[]`, updates so far. `key`: PRNG key or `None`. `masks`: `bool` like the sparse parameters, of the
   point that the user holds. `master`: dense weights behind it (none for fixed masks), float32 for narrower parameters.
-  `stats`: what the selection hands to the flow, one scalar a leaf or nothing. `inner`: the user's optimizer's state.
+  `stats`: what the selection hands to the flow or remembers of a leaf: nothing, a scalar, or arrays like it. `inner`: the user's optimizer's state.
   """
 
   step: Array
@@ -90,7 +90,8 @@ def _around(node: Any, keys: Sequence[Any]) -> list[str]:
   return found
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
+def by_path(tree: PyTree) -> dict[str, Any]:
+  """What is kept of each leaf, without those of which nothing is."""
   names, leaves, _ = trees.flatten(tree)
   return dict(zip(names, leaves))
 
@@ -122,7 +123,7 @@ def _replace(params: PyTree, opt_state: Any, point: Callable[..., Array]) -> PyT
   for state in find(opt_state):
     if jax.tree.leaves(state.step)[0].ndim:
       raise ValueError('sparsejax: this state was made under jax.vmap; call this under jax.vmap too.')
-    masks, masters, stats = _by_path(state.masks), _by_path(state.master), _by_path(state.stats)
+    masks, masters, stats = by_path(state.masks), by_path(state.master), by_path(state.stats)
     for leaf in state.plan.leaves:
       _refuse_unless_among(paths, leaf.path)
       w, mask = leaves[place[leaf.path]], masks[leaf.path]
@@ -153,7 +154,7 @@ def masks(params: PyTree, opt_state: Any) -> PyTree:
   """The masks in the parameters' structure, `True` where kept; the scalar `True` for a leaf that is dense."""
   found = {}
   for state in find(opt_state):
-    found.update(_by_path(state.masks))
+    found.update(by_path(state.masks))
   paths, _, treedef = trees.flatten(params)
   for path in found:
     _refuse_unless_among(paths, path)

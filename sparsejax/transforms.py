@@ -7,96 +7,20 @@ the user's parameters to the new sparse point. `optax.contrib.schedule_free` wor
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import allocation as allocations
-from sparsejax import errors, flows, groups, ranking, schedules, scores, trees, updates
-from sparsejax.patterns import parse
-from sparsejax.states import Plan, SparseLeaf, SparseState
-from sparsejax.types import Allocation, Array, Axes, Flow, Pattern, Predicate, PyTree, Schedule, Score, Signals
+from sparsejax import errors, flows, groups, patterns, schedules, trees
+from sparsejax.selections import Selection
+from sparsejax.states import Plan, SparseState
+from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Schedule, Signals, Start
 
 SLOTS = ('kept', 'fresh')
 _LINE_SEARCHES = (optax.ScaleByLBFGSState, optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
-
-
-class Selection(NamedTuple):
-  """How masks are chosen. `plan(function, params, ...)` makes the `SparseLeaf`s; `select(leaves, weights, masks,
-  signals)` returns the new masks and stats, each a list over the sparse leaves; `stat` is a leaf's first `stats`."""
-
-  plan: Callable[[dict[str, Array], dict[str, Axes]], Plan]
-  select: Callable[[Sequence[SparseLeaf], list[Array], list[Array], list[Signals]], tuple[list[Array], list[Any]]]
-  stat: Any = trees.DENSE
-
-
-def leafwise(
-    pattern: Pattern | Mapping[str, Pattern],
-    *,
-    score: Score = scores.magnitude,
-    update: Any = updates.reselect,
-    progression: Callable[[Pattern], Schedule] | None = None,
-    sparsity: float | None = None,
-    allocation: Allocation = allocations.uniform,
-) -> Selection:
-  """Each leaf by itself, by `pattern` (or one per glob) over `score`.
-
-  `sparsity` is shared out by `allocation`; without it each pattern goes to its own. `progression(pattern)` is a
-  schedule of patterns on the way to the asked one.
-  """
-  pattern = parse(pattern)
-
-  def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
-    patterns = trees.per_leaf('sparsejax', 'pattern', pattern, list(arrays))
-    asked = dict.fromkeys(arrays) if sparsity is None else allocation(arrays, sparsity)
-    leaves = []
-    for (path, leaf), own in zip(arrays.items(), patterns):
-      if asked[path] is None and own.static and own.sparsity is None:
-        raise errors.at_leaf('sparsejax', path, leaf.shape, f'{own} has no sparsity; pass `sparsity=`.')
-      on_the_way = progression(own)(0) if progression else own
-      if why := on_the_way.validate(leaf.shape, axes[path]) or own.validate(leaf.shape, axes[path]):
-        raise errors.at_leaf('sparsejax', path, leaf.shape, why)
-      target = own.sparsity if asked[path] is None else asked[path]
-      # A traced n cannot be part of a treedef; then nothing is on record as asked.
-      leaves.append(SparseLeaf(path, leaf.shape, axes[path], own if own.static else None, target))
-    return Plan(tuple(leaves))
-
-  def select(leaves, weights, masks, signals):
-    chosen = []
-    patterns = trees.per_leaf('sparsejax', 'pattern', pattern, [leaf.path for leaf in leaves])
-    for leaf, own, w, mask, s in zip(leaves, patterns, weights, masks, signals):
-      now = progression(own)(s.step) if progression else own
-      asked = None if sparsity is None else leaf.sparsity
-      chosen.append(update(mask, score(w, s), lambda x, p=now, a=asked, at=leaf.axes: p(x, a, at)))
-    return chosen, [trees.DENSE] * len(chosen)
-
-  return Selection(plan, select)
-
-
-def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False) -> Selection:
-  """All leaves together: keeps what is above the `sparsity(step)`-quantile of |w| over all sparse leaves.
-
-  `scaled`: each leaf is measured in units of `1 / sqrt(sum(shape without layers))`. The stats are the leaf's
-  threshold, -1 while the sparsity is 0. The count is the quantile's, linearly interpolated, ties pruned: not exact.
-  """
-  def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
-    leaves = [SparseLeaf(path, w.shape, axes[path], 'global', None) for path, w in arrays.items()]
-    return Plan(tuple(leaves), sparsity=target)
-
-  def unit(leaf: SparseLeaf) -> float:
-    return sum(n for a, n in enumerate(leaf.shape) if a not in leaf.axes.layer) ** -0.5 if scaled else 1.0
-
-  def select(leaves, weights, masks, signals):
-    del masks
-    at = sparsity(signals[0].step)
-    common = ranking.quantile([jnp.abs(w).astype(jnp.float32) / unit(leaf) for leaf, w in zip(leaves, weights)], at)
-    thresholds = [jnp.where(at > 0, common * unit(leaf), jnp.float32(-1)) for leaf in leaves]
-    return [jnp.abs(w).astype(jnp.float32) > th for w, th in zip(weights, thresholds)], thresholds
-
-  return Selection(plan, select, stat=-1.0)
 
 
 def sparsify(
@@ -112,6 +36,9 @@ def sparsify(
     total_steps: int | None = None,
     slots: str = 'kept',
     key: Array | None = None,
+    start: Start | None = None,
+    instead: bool = False,
+    allow_empty: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps `inner` so that the parameters it trains are sparse: the one transform behind every recipe.
 
@@ -124,6 +51,12 @@ def sparsify(
   `slots`: what the optimizer remembers of a weight that returns: what it had (`'kept'`), or what `init` gives it
     (`'fresh'`). A slot is an array in `inner`'s state whose path ends in the parameter's and that has its shape, so
     that factored ones, which belong to a row or a column, stay as they are.
+
+  `key`: what random scores draw from. `allow_empty`: a layer may lose all of its weights, which is refused otherwise:
+    where the count is known from the shapes at trace time, else in `init`, unless that is traced.
+
+  For recipes, not for their users: `start`, how the first masks come about, see `starts`; `instead`, an update that
+  chooses masks does not move the weights (Evci et al. 2020, algorithm 1).
 
   Keyword arguments of `update` go to `inner`. It has to be the outermost transform on its leaves: one that rescales its
   updates breaks the zeros (`check` finds and names it). Raises `ValueError` at trace time for leaves that cannot carry
@@ -142,29 +75,55 @@ def sparsify(
     in_time = (step >= dense_steps) if freeze is None else (step >= dense_steps) & (step <= freeze)
     return in_time & ((step == freeze) | refresh(step - dense_steps))
 
-  def chosen(tree: _Leaves, weights, masks, signals):
-    masks, stats = selection.select(tree.plan.leaves, weights, masks, signals)
-    return [groups.alike(mask, w) for mask, w in zip(masks, weights)], stats
+  if start is not None and dense_steps:
+    raise ValueError(f'sparsejax: dense_steps={dense_steps}, but this recipe chooses its masks at initialisation.')
+
+  def chosen(select, tree: _Leaves, weights, masks, signals):
+    masks, stats = select(tree.plan.leaves, weights, masks, signals)
+    masks = [groups.alike(mask, w) for mask, w in zip(masks, weights)]
+    return masks, [s.stats for s in signals] if selection.observe else stats
 
   def choose(tree: _Leaves, weights, masks, stats, signals):
     if never:
       return masks, stats
-    compute = lambda: chosen(tree, weights, masks, signals)
-    if not always:
-      # Only masks and their stats come out of the branch: whatever a cond returns, it copies.
-      return jax.lax.cond(due(signals[0].step), compute, lambda: (masks, stats))
-    new, stats = compute()
-    # JAX drops an argument that nothing reads, and with it its donation. XLA takes this reading away again.
-    return [mask & (old | True) for mask, old in zip(new, masks)], stats
+    compute = lambda: chosen(selection.select, tree, weights, masks, signals)
+    if always:
+      new, stats = compute()
+      # JAX drops an argument that nothing reads, and with it its donation. XLA takes this reading away again.
+      return [mask & (old | True) for mask, old in zip(new, masks)], stats
+    # Only masks and what comes of them leave the branch: whatever a cond returns, it copies.
+    if selection.observe:
+      return jax.lax.cond(due(signals[0].step), lambda: compute()[0], lambda: masks), stats
+    return jax.lax.cond(due(signals[0].step), compute, lambda: (masks, stats))
+
+  def first(tree: _Leaves, params: PyTree, weights, masks, stats):
+    """The first masks and stats, and the weights that go with them."""
+    def signals(step=0, grads=None, key=key):
+      return tree.signals(jnp.asarray(step, jnp.int32), stats, grads, key)
+
+    begun = lambda masks: [flow.begin(*each) for each in zip(weights, masks, signals())] if flow.begin else weights
+    choose = lambda masks, probe=None, step=0, key=key: chosen(
+        selection.first or selection.select, tree, begun(masks) if start else weights, masks,
+        signals(step, probe and tree.pick(probe), key))
+    place = lambda masks: tree.put([flow.project(*each).astype(p.dtype) for *each, p in zip(
+        begun(masks), masks, signals(), tree.pick(params))], params)
+    if start is None:
+      masks, stats = choose(masks)
+    else:
+      masks = start(lambda *args, **options: choose(*args, **options)[0], place, masks, key)
+    if not allow_empty:
+      _refuse_empty(tree.plan, masks)
+    return masks, stats, begun(masks)
 
   def init(params: PyTree) -> SparseState:
     tree = _Leaves(params, where, axes, selection, flow)
     weights = [_master_of(w) if flow.dense else w for w in tree.pick(params)]
     masks = [groups.everywhere(w) for w in weights]
-    stats = [selection.stat if trees.is_dense(selection.stat) else jnp.float32(selection.stat) for _ in weights]
+    stats = [selection.start(w) for w in weights]
+    if not allow_empty:
+      _refuse_empty(tree.plan)
     if dense_steps == 0:
-      signals = tree.signals(jnp.zeros((), jnp.int32), stats, key=key)
-      masks, stats = chosen(tree, weights, masks, signals)
+      masks, stats, weights = first(tree, params, weights, masks, stats)
     inner_state = inner.init(tree.put(weights, params))
     if flow.dense or not never:
       _refuse_line_search(inner_state)
@@ -180,20 +139,25 @@ def sparsify(
     if flow.dense:
       _refuse_functions(extra)
     held, grad, masks, stats = (tree.pick(t) for t in (params, grads, state.masks, state.stats))
-    weights = tree.pick(state.master) if flow.dense else held
+    weights, step = tree.pick(state.master) if flow.dense else held, optax.safe_increment(state.step)
     signals = tree.signals(state.step, stats, grad, state.key)
     pulled = [flow.pull_back(g.astype(w.dtype), w, m, s) for g, w, m, s in zip(grad, weights, masks, signals)]
+    if selection.observe:
+      stats = [selection.observe(*each) for each in zip(stats, weights, signals)]
     moves, inner_state = inner.update(tree.put(pulled, grads), state.inner, tree.put(weights, params), **extra)
+    if instead:
+      pause = lambda old, new: jax.tree.map(lambda a, b: jnp.where(due(step), a, b), old, new)
+      moves, inner_state = pause(jax.tree.map(jnp.zeros_like, moves), moves), pause(state.inner, inner_state)
     moved = tree.pick(moves)
     weights = [(w + u).astype(w.dtype) for w, u in zip(weights, moved)]
-    if flow.settle is not None:
-      weights = [flow.settle(w, m, s) for w, m, s in zip(weights, masks, signals)]
 
-    step = optax.safe_increment(state.step)
+    before = masks
     masks, stats = choose(tree, weights, masks, stats, tree.signals(step, stats, grad, state.key))
     signals = tree.signals(step, stats)
+    if flow.settle is not None:
+      weights = [flow.settle(w, m, s) for w, m, s in zip(weights, masks, signals)]
     if slots == 'fresh':
-      grown = [new & ~old for new, old in zip(masks, tree.pick(state.masks))]
+      grown = [new & ~old for new, old in zip(masks, before)]
       inner_state = tree.refreshed(inner_state, inner.init(tree.put(weights, params)), grown)
     if freeze is not None and flow.dense:
       weights = [jnp.where(step == freeze, jnp.where(m, method.project(w, m, s), 0).astype(w.dtype), w)
@@ -201,8 +165,9 @@ def sparsify(
     if flow.dense:
       # Recomputed from the master, not accumulated: what p + (q - p) rounds away is back after the next step.
       moved = [flow.project(w, m, s).astype(p.dtype) - p for w, m, s, p in zip(weights, masks, signals, held)]
-    else:
-      moved = [jnp.where(m, u.astype(p.dtype), -p) for m, u, p in zip(masks, moved, held)]
+    else:  # what has just grown stays as it was, at zero
+      moved = [jnp.where(m, jnp.where(old, u.astype(p.dtype), 0), flow.project(p, m, s) - p)
+               for m, old, u, p, s in zip(masks, before, moved, held, signals)]
     return tree.put(moved, moves), SparseState(
         step=step, key=state.key, masks=tree.put(masks), master=tree.put(weights if flow.dense else None),
         stats=tree.put(stats), inner=inner_state, plan=tree.plan)
@@ -226,6 +191,36 @@ def identity(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     return moves, wrap(grads, optax.safe_increment(state.step), inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def gated(
+    selection: Selection, *, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
+    weight_decay: float = 0.0) -> optax.GradientTransformation:
+  """Passes the gradients of the weights that `selection` picks at this very step, zero for all other sparse ones.
+
+  For in front of an optimizer, inside of a recipe with the same `where` and `axes`. `weight_decay` times the weight is
+  added to all of the sparse ones, picked or not.
+  """
+  def update(grads: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+    tree = _Leaves(params, where, axes, selection, flows.hard())
+    weights, picked = tree.pick(params), tree.pick(grads)
+    signals = tree.signals(jnp.zeros((), jnp.int32), [trees.DENSE] * len(weights), picked)
+    active, _ = selection.select(tree.plan.leaves, weights, [groups.everywhere(w) for w in weights], signals)
+    passed = [jnp.where(m, g, 0) + (weight_decay * w).astype(g.dtype) for m, g, w in zip(active, picked, weights)]
+    return tree.put(passed, grads), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def only(*, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
+         ) -> optax.GradientTransformation:
+  """Passes the updates of the sparse leaves; all others stand still. For behind an optimizer, inside of a recipe."""
+  def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+    leaves, treedef = jax.tree.flatten(updates)
+    picked = trees.select('sparsejax', where or _default_where(axes), params)
+    return treedef.unflatten([u if p else jnp.zeros_like(u) for u, p in zip(leaves, picked)]), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 class _Leaves:
@@ -298,6 +293,23 @@ class _Leaves:
       if grad.shape != leaf.shape:
         raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its gradient has shape {grad.shape}; take it with '
                              'respect to these parameters.')
+
+
+def _refuse_empty(plan: Plan, masks: Sequence[Array] = ()) -> None:
+  """Raises `ValueError` for a layer that keeps nothing: by what was asked of it, or by its mask, if that is known."""
+  way_out = 'Ask for less, for another allocation (erk), or accept it with allow_empty=True.'
+  for leaf in plan.leaves:
+    if isinstance(leaf.pattern, str) or leaf.pattern is None or leaf.sparsity is None:
+      continue
+    size, _ = patterns.units(leaf.pattern, leaf.shape, leaf.axes)
+    if leaf.sparsity > 0 and size and not patterns.kept_of(leaf.sparsity, size):
+      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'a sparsity of {leaf.sparsity:.6g} keeps nothing of '
+                           f'{size} units, and a layer that is empty passes nothing on. {way_out}')
+  for leaf, mask in zip(plan.leaves, masks):
+    if mask.size and not isinstance(mask, jax.core.Tracer):
+      along = tuple(a for a in range(mask.ndim) if a not in leaf.axes.layer)
+      if not bool(jnp.all(jnp.any(mask, along))):
+        raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the first mask keeps nothing of it. {way_out}')
 
 
 def _refuse_line_search(inner_state: Any) -> None:

@@ -65,7 +65,12 @@ class Signals(NamedTuple):
 Predicate = Callable[[str, Array], bool]  # where: (path, leaf) -> is this leaf sparse
 Score = Callable[[Array, Signals], Array]  # (w, signals) -> scores shaped like w, larger is more worth keeping
 Schedule = Callable[[Step], Any]  # step -> scalar
-Allocation = Callable[[Mapping[str, Array], float], Mapping[str, float]]  # (leaves, sparsity) -> sparsity per leaf
+# (leaves, sparsity, axes) -> sparsity per leaf, by path
+Allocation = Callable[[Mapping[str, Array], float, Mapping[str, 'Axes']], Mapping[str, float]]
+# (mask, scores, select, weights, signals) -> mask; `select(scores, drop=None)` is the pattern with its count filled in
+Update = Callable[[Array, Array, Callable[..., Array], Array, Signals], Array]
+# (choose, place, masks, key) -> masks: how the first masks come about; see `starts`
+Start = Callable[[Callable[..., Any], Callable[..., PyTree], Any, Array | None], Any]
 
 
 class Pattern(Protocol):
@@ -74,8 +79,8 @@ class Pattern(Protocol):
   sparsity: float | None  # what it reaches when nobody asks for another sparsity
   static: bool  # no traced number in it
 
-  def __call__(self, scores: Array, sparsity: Any, axes: Axes) -> Array:
-    """Returns the mask, `bool` shaped like `scores`, `True` where kept."""
+  def __call__(self, scores: Array, sparsity: Any, axes: Axes, drop: Any = None) -> Array:
+    """Returns the mask, `bool` shaped like `scores`, `True` where kept; `drop`, a fraction of these fewer."""
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     """Returns why a leaf of this shape cannot carry the pattern, with the remedy, or `None` if it can."""
@@ -85,12 +90,14 @@ class Flow(NamedTuple):
   """How values and gradients pass between the dense master and the sparse point that the user holds.
 
   `project(master, mask, signals)` is the sparse point. `pull_back(grad, master, mask, signals)` turns the gradient at
-  that point into the master's. `settle(master, mask, signals)` runs on the master after the optimizer's step (`None`:
-  nothing). `dense`: the master keeps values behind the zeros; `False` means that the user's parameters are the master
-  and nothing is stored.
+  that point into the master's. `settle(master, mask, signals)` runs on the master after the optimizer's step and the
+  choice of the mask, `begin(master, mask, signals)` after the first choice (`None`: nothing). `dense`: the master keeps
+  values behind the zeros; `False` means that the user's parameters are the master and nothing is stored: a kept weight
+  then moves by the optimizer's update, and a pruned one to `project` of itself.
   """
 
   project: Callable[[Array, Array, Signals], Array]
   pull_back: Callable[[Array, Array, Array, Signals], Array]
   settle: Callable[[Array, Array, Signals], Array] | None = None
   dense: bool = True
+  begin: Callable[[Array, Array, Signals], Array] | None = None

@@ -1,24 +1,87 @@
 """Updates: how a mask follows from the one before it.
 
-An update is `update(mask, scores, select) -> mask`, leafwise; `select(scores) -> mask` is the pattern with its count
-and axes filled in, so that whatever an update does, the pattern and the count are kept.
+An update is `update(mask, scores, select, w, signals) -> mask`, leafwise; `select(scores, drop=None) -> mask` is the
+pattern with its count and axes filled in, so that whatever an update does, the pattern and the count are kept. `drop`
+is a fraction of the count, rounded down, by which fewer are kept.
 """
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sparsejax.types import Array
+from sparsejax import ranking
+from sparsejax.types import Array, Schedule, Score, Signals, Update
 
 
-def reselect(mask: Array, scores: Array, select: Callable[[Array], Array]) -> Array:
+def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Forgets the mask: the best of all. A pruned weight returns as soon as its score is high enough."""
-  del mask
+  del mask, w, signals
   return select(scores)
 
 
-def prune_to(mask: Array, scores: Array, select: Callable[[Array], Array]) -> Array:
+def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """The best of those still kept: what is pruned stays pruned, as long as the pattern does not ask for more."""
-  least = jnp.finfo(jnp.float32).min  # a kept NaN or -inf still goes before what is pruned
+  del w, signals
+  return select(kept_first(mask, scores))
+
+
+def kept_first(mask: Array, scores: Array) -> Array:
+  """Scores that rank everything pruned last; a kept NaN or -inf still goes before it is its turn."""
+  least = jnp.finfo(jnp.float32).min
   kept = jnp.nan_to_num(scores.astype(jnp.float32), nan=least, neginf=least)
-  return select(jnp.where(mask, kept, -jnp.inf))
+  return jnp.where(mask, kept, -jnp.inf)
+
+
+def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
+  """Drops `fraction(step)` of the kept, rounded down, by `scores`, and grows as many by `grow` (Evci et al. 2020).
+
+  Algorithm 1 there; Mocanu et al. 2018, section 2, with `scores.random`. The count is the same at every step. Just
+  dropped ones are candidates, and keep their value if they return. The authors' code ranks everything when it drops,
+  with noise of 1e-5, so that an inactive weight may be revived with its old value; here only kept ones survive. Where
+  the pattern has units, whole units are dropped and grown; with N:M survivors are chosen over the layer, and each
+  group is filled up to N.
+  """
+  def update(mask, scores, select, w, signals):
+    survivors = select(kept_first(mask, scores), fraction(signals.step)) & mask
+    growing = jnp.nan_to_num(grow(w, signals), nan=jnp.finfo(jnp.float32).min, posinf=jnp.finfo(jnp.float32).max)
+    return select(jnp.where(survivors, jnp.inf, growing))
+
+  return update
+
+
+def swap(fraction: Schedule) -> Update:
+  """Exchanges at most `fraction(step)`, rounded up, of what would change: the short restriction of lottery jackpots.
+
+  Zhang et al. 2023, Lottery Jackpots Exist in Pre-trained Models, section 3.3: of the pruned weights that `select`
+  would keep the best are taken in, for the worst of those that it would not. Counts per leaf, so unstructured only.
+  The released code changes nothing where scores tie at the border; here ties keep the lower index.
+  """
+  def update(mask, scores, select, w, signals):
+    new = select(scores)
+    come, go = new & ~mask, mask & ~new
+    changes = jnp.sum(come, dtype=jnp.int32)
+    most = jnp.ceil(jnp.asarray(fraction(signals.step), jnp.float32) * changes).astype(jnp.int32)
+    taken = ranking.top_n(jnp.where(come, scores, -jnp.inf), most) & come
+    left = ranking.top_n(jnp.where(go, -scores, -jnp.inf), most) & go
+    return (mask | taken) & ~left
+
+  return update
+
+
+def shared_out(total: Array, weights: Array, room: Array) -> Array:
+  """`total`, shared out in the ratio of `weights`, none more than its `room`: `int32`, exactly `total` together.
+
+  What does not fit, and what rounding down leaves, goes to those that still have room, the largest weights first.
+  Raises nothing: the caller sees to it that `total` fits into all the room.
+  """
+  given = jnp.zeros_like(room)
+  for _ in range(weights.size):
+    open_ = jnp.where(given < room, jnp.maximum(weights, 0), 0)
+    part = open_ / jnp.maximum(jnp.sum(open_), jnp.finfo(jnp.float32).tiny)
+    more = jnp.floor(part * (total - jnp.sum(given)).astype(jnp.float32)).astype(jnp.int32)
+    given = jnp.minimum(given + more, room)
+  order = jnp.argsort(-weights, stable=True)
+  left = (room - given)[order]
+  before = jnp.cumsum(left) - left
+  extra = jnp.clip(total - jnp.sum(given) - before, 0, left)
+  return given.at[order].add(extra)

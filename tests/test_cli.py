@@ -92,7 +92,8 @@ def test_check_names_each_violating_layer_in_a_line(run, ckpt, arguments, status
 
 
 @pytest.mark.parametrize('pattern, kind, ratio', [
-    ('2:4', formats.NMArray, '0.5625'), ('bitmask', formats.BitmaskArray, '0.5417')])
+    ('2:4', formats.NMArray, '0.5625'), ('bitmask', formats.BitmaskArray, '0.5417'),
+    ('relative_index', formats.RelativeIndexArray, '0.6667')])
 def test_pack_and_unpack_give_back_every_bit(run, ckpt, pattern, kind, ratio):
   status, out, err = run('pack', ckpt(), 'packed.safetensors', '--pattern', pattern)
   assert (status, err) == (0, '')

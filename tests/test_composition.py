@@ -15,7 +15,7 @@ from flax import nnx
 from optax import contrib
 
 import sparsejax
-from sparsejax import recipes, states, transforms
+from sparsejax import recipes, selections, states, transforms
 
 # Models and optimizers need JAX's ordinary promotion; that recipes do not is in test_conformance.
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -95,7 +95,7 @@ def test_momentum_of_a_pruned_weight_does_not_revive_it(inner):
 def returning(slots, inner):
   """Masks drawn anew at every update, with nothing behind the zeros: weights are pruned and return all the time."""
   key = jax.random.key(3)
-  selection = transforms.leafwise(sparsejax.NM(2, 4), score=sparsejax.scores.random)
+  selection = selections.leafwise(sparsejax.NM(2, 4), score=sparsejax.scores.random)
   return transforms.sparsify(inner, sparsejax.flows.hard(), selection, slots=slots, key=key)
 
 

@@ -9,7 +9,19 @@ import optax
 import pytest
 
 import sparsejax
-from sparsejax import NM, Unstructured, allocation, errors, flows, recipes, schedules, scores, transforms, trees
+from sparsejax import (
+  NM,
+  Unstructured,
+  allocation,
+  errors,
+  flows,
+  recipes,
+  schedules,
+  scores,
+  selections,
+  transforms,
+  trees,
+)
 from sparsejax.patterns import parse
 from sparsejax.types import Axes
 
@@ -154,9 +166,9 @@ REFUSALS = {
     'never': (lambda: schedules.every(0), ['schedules.every', 'at least 1, not 0']),
     # Signals that a score misses.
     'no gradient yet': (
-        lambda: start(transforms.sparsify(SGD, flows.hard(), transforms.leafwise('2:4', score=scores.gradient))),
+        lambda: start(transforms.sparsify(SGD, flows.hard(), selections.leafwise('2:4', score=scores.gradient))),
         ['scores.gradient', 'gradient of this leaf', 'magnitude or random']),
-    'no key': (lambda: start(transforms.sparsify(SGD, flows.hard(), transforms.leafwise('2:4', score=scores.random))),
+    'no key': (lambda: start(transforms.sparsify(SGD, flows.hard(), selections.leafwise('2:4', score=scores.random))),
                ['scores.random', 'PRNG key', 'key=jax.random.key(seed)']),
     # Configurations.
     'unknown recipe': (

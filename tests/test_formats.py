@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sparsejax as sj
 from sparsejax import formats
-from sparsejax.formats import BitmaskArray, NMArray
+from sparsejax.formats import BitmaskArray, NMArray, RelativeIndexArray
 from sparsejax.types import Axes
 
 # n, m, shape, contracted axes, dtype. All group sizes that the code treats differently, every axis order.
@@ -138,7 +138,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize('dtype', SPECIAL)
-@pytest.mark.parametrize('pattern', ['1:4', '40:160', 'bitmask'])
+@pytest.mark.parametrize('pattern', ['1:4', '40:160', *formats.ANYWHERE])
 def test_negative_zeros_subnormals_and_nan_payloads_survive(dtype, pattern):
   """-0.0, quiet and signalling NaN, infinities, subnormals: where arithmetic would change them."""
   w = np.zeros((320, 7), f'u{np.dtype(dtype).itemsize}')
@@ -160,27 +160,103 @@ def test_any_bits_are_packed_or_refused(integers):
       NMArray.from_dense(w, 2, 4, 0)
   else:
     assert bits(NMArray.from_dense(w, 2, 4, 0).to_dense()) == bits(w)
-  assert bits(BitmaskArray.from_dense(w).to_dense()) == bits(w)
+  for packed in formats.ANYWHERE.values():
+    assert bits(packed.from_dense(w).to_dense()) == bits(w)
 
 
-# Bitmask.
+# Zeros anywhere.
+
+
+def gaps_between(places):
+  """Straight from the documentation of `RelativeIndexArray`, one place after the other."""
+  code, reached = [], 0
+  for place in places:
+    while place - reached >= 255:
+      code, reached = [*code, 255], reached + 255
+    code, reached = [*code, place - reached], place + 1
+  return code
+
+
+PLACES = {  # what each format has beside its values, for which entries are stored
+    BitmaskArray: lambda stored: np.packbits(stored, bitorder='little').tolist(),
+    RelativeIndexArray: lambda stored: gaps_between(np.flatnonzero(stored).tolist()),
+}
 
 
 @pytest.mark.parametrize('shape, dtype, share', [
     ((7, 5), 'bfloat16', 0.9), ((3, 3, 2, 4), 'float32', 0.5), ((64,), 'float8_e4m3fn', 0.1), ((), 'float32', 0.0),
-    ((4, 4), 'int16', 1.0), ((9, 3), 'bool', 0.5), ((0, 3), 'float32', 0.5)])
-def test_a_bitmask_keeps_every_bit_of_zeros_anywhere(shape, dtype, share):
+    ((4, 4), 'int16', 1.0), ((9, 3), 'bool', 0.5), ((0, 3), 'float32', 0.5), ((), 'int8', 1.0),
+    ((50, 90), 'bfloat16', 0.996), ((8, 8), 'float8_e8m0fnu', 0.5)])
+@pytest.mark.parametrize('kind', PLACES)
+def test_every_bit_is_kept_of_zeros_anywhere(kind, shape, dtype, share):
   rng, w = np.random.default_rng(1), weights(1, 1, shape or (1,), (0,), dtype).reshape(shape)
   w = np.where(rng.random(shape) < share, np.zeros_like(w.view(f'u{w.dtype.itemsize}')), w.view(f'u{w.dtype.itemsize}'))
   w = w.view(dtype).reshape(shape)
-  packed = BitmaskArray.from_dense(jnp.asarray(w))
-  stored = sum(b != 0 for b in bits(w))
+  packed, stored = kind.from_dense(jnp.asarray(w)), np.array(bits(w), bool)
+  values, places = jax.tree.leaves(packed)
   assert (packed.shape, packed.ndim, packed.dtype) == (w.shape, w.ndim, w.dtype)
-  assert packed.nbytes == stored * w.dtype.itemsize + math.ceil(w.size / 8)
+  assert places.dtype == jnp.uint8 and places.tolist() == PLACES[kind](stored)
+  assert bits(values) == [b for b in bits(w) if b]
+  assert packed.nbytes == stored.sum() * w.dtype.itemsize + len(places)
   assert formats.problem(packed) is None
   for dense in (packed.to_dense(), jax.jit(formats.unpack)(packed)):
     assert dense.shape == w.shape and dense.dtype == w.dtype and bits(dense) == bits(w)
-  assert packed.mask.tolist() == np.packbits(np.array(bits(w), bool), bitorder='little').tolist()
+
+
+@pytest.mark.parametrize('shape', [(24,), (8, 3), (2, 3, 4)])
+@pytest.mark.parametrize('kind', PLACES)
+def test_one_subnormal_alone_is_kept(kind, shape):
+  """Compilers broadcast a single value, and flush it if they then choose to see it as a number."""
+  w = (np.arange(24, dtype=np.uint16) == 5).astype(np.uint16).reshape(shape).view('bfloat16')
+  assert bits(kind.from_dense(w).to_dense()) == bits(w)
+
+
+@pytest.mark.parametrize('places, code', [
+    ([], []), ([0], [0]), ([254], [254]), ([255], [255, 0]), ([256], [255, 1]), ([510], [255, 255, 0]),
+    ([7, 263, 264], [7, 255, 0, 0]), ([0, 1, 999], [0, 0, 255, 255, 255, 232]), ([999], [255, 255, 255, 234]),
+    (range(1000), [0] * 1000)])
+def test_gaps_of_255_and_more_go_on(places, code):
+  w = np.zeros((10, 100), np.float32)
+  w.flat[list(places)] = range(1, len(places) + 1)
+  packed = RelativeIndexArray.from_dense(w)
+  assert packed.gaps.tolist() == code and formats.problem(packed) is None and bits(packed.to_dense()) == bits(w)
+
+
+SPREADS = {
+    'at random': lambda size, kept: np.random.default_rng(0).choice(size, kept, replace=False),
+    'side by side, at the end': lambda size, kept: size - 1 - np.arange(kept),
+    'evenly': lambda size, kept: np.arange(kept) * 100,
+    'with long gaps while there is room': lambda size, kept: np.union1d(
+        far := np.arange(255, size, 256)[:kept], np.setdiff1d(np.arange(size), far)[len(far) - kept:]),
+}
+
+
+@pytest.mark.parametrize('size', [100, 10_000, 500_000])
+@pytest.mark.parametrize('spread', SPREADS)
+def test_one_value_in_a_hundred_is_as_small_as_promised(size, spread):
+  w = np.zeros(size, np.float32)
+  w[SPREADS[spread](size, size // 100)] = 1
+  assert np.count_nonzero(w) == size // 100
+  share = RelativeIndexArray.from_dense(w).nbytes / w.nbytes
+  assert share <= 0.0135 < BitmaskArray.from_dense(w).nbytes / w.nbytes / 3
+  if spread == 'at random' and size == 500_000:
+    np.testing.assert_allclose(share, 0.0127, atol=5e-5)
+
+
+@pytest.mark.parametrize('shape, share', [
+    ((), 0.5), ((0, 2), 0.5), ((30, 50), 0.0), ((30, 50), 1.0), ((3, 5, 7, 11), 0.99)])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float8_e4m3fn', 'bool'])
+def test_what_a_mask_leaves_out_comes_from_the_base(shape, share, dtype):
+  """FreezeNet: few entries were trained, the others are those of the beginning, all of any bits at all."""
+  before, after = (weights(1, 1, shape or (1,), (0,), dtype, seed).reshape(shape) for seed in (3, 4))
+  mask = np.asarray(np.random.default_rng(5).random(shape) >= share)
+  trained = np.where(mask, after, before)
+  packed = RelativeIndexArray.from_dense(jnp.asarray(trained), jnp.asarray(mask))
+  assert packed.values.shape == (mask.sum(),) and formats.problem(packed) is None
+  assert packed.gaps.tolist() == gaps_between(np.flatnonzero(mask).tolist())
+  for unpacked in (packed.to_dense(before), jax.jit(lambda p, base: p.to_dense(base))(packed, before)):
+    assert unpacked.shape == shape and unpacked.dtype == before.dtype and bits(unpacked) == bits(trained)
+  assert bits(packed.to_dense()) == [b if kept else 0 for b, kept in zip(bits(trained), mask.reshape(-1))]
 
 
 # Transformations.
@@ -216,9 +292,13 @@ def test_gradients_reach_the_values(n, m):
   np.testing.assert_allclose(through(lambda p: formats.matmul(x, p)), expected, rtol=1e-5, atol=1e-5)
   packing = jax.jit(jax.grad(lambda w: jnp.sum(NMArray.from_dense(w, n, m, 0, check=False).values ** 2)))(w)
   np.testing.assert_allclose(packing, 2 * w, rtol=1e-6)
-  mask = BitmaskArray.from_dense(w)
-  flat = jax.grad(lambda v: jnp.sum(BitmaskArray(v, mask.mask, mask.shape).to_dense() * dense_gradient))(mask.values)
-  np.testing.assert_allclose(flat, dense_gradient.reshape(-1)[w.reshape(-1) != 0], rtol=1e-6)
+  for packed in (kind.from_dense(w) for kind in PLACES):
+    values, places = jax.tree.leaves(packed)
+    again = jax.tree.structure(packed).unflatten
+    flat = jax.grad(lambda v, again=again, at=places: jnp.sum(again([v, at]).to_dense() * dense_gradient))(values)
+    np.testing.assert_allclose(flat, dense_gradient.reshape(-1)[w.reshape(-1) != 0], rtol=1e-6)
+  to_base = jax.grad(lambda base: jnp.sum(packed.to_dense(base) * dense_gradient))(jnp.ones_like(w))
+  np.testing.assert_allclose(to_base, jnp.where(w != 0, 0, dense_gradient), rtol=1e-6)
 
 
 @pytest.mark.parametrize('n, m, shape, axes', [
@@ -289,10 +369,12 @@ def same(a, b):
 @pytest.mark.parametrize('pattern, kinds', [
     (sj.NM(2, 4), {'layers/0/kernel': sj.NM(2, 4), 'layers/1/kernel': sj.NM(2, 4), 'conv/kernel': sj.NM(2, 4)}),
     ('4:8', ValueError),
-    (sj.Unstructured(0.5), {'layers/0/kernel': None, 'layers/1/kernel': None, 'conv/kernel': None}),
-    ('bitmask', {'layers/0/kernel': None, 'layers/1/kernel': None, 'conv/kernel': None}),
+    (sj.Unstructured(0.5), dict.fromkeys(['layers/0/kernel', 'layers/1/kernel', 'conv/kernel'], BitmaskArray)),
+    ('bitmask', dict.fromkeys(['layers/0/kernel', 'layers/1/kernel', 'conv/kernel'], BitmaskArray)),
     ({'conv/*': 'bitmask', 'layers/1/*': '4:8', '**': '2:4'},
-     {'layers/0/kernel': sj.NM(2, 4), 'layers/1/kernel': sj.NM(4, 8), 'conv/kernel': None})])
+     {'layers/0/kernel': sj.NM(2, 4), 'layers/1/kernel': sj.NM(4, 8), 'conv/kernel': BitmaskArray}),
+    ({'conv/*': 'relative_index', '**': '2:4'},
+     {'layers/0/kernel': sj.NM(2, 4), 'layers/1/kernel': sj.NM(2, 4), 'conv/kernel': RelativeIndexArray})])
 def test_pack_replaces_what_where_picks(pattern, kinds):
   tree = params()
   if kinds is ValueError:
@@ -301,7 +383,7 @@ def test_pack_replaces_what_where_picks(pattern, kinds):
     return
   packed = formats.pack(tree, pattern)
   names, leaves, _ = sj.trees.flatten(packed, is_leaf=formats.is_packed)
-  found = {name: sj.NM(leaf.n, leaf.m) if isinstance(leaf, NMArray) else None
+  found = {name: sj.NM(leaf.n, leaf.m) if isinstance(leaf, NMArray) else type(leaf)
            for name, leaf in zip(names, leaves) if formats.is_packed(leaf)}
   assert found == kinds
   assert same(formats.unpack(packed), tree)
@@ -330,7 +412,7 @@ def test_a_packed_tree_is_a_pytree_of_arrays():
 
 
 def test_orbax_saves_and_restores_a_packed_tree(tmp_path):
-  packed = formats.pack(params(), {'conv/*': 'bitmask', '**': '2:4'})
+  packed = formats.pack(params(), {'conv/*': 'bitmask', 'layers/1/*': 'relative_index', '**': '2:4'})
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'packed', packed)
     checkpointer.wait_until_finished()
@@ -367,6 +449,12 @@ NEGATIVE_ZERO = np.copysign(np.zeros((4, 2), np.float32), -1)
     (lambda: BitmaskArray.from_dense(np.zeros((4, 2), 'int4')), 'int4 cannot be packed'),
     (lambda: jax.jit(lambda w: NMArray.from_dense(w, 2, 4, 0))(CROWDED), 'check=False'),
     (lambda: jax.jit(lambda w: formats.pack({'w': w}, 'bitmask'))(CROWDED), "'w' of shape .*traced"),
+    (lambda: jax.jit(RelativeIndexArray.from_dense)(CROWDED), r'RelativeIndexArray.* of shape \(8, 3\).*traced'),
+    (lambda: jax.jit(lambda m: RelativeIndexArray.from_dense(CROWDED, m))(CROWDED != 0), r'mask .*traced'),
+    (lambda: RelativeIndexArray.from_dense(CROWDED, CROWDED), r'mask of shape \(8, 3\) and dtype float32 must be bool'),
+    (lambda: RelativeIndexArray.from_dense(CROWDED, CROWDED[:1] != 0), r'\(8, 3\): mask of shape \(1, 3\).*same shape'),
+    (lambda: RelativeIndexArray.from_dense(CROWDED).to_dense(CROWDED[:1]), r'base of shape \(1, 3\).* shape \(8, 3\)'),
+    (lambda: RelativeIndexArray.from_dense(CROWDED).to_dense(CROWDED.astype('int32')), 'dtype int32 .* dtype float32'),
     (lambda: formats.pack({'a': CROWDED}, '2:4', where=sj.trees.named('b')), "picks no parameter.*'a'"),
     (lambda: formats.pack({'a': CROWDED}, {'b': '2:4'}), "unknown path in `pattern` 'b'.*a"),
     (lambda: formats.pack({'a': CROWDED}, '2/4'), "unknown pattern '2/4'"),

@@ -33,11 +33,12 @@ def params():
       'layers': [{'kernel': sparse(16, 4, dtype='bfloat16'), 'bias': np.ones(4, 'float32')},
                  {'kernel': sparse(2, 8, 3), 'bias': np.arange(3, dtype='float8_e4m3fn')}],
       'step': np.asarray(3, 'int32'), 'by_number': {7: np.asarray([True, False])}, 'none': np.zeros((0, 3), 'float16'),
-      'free': {'kernel': sparse(8, 3, seed=1)}}
+      'free': {'kernel': sparse(8, 3, seed=1)}, 'rare': {'kernel': np.eye(24, dtype='float32')[:, ::-1][[0, 2, 23]]}}
 
 
 def packed():
-  return formats.pack(params(), {'free/*': 'bitmask', '**': '2:4'}, where=sj.trees.all_but('none'))
+  patterns = {'free/*': 'bitmask', 'rare/*': 'relative_index', '**': '2:4'}
+  return formats.pack(params(), patterns, where=sj.trees.all_but('none'))
 
 
 def same(a, b):
@@ -79,7 +80,7 @@ def test_a_tree_comes_back_as_it_was(tree, tmp_path):
 
 
 @pytest.mark.parametrize('dtype', sorted(io._CODES))
-@pytest.mark.parametrize('pattern', [None, '2:4', 'bitmask'])
+@pytest.mark.parametrize('pattern', [None, '2:4', *formats.ANYWHERE])
 def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):
   raw = np.random.default_rng(0).integers(0, 2 if dtype == 'bool' else 256, (8, 3, np.dtype(dtype).itemsize), np.uint8)
   raw[2::4] = raw[3::4] = 0
@@ -87,9 +88,8 @@ def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):
   with jax.enable_x64(True):
     if pattern and dtype == 'complex64':
       return
-    kinds = {None: lambda: w, '2:4': lambda: formats.NMArray.from_dense(w, 2, 4, 0),
-             'bitmask': lambda: formats.BitmaskArray.from_dense(w)}
-    io.save(tmp_path / 'f', {'w': kinds[pattern]()})
+    kinds = {None: lambda: w, '2:4': lambda: formats.NMArray.from_dense(w, 2, 4, 0)}
+    io.save(tmp_path / 'f', {'w': kinds[pattern]() if pattern in kinds else formats.ANYWHERE[pattern].from_dense(w)})
     back = formats.unpack(io.load(tmp_path / 'f'))['w']
   assert back.dtype == w.dtype and np.asarray(back).tobytes() == w.tobytes()
 
@@ -124,7 +124,8 @@ def test_any_reader_opens_the_file(path):
     assert opened.get_tensor('layers/1/kernel.values').shape == (2, 4, 3)
     assert opened.get_slice('layers/0/kernel.values').get_dtype() == 'BF16'
     assert opened.metadata()['run'] == 'a "quoted" name' == io.metadata(path)['run']
-  assert {'free/kernel.values', 'free/kernel.mask', 'layers/1/bias', 'by_number/7', 'step'} <= names
+  assert {'free/kernel.values', 'free/kernel.mask', 'rare/kernel.values', 'rare/kernel.gaps', 'layers/1/bias',
+          'by_number/7', 'step'} <= names
   assert io.metadata(path) == {'run': 'a "quoted" name'}
 
 
@@ -238,6 +239,18 @@ FORGERIES = {
         {'free/kernel.mask': tensors['free/kernel.mask'] | 0x80})),
     'a mask of another size': ("'free/kernel'.*takes a mask", lambda about, tensors: tensors.update(
         {'free/kernel.mask': tensors['free/kernel.mask'][:-1]})),
+    'a gap that ends nowhere': ("'rare/kernel'.*gaps end 3 times.* for 3 values", lambda about, tensors: tensors.update(
+        {'rare/kernel.gaps': np.append(tensors['rare/kernel.gaps'], np.uint8(255))})),
+    'a gap too many': ("'rare/kernel'.*gaps end 4 times", lambda about, tensors: tensors.update(
+        {'rare/kernel.gaps': np.append(tensors['rare/kernel.gaps'], np.uint8(0))})),
+    'a gap too wide': ("'rare/kernel'.*reach place 74 of 72", lambda about, tensors: tensors.update(
+        {'rare/kernel.gaps': tensors['rare/kernel.gaps'] + np.asarray([25, 0, 0], np.uint8)})),
+    'gaps of another dtype': ("'rare/kernel'.*gaps int8", lambda about, tensors: tensors.update(
+        {'rare/kernel.gaps': tensors['rare/kernel.gaps'].view('int8')})),
+    'values for gaps in two axes': ("'rare/kernel'.*values .*do not belong", lambda about, tensors: tensors.update(
+        {'rare/kernel.values': tensors['rare/kernel.values'][None]})),
+    'values of another kind': ('malformed.*free/kernel.gaps', lambda about, tensors: entry(about, 'free/kernel').update(
+        kind='relative_index')),
 }
 
 

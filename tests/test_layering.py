@@ -19,7 +19,7 @@ LAYERS = (
     ('trees',),
     ('views',),  # what reshapes and transposes do to axes; `tracing` walks programs with it
     ('tracing',),
-    ('ranking', 'groups'),
+    ('ranking', 'groups', 'gaps'),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics'),
     ('formats',),
     ('states',),

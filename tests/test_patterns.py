@@ -184,7 +184,8 @@ def test_occupied_blocks_are_those_that_are_kept(layout):
   (shape, axes, _), block = LAYOUTS[layout], BLOCKS[layout]
   scores = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   mask = blocks_of(layout)(scores, np.linspace(0, 1, 7).astype(np.float32))[3]
-  occupied, layers = Block(block).units(mask, axes)
+  sums, layers, _ = Block(block).pooled(mask, axes)
+  occupied = sums > 0
   assert [occupied.shape[a] for a in layers] == [shape[a] for a in axes.layer]
   counts = jnp.sum(occupied, [a for a in range(occupied.ndim) if a not in layers])
   count = occupied.size // counts.size
@@ -209,7 +210,7 @@ def test_every_layer_of_a_stack_is_as_sparse_as_asked_and_pruned_as_it_is_alone(
 
 def test_one_nonzero_occupies_a_block():
   nonzero = jnp.zeros((4, 6), bool).at[0, 1].set(True).at[3, 5].set(True)
-  np.testing.assert_array_equal(Block((2, 3)).units(nonzero, Axes((0,), (1,)))[0], [[True, False], [False, True]])
+  np.testing.assert_array_equal(Block((2, 3)).pooled(nonzero, Axes((0,), (1,)))[0] > 0, [[True, False], [False, True]])
 
 
 def test_a_block_sums_narrow_scores_in_float32_and_counts_its_own_sparsity():

@@ -2,11 +2,30 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import optax
 
-from sparsejax import errors, patterns, schedules, transforms, trees
+from sparsejax import allocation, errors, patterns, schedules, transforms, trees
+from sparsejax.recipes.at_init import (
+  freeze_net,
+  grasp,
+  magnitude_at_init,
+  random_pruning,
+  random_search,
+  robust_at_init,
+  snip,
+  synflow,
+)
+from sparsejax.recipes.dynamic import rigl, set_, snfs, static_sparse
+from sparsejax.recipes.gradual import (
+  global_sparse_momentum,
+  gradual_magnitude,
+  iterative_soft_shrinkage,
+  movement_pruning,
+  soft_movement_pruning,
+)
 from sparsejax.recipes.n_m import (
   asp,
   bdwp,
@@ -19,11 +38,19 @@ from sparsejax.recipes.n_m import (
   st3,
   ste,
 )
+from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot, model_soup
 
-TABLE = {f.__name__: f for f in (dense, ste, sr_ste, asp, mdgf, sdgf_stepwise, sdgf_geometric, st3, bdwp)}
-__all__ = ['TABLE', 'arguments', 'bdwp_backward', 'from_config', *TABLE]
+TABLE = {f.__name__: f for f in (
+    dense,
+    ste, sr_ste, asp, mdgf, sdgf_stepwise, sdgf_geometric, st3, bdwp,
+    random_pruning, magnitude_at_init, snip, grasp, synflow, robust_at_init, freeze_net, random_search,
+    gradual_magnitude, movement_pruning, soft_movement_pruning, global_sparse_momentum, iterative_soft_shrinkage,
+    static_sparse, set_, rigl, snfs,
+    iterative_magnitude, lottery_jackpot)}
+__all__ = ['TABLE', 'arguments', 'bdwp_backward', 'from_config', 'model_soup', *TABLE]
 
-_STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps')  # counted in updates, or as a fraction of all of them
+# Counted in updates, or as a fraction of all of them.
+_STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps', 'begin', 'end')
 _SCHEDULE_STEPS = ('begin', 'end', 'half_life')
 
 
@@ -39,12 +66,14 @@ def arguments(recipe: Callable[..., Any]) -> list[str]:
 
 def from_config(
     inner: optax.GradientTransformation, config: Mapping[str, Any], *, total_steps: int,
-    axes: Mapping[str, Any] | None = None,
+    axes: Mapping[str, Any] | None = None, signals: Mapping[str, Any] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
   """The recipe that plain data describe: `{'name': 'mdgf', 'pattern': '1:8', 'where': ['mlp/*/kernel'], ...}`.
 
+  `signals`: what a configuration cannot say, for the recipes that take it: `loss`, `outputs`, `key`.
   `pattern`: `'N:M'`, or a dict of them by glob. `where`: globs. A schedule goes by its name,
-  `{'name': 'linear', 'begin': 0.0, 'end': 0.75}`, and `refresh` a number of updates. A float among the numbers of steps
+  `{'name': 'linear', 'begin': 0.0, 'end': 0.75}`, and `refresh` a number of updates. `allocation`: a name, or
+  sparsities by glob. A float among the numbers of steps
   is a fraction of `total_steps`. Raises `ValueError` with the closest names for a name or key that does not exist.
   """
   config = dict(config)
@@ -56,7 +85,7 @@ def from_config(
     if key not in valid:
       raise errors.unknown('recipes.from_config', f'key of recipe {name!r}:', key, ['name', *valid])
   given = {key: _read(key, value, total_steps) for key, value in config.items()}
-  rest = {'total_steps': total_steps, 'axes': axes}
+  rest = {'total_steps': total_steps, 'axes': axes, **signals}
   return TABLE[name](inner, **{key: value for key, value in rest.items() if key in valid} | given)
 
 
@@ -66,6 +95,10 @@ def _read(key: str, value: Any, total_steps: int) -> Any:
     return patterns.parse(value)
   if key == 'where' and not callable(value):
     return trees.named(value) if isinstance(value, str) else trees.named(*value)
+  if key == 'allocation':
+    return allocation.named(value)
+  if key == 'score_optimizer' and isinstance(value, Mapping):
+    return optax.adam(**value)
   if key in _STEPS:
     return _steps(key, value, total_steps)
   if key == 'refresh' and isinstance(value, int):

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from sparsejax import errors, flows, patterns, schedules, scores, states, transforms, updates
+from sparsejax import errors, flows, patterns, schedules, scores, selections, states, transforms, updates
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Bound, Pattern, PyTree, Schedule
 
@@ -27,7 +27,7 @@ def dense(inner: optax.GradientTransformation) -> Optimizer:
 
 def ste(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
   """Straight-through N:M (Bengio et al. 2013, arXiv 1308.3432; the baseline of Zhou et al. 2021)."""
-  return transforms.sparsify(inner, flows.straight_through(), transforms.leafwise(pattern), **options)
+  return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
 
 
 def sr_ste(
@@ -41,7 +41,7 @@ def sr_ste(
   learning rate or schedule to follow it; the default 1 makes `decay` the loss per step.
   """
   flow = flows.sr_ste(decay, decoupled=decoupled, learning_rate=learning_rate)
-  return transforms.sparsify(inner, flow, transforms.leafwise(pattern), **options)
+  return transforms.sparsify(inner, flow, selections.leafwise(pattern), **options)
 
 
 def asp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, dense_steps: int = 0, **options: Any):
@@ -49,7 +49,7 @@ def asp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, de
 
   Needs no master. NVIDIA's code also permutes channels before; this does not.
   """
-  selection = transforms.leafwise(pattern, update=updates.prune_to)
+  selection = selections.leafwise(pattern, update=updates.prune_to)
   once = schedules.once(0)
   return transforms.sparsify(inner, flows.hard(), selection, refresh=once, dense_steps=dense_steps, **options)
 
@@ -73,7 +73,7 @@ def mdgf(
     raise ValueError(f'recipes.mdgf: `decay` is a schedule, a function of the step, and not {decay!r}: '
                      "schedules.linear(end=5000), or in a configuration {'name': 'linear', 'end': 5000}.")
   flow = flows.decayed(Bound(_since, (decay, dense_steps)), gradient)
-  return transforms.sparsify(inner, flow, transforms.leafwise(pattern), dense_steps=dense_steps, **options)
+  return transforms.sparsify(inner, flow, selections.leafwise(pattern), dense_steps=dense_steps, **options)
 
 
 def sdgf_stepwise(
@@ -105,7 +105,7 @@ def _sdgf(inner, pattern, stages, gradient, *, total_steps=None, dense_steps=0, 
   if total_steps is None:
     raise ValueError('recipes.sdgf: its stages share out the training; pass total_steps=, the number of updates.')
   progression = Bound(_progression, (stages, dense_steps, total_steps - fine_tune_steps))
-  selection = transforms.leafwise(pattern, progression=progression)
+  selection = selections.leafwise(pattern, progression=progression)
   return transforms.sparsify(
       inner, flows.decayed(schedules.constant(0.0), gradient), selection, total_steps=total_steps,
       dense_steps=dense_steps, fine_tune_steps=fine_tune_steps, **options)
@@ -131,7 +131,7 @@ def st3(
                      '0 to 1, and the ramp needs updates between the dense and the fine-tune phase: raise total_steps.')
   cubic = schedules.cubic(0.0, sparsity, begin=dense_steps, end=dense_steps + ramp)
   return transforms.sparsify(
-      inner, flows.soft_threshold(), transforms.global_threshold(cubic, sparsity, scaled=sigma),
+      inner, flows.soft_threshold(), selections.global_threshold(cubic, sparsity, scaled=sigma),
       total_steps=total_steps, dense_steps=dense_steps, fine_tune_steps=fine_tune_steps, **options)
 
 
@@ -157,7 +157,7 @@ def bdwp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 8), **op
   No public code exists: that m_b is chosen from W and not from m_f W, and that there is no decay term, is our reading
   of the abstract and of what the algebra allows.
   """
-  return transforms.sparsify(inner, flows.straight_through(), transforms.leafwise(pattern), **options)
+  return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
 
 
 def stepwise_stages(pattern: NM) -> tuple[NM, ...]:

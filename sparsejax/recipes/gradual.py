@@ -1,0 +1,122 @@
+"""Gradual pruning: from dense to sparse while training.
+
+Steps are counted in updates. Each recipe also takes the options of `transforms.sparsify`.
+"""
+
+from typing import Any
+
+import optax
+
+from sparsejax import allocation as allocations
+from sparsejax import flows, schedules, scores, selections, transforms, updates
+from sparsejax.patterns import Unstructured
+from sparsejax.recipes.at_init import Shares, together
+from sparsejax.types import Pattern, Score
+
+Optimizer = optax.GradientTransformationExtraArgs
+
+
+def gradual_magnitude(
+    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+    begin: int = 0, end: int | None = None, every: int = 100, initial: float = 0.0, score: Score = scores.magnitude,
+    memory: scores.Memory | None = None, allocation: Shares = allocations.uniform, total_steps: int | None = None,
+    **options: Any) -> Optimizer:
+  """Gradual magnitude pruning, cubic from `initial` (Zhu and Gupta 2017, To prune, or not to prune, equation 1).
+
+  Masks are chosen at `begin`, every `every` updates from there and at `end` (default: three quarters of
+  `total_steps`). What is pruned stays so, at zero; the authors' code keeps hidden values, which may return. Another
+  `score`, with its `memory`, is another method: `scores.fisher`, or `scores.snip`, Taylor pruning.
+  """
+  end = _end('gradual_magnitude', end, total_steps, 0.75, begin, options)
+  ramp = schedules.cubic(_part(initial, sparsity, pattern), 1.0, begin=begin, end=end)
+  selection = selections.leafwise(
+      pattern, score=score, update=updates.prune_to, sparsity=sparsity, ramp=ramp, allocation=allocation, memory=memory)
+  return transforms.sparsify(inner, flows.hard(), selection, total_steps=total_steps,
+                             refresh=schedules.every(every, begin=begin, end=end), **options)
+
+
+def movement_pruning(
+    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+    begin: int = 0, end: int | None = None, every: int = 1, initial: float = 0.0,
+    score_optimizer: optax.GradientTransformation = optax.sgd(1.0), allocation: Shares = allocations.uniform,
+    total_steps: int | None = None, **options: Any) -> Optimizer:
+  """Movement pruning: keeps what moves away from zero (Sanh et al. 2020, 2005.07683, section 4, equation 2).
+
+  The score sums -w dL/dw' by `score_optimizer`; the released code uses Adam(1e-2). What is pruned keeps its value and
+  may return. The sparsity rises as in `gradual_magnitude`.
+  """
+  end = _end('movement_pruning', end, total_steps, 0.75, begin, options)
+  ramp = schedules.cubic(_part(initial, sparsity, pattern), 1.0, begin=begin, end=end)
+  selection = selections.leafwise(pattern, score=scores.movement, memory=scores.accumulated_movement(score_optimizer),
+                                  sparsity=sparsity, ramp=ramp, allocation=allocation)
+  return transforms.sparsify(inner, flows.remembered(), selection, total_steps=total_steps,
+                             refresh=schedules.every(every, begin=begin), **options)
+
+
+def soft_movement_pruning(
+    inner: optax.GradientTransformation, threshold: float = 0.1, penalty: float = 1.0, *, begin: int = 0,
+    end: int | None = None, score_optimizer: optax.GradientTransformation = optax.adam(1e-2),
+    total_steps: int | None = None, **options: Any) -> Optimizer:
+  """Soft movement pruning: keeps sigmoid(S) > tau, with a penalty on mean(sigmoid(S)) (Sanh et al. 2020, section 4.2).
+
+  tau goes from 0 to `threshold` and the penalty, of each leaf's own mean, from 0 to `penalty`, both cubic from `begin`
+  to `end`. The released code's lambda is of the mean over all matrices: divide it by their number. The sparsity comes
+  out of training; each layer keeps half a percent at least. Unstructured.
+  """
+  end = _end('soft_movement_pruning', end, total_steps, 0.75, begin, options)
+  rise = lambda top: schedules.cubic(0.0, top, begin=begin, end=end)
+  selection = selections.score_threshold(
+      scores.soft_movement, rise(threshold), memory=scores.accumulated_movement(score_optimizer, rise(penalty)))
+  return transforms.sparsify(inner, flows.remembered(), selection, total_steps=total_steps, **options)
+
+
+def global_sparse_momentum(
+    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+    weight_decay: float = 1e-4, total_steps: int | None = None, fine_tune_steps: int = 0, **options: Any) -> Optimizer:
+  """GSM: only the global top of |w dL/dw| gets its gradient, the rest decays away (Ding et al. 2019, algorithm 1).
+
+  `inner` is SGD with a momentum of 0.98 or 0.99 in the paper; the coupled `weight_decay` of all sparse leaves is added
+  before it. Dense until `fine_tune_steps` from the end, where the global magnitude decides; the paper does not
+  fine-tune. The authors' code keeps all that ties at the threshold; here the count is exact.
+  """
+  cut = _end('global_sparse_momentum', None, total_steps, 1.0, 0, options) - max(fine_tune_steps, 1)
+  rank = lambda score: selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=together(pattern))
+  where = {key: options.get(key) for key in ('where', 'axes')}
+  active = transforms.gated(rank(scores.snip), weight_decay=weight_decay, **where)
+  return transforms.sparsify(optax.chain(active, inner), flows.hard(), rank(scores.magnitude),
+                             refresh=schedules.once(0), dense_steps=cut, **options)
+
+
+def iterative_soft_shrinkage(
+    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+    shrink: float = 0.95, total_steps: int | None = None, fine_tune_steps: int | None = None,
+    **options: Any) -> Optimizer:
+  """ISS-P: after every step the smallest weights are `shrink` times what they were (Wang et al. 2023, 2303.09650).
+
+  Which ones is chosen anew every step, at the full sparsity from the first one, in each layer; in the last
+  `fine_tune_steps` (default: half of `total_steps`) the last mask is fixed. The released code rounds the count up and
+  leaves 0.5 % of a layer at least.
+  """
+  total = _end('iterative_soft_shrinkage', None, total_steps, 1.0, 0, options)
+  selection = selections.leafwise(pattern, sparsity=sparsity)
+  return transforms.sparsify(
+      inner, flows.soft_shrink(shrink), selection, total_steps=total,
+      fine_tune_steps=total // 2 if fine_tune_steps is None else fine_tune_steps, **options)
+
+
+def _part(initial: float, sparsity: float | None, pattern: Pattern) -> float:
+  """Which part of the sparsity is there at the beginning."""
+  return initial and initial / (pattern.sparsity if sparsity is None else sparsity)
+
+
+def _end(recipe: str, end: int | None, total_steps: int | None, part: float, begin: int, options: Any) -> int:
+  """Where a ramp ends. Raises `ValueError` if nobody says, or if training ends before it."""
+  if end is None and total_steps is None:
+    raise ValueError(f'recipes.{recipe}: pass total_steps=, the number of updates{", or end=" if part < 1 else ""}.')
+  end = round(part * total_steps) if end is None else end
+  last = None if total_steps is None else total_steps - options.get('fine_tune_steps', 0)
+  if last is not None and end > last or end <= begin:
+    raise ValueError(f'recipes.{recipe}: the ramp from begin={begin} to end={end} does not reach its target in the '
+                     f'{last} updates before training or its fine-tune phase ends. Let it end earlier, or raise '
+                     'total_steps.')
+  return end
