@@ -30,7 +30,7 @@ def straight_through() -> Flow:
 def sr_ste(decay: float, *, decoupled: bool = False, learning_rate: float | Schedule = 1.0) -> Flow:
   """q = m W, gradient G + decay (1 - m) W (Zhou et al. 2021, equation 8).
 
-  `decoupled`: the gradient is G, and after the optimizer's step pruned master weights lose
+  `decoupled`: the gradient is G, and after the optimizer's step those master weights that are pruned then lose
   `learning_rate * decay` of themselves, as AdamW does with weight decay.
   """
   if not decoupled:

@@ -138,13 +138,14 @@ def nothing(w: Array) -> Array:
   return jnp.where(groups.everywhere(w), 0.0, w.astype(jnp.float32))
 
 
-_GRADIENT = ('the gradient of this leaf: pass `loss=` (params -> scalar) to a recipe that scores at initialisation, '
-             'or score with magnitude or random there')
+_GRADIENT = 'the gradient of this leaf'
 
 
 def _needed(score: str, signal: Any, what: str) -> Any:
   if signal is None or trees.is_dense(signal):
-    raise ValueError(f'scores.{score}: needs {what}, and the caller has none here.')
+    remedy = ('(there is none in `init`): pass `loss=`, params -> scalar, to a recipe that scores at initialisation, '
+              'or score with magnitude or random instead') if what == _GRADIENT else '(`memory=` of the selection)'
+    raise ValueError(f'scores.{score}: needs {what}, and the caller has none here {remedy}.')
   return signal
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sparsejax import allocation as allocations
 from sparsejax import errors, patterns, ranking, scores, trees, updates
 from sparsejax.states import Plan, SparseLeaf
-from sparsejax.types import Allocation, Array, Axes, Pattern, Schedule, Score, Signals, Update
+from sparsejax.types import Allocation, Array, Axes, Pattern, Schedule, Score, Signals, Start, Update
 
 Leaves, Masks = Sequence[SparseLeaf], list[Array]
 
@@ -18,14 +18,17 @@ Leaves, Masks = Sequence[SparseLeaf], list[Array]
 class Selection(NamedTuple):
   """How masks are chosen. `plan(arrays, axes)` makes the `SparseLeaf`s; `select(leaves, weights, masks, signals)`
   returns the new masks and what flows see of it as `signals.stats`, each a list over the sparse leaves; `first` is the
-  same for the first masks (`None`: `select`). `start(w)` is a leaf's first stat. With `observe(stat, w, signals) -> stat` stats
-  are a memory that changes once an update, before it, and `select` only reads them."""
+  same for the first masks (`None`: `select`), which `start` may call several times, see `starts`. `stat(w)` is a leaf's
+  first stat. With `observe(stat, w, signals) -> stat` stats are a memory that changes once an update, before it, and
+  `select` only reads them. `instead`: an update that chooses masks does not move the weights."""
 
   plan: Callable[[dict[str, Array], dict[str, Axes]], Plan]
   select: Callable[[Leaves, list[Array], Masks, list[Signals]], tuple[Masks, list[Any]]]
   first: Callable[[Leaves, list[Array], Masks, list[Signals]], tuple[Masks, list[Any]]] | None = None
-  start: Callable[[Array], Any] = lambda w: trees.DENSE
+  start: Start | None = None
+  stat: Callable[[Array], Any] = lambda w: trees.DENSE
   observe: Callable[[Any, Array, Signals], Any] | None = None
+  instead: bool = False
 
 
 def leafwise(
@@ -39,13 +42,15 @@ def leafwise(
     ramp: Schedule | None = None,
     allocation: Allocation | allocations.Ranked = allocations.uniform,
     memory: scores.Memory | None = None,
+    start: Start | None = None,
+    instead: bool = False,
 ) -> Selection:
   """Each leaf by itself, by `pattern` (or one per glob) over `score`; the first mask over `first`, if given.
 
   `sparsity` (default: the pattern's own) is shared out by `allocation`; N:M without one, and each of several patterns,
   goes to its own. `ramp(step)`, from 0 to 1, is the
   part of it that is asked so far. `progression(pattern)` is a schedule of patterns on the way to the asked one.
-  `memory` is what the score remembers.
+  `memory` is what the score remembers. `start` and `instead` as in `Selection`.
   """
   pattern = patterns.parse(pattern)
   if sparsity is None and not isinstance(pattern, (Mapping, patterns.NM)):
@@ -95,9 +100,13 @@ def leafwise(
 
     return select
 
-  return Selection(
-      plan, chosen_by(score, update), first and chosen_by(first, updates.reselect),
-      memory.start if memory else lambda w: trees.DENSE, memory and memory.observe)
+  first = first and chosen_by(first, updates.reselect)
+  return Selection(plan, chosen_by(score, update), first, start, *_of(memory), instead)
+
+
+def _of(memory: scores.Memory | None) -> tuple[Any, Any]:
+  """`stat` and `observe` of a selection."""
+  return memory or (lambda w: trees.DENSE, None)
 
 
 def _check_comparable(leaves: Leaves, sparsity: float | None) -> None:
@@ -150,7 +159,7 @@ def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False)
     thresholds = [jnp.where(at > 0, common * unit(leaf), jnp.float32(-1)) for leaf in leaves]
     return [jnp.abs(w).astype(jnp.float32) > th for w, th in zip(weights, thresholds)], thresholds
 
-  return Selection(plan, select, start=lambda w: jnp.float32(-1.0))
+  return Selection(plan, select, stat=lambda w: jnp.float32(-1.0))
 
 
 def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005,
@@ -171,7 +180,7 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005,
       chosen.append((found > threshold(s.step)) | floor)
     return chosen, [trees.DENSE] * len(chosen)
 
-  return Selection(plan, select, None, memory.start if memory else lambda w: trees.DENSE, memory and memory.observe)
+  return Selection(plan, select, None, None, *_of(memory))
 
 
 def _layer_size(leaf: SparseLeaf) -> int:
@@ -219,7 +228,7 @@ def redistributed(
       chosen.append(pattern(jnp.where(alive, jnp.inf, g), ranking.count(counts), leaf.axes))
     return chosen, [trees.DENSE] * len(chosen)
 
-  return Selection(plan, select, first, memory.start if memory else lambda w: trees.DENSE, memory and memory.observe)
+  return Selection(plan, select, first, None, *_of(memory))
 
 
 def _units_in(pattern: Any, mask: Array, leaf: SparseLeaf) -> Array:

@@ -17,7 +17,7 @@ import optax
 from sparsejax import errors, flows, groups, patterns, schedules, trees
 from sparsejax.selections import Selection
 from sparsejax.states import Plan, SparseState
-from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Schedule, Signals, Start
+from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Schedule, Signals
 
 SLOTS = ('kept', 'fresh')
 _LINE_SEARCHES = (optax.ScaleByLBFGSState, optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
@@ -36,8 +36,6 @@ def sparsify(
     total_steps: int | None = None,
     slots: str = 'kept',
     key: Array | None = None,
-    start: Start | None = None,
-    instead: bool = False,
     allow_empty: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps `inner` so that the parameters it trains are sparse: the one transform behind every recipe.
@@ -54,9 +52,6 @@ def sparsify(
 
   `key`: what random scores draw from. `allow_empty`: a layer may lose all of its weights, which is refused otherwise:
     where the count is known from the shapes at trace time, else in `init`, unless that is traced.
-
-  For recipes, not for their users: `start`, how the first masks come about, see `starts`; `instead`, an update that
-  chooses masks does not move the weights (Evci et al. 2020, algorithm 1).
 
   Keyword arguments of `update` go to `inner`. It has to be the outermost transform on its leaves: one that rescales its
   updates breaks the zeros (`check` finds and names it). Raises `ValueError` at trace time for leaves that cannot carry
@@ -75,7 +70,7 @@ def sparsify(
     in_time = (step >= dense_steps) if freeze is None else (step >= dense_steps) & (step <= freeze)
     return in_time & ((step == freeze) | refresh(step - dense_steps))
 
-  if start is not None and dense_steps:
+  if selection.start is not None and dense_steps:
     raise ValueError(f'sparsejax: dense_steps={dense_steps}, but this recipe chooses its masks at initialisation.')
 
   def chosen(select, tree: _Leaves, weights, masks, signals):
@@ -103,14 +98,14 @@ def sparsify(
 
     begun = lambda masks: [flow.begin(*each) for each in zip(weights, masks, signals())] if flow.begin else weights
     choose = lambda masks, probe=None, step=0, key=key: chosen(
-        selection.first or selection.select, tree, begun(masks) if start else weights, masks,
+        selection.first or selection.select, tree, begun(masks) if selection.start else weights, masks,
         signals(step, probe and tree.pick(probe), key))
     place = lambda masks: tree.put([flow.project(*each).astype(p.dtype) for *each, p in zip(
         begun(masks), masks, signals(), tree.pick(params))], params)
-    if start is None:
+    if selection.start is None:
       masks, stats = choose(masks)
     else:
-      masks = start(lambda *args, **options: choose(*args, **options)[0], place, masks, key)
+      masks = selection.start(lambda *args, **options: choose(*args, **options)[0], place, masks, key)
     if not allow_empty:
       _refuse_empty(tree.plan, masks)
     return masks, stats, begun(masks)
@@ -119,7 +114,7 @@ def sparsify(
     tree = _Leaves(params, where, axes, selection, flow)
     weights = [_master_of(w) if flow.dense else w for w in tree.pick(params)]
     masks = [groups.everywhere(w) for w in weights]
-    stats = [selection.start(w) for w in weights]
+    stats = [selection.stat(w) for w in weights]
     if not allow_empty:
       _refuse_empty(tree.plan)
     if dense_steps == 0:
@@ -145,7 +140,7 @@ def sparsify(
     if selection.observe:
       stats = [selection.observe(*each) for each in zip(stats, weights, signals)]
     moves, inner_state = inner.update(tree.put(pulled, grads), state.inner, tree.put(weights, params), **extra)
-    if instead:
+    if selection.instead:
       pause = lambda old, new: jax.tree.map(lambda a, b: jnp.where(due(step), a, b), old, new)
       moves, inner_state = pause(jax.tree.map(jnp.zeros_like, moves), moves), pause(state.inner, inner_state)
     moved = tree.pick(moves)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import sparsejax
-from sparsejax import recipes, schedules, trees
+from sparsejax import allocation, recipes, schedules, trees
 
 STEPS, DENSE, TUNED = 12, 2, 3  # updates in all, of the dense phase, of the fine-tune phase
 F32, BF16 = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
@@ -25,14 +25,23 @@ SHAPES = {
     'embed': {'embedding': F32((7, 8))},
 }
 SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants: they differ in time, not in space
+PATTERNS = {'2:4': sparsejax.NM(2, 4), 'block': sparsejax.Block((8, 2), 0.5), 'channel': sparsejax.Channel(0.5)}
 CONTRACTED = {'attention/out/kernel': (0, 1), 'stack/kernel': (1,)}
 
 
 class Promise(NamedTuple):
-  """`stages`: the (N, M) that the masks go through. `zeros_from`: updates until pruned weights are zero, if ever."""
+  """`stages`: the (N, M) that the masks go through. `zeros_from`: updates until pruned weights are zero, if ever.
+
+  `fixed`: the mask never changes. `counts`: as many are kept at every update. `memory`: bytes a sparse weight, besides
+  those of the optimizer. `trained`: everything else goes where the optimizer alone takes it.
+  """
 
   stages: tuple[tuple[int, int], ...] = ()
   zeros_from: int | None = 0
+  fixed: bool = False
+  counts: bool = False
+  memory: int = 5
+  trained: bool = True
 
 
 class Case(NamedTuple):
@@ -55,7 +64,9 @@ class Case(NamedTuple):
 
   def make(self, inner: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
     """The optimizer, made from scratch every time, as users do inside of a step."""
-    return recipes.TABLE[self.recipe](optax.sgd(0.3, momentum=0.5) if inner is None else inner, **self.options)
+    recipe = recipes.TABLE[self.recipe]
+    signals = {key: value for key, value in SIGNALS.items() if key in recipes.arguments(recipe)}
+    return recipe(optax.sgd(0.3, momentum=0.5) if inner is None else inner, **signals | self.options)
 
 
 PROMISES = {
@@ -68,6 +79,33 @@ PROMISES = {
     'sdgf_geometric': Promise(((16, 32), (8, 16), (4, 8), (2, 4))),
     'st3': Promise(),
     'bdwp': Promise(((2, 8),)),
+    **dict.fromkeys(('random_pruning', 'magnitude_at_init', 'grasp', 'synflow', 'random_search', 'static_sparse',
+                     'iterative_magnitude', 'snip'), Promise(fixed=True, counts=True, memory=1)),
+    'robust_at_init': Promise(fixed=True, counts=True),
+    'freeze_net': Promise(zeros_from=None, fixed=True, counts=True, memory=1),
+    **dict.fromkeys(('set_', 'rigl'), Promise(counts=True, memory=1)),
+    'snfs': Promise(counts=True),
+    'gradual_magnitude': Promise(memory=1),
+    'movement_pruning': Promise(memory=9),
+    'soft_movement_pruning': Promise(memory=17),
+    'global_sparse_momentum': Promise(memory=1),
+    'iterative_soft_shrinkage': Promise(zeros_from=None),
+    'lottery_jackpot': Promise(counts=True, memory=9, trained=False),
+}
+# What a recipe cannot do without, or by default would not do within a dozen updates.
+OPTIONS = {
+    **dict.fromkeys(('set_', 'rigl', 'snfs'), {'every': 2, 'fraction': 0.4}),
+    'gradual_magnitude': {'every': 2}, 'soft_movement_pruning': {'score_optimizer': optax.adam(1.0)},
+    'iterative_soft_shrinkage': {'fine_tune_steps': TUNED}, 'synflow': {'rounds': 5},
+    'random_search': {'candidates': 3},
+    'global_sparse_momentum': {'sparsity': 0.7},
+}
+# At initialisation a recipe may look at a loss, at outputs and at a key: of any pytree of parameters, and of each leaf
+# by itself, so that it is the same for a shard of it.
+SIGNALS = {
+    'loss': lambda params: sum(jnp.sum(jnp.cos(3 * w.astype(jnp.float32))) for w in jax.tree.leaves(params)),
+    'outputs': lambda params: sum(jnp.sum(jnp.square(w.astype(jnp.float32))) for w in jax.tree.leaves(params)),
+    'key': jax.random.key(0),
 }
 DECAYS = {
     'linear': schedules.linear(1.0, 0.0, end=5), 'cosine': schedules.cosine(1.0, 0.0, end=5),
@@ -87,12 +125,20 @@ VARIANTS = {
     'asp-dense': ('asp', {'dense_steps': DENSE}, Promise(((2, 4),))),
     'mdgf-dense': ('mdgf', {'dense_steps': DENSE, 'decay': DECAYS['linear']}, Promise(((2, 4),), 5)),
     'sr_ste-tuned': ('sr_ste', {'fine_tune_steps': TUNED}, Promise(((2, 4),))),
+    'snip-at-first-update': ('snip', {'loss': None}, Promise(counts=True, memory=1)),
+    **{f'{recipe}-{pattern}': (recipe, OPTIONS.get(recipe, {}) | {
+           'pattern': PATTERNS[pattern], 'allocation': allocation.uniform}, PROMISES[recipe])
+       for recipe in ('random_pruning', 'snip', 'rigl', 'gradual_magnitude') for pattern in PATTERNS},
     'ste-mixed': ('ste', {'pattern': {'stack/kernel': sparsejax.NM(1, 16), '**': sparsejax.NM(2, 4)}}, Promise()),
 }
 
 
+_NO_DENSE_PHASE = ('set_', 'rigl', 'snfs', 'snip', 'global_sparse_momentum', 'lottery_jackpot')
+
+
 def _cases() -> dict[str, Case]:
-  plain = {name: (name, {}, PROMISES.get(name, Promise(zeros_from=None))) for name in recipes.TABLE} | VARIANTS
+  plain = {name: (name, OPTIONS.get(name, {}), PROMISES.get(name, Promise(zeros_from=None)))
+           for name in recipes.TABLE} | VARIANTS
   phases = {'dense_steps': DENSE, 'fine_tune_steps': TUNED}
   found = {}
   for name, (recipe, options, promise) in plain.items():
@@ -100,7 +146,7 @@ def _cases() -> dict[str, Case]:
     timed = options | ({'total_steps': STEPS} if 'total_steps' in valid else {})
     shapes = SHAPES if name in recipes.TABLE or name == 'ste-mixed' else SMALL
     found[name] = Case(recipe, timed, promise, shapes)
-    if valid >= {*phases} and not {*options} & {*phases}:
+    if valid >= {*phases} and not {*options} & {*phases} and not promise.fixed and recipe not in _NO_DENSE_PHASE:
       found[f'{name}-phases'] = Case(recipe, timed | phases, promise, shapes)
   return found
 

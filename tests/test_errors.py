@@ -27,7 +27,9 @@ from sparsejax.types import Axes
 
 PARAMS = {'fc': {'kernel': jnp.ones((16, 8)), 'bias': jnp.ones((8,))}, 'head': {'kernel': jnp.ones((24, 4))}}
 SGD = optax.sgd(0.1)
-from_config = functools.partial(recipes.from_config, SGD, total_steps=10)
+SIGNALS = {'loss': lambda params: sum(jnp.sum(jnp.square(w)) for w in jax.tree.leaves(params)),
+           'outputs': lambda params: params, 'key': jax.random.key(0)}
+from_config = functools.partial(recipes.from_config, SGD, total_steps=10, signals=SIGNALS)
 
 
 def start(tx, params=PARAMS):
@@ -179,7 +181,7 @@ REFUSALS = {
         lambda: from_config({'name': 'sr_ste', 'dacay': 0.1}),
         ['from_config', "'sr_ste'", "'dacay'", "Did you mean 'decay'", *sorted(recipes.arguments(recipes.sr_ste))]),
     'a key of another recipe': (
-        lambda: from_config({'name': 'ste', 'decay': 0.1}), ["'ste'", "'decay'", 'Valid: axes, dense_steps']),
+        lambda: from_config({'name': 'ste', 'decay': 0.1}), ["'ste'", "'decay'", 'Valid: allow_empty, axes, dense_steps']),
     'unknown schedule': (lambda: from_config({'name': 'mdgf', 'decay': {'name': 'liner', 'end': 5}}),
                          ['schedules.named', "'liner'", "Did you mean 'linear'", 'constant, cosine']),
     'unknown argument of a schedule': (

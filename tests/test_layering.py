@@ -20,21 +20,20 @@ LAYERS = (
     ('views',),  # what reshapes and transposes do to axes; `tracing` walks programs with it
     ('tracing',),
     ('ranking', 'groups', 'gaps'),
-    ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics'),
+    ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts'),
     ('formats',),
     ('states',),
+    ('selections',),
     ('transforms', 'planning'),
-    ('recipes', 'recipes.n_m'),
+    ('recipes.n_m', 'recipes.at_init'),
+    ('recipes.gradual', 'recipes.dynamic', 'recipes.tickets'),
+    ('recipes',),
     ('reports',),
     ('checkpoints',),
     ('io',),
     ('cli',),
     ('',),  # the table of contents, sparsejax/__init__.py
 )
-# (importer, imported) of one line or upwards, each with its reason.
-EXCEPTIONS = {
-    ('recipes', 'recipes.n_m'): 'a package is the table of contents of its modules',
-}
 # What setup.cfg installs for the library, by import name. Not flax, not experiments, not kernels_pallas.
 OUTSIDE = {'jax', 'numpy', 'optax', 'orbax', 'safetensors'} | sys.stdlib_module_names
 
@@ -81,7 +80,7 @@ def violations(module, source):
         found.append(f'sparsejax.{module} imports {name}, which is not among the dependencies of the library')
       continue
     target = of_sparsejax(name)
-    if LEVEL[target] >= LEVEL[module] and (module, target) not in EXCEPTIONS:
+    if LEVEL[target] >= LEVEL[module]:
       found.append(f'sparsejax.{module} imports {name}, which is not below it')
   return found
 

@@ -136,13 +136,13 @@ SIZES = st.integers(1, 2**40) | st.sampled_from([1, 10, 2**24, 2**24 + 1, 2**31 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(SIZES, st.floats(0, 1, width=32))
 def test_counts_of_any_leaf_are_exact_and_those_of_a_traced_share_as_exact_as_promised(size, share):
-  kept = patterns._kept(share, size)
-  assert kept == size - round(share * size) and patterns._kept(np.float32(share), size) == kept
-  traced = patterns._kept(jnp.float32(share), size)
+  kept = patterns.kept_of(share, size)
+  assert kept == size - round(share * size) and patterns.kept_of(np.float32(share), size) == kept
+  traced = patterns.kept_of(jnp.float32(share), size)
   off = abs(int(traced.high) * 2**31 + int(traced.low) - kept)
   assert off <= size / 2**23 if size > 2**24 else off <= 1
   for end in (0, 1):
-    assert ranking.count(size - size * end) == patterns._kept(jnp.float32(end), size)
+    assert ranking.count(size - size * end) == patterns.kept_of(jnp.float32(end), size)
 
 
 # Block shapes that divide the layouts which have an output, as one contraction and one output each.
@@ -309,7 +309,8 @@ REFUSED = [
     (lambda: Unstructured(1.5), 'sparsity is the fraction of zeros, from 0 to 1, not 1.5'),
     (lambda: Unstructured(-0.1), 'not -0.1'),
     (lambda: Unstructured(90), 'not 90'),
-    (lambda: patterns.parse('2:'), r"unknown pattern '2:'.* Did you mean '2:4'.* Valid: 128x128, 1:8, 2:4, N:M, unstr"),
+    (lambda: patterns.parse('2:'),
+     r"unknown pattern '2:'.* Did you mean '2:4'.* Valid: 128x128, 1:8, 2:4, N:M, channel, unstr"),
     (lambda: patterns.parse('bitmask'), "unknown pattern 'bitmask'"),
     (lambda: patterns.parse('128*128'), "Did you mean '128x128'"),
     (lambda: patterns.parse('0x4'), r'Block: shape is two whole numbers.* as in \(128, 128\), not \(0, 4\)'),

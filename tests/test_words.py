@@ -57,8 +57,8 @@ def test_reselect_forgets_and_prune_to_remembers(name):
   select = jax.jit(SELECTIONS[name])
   before, now = np.random.default_rng(0).normal(size=(2, 8, 16)).astype(np.float32)
   mask = select(before)
-  np.testing.assert_array_equal(updates.reselect(mask, now, select), select(now))
-  np.testing.assert_array_equal(updates.prune_to(mask, now, select), mask)  # as many as before: the same ones
+  np.testing.assert_array_equal(updates.reselect(mask, now, select, None, None), select(now))
+  np.testing.assert_array_equal(updates.prune_to(mask, now, select, None, None), mask)  # as many, so the same
   assert np.any(select(now) != mask)
 
 
@@ -66,7 +66,8 @@ def test_reselect_forgets_and_prune_to_remembers(name):
 def test_prune_to_prunes_the_worst_of_the_kept_before_bringing_anything_back(worst):
   """Pruned ones first, where they would win ties: [9, 8, 7, 6 | kept: 1, 2, 3, worst]."""
   row, mask = jnp.asarray([[9, 8, 7, 6, 1, 2, 3, worst]], jnp.float32), jnp.asarray([[False] * 4 + [True] * 4])
-  keep = lambda n: np.asarray(updates.prune_to(mask, row, lambda s: NM(n, 8)(s, None, Axes((1,), (0,)))))[0].tolist()
+  select = lambda s, n: NM(n, 8)(s, None, Axes((1,), (0,)))
+  keep = lambda n: updates.prune_to(mask, row, lambda s: select(s, n), None, None)[0].tolist()
   assert keep(3) == [False] * 4 + [True, True, True, False]
   assert keep(4) == [False] * 4 + [True] * 4
   assert keep(5)[4:] == [True] * 4 and sum(keep(5)) == 5

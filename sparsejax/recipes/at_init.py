@@ -28,10 +28,10 @@ def fixed(
     score: Score, start: Start | None = None, *, flow: Flow = flows.hard(), at_first_update: bool = False,
     **options: Any) -> Optimizer:
   """The sentence of them all: one mask, by `score`, in `init`, or from the gradient of the first update."""
-  selection = selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=allocation or together(pattern))
-  return transforms.sparsify(
-      inner, flow, selection, refresh=schedules.once(0), start=start,
-      **options | ({'dense_steps': 1, 'instead': True} if at_first_update else {}))
+  selection = selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=allocation or together(pattern),
+                                  start=start, instead=at_first_update)
+  return transforms.sparsify(inner, flow, selection, refresh=schedules.once(0), dense_steps=int(at_first_update),
+                             **options)
 
 
 def together(pattern: Pattern) -> Shares:
@@ -97,8 +97,8 @@ def synflow(
   start = starts.probed(starts.synaptic_flow(outputs), rounds)
   ramp = schedules.density_decay(pattern.sparsity if sparsity is None else sparsity, end=rounds)
   selection = selections.leafwise(pattern, score=scores.synflow, update=updates.prune_to, sparsity=sparsity, ramp=ramp,
-                                  allocation=allocation or together(pattern))
-  return transforms.sparsify(inner, flows.hard(), selection, refresh=schedules.once(0), start=start, **options)
+                                  allocation=allocation or together(pattern), start=start)
+  return transforms.sparsify(inner, flows.hard(), selection, refresh=schedules.once(0), **options)
 
 
 def robust_at_init(

@@ -55,9 +55,10 @@ def rigl(
   """
   end = _last('rigl', end, total_steps)
   update = updates.drop_and_grow(scores.gradient, _falling(fraction, end))
-  selection = selections.leafwise(pattern, first=scores.random, update=update, sparsity=sparsity, allocation=allocation)
+  selection = selections.leafwise(pattern, first=scores.random, update=update, sparsity=sparsity, allocation=allocation,
+                                  instead=True)
   return transforms.sparsify(inner, flows.hard(), selection, refresh=_until(every, end), total_steps=total_steps,
-                             instead=True, **{'slots': 'fresh'} | options)
+                             **{'slots': 'fresh'} | options)
 
 
 def snfs(

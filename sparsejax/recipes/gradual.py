@@ -72,19 +72,23 @@ def soft_movement_pruning(
 
 def global_sparse_momentum(
     inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    weight_decay: float = 1e-4, total_steps: int | None = None, fine_tune_steps: int = 0, **options: Any) -> Optimizer:
+    weight_decay: float = 1e-4, dense_steps: int | None = None, total_steps: int | None = None, **options: Any,
+) -> Optimizer:
   """GSM: only the global top of |w dL/dw| gets its gradient, the rest decays away (Ding et al. 2019, algorithm 1).
 
   `inner` is SGD with a momentum of 0.98 or 0.99 in the paper; the coupled `weight_decay` of all sparse leaves is added
-  before it. Dense until `fine_tune_steps` from the end, where the global magnitude decides; the paper does not
-  fine-tune. The authors' code keeps all that ties at the threshold; here the count is exact.
+  before it. After `dense_steps` (default: the last update but one, or what leaves `fine_tune_steps`) the global
+  magnitude decides; the paper does not fine-tune. The authors' code keeps all that ties at the threshold; here the
+  count is exact.
   """
-  cut = _end('global_sparse_momentum', None, total_steps, 1.0, 0, options) - max(fine_tune_steps, 1)
+  if dense_steps is None:
+    last = _end('global_sparse_momentum', None, total_steps, 1.0, 0, {})
+    dense_steps = last - max(options.get('fine_tune_steps', 0), 1)
   rank = lambda score: selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=together(pattern))
   where = {key: options.get(key) for key in ('where', 'axes')}
   active = transforms.gated(rank(scores.snip), weight_decay=weight_decay, **where)
   return transforms.sparsify(optax.chain(active, inner), flows.hard(), rank(scores.magnitude),
-                             refresh=schedules.once(0), dense_steps=cut, **options)
+                             refresh=schedules.once(0), dense_steps=dense_steps, total_steps=total_steps, **options)
 
 
 def iterative_soft_shrinkage(

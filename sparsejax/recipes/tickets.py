@@ -51,7 +51,7 @@ def lottery_jackpot(
   selection = selections.leafwise(pattern, score=scores.value, first=scores.magnitude, sparsity=sparsity,
                                   update=updates.swap(short) if short else updates.reselect)
   picked = {'where': where, 'axes': axes}
-  weights = selection._replace(start=lambda w: jnp.array(w, copy=True), observe=lambda stat, w, signals: stat)
+  weights = selection._replace(stat=lambda w: jnp.array(w, copy=True), observe=lambda stat, w, signals: stat)
   return transforms.sparsify(optax.chain(inner, transforms.only(**picked)), flows.searched(), weights,
                              total_steps=total_steps, **picked, **options)
 
@@ -61,8 +61,8 @@ def model_soup(members: Sequence[PyTree], weights: Sequence[float] | None = None
 
   2306.16788, algorithm 1. `weights` sum to 1, default equal. A weight is zero where it is in all members, so the soup
   is as sparse as they are. Averages floating leaves in float32 and takes others from the last member. Statistics of
-  batch norm are averaged too and want to be recomputed. Raises `ValueError` if members do not have the same zeros: their
-  average would be less sparse.
+  batch norm are averaged too and want to be recomputed. Raises `ValueError` if members do not have the same zeros:
+  their average would be less sparse.
   """
   if not members:
     raise ValueError('recipes.model_soup: there are no members to average.')
