@@ -220,6 +220,8 @@ def test_gaps_of_255_and_more_go_on(places, code):
   w.flat[list(places)] = range(1, len(places) + 1)
   packed = RelativeIndexArray.from_dense(w)
   assert packed.gaps.tolist() == code and formats.problem(packed) is None and bits(packed.to_dense()) == bits(w)
+  endless = RelativeIndexArray(packed.values, np.append(packed.gaps, np.uint8(255)), (10, 200))
+  assert 'gaps end' in formats.problem(endless)
 
 
 SPREADS = {
