@@ -57,7 +57,7 @@ def show(outcomes: Sequence[dict[str, Any]], workdir: pathlib.Path, console: ric
   written = [*(markdown(head, cells) for head, cells in tables), '\n'.join(f'- {note}' for note in notes)]
   records.write_whole(workdir / 'results.md', '\n\n'.join(written) + '\n')
   results = {'rows': table, 'outcomes': [{k: v for k, v in o.items() if k != 'directory'} for o in outcomes]}
-  records.write_whole(workdir / 'results.json', json.dumps(_strict(results), indent=2) + '\n')
+  records.write_whole(workdir / 'results.json', json.dumps(strict(results), indent=2) + '\n')
   with (workdir / 'results.csv').open('w', newline='') as file:
     writer = csv.DictWriter(file, table[0])
     writer.writeheader()
@@ -163,10 +163,10 @@ def _plot(axis: Any, outcome: dict[str, Any], key: str, band: bool = True, **sty
   return values.mean(1).tolist()
 
 
-def _strict(tree: Any) -> Any:
+def strict(tree: Any) -> Any:
   """JSON has no NaN."""
   if isinstance(tree, dict):
-    return {key: _strict(value) for key, value in tree.items()}
+    return {key: strict(value) for key, value in tree.items()}
   if isinstance(tree, list):
-    return [_strict(value) for value in tree]
+    return [strict(value) for value in tree]
   return None if isinstance(tree, float) and not np.isfinite(tree) else tree

@@ -1,6 +1,5 @@
 """A config made concrete: the data, the models and, for each recipe, a compiled-to-be training step for all seeds."""
 
-import inspect
 import json
 import math
 import pathlib
@@ -118,10 +117,7 @@ def _transform(setup: Setup, name: str, signals: Mapping[str, Any]) -> optax.Gra
   config, axes = setup.config, setup.models[name].contractions
   _, inner = optimizers.make(total_steps=config.steps, **config.optimizer)
   recipe = configs.plain(config)['recipes'][name]
-  make = sparsejax.recipes.from_config
-  takes = inspect.signature(make).parameters
-  return make(inner, recipe, total_steps=config.steps,
-              **({'signals': {'axes': axes, **signals}} if 'signals' in takes else {'axes': axes}))
+  return sparsejax.recipes.from_config(inner, recipe, total_steps=config.steps, signals={'axes': axes, **signals})
 
 
 def _scored(setup: Setup) -> data.Batch:
@@ -152,7 +148,8 @@ def _start(setup: Setup, name: str, scored: data.Batch) -> Callable[[], State]:
 
   def sparse(seed: Array, params: PyTree, batch: data.Batch) -> State:
     tx = _transform(setup, name, {
-        'loss': lambda params: setup.task.loss(model.apply(params, batch['inputs']), batch['labels']),
+        'loss': lambda params, temperature=1.0: setup.task.loss(
+            model.apply(params, batch['inputs']) / temperature, batch['labels']),
         'outputs': lambda params: model.apply(params, jnp.ones_like(batch['inputs'][:1])),
         'key': _key(seed),
     })

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -11,6 +13,12 @@ from sparsejax import recipes
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / 'experiments/configs').rglob('*.py')
                  if path.name not in ('__init__.py', 'default.py'))
+
+
+SMALLER = {  # by model: what makes it small
+    'vit': ['model.depth=1', 'model.patch=4'], 'lm': ['model.depth=1', 'data.sequence_length=8'],
+    'cnn': ['model.widths=(4, 8)'], 'mlp': ['model.widths=(8, 8)'], 'sr': ['model.depth=1', 'model.width=4'],
+}
 
 
 @pytest.fixture(scope='module')
@@ -26,16 +34,13 @@ def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
   changes = [
       # Nothing is downloaded: images are digits, text is a file.
       f'data.name={text}' if config.model.name == 'lm' else 'data.name=digits', f'data.data_dir={tmp_path / "data"}',
-      'steps=10', 'seeds=(0,)', 'batch_size=4', 'model.depth=1', 'measure_every=5', 'validate_every=10',
-      'checkpoint_every=10', 'mesh.data=1']
-  if config.model.name == 'vit':
-    changes.append('model.patch=4')
-  else:
-    changes.append('data.sequence_length=8')
+      'steps=10', 'seeds=(0,)', 'batch_size=4', 'measure_every=5', 'validate_every=10', 'checkpoint_every=10',
+      'mesh.data=1', *SMALLER[config.model.name]]
   *others, last = configs.plain(config)['recipes'].items()
+  signals = {'loss': jnp.sum, 'outputs': jnp.sum, 'key': jax.random.key(0)}
   for _, recipe in others:  # the last one trains, the others are made: a run costs seconds of compilation
-    recipes.from_config(optax.sgd(0.1), recipe, total_steps=100)
-  changes.append(f'recipes={dict([last])}')
+    recipes.from_config(optax.sgd(0.1), recipe, total_steps=config.steps, signals=signals)
+  changes += [f'recipes={dict([last])}', 'models={}']
   arguments = ['--config', str(path), '--workdir', str(tmp_path / 'run')]
   assert train.main(arguments + [part for change in changes for part in ('--set', change)]) == 0
   assert (tmp_path / 'run' / 'results.png').exists()

@@ -1,0 +1,23 @@
+r"""Searching for a better random subnetwork: the best of 100 by initial loss against any one, equal sparsity, digits.
+
+  python -m experiments.train --config experiments/configs/claims/random_search_vit_digits.py --workdir runs/search
+
+The claim (Farahani 2024): the search is no better. Nodes are the hidden units of the feed-forward layers.
+
+Not yet run.
+"""
+
+from experiments.configs import default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(8))
+  config.steps = 400
+  config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
+  config.optimizer.learning_rate = 2e-3
+  shared = {'pattern': 'channel', 'where': ['mlp/fc1/kernel'], 'allocation': 'uniform'}
+  methods = {'random': {'name': 'random_pruning'}, 'search': {'name': 'random_search', 'candidates': 100}}
+  config.recipes = {f'{name}-{percent}': {**method, **shared, 'sparsity': percent / 100}
+                    for percent in (75, 90) for name, method in methods.items()}
+  return config

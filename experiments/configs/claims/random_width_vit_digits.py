@@ -1,0 +1,27 @@
+r"""Random pruning at 95 %: ERK against uniform shares, and how far it is from dense at growing width, digits.
+
+  python -m experiments.train --config experiments/configs/claims/random_width_vit_digits.py --workdir runs/random_width
+
+The claims: ERK is better than uniform (Evci et al. 2020, 1911.11134), and the wider the model, the nearer random
+pruning comes to dense (Liu et al. 2022, 2202.02643). The patch embedding, the first layer, is dense.
+
+Not yet run.
+"""
+
+from experiments.configs import default
+
+WIDTHS = (16, 32, 64)
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(8))
+  config.steps = 400
+  config.model = {'name': 'vit', 'patch': 2, 'width': 64, 'depth': 2, 'heads': 4}
+  config.optimizer.learning_rate = 2e-3
+  pruned = {'name': 'random_pruning', 'sparsity': 0.95, 'where': ['attention/*/kernel', 'mlp/*/kernel', 'head/kernel']}
+  recipes = {'dense': {'name': 'dense'}, 'ERK': {**pruned, 'allocation': 'erk'}}
+  config.recipes = {f'{name}-{width}': recipe for width in WIDTHS for name, recipe in recipes.items()}
+  config.recipes['uniform-64'] = {**pruned, 'allocation': 'uniform'}
+  config.models = {f'{name}-{width}': {'width': width} for width in WIDTHS for name in recipes}
+  return config

@@ -1,0 +1,33 @@
+r"""ISS-P against hard magnitude in 2x super-resolution: 90 and 95 % from a random start, a small EDSR, digits.
+
+  python -m experiments.train --config experiments/configs/claims/shrinkage_sr_digits.py --workdir runs/shrinkage
+
+The claim (Wang et al. 2023, 2303.09650): weights that shrink a little at each step end better than weights that are set
+to zero at each step (`shrink=0`, the hard thresholding of their code), and than magnitude at initialisation.
+
+Not yet run.
+"""
+
+from experiments.configs import default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 600
+  config.batch_size = 32
+  config.data.task = 'super_resolution'
+  config.model = {'name': 'sr', 'width': 24, 'depth': 3}
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.weight_decay = 0.0
+  shrinkage = {'name': 'iterative_soft_shrinkage', 'fine_tune_steps': 0.5}
+  methods = {
+      'once': {'name': 'magnitude_at_init', 'allocation': 'uniform'},
+      'hard': {**shrinkage, 'shrink': 0.0},
+      'ISS-P': {**shrinkage, 'shrink': 0.95},
+  }
+  config.recipes = {'dense': {'name': 'dense'}}
+  for percent in (90, 95):
+    for name, method in methods.items():
+      config.recipes[f'{name}-{percent}'] = {**method, 'sparsity': percent / 100}
+  return config
