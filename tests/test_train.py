@@ -10,11 +10,12 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sparsejax
-from experiments import configs, models, outcomes, records, runs, train
-from sparsejax import formats, io
+from experiments import configs, models, outcomes, records, runs, tasks, train
+from sparsejax import formats, io, recipes
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
@@ -128,6 +129,66 @@ def test_all_runs_start_from_the_same_weights_and_each_seed_has_its_own_order(fo
   np.testing.assert_array_equal(second, setup.data[1].train[5]['inputs'])
 
 
+ONE = {'sparsity': 0.5, 'where': ['mlp/fc1/kernel']}
+SCORED = {  # recipe, and what it chooses the mask by: the second seed's own batches, its own weights alone, its own key
+    'snip': ({'name': 'snip', **ONE}, lambda apply, inputs, labels: {
+        'loss': lambda p: tasks.cross_entropy(apply(p, inputs), labels)}),
+    'synflow': ({'name': 'synflow', 'rounds': 2, **ONE}, lambda apply, inputs, labels: {
+        'outputs': lambda p: apply(p, jnp.ones_like(inputs[:1]))}),
+    'random': ({'name': 'random_pruning', **ONE}, lambda apply, inputs, labels: {
+        'key': jax.random.fold_in(jax.random.key(7), 1)}),
+}
+
+
+def test_each_seed_is_scored_by_its_own_weights_batches_and_key(folder):
+  recipe = {name: recipe for name, (recipe, _) in SCORED.items()}
+  config = configs.load(DEMO, [f'data.data_dir={folder / "data"}', *TOY, f'recipes={recipe}'])
+  setup = runs.prepare(config)
+  model, = {id(model): model for model in setup.models.values()}.values()  # traced once
+  first = [setup.data[1].train[step] for step in range(13)]  # 104 labels: ten of each class, in batches of eight
+  inputs, labels = (np.concatenate([batch[key] for batch in first]) for key in ('inputs', 'labels'))
+  params = jax.tree.map(lambda leaf: leaf[1], model.initial())
+  for name, (recipe, given) in SCORED.items():
+    pruned = runs._start(setup, name, runs._scored(setup))().params['block_0']['mlp']['fc1']['kernel'] == 0
+    assert pruned.sum((1, 2)).tolist() == [512, 512] and not np.array_equal(*pruned)
+    tx = recipes.from_config(optax.sgd(0.1), recipe, total_steps=8, signals={
+        'axes': model.contractions, **given(model.apply, inputs, labels)})
+    by_hand = sparsejax.project(params, jax.jit(tx.init)(params))['block_0']['mlp']['fc1']['kernel'] == 0
+    assert (by_hand == pruned[1]).mean() > 0.99, name  # vmap adds in another order
+
+
+def test_every_run_has_its_own_model_and_its_own_sparse_leaves(folder):
+  sparse = {'name': 'asp', 'pattern': '1:4', 'where': ['mlp/*/kernel']}
+  config = configs.load(DEMO, [
+      f'data.data_dir={folder / "data"}', *TOY, "models={'wide': {'width': 32}, 'deep': {'depth': 2}}",
+      f"recipes={{'wide': {sparse}, 'dense': {{'name': 'dense'}}, 'deep': {sparse}}}"])
+  built = runs.build(runs.prepare(config), dict.fromkeys(configs.runs(config), folder))
+  shapes = lambda run: [
+      leaf['mlp']['fc1']['kernel'].shape for name, leaf in run.state.params.items() if name.startswith('block_')]
+  assert {name: shapes(run) for name, run in built.items()} == {
+      'wide': [(2, 32, 128)], 'dense': [(2, 16, 64)], 'deep': [(2, 16, 64)] * 2}
+  block = lambda i: [f'block_{i}/mlp/{matrix}/kernel' for matrix in ('fc1', 'fc2')]
+  assert {name: run.sparse for name, run in built.items()} == {  # dense: where the others prune and it has a leaf
+      'wide': block(0), 'dense': block(0), 'deep': block(0) + block(1)}
+
+
+def test_super_resolution_in_its_own_metrics_and_bit_for_bit_after_a_kill(folder, tmp_path, capsys):
+  toy = (*TOY[:4], *TOY[-3:])
+  changes = ['data.task=super_resolution', "model={'name': 'sr', 'width': 4, 'depth': 1}",
+             "recipes={'only': {'name': 'asp', 'pattern': '1:2', 'where': ['block_0_conv1/kernel']}}"]
+  assert call(folder, tmp_path, *changes, toy=toy) == 0
+  assert 'psnr dB' in (tmp_path / 'results.md').read_text() and 'dB  sparse' in capsys.readouterr().out
+  lines, whole = (tmp_path / 'only' / records.FILE).read_bytes(), bits(tmp_path / 'only/checkpoints/8')
+  assert {'psnr', 'valid_psnr', 'valid_loss'} <= json.loads(lines.splitlines()[-1]).keys() and b'accuracy' not in lines
+  row, = json.loads((tmp_path / 'results.json').read_text())['rows']
+  assert 5 < row['psnr'] < 40 and row['loss'] < 0.5
+  shutil.rmtree(tmp_path / 'only/checkpoints/8')
+  (tmp_path / 'only' / outcomes.FILE).unlink()
+  assert call(folder, tmp_path, *changes, toy=toy) == 0
+  assert 'resumed at step 6' in capsys.readouterr().out
+  assert bits(tmp_path / 'only/checkpoints/8') == whole and (tmp_path / 'only' / records.FILE).read_bytes() == lines
+
+
 def test_a_finished_job_prints_its_results_again(folder, demo, monkeypatch, capsys):
   monkeypatch.setattr(train, 'prepare', None)  # nothing is left to prepare for
   before = (demo / 'results.json').read_bytes()
@@ -234,6 +295,9 @@ def test_a_checkpoint_of_another_configuration(folder, unfinished, change, words
     ("recipes.SR-STE.where=['mpl/*']", ['mlp/fc1/kernel']),
     ('recipes.SR-STE.name=srste', ["'srste'", "'sr_ste'"]),
     ("recipes={'a/b': {'name': 'dense'}}", ["'a/b'", 'directory']),
+    ("models={'SR-STT': {'width': 8}}", ["'SR-STT'", "'SR-STE'"]),
+    ("models={'SR-STE': 8}", ['models.SR-STE', 'section', '8']),
+    ("models={'SR-STE': {'widht': 8}}", ["'widht'", "'width'"]),
     ('steps=many', ['steps=many', 'number']),
     ('steps=0', ['steps=0', 'at least 1']),
     ('seeds=3', ['seeds=3', 'tuple']),
