@@ -7,17 +7,19 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from experiments import configs, train
+from experiments import configs, runs, sentences, train
 from sparsejax import recipes
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / 'experiments/configs').rglob('*.py')
                  if path.name not in ('__init__.py', 'default.py'))
-
+CLAIMS = [path for path in CONFIGS if path.parent.name == 'claims']
+JOBS = [path for path in CONFIGS if path.parent.name != 'claims']
 
 SMALLER = {  # by model: what makes it small
     'vit': ['model.depth=1', 'model.patch=4'], 'lm': ['model.depth=1', 'data.sequence_length=8'],
     'cnn': ['model.widths=(4, 8)'], 'mlp': ['model.widths=(8, 8)'], 'sr': ['model.depth=1', 'model.width=4'],
+    'minilm': ['model.depth=1', 'model.width=8', 'model.heads=2', 'model.pretrained=False', 'data.sequence_length=8'],
 }
 
 
@@ -28,22 +30,49 @@ def text(tmp_path_factory):
   return path
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
+@pytest.fixture(scope='module')
+def names(text):
+  """By model: data that are not downloaded. Text is a file, sentences are written here, images are digits."""
+  folder = text.parent / sentences.NAME
+  folder.mkdir()
+  for file in sentences.FILES.values():
+    (folder / file).write_text('a good film\t1\na bad one\t0\n' * 4)
+  return {'lm': text, 'minilm': sentences.NAME}
+
+
+def smaller(path, text, directory):
+  """Changes that train the config's last run alone, at toy size. The others are made here."""
   config = configs.load(path)
-  changes = [
-      # Nothing is downloaded: images are digits, text is a file.
-      f'data.name={text}' if config.model.name == 'lm' else 'data.name=digits', f'data.data_dir={tmp_path / "data"}',
-      'steps=10', 'seeds=(0,)', 'batch_size=4', 'measure_every=5', 'validate_every=10', 'checkpoint_every=10',
-      'mesh.data=1', *SMALLER[config.model.name]]
   *others, last = configs.plain(config)['recipes'].items()
   signals = {'loss': jnp.sum, 'outputs': jnp.sum, 'key': jax.random.key(0)}
-  for _, recipe in others:  # the last one trains, the others are made: a run costs seconds of compilation
+  for _, recipe in others:
     recipes.from_config(optax.sgd(0.1), recipe, total_steps=config.steps, signals=signals)
-  changes += [f'recipes={dict([last])}', 'models={}']
+  # Nothing is downloaded: images are digits, text is a file, sentences are made up.
+  names = {'lm': text, 'minilm': sentences.NAME}
+  if config.model.name == 'minilm':
+    (directory / sentences.NAME).mkdir(parents=True)
+    for file in sentences.FILES.values():
+      (directory / sentences.NAME / file).write_text('a good film\t1\na bad film\t0\n' * 4)
+  return [
+      f'data.name={names.get(config.model.name, "digits")}', f'data.data_dir={directory}',
+      'steps=10', 'seeds=(0,)', 'batch_size=4', 'measure_every=5', 'validate_every=10', 'checkpoint_every=10',
+      'mesh.data=1', *SMALLER[config.model.name], f'recipes={dict([last])}', 'models={}']
+
+
+@pytest.mark.parametrize('path', JOBS, ids=lambda path: path.stem)
+def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
   arguments = ['--config', str(path), '--workdir', str(tmp_path / 'run')]
+  changes = smaller(path, text, tmp_path / 'data')
   assert train.main(arguments + [part for change in changes for part in ('--set', change)]) == 0
   assert (tmp_path / 'run' / 'results.png').exists()
+
+
+@pytest.mark.parametrize('path', CLAIMS, ids=lambda path: path.stem)
+def test_a_claim_is_traced_at_toy_size(path, text, tmp_path, standard_promotion):
+  """Each of them trained would cost minutes; `test_claims` trains one."""
+  config = configs.load(path, smaller(path, text, tmp_path / 'data'))
+  run, = runs.build(runs.prepare(config), dict.fromkeys(configs.runs(config), tmp_path)).values()
+  assert run.sparse
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
