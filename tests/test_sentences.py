@@ -171,6 +171,7 @@ def test_a_line_that_is_none_is_refused(tmp_path, content, says):
 @pytest.mark.parametrize('arguments, says', [
     ({'sequence_length': 2}, ['sequence_length=2', '[CLS]']),
     ({'augment': True}, ['is sentences, and augment=True']),
+    ({'task': 'super_resolution'}, ['is sentences, and task=super_resolution']),
     ({'batch_size': 0}, ['batch_size=0']),
 ])
 def test_arguments_that_do_not_fit(root, arguments, says):

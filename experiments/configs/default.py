@@ -18,9 +18,9 @@ def get_config() -> ConfigDict:
   config.mesh = {'data': -1}  # devices that share each batch; -1: all of all processes
   config.shard = 'replicated'  # parameters and optimizer state on every device; `fully`: split over them
   config.data = {
-      'name': 'digits',  # `digits`, any TFDS set in `data_dir`, or the path of a UTF-8 text file
+      'name': 'digits',  # `digits`, `sst2_sentences` or any TFDS set in `data_dir`, or a UTF-8 text file's path
       'data_dir': None,  # None: the user's cache directory
-      'sequence_length': None,  # text: bytes in a window; None: 128
+      'sequence_length': None,  # text: bytes in a window; None: 128. Sentences: tokens; None: 32
       'valid_fraction': 0.1,
       'augment': False,  # images: shift by up to an eighth of the height
       'task': 'classification',  # or `super_resolution`: images from themselves at half the size
