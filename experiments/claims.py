@@ -82,15 +82,15 @@ def dynamic(outcomes: Outcomes) -> list[Comparison]:
 
 
 def large_sparse(outcomes: Outcomes) -> list[Comparison]:
-  return [better(outcomes, f'sparse-{width}', f'dense-{width}') for width in (32, 16)]
+  return [better(outcomes, f'sparse-{width}', f'dense-{width}') for width in (24, 12)]
 
 
 def random_width(outcomes: Outcomes) -> list[Comparison]:
   gap = lambda width: scores(outcomes, f'dense-{width}') - scores(outcomes, f'ERK-{width}')
-  unit = better(outcomes, 'ERK-64', 'uniform-64').unit
-  closing = [Comparison(f'gap of ERK-{narrow} > gap of ERK-{wide}', unit, gap(narrow), gap(wide))
-             for narrow, wide in ((16, 32), (32, 64))]
-  return [better(outcomes, 'ERK-64', 'uniform-64'), *closing]
+  shares = better(outcomes, 'ERK-48', 'uniform-48')
+  closing = [Comparison(f'gap of ERK-{narrow} > gap of ERK-{wide}', shares.unit, gap(narrow), gap(wide))
+             for narrow, wide in ((12, 24), (24, 48))]
+  return [shares, *closing]
 
 
 def random_search(outcomes: Outcomes) -> list[Comparison]:

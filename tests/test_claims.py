@@ -2,10 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import claims, configs, tasks, train
+from experiments import claims, configs, models, tasks, train
+from sparsejax import trees
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
@@ -112,3 +115,17 @@ def test_one_claim_from_its_config_to_its_table_and_not_twice(tmp_path, monkeypa
   assert json.loads(before)['7'][0]['what'] == 'FreezeNet > SNIP' and 'FreezeNet > SNIP' in capsys.readouterr().out
   monkeypatch.setattr(train, 'prepare', None)  # nothing is left to prepare for
   assert claims.main(arguments) == 0 and (tmp_path / 'claims.json').read_text() == before
+
+
+def test_the_large_sparse_models_have_as_many_weights_as_the_small_dense_ones():
+  config = configs.plain(configs.load(claims.CONFIGS / 'large_sparse_vit_digits.py'))
+
+  def kept(run):
+    model = models.make(num_classes=10, **{**config['model'], **config['models'].get(run, {})})
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))['params']
+    recipe, sizes = config['recipes'][run], dict(zip(*trees.flatten(jax.tree.map(lambda leaf: leaf.size, params))[:2]))
+    pruned = trees.named(*recipe.get('where', ['nothing']))
+    return sum(size * (1 - recipe.get('sparsity', 0) * pruned(path, size)) for path, size in sizes.items())
+
+  for width in (24, 12):
+    assert kept(f'sparse-{width}') == pytest.approx(kept(f'dense-{width}'), abs=1)

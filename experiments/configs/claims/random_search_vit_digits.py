@@ -13,8 +13,9 @@ from experiments.configs import default
 def get_config():
   config = default.get_config()
   config.seeds = tuple(range(8))
-  config.steps = 400
-  config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
+  config.steps = 600
+  config.batch_size = 32
+  config.model = {'name': 'vit', 'patch': 2, 'width': 32, 'depth': 2, 'heads': 4}
   config.optimizer.learning_rate = 2e-3
   shared = {'pattern': 'channel', 'where': ['mlp/fc1/kernel'], 'allocation': 'uniform'}
   methods = {'random': {'name': 'random_pruning'}, 'search': {'name': 'random_search', 'candidates': 100}}

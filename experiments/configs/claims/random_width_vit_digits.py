@@ -10,18 +10,19 @@ Not yet run.
 
 from experiments.configs import default
 
-WIDTHS = (16, 32, 64)
+WIDTHS = (12, 24, 48)
 
 
 def get_config():
   config = default.get_config()
   config.seeds = tuple(range(8))
-  config.steps = 400
-  config.model = {'name': 'vit', 'patch': 2, 'width': 64, 'depth': 2, 'heads': 4}
+  config.steps = 600
+  config.batch_size = 32
+  config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
   config.optimizer.learning_rate = 2e-3
   pruned = {'name': 'random_pruning', 'sparsity': 0.95, 'where': ['attention/*/kernel', 'mlp/*/kernel', 'head/kernel']}
   recipes = {'dense': {'name': 'dense'}, 'ERK': {**pruned, 'allocation': 'erk'}}
   config.recipes = {f'{name}-{width}': recipe for width in WIDTHS for name, recipe in recipes.items()}
-  config.recipes['uniform-64'] = {**pruned, 'allocation': 'uniform'}
+  config.recipes['uniform-48'] = {**pruned, 'allocation': 'uniform'}
   config.models = {f'{name}-{width}': {'width': width} for width in WIDTHS for name in recipes}
   return config
