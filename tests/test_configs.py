@@ -30,16 +30,6 @@ def text(tmp_path_factory):
   return path
 
 
-@pytest.fixture(scope='module')
-def names(text):
-  """By model: data that are not downloaded. Text is a file, sentences are written here, images are digits."""
-  folder = text.parent / sentences.NAME
-  folder.mkdir()
-  for file in sentences.FILES.values():
-    (folder / file).write_text('a good film\t1\na bad one\t0\n' * 4)
-  return {'lm': text, 'minilm': sentences.NAME}
-
-
 def smaller(path, text, directory):
   """Changes that train the config's last run alone, at toy size. The others are made here."""
   config = configs.load(path)
