@@ -9,6 +9,8 @@ instead of BERT-base, half an epoch instead of several, no dropout, embeddings a
 
 Not yet run with all seeds. On two CPU cores, jax 0.10.2, a dense step of one seed takes 0.63 CPU seconds, and 1.06
 times that under `vmap` over five: at best 1,000 s for the three runs, without compilation, evaluation and masks.
+One seed, on a shared machine: 73.4 % of the validation sentences right by magnitude, 49.1 % by movement, which
+is chance. So short a fine-tuning says nothing for movement; do not read the claim off it before `steps` is larger.
 """
 
 from experiments.configs import default
