@@ -98,6 +98,10 @@ def random_search(outcomes: Outcomes) -> list[Comparison]:
   return [better(outcomes, f'random-{percent}', f'search-{percent}', bar=-1.0) for percent in (75, 90)]
 
 
+def movement(outcomes: Outcomes) -> list[Comparison]:
+  return [better(outcomes, 'movement', 'magnitude')]
+
+
 def freezing(outcomes: Outcomes) -> list[Comparison]:
   return [better(outcomes, 'FreezeNet', 'SNIP')]
 
@@ -127,6 +131,8 @@ CLAIMS = (
     Claim(4, 'Random search', 'The best of many random subnetworks is no better than any one of them; here: it is '
           'better by less than one point of accuracy.', 'Farahani 2024, random search in node space',
           'random_search_vit_digits', random_search, trained),
+    Claim(5, 'Movement pruning', 'In fine-tuning to 10 % of the weights movement is better than magnitude.',
+          'Sanh et al. 2020, Movement Pruning, 2005.07683', 'movement_minilm_sst2', movement, trained),
     Claim(7, 'FreezeNet', 'With 1 % of the weights trained, the others frozen are better than the others zero (SNIP).',
           'Wimmer et al. 2020, FreezeNet, 2011.14087', 'freeze_cnn_mnist', freezing, trained),
     Claim(8, 'Layer collapse', 'SNIP empties whole layers, and nothing trains then, where SynFlow and robust pruning '
