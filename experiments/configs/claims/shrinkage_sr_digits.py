@@ -5,7 +5,8 @@ r"""ISS-P against hard magnitude in 2x super-resolution: 90 and 95 % from a rand
 The claim (Wang et al. 2023, 2303.09650): weights that shrink a little at each step end better than weights that are set
 to zero at each step (`shrink=0`, the hard thresholding of their code), and than magnitude at initialisation.
 
-Not yet run.
+Not yet run with these steps. With 600, on two busy CPU cores, jax 0.10.2, 9 to 11 s of training a run: 20.04 dB dense;
+ISS-P minus hard -0.06 +- 0.10 dB at 90 % and -0.23 +- 0.28 at 95 %, minus once -0.06 +- 0.06 and -0.38 +- 0.23.
 """
 
 from experiments.configs import default
@@ -14,7 +15,7 @@ from experiments.configs import default
 def get_config():
   config = default.get_config()
   config.seeds = tuple(range(5))
-  config.steps = 600
+  config.steps = 2400
   config.batch_size = 32
   config.data.task = 'super_resolution'
   config.model = {'name': 'sr', 'width': 24, 'depth': 3}
