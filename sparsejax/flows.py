@@ -119,7 +119,7 @@ def _whole(master: Array, mask: Array, signals: Signals) -> Array:
 
 def _shrunk(master: Array, mask: Array, signals: Signals, ratio: float) -> Array:
   del signals
-  return jnp.where(mask, master, ratio * master)
+  return jnp.where(mask, master, master * jnp.asarray(ratio, master.dtype))
 
 
 def _fixed(master: Array, mask: Array, signals: Signals) -> Array:

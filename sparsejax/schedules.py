@@ -150,7 +150,7 @@ def _before(step: Step, schedule: Schedule, end: int) -> Any:
 
 
 def _density_decay(step: Step, sparsity: float, end: int) -> Any:
-  part = 1.0 - jnp.exp(jnp.log(1.0 - jnp.float32(sparsity)) * _progress(step, 0, end))
+  part = 1.0 - jnp.float32(1.0 - sparsity) ** _progress(step, 0, end)
   return jnp.where(jnp.asarray(step) < end, part / sparsity, 1.0) if sparsity else jnp.asarray(step) >= end
 
 

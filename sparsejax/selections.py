@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax import allocation as allocations
@@ -130,13 +131,20 @@ def _check_comparable(leaves: Leaves, sparsity: float | None) -> None:
 def _competed(allocation: allocations.Ranked, leaves: Leaves, own: list[Pattern], ranks: list[Array], asked: Any):
   """How many units each layer of each leaf keeps, as `ranking.Count`s, of all of them ranked together."""
   pools = [p.pooled(x, leaf.axes) for p, x, leaf in zip(own, ranks, leaves)]
-  values = [allocation.normalise(pool.scores) if allocation.normalise else pool.scores for pool in pools]
+  values = [_by_layer(allocation.normalise, pool) if allocation.normalise else pool.scores for pool in pools]
   masks = ranking.top_n_of_leaves(values, patterns.kept_of(asked, sum(math.prod(v.shape) for v in values)))
   counts = []
   for mask, pool in zip(masks, pools):
     along = tuple(a for a in range(mask.ndim) if a not in pool.layers)
     counts.append(ranking.count(jnp.sum(mask, along, dtype=jnp.int32)))
   return counts
+
+
+def _by_layer(normalise: Callable[[Array], Array], pool: patterns.Pooled) -> Array:
+  """Layers are matrices of their own, however they are stored."""
+  for axis in sorted(pool.layers):
+    normalise = jax.vmap(normalise, axis, axis)
+  return normalise(pool.scores)
 
 
 def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False) -> Selection:
@@ -225,7 +233,7 @@ def redistributed(
     for leaf, alive, g in zip(leaves, survivors, growing):
       shape = [leaf.shape[a] for a in leaf.axes.layer]
       counts, at = grown[at:at + math.prod(shape)].reshape(shape), at + math.prod(shape)
-      chosen.append(pattern(jnp.where(alive, jnp.inf, g), ranking.count(counts), leaf.axes))
+      chosen.append(pattern(jnp.where(alive, jnp.inf, updates.bounded(g)), ranking.count(counts), leaf.axes))
     return chosen, [trees.DENSE] * len(chosen)
 
   return Selection(plan, select, first, None, *_of(memory))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax import trees
 from sparsejax.types import Array, PyTree, Start
 
 Probe = Callable[[PyTree], PyTree]
@@ -46,10 +47,14 @@ def gradient(loss: Loss) -> Probe:
 
 
 def hessian_gradient(loss: Loss) -> Probe:
-  """H g, the Hessian of the loss times its gradient, g held fixed (Wang et al. 2020, GraSP, equation 8)."""
+  """H g, the Hessian of the loss times its gradient, g held fixed (Wang et al. 2020, GraSP, equation 8).
+
+  Of the matrices alone, as in the authors' code: biases and norms have no part in g.
+  """
   def probe(params: PyTree) -> PyTree:
-    grad = jax.grad(loss)
-    return jax.jvp(grad, (params,), (grad(params),))[1]
+    paths, leaves, treedef = trees.flatten(jax.grad(loss)(params))
+    moving = [g if trees.matrices(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]
+    return jax.jvp(jax.grad(loss), (params,), (treedef.unflatten(moving),))[1]
 
   return probe
 

@@ -38,10 +38,10 @@ class Plan:
 class SparseState(NamedTuple):
   """The memory of a sparse optimizer. Trees have the parameters' structure, `optax.MaskedNode` where nothing is kept.
 
-  `step`: `int32[]`, updates so far. `key`: PRNG key or `None`. `masks`: `bool` like the sparse parameters, of the
-  point that the user holds. `master`: dense weights behind it (none for fixed masks), float32 for narrower parameters.
-  `stats`: what the selection hands to the flow or remembers of a leaf: nothing, a scalar, or arrays like it. `inner`:
-  the user's optimizer's state.
+  `step`: `int32[]`, updates so far. `key`: of random scores, `uint32[2]`, or `None`. `masks`: `bool` like the sparse
+  parameters, of the point that the user holds. `master`: dense weights behind it (none for fixed masks), float32 for
+  narrower parameters. `stats`: what the selection hands to the flow or remembers of a leaf: nothing, a scalar, or arrays
+  like it. `inner`: the user's optimizer's state.
   """
 
   step: Array

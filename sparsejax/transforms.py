@@ -19,6 +19,7 @@ from sparsejax.selections import Selection
 from sparsejax.states import Plan, SparseState
 from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Schedule, Signals
 
+_KEYS = 'threefry2x32'
 SLOTS = ('kept', 'fresh')
 _LINE_SEARCHES = (optax.ScaleByLBFGSState, optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
@@ -94,7 +95,7 @@ def sparsify(
   def first(tree: _Leaves, params: PyTree, weights, masks, stats):
     """The first masks and stats, and the weights that go with them."""
     def signals(step=0, grads=None, key=key):
-      return tree.signals(jnp.asarray(step, jnp.int32), stats, grads, key)
+      return tree.signals(jnp.asarray(step, jnp.int32), stats, grads, _plain(key))
 
     begun = lambda masks: [flow.begin(*each) for each in zip(weights, masks, signals())] if flow.begin else weights
     choose = lambda masks, probe=None, step=0, key=key: chosen(
@@ -123,8 +124,8 @@ def sparsify(
     if flow.dense or not never:
       _refuse_line_search(inner_state)
     return SparseState(
-        step=jnp.zeros((), jnp.int32), key=key, masks=tree.put(masks), master=tree.put(weights if flow.dense else None),
-        stats=tree.put(stats), inner=inner_state, plan=tree.plan)
+        step=jnp.zeros((), jnp.int32), key=_plain(key), masks=tree.put(masks),
+        master=tree.put(weights if flow.dense else None), stats=tree.put(stats), inner=inner_state, plan=tree.plan)
 
   def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
     if params is None:
@@ -266,7 +267,8 @@ class _Leaves:
 
   def signals(self, step: Array, stats: Sequence[Any], grads: Sequence[Any] | None = None, key=None) -> list[Signals]:
     """What the words may look at, one `Signals` for each sparse leaf."""
-    keys = [key if key is None else jax.random.fold_in(jax.random.fold_in(key, step), i) for i in self.index]
+    now = key if key is None else jax.random.fold_in(jax.random.wrap_key_data(key, impl=_KEYS), step)
+    keys = [now if now is None else jax.random.fold_in(now, i) for i in self.index]
     grads = [None] * len(self.index) if grads is None else grads
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
 
@@ -331,6 +333,11 @@ def _default_where(axes: Mapping[str, Axes] | None) -> Predicate:
   if axes is None:
     return trees.matrices
   return lambda path, leaf: trees.matrices(path, leaf) and bool(trees.tails(path, axes))
+
+
+def _plain(key: Array | None) -> Array | None:
+  """A key of its own as `uint32[2]`, whatever kind the given one is: NumPy and checkpoints do not know typed keys."""
+  return None if key is None else jax.random.key_data(jax.random.key(jax.random.bits(key), impl=_KEYS))
 
 
 def _master_of(w: Array) -> Array:

@@ -7,6 +7,7 @@ is a fraction of the count, rounded down, by which fewer are kept.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax import ranking
@@ -27,9 +28,13 @@ def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array,
 
 def kept_first(mask: Array, scores: Array) -> Array:
   """Scores that rank everything pruned last; a kept NaN or -inf still goes before it is its turn."""
-  least = jnp.finfo(jnp.float32).min
-  kept = jnp.nan_to_num(scores.astype(jnp.float32), nan=least, neginf=least)
-  return jnp.where(mask, kept, -jnp.inf)
+  return jnp.where(mask, bounded(scores), -jnp.inf)
+
+
+def bounded(scores: Array) -> Array:
+  """The scores in `float32`, NaN as the least, clipped so that no sum over a unit of them is as large as infinity."""
+  most = jnp.finfo(jnp.float32).max / (2 * max(scores.size, 1))
+  return jnp.clip(jnp.nan_to_num(scores.astype(jnp.float32), nan=-most), -most, most)
 
 
 def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
@@ -43,8 +48,7 @@ def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
   """
   def update(mask, scores, select, w, signals):
     survivors = select(kept_first(mask, scores), fraction(signals.step)) & mask
-    growing = jnp.nan_to_num(grow(w, signals), nan=jnp.finfo(jnp.float32).min, posinf=jnp.finfo(jnp.float32).max)
-    return select(jnp.where(survivors, jnp.inf, growing))
+    return select(jnp.where(survivors, jnp.inf, bounded(grow(w, signals))))
 
   return update
 
@@ -53,17 +57,24 @@ def swap(fraction: Schedule) -> Update:
   """Exchanges at most `fraction(step)`, rounded up, of what would change: the short restriction of lottery jackpots.
 
   Zhang et al. 2023, Lottery Jackpots Exist in Pre-trained Models, section 3.3: of the pruned weights that `select`
-  would keep the best are taken in, for the worst of those that it would not. Counts per leaf, so unstructured only.
+  would keep the best are taken in, for the worst of those that it would not. Counts per layer, so unstructured only.
   The released code changes nothing where scores tie at the border; here ties keep the lower index.
   """
-  def update(mask, scores, select, w, signals):
-    new = select(scores)
+  def exchanged(mask, new, scores, share):
     come, go = new & ~mask, mask & ~new
-    changes = jnp.sum(come, dtype=jnp.int32)
-    most = jnp.ceil(jnp.asarray(fraction(signals.step), jnp.float32) * changes).astype(jnp.int32)
+    changes, scores = jnp.sum(come, dtype=jnp.int32), bounded(scores)  # NaN would go last into either direction
+    most = jnp.ceil(share * changes.astype(jnp.float32)).astype(jnp.int32)
     taken = ranking.top_n(jnp.where(come, scores, -jnp.inf), most) & come
     left = ranking.top_n(jnp.where(go, -scores, -jnp.inf), most) & go
     return (mask | taken) & ~left
+
+  def update(mask, scores, select, w, signals):
+    layers, each = signals.axes.layer if signals.axes else (), exchanged
+    for _ in layers:
+      each = jax.vmap(each, in_axes=(0, 0, 0, None))
+    front = tuple(range(len(layers)))
+    moved = [jnp.moveaxis(x, layers, front) for x in (mask, select(scores), scores)]
+    return jnp.moveaxis(each(*moved, jnp.asarray(fraction(signals.step), jnp.float32)), front, layers)
 
   return update
 
@@ -74,12 +85,12 @@ def shared_out(total: Array, weights: Array, room: Array) -> Array:
   What does not fit, and what rounding down leaves, goes to those that still have room, the largest weights first.
   Raises nothing: the caller sees to it that `total` fits into all the room.
   """
-  given = jnp.zeros_like(room)
+  given, weights = jnp.zeros_like(room), jnp.maximum(bounded(weights), 0)
   for _ in range(weights.size):
-    open_ = jnp.where(given < room, jnp.maximum(weights, 0), 0)
+    open_, missing = jnp.where(given < room, weights, 0), total - jnp.sum(given)
     part = open_ / jnp.maximum(jnp.sum(open_), jnp.finfo(jnp.float32).tiny)
-    more = jnp.floor(part * (total - jnp.sum(given)).astype(jnp.float32)).astype(jnp.int32)
-    given = jnp.minimum(given + more, room)
+    more = jnp.minimum(jnp.floor(part * missing.astype(jnp.float32)).astype(jnp.int32), room - given)
+    given += jnp.clip(missing - (jnp.cumsum(more) - more), 0, more)  # above 2^24 a float32 rounds up, too
   order = jnp.argsort(-weights, stable=True)
   left = (room - given)[order]
   before = jnp.cumsum(left) - left

@@ -65,7 +65,8 @@ class Case(NamedTuple):
   def make(self, inner: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
     """The optimizer, made from scratch every time, as users do inside of a step."""
     recipe = recipes.TABLE[self.recipe]
-    signals = {key: value for key, value in SIGNALS.items() if key in recipes.arguments(recipe)}
+    valid = {*recipes.arguments(recipe)} - ({'key'} if self.recipe not in RANDOM else set())
+    signals = {key: value for key, value in SIGNALS.items() if key in valid}
     return recipe(optax.sgd(0.3, momentum=0.5) if inner is None else inner, **signals | self.options)
 
 
@@ -73,7 +74,7 @@ PROMISES = {
     'dense': Promise(),
     'ste': Promise(((2, 4),)),
     'sr_ste': Promise(((2, 4),)),
-    'asp': Promise(((2, 4),)),
+    'asp': Promise(((2, 4),), memory=1),
     'mdgf': Promise(((2, 4),), None),  # by default it decays over 5000 updates
     'sdgf_stepwise': Promise(((3, 4), (2, 4))),
     'sdgf_geometric': Promise(((16, 32), (8, 16), (4, 8), (2, 4))),
@@ -83,7 +84,8 @@ PROMISES = {
                      'iterative_magnitude', 'snip'), Promise(fixed=True, counts=True, memory=1)),
     'robust_at_init': Promise(fixed=True, counts=True),
     'freeze_net': Promise(zeros_from=None, fixed=True, counts=True, memory=1),
-    **dict.fromkeys(('set_', 'rigl'), Promise(counts=True, memory=1)),
+    'set_': Promise(counts=True, memory=1),
+    'rigl': Promise(counts=True, memory=1, trained=False),  # an update of its mask moves no weight
     'snfs': Promise(counts=True),
     'gradual_magnitude': Promise(memory=1),
     'movement_pruning': Promise(memory=9),
@@ -95,11 +97,12 @@ PROMISES = {
 # What a recipe cannot do without, or by default would not do within a dozen updates.
 OPTIONS = {
     **dict.fromkeys(('set_', 'rigl', 'snfs'), {'every': 2, 'fraction': 0.4}),
-    'gradual_magnitude': {'every': 2}, 'soft_movement_pruning': {'score_optimizer': optax.adam(1.0)},
+    'gradual_magnitude': {'every': 2}, 'soft_movement_pruning': {'score_optimizer': optax.sgd(5.0)},
     'iterative_soft_shrinkage': {'fine_tune_steps': TUNED}, 'synflow': {'rounds': 5},
     'random_search': {'candidates': 3},
     'global_sparse_momentum': {'sparsity': 0.7},
 }
+RANDOM = ('random_pruning', 'random_search', 'static_sparse', 'set_', 'rigl', 'snfs')
 # At initialisation a recipe may look at a loss, at outputs and at a key: of any pytree of parameters, and of each leaf
 # by itself, so that it is the same for a shard of it.
 SIGNALS = {

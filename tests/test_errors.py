@@ -181,7 +181,8 @@ REFUSALS = {
         lambda: from_config({'name': 'sr_ste', 'dacay': 0.1}),
         ['from_config', "'sr_ste'", "'dacay'", "Did you mean 'decay'", *sorted(recipes.arguments(recipes.sr_ste))]),
     'a key of another recipe': (
-        lambda: from_config({'name': 'ste', 'decay': 0.1}), ["'ste'", "'decay'", 'Valid: allow_empty, axes, dense_steps']),
+        lambda: from_config({'name': 'ste', 'decay': 0.1}),
+        ["'ste'", "'decay'", 'Valid: allow_empty, axes, dense_steps']),
     'unknown schedule': (lambda: from_config({'name': 'mdgf', 'decay': {'name': 'liner', 'end': 5}}),
                          ['schedules.named', "'liner'", "Did you mean 'linear'", 'constant, cosine']),
     'unknown argument of a schedule': (
