@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 import rich.console
 
-from experiments import configs, records, results, tasks, train
+from experiments import configs, records, results, tasks, tickets, train
 
 CONFIGS = pathlib.Path(__file__).parent / 'configs' / 'claims'
 REFUSED = 2  # exit status
@@ -53,12 +53,18 @@ class Claim(NamedTuple):
   run: Callable[[pathlib.Path, pathlib.Path, Sequence[str]], Outcomes]
 
 
-def trained(config: pathlib.Path, workdir: pathlib.Path, overrides: Sequence[str]) -> Outcomes:
-  """The outcomes of `experiments.train`."""
+def trained(config: pathlib.Path, workdir: pathlib.Path, overrides: Sequence[str],
+            program: Callable[[Sequence[str]], int] = train.main) -> Outcomes:
+  """The outcomes of `experiments.train`, or of another program that writes its `results.json` like it."""
   changes = [part for override in overrides for part in ('--set', override)]
-  if status := train.main(['--config', str(config), '--workdir', str(workdir), *changes]):
+  if status := program(['--config', str(config), '--workdir', str(workdir), *changes]):
     raise SystemExit(status)
   return {outcome['name']: outcome for outcome in json.loads((workdir / 'results.json').read_text())['outcomes']}
+
+
+def retrained(config: pathlib.Path, workdir: pathlib.Path, overrides: Sequence[str]) -> Outcomes:
+  """The outcomes of `experiments.tickets`."""
+  return trained(config, workdir, overrides, tickets.main)
 
 
 # What is compared.
@@ -102,6 +108,13 @@ def movement(outcomes: Outcomes) -> list[Comparison]:
   return [better(outcomes, 'movement', 'magnitude')]
 
 
+def soups(outcomes: Outcomes) -> list[Comparison]:
+  members = [scores(outcomes, name) for name in outcomes if name.startswith('member-')]
+  of_soup = scores(outcomes, 'soup')
+  unit = tasks.named(outcomes['soup']['task']).unit
+  return [Comparison('soup > mean of members', unit, of_soup, np.mean(members, axis=0))]
+
+
 def freezing(outcomes: Outcomes) -> list[Comparison]:
   return [better(outcomes, 'FreezeNet', 'SNIP')]
 
@@ -133,6 +146,9 @@ CLAIMS = (
           'random_search_vit_digits', random_search, trained),
     Claim(5, 'Movement pruning', 'In fine-tuning to 10 % of the weights movement is better than magnitude.',
           'Sanh et al. 2020, Movement Pruning, 2005.07683', 'movement_minilm_sst2', movement, trained),
+    Claim(6, 'Sparse model soups', 'At 90 % the average of models that were retrained from one pruned model is better '
+          'than these are in the mean.', 'Zimmer et al. 2023, Sparse Model Soups, 2306.16788', 'soup_vit_digits', soups,
+          retrained),
     Claim(7, 'FreezeNet', 'With 1 % of the weights trained, the others frozen are better than the others zero (SNIP).',
           'Wimmer et al. 2020, FreezeNet, 2011.14087', 'freeze_cnn_mnist', freezing, trained),
     Claim(8, 'Layer collapse', 'SNIP empties whole layers, and nothing trains then, where SynFlow and robust pruning '

@@ -30,6 +30,7 @@ class Model(NamedTuple):
   predict: evaluate.Predict
   contractions: Mapping[str, Axes]
   by_seed: Callable[..., Any]  # wraps a function of one seed's params so that `jax.vmap` of it is fast
+  signals: Callable[[], Mapping[str, PyTree]] = lambda: {}  # further ones for the first sparse point, of all seeds
 
 
 class Setup(NamedTuple):
@@ -142,24 +143,26 @@ def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStru
 def _start(setup: Setup, name: str, scored: data.Batch) -> Callable[[], State]:
   """`() -> State`: the recipe's first sparse point of the initial weights.
 
-  What it may choose that by: the loss on `scored`, the outputs on an input of ones, and a key of the seed.
+  What it may choose that by: the loss on `scored`, the outputs on an input of ones, a key of the seed, and what the
+  model has as `signals`.
   """
   model, seeds = setup.models[name], np.array(setup.config.seeds, np.uint32)
 
-  def sparse(seed: Array, params: PyTree, batch: data.Batch) -> State:
+  def sparse(seed: Array, params: PyTree, batch: data.Batch, given: Mapping[str, PyTree]) -> State:
     tx = _transform(setup, name, {
         'loss': lambda params, temperature=1.0: setup.task.loss(
             model.apply(params, batch['inputs']) / temperature, batch['labels']),
         'outputs': lambda params: model.apply(params, jnp.ones_like(batch['inputs'][:1])),
         'key': _key(seed),
+        **given,
     })
     opt_state = tx.init(params)
     return State(sparsejax.project(params, opt_state), opt_state)
 
   every = jax.vmap(sparse)
-  shapes = jax.eval_shape(every, seeds, jax.eval_shape(model.initial), scored)
+  shapes = jax.eval_shape(every, seeds, *jax.eval_shape(lambda: (model.initial(), scored, model.signals())))
   compiled = jax.jit(every, out_shardings=sharding.of_state(setup.layout, shapes))
-  return lambda: compiled(seeds, model.initial(), scored)
+  return lambda: compiled(seeds, model.initial(), scored, model.signals())
 
 
 def _key(seed: Array) -> Array:

@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,16 @@ from experiments.signals import Signals
 from sparsejax import metrics
 from sparsejax.types import Array
 
+Loop = Callable[[ConfigDict, pathlib.Path, Signals, str], int]  # (config, workdir, signals, command) -> exit status
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  asked = _parsed(arguments)
+
+def main(arguments: Sequence[str] | None = None, program: str = 'train', loop: Loop | None = None) -> int:
+  """Runs `loop`, default `compare`, as `python -m experiments.<program>`. Returns the exit status."""
+  asked = _parsed(arguments, program)
   for name in ('absl', 'asyncio'):  # Orbax and TFDS log their every step, and what they raise too
     logging.getLogger(name).setLevel(logging.CRITICAL)
   python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-  again = shlex.join([python, '-m', 'experiments.train', *(sys.argv[1:] if arguments is None else arguments)])
+  again = shlex.join([python, '-m', f'experiments.{program}', *(sys.argv[1:] if arguments is None else arguments)])
   again += ', and every other process with its own' if asked.distributed else ''
   patience = hosts.LEAVE
   try:
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.distributed:
       hosts.join(asked.distributed, workdir / 'logs')
     with Signals() as signals:
-      status, patience = compare(config, workdir, signals, again), hosts.JOIN
+      status, patience = (loop or compare)(config, workdir, signals, again), hosts.JOIN
   except KeyboardInterrupt:
     hosts.say(f'Interrupted at once: what follows the last checkpoint is lost. Resume with: {again}')
     status, patience = 130, 0
@@ -63,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return hosts.leave(status, patience)
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog='python -m experiments.train', description='Trains the runs of a config.',
-                                   allow_abbrev=False)
+def _parsed(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog=f'python -m experiments.{program}', allow_abbrev=False,
+                                   description='Trains the runs of a config.')
   parser.add_argument('--config', required=True, help='a Python file with get_config(); see experiments/configs')
   parser.add_argument('--workdir', required=True, help='where checkpoints, metrics and results go, and resume from')
   parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change one value of the config')
@@ -80,13 +83,15 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def compare(config: ConfigDict, workdir: pathlib.Path, signals: Signals, again: str) -> int:
   """Trains and tests each run that is not finished yet, then shows all of them. Returns the exit status."""
+  if config.tickets is not None:
+    raise ValueError('config: tickets is for rounds of pruning: give the same to python -m experiments.tickets.')
   workdir.mkdir(parents=True, exist_ok=True)
   hosts.check(configs.plain(config), workdir)
   console = rich.console.Console(file=None if hosts.leads() else io.StringIO())
   directories = {name: workdir / name for name in configs.runs(config)}
   todo = [name for name, directory in directories.items() if hosts.first(outcomes.read(directory, config) is None)]
   with Progress(len(todo), config.steps, console) as progress:
-    _say_what_changed(config, workdir, progress)
+    say_what_changed(config, workdir, progress)
     progress.doing('reading data, tracing')
     setup = prepare(config) if todo else None
     runs = build(setup, directories) if todo else {}
@@ -192,7 +197,7 @@ def _reason(error: Exception, workdir: str) -> str:
           'it goes on from the last checkpoint.')
 
 
-def _say_what_changed(config: ConfigDict, workdir: pathlib.Path, progress: Progress) -> None:
+def say_what_changed(config: ConfigDict, workdir: pathlib.Path, progress: Progress) -> None:
   path = workdir / 'config.json'
   if path.exists():
     for difference in configs.differences(json.loads(path.read_text()), configs.plain(config)):

@@ -1,6 +1,7 @@
 """Every config is strict, says how it is run and what came out, and trains at toy size."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def test_a_claim_is_traced_at_toy_size(path, text, tmp_path, standard_promotion)
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_docstring_has_the_command_and_a_measurement(path):
   doc = path.read_text()
-  assert 'python -m experiments.train' in doc and str(path.relative_to(ROOT)) in doc
+  assert re.search(r'python -m experiments\.(train|tickets) ', doc) and str(path.relative_to(ROOT)) in doc
   assert 'Measured on' in doc or 'Not yet run' in doc
 
 

@@ -38,6 +38,8 @@ def get_config() -> ConfigDict:
   }
   # One run each, in this order. The first is the baseline of the differences in the results.
   config.recipes = {'dense': {'name': 'dense'}}
+  # Rounds of pruning and retraining, by experiments.tickets alone: what is not as in its `DEFAULTS`.
+  config.tickets = None
   config.measure_every = 10  # steps from one line of metrics to the next
   config.validate_every = 100
   config.checkpoint_every = 100
