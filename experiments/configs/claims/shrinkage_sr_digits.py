@@ -15,7 +15,7 @@ from experiments.configs import default
 def get_config():
   config = default.get_config()
   config.seeds = tuple(range(5))
-  config.steps = 2400
+  config.steps = 1200
   config.batch_size = 32
   config.data.task = 'super_resolution'
   config.model = {'name': 'sr', 'width': 24, 'depth': 3}
