@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import claims, configs, outcomes, runs, tickets, train
+from experiments import claims, configs, runs, tickets, train
 from sparsejax import io, trees
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -142,20 +142,16 @@ def test_a_finished_job_is_shown_again_and_one_of_another_config_refused(folder,
   assert 'tickets.sparsity: 0.75 -> 0.8' in said(capsys)
 
 
-def test_resumes_after_a_round_and_inside_of_one_bit_for_bit(folder, whole, tmp_path):
-  left = {'after': lambda copy: shutil.rmtree(copy / 'round-2'),
-          'inside': lambda copy: [(copy / 'round-1' / outcomes.FILE).unlink(), shutil.rmtree(copy / 'round-2'),
-                                  shutil.rmtree(copy / 'round-1/checkpoints/3')]}
-  wanted = json.loads((whole / 'results.json').read_text())
-  for place, kill in left.items():
-    shutil.copytree(whole, copy := tmp_path / place)
-    (copy / 'results.json').unlink()
-    kill(copy)
-    assert call(folder, copy) == 0
-    assert bits(copy) == bits(whole)
-    found = json.loads((copy / 'results.json').read_text())
-    assert [one['test'] for one in found['outcomes']] == [one['test'] for one in wanted['outcomes']]
-    assert found['barriers'] == wanted['barriers']
+def test_resumes_after_a_finished_round_bit_for_bit(folder, whole, tmp_path):
+  """Inside of a round it is `train.train` that resumes, and `test_train` that says so."""
+  shutil.copytree(whole, copy := tmp_path / 'copy')
+  (copy / 'results.json').unlink()
+  shutil.rmtree(copy / 'round-2')
+  assert call(folder, copy) == 0
+  assert bits(copy) == bits(whole)
+  found, wanted = (json.loads((workdir / 'results.json').read_text()) for workdir in (copy, whole))
+  assert [one['test'] for one in found['outcomes']] == [one['test'] for one in wanted['outcomes']]
+  assert found['barriers'] == wanted['barriers']
 
 
 def test_a_signal_stops_it_between_two_steps(folder, tmp_path, monkeypatch, capsys):
