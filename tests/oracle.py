@@ -24,6 +24,19 @@ def n_of_m(scores, n, m, contracted):
   return np.moveaxis(mask.reshape(moved.shape), last, contracted)
 
 
+def channels(scores, kept, axes):
+  """Mask of the `kept` output channels with the largest sums, in each layer."""
+  s = np.asarray(scores, np.float64)
+  order = (*axes.layer, *sorted(axes.output), *axes.contracted, *axes.spatial)
+  moved = np.transpose(s, order)
+  layers = int(np.prod([s.shape[a] for a in axes.layer], dtype=int))
+  count = int(np.prod([s.shape[a] for a in axes.output], dtype=int))
+  with np.errstate(invalid='ignore'):
+    mask = best(moved.reshape(layers, count, -1).sum(-1), kept)
+  whole = np.broadcast_to(mask[..., None], (layers, count, s.size // (layers * count))).reshape(moved.shape)
+  return np.transpose(whole, np.argsort(order))
+
+
 def blocks(scores, kept, shape, axes):
   """Mask of the `kept` blocks of `shape`, along (contraction, output), with the largest sums, in each layer."""
   if axes.layer:

@@ -49,6 +49,7 @@ def without(params, *path):
   return {k: v for k, v in params.items() if k != key} if not rest else params | {key: without(params[key], *rest)}
 
 
+LOUD = jax.tree.map(lambda w: w, PARAMS) | {'head': {'kernel': jnp.full((24, 6), 2.0)}}  # more than half of it all
 ARRAYS = recipes.sr_ste(SGD, decay=jnp.float32(0.1))  # a coefficient that cannot be compared, so not part of a state
 
 # What is done, and all that the answer says, in this order.
@@ -172,7 +173,68 @@ REFUSALS = {
         ['scores.gradient', 'gradient of this leaf', 'magnitude or random']),
     'no key': (lambda: start(transforms.sparsify(SGD, flows.hard(), selections.leafwise('2:4', score=scores.random))),
                ['scores.random', 'PRNG key', 'key=jax.random.key(seed)']),
+    'no loss to take a Hessian of': (lambda: recipes.grasp(SGD), ['recipes.grasp', '`loss=`', 'params -> scalar']),
+    'no loss on the edge': (
+        lambda: recipes.robust_at_init(SGD), ['recipes.robust_at_init', '`loss=`', 'params -> scalar']),
+    'no loss to search by': (
+        lambda: recipes.random_search(SGD), ['recipes.random_search', '`loss=`', 'params -> scalar']),
+    'no outputs': (lambda: recipes.synflow(SGD), ['recipes.synflow', '`outputs=`', 'params -> outputs', 'ones']),
+    **{f'no key for {recipe.__name__}': (
+        lambda recipe=recipe, options=options: start(recipe(SGD, 0.5, **options)),
+        ['PRNG key', 'key=jax.random.key(seed)'])
+       for recipe, options in ((recipes.random_pruning, {}), (recipes.static_sparse, {}), (recipes.set_, {'end': 9}),
+                               (recipes.rigl, {'end': 9}), (recipes.snfs, {'end': 9}))},
+    # Layers that would be empty.
+    'a share that empties a layer': (
+        lambda: start(recipes.static_sparse(SGD, 0.99, allocation=allocation.uniform, key=SIGNALS['key']),
+                      {'fc': {'kernel': jnp.ones((16, 8))}, 'head': {'kernel': jnp.ones((5, 4))}}),
+        ["'head/kernel' of shape (5, 4)", 'sparsity of 0.99 keeps nothing of 20 units', 'erk', 'allow_empty=True']),
+    'channels that empty a layer': (
+        lambda: start(recipes.magnitude_at_init(SGD, pattern=sparsejax.Channel(0.9), allocation=allocation.uniform)),
+        ["'head/kernel' of shape (24, 4)", 'sparsity of 0.9 keeps nothing of 4 units', 'allow_empty=True']),
+    'a rank that empties a layer': (
+        lambda: start(recipes.magnitude_at_init(SGD, 0.5), LOUD),
+        ["'fc/kernel' of shape (16, 8)", 'the first mask keeps nothing', 'erk', 'allow_empty=True']),
+    # Ramps and ends.
+    'a gradual ramp that nobody ends': (
+        lambda: recipes.gradual_magnitude(SGD), ['recipes.gradual_magnitude', 'total_steps=', 'end=']),
+    'a gradual ramp that ends after training': (
+        lambda: recipes.gradual_magnitude(SGD, end=11, total_steps=10),
+        ['recipes.gradual_magnitude', 'begin=0 to end=11', '10 updates', 'raise total_steps']),
+    'a gradual ramp into the fine-tune phase': (
+        lambda: recipes.movement_pruning(SGD, end=9, total_steps=10, fine_tune_steps=2),
+        ['recipes.movement_pruning', 'end=9', '8 updates', 'fine-tune']),
+    'a gradual ramp that ends before it begins': (
+        lambda: recipes.soft_movement_pruning(SGD, begin=5, end=5), ['soft_movement_pruning', 'begin=5 to end=5']),
+    'a mask that moves after training': (
+        lambda: recipes.rigl(SGD, end=11, total_steps=10), ['recipes.rigl', 'end=11', '10 updates']),
+    'a mask that moves without end': (lambda: recipes.snfs(SGD), ['recipes.snfs', 'total_steps=', 'end=']),
+    **{f'nothing to grow into for {recipe.__name__}': (
+        lambda recipe=recipe, asked=asked: recipe(SGD, end=9, key=SIGNALS['key'], **asked),
+        [f'recipes.{recipe.__name__}', 'nothing is pruned', 'grow into', '`sparsity`'])
+       for recipe, asked in ((recipes.set_, {'sparsity': 0.0}), (recipes.rigl, {'pattern': Unstructured(0.0)}),
+                             (recipes.snfs, {'sparsity': 0}), (recipes.rigl, {'pattern': NM(4, 4)}))},
+    'a dense phase before a mask at initialisation': (
+        lambda: recipes.grasp(SGD, loss=SIGNALS['loss'], dense_steps=3), ['dense_steps=3', 'at initialisation']),
+    # Tickets.
+    'a restriction of groups': (
+        lambda: recipes.lottery_jackpot(SGD, pattern=NM(2, 4), restriction=schedules.constant(0.5)),
+        ['recipes.lottery_jackpot', '2:4', 'leave out restriction=', 'unstructured']),
+    'a soup of other masks': (
+        lambda: recipes.model_soup([PARAMS, PARAMS, without(PARAMS, 'head') | {'head': {
+            'kernel': PARAMS['head']['kernel'].at[:2, 1].set(0)}}]),
+        ['recipes.model_soup', "'head/kernel' of shape (24, 4)", 'members 0 and 2 differ in 2 zeros',
+         'one pruned model']),
+    'a soup of nothing': (lambda: recipes.model_soup([]), ['recipes.model_soup', 'no members']),
+    'a soup of more than everything': (
+        lambda: recipes.model_soup([PARAMS, PARAMS], [0.5, 0.6]),
+        ['recipes.model_soup', '[0.5, 0.6]', 'each of 2 members', 'sum to 1']),
+    'a soup with a weight too few': (
+        lambda: recipes.model_soup([PARAMS, PARAMS], [1.0]), ['recipes.model_soup', 'each of 2 members']),
     # Configurations.
+    'unknown allocation': (
+        lambda: from_config({'name': 'snip', 'allocation': 'erx'}),
+        ['allocation.named', "'erx'", "Did you mean 'erk'", 'erdos_renyi, erk, global, lamp, uniform']),
     'unknown recipe': (
         lambda: from_config({'name': 'mdfg'}),
         ['recipes.from_config', "unknown recipe 'mdfg'", "Did you mean 'mdgf'", *sorted(recipes.TABLE)]),
@@ -256,6 +318,17 @@ def test_a_refusal_names_the_place_and_the_remedy(what):
     assert part in text[at:], f'{part!r} is not in {text[at:]!r}'
     at = text.index(part, at) + len(part)
   assert text[0] not in ' \n' and '<function' not in text and len(text) < 700
+
+
+@pytest.mark.parametrize('make, params', [
+    (lambda **options: recipes.static_sparse(
+        SGD, 0.999, allocation=allocation.uniform, key=SIGNALS['key'], **options), PARAMS),
+    (lambda **options: recipes.magnitude_at_init(SGD, 0.5, **options), LOUD)], ids=['by its share', 'by its mask'])
+def test_an_empty_layer_may_be_asked_for(make, params):
+  with pytest.raises(ValueError, match="'fc/kernel' of shape .16, 8.: .* keeps nothing of .*allow_empty=True"):
+    make().init(params)
+  kept = sparsejax.metrics.kept(sparsejax.masks(params, make(allow_empty=True).init(params)))
+  assert kept['fc/kernel'] == 0
 
 
 def test_nothing_is_refused_later_than_at_trace_time():

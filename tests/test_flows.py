@@ -55,9 +55,15 @@ FLOWS = {
     'decayed straight_through': (
         flows.decayed(FADE, 'straight_through'), lambda w, m: w * (m + 0.6 * (1 - m)), lambda w, m, g: g),
     'soft_threshold': (flows.soft_threshold(), rescaled, lambda w, m, g: g),
+    'remembered': (flows.remembered(), lambda w, m: m * w, lambda w, m, g: m * g),
+    'soft_shrink': (flows.soft_shrink(0.9), lambda w, m: w, lambda w, m, g: g),
+    'frozen': (flows.frozen(), lambda w, m: w, lambda w, m, g: m * g),
+    'searched': (flows.searched(), lambda w, m: m * THRESHOLD, lambda w, m, g: THRESHOLD * g),
+    'on_the_edge': (flows.on_the_edge(2.0), lambda w, m: m * w, lambda w, m, g: m * g),
     'until later': (
         flows.until(flows.sr_ste(0.3), 5), lambda w, m: m * w, lambda w, m, g: g + 0.3 * (1 - m) * w),
     'until now': (flows.until(flows.decayed(FADE, 'scaled'), 4), lambda w, m: m * w, lambda w, m, g: m * g),
+    'until past shrinking': (flows.until(flows.soft_shrink(0.9), 4), lambda w, m: m * w, lambda w, m, g: m * g),
     'until long ago': (flows.until(flows.soft_threshold(), 0), lambda w, m: m * w, lambda w, m, g: m * g),
 }
 
@@ -94,6 +100,9 @@ BLOCKING = {
     'hard': flows.hard(),
     'decayed to zero': flows.decayed(schedules.linear(1.0, 0.0, begin=0, end=3), 'scaled'),
     'decayed, constant zero': flows.decayed(schedules.constant(0.0), 'scaled'),
+    'remembered': flows.remembered(),
+    'frozen': flows.frozen(),
+    'on_the_edge': flows.on_the_edge(2.0),
     'after until': flows.until(flows.straight_through(), 4),
 }
 
@@ -108,10 +117,11 @@ def test_what_is_blocked_is_exactly_zero(name, run):
   assert not np.any(np.signbit(found[~m]))
 
 
-POINTS = {name: flow for name, (flow, _, _) in FLOWS.items() if not name.startswith('decayed')}
+NO_ZEROS = ('decayed scaled', 'decayed straight_through', 'soft_shrink', 'frozen')  # at this step, or at any
+POINTS = {name: flow for name, (flow, _, _) in FLOWS.items() if name not in NO_ZEROS}
 
 
-@pytest.mark.parametrize('name', POINTS | BLOCKING)
+@pytest.mark.parametrize('name', [name for name in POINTS | BLOCKING if name != 'frozen'])
 def test_what_is_pruned_is_exactly_zero_whatever_is_behind_it(name):
   """NaN and infinity in the master, where they rank last or are simply pruned, do not reach the sparse point."""
   flow = (POINTS | BLOCKING)[name]
@@ -136,6 +146,55 @@ def test_decoupled_decay_shrinks_the_pruned_and_follows_the_learning_rate():
   assert flows.until(flows.straight_through(), 4).settle is None
 
 
+def test_soft_shrinkage_shrinks_what_the_mask_prunes_until_it_is_fixed():
+  w, m, _ = case()
+  np.testing.assert_allclose(flows.soft_shrink(0.9).settle(w, m, signals()), np.where(m, w, 0.9 * w), rtol=1e-6)
+  until = flows.until(flows.soft_shrink(0.9), 4)
+  np.testing.assert_allclose(until.settle(w, m, signals(3)), np.where(m, w, 0.9 * w), rtol=1e-6)
+  np.testing.assert_array_equal(until.settle(w, m, signals(4)), w)
+  np.testing.assert_array_equal(until.project(w, m, signals(3)), w)
+
+
+def test_a_search_moves_a_score_and_holds_the_weight():
+  """q = m W and dL/dS = W G, with W the stat and the master S; S begins at 1 and 0.99."""
+  (w, m, g), score = case(), np.float32(np.random.default_rng(1).normal(size=(8, 3)))
+  given = signals()._replace(stats=jnp.asarray(w))
+  flow = flows.searched()
+  np.testing.assert_array_equal(flow.project(score, m, given), np.where(m, w, 0))
+  np.testing.assert_array_equal(flow.pull_back(g, score, m, given), w * g)
+  np.testing.assert_array_equal(flow.begin(w, m, given), np.where(m, np.float32(1), np.float32(0.99)))
+  np.testing.assert_array_equal(flows.searched(0.5, 0.25).begin(w, m, given), np.where(m, 0.5, 0.25))
+
+
+@pytest.mark.parametrize('shape, axes, fan_in, along', [
+    ((8, 3), Axes((0,), (1,)), 8, (0, 1)),
+    ((3, 8), Axes((1,), (0,)), 8, (0, 1)),
+    ((2, 3, 4, 5), Axes((2,), (3,), spatial=(0, 1)), 24, (0, 1, 2, 3)),
+    ((2, 8, 3), Axes((1,), (2,), layer=(0,)), 8, (1, 2)),
+    ((4, 2, 3, 5), Axes((1, 2), (3,), layer=(0,)), 6, (1, 2, 3)),
+])
+def test_the_edge_of_chaos_is_reached_by_each_layer_with_one_factor(shape, axes, fan_in, along):
+  w, m, _ = case(3, shape=shape)
+  w = w * (1 + np.arange(shape[0], dtype=np.float32)).reshape(-1, *[1] * (w.ndim - 1))
+  m[0, ..., 0] = False
+  moved = np.asarray(compiled(flows.on_the_edge(1.3).begin)(w, m, signals(axes=axes)))
+  np.testing.assert_allclose(fan_in * np.mean(np.square(m * moved), along), 1.3, rtol=1e-5)
+  factor = moved / w
+  first = np.take(factor, [0], along[0])
+  for axis in along[1:]:
+    first = np.take(first, [0], axis)
+  np.testing.assert_allclose(factor, np.broadcast_to(first, shape), rtol=1e-6)
+
+
+def test_an_empty_layer_is_not_rescaled_and_a_pruned_nan_does_not_count():
+  w, m, _ = case(shape=(2, 8, 3))
+  m[0] = False
+  begin = lambda w: np.asarray(flows.on_the_edge(2.0).begin(w, m, signals(axes=Axes((1,), (2,), layer=(0,)))))
+  np.testing.assert_array_equal(begin(w)[0], w[0])
+  broken = np.where(m, w, np.float32(np.nan))
+  np.testing.assert_array_equal(begin(broken)[m], begin(w)[m])
+
+
 def test_a_negative_threshold_is_none_at_all():
   w, _, _ = case()
   project = flows.soft_threshold().project
@@ -157,6 +216,7 @@ def test_soft_threshold_rescales_each_output_channel_of_each_layer(shape, axes, 
 
 def test_only_flows_without_anything_behind_the_zeros_need_no_master():
   assert not flows.hard().dense and not flows.until(flows.hard(), 3).dense
+  assert not flows.frozen().dense and flows.until(flows.frozen(), 3) == flows.frozen()
   assert all(flow.dense for flow in POINTS.values() if flow != flows.hard())
 
 
@@ -164,7 +224,9 @@ def test_flows_are_values():
   make = lambda: [
       flows.hard(), flows.straight_through(), flows.sr_ste(2e-4), flows.sr_ste(2e-4, decoupled=True),
       flows.decayed(schedules.linear(end=9), 'scaled'), flows.decayed(schedules.linear(end=9), 'straight_through'),
-      flows.soft_threshold(), flows.until(flows.sr_ste(2e-4, decoupled=True), 5)]
+      flows.soft_threshold(), flows.remembered(), flows.soft_shrink(0.9), flows.soft_shrink(0.8), flows.frozen(),
+      flows.searched(), flows.searched(0.5), flows.on_the_edge(2.0), flows.on_the_edge(1.3),
+      flows.until(flows.sr_ste(2e-4, decoupled=True), 5)]
   assert make() == make() and len({*make(), *make()}) == len(make())
   assert flows.sr_ste(2e-4) != flows.sr_ste(1e-4)
 

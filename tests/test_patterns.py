@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import sparsejax
 from sparsejax import patterns, ranking
-from sparsejax.patterns import NM, Block, Staged, Unstructured
+from sparsejax.patterns import NM, Block, Channel, Ramp, Staged, Unstructured
 from sparsejax.types import Axes
 
 LAW = hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
@@ -192,7 +192,63 @@ def test_occupied_blocks_are_those_that_are_kept(layout):
   assert count * counts.size * block[0] * block[1] == mask.size and np.all(counts == count - round(count / 2))
 
 
-@pytest.mark.parametrize('pattern', [Unstructured(0.5), Block((4, 3), 0.5)], ids=str)
+@functools.lru_cache
+def channels_of(layout):
+  """`(scores, sparsities) -> masks` of one layout, with the sparsity traced."""
+  axes = LAYOUTS[layout][1]
+  return jax.jit(jax.vmap(lambda scores, sparsity: Channel()(scores, sparsity, axes), (None, 0)))
+
+
+@pytest.mark.parametrize('layout', BLOCKS)
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_channels_are_kept_and_pruned_whole(layout, data):
+  """All of an output index, through all taps, in each layer for itself."""
+  shape, axes, _ = LAYOUTS[layout]
+  assert Channel().validate(shape, axes) is None
+  scores = data.draw(hnp.arrays(np.float32, shape, elements=QUARTERS))
+  count = math.prod(shape[a] for a in axes.output)
+  kept = np.linspace(0, count, 4).astype(int)
+  for n, mask in zip(kept, channels_of(layout)(scores, np.float32(1 - kept / count))):
+    np.testing.assert_array_equal(mask, oracle.channels(scores, n, axes), err_msg=f'{n} of {count}')
+    np.testing.assert_array_equal(np.sum(mask), n * scores.size // count)
+
+
+@pytest.mark.parametrize('pattern, units', [
+    (Unstructured(0.5), 1), (Block((4, 3), 0.5), 12), (Channel(0.5), 12), (NM(1, 4), 1)], ids=str)
+@pytest.mark.parametrize('drop, fewer', [(0.0, 0.0), (0.3, 0.3), (0.99, 0.99), (1.0, 1.0)])
+def test_a_drop_keeps_the_best_of_as_many_fewer_rounded_down(pattern, units, drop, fewer):
+  """Of a stack of two layers, `[layer, in, out]`; of N:M the best of the layer, wherever they are."""
+  axes = Axes((1,), (2,), layer=(0,))
+  scores = np.random.default_rng(0).normal(size=(2, 12, 18)).astype(np.float32)
+  mask = jax.jit(lambda s, drop: pattern(s, None, axes, drop))(scores, drop)
+  whole = round((1 - pattern.sparsity) * scores[0].size / units)
+  kept = whole - math.floor(np.float32(fewer) * np.float32(whole))
+  if isinstance(pattern, Channel):
+    expected = oracle.channels(scores, kept, axes)
+  elif isinstance(pattern, Block):
+    expected = oracle.blocks(scores, kept, pattern.shape, axes)
+  else:
+    expected = oracle.best(scores.reshape(2, -1), kept).reshape(scores.shape)
+  np.testing.assert_array_equal(mask, expected)
+  assert np.all(np.sum(mask, (1, 2)) == kept * units)
+
+
+TARGETS = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0])
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(SIZES, TARGETS)
+def test_a_ramp_is_exact_at_its_end_and_never_comes_back(size, target):
+  progress = np.float32([0, 1e-3, 0.1, 0.5, 0.9, 1 - 2**-20, 1 - 2**-24, 1, 1.5])
+  counts = jax.vmap(lambda p: patterns.kept_of(Ramp(target, p), size))(progress)
+  kept = np.asarray(counts.high, int) * 2**31 + np.asarray(counts.low, int)
+  assert kept[0] == size and np.all(np.diff(kept) <= 0)
+  assert kept[-2] == kept[-1] == size - round(target * size) == patterns.kept_of(target, size)
+  assert patterns.kept_of(Ramp(target, 1), size) == patterns.kept_of(Ramp(target, 1.0), size) == ranking.count(kept[-1])
+
+
+@pytest.mark.parametrize('pattern', [Unstructured(0.5), Block((4, 3), 0.5), Channel(0.5)], ids=str)
 @pytest.mark.parametrize('layer', [(0,), (2,), (3, 0)])
 def test_every_layer_of_a_stack_is_as_sparse_as_asked_and_pruned_as_it_is_alone(pattern, layer):
   """Weights of one layer a hundred times those of another: ranked together, a whole layer would be gone."""
@@ -287,12 +343,15 @@ def test_patterns_are_values():
   assert traced.sparsity is None and not traced.static and str(traced) == 'n:8'
   assert NM(np.int64(2), 4).sparsity == 0.5
   assert Block([4, 8], 0.5) == Block((4, 8), 0.5) != Block((4, 8)) and len({Block((4, 8)), Block([4, 8])}) == 1
+  assert Channel(0.5) == Channel(0.5) != Channel() and len({Channel(), Channel()}) == 1 and Channel().static
+  assert [str(p) for p in (Channel(), Channel(0.5))] == ['channel', 'channel 0.5']
   assert [str(p) for p in (Block((4, 8)), Block((4, 8), 0.9))] == ['4x8', '4x8 0.9'] and Block((1, 1)).static
 
 
 @pytest.mark.parametrize('text, pattern', [
     ('2:4', NM(2, 4)), (' 1 : 8 ', NM(1, 8)), ('unstructured', Unstructured()), ('Unstructured', Unstructured()),
-    (NM(1, 2), NM(1, 2)), ('128x128', Block((128, 128))), (' 32 x 8 ', Block((32, 8)))])
+    (NM(1, 2), NM(1, 2)), ('128x128', Block((128, 128))), (' 32 x 8 ', Block((32, 8))),
+    ('channel', Channel()), ({'a': 'Channel', '**': '2:4'}, {'a': Channel(), '**': NM(2, 4)})])
 def test_patterns_are_read_from_text(text, pattern):
   assert patterns.parse(text) == pattern
 
@@ -318,6 +377,9 @@ REFUSED = [
     (lambda: Block((4, 4.0)), r'not \(4, 4.0\)'),
     (lambda: Block((4, 4), 4), 'Block: sparsity is the fraction of zeros, from 0 to 1, not 4'),
     (lambda: Block((4, 4))(jnp.ones((4, 4))), 'how many weights are kept. Give a sparsity'),
+    (lambda: Channel(-0.5), 'Channel: sparsity is the fraction of zeros, from 0 to 1, not -0.5'),
+    (lambda: Channel()(jnp.ones((4, 4))), 'how many weights are kept. Give a sparsity'),
+    (lambda: patterns.parse('channels'), "Did you mean 'channel'"),
     (lambda: patterns.parse('unstructed'), "Did you mean 'unstructured'"),
     (lambda: patterns.parse('5:4'), 'NM: 5:4 keeps 5 of 4'),
 ]
@@ -337,6 +399,8 @@ def test_refusals_say_what_is_wrong_and_what_is_right(make, message):
     (Block((8, 8)), (12, 20), Axes((0,), (1,)), [
         '8x8', 'contracted (0,) and output (1,) (convention) have 12 and 20', 'all_but', '(say 6x5)', 'to 16 and 24']),
     (Block((4, 8), 0.5), (3, 4, 20), Axes((0, 1), (2,)), ['4x8 0.5', 'have 12 and 20', '(say 4x5)', 'to 12 and 24']),
+    (Channel(0.5), (8,), Axes((0,), ()), ['channel 0.5', 'are (0,) and () (convention)', 'of `where`']),
+    (Channel(), (8,), Axes((), (0,)), ['channel', 'are () and (0,)', 'leave the leaf out of `where`']),
     (Block((2, 2)), (8,), Axes((0,), ()), ['2x2', 'those are (0,) and ()', 'leave the leaf out of `where`']),
 ])
 def test_validate_says_why_and_the_way_out(pattern, shape, axes, words):

@@ -1,5 +1,6 @@
 """Schedules: values by their formulas at, between and outside the ends; the same under jit; values as configuration."""
 
+import functools
 import math
 
 import jax
@@ -24,6 +25,14 @@ FORMULAS = {
     'cubic(end=100)': (schedules.cubic(end=100), lambda t: 1 - (1 - share(t, 0, 100)) ** 3),
     'cubic(0.1, 0.9, begin=10, end=20)': (
         schedules.cubic(0.1, 0.9, begin=10, end=20), lambda t: 0.9 - 0.8 * (1 - share(t, 10, 20)) ** 3),
+    'polynomial(power=4, end=100)': (
+        schedules.polynomial(power=4, end=100), lambda t: (1 - share(t, 0, 100)) ** 4),
+    'polynomial(0.1, 0.9, power=0.5, begin=10, end=20)': (
+        schedules.polynomial(0.1, 0.9, power=0.5, begin=10, end=20),
+        lambda t: 0.9 - 0.8 * (1 - share(t, 10, 20)) ** 0.5),
+    'density_decay(0.9, end=100)': (
+        schedules.density_decay(0.9, end=100), lambda t: (1 - 0.1 ** share(t, 0, 100)) / 0.9),
+    'density_decay(0.0, end=20)': (schedules.density_decay(0.0, end=20), lambda t: t >= 20),
     'cosine(end=100)': (schedules.cosine(end=100), lambda t: (1 + math.cos(math.pi * share(t, 0, 100))) / 2),
     'cosine(3.0, 1.0, begin=10, end=20)': (
         schedules.cosine(3.0, 1.0, begin=10, end=20), lambda t: 2 + math.cos(math.pi * share(t, 10, 20))),
@@ -38,6 +47,11 @@ FORMULAS = {
     'stepwise((7,), (3,))': (schedules.stepwise((7,), (3,)), lambda t: 7),
     'every(3)': (schedules.every(3), lambda t: t >= 0 and t % 3 == 0),
     'every(4, begin=10)': (schedules.every(4, begin=10), lambda t: t >= 10 and (t - 10) % 4 == 0),
+    'every(4, end=10)': (schedules.every(4, end=10), lambda t: t == 10 or 0 <= t < 10 and t % 4 == 0),
+    'every(5, end=20)': (schedules.every(5, end=20), lambda t: 0 <= t <= 20 and t % 5 == 0),
+    'every(9, begin=10, end=14)': (schedules.every(9, begin=10, end=14), lambda t: t in (10, 14)),
+    'before(every(5), 15)': (schedules.before(schedules.every(5), 15), lambda t: 0 <= t < 15 and t % 5 == 0),
+    'before(once(10), 10)': (schedules.before(schedules.once(10), 10), lambda t: False),
     'once(10)': (schedules.once(10), lambda t: t == 10),
 }
 STEPS = [-5, 0, 1, 5, 9, 10, 11, 14, 15, 19, 20, 21, 22, 50, 99, 100, 101, 10_000]
@@ -52,7 +66,8 @@ def test_values_follow_the_formula_everywhere(name):
   assert jnp.shape(schedule(0)) == () and jnp.shape(schedule(jnp.int32(0))) == ()
 
 
-@pytest.mark.parametrize('make', [schedules.linear, schedules.cosine, schedules.cubic])
+@pytest.mark.parametrize('make', [
+    schedules.linear, schedules.cosine, schedules.cubic, functools.partial(schedules.polynomial, power=4)])
 @pytest.mark.parametrize('begin', [0, 3])
 @pytest.mark.parametrize('last', [0.0, 1.0, 0.9])
 def test_ends_are_exact(make, begin, last):
@@ -72,11 +87,21 @@ def test_a_beginning_of_one_is_exact():
   assert schedules.exponential(1e-4, begin=5)(5) == 1.0 and schedules.exponential(1e-4)(200_000) > 0.0
 
 
+@pytest.mark.parametrize('sparsity', [0.1, 0.9, 0.99, 1.0])
+def test_the_density_decays_to_exactly_the_asked_one_and_never_rises(sparsity):
+  ends = (1, 3, 41, 100, 1250)
+  parts = jax.jit(jax.vmap(lambda t: [schedules.density_decay(sparsity, end=end)(t) for end in ends]))(jnp.arange(1300))
+  for end, part in zip(ends, parts):
+    assert np.all(np.diff(part) >= 0) and np.all(part[end:] == 1) and part[0] == 0
+    assert np.all(part[:end] < 1) or sparsity == 1
+
+
 def test_schedules_are_values():
   make = lambda: [
       schedules.constant(0.5), schedules.linear(end=9), schedules.cubic(0.0, 0.9, begin=1, end=9),
       schedules.cosine(end=9), schedules.exponential(1e-4), schedules.stepwise([1, 2], [0, 5]), schedules.every(3),
-      schedules.once(2)]
+      schedules.once(2), schedules.every(3, end=9), schedules.before(schedules.every(3), 9), schedules.before(
+          schedules.every(3), 8), schedules.density_decay(0.9, end=9), schedules.polynomial(power=4, end=9)]
   assert make() == make() and len({*make(), *make()}) == len(make())
   assert schedules.linear(end=9) not in (schedules.linear(end=8), schedules.cubic(1.0, 0.0, end=9))
   assert schedules.exponential(math.log(2) / 7) == schedules.exponential(half_life=7)
@@ -105,7 +130,9 @@ def test_equal_schedules_compile_once():
 @pytest.mark.parametrize('name, arguments', [
     ('linear', {'end': 5}), ('cubic', {'begin': 1, 'end': 5}), ('cosine', {'end': 5}), ('exponential', {'rate': 0.1}),
     ('stepwise', {'values': [1, 2], 'boundaries': [0, 3]}), ('every', {'steps': 2}), ('once', {'at': 3}),
-    ('constant', {'value': 2.0})])
+    ('constant', {'value': 2.0}), ('polynomial', {'power': 4, 'end': 5}),
+    ('density_decay', {'sparsity': 0.9, 'end': 5}),
+    ('every', {'steps': 2, 'end': 5})])
 def test_schedules_go_by_name(name, arguments):
   assert schedules.named(name, **arguments) == getattr(schedules, name)(**arguments)
 
@@ -114,6 +141,10 @@ REFUSED = [
     (lambda: schedules.linear(begin=5, end=5), r'schedules.linear: `end` \(5\) must come after `begin` \(5\)'),
     (lambda: schedules.cubic(begin=5, end=4), r'schedules.cubic: `end` \(4\)'),
     (lambda: schedules.cosine(end=0), r'schedules.cosine: `end` \(0\) must come after `begin` \(0\)'),
+    (lambda: schedules.polynomial(power=4, begin=3, end=3), r'schedules.polynomial: `end` \(3\) must come after'),
+    (lambda: schedules.density_decay(0.9, end=0), r'schedules.density_decay: `end` \(0\) must come after'),
+    (lambda: schedules.every(3, begin=6, end=6), r'schedules.every: `end` \(6\) must come after `begin` \(6\)'),
+    (lambda: schedules.named('polynomial', end=5), "schedule 'polynomial' needs `power`"),
     (lambda: schedules.exponential(), 'schedules.exponential: give exactly one of `rate`'),
     (lambda: schedules.exponential(0.1, half_life=3), 'exactly one'),
     (lambda: schedules.exponential(half_life=0), 'schedules.exponential: `half_life` must be positive, not 0'),

@@ -30,8 +30,8 @@ def fixed(
   """The sentence of them all: one mask, by `score`, in `init`, or from the gradient of the first update."""
   selection = selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=allocation or together(pattern),
                                   start=start, instead=at_first_update)
-  return transforms.sparsify(inner, flow, selection, refresh=schedules.once(0), dense_steps=int(at_first_update),
-                             **options)
+  dense_steps = options.pop('dense_steps', 0) + int(at_first_update)
+  return transforms.sparsify(inner, flow, selection, refresh=schedules.once(0), dense_steps=dense_steps, **options)
 
 
 def together(pattern: Pattern) -> Shares:

@@ -6,12 +6,13 @@ one that the update got: of all weights, since the user differentiates with resp
 takes the options of `transforms.sparsify`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import optax
 
 from sparsejax import allocation as allocations
-from sparsejax import flows, schedules, scores, selections, transforms, updates
+from sparsejax import flows, patterns, schedules, scores, selections, transforms, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import random_pruning
 from sparsejax.types import Allocation, Pattern, Schedule
@@ -36,6 +37,7 @@ def set_(
   drops the smallest positive and the largest negative weights, a constant fraction, once an epoch; this, as RigL's
   code of SET, the smallest magnitudes.
   """
+  _refuse_dense('set_', sparsity, pattern)
   end = _last('set_', end, total_steps)
   update = updates.drop_and_grow(scores.random, _falling(fraction, end))
   selection = selections.leafwise(pattern, first=scores.random, update=update, sparsity=sparsity, allocation=allocation)
@@ -53,6 +55,7 @@ def rigl(
   count it. `fraction` as in `set_`: the paper's cosine from 0.3, to 0 at three quarters of training. The authors' code
   can revive inactive weights with old values (see `updates.drop_and_grow`).
   """
+  _refuse_dense('rigl', sparsity, pattern)
   end = _last('rigl', end, total_steps)
   update = updates.drop_and_grow(scores.gradient, _falling(fraction, end))
   selection = selections.leafwise(pattern, first=scores.random, update=update, sparsity=sparsity, allocation=allocation,
@@ -70,11 +73,21 @@ def snfs(
   1907.04840, algorithm 1. The momentum is an average of gradients kept beside the optimizer, whichever that is. Counts
   move between layers and are exact together; the authors' code only comes near, and has a floor for dense layers.
   """
+  _refuse_dense('snfs', sparsity, pattern)
   end = _last('snfs', end, total_steps)
   selection = selections.redistributed(pattern, sparsity=sparsity, grow=scores.momentum, allocation=allocation,
                                        fraction=_falling(fraction, end), memory=scores.gradient_average(momentum))
   return transforms.sparsify(inner, flows.hard(), selection, refresh=_until(every, end), total_steps=total_steps,
                              **{'slots': 'fresh'} | options)
+
+
+def _refuse_dense(recipe: str, sparsity: float | None, pattern: Any) -> None:
+  """Raises `ValueError` if nothing is pruned."""
+  pattern = patterns.parse(pattern)
+  several = list(pattern.values()) if isinstance(pattern, Mapping) else [pattern]
+  if sparsity == 0 or sparsity is None and all(one.sparsity == 0 for one in several):
+    raise ValueError(f'recipes.{recipe}: nothing is pruned, so that there is nothing to grow into; raise `sparsity`, '
+                     'or take recipes.dense.')
 
 
 def _last(recipe: str, end: int | None, total_steps: int | None) -> int:
