@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import sparsejax as sj
-from sparsejax import recipes, schedules
+from sparsejax import metrics, recipes, schedules
+from sparsejax.types import Axes
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')  # optax's Adam needs it
 SEEDS = 3
@@ -252,3 +253,149 @@ def test_resuming_in_the_middle_of_a_stage_goes_on_in_it_bit_for_bit(make, due, 
     for at, (n, m) in ((0, due), (-1, last)):
       groups = np.moveaxis(np.asarray(mask[at]), 0, -1).reshape(-1, m)
       np.testing.assert_array_equal(groups.sum(-1), n)
+
+
+# Pruning at initialisation, of a deep and narrow network: `[depth]` square layers in one leaf, each a layer to itself.
+
+STACK = {'first/kernel': Axes((0,), (1,)), 'hidden/kernel': Axes((1,), (2,), layer=(0,)),
+         'last/kernel': Axes((0,), (1,))}
+
+
+def deep(seed, depth, width, gain):
+  """E[fan_in w^2] = gain."""
+  root = np.sqrt(np.float32(gain / width))
+  return {'first': {'kernel': drawn(seed, 16, width) * np.float32(np.sqrt(gain / 16))},
+          'hidden': {'kernel': drawn(seed + 1, depth, width, width) * root},
+          'last': {'kernel': drawn(seed + 2, width, 8) * root}}
+
+
+def through(activation, params, x):
+  x = activation(x @ params['first']['kernel'])
+  x, _ = jax.lax.scan(lambda x, w: (activation(x @ w), None), x, params['hidden']['kernel'])
+  return x @ params['last']['kernel']
+
+
+def emptied(tx, draws):
+  """How many layers of each network keep nothing."""
+  masks = jax.jit(lambda params: sj.masks(params, tx.init(params)))
+  return [sum(int(np.sum(~np.any(mask, (-2, -1)))) for mask in jax.tree.leaves(masks(params))) for params in draws]
+
+
+def scoring(activation, batch=32):
+  x, labels = drawn(7, batch, 16), np.arange(batch) % 8
+  return lambda params: optax.softmax_cross_entropy_with_integer_labels(through(activation, params, x), labels).mean()
+
+
+def test_snip_empties_layers_of_a_deep_narrow_network_and_synflow_none():
+  """Tanaka et al. 2020, figure 1. Of 22 layers, 30 wide, of ReLUs at 99 %; 1 to 6 of them in nine of twelve draws.
+
+  Not so of tanh, where the input of ones that SynFlow looks at saturates: it empties 18 of 22 there. Nor of 42 layers,
+  100 wide: the flow through them is past float32.
+  """
+  ones = lambda params: through(jax.nn.relu, params, np.ones((1, 16), np.float32))
+  options = {'axes': STACK, 'allow_empty': True}
+  snip = recipes.snip(optax.sgd(0.1), 0.99, loss=scoring(jax.nn.relu), **options)
+  synflow = recipes.synflow(optax.sgd(0.1), 0.99, outputs=ones, rounds=20, **options)
+  draws = [deep(10 * i, 20, 30, 1.5) for i in range(4)]
+  assert sum(emptied(snip, draws)) > 0 == sum(emptied(synflow, draws))
+
+
+def test_snip_empties_layers_of_a_chaotic_network_and_on_the_edge_of_chaos_none():
+  """Hayou et al. 2021, theorem 1 and figure 1: tanh, 42 layers, 100 wide, gain 2.5^2, 99 %.
+
+  In the ordered phase, gains 0.25 to 1, SNIP emptied none there (in two draws each), and of ReLU, whose scores hardly
+  depend on the gain, it did not differ from what is rescaled. 22 layers, 30 wide, are too few weights for either.
+  """
+  loss, options = scoring(jnp.tanh), {'axes': STACK, 'allow_empty': True}
+  snip = recipes.snip(optax.sgd(0.1), 0.99, loss=loss, **options)
+  robust = recipes.robust_at_init(optax.sgd(0.1), 0.99, loss=loss, gain=1.2981, **options)
+  draws = [deep(seed, 40, 100, 6.25) for seed in (0, 10)]
+  assert min(emptied(snip, draws)) > 10 and emptied(robust, draws) == [0, 0]
+
+
+# Masks that move.
+
+
+def moved(recipe, every, steps=12, **options):
+  """One run: the gradients that each update got, and the masks before and after it, by step."""
+  params = jax.tree.map(jnp.asarray, model(0))
+  teacher, batches = model(5), drawn(100, steps, 64, 16)
+  tx = recipe(optax.sgd(0.1), 0.8, every=every, end=steps, fraction=schedules.constant(0.3), key=jax.random.key(0))
+
+  def step(carry, x):
+    params, state = carry
+    grads = jax.grad(loss)(params, x, teacher, np.float32(1))
+    updates, later = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), later), (grads, sj.masks(params, state), sj.masks(params, later))
+
+  state = tx.init(params)
+  params = sj.project(params, state)
+  return jax.tree.map(np.asarray, jax.jit(lambda carry: jax.lax.scan(step, carry, batches))((params, state))[1])
+
+
+@functools.cache
+def of(name, every=1):
+  return moved({'rigl': recipes.rigl, 'set': recipes.set_}[name], every)
+
+
+def test_rigl_grows_where_the_gradient_is_larger_than_where_set_does():
+  """Of all that was pruned before: the mean |g| of what has grown is above the mean for RigL, and about it for SET."""
+  ratio = {}
+  for name in ('rigl', 'set'):
+    grads, before, after = map(kernels, of(name))
+    for path, g in grads.items():
+      grown, out = after[path] & ~before[path], ~before[path]
+      assert grown.sum() > 50
+      ratio[name, path] = np.abs(g)[grown].mean() / np.abs(g)[out].mean()
+  for path in kernels(model(0)):
+    assert ratio['rigl', path] > 2 > 1.3 > ratio['set', path] > 0.7, ratio
+
+
+def explored(masks):
+  """The share of weights that were kept at any time."""
+  seen = jax.tree.map(lambda m: m[0], masks)
+  for t in range(1, len(jax.tree.leaves(masks)[-1])):
+    seen = metrics.union(seen, jax.tree.map(lambda m, t=t: m[t], masks))
+  return float(metrics.itop_rate(seen).pooled)
+
+
+def test_the_more_masks_the_more_is_explored():
+  """Liu et al. 2021, In-Time Over-Parameterization: a static mask explores its density and no more."""
+  seldom, often = (explored(kernels(of('set', every)[2])) for every in (4, 1))
+  static = recipes.static_sparse(optax.sgd(0.1), 0.8, key=jax.random.key(0)).init(model(0))
+  rate = float(metrics.itop_rate(sj.masks(model(0), static)).pooled)
+  assert rate == pytest.approx(0.2, abs=1e-3) and 1.2 * rate < seldom < often / 1.2
+
+
+def test_movement_pruning_prunes_the_large_that_shrink_and_keeps_the_small_that_grow():
+  """Sanh et al. 2020, figure 1: 2 on its way to 0 against 0.1 on its way to 1, with magnitude for comparison."""
+  params = {'kernel': jnp.concatenate([jnp.full((8, 8), 2.0), jnp.full((8, 8), 0.1)])}
+  target = jnp.concatenate([jnp.zeros((8, 8)), jnp.ones((8, 8))])
+  kept = {}
+  for recipe in (recipes.movement_pruning, recipes.gradual_magnitude):
+    tx = recipe(optax.sgd(0.02), 0.5, begin=4, end=5, every=1)
+    held, state, update = params, tx.init(params), jax.jit(tx.update)
+    for _ in range(5):
+      updates, state = update({'kernel': held['kernel'] - target}, state, held)
+      held = optax.apply_updates(held, updates)
+    kept[recipe.__name__] = sj.masks(held, state)['kernel']
+    shrunk = jnp.abs(held['kernel'])[:8]
+    assert np.all((shrunk == 0) | ((shrunk < 2) & (shrunk > 1)))
+  assert np.all(kept['movement_pruning'][8:]) and not np.any(kept['movement_pruning'][:8])
+  assert np.all(kept['gradual_magnitude'][:8]) and not np.any(kept['gradual_magnitude'][8:])
+
+
+def test_what_freeze_net_does_not_train_stays_bit_for_bit_under_weight_decay():
+  params, teacher, x = model(0), model(5), drawn(100, 64, 16)
+  scored = lambda params: loss(params, x, teacher, np.float32(1))
+  tx = recipes.freeze_net(optax.adamw(0.01, weight_decay=0.1), 0.9, loss=scored)
+  state, held = tx.init(params), params
+  mask, update = sj.masks(params, state), jax.jit(tx.update)
+  for _ in range(5):
+    updates, state = update(jax.grad(scored)(held), state, held)
+    held = optax.apply_updates(held, updates)
+  for name in ('up', 'down'):
+    now, before, m = held[name]['kernel'], params[name]['kernel'], np.asarray(mask[name]['kernel'])
+    np.testing.assert_array_equal(now[~m], before[~m])
+    assert np.all(now[m] != before[m]) and 0 < m.sum() < m.size
+  assert np.all(held['up']['bias'] != 0)
