@@ -1,4 +1,5 @@
-"""One AdamW step of a 12-layer, 512-wide transformer, batch 8 x 128 tokens: each recipe at 2:4 over dense."""
+"""One AdamW step of a 12-layer, 512-wide transformer, batch 8 x 128 tokens: each recipe at 2:4 over dense, and a step
+of dynamic sparse training at 90 % between two updates of the mask over one with a fixed mask."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,15 +14,21 @@ from experiments import models, tasks
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 256
 BARS = {'sr_ste': 1.06, 'mdgf': 1.06, 'asp': 1.03}  # at most so many times a dense step
+DYNAMIC = {'rigl': 1.05, 'set_': 1.05}  # at most so many times a step of static_sparse
+RARELY = {'every': 10**6, 'end': 10**7}
+OPTIONS = {'static_sparse': {'key': jax.random.key(0)},
+           **dict.fromkeys(DYNAMIC, {'key': jax.random.key(0), **RARELY})}
 
 
 def run(rounds: int = 20, width: int = 512, depth: int = 12) -> Iterator[timing.Claim]:
-  """One claim a recipe: how long its step takes, in dense ones."""
-  steps = {name: _step(*problem(width, depth), name) for name in ('dense', *BARS)}
-  seconds = list(timing.take_turns(steps, rounds))
-  for name, bar in BARS.items():
-    slower, spread = timing.ratio(seconds, name, 'dense')
-    yield timing.Claim(f'{name} 2:4, training step over dense', slower, spread, bar, False, rounds)
+  """One claim a recipe: how long its step takes, in dense ones or in those of a fixed mask."""
+  for base, bars, what in (('dense', BARS, '2:4, training step over dense'),
+                           ('static_sparse', DYNAMIC, '90 %, training step between mask updates over a fixed mask')):
+    steps = {name: _step(*problem(width, depth), name) for name in (base, *bars)}
+    seconds = list(timing.take_turns(steps, rounds))
+    for name, bar in bars.items():
+      slower, spread = timing.ratio(seconds, name, base)
+      yield timing.Claim(f'{name} {what}', slower, spread, bar, False, rounds)
 
 
 def problem(width: int = 512, depth: int = 12, dtype: str = 'float32') -> tuple[Any, Any, jax.Array]:
@@ -34,7 +41,7 @@ def problem(width: int = 512, depth: int = 12, dtype: str = 'float32') -> tuple[
 
 def compiled(model: Any, params: Any, tokens: jax.Array, name: str, abstract: bool = False) -> tuple[Any, Any]:
   """A step that donates parameters and state, and these; `abstract`: only their shapes."""
-  tx = sj.recipes.TABLE[name](optax.adamw(1e-3))
+  tx = sj.recipes.TABLE[name](optax.adamw(1e-3), **OPTIONS.get(name, {}))
   start = lambda params: (params, tx.init(params))
   state = jax.eval_shape(start, params) if abstract else start(jax.tree.map(jnp.copy, params))
 

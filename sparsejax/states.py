@@ -40,8 +40,8 @@ class SparseState(NamedTuple):
 
   `step`: `int32[]`, updates so far. `key`: of random scores, `uint32[2]`, or `None`. `masks`: `bool` like the sparse
   parameters, of the point that the user holds. `master`: dense weights behind it (none for fixed masks), float32 for
-  narrower parameters. `stats`: what the selection hands to the flow or remembers of a leaf: nothing, a scalar, or arrays
-  like it. `inner`: the user's optimizer's state.
+  narrower parameters. `stats`: what the selection hands to the flow or remembers of a leaf: nothing, a scalar, or
+  arrays like it. `inner`: the user's optimizer's state.
   """
 
   step: Array

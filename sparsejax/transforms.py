@@ -7,11 +7,13 @@ the user's parameters to the new sparse point. `optax.contrib.schedule_free` wor
 """
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax import errors, flows, groups, patterns, schedules, trees
@@ -268,7 +270,9 @@ class _Leaves:
   def signals(self, step: Array, stats: Sequence[Any], grads: Sequence[Any] | None = None, key=None) -> list[Signals]:
     """What the words may look at, one `Signals` for each sparse leaf."""
     now = key if key is None else jax.random.fold_in(jax.random.wrap_key_data(key, impl=_KEYS), step)
-    keys = [now if now is None else jax.random.fold_in(now, i) for i in self.index]
+    # By the path, so that what else is sparse does not change a leaf's draw.
+    names = [zlib.crc32(leaf.path.encode()) for leaf in self.plan.leaves]
+    keys = [now if now is None else jax.random.fold_in(now, np.uint32(name)) for name in names]
     grads = [None] * len(self.index) if grads is None else grads
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
 

@@ -131,7 +131,7 @@ VARIANTS = {
     'snip-at-first-update': ('snip', {'loss': None}, Promise(counts=True, memory=1)),
     **{f'{recipe}-{pattern}': (recipe, OPTIONS.get(recipe, {}) | {
            'pattern': PATTERNS[pattern], 'allocation': allocation.uniform}, PROMISES[recipe])
-       for recipe in ('random_pruning', 'snip', 'rigl', 'gradual_magnitude') for pattern in PATTERNS},
+       for recipe in ('snip', 'rigl', 'gradual_magnitude') for pattern in PATTERNS},
     'ste-mixed': ('ste', {'pattern': {'stack/kernel': sparsejax.NM(1, 16), '**': sparsejax.NM(2, 4)}}, Promise()),
 }
 
@@ -149,7 +149,8 @@ def _cases() -> dict[str, Case]:
     timed = options | ({'total_steps': STEPS} if 'total_steps' in valid else {})
     shapes = SHAPES if name in recipes.TABLE or name == 'ste-mixed' else SMALL
     found[name] = Case(recipe, timed, promise, shapes)
-    if valid >= {*phases} and not {*options} & {*phases} and not promise.fixed and recipe not in _NO_DENSE_PHASE:
+    several = not promise.fixed and recipe not in _NO_DENSE_PHASE and not name.endswith((*PATTERNS,))
+    if valid >= {*phases} and not {*options} & {*phases} and several:
       found[f'{name}-phases'] = Case(recipe, timed | phases, promise, shapes)
   return found
 
