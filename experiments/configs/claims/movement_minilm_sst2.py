@@ -19,19 +19,19 @@ from experiments.configs import default
 def get_config():
   config = default.get_config()
   config.seeds = tuple(range(5))
-  config.steps = 200
+  config.steps = 150
   config.batch_size = 16
   config.data.name = 'sst2_sentences'
-  config.data.sequence_length = 32
+  config.data.sequence_length = 24
   config.model = {'name': 'minilm', 'pretrained': True}
   config.optimizer.learning_rate = 1e-4
   config.optimizer.decay = 'linear'
   config.validate_every = 100
-  config.checkpoint_every = 200
+  config.checkpoint_every = 150
   shared = {'sparsity': 0.9, 'where': ['attention/*/kernel', 'mlp/*/kernel'], 'begin': 0.1, 'end': 0.75}
   config.recipes = {
       'dense': {'name': 'dense'},
       'magnitude': {'name': 'gradual_magnitude', 'every': 5, **shared},
-      'movement': {'name': 'movement_pruning', **shared},
+      'movement': {'name': 'movement_pruning', 'score_optimizer': {'learning_rate': 1e-2}, **shared},
   }
   return config
