@@ -195,9 +195,16 @@ def pack(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Map
                             for name, leaf in zip(names, leaves)])
 
 
-def unpack(tree: PyTree) -> PyTree:
-  """The dense tree, bit for bit: the inverse of `pack`. Works under `jit` and `vmap`."""
-  return jax.tree.map(lambda leaf: leaf.to_dense() if is_packed(leaf) else leaf, tree, is_leaf=is_packed)
+def unpack(tree: PyTree, base: PyTree | None = None) -> PyTree:
+  """The dense tree, bit for bit: the inverse of `pack`. Works under `jit` and `vmap`.
+
+  `base`, a dense tree of this structure, is what stands where a `RelativeIndexArray` stores nothing, instead of zeros:
+  for `recipes.freeze_net` the parameters that the seed gives.
+  """
+  if base is None:
+    return jax.tree.map(lambda leaf: leaf.to_dense() if is_packed(leaf) else leaf, tree, is_leaf=is_packed)
+  whole = lambda leaf, old: leaf.to_dense(old) if isinstance(leaf, RelativeIndexArray) else leaf
+  return unpack(jax.tree.map(whole, tree, base, is_leaf=is_packed))
 
 
 def nbytes(tree: PyTree) -> int:

@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors
@@ -475,3 +476,27 @@ def test_an_ambiguous_or_damaged_checkpoint_is_refused(save, item, message, tmp_
   with pytest.raises(ValueError, match=f'(?s){message}') as refusal:
     io.read(tmp_path / 'run', item)
   assert str(tmp_path / 'run') in str(refusal.value)
+
+
+@pytest.mark.usefixtures('standard_promotion')  # optax's AdamW needs it
+def test_the_file_of_a_frozen_network_is_a_fiftieth_and_the_seed_gives_the_rest(tmp_path):
+  """99 % frozen, float32 and bfloat16, with a weight decay that would move what is frozen if it could."""
+  def first(seed):
+    draw = np.random.default_rng(seed).standard_normal
+    return {'a': {'kernel': jnp.asarray(draw((784, 300)), jnp.float32), 'bias': jnp.zeros(300)},
+            'b': {'kernel': jnp.asarray(draw((300, 100)), jnp.bfloat16), 'bias': jnp.zeros(100)}}
+
+  start = first(3)
+  tx = sj.recipes.freeze_net(optax.adamw(0.1, weight_decay=0.1), 0.99)
+  state, held = tx.init(start), start
+  for seed in (4, 5, 6):
+    moves, state = jax.jit(tx.update)(first(seed), state, held)
+    held = optax.apply_updates(held, moves)
+  mask = sj.masks(held, state)['a']['kernel']
+  assert 0.5 < np.mean(held['a']['kernel'][mask] != start['a']['kernel'][mask])
+  io.save(tmp_path / 'frozen.safetensors', sj.recipes.freeze_net_trained(held, state))
+  assert (tmp_path / 'frozen.safetensors').stat().st_size < 0.02 * formats.nbytes(held)
+  again = formats.unpack(io.load(tmp_path / 'frozen.safetensors'), first(3))
+  assert jax.tree.structure(again) == jax.tree.structure(held)
+  for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(held)):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -10,6 +10,7 @@ import optax
 from sparsejax import allocation, errors, patterns, schedules, transforms, trees
 from sparsejax.recipes.at_init import (
   freeze_net,
+  freeze_net_trained,
   grasp,
   magnitude_at_init,
   random_pruning,
@@ -47,7 +48,7 @@ TABLE = {f.__name__: f for f in (
     gradual_magnitude, movement_pruning, soft_movement_pruning, global_sparse_momentum, iterative_soft_shrinkage,
     static_sparse, set_, rigl, snfs,
     iterative_magnitude, lottery_jackpot)}
-__all__ = ['TABLE', 'arguments', 'bdwp_backward', 'from_config', 'model_soup', *TABLE]
+__all__ = ['TABLE', 'arguments', 'bdwp_backward', 'freeze_net_trained', 'from_config', 'model_soup', *TABLE]
 
 # Counted in updates, or as a fraction of all of them.
 _STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps', 'begin', 'end')

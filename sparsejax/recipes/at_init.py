@@ -11,10 +11,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import optax
 
 from sparsejax import allocation as allocations
-from sparsejax import flows, schedules, scores, selections, starts, transforms, updates
+from sparsejax import flows, formats, schedules, scores, selections, starts, states, transforms, updates
 from sparsejax.patterns import NM, Channel, Unstructured
 from sparsejax.types import Allocation, Array, Flow, Pattern, PyTree, Score, Start
 
@@ -120,12 +121,22 @@ def freeze_net(
     loss: Loss | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
   """FreezeNet: SNIP says which weights are trained, the rest keep their initial value (Wimmer et al. 2020, 2011.14087).
 
-  `sparsity` is the fraction of frozen weights, which are not zero: `formats.RelativeIndexArray` stores what was
-  trained, and a seed stands for the rest. `loss` as in `snip`.
+  `sparsity` is the fraction of frozen weights, which are not zero: `freeze_net_trained` is what a file has to hold, and
+  the seed of the first parameters stands for the rest. `loss` as in `snip`.
   """
   start = loss and starts.probed(starts.gradient(loss))
   return fixed(inner, pattern, sparsity, allocation, scores.snip, start, flow=flows.frozen(),
                at_first_update=loss is None, **options)
+
+
+def freeze_net_trained(params: PyTree, opt_state: Any) -> PyTree:
+  """What `freeze_net` trained: the kept weights of each sparse leaf and their places; dense leaves as they are.
+
+  `io.save` writes it, and `formats.unpack(io.load(path), first_parameters)` is `params` again, bit for bit: at 99 % a
+  file of under 2 % of the bytes. Outside of `jit`.
+  """
+  packed = lambda w, mask: formats.RelativeIndexArray.from_dense(w, mask) if mask.shape == w.shape else w
+  return jax.tree.map(packed, params, states.masks(params, opt_state))
 
 
 def random_search(
