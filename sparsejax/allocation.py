@@ -121,7 +121,10 @@ def _lamp(scores: Array) -> Array:
 
 
 def named(name: Any) -> Allocation | Ranked:
-  """An allocation by its name, for configurations: `'erk'`, or `{'head/*': 0.5, '**': 0.9}` for `custom`."""
+  """An allocation by its name, for configurations: `'erk'`, `{'name': 'uniform_plus', 'last': 'head/*'}`, or, for
+  `custom`, `{'head/*': 0.5, '**': 0.9}`."""
+  if isinstance(name, Mapping) and name.get('name') == 'uniform_plus':
+    return uniform_plus(**{key: value for key, value in name.items() if key != 'name'})
   if isinstance(name, Mapping):
     return custom(name)
   if callable(name) or isinstance(name, Ranked):

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import sparsejax as sj
-from sparsejax import allocation, flows, patterns, recipes, schedules, scores, starts, updates
+from sparsejax import allocation, flows, recipes, schedules, scores, starts, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.types import Axes, Signals
 
@@ -351,5 +351,11 @@ def test_lamp():
   np.testing.assert_allclose(found, [[1, 1 / 14], [4 / 13, 0]], rtol=1e-6)
 
 
-def test_ranked_allocations_keep_exactly_the_global_count():
-  assert patterns.kept_of(0.5, 18) == 9
+def test_snip_ratios_are_the_counts_of_snip_and_random_places():
+  """[calc] Liu et al. 2022: how many of each layer SNIP keeps, 6 and 3 above, at places that the key draws."""
+  ratios = allocation.from_scores(scores.snip)
+  drawn = [masks(recipes.random_pruning(SGD, 0.5, allocation=ratios, loss=loss, key=jax.random.key(seed)))
+           for seed in range(3)]
+  for a, b in drawn:
+    assert (np.sum(a), np.sum(b)) == tuple(np.sum(mask) for mask in masks(recipes.snip(SGD, 0.5, loss=loss)))
+  assert drawn[0] != drawn[1] or drawn[0] != drawn[2]

@@ -132,6 +132,19 @@ def test_a_right_import_is_left_alone(module, source):
   assert violations(module, source) == []
 
 
+def test_recipes_are_sentences():
+  """A recipe is read at a glance: at most 25 lines of code, all of them under 900."""
+  files = [path for path in MODULES.values() if path.parent.name == 'recipes']
+  assert sum(len(path.read_text().splitlines()) for path in files) < 900
+  for path in files:
+    for node in ast.parse(path.read_text()).body:
+      if isinstance(node, ast.FunctionDef):
+        docstring = node.body[0] if ast.get_docstring(node) else None
+        length = node.end_lineno - node.lineno + 1
+        length -= docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+        assert length <= 25, f'{path.name}: {node.name} has {length} lines of code; a word is missing from the grammar'
+
+
 def test_everything_loaded_leaves_flax_and_the_experiments_out():
   """In a process of its own, where flax could be imported: only then does its absence say anything."""
   assert importlib.util.find_spec('flax')

@@ -43,12 +43,15 @@ def together(pattern: Pattern) -> Shares:
 
 def random_pruning(
     inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    allocation: Shares = allocations.erk, **options: Any) -> Optimizer:
+    loss: Loss | None = None, allocation: Shares = allocations.erk, **options: Any) -> Optimizer:
   """Random pruning (Liu et al. 2022, The Unreasonable Effectiveness of Random Pruning, 2202.02643). Needs `key=`.
 
-  Counts are exact; the authors' code draws every weight by itself.
+  `loss` is for an `allocation` that looks at gradients: `allocation.from_scores(scores.snip)`, SNIP ratios. Counts are
+  exact; the authors' code draws every weight by itself.
   """
-  return fixed(inner, pattern, sparsity, allocation, scores.random, **options)
+  looks = isinstance(allocation, allocations.Ranked) and allocation.score and loss
+  start = starts.probed(starts.gradient(loss)) if looks else None
+  return fixed(inner, pattern, sparsity, allocation, scores.random, start, **options)
 
 
 def magnitude_at_init(
