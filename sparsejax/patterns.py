@@ -293,8 +293,7 @@ def kept_of(sparsity: Any, size: int) -> Any:
   if isinstance(sparsity, Ramp):
     pruned, progress = round(sparsity.target * size), jnp.asarray(sparsity.progress, jnp.float32)
     kept, done = _all_but(size, progress * np.float32(pruned)), ranking.count(size - pruned)
-    on_the_way = (progress < 1) & ranking.at_least(kept, done)  # above 2^24 `pruned` may have been rounded up
-    return ranking.Count(*(jnp.where(on_the_way, word, last) for word, last in zip(kept, done)))
+    return ranking.Count(*(jnp.where(progress < 1, word, last) for word, last in zip(kept, done)))
   share = jnp.asarray(sparsity, jnp.float32)
   return ranking.Count(*(jnp.where(share < 1, word, 0) for word in _all_but(size, share * np.float32(size))))
 

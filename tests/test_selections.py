@@ -1,6 +1,7 @@
 """Selections: leaves ranked together, what is moved between layers, floors, and how the first masks come about."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -129,15 +130,15 @@ def test_lamp_ranks_each_layer_by_what_is_left_of_it(name, kind):
 
 def test_a_ramp_of_leaves_ranked_together_is_exact_at_its_end_and_what_is_pruned_stays_so():
   params = {path: jnp.asarray(w) for path, w in drawn(5, 'normal').items()}
-  tx = recipes.gradual_magnitude(optax.sgd(0.5), 0.9, every=1, end=6, allocation=allocation.global_(), axes=AXES)
+  tx = recipes.gradual_magnitude(optax.sgd(0.5), 0.9, every=1, end=4, allocation=allocation.global_(), axes=AXES)
   state, update, size = tx.init(params), jax.jit(tx.update), sum(math.prod(s) for s in SHAPES.values())
   seen = [sj.masks(params, state)]
-  for seed in range(8):
+  for seed in range(5):
     moves, state = update({path: jnp.asarray(w) for path, w in drawn(seed, 'normal').items()}, state, params)
     params = optax.apply_updates(params, moves)
     seen.append(sj.masks(params, state))
   kept = [sum(int(m.sum()) for m in masks.values()) for masks in seen]
-  assert kept == [size - round(size * 0.9 * (1 - (1 - min(t / 6, 1)) ** 3)) for t in range(9)]
+  assert kept == [size - round(size * 0.9 * (1 - (1 - min(t / 4, 1)) ** 3)) for t in range(6)]
   for before, after in zip(seen, seen[1:]):
     assert not any(np.any(after[path] & ~before[path]) for path in SHAPES)
 
@@ -171,7 +172,7 @@ def test_sparse_momentum_keeps_the_count_of_all_layers_together(name, pattern, b
     assert changed <= (t % 2 == 1) and changed >= (t == 1), t
     for path, mask in masks.items():
       assert {*np.unique(units(name, np.asarray(mask), AXES[path])[0])} <= {0, 12 if name == 'block' else 1}
-  if broken is None:
+  if broken is None and name == 'unstructured':  # of blocks there are too few for shares of them
     grown = np.sum(masks['b/kernel'], (1, 2)) - np.sum(first['b/kernel'], (1, 2))
     assert grown[1] > 0 and all(np.sum(masks[path]) < np.sum(first[path]) for path in ('a/kernel', 'c/kernel'))
 
@@ -258,11 +259,12 @@ def test_the_best_candidate_has_the_lowest_loss_and_the_first_of_equals_and_nan_
 def test_random_search_keeps_the_nodes_of_the_lowest_initial_loss():
   params = {'a': {'kernel': jnp.asarray(drawn(9, 'normal')['a/kernel'])}}
   loss = lambda p: jnp.sum(jnp.sin(5 * p['a']['kernel']))
-  key = jax.random.key(1)
-  found = [recipes.random_search(optax.sgd(0.1), loss=loss, candidates=n, key=key) for n in (1, 40)]
-  masks = [sj.masks(params, tx.init(params))['a']['kernel'] for tx in found]
-  at = [float(loss({'a': {'kernel': jnp.where(m, params['a']['kernel'], 0)}})) for m in masks]
-  assert at[1] < at[0] and all(np.all(m.sum(0) % 8 == 0) and m.sum() == 24 for m in masks)
+  tx = recipes.random_search(optax.sgd(0.1), loss=loss, candidates=40, key=jax.random.key(1))
+  mask = np.asarray(sj.masks(params, tx.init(params))['a']['kernel'])
+  assert mask.sum() == 24 and np.all(mask.sum(0) % 8 == 0)
+  nodes = np.float32([np.isin(range(6), subset) for subset in itertools.combinations(range(6), 3)])
+  losses = nodes @ np.sin(5 * params['a']['kernel']).sum(0)  # of all 20 subsets; 40 draws hit one of the best 5
+  assert nodes[np.argsort(losses)[:5]].tolist().count(mask[0].astype(np.float32).tolist()) == 1
 
 
 X, T = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
