@@ -14,7 +14,7 @@ from experiments.configs import default
 def get_config():
   config = default.get_config()
   config.seeds = tuple(range(5))
-  config.steps = 800
+  config.steps = 400
   config.batch_size = 32
   config.model = {'name': 'vit', 'patch': 2, 'width': 32, 'depth': 2, 'heads': 4}
   config.optimizer.learning_rate = 2e-3

@@ -17,7 +17,7 @@ SMALL = {24: 15_250, 12: 4_174}
 def get_config():
   config = default.get_config()
   config.seeds = tuple(range(5))
-  config.steps = 800
+  config.steps = 400
   config.batch_size = 32
   config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
   config.optimizer.learning_rate = 2e-3
