@@ -16,6 +16,7 @@ import sparsejax
 from sparsejax import hlo, recipes
 
 ONCE = [name for name in cases.BY_NAME if CASES[name].tuned or f'{name}-phases' not in CASES]
+N_M = [name for name in ONCE if recipes.TABLE[CASES[name].recipe].__module__.endswith('n_m')]
 KINDS = pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 KERNEL = {'kernel': cases.F32((64, 8))}
 # How the kernel `[in, out]` lies on devices of 2 x 4, and whether all groups, of up to 32, are inside of a shard.
@@ -50,7 +51,7 @@ def moved(name, kind, spec):
 
 @KINDS
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.parametrize('name', ONCE)
+@pytest.mark.parametrize('name', N_M)
 def test_masks_lie_as_their_parameter_and_a_refresh_sends_nothing_but_counts(name, spec, kind):
   sent = moved(name, kind, spec)
   if CASES[name].recipe == 'st3':
@@ -63,6 +64,16 @@ def test_masks_lie_as_their_parameter_and_a_refresh_sends_nothing_but_counts(nam
     assert sent == moved('dense', kind, spec) == []
   else:
     assert sent, 'groups of 32 lie on several devices here, of 8 rows each'
+
+
+@pytest.mark.parametrize('kind, spec', [(AxisType.Auto, 'both'), (AxisType.Explicit, 'fully, along the contraction')])
+@pytest.mark.parametrize('name', [name for name in ONCE if name not in N_M])
+def test_what_is_ranked_sends_counts_and_what_is_fixed_nothing(name, kind, spec):
+  sent = moved(name, kind, spec)
+  if CASES[name].promise.fixed:
+    assert sent == []
+  else:
+    assert {kind for kind, _ in sent} == {'all-reduce'} and all(elements <= 8 for _, elements in sent), sent
 
 
 @KINDS
@@ -102,8 +113,9 @@ SPECS_OF_CASES = {
     'norm': {'scale': P(None)}, 'embed': {'embedding': P(None, None)}}
 
 
-@KINDS
-@pytest.mark.parametrize('name', [name for name in ONCE if name != 'dense'])
+@pytest.mark.parametrize('name, kind', [
+    (name, kind) for name in ONCE for kind in (AxisType.Auto, AxisType.Explicit)
+    if name != 'dense' and (name in N_M or kind == AxisType.Auto)], ids=str)
 def test_twelve_updates_are_the_same_bits_as_on_one_device(name, kind):
   """Columns over four devices, all of it twice; the state made under `jit`, everything donated."""
   devices = mesh(kind)
