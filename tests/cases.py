@@ -149,7 +149,7 @@ def _cases() -> dict[str, Case]:
     timed = options | ({'total_steps': STEPS} if 'total_steps' in valid else {})
     shapes = SHAPES if name in recipes.TABLE or name == 'ste-mixed' else SMALL
     found[name] = Case(recipe, timed, promise, shapes)
-    several = not promise.fixed and recipe not in _NO_DENSE_PHASE and not name.endswith((*PATTERNS,))
+    several = name in recipes.TABLE and not promise.fixed and recipe not in _NO_DENSE_PHASE
     if valid >= {*phases} and not {*options} & {*phases} and several:
       found[f'{name}-phases'] = Case(recipe, timed | phases, promise, shapes)
   return found
