@@ -7,10 +7,10 @@ The claim (Sanh et al. 2020, 2005.07683): at 15 % density and less, movement > g
 `pip install 'sparsejax[pretrained]'` and DIRECTORY/sst2_sentences/{train,dev,test}.tsv. Not as in the paper: MiniLM
 instead of BERT-base, half an epoch instead of several, no dropout, embeddings are fine-tuned instead of frozen.
 
-Not yet run with all seeds. On two CPU cores, jax 0.10.2, a dense step of one seed takes 0.63 CPU seconds, and 1.06
-times that under `vmap` over five: at best 1,000 s for the three runs, without compilation, evaluation and masks.
-One seed, on a shared machine: 73.4 % of the validation sentences right by magnitude, 49.1 % by movement, which
-is chance. So short a fine-tuning says nothing for movement; do not read the claim off it before `steps` is larger.
+Measured on two shared CPU cores, jax 0.10.2, 5 seeds, 1354 s of training in all: test accuracy
+83.67 +- 0.88 % dense, 71.37 +- 1.68 % magnitude, 49.95 +- 0.09 % movement, which is chance:
+the opposite of the claim, -21.42 +- 1.60. A third of an epoch is too short for its scores to say anything before the
+weights are gone; with 200 steps and plain sums instead of Adam one seed gave chance too (magnitude 74.41 %).
 """
 
 from experiments.configs import default
