@@ -221,3 +221,21 @@ def alone_run():
   body = lambda carry, grads: (cases.step(tx, *carry, grads), None)
   return jax.tree.map(np.asarray, jax.jit(
       lambda p, grads: jax.lax.scan(body, (p, tx.init(p)), grads))(params, cases.random(1, (STEPS,))))
+
+
+@pytest.mark.parametrize('pattern', cases.PATTERNS)
+@pytest.mark.parametrize('name', [name for name in recipes.TABLE if name in cases.BY_NAME
+                                  and not recipes.TABLE[name].__module__.endswith('n_m')
+                                  and 'pattern' in recipes.arguments(recipes.TABLE[name])])
+def test_every_recipe_starts_with_every_pattern_or_says_why_not(name, pattern):
+  """Sparse momentum moves counts between layers, which N:M fixes."""
+  case = CASES[name]
+  options = {key: value for key, value in case.options.items() if key != 'sparsity'}
+  tx = case._replace(options=options | {'pattern': cases.PATTERNS[pattern]}).make()
+  params = {layer: {'kernel': cases.F32((16, 8))} for layer in ('fc', 'head')}
+  if (name, pattern) == ('snfs', '2:4'):
+    with pytest.raises(ValueError, match='2:4 fixes how many every group keeps'):
+      jax.eval_shape(tx.init, params)
+  else:
+    state = jax.eval_shape(tx.init, params)
+    jax.eval_shape(tx.update, params, state, params)
