@@ -210,7 +210,14 @@ def top_n_of_leaves(leaves: Sequence[Array], n: Any) -> list[Array]:
 
   `n` is whatever `count` takes, traced or not. Nothing is concatenated, and of a sharded leaf only counts are shared.
   """
-  n, keys = count(n), _keys(leaves)
+  return _top_n_of_leaves(list(leaves), count(n))
+
+
+# One program outside of `jit` too: each sum of a sharded leaf waits for all devices, and many such programs in flight
+# have deadlocked XLA:CPU with more devices than cores.
+@functools.partial(jax.jit, inline=True)
+def _top_n_of_leaves(leaves: list[Array], n: Count) -> list[Array]:
+  keys = _keys(leaves)
   enough = lambda ts: [at_least(c, n) for c in _totals([[k >= t for t in ts] for k in keys])]
   least = largest_key(enough, jnp.zeros((), keys[0].dtype))
   counts = [_totals([[k > least, k == least]]) for k in keys]

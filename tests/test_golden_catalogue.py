@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import sparsejax as sj
-from sparsejax import allocation, flows, recipes, schedules, scores, starts, updates
+from sparsejax import allocation, flows, ranking, recipes, schedules, scores, starts, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.types import Axes, Signals
 
@@ -265,6 +265,29 @@ def test_gradual_pruning_reaches_its_target_off_the_grid():
   for _ in range(13):
     _, state = jax.jit(tx.update)(params, state, params)
   assert int(state.masks['kernel'].sum()) == 100
+
+
+def test_sparse_momentum_drops_and_grows():
+  """[run] SNFS: Nesterov twice from the masks of `M`, dense momentum, then shares, what is dropped, what is grown.
+
+  The counts are the authors': 4 and 2 are .45273 of 7 and 4 rounded up, and the cap of their shares rounds 3.83 to 3.
+  """
+  M = [[[1, 1, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1]], [[1, 0, 1], [0, 1, 1]]]
+  held = {name: NET[name] | {'weight': NET[name]['weight'] * jnp.asarray(m, jnp.float32)} for name, m in zip('ab', M)}
+  momentum = jax.tree.map(jnp.zeros_like, held)
+  for _ in range(2):
+    grads = jax.grad(loss)(held)
+    momentum = jax.tree.map(lambda b, g: .9 * b + g, momentum, grads)
+    held = jax.tree.map(lambda w, b, g: w - .1 * (g + .9 * b), held, momentum, grads)
+    held = {n: held[n] | {'weight': held[n]['weight'] * jnp.asarray(m, jnp.float32)} for n, m in zip('ab', M)}
+  strength, chosen = [], []
+  for name, mask, dropped in zip('ab', map(np.asarray, M), (4, 2)):
+    w, by = held[name]['weight'], scores.momentum(held[name]['weight'], Signals(stats=momentum[name]['weight']))
+    strength.append(float(by[mask == 1].mean()))
+    alive = ranking.top_n(updates.kept_first(mask == 1, scores.magnitude(w, Signals())), mask.sum() - dropped)
+    chosen.append(ranking.top_n(jnp.where(alive, jnp.inf, by), mask.sum() - dropped + 3).astype(int).tolist())
+  np.testing.assert_allclose(np.asarray(strength) / sum(strength), [.36091, .63909], atol=6e-6)
+  assert chosen == [[[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1], [0, 1, 1]]]
 
 
 def test_global_sparse_momentum():
