@@ -23,7 +23,7 @@ from experiments import configs, records, results, tasks, tickets, train
 CONFIGS = pathlib.Path(__file__).parent / 'configs' / 'claims'
 REFUSED = 2  # exit status
 
-Outcome = Mapping[str, Any]  # of one run: `task`, `test` (a list over seeds by name), `empty`, `seeds`, `environment`
+Outcome = Mapping[str, Any]  # of one run, as `experiments.outcomes` writes it
 Outcomes = Mapping[str, Outcome]  # by run
 
 
@@ -248,10 +248,18 @@ def _section(claim: Claim, ones: Sequence[Mapping[str, Any]], outcomes: Outcomes
     return f'{head}\n\nNot tested.'
   first = next(iter(outcomes.values()))
   machine, seconds = first['environment'], sum(outcome['seconds'] for outcome in outcomes.values())
+  commits = dict.fromkeys(outcome['environment']['commit'] or 'unknown' for outcome in outcomes.values())
   measured = (f'`experiments/configs/claims/{claim.config}.py`: {len(first["seeds"])} seeds, {first["steps"]} steps, '
               f'{seconds:.0f} s of training on {machine["platform"]} ({machine["device"]}), {machine["cpus"]} CPUs, '
-              f'jax {machine["jax"]}, commit {machine["commit"] or "unknown"}.')
-  return '\n\n'.join([head, results.markdown(HEAD[1:], [_cells(one) for one in ones]), measured])
+              f'jax {machine["jax"]}, commit {", ".join(commits)}.')
+  return '\n\n'.join([head, _baselines(outcomes), results.markdown(HEAD[1:], [_cells(one) for one in ones]), measured])
+
+
+def _baselines(outcomes: Outcomes) -> str:
+  """What the runs that prune nothing score, with the 95 % interval of the mean of the seeds."""
+  score = lambda run: results.spread(1, *results.interval(scores(outcomes, run)))
+  return 'Not pruned: ' + ', '.join(f'{run} {score(run)} {tasks.named(outcome["task"]).unit}'
+                                    for run, outcome in outcomes.items() if outcome['asked'] is None) + '.'
 
 
 def draw(judgements: Sequence[tuple[Claim, Sequence[Mapping[str, Any]]]], path: pathlib.Path) -> None:

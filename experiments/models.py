@@ -33,22 +33,9 @@ def rotated(x: Array) -> Array:
   return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
-class Attention(nn.Module):
-  """Multi-head self-attention over `[B, T, width]`; `causal` sees only the past and turns queries and keys by RoPE."""
-
-  heads: int
-  causal: bool
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    width = x.shape[-1]
-    project = lambda name: nn.DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, name=name)(x)
-    query, key, value = project('query'), project('key'), project('value')
-    if self.causal:
-      query, key = rotated(query), rotated(key)
-    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
-    return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name='out')(mixed)
+def causal_attention(query: Array, key: Array, value: Array) -> Array:
+  """Each token sees only those before it and itself; queries and keys are turned by RoPE."""
+  return jax.nn.dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
 
 
 class MLP(nn.Module):
@@ -74,7 +61,9 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, _: None = None) -> tuple[Array, None]:
     norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
-    x = x + Attention(self.heads, self.causal, self.dtype, name='attention')(norm('norm1')(x))
+    attend = causal_attention if self.causal else jax.nn.dot_product_attention
+    attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, attention_fn=attend, name='attention')
+    x = x + attention(norm('norm1')(x))
     return x + MLP(self.ratio, self.dtype, name='mlp')(norm('norm2')(x)), None
 
 

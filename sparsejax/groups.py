@@ -89,7 +89,7 @@ def from_bits(integers: Array, dtype: np.dtype) -> Array:
   return integers != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(integers, dtype)
 
 
-def exactly(move: Callable[..., Array], values: Array | tuple[Array, ...], places: Array, *static: int) -> Array:
+def exactly(move: Callable[..., Array], values: Array | tuple[Array, ...], places: Any, *static: int) -> Array:
   """`move` on the bits of `values`, an array or a tuple of arrays of one dtype.
 
   Bits have no derivative, so tangents are moved as the numbers that they are.

@@ -1,8 +1,8 @@
 """Files: packed and dense parameters in one safetensors file, verified in full; and reading Orbax checkpoints.
 
 In the file every tensor is a plain one that any safetensors reader opens: a dense leaf under its path `a/b/kernel`, a
-packed one as `a/b/kernel.values` with `.indices` (`NMArray`), `.mask` (`BitmaskArray`) or `.gaps`
-(`RelativeIndexArray`). The header's `__metadata__` says in JSON what belongs together and has the SHA-256 of every
+packed one as `a/b/kernel.values` with the other arrays of its format, such as `.indices` (`NMArray`) or `.mask`
+(`BitmaskArray`). The header's `__metadata__` says in JSON what belongs together and has the SHA-256 of every
 tensor; one more, of the header itself, covers it all.
 """
 
@@ -122,20 +122,15 @@ def _described(params: PyTree) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _entry(path: str, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  if isinstance(leaf, formats.NMArray):
-    axes = [a + leaf.ndim for a in leaf.axes]
-    kind = {'kind': 'nm', 'n': leaf.n, 'm': leaf.m, 'axes': axes}
-    parts = {f'{path}.values': leaf.values, f'{path}.indices': leaf.indices}
-  elif isinstance(leaf, formats.BitmaskArray):
-    kind, parts = {'kind': 'bitmask'}, {f'{path}.values': leaf.values, f'{path}.mask': leaf.mask}
-  elif isinstance(leaf, formats.RelativeIndexArray):
-    kind, parts = {'kind': 'relative_index'}, {f'{path}.values': leaf.values, f'{path}.gaps': leaf.gaps}
+  if formats.is_packed(leaf):
+    kind = {'kind': leaf.kind, **leaf.described()}
+    parts = {f'{path}.{name}': array for name, array in leaf.arrays().items()}
   else:
     leaf = leaf if hasattr(leaf, 'dtype') and hasattr(leaf, 'shape') else np.asarray(leaf)
     kind, parts = {'kind': 'dense'}, {path: leaf}
   for part in parts.values():
     _refuse(path, part)
-  problem = formats.problem(leaf) if formats.is_packed(leaf) else None
+  problem = leaf.problem() if formats.is_packed(leaf) else None
   if problem:
     raise errors.at_leaf('io.save', path, leaf.shape, problem)
   return {**kind, 'shape': list(leaf.shape), 'dtype': np.dtype(leaf.dtype).name}, parts
@@ -279,22 +274,17 @@ def _verified(path: Any, file: _File) -> dict[str, Any]:
 def _leaf(path: Any, entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
   """One leaf, from its tensors and what the metadata say of it."""
   name, shape, kind = entry['path'], tuple(entry['shape']), entry['kind']
-  if kind == 'nm':
-    n, m, axes = entry['n'], entry['m'], entry['axes']
-    known = axes and set(axes) <= set(range(len(shape))) and len(set(axes)) == len(axes)
-    if not known or not 1 <= n <= m <= 1024:
-      raise _bad(path, f'{name!r} cannot be {n}:{m} along the axes {axes} of shape {shape}')
-    static = (n, m, tuple(a - len(shape) for a in axes), tuple(shape[a] for a in axes))
-    leaf = formats.NMArray(tensors[f'{name}.values'], tensors[f'{name}.indices'], *static)
-  elif kind == 'bitmask':
-    leaf = formats.BitmaskArray(tensors[f'{name}.values'], tensors[f'{name}.mask'], shape)
-  elif kind == 'relative_index':
-    leaf = formats.RelativeIndexArray(tensors[f'{name}.values'], tensors[f'{name}.gaps'], shape)
-  elif kind == 'dense':
+  if kind == 'dense':
     leaf = tensors[name]
+  elif packed := formats.of_kind(kind):
+    parts = {part: tensors[f'{name}.{part}'] for part in packed.names()}
+    try:
+      leaf = packed.restored(parts, shape, entry)
+    except ValueError as e:
+      raise _bad(path, f'{name!r} {e}') from e
   else:
     raise _bad(path, f'{name!r} is of an unknown kind, {kind!r}')
-  problem = formats.problem(leaf) if formats.is_packed(leaf) else None
+  problem = leaf.problem() if formats.is_packed(leaf) else None
   if problem or leaf.shape != shape or leaf.dtype.name != entry['dtype']:
     raise _bad(path, f'{name!r}: {problem or f"has shape {leaf.shape} and dtype {leaf.dtype}, not those saved"}')
   return leaf

@@ -19,6 +19,20 @@ def standard_promotion():
     yield
 
 
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Of all jobs of a module; because they compile the same programs again and again, with JAX's cache of those."""
+  folder = tmp_path_factory.mktemp('jobs')
+  cache = {'jax_compilation_cache_dir': str(folder / 'cache'), 'jax_persistent_cache_min_compile_time_secs': 0.0,
+           'jax_persistent_cache_min_entry_size_bytes': -1}
+  before = {name: getattr(jax.config, name) for name in cache}
+  for name, value in cache.items():
+    jax.config.update(name, value)
+  yield folder
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
 def pytest_addoption(parser):
   parser.addoption('--cells', default='126', help='how many cells of the conformance table to run, or `all`')
   parser.addoption('--table', default=None, help='write what they gave to this file')

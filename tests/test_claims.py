@@ -36,6 +36,7 @@ def made_up(runs, task='classification', seeds=4, **scores):
   rng, name = np.random.default_rng(0), tasks.TASKS[task].name
   return {run: {
       'name': run, 'task': task, 'seeds': list(range(seeds)), 'steps': 2, 'seconds': 1.0, 'empty': [0] * seeds,
+      'asked': None if run.startswith('dense') else 0.5,
       'test': {name: scores.get(run, rng.random(seeds).tolist()), 'loss': [1.0] * seeds},
       'environment': {'platform': 'cpu', 'device': 'cpu', 'cpus': 2, 'jax': '0', 'commit': None}} for run in runs}
 
@@ -62,6 +63,14 @@ def test_a_claim_compares_runs_of_its_config_over_enough_seeds(claim):
   assert {one['unit'] for one in found} <= {tasks.TASKS[config.data.task].unit, 'layers'}
 
 
+@pytest.mark.parametrize('claim', claims.CLAIMS, ids=lambda claim: str(claim.number))
+def test_a_claim_trains_each_of_its_models_dense_too(claim):
+  config = configs.plain(configs.load(claims.CONFIGS / f'{claim.config}.py'))
+  model = lambda run: {**config['model'], **config['models'].get(run, {})}
+  dense = [model(run) for run, recipe in config['recipes'].items() if recipe['name'] == 'dense']
+  assert not [run for run in config['recipes'] if model(run) not in dense]
+
+
 def test_numbers_are_those_of_one_claim_each():
   numbers = [claim.number for claim in claims.CLAIMS]
   assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(1, 10))
@@ -79,7 +88,9 @@ def exits(status):
 
 
 def test_what_cannot_be_tested_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-  outcomes = made_up('ab', a=[0.1] * 4, b=[0.2, 0.2, 0.2, 0.3])
+  outcomes = made_up(['a', 'b', 'dense', 'dense-8'], a=[0.1] * 4, b=[0.2, 0.2, 0.2, 0.3], dense=[0.7, 0.7, 0.7, 0.8],
+                     **{'dense-8': [0.5] * 4})
+  outcomes['b']['environment']['commit'] = 'cafe'
   given = []
   monkeypatch.setattr(claims, 'CLAIMS', (
       fake(1, exits(2)), fake(2, lambda *arguments: given.append(arguments) or outcomes), fake(3, exits(143))))
@@ -89,6 +100,7 @@ def test_what_cannot_be_tested_is_said_and_the_rest_goes_on(tmp_path, monkeypatc
   out, page = capsys.readouterr().out, (tmp_path / 'claims.md').read_text()
   assert 'not tested' in out and 'reproduced' in out and 'b > a' in out
   assert '## 1. Claim 1' in page and 'Not tested.' in page and '| b > a | 22.50 | 10.00 | +12.50 ± 7.96 |' in page
+  assert 'Not pruned: dense 72.50 ± 7.96 %, dense-8 50.00 ± 0.00 %.' in page and 'commit unknown, cafe.' in page
   assert json.loads((tmp_path / 'claims.json').read_text())['2'][0]['verdict'] == 'reproduced'
   assert (tmp_path / 'claims.png').read_bytes()[:4] == b'\x89PNG'
   assert claims.main(['--workdir', str(tmp_path / 'stopped')]) == 143  # nothing is shown of a job that was stopped

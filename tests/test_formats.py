@@ -101,7 +101,7 @@ def test_the_round_trip_is_bit_for_bit(n, m, shape, axes, dtype):
   w = weights(n, m, shape, axes, dtype)
   packed = NMArray.from_dense(jnp.asarray(w), n, m, axes)
   assert (packed.shape, packed.ndim, packed.dtype) == (w.shape, w.ndim, w.dtype)
-  assert formats.problem(packed) is None
+  assert packed.problem() is None
   for dense in (packed.to_dense(), jax.jit(formats.unpack)(packed)):
     assert (dense.shape, dense.dtype) == (w.shape, w.dtype)
     assert bits(dense) == bits(w)
@@ -198,7 +198,7 @@ def test_every_bit_is_kept_of_zeros_anywhere(kind, shape, dtype, share):
   assert places.dtype == jnp.uint8 and places.tolist() == PLACES[kind](stored)
   assert bits(values) == [b for b in bits(w) if b]
   assert packed.nbytes == stored.sum() * w.dtype.itemsize + len(places)
-  assert formats.problem(packed) is None
+  assert packed.problem() is None
   for dense in (packed.to_dense(), jax.jit(formats.unpack)(packed)):
     assert dense.shape == w.shape and dense.dtype == w.dtype and bits(dense) == bits(w)
 
@@ -219,9 +219,9 @@ def test_gaps_of_255_and_more_go_on(places, code):
   w = np.zeros((10, 100), np.float32)
   w.flat[list(places)] = range(1, len(places) + 1)
   packed = RelativeIndexArray.from_dense(w)
-  assert packed.gaps.tolist() == code and formats.problem(packed) is None and bits(packed.to_dense()) == bits(w)
+  assert packed.gaps.tolist() == code and packed.problem() is None and bits(packed.to_dense()) == bits(w)
   endless = RelativeIndexArray(packed.values, np.append(packed.gaps, np.uint8(255)), (10, 200))
-  assert 'gaps end' in formats.problem(endless)
+  assert 'gaps end' in endless.problem()
 
 
 SPREADS = {
@@ -254,7 +254,7 @@ def test_what_a_mask_leaves_out_comes_from_the_base(shape, share, dtype):
   mask = np.asarray(np.random.default_rng(5).random(shape) >= share)
   trained = np.where(mask, after, before)
   packed = RelativeIndexArray.from_dense(jnp.asarray(trained), jnp.asarray(mask))
-  assert packed.values.shape == (mask.sum(),) and formats.problem(packed) is None
+  assert packed.values.shape == (mask.sum(),) and packed.problem() is None
   assert packed.gaps.tolist() == gaps_between(np.flatnonzero(mask).tolist())
   for unpacked in (packed.to_dense(before), jax.jit(lambda p, base: p.to_dense(base))(packed, before)):
     assert unpacked.shape == shape and unpacked.dtype == before.dtype and bits(unpacked) == bits(trained)
@@ -476,6 +476,6 @@ def test_indices_that_packing_never_makes_are_a_problem(positions, valid):
   """2:5 in three bits: positions may be out of order, twice the same, or 5 to 7."""
   planes = [sum((position >> p & 1) << i for i, position in enumerate(positions)) for p in range(3)]
   packed = NMArray(jnp.zeros(4), jnp.asarray(planes, jnp.uint8), 2, 5, (-1,), (10,))
-  assert (formats.problem(packed) is None) == valid
+  assert (packed.problem() is None) == valid
   padded = NMArray(jnp.zeros(4), jnp.asarray([planes[0] | 0x80, *planes[1:]], jnp.uint8), 2, 5, (-1,), (10,))
-  assert 'zero bits' in formats.problem(padded)
+  assert 'zero bits' in padded.problem()

@@ -21,6 +21,8 @@ LAYERS = (
     ('tracing',),
     ('ranking', 'groups', 'gaps'),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts'),
+    ('formats.arrays',),
+    ('formats.n_m', 'formats.anywhere', 'formats.blocks'),
     ('formats',),
     ('states',),
     ('selections',),

@@ -34,20 +34,9 @@ SPARSITIES = {1: 0.5, 2: 0.75}
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  """Where config and data are, and, because the same programs are compiled again and again, JAX's cache of them."""
-  folder = tmp_path_factory.mktemp('tickets')
+def folder(folder):
   (folder / 'config.py').write_text(TOY)
-  before = {name: getattr(jax.config, name) for name in CACHE}
-  for name, value in CACHE.items():
-    jax.config.update(name, str(folder / 'cache') if value is None else value)
-  yield folder
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
-CACHE = {'jax_compilation_cache_dir': None, 'jax_persistent_cache_min_compile_time_secs': 0.0,
-         'jax_persistent_cache_min_entry_size_bytes': -1}
+  return folder
 
 
 def call(folder, workdir, *changes):

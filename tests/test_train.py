@@ -24,22 +24,6 @@ TOY = ('mesh.data=1', 'steps=8', 'seeds=(0, 7)', 'batch_size=8', 'model.width=16
        'model.patch=4', 'measure_every=2', 'validate_every=4', 'checkpoint_every=2')
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  """Where the data are, and, because the same programs are compiled again and again, JAX's cache of them."""
-  folder = tmp_path_factory.mktemp('train')
-  before = {name: getattr(jax.config, name) for name in CACHE}
-  for name, value in CACHE.items():
-    jax.config.update(name, str(folder / 'cache') if value is None else value)
-  yield folder
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
-CACHE = {'jax_compilation_cache_dir': None, 'jax_persistent_cache_min_compile_time_secs': 0.0,
-         'jax_persistent_cache_min_entry_size_bytes': -1}
-
-
 def call(folder, workdir, *changes, config=DEMO, toy=TOY):
   """Runs the command and returns its exit status."""
   overrides = [f'data.data_dir={folder / "data"}', *toy, *changes]

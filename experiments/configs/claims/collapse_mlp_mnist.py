@@ -29,10 +29,10 @@ def get_config():
   config.model = {'name': 'mlp', 'widths': (100,) * 6}
   config.optimizer.learning_rate = 2e-3
   deep = {'widths': (100,) * 20, 'gain': 1.0}
-  config.recipes = {}
+  config.recipes = {'dense': {'name': 'dense'}, 'dense-deep': {'name': 'dense'}}
   for name, recipe in (('SNIP', 'snip'), ('SynFlow', 'synflow'), ('robust', 'robust_at_init')):
     config.recipes[f'{name}-300'] = {'name': recipe, 'sparsity': 1 - 1 / 300, 'allow_empty': True}
   for name, recipe in (('SNIP', 'snip'), ('robust', 'robust_at_init')):
     config.recipes[f'{name}-deep'] = {'name': recipe, 'sparsity': 0.9}
-    config.models[f'{name}-deep'] = deep
+  config.models = {run: deep for run in config.recipes if run.endswith('-deep')}
   return config

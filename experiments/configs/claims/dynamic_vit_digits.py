@@ -11,22 +11,19 @@ RigL-90 > SET-90: 75.44 and 79.78 % (-4.33 +- 5.58, not reproduced); SET-90 > st
 and 55.83 % (+4.83 +- 5.59, not reproduced).
 """
 
-from experiments.configs import default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 400
-  config.batch_size = 32
-  config.model = {'name': 'vit', 'patch': 2, 'width': 32, 'depth': 2, 'heads': 4}
-  config.optimizer.learning_rate = 2e-3
+  config = claims.vit_digits(seeds=10, steps=1000)
   methods = {
       'static': {'name': 'static_sparse'},
       'SET': {'name': 'set_', 'every': 20},
       'RigL': {'name': 'rigl', 'every': 20},
   }
   shared = {'where': ['attention/*/kernel', 'mlp/*/kernel'], 'allocation': 'erk'}
-  config.recipes = {f'{name}-{percent}': {**method, **shared, 'sparsity': percent / 100}
-                    for percent in (90, 95) for name, method in methods.items()}
+  config.recipes = {'dense': {'name': 'dense'}}
+  for percent in (90, 95):
+    for name, method in methods.items():
+      config.recipes[f'{name}-{percent}'] = {**method, **shared, 'sparsity': percent / 100}
   return config

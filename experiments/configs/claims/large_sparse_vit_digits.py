@@ -10,19 +10,14 @@ sparse-24 > dense-24: 96.11 and 95.72 % (+0.39 +- 1.43, not reproduced); sparse-
 (-8.67 +- 6.76, the opposite).
 """
 
-from experiments.configs import default
+from experiments.configs import claims
 
 PARAMETERS, PRUNED = 58_138, 55_296
 SMALL = {24: 15_250, 12: 4_174}
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 400
-  config.batch_size = 32
-  config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
-  config.optimizer.learning_rate = 2e-3
+  config = claims.vit_digits(seeds=5, steps=400, width=48)
   pruned = {'name': 'gradual_magnitude', 'begin': 0.1, 'end': 0.7, 'every': 10,
             'where': ['attention/*/kernel', 'mlp/*/kernel']}
   config.recipes = {'dense-48': {'name': 'dense'}}

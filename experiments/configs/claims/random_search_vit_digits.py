@@ -9,18 +9,15 @@ random-75 > search-75: 95.11 and 95.78 % (-0.67 +- 1.70, not reproduced); random
 (-0.06 +- 1.34, not reproduced).
 """
 
-from experiments.configs import default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 400
-  config.batch_size = 32
-  config.model = {'name': 'vit', 'patch': 2, 'width': 32, 'depth': 2, 'heads': 4}
-  config.optimizer.learning_rate = 2e-3
+  config = claims.vit_digits(seeds=10, steps=1000)
   shared = {'pattern': 'channel', 'where': ['mlp/fc1/kernel'], 'allocation': 'uniform'}
   methods = {'random': {'name': 'random_pruning'}, 'search': {'name': 'random_search', 'candidates': 100}}
-  config.recipes = {f'{name}-{percent}': {**method, **shared, 'sparsity': percent / 100}
-                    for percent in (75, 90) for name, method in methods.items()}
+  config.recipes = {'dense': {'name': 'dense'}}
+  for percent in (75, 90):
+    for name, method in methods.items():
+      config.recipes[f'{name}-{percent}'] = {**method, **shared, 'sparsity': percent / 100}
   return config

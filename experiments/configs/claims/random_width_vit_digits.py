@@ -10,18 +10,13 @@ ERK-48 > uniform-48: 63.67 and 49.94 % (+13.72 +- 9.49, reproduced); gap of ERK-
 (-1.56 +- 6.72, not reproduced); gap of ERK-24 > gap of ERK-48: 64.61 and 34.17 % (+30.44 +- 8.67, reproduced).
 """
 
-from experiments.configs import default
+from experiments.configs import claims
 
 WIDTHS = (12, 24, 48)
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 400
-  config.batch_size = 32
-  config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
-  config.optimizer.learning_rate = 2e-3
+  config = claims.vit_digits(seeds=5, steps=400, width=48)
   pruned = {'name': 'random_pruning', 'sparsity': 0.95, 'where': ['attention/*/kernel', 'mlp/*/kernel', 'head/kernel']}
   recipes = {'dense': {'name': 'dense'}, 'ERK': {**pruned, 'allocation': 'erk'}}
   config.recipes = {f'{name}-{width}': recipe for width in WIDTHS for name, recipe in recipes.items()}

@@ -11,16 +11,11 @@ after the first round, at 68.4 %, -0.13 +- 0.17. The barrier of the test loss fr
 hardly differ, and so an average of them cannot do much. With retrainings of 200 steps 0.06 +- 0.30 at 90 %.
 """
 
-from experiments.configs import default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 400
-  config.batch_size = 32
-  config.model = {'name': 'vit', 'patch': 2, 'width': 32, 'depth': 2, 'heads': 4}
-  config.optimizer.learning_rate = 2e-3
+  config = claims.vit_digits(seeds=10, steps=400)
   config.tickets = {'rounds': 2, 'sparsity': 0.9, 'rewind': 'learning_rate', 'members': 3, 'retrain_steps': 400,
                     'recipe': {'where': ['attention/*/kernel', 'mlp/*/kernel']}}
   return config

@@ -1,0 +1,122 @@
+"""What all packed arrays share: the interface that `pack`, `io` and the kernels rely on, and what refuses a weight.
+
+What counts as zero is the bit pattern of `+0.0`: `-0.0`, NaN payloads and subnormals are values and survive.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.types import Array, Axes
+
+static = functools.partial(dataclasses.field, metadata={'static': True})
+_BY_KIND: dict[str, type['PackedArray']] = {}
+
+
+class Misfit(ValueError):
+  """An array that cannot be stored in a format: `why`, with the remedy."""
+
+  def __init__(self, function: str, shape: tuple[int, ...], why: str):
+    super().__init__(f'{function}: array of shape {tuple(shape)}: {why}')
+    self.why = why
+
+
+class PackedArray:
+  """A dense array stored as several plain ones; a pytree, of which `values` is the part that gradients flow to.
+
+  A format is a registered dataclass of this class: its fields that are not static are arrays, and a file stores each
+  of them under its name. `kind` is the format's name there. `described` is what the file has to say beside the arrays
+  and the dense shape, in JSON; `restored` is the way back.
+  """
+
+  kind: ClassVar[str]
+
+  def __init_subclass__(cls, kind: str) -> None:
+    cls.kind, _BY_KIND[kind] = kind, cls
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self.values.dtype
+
+  @property
+  def nbytes(self) -> int:
+    """The bytes of all its arrays."""
+    return nbytes(self)
+
+  def arrays(self) -> dict[str, Array]:
+    """The arrays it consists of, by the names of the fields."""
+    return {name: getattr(self, name) for name in self.names()}
+
+  @classmethod
+  def names(cls) -> list[str]:
+    """The fields that are arrays."""
+    return [field.name for field in dataclasses.fields(cls) if not field.metadata.get('static')]
+
+  def described(self) -> dict[str, Any]:
+    return {}
+
+  @classmethod
+  def restored(cls, parts: Mapping[str, Array], shape: tuple[int, ...], about: Mapping[str, Any]) -> Self:
+    """The packed array of these `arrays()`; `about` has what `described` gave. `ValueError` if that is absurd."""
+    return cls(**parts, shape=shape)
+
+  def to_dense(self) -> Array:
+    """The dense array, bit for bit. Differentiable in `values`."""
+    raise NotImplementedError
+
+  def problem(self) -> str | None:
+    """Why this concrete packed array is not one that `from_dense` makes, or `None`. For arrays of untrusted files."""
+    raise NotImplementedError
+
+
+def of_kind(kind: str) -> type[PackedArray] | None:
+  """The format of this name, or `None`."""
+  return _BY_KIND.get(kind)
+
+
+def nbytes(tree: Any) -> int:
+  """Bytes of all arrays in `tree`, packed or not."""
+  return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+TRACED = ('its values are not known here (traced, or a mere shape), so its zeros cannot be counted. Pack outside of '
+           'jit, vmap and grad, or, for N:M, with check=False: then each group keeps its first N nonzeros only.')
+
+
+def contracted(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> tuple[int, ...]:
+  """The contracted axes, counted from the front."""
+  axes = axes.contracted if isinstance(axes, Axes) else (axes,) if isinstance(axes, int) else tuple(axes)
+  if not all(-w.ndim <= a < w.ndim for a in axes) or len({a % w.ndim for a in axes}) != len(axes):
+    raise ValueError(f'{function}: axes {axes} are not different axes of an array of shape {tuple(w.shape)}.')
+  return tuple(a % w.ndim for a in axes)
+
+
+def dtype_misfit(dtype: np.dtype) -> str | None:
+  bits = 8 if jnp.issubdtype(dtype, jnp.bool_) else None
+  if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer):
+    bits = (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
+  if bits not in (8, 16, 32, 64):
+    return f'dtype {dtype} cannot be packed; real numbers of 8, 16, 32 and 64 bits can. Leave it out of `where`.'
+  if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    return f'dtype {dtype} would be truncated; set jax_enable_x64, or cast it to 32 bits first.'
+  return None
+
+
+def host_misfit(w: Array) -> str | None:
+  if w.size >= 2**31:
+    return 'it has 2^31 weights or more; leave it out of `where`.'
+  return dtype_misfit(w.dtype) or (None if concrete(w) else TRACED)
+
+
+def concrete(w: Array) -> bool:
+  return not isinstance(w, (jax.core.Tracer, jax.ShapeDtypeStruct))

@@ -1,0 +1,234 @@
+"""`BlockSparseArray`: dense blocks of a matrix, the others zero; the format of the block-sparse kernels."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import errors, groups
+from sparsejax.formats import arrays
+from sparsejax.types import Array, Axes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
+  """A matrix `[K, N]` of which blocks of `[bk, bn]` are stored, or are zero; or a stack of such, `[..., K, N]`.
+
+  `values` is `[..., nnz, bk, bn]`, the blocks of one output column after another, in each by row; block i lies in block
+  row `rows[i]` and block column `cols[i]`. `order` lists the blocks the other way round, by row and then by column, for
+  the product with the transpose; all three are `int32[..., nnz]`. Every row and every column of blocks has at least one
+  that is stored, if need be one of zeros, because a kernel does not visit what is not listed. Where `bk` does not
+  divide K or `bn` not N, the last blocks are filled up with zeros.
+
+  `fan_in` is the number of blocks of each column and `fan_out` that of each row, as tuples known at trace time, so that
+  a new mask compiles anew unless it is balanced; `None` where the matrices of a stack differ in it. `sizes` is the
+  dense shape without the leading axes of a stack, which may come and go (`vmap`, `scan`); `axes` are those of its axes,
+  counted from the end, that are contracted and, in this order, make up K. The others make up N.
+  """
+
+  values: Array
+  rows: Array
+  cols: Array
+  order: Array
+  fan_in: tuple[int, ...] | None = arrays.static()
+  fan_out: tuple[int, ...] | None = arrays.static()
+  axes: tuple[int, ...] = arrays.static()
+  sizes: tuple[int, ...] = arrays.static()
+
+  @classmethod
+  def from_dense(cls, w: Array, mask: Array | None = None, block: tuple[int, int] = (128, 128),
+                 axes: Axes | int | tuple[int, ...] = -2) -> 'BlockSparseArray':
+    """Pack the concrete array `w`, on the host: the blocks that have a nonzero, or those in which `mask` has a `True`.
+
+    `block` is the lengths along the contraction and along the output. `mask` is a bool array like `w`, `True` is kept:
+    what it does not keep is stored as zero. Matrices of a stack (`axes.layer`, which must lead) must store equally
+    many blocks. Raises `ValueError` for that, for traced arrays, and for an `axes`, `mask` or dtype that does not fit.
+    """
+    at = _axes('BlockSparseArray.from_dense', w, axes)
+    if why := arrays.host_misfit(w) or _misfit(w, mask, block, at):
+      raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, why)
+    w, mask = np.asarray(w), None if mask is None else np.asarray(mask)
+    kept = w if mask is None else np.where(mask, w, np.zeros((), w.dtype))
+    blocks = _split(kept, at, block)
+    stored = _any(blocks.view(f'u{w.dtype.itemsize}') != 0) if mask is None else _any(_split(mask, at, block))
+    stored = np.stack([_everywhere(one) for one in stored])
+    if len(counts := {str(one.sum()) for one in stored}) > 1:
+      raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, 'the matrices of the stack have different numbers of '
+                          f'blocks, {errors.some(sorted(counts))}; pack them one by one, or prune all to the same.')
+    return _packed(blocks, stored, at, w.shape)
+
+  @property
+  def block(self) -> tuple[int, int]:
+    """The lengths of a block along the contraction and along the output."""
+    return self.values.shape[-2:]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The dense shape."""
+    return (*self.values.shape[:-3], *self.sizes)
+
+  @property
+  def contracted(self) -> int:
+    """K, the length of the contraction."""
+    return math.prod(self.sizes[a] for a in self.axes)
+
+  @property
+  def outputs(self) -> tuple[int, ...]:
+    """The axes that are not contracted; N is their product."""
+    return tuple(n for a, n in enumerate(self.sizes) if a - len(self.sizes) not in self.axes)
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """How many blocks there are along the contraction and along the output, stored or not."""
+    bk, bn = self.block
+    return -(-self.contracted // bk), -(-math.prod(self.outputs) // bn)
+
+  @property
+  def density(self) -> float:
+    """The share of blocks that are stored."""
+    return self.values.shape[-3] / math.prod(self.grid)
+
+  def to_dense(self) -> Array:
+    """The dense array, bit for bit. Differentiable in `values`."""
+    return _dense(self)
+
+  def described(self) -> dict[str, Any]:
+    return {'axes': [a + self.ndim for a in self.axes], 'stacked': self.values.ndim - 3}
+
+  @classmethod
+  def restored(cls, parts, shape, about):
+    axes, lead = about['axes'], about['stacked']
+    if not axes or not set(axes) <= set(range(lead, len(shape))) or len(set(axes)) != len(axes):
+      raise ValueError(f'cannot be blocks along the axes {axes} of shape {shape}, of which {lead} are of a stack')
+    if parts['values'].ndim != lead + 3 or parts['rows'].shape != parts['values'].shape[:-2]:
+      raise ValueError(f'values {list(parts["values"].shape)} and rows {list(parts["rows"].shape)} are of no stack of '
+                       f'{lead} axes')
+    whole = cls(**parts, fan_in=None, fan_out=None, axes=tuple(a - len(shape) for a in axes), sizes=tuple(shape[lead:]))
+    fans = [_fan(np.asarray(index), n) for index, n in zip((whole.cols, whole.rows), reversed(whole.grid))]
+    return dataclasses.replace(whole, fan_in=fans[0], fan_out=fans[1])
+
+  def problem(self) -> str | None:
+    return _invalid(self)
+
+
+def _axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> Axes:
+  """Contracted and layer axes, counted from the front."""
+  if isinstance(axes, Axes):
+    taps = tuple(a for a in axes.spatial if w.shape[a] == 1)  # of a 1x1 convolution
+    front = lambda group: arrays.contracted(function, w, tuple(group))
+    return Axes(front((*taps, *axes.contracted)), front(axes.output), front(a for a in axes.spatial if a not in taps),
+                front(axes.layer))
+  picked = arrays.contracted(function, w, axes)
+  return Axes(picked, tuple(a for a in range(w.ndim) if a not in picked))
+
+
+def _misfit(w: Array, mask: Array | None, block: tuple[int, int], at: Axes) -> str | None:
+  if at.spatial:
+    return f'its spatial axes {at.spatial} are not of length one; only 1x1 convolutions are products of matrices.'
+  if sorted(at.layer) != list(range(len(at.layer))):
+    return f'its axes {at.layer} of a stack must come first; move them there.'
+  if not at.contracted or not at.output:
+    return 'a matrix has both contracted and output axes; leave it out of `where`.'
+  if len(block) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in block):
+    return f'block must be two whole numbers, as in (128, 128), not {block!r}.'
+  if mask is not None and (tuple(mask.shape) != tuple(w.shape) or mask.dtype != bool):
+    return f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} must be bool of the same shape.'
+  return None if mask is None or arrays.concrete(mask) else arrays.TRACED
+
+
+def _split(w: np.ndarray, at: Axes, block: tuple[int, int]) -> np.ndarray:
+  """`[layers, K / bk, N / bn, bk, bn]`, filled up with zeros."""
+  lengths = [math.prod(w.shape[a] for a in axes) for axes in (at.layer, at.contracted, at.output)]
+  matrices = np.transpose(w, (*at.layer, *at.contracted, *sorted(at.output))).reshape(lengths)
+  padded = np.pad(matrices, [(0, 0), *((0, -n % b) for n, b in zip(lengths[1:], block))])
+  layers, k, n = padded.shape
+  return padded.reshape(layers, k // block[0], block[0], n // block[1], block[1]).transpose(0, 1, 3, 2, 4)
+
+
+def _any(blocks: np.ndarray) -> np.ndarray:
+  return blocks.any((-2, -1))
+
+
+def _everywhere(stored: np.ndarray) -> np.ndarray:
+  """`stored`, bool `[Kb, Nb]`, and what it takes for one block at least in every row and column."""
+  stored = stored.copy()
+  for column in np.flatnonzero(~stored.any(0)):
+    stored[np.argmin(stored.sum(1)), column] = True  # where there are fewest, so that rows stay as equal as they are
+  for row in np.flatnonzero(~stored.any(1)):
+    stored[row, np.argmin(stored.sum(0))] = True
+  return stored
+
+
+def _packed(blocks: np.ndarray, stored: np.ndarray, at: Axes, shape: tuple[int, ...]) -> BlockSparseArray:
+  lead = [shape[a] for a in at.layer]
+  index = [np.nonzero(one.T)[::-1] for one in stored]  # by column, then by row
+  rows, cols = (np.stack(each).astype(np.int32) for each in zip(*index))
+  order = np.stack([np.lexsort(each) for each in zip(cols, rows)]).astype(np.int32)
+  values = np.stack([one[r, c] for one, r, c in zip(blocks, rows, cols)])
+  stacked = lambda a: jnp.asarray(a.reshape(*lead, *a.shape[1:]))
+  return BlockSparseArray(
+      stacked(values), stacked(rows), stacked(cols), stacked(order), _fan(cols, stored.shape[2]),
+      _fan(rows, stored.shape[1]), tuple(a - len(shape) for a in at.contracted), tuple(shape[len(lead):]))
+
+
+def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
+  """How often each of `n` is in the last axis of `index`, if that is the same all over its other axes."""
+  counts = {tuple(np.bincount(one, minlength=n).tolist()) for one in index.reshape(-1, index.shape[-1])}
+  return counts.pop() if len(counts) == 1 else None
+
+
+@jax.jit
+def _dense(packed: BlockSparseArray) -> Array:
+  grid, (bk, bn) = packed.grid, packed.block
+
+  def matrix(values, places):
+    rows, cols = places
+    whole = jnp.zeros((*grid, bk, bn), values.dtype).at[rows, cols].set(values, mode='promise_in_bounds')
+    return whole.transpose(0, 2, 1, 3).reshape(grid[0] * bk, grid[1] * bn)
+
+  place = matrix
+  for _ in packed.values.shape[:-3]:
+    place = jax.vmap(place)
+  whole = groups.exactly(place, packed.values, (packed.rows, packed.cols))
+  lead, k = packed.values.shape[:-3], packed.contracted
+  whole = whole[..., :k, :math.prod(packed.outputs)]
+  contracted = [packed.sizes[a] for a in packed.axes]
+  whole = whole.reshape(*lead, *contracted, *packed.outputs)
+  outputs = [a for a in range(-len(packed.sizes), 0) if a not in packed.axes]
+  back = np.argsort([a + len(packed.sizes) for a in (*packed.axes, *outputs)])
+  return jnp.transpose(whole, (*range(len(lead)), *(len(lead) + back)))
+
+
+def _invalid(packed: BlockSparseArray) -> str | None:
+  index = [np.asarray(a) for a in (packed.rows, packed.cols, packed.order)]
+  if any(a.shape != packed.values.shape[:-2] or a.dtype != np.int32 for a in index):
+    return (f'values {list(packed.values.shape)} take rows, cols and order int32{list(packed.values.shape[:-2])}, not '
+            f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in index)}.')
+  for rows, cols, order in zip(*(a.reshape(-1, a.shape[-1]) for a in index)):
+    for name, where, n in zip(('rows', 'cols'), (rows, cols), packed.grid):
+      if set(where.tolist()) != set(range(n)):
+        return f'its {name} must be all of 0 to {n - 1}, each at least once.'
+    if (np.diff(cols.astype(np.int64) * packed.grid[0] + rows) <= 0).any():
+      return 'its blocks are not in the order of their columns and rows, each once.'
+    if not np.array_equal(order, np.lexsort((cols, rows))):
+      return 'its order is not that of the rows, then the columns, of its blocks.'
+  fans = [_fan(a, n) for a, n in zip((index[1], index[0]), reversed(packed.grid))]
+  if fans != [packed.fan_in, packed.fan_out]:
+    return 'its fan_in and fan_out are not the numbers of blocks in its columns and rows.'
+  return _padding(packed, index)
+
+
+def _padding(packed: BlockSparseArray, index: list[np.ndarray]) -> str | None:
+  """Whether what fills up the last blocks is zero."""
+  values = np.asarray(packed.values)
+  bits = values.view(f'u{values.dtype.itemsize}') != 0
+  for axis, where, length, size in zip((-2, -1), index, packed.block, (packed.contracted, math.prod(packed.outputs))):
+    if size % length:
+      filled = np.take(bits, range(size % length, length), axis).any((-2, -1))
+      if (filled & (where == size // length)).any():
+        return 'what fills up its last blocks is not zero.'
+  return None
