@@ -1,0 +1,156 @@
+"""Products with a `BlockSparseArray`: `block_sparse_matmul`, and `sampled_matmul` for its gradient.
+
+Neither makes the dense weight or its dense gradient, in none of the implementations but 'dense'.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import dispatch
+from kernels_pallas.block_sparse import reference
+from kernels_pallas.dispatch import Choice, Implementation
+from sparsejax.formats import BlockSparseArray
+from sparsejax.types import Array
+
+
+def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | None = None,
+                        explain: bool = False) -> Array | dispatch.Explanation:
+  """`x [..., K]` times the block-sparse `w`, over its contracted axes merged: `[..., *outputs]`, in x's dtype.
+
+  Sums are float32. Differentiable in `x` and `w.values`; the gradient of the values is computed at the stored blocks
+  only. Lengths that the blocks do not divide are filled up. NaN and infinity in `x` do not reach what is not stored.
+  `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', which run or raise `ValueError`; `None` lets the
+  platform choose when the program is lowered, and `explain=True` returns what it would choose, and why.
+  """
+  _check('block_sparse_matmul', x, w)
+  flat = _filled(x.reshape(-1, x.shape[-1]), w.grid[0] * w.block[0])
+  args = (flat, w)
+  if explain:
+    return dispatch.chosen(args, FORWARD, prefer)
+  if implementation is not None:
+    dispatch.named('block_sparse_matmul', args, FORWARD, implementation)
+  shape = (*x.shape[:-1], *w.outputs)
+  if 0 in flat.shape:
+    return jnp.zeros(shape, x.dtype)
+  arrays, static = jax.tree.flatten(w)
+  y = _product(implementation, static, flat, *arrays)
+  return y[:, :int(np.prod(w.outputs))].reshape(shape)
+
+
+def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementation: str | None = None,
+                   explain: bool = False) -> Array | dispatch.Explanation:
+  """`x^T dy` at the stored blocks of `like` only: its `values`, `[nnz, bk, bn]`, in their dtype, summed in float32.
+
+  `x` is `[..., K]`, `dy [..., *outputs]`: the gradient of `block_sparse_matmul` with respect to the values. Not
+  differentiable itself. Where the blocks do not divide a length, what fills them up is zero.
+  """
+  _check('sampled_matmul', x, like)
+  if dy.shape != (*x.shape[:-1], *like.outputs):
+    raise ValueError(f'sampled_matmul: dy of shape {dy.shape} must be {(*x.shape[:-1], *like.outputs)}, as '
+                     f'block_sparse_matmul gives for x of shape {x.shape} and a weight of shape {like.shape}.')
+  (bk, bn), (kb, nb) = like.block, like.grid
+  x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, int(np.prod(like.outputs)))
+  args = (_filled(x, kb * bk), _filled(dy, nb * bn), like)
+  if explain:
+    return dispatch.chosen(args, SAMPLED, prefer)
+  if 0 in args[0].shape:
+    return jnp.zeros_like(like.values)
+  return dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer)
+
+
+def prefer(*args: Any) -> Choice:
+  """'xla' or 'dense', by what was measured on a CPU (`make bench`)."""
+  x, w = args[0], args[-1]
+  share = 1 - w.density
+  if min(w.block) < 16:
+    return Choice('dense', f'blocks of {w.block} are too small to be faster than dense')
+  least = 0.45 if w.block[1] >= 64 else 0.6 if w.block[1] >= 32 else 0.75
+  if share < least:
+    return Choice('dense', f'{share:.0%} of the blocks are zero, and {w.block} pays from {least:.0%} on')
+  how = 'one batched dot' if x.shape[0] <= reference.FEW_TOKENS else 'one dot for each block column'
+  return Choice('xla', f'{share:.0%} of the blocks are zero, {x.shape[0]} tokens: {how}')
+
+
+def _check(op: str, x: Array, w: Any) -> None:
+  if not isinstance(w, BlockSparseArray):
+    raise ValueError(f'{op}: the weight must be a formats.BlockSparseArray, not {type(w).__name__}; '
+                     'BlockSparseArray.from_dense packs one.')
+  if w.values.ndim != 3:
+    raise ValueError(f'{op}: the weight of shape {w.shape} is a stack; take one of it at a time with vmap or scan.')
+  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
+    raise ValueError(f'{op}: x has dtype {x.dtype}; float32, bfloat16 and float16 can be multiplied here.')
+  if not x.ndim or x.shape[-1] != w.contracted:
+    raise ValueError(f'{op}: x of shape {x.shape} must end in {w.contracted}, the contracted length of the weight of '
+                     f'shape {w.shape}; reshape x so that its last axis has that length.')
+
+
+def _filled(x: Array, length: int) -> Array:
+  return jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) if x.shape[1] < length else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(implementation: str | None, static: Any, x: Array, *arrays: Array) -> Array:
+  w = _cast(jax.tree.unflatten(static, arrays), x.dtype)
+  return dispatch.run('block_sparse_matmul', (x, w), FORWARD, implementation, prefer)
+
+
+def _forward(implementation, static, x, *arrays):
+  return _product(implementation, static, x, *arrays), (x, arrays)
+
+
+def _backward(implementation, static, kept, dy):
+  x, arrays = kept
+  w = jax.tree.unflatten(static, arrays)
+  dx = dispatch.run('block_sparse_matmul', (dy, _cast(w, dy.dtype)), TRANSPOSED, implementation, prefer)
+  dw = dispatch.run('sampled_matmul', (x, dy, w), SAMPLED, implementation, prefer)
+  return dx, *(dw if a is w.values else None for a in arrays)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _cast(w: BlockSparseArray, dtype: np.dtype) -> BlockSparseArray:
+  return dataclasses.replace(w, values=w.values.astype(dtype))
+
+
+# 'dense': the weight unpacked inside of the program.
+
+
+def _dense(w: BlockSparseArray) -> Array:
+  """`[Kb bk, Nb bn]`."""
+  (kb, nb), (bk, bn) = w.grid, w.block
+  whole = jnp.zeros((kb, nb, bk, bn), w.dtype).at[w.rows, w.cols].set(w.values, mode='promise_in_bounds')
+  return whole.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
+
+
+def _dot(a: Array, b: Array, i: int, j: int) -> Array:
+  return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _dense_sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
+  (kb, nb), (bk, bn) = w.grid, w.block
+  blocks = _dot(x, dy, 0, 0).reshape(kb, bk, nb, bn).transpose(0, 2, 1, 3)
+  return blocks[w.rows, w.cols].astype(w.dtype)
+
+
+def _table(kernel: str, xla: Any, dense: Any) -> Mapping[str, Implementation]:
+  """The implementations of one product. The kernels are imported when they are first asked: Pallas takes a second."""
+  def of(module: str) -> Implementation:
+    def load():
+      import importlib
+      return importlib.import_module(f'kernels_pallas.block_sparse.{module}')
+    return Implementation(lambda *args: getattr(load(), kernel)(*args), lambda *args: load().refusal(args[0], args[-1]))
+
+  return {'xla': Implementation(xla), 'dense': Implementation(dense), 'mosaic_gpu': of('gpu'), 'mosaic_tpu': of('tpu')}
+
+
+FORWARD = _table('matmul', reference.matmul, lambda x, w: _dot(x, _dense(w), 1, 0).astype(x.dtype))
+TRANSPOSED = _table('matmul_transposed', reference.matmul_transposed,
+                    lambda dy, w: _dot(dy, _dense(w), 1, 1).astype(dy.dtype))
+SAMPLED = _table('sampled', reference.sampled, _dense_sampled)
