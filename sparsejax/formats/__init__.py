@@ -2,8 +2,8 @@
 
 Packed arrays are pytrees, so that `jit`, `vmap`, `scan`, sharding and Orbax take them as they take any parameter. All
 the moving is done on the bits, as unsigned integers, because floating units may flush subnormals and quieten NaNs.
-`NMArray` and `BlockSparseArray` follow a pattern; `BitmaskArray` and `RelativeIndexArray` are for files of zeros
-anywhere.
+`NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern; `BitmaskArray` and `RelativeIndexArray` are for
+files of zeros anywhere.
 """
 
 import dataclasses
@@ -19,11 +19,12 @@ from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, nbytes, of_kind
 from sparsejax.formats.blocks import BlockSparseArray
 from sparsejax.formats.n_m import NMArray
+from sparsejax.formats.sparse24 import Sparse24Array
 from sparsejax.types import Array, Axes, PyTree
 
 __all__ = [
     'ANYWHERE', 'BitmaskArray', 'BlockSparseArray', 'Misfit', 'NMArray', 'PackedArray', 'RelativeIndexArray',
-    'is_packed', 'matmul', 'nbytes', 'of_kind', 'pack', 'unpack', 'values', 'with_values',
+    'Sparse24Array', 'is_packed', 'matmul', 'nbytes', 'of_kind', 'pack', 'unpack', 'values', 'with_values',
 ]
 
 ANYWHERE = {'bitmask': BitmaskArray, 'relative_index': RelativeIndexArray}  # the formats for zeros anywhere, by name
@@ -39,9 +40,9 @@ def pack(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Map
   """Replace the leaves that `where` picks by packed arrays.
 
   `pattern` is an `NM`, a `Block` for a `BlockSparseArray`, `Unstructured()` for a `BitmaskArray`, or as a string '2:4',
-  'bitmask', or 'relative_index' for a `RelativeIndexArray`; or a dict from globs to these. `axes` says which axes are
-  contracted (by default `trees.conventional_axes`); `check` is that of `NMArray.from_dense`. Raises
-  `ValueError` for a leaf whose nonzeros do not fit the pattern.
+  'bitmask', 'relative_index' for a `RelativeIndexArray`, or 'sparse24' for a `Sparse24Array`; or a dict from globs to
+  these. `axes` says which axes are contracted (by default `trees.conventional_axes`); `check` is that of
+  `NMArray.from_dense`. Raises `ValueError` for a leaf whose nonzeros do not fit the pattern.
   """
   names, leaves, treedef = trees.flatten(params, is_leaf=is_packed)
   already = [name for name, leaf in zip(names, leaves) if is_packed(leaf)]
@@ -107,14 +108,14 @@ def matmul(x: Array, packed: PackedArray) -> Array:
 
 
 def _kind(pattern: Any) -> Any:
-  """An `NM`, a `Block`, or the name of a format for zeros anywhere."""
-  if isinstance(pattern, str) and pattern not in ANYWHERE:
+  """An `NM`, a `Block`, or the name of a format."""
+  if isinstance(pattern, str) and pattern not in (*ANYWHERE, Sparse24Array.kind):
     pattern = patterns.parse(pattern)
   if isinstance(pattern, patterns.Unstructured):
     return 'bitmask'
   if isinstance(pattern, (patterns.NM, patterns.Block, str)):
     return pattern
-  valid = ['NM(n, m)', 'Block((bk, bn))', 'Unstructured()', "'n:m'", *map(repr, ANYWHERE)]
+  valid = ['NM(n, m)', 'Block((bk, bn))', 'Unstructured()', "'n:m'", repr(Sparse24Array.kind), *map(repr, ANYWHERE)]
   raise errors.unknown('pack', 'pattern', pattern, valid)
 
 
@@ -123,6 +124,8 @@ def _pack_leaf(path: str, leaf: Array, kind: Any, axes: Mapping[str, Axes] | Non
     if kind in ANYWHERE:
       return ANYWHERE[kind].from_dense(leaf)
     at = trees.axes_of('pack', axes, path, leaf.shape)
+    if kind == Sparse24Array.kind:
+      return Sparse24Array.from_dense(leaf, at, check)
     if isinstance(kind, patterns.NM):
       return NMArray.from_dense(leaf, kind.n, kind.m, at, check)
     return BlockSparseArray.from_dense(leaf, block=kind.shape, axes=at)

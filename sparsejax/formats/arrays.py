@@ -101,6 +101,28 @@ def contracted(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> t
   return tuple(a % w.ndim for a in axes)
 
 
+def matrix_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> Axes:
+  """Contracted, output and layer axes of an array that is used as a matrix, counted from the front."""
+  if isinstance(axes, Axes):
+    taps = tuple(a for a in axes.spatial if w.shape[a] == 1)  # of a 1x1 convolution
+    front = lambda group: contracted(function, w, tuple(group))
+    return Axes(front((*taps, *axes.contracted)), front(axes.output), front(a for a in axes.spatial if a not in taps),
+                front(axes.layer))
+  picked = contracted(function, w, axes)
+  return Axes(picked, tuple(a for a in range(w.ndim) if a not in picked))
+
+
+def matrix_misfit(at: Axes) -> str | None:
+  """Why axes, those of `matrix_axes`, do not make a matrix or a stack of such."""
+  if at.spatial:
+    return f'its spatial axes {at.spatial} are not of length one; only 1x1 convolutions are products of matrices.'
+  if sorted(at.layer) != list(range(len(at.layer))):
+    return f'its axes {at.layer} of a stack must come first; move them there.'
+  if not at.contracted or not at.output:
+    return 'a matrix has both contracted and output axes; leave it out of `where`.'
+  return None
+
+
 def dtype_misfit(dtype: np.dtype) -> str | None:
   bits = 8 if jnp.issubdtype(dtype, jnp.bool_) else None
   if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer):

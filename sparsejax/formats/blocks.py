@@ -48,8 +48,8 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
     what it does not keep is stored as zero. Matrices of a stack (`axes.layer`, which must lead) must store equally
     many blocks. Raises `ValueError` for that, for traced arrays, and for an `axes`, `mask` or dtype that does not fit.
     """
-    at = _axes('BlockSparseArray.from_dense', w, axes)
-    if why := arrays.host_misfit(w) or _misfit(w, mask, block, at):
+    at = arrays.matrix_axes('BlockSparseArray.from_dense', w, axes)
+    if why := arrays.host_misfit(w) or arrays.matrix_misfit(at) or _misfit(w, mask, block):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, why)
     w, mask = np.asarray(w), None if mask is None else np.asarray(mask)
     kept = w if mask is None else np.where(mask, w, np.zeros((), w.dtype))
@@ -115,24 +115,7 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
     return _invalid(self)
 
 
-def _axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> Axes:
-  """Contracted and layer axes, counted from the front."""
-  if isinstance(axes, Axes):
-    taps = tuple(a for a in axes.spatial if w.shape[a] == 1)  # of a 1x1 convolution
-    front = lambda group: arrays.contracted(function, w, tuple(group))
-    return Axes(front((*taps, *axes.contracted)), front(axes.output), front(a for a in axes.spatial if a not in taps),
-                front(axes.layer))
-  picked = arrays.contracted(function, w, axes)
-  return Axes(picked, tuple(a for a in range(w.ndim) if a not in picked))
-
-
-def _misfit(w: Array, mask: Array | None, block: tuple[int, int], at: Axes) -> str | None:
-  if at.spatial:
-    return f'its spatial axes {at.spatial} are not of length one; only 1x1 convolutions are products of matrices.'
-  if sorted(at.layer) != list(range(len(at.layer))):
-    return f'its axes {at.layer} of a stack must come first; move them there.'
-  if not at.contracted or not at.output:
-    return 'a matrix has both contracted and output axes; leave it out of `where`.'
+def _misfit(w: Array, mask: Array | None, block: tuple[int, int]) -> str | None:
   if len(block) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in block):
     return f'block must be two whole numbers, as in (128, 128), not {block!r}.'
   if mask is not None and (tuple(mask.shape) != tuple(w.shape) or mask.dtype != bool):
