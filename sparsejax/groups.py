@@ -1,7 +1,7 @@
 """Groups of neighbours along one axis: picking entries out of them, putting them back, and positions in few bits.
 
-The array code beneath `formats.NMArray`. Axes are counted from the front; every other axis stays as it is, so that
-arrays sharded or batched along those need no communication.
+The array code beneath `formats.NMArray`, and the tiles of `patterns`. Axes are counted from the front; every other axis
+stays as it is, so that arrays sharded or batched along those need no communication.
 """
 
 import functools
@@ -75,6 +75,27 @@ def split(w: Array, m: int, axis: int) -> Array:
 def joined(w: Array, axis: int) -> Array:
   """`[..., G, n, ...]` as `[..., G n, ...]`, where `axis` is that of n, counted from the front."""
   return w.reshape(*w.shape[:axis - 1], w.shape[axis - 1] * w.shape[axis], *w.shape[axis + 1:])
+
+
+def tiled(w: Array, contracted: tuple[int, ...], output: tuple[int, ...],
+          tile: tuple[int, int]) -> tuple[Array, Callable[[Array], Array]]:
+  """`w` as `[..., K / k, k, N / n, n]`, all other axes in front, for a `tile` of `(k, n)`, and the way back from it.
+
+  K is the contracted axes merged in their order and N the output axes in theirs, `undivided` for the tiles.
+  """
+  along = (*contracted, *output)
+  order = [*(a for a in range(w.ndim) if a not in along), *along]
+  moved = jnp.transpose(undivided(undivided(w, contracted, tile[0]), output, tile[1]), order)
+  front, inner, outer = np.split(moved.shape, [w.ndim - len(along), w.ndim - len(output)])
+  # One axis after another: on a mesh with explicit axes no reshape may do more at once.
+  rows = moved.reshape(*front, *inner, math.prod(outer)).reshape(*front, math.prod(inner), math.prod(outer))
+  tiles = split(split(rows, tile[1], rows.ndim - 1), tile[0], rows.ndim - 2)
+
+  def restored(tiles: Array) -> Array:
+    rows = joined(joined(tiles, tiles.ndim - 1), tiles.ndim - 3)
+    return jnp.transpose(rows.reshape(*front, *inner, math.prod(outer)).reshape(moved.shape), np.argsort(order))
+
+  return tiles, restored
 
 
 def bits(w: Array) -> Array:

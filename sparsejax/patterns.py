@@ -42,10 +42,15 @@ class NM:
   Several contracted axes count as one, in the program's order (`[heads, head_dim]` of an attention output kernel is one
   row of a matrix product). Groups never cross a row, a spatial tap or a layer. `n` may be a traced `int32[]`, and then
   `sparsity` is `None`. Ties keep the lower index, NaN goes first.
+
+  With a `width`, `width` neighbours along the output (several output axes count as one, too) are kept or pruned
+  together, "vector-wise N:M": what is ranked in a group are `m` vectors, each by the `float32` sum of its scores, NaN
+  if one of them is. A kernel then reads one index for `width` weights.
   """
 
   n: Any
   m: int
+  width: int = 1
 
   def __post_init__(self):
     if not isinstance(self.m, (int, np.integer)) or not 1 <= self.m <= 1024:
@@ -54,9 +59,11 @@ class NM:
       raise ValueError(f'NM: {self.n}:{self.m} keeps {self.n} of {self.m}; n must be from 0 to m.')
     if isinstance(self.n, (float, str, type(None))):
       raise ValueError(f'NM: n must be a whole number, not {self.n!r}; give sparsity to Unstructured instead.')
+    if not isinstance(self.width, (int, np.integer)) or self.width < 1:
+      raise ValueError(f'NM: width must be a whole number, at least 1, not {self.width!r}.')
 
   def __str__(self) -> str:
-    return f'{self.n if self.static else "n"}:{self.m}'
+    return f'{self.n if self.static else "n"}:{self.m}' + (f'x{self.width}' if self.width > 1 else '')
 
   @property
   def static(self) -> bool:
@@ -67,7 +74,7 @@ class NM:
     return 1 - self.n / self.m if self.static else None
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
-    length = int(np.prod([shape[a] for a in axes.contracted], dtype=np.int64))
+    length, across = (math.prod(shape[a] for a in group) for group in (axes.contracted, axes.output))
     if not axes.contracted:
       return f'no axis is contracted, so {self} has nothing to group along; leave the leaf out of `where`.'
     if length % self.m:
@@ -76,18 +83,36 @@ class NM:
       padded = -(-length // self.m) * self.m
       return (f'{self} needs a contraction axis that {self.m} divides, and axes {axes.contracted} ({axes.source}) have '
               f'{length}. Leave the leaf dense (trees.all_but){smaller}, or pad the axis to {padded}.')
+    if self.width > 1 and not axes.output:
+      return f'{self} lies along output axes, and there are none ({axes.source}); use {NM(self.n, self.m)}.'
+    if across % self.width:
+      fits = max(d for d in range(1, self.width) if across % d == 0)
+      return (f'{self} needs output axes that {self.width} divides, and axes {axes.output} ({axes.source}) have '
+              f'{across}. Leave the leaf dense (trees.all_but), use a width that divides it (say {fits}), or pad the '
+              f'axis to {-(-across // self.width) * self.width}.')
     return None
 
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
     n = self.n if sparsity is None else ranking.count(kept_of(sparsity, self.m)).low
     if drop is not None:  # what is left of a group may be of any size: those left are the best of the layer
-      return Unstructured()(scores, 1 - n / self.m, axes, drop)
+      return (Unstructured() if self.width == 1 else Block((1, self.width)))(scores, 1 - n / self.m, axes, drop)
+    if self.width > 1:
+      vectors, restored = groups.tiled(scores, axes.contracted, axes.output, (self.m, self.width))
+      sums = groups.joined(jnp.sum(vectors, -1, dtype=jnp.float32), vectors.ndim - 3)
+      kept = groups.split(ranking.top_n_in_groups(sums, n, self.m, sums.ndim - 2), self.m, sums.ndim - 2)
+      return groups.alike(restored(jnp.broadcast_to(kept[..., None], vectors.shape)), scores)
     contracted, sizes = axes.contracted, tuple(scores.shape[a] for a in axes.contracted)
     mask = ranking.top_n_in_groups(groups.merged(scores, contracted, self.m), n, self.m, min(contracted))
     return groups.alike(groups.unmerged(mask, contracted, sizes), scores)
 
   def excess(self, nonzero: Array, axes: Axes) -> Array:
-    """How many more than `n` each group keeps, at least 0: `int32`, the contraction merged and shortened to groups."""
+    """How many more than `n` each group keeps, at least 0: `int32`, the contraction merged and shortened to groups.
+
+    With a width, of vectors that are not all zero: `[..., K / m, N / width]`, layers and taps in front.
+    """
+    if self.width > 1:
+      vectors = jnp.any(groups.tiled(nonzero, axes.contracted, axes.output, (self.m, self.width))[0], -1)
+      return jnp.maximum(jnp.sum(vectors, -2, dtype=jnp.int32) - self.n, 0)
     axis = min(axes.contracted)
     grouped = groups.split(groups.merged(nonzero, axes.contracted, self.m), self.m, axis)
     return jnp.maximum(jnp.sum(grouped, axis + 1, dtype=jnp.int32) - self.n, 0)
@@ -161,7 +186,7 @@ class Block:
 
   def pooled(self, scores: Array, axes: Axes) -> Pooled:
     """The sums of the blocks, taps and layers first, then along contraction and output."""
-    blocks, restored = self._split(scores, axes)
+    blocks, restored = groups.tiled(scores, axes.contracted, axes.output, self.shape)
     whole = lambda kept: restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape))
     return Pooled(jnp.sum(blocks, (-3, -1), dtype=jnp.float32), self._layers(axes),
                   lambda kept: groups.alike(whole(kept), scores))
@@ -170,23 +195,6 @@ class Block:
     """The layers' axes among those that are left in front."""
     front = sorted((*axes.spatial, *axes.layer))
     return tuple(front.index(a) for a in axes.layer)
-
-  def _split(self, w: Array, axes: Axes) -> tuple[Array, Callable[[Array], Array]]:
-    """`[..., K / k, k, O / o, o]`, layers and taps in front, and the way back from it."""
-    along = (*axes.contracted, *axes.output)
-    order = [*(a for a in range(w.ndim) if a not in along), *along]
-    whole = groups.undivided(groups.undivided(w, axes.contracted, self.shape[0]), axes.output, self.shape[1])
-    moved = jnp.transpose(whole, order)
-    front, inner, outer = np.split(moved.shape, [w.ndim - len(along), w.ndim - len(axes.output)])
-    # One axis after another: on a mesh with explicit axes no reshape may do more at once.
-    rows = moved.reshape(*front, *inner, math.prod(outer)).reshape(*front, math.prod(inner), math.prod(outer))
-    blocks = groups.split(groups.split(rows, self.shape[1], rows.ndim - 1), self.shape[0], rows.ndim - 2)
-
-    def restored(blocks: Array) -> Array:
-      rows = groups.joined(groups.joined(blocks, blocks.ndim - 1), blocks.ndim - 3)
-      return jnp.transpose(rows.reshape(*front, *inner, math.prod(outer)).reshape(moved.shape), np.argsort(order))
-
-    return blocks, restored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,10 +256,10 @@ class Staged:
 def units(pattern: Pattern, shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
   """How many units that are kept or pruned whole one layer of a leaf has, and of how many weights each is.
 
-  A group of N:M is `m` units of one weight each.
+  A group of N:M is `m` units of `width` weights each.
   """
   if not hasattr(pattern, 'pooled'):
-    return pattern.m, 1
+    return pattern.m, pattern.width
   pooled = jax.eval_shape(lambda w: pattern.pooled(w, axes).scores, jax.ShapeDtypeStruct(shape, jnp.float32))
   layers = math.prod(shape[a] for a in axes.layer)
   return math.prod(pooled.shape) // max(layers, 1), math.prod(shape) // max(math.prod(pooled.shape), 1)
@@ -311,7 +319,7 @@ def fewer(kept: ranking.Count, drop: Any) -> ranking.Count:
 def parse(text: Any) -> Any:
   """`'2:4'` is `NM(2, 4)`, `'128x128'` `Block((128, 128))`, `'unstructured'` `Unstructured()`, `'channel'` `Channel()`.
 
-  A pattern is itself; a dict of them, each for itself.
+  `'2:4x128'` is `NM(2, 4, width=128)`. A pattern is itself; a dict of them, each for itself.
   Raises `ValueError` for anything else.
   """
   if isinstance(text, Mapping):
@@ -321,10 +329,9 @@ def parse(text: Any) -> Any:
   text = str(text)
   if block := re.fullmatch(r'\s*(\d+)\s*x\s*(\d+)\s*', text):
     return Block((int(block[1]), int(block[2])))
-  n, colon, m = text.partition(':')
-  if colon and n.strip().isdigit() and m.strip().isdigit():
-    return NM(int(n), int(m))
+  if group := re.fullmatch(r'\s*(\d+)\s*:\s*(\d+)\s*(?:x\s*(\d+)\s*)?', text):
+    return NM(int(group[1]), int(group[2]), int(group[3] or 1))
   plain = {'unstructured': Unstructured, 'channel': Channel}
   if text.strip().lower() in plain:
     return plain[text.strip().lower()]()
-  raise errors.unknown('patterns.parse', 'pattern', text, ['2:4', '1:8', 'N:M', '128x128', *plain])
+  raise errors.unknown('patterns.parse', 'pattern', text, ['2:4', '1:8', 'N:M', '2:4x128', '128x128', *plain])

@@ -24,6 +24,19 @@ def n_of_m(scores, n, m, contracted):
   return np.moveaxis(mask.reshape(moved.shape), last, contracted)
 
 
+def vectors_of_m(scores, n, m, width, axes):
+  """Mask of the `n` of every `m` neighbours along the contraction whose sums over `width` outputs are the largest."""
+  s = np.asarray(scores, np.float64)
+  along = (*axes.contracted, *axes.output)
+  order = [*(a for a in range(s.ndim) if a not in along), *along]
+  length = int(np.prod([s.shape[a] for a in axes.output], dtype=int))
+  moved = np.transpose(s, order)
+  vectors = moved.reshape(-1, m, length // width, width)
+  with np.errstate(invalid='ignore'):
+    mask = np.moveaxis(best(np.moveaxis(vectors.sum(-1), 1, -1), n), -1, 1)
+  return np.transpose(np.broadcast_to(mask[..., None], vectors.shape).reshape(moved.shape), np.argsort(order))
+
+
 def channels(scores, kept, axes):
   """Mask of the `kept` output channels with the largest sums, in each layer."""
   s = np.asarray(scores, np.float64)

@@ -1,5 +1,6 @@
 """Packed arrays: dense again bit for bit, laid out as documented, through every transformation, or refused."""
 
+import dataclasses
 import math
 import re
 
@@ -17,7 +18,8 @@ from sparsejax import formats
 from sparsejax.formats import BitmaskArray, NMArray, RelativeIndexArray
 from sparsejax.types import Axes
 
-# n, m, shape, contracted axes, dtype. All group sizes that the code treats differently, every axis order.
+# n, m, shape, contracted axes, dtype, and, for vectors, their width and the output axes in their order. All group sizes
+# that the code treats differently, every axis order.
 CASES = {
     '2:4 Dense': (2, 4, (16, 6), (0,), 'bfloat16'),
     '1:8 Dense float32': (1, 8, (24, 5), (0,), 'float32'),
@@ -37,8 +39,25 @@ CASES = {
     '7:300 in 16 bits': (7, 300, (2, 300), (1,), 'float32'),
     '700:1024': (700, 1024, (1024, 2), (0,), 'bfloat16'),
     'no weights': (2, 4, (4, 0), (0,), 'float32'),
+    'vectors: 2:4x3 Dense': (2, 4, (16, 6), (0,), 'bfloat16', 3, (1,)),
+    'vectors: 2:4x4 [out, in]': (2, 4, (8, 20), (1,), 'float16', 4, (0,)),
+    'vectors: 1:8x2 query, across heads': (1, 8, (24, 2, 3), (0,), 'float32', 2, (1, 2)),
+    'vectors: outputs in another order': (1, 8, (24, 2, 3), (0,), 'float32', 2, (2, 1)),
+    'vectors: 2:8x5 scanned attention out': (2, 8, (2, 4, 6, 5), (1, 2), 'bfloat16', 5, (3,)),
+    'vectors: 2:4x5 OIHW': (2, 4, (5, 8, 2, 3), (1,), 'float8_e5m2', 5, (0,)),
+    'vectors: 1:6x5 not adjacent': (1, 6, (4, 5, 3), (0, 2), 'int32', 5, (1,)),
+    'vectors: 40:64x2 by bisection': (40, 64, (128, 4), (0,), 'bfloat16', 2, (1,)),
+    'vectors: 1:1x2 has no bits': (1, 1, (5, 4), (0,), 'float32', 2, (1,)),
+    'vectors: 7:300x2': (7, 300, (4, 300), (1,), 'bool', 2, (0,)),
+    'no vectors': (2, 4, (4, 0), (0,), 'float32', 3, (1,)),
 }
-cases = pytest.mark.parametrize('n, m, shape, axes, dtype', CASES.values(), ids=CASES)
+cases = pytest.mark.parametrize(
+    'n, m, shape, axes, dtype, width, outputs', [(*case, 1, ())[:7] for case in CASES.values()], ids=CASES)
+
+
+def along(shape, axes, outputs):
+  """What says which axes are what."""
+  return Axes(axes, outputs, tuple(a for a in range(len(shape)) if a not in (*axes, *outputs))) if outputs else axes
 
 
 def bits(w):
@@ -72,8 +91,39 @@ def weights(n, m, shape, axes, dtype, seed=0):
   return np.where(kept, integers, np.zeros_like(integers)).view(dtype)
 
 
+def vectors(n, m, shape, axes, dtype, width, outputs):
+  """The same in at most n vectors of `width` outputs of each group, some of whose entries are zero."""
+  if not outputs:
+    return weights(n, m, shape, axes, dtype)
+  front = [a for a in range(len(shape)) if a not in (*axes, *outputs)]
+  order, lengths = [*front, *axes, *outputs], [[shape[a] for a in group] for group in (front, axes, outputs)]
+  front, k, across = map(math.prod, lengths)
+  kept = weights(n, m, (front, k, across // width), (1,), 'bool')
+  kept = np.repeat(kept, width, -1).reshape(sum(lengths, [])).transpose(np.argsort(order))
+  raw = weights(1, 1, shape, (0,), dtype, seed=1)
+  integers = raw.view(f'u{raw.dtype.itemsize}')
+  return np.where(kept, integers, np.zeros_like(integers)).view(dtype)
+
+
+def vector_layout(w, n, m, axes, width, outputs):
+  """Values where they always are, and indices, `[..., bytes, vectors]`, of vectors in the place of numbers."""
+  if not outputs:
+    return layout(w, n, m, axes)[:2]
+  front = [a for a in range(w.ndim) if a not in (*axes, *outputs)]
+  lengths = [[w.shape[a] for a in group] for group in (front, axes, outputs)]
+  moved = w.transpose([*front, *axes, *outputs]).reshape([math.prod(group) for group in lengths])
+  stored = np.asarray(bits(moved), np.uint64).reshape(*moved.shape[:2], -1, width).any(-1).astype(np.uint8)
+  _, indices, positions = layout(stored, n, m, (1,))
+  place = np.repeat(positions, width, -1).reshape(len(moved), -1, n, moved.shape[-1])
+  values = np.take_along_axis(moved.reshape(len(moved), -1, m, moved.shape[-1]), place, 2)
+  values = values.reshape(*lengths[0], positions.shape[1], *lengths[2])
+  rest = [a for a in range(w.ndim) if a not in axes]
+  order = [[*front, 'K', *outputs].index(a) for a in (*rest[:min(axes)], 'K', *rest[min(axes):])]
+  return values.transpose(order), indices.reshape(*lengths[0], *indices.shape[1:])
+
+
 def layout(w, n, m, axes):
-  """Values and indices, straight from the documentation of `NMArray`, one group after the other."""
+  """Values, indices and positions, straight from the documentation of `NMArray`, one group after the other."""
   groups = grouped(w, m, axes)
   positions = np.zeros((*groups.shape[:-1], n), np.int64)
   for at in np.ndindex(groups.shape[:-1]):
@@ -90,35 +140,44 @@ def layout(w, n, m, axes):
   planes = [np.packbits(eights >> p & 1, axis=-1, bitorder='little') for p in range(width)]
   indices = np.concatenate([eights[..., :0].astype(np.uint8), *planes], axis=-1)
   indices = indices.reshape(*indices.shape[:-2], indices.shape[-2] * width)
-  return values, np.moveaxis(indices, -1, first)
+  return values, np.moveaxis(indices, -1, first), positions
 
 
 # N:M: the round trip, the layout and the size.
 
 
 @cases
-def test_the_round_trip_is_bit_for_bit(n, m, shape, axes, dtype):
-  w = weights(n, m, shape, axes, dtype)
-  packed = NMArray.from_dense(jnp.asarray(w), n, m, axes)
+def test_the_round_trip_is_bit_for_bit(n, m, shape, axes, dtype, width, outputs, tmp_path):
+  w = vectors(n, m, shape, axes, dtype, width, outputs)
+  packed = NMArray.from_dense(jnp.asarray(w), n, m, along(shape, axes, outputs), width=width)
   assert (packed.shape, packed.ndim, packed.dtype) == (w.shape, w.ndim, w.dtype)
   assert packed.problem() is None
   for dense in (packed.to_dense(), jax.jit(formats.unpack)(packed)):
     assert (dense.shape, dense.dtype) == (w.shape, w.dtype)
     assert bits(dense) == bits(w)
+  sj.io.save(tmp_path / 'f', packed)
+  assert same(jax.tree.map(np.asarray, packed), sj.io.load(tmp_path / 'f'))
 
 
 @cases
-def test_the_layout_is_the_documented_one(n, m, shape, axes, dtype):
-  w = weights(n, m, shape, axes, dtype)
-  packed = NMArray.from_dense(w, n, m, axes)
+def test_the_layout_is_the_documented_one(n, m, shape, axes, dtype, width, outputs):
+  w = vectors(n, m, shape, axes, dtype, width, outputs)
+  packed = NMArray.from_dense(w, n, m, along(shape, axes, outputs), width=width)
   k, rest = math.prod(shape[a] for a in axes), math.prod(n for a, n in enumerate(shape) if a not in axes)
   length = math.ceil(k * n / m / 8) * math.ceil(math.log2(m))
-  assert packed.nbytes == k * n // m * rest * w.dtype.itemsize + length * rest
+  assert packed.nbytes == k * n // m * rest * w.dtype.itemsize + length * rest // width
   assert packed.positions().shape == packed.values.shape
   if w.size:
-    values, indices = layout(w, n, m, axes)
+    values, indices = vector_layout(w, n, m, axes, width, outputs)
     assert packed.values.shape == values.shape and bits(packed.values) == bits(values)
     assert packed.indices.shape == indices.shape and bits(packed.indices) == bits(indices)
+
+
+def test_what_is_not_of_vectors_is_described_as_before_there_were_any():
+  """Files of plain N:M are the same bytes as ever, and those that were written before are read."""
+  packed = NMArray.from_dense(weights(2, 4, (8, 6), (0,), 'float32'), 2, 4, 0)
+  assert packed.described() == {'n': 2, 'm': 4, 'axes': [0]}
+  assert same(NMArray.restored(packed.arrays(), packed.shape, packed.described()), packed)
 
 
 @pytest.mark.parametrize('pattern, most', [('2:4', 0.5626), ('1:8', 0.149)])
@@ -264,13 +323,14 @@ def test_what_a_mask_leaves_out_comes_from_the_base(shape, share, dtype):
 # Transformations.
 
 
-def test_leading_axes_come_and_go():
+@pytest.mark.parametrize('width', [1, 5])
+def test_leading_axes_come_and_go(width):
   """A stack of layers packed at once is the layers packed one by one, under vmap, scan and stacking."""
-  w = jnp.asarray(weights(2, 4, (3, 8, 5), (1,), 'float32'))
-  stack = NMArray.from_dense(w, 2, 4, (1,))
-  each = [NMArray.from_dense(layer, 2, 4, 0) for layer in w]
+  w = jnp.asarray(vectors(2, 4, (3, 8, 5), (1,), 'float32', width, (2,)))
+  stack = NMArray.from_dense(w, 2, 4, Axes((1,), (2,), layer=(0,)), width=width)
+  each = [NMArray.from_dense(layer, 2, 4, 0, width=width) for layer in w]
   assert same(stack, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
-  assert same(stack, jax.vmap(lambda layer: NMArray.from_dense(layer, 2, 4, 0, check=False))(w))
+  assert same(stack, jax.vmap(lambda layer: NMArray.from_dense(layer, 2, 4, 0, check=False, width=width))(w))
   assert bits(jax.vmap(formats.unpack)(stack)) == bits(w)
   assert bits(jax.lax.scan(lambda _, layer: (None, layer.to_dense()), None, stack)[1]) == bits(w)
   x = jnp.ones((2, 8))
@@ -278,21 +338,21 @@ def test_leading_axes_come_and_go():
   assert products.shape == (3, 2, 5)
 
 
-@pytest.mark.parametrize('n, m', [(2, 4), (40, 64)])
-def test_gradients_reach_the_values(n, m):
+@pytest.mark.parametrize('n, m, width', [(2, 4, 1), (40, 64, 1), (2, 4, 3)])
+def test_gradients_reach_the_values(n, m, width):
   """The derivative moves as the numbers do, through the bits that have none."""
   w = jnp.asarray(np.random.default_rng(0).standard_normal((128, 3)), jnp.float32)
-  w = jnp.where(sj.NM(n, m)(w, axes=Axes((0,), (1,))), w, 0)
-  packed = NMArray.from_dense(w, n, m, 0)
+  w = jnp.where(sj.NM(n, m, width)(w, axes=Axes((0,), (1,))), w, 0)
+  packed = NMArray.from_dense(w, n, m, 0, width=width)
   x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 128)), jnp.float32)
   dense_gradient = jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(w)
   through = lambda product: jax.jit(jax.grad(
-      lambda v: jnp.sum(jnp.sin(product(NMArray(v, packed.indices, n, m, packed.axes, packed.sizes))))))(packed.values)
+      lambda v: jnp.sum(jnp.sin(product(formats.with_values(packed, v))))))(packed.values)
   place = packed.positions().astype(jnp.int32) + jnp.repeat(jnp.arange(128 // m, dtype=jnp.int32) * m, n)[:, None]
   expected = jnp.take_along_axis(dense_gradient, place, axis=0)
   np.testing.assert_allclose(through(lambda p: x @ p.to_dense()), expected, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(through(lambda p: formats.matmul(x, p)), expected, rtol=1e-5, atol=1e-5)
-  packing = jax.jit(jax.grad(lambda w: jnp.sum(NMArray.from_dense(w, n, m, 0, check=False).values ** 2)))(w)
+  packing = jax.jit(jax.grad(lambda w: jnp.sum(NMArray.from_dense(w, n, m, 0, False, width).values ** 2)))(w)
   np.testing.assert_allclose(packing, 2 * w, rtol=1e-6)
   for packed in (kind.from_dense(w) for kind in PLACES):
     values, places = jax.tree.leaves(packed)
@@ -305,16 +365,17 @@ def test_gradients_reach_the_values(n, m):
 
 @pytest.mark.parametrize('n, m, shape, axes', [
     (2, 4, (16, 6), (0,)), (2, 4, (6, 16), (1,)), (2, 8, (2, 12, 5), (0, 1)), (1, 6, (4, 5, 3), (0, 2)),
-    (1, 8, (2, 16, 3), (1,))])
+    (1, 8, (2, 16, 3), (1,)), (2, 4, (8, 2, 6), (0,))])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_matmul_is_that_of_the_dense_array(n, m, shape, axes, dtype):
-  rng = np.random.default_rng(3)
-  w = np.where(weights(n, m, shape, axes, 'bool', seed=4), rng.standard_normal(shape), 0).astype(dtype)
+  rng, width = np.random.default_rng(3), 4 if shape == (8, 2, 6) else 1
+  kept = vectors(n, m, shape, axes, 'bool', width, (1, 2)) if width > 1 else weights(n, m, shape, axes, 'bool', seed=4)
+  w = np.where(kept, rng.standard_normal(shape), 0).astype(dtype)
   k = math.prod(shape[a] for a in axes)
   x = rng.standard_normal((7, 2, k)).astype(dtype)
   moved = np.transpose(w, [*axes, *(a for a in range(w.ndim) if a not in axes)]).astype(np.float64)
   expected = np.tensordot(x.astype(np.float64), moved.reshape(k, *moved.shape[len(axes):]), 1)
-  product = formats.matmul(jnp.asarray(x), NMArray.from_dense(w, n, m, axes))
+  product = formats.matmul(jnp.asarray(x), NMArray.from_dense(w, n, m, axes, width=width))
   assert product.dtype == x.dtype and product.shape == expected.shape
   eps = float(jnp.finfo(dtype).eps)
   np.testing.assert_allclose(np.asarray(product, np.float64), expected, rtol=2 * eps, atol=eps * math.sqrt(k))
@@ -331,14 +392,16 @@ def test_bfloat16_products_are_summed_in_float32():
 
 @pytest.mark.parametrize('mode', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize('spec', [PartitionSpec(None, 'x'), PartitionSpec('x', None)], ids=['outputs', 'whole groups'])
-def test_sharded_weights_are_packed_and_unpacked_where_they_are(mode, spec):
+@pytest.mark.parametrize('width', [1, 2])
+def test_sharded_weights_are_packed_and_unpacked_where_they_are(mode, spec, width):
   mesh = jax.make_mesh((8,), ('x',), axis_types=(mode,))
-  w = jax.device_put(weights(2, 4, (256, 16), (0,), 'float32'), NamedSharding(mesh, spec))
-  packed = NMArray.from_dense(w, 2, 4, 0)
+  w = vectors(2, 4, (256, 16), (0,), 'float32', width, (1,))
+  w = jax.device_put(w, NamedSharding(mesh, spec))
+  packed = NMArray.from_dense(w, 2, 4, 0, width=width)
   for leaf in (packed.values, packed.indices):
     assert leaf.sharding.spec == spec and leaf.addressable_shards[0].data.size == leaf.size // 8
   for program in (jax.jit(formats.unpack).lower(packed),
-                  jax.jit(lambda w: NMArray.from_dense(w, 2, 4, 0, check=False)).lower(w)):
+                  jax.jit(lambda w: NMArray.from_dense(w, 2, 4, 0, False, width)).lower(w)):
     assert not re.search('all-gather|all-to-all|all-reduce|collective-permute', program.compile().as_text())
   assert bits(packed.to_dense()) == bits(w)
 
@@ -369,6 +432,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize('pattern, kinds', [
+    ({'layers/0/*': '2:4x6', '**': '2:4'},
+     {'layers/0/kernel': sj.NM(2, 4, 6), 'layers/1/kernel': sj.NM(2, 4), 'conv/kernel': sj.NM(2, 4)}),
     (sj.NM(2, 4), {'layers/0/kernel': sj.NM(2, 4), 'layers/1/kernel': sj.NM(2, 4), 'conv/kernel': sj.NM(2, 4)}),
     ('4:8', ValueError),
     (sj.Unstructured(0.5), dict.fromkeys(['layers/0/kernel', 'layers/1/kernel', 'conv/kernel'], BitmaskArray)),
@@ -379,13 +444,14 @@ def same(a, b):
      {'layers/0/kernel': sj.NM(2, 4), 'layers/1/kernel': sj.NM(2, 4), 'conv/kernel': RelativeIndexArray})])
 def test_pack_replaces_what_where_picks(pattern, kinds):
   tree = params()
+  tree['layers'][0]['kernel'] = jnp.asarray(vectors(2, 4, (8, 6), (0,), 'bfloat16', 6, (1,)))
   if kinds is ValueError:
     with pytest.raises(ValueError, match=r"'conv/kernel' of shape \(3, 3, 4, 2\).* 8 divides"):
       formats.pack(tree, pattern)
     return
   packed = formats.pack(tree, pattern)
   names, leaves, _ = sj.trees.flatten(packed, is_leaf=formats.is_packed)
-  found = {name: sj.NM(leaf.n, leaf.m) if isinstance(leaf, NMArray) else type(leaf)
+  found = {name: sj.NM(leaf.n, leaf.m, leaf.width) if isinstance(leaf, NMArray) else type(leaf)
            for name, leaf in zip(names, leaves) if formats.is_packed(leaf)}
   assert found == kinds
   assert same(formats.unpack(packed), tree)
@@ -442,6 +508,15 @@ NEGATIVE_ZERO = np.copysign(np.zeros((4, 2), np.float32), -1)
     (lambda: NMArray.from_dense(NEGATIVE_ZERO, 2, 4, 0), r'-0\.0.*jnp\.where\(w == 0, 0, w\)'),
     (lambda: NMArray.from_dense(CROWDED, 2, 5, 0), r'shape \(8, 3\).* 5 divides.*pad'),
     (lambda: NMArray.from_dense(CROWDED, 0, 4, 0), 'at least 1'),
+    (lambda: NMArray.from_dense(CROWDED, 2, 4, 0, width=3),
+     r'1 of 2 groups of 4 along axes \(0,\) have more than 2 vectors of 3 .* \[group 1, 0\], has 3'),
+    (lambda: NMArray.from_dense(CROWDED, 2, 4, 0, width=2), r'2:4x2 needs output axes that 2 divides.* have 3.*pad'),
+    (lambda: NMArray.from_dense(CROWDED, 2, 4, (0, 1), width=2), 'lies along output axes, and there are none'),
+    (lambda: formats.pack({'a': CROWDED}, '2:4x3'), "'a' of shape .* vectors of 3"),
+    (lambda: NMArray.restored({'values': CROWDED, 'indices': CROWDED}, (8, 3), {
+        'n': 2, 'm': 4, 'axes': [0], 'width': 3}), r'vectors of 3 along the axes \[\] of shape \(8, 3\)'),
+    (lambda: NMArray.restored({'values': CROWDED, 'indices': CROWDED}, (8, 3), {
+        'n': 2, 'm': 4, 'axes': [0], 'width': 3, 'outputs': [0]}), r'along the axes \[0\]'),
     (lambda: NMArray.from_dense(CROWDED, 5, 4, 0), '5:4'),
     (lambda: NMArray.from_dense(CROWDED, 2, 2048, 0), '1024'),
     (lambda: NMArray.from_dense(CROWDED, 2, 4, 2), r'axes \(2,\) are not different axes .* \(8, 3\)'),
@@ -479,3 +554,12 @@ def test_indices_that_packing_never_makes_are_a_problem(positions, valid):
   assert (packed.problem() is None) == valid
   padded = NMArray(jnp.zeros(4), jnp.asarray([planes[0] | 0x80, *planes[1:]], jnp.uint8), 2, 5, (-1,), (10,))
   assert 'zero bits' in padded.problem()
+
+
+def test_vectors_that_do_not_fit_are_a_problem():
+  packed = NMArray.from_dense(vectors(2, 4, (16, 6), (0,), 'float32', 3, (1,)), 2, 4, 0, width=3)
+  put = lambda **changes: dataclasses.replace(packed, **changes).problem()
+  assert packed.problem() is None
+  assert 'indices uint8[2, 3]' in put(width=2) and 'do not make groups of 2:4x4' in put(width=4)
+  assert 'take' in put(indices=packed.indices[:, :1]) and 'strictly increasing' in put(indices=packed.indices * 0)
+  assert 'do not have the axes' in put(outputs=(-3,))

@@ -41,33 +41,47 @@ LAYOUTS = {
 }
 
 
+# Layouts, and a width that divides their outputs; of `query` one that crosses from head to head.
+WIDTHS = {
+    'Dense [in, out]': 5, 'Equinox [out, in]': 5, 'query [in, heads, head_dim]': 2,
+    'attention out [heads, head_dim, out]': 5, 'contracted axes apart, last first': 5, 'HWIO': 5, 'OIHW': 5,
+    'scanned Dense [layer, in, out]': 5, 'scanned attention out [layer, heads, head_dim, out]': 5,
+}
+groups_of = pytest.mark.parametrize('layout, width', [*((layout, 1) for layout in LAYOUTS), *WIDTHS.items()])
+# Sums of these are exact, in any order.
+QUARTERS = st.integers(-9, 9).map(lambda n: n / 4) | st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0])
+
+
 @functools.lru_cache
-def masks_of(layout):
+def masks_of(layout, width):
   """`(scores, counts) -> masks` of one layout, with `n` traced."""
   _, axes, m = LAYOUTS[layout]
-  return jax.jit(jax.vmap(lambda scores, n: NM(n, m)(scores, None, axes), (None, 0)))
+  return jax.jit(jax.vmap(lambda scores, n: NM(n, m, width)(scores, None, axes), (None, 0)))
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
+@groups_of
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
-def test_groups_lie_along_the_contraction(layout, data):
+def test_groups_lie_along_the_contraction(layout, width, data):
   shape, axes, m = LAYOUTS[layout]
-  assert NM(1, m).validate(shape, axes) is None
-  scores, counts = data.draw(hnp.arrays(np.float32, shape, elements=SCORES)), np.arange(m + 1)
-  for n, mask in zip(counts, masks_of(layout)(scores, counts)):
-    np.testing.assert_array_equal(mask, oracle.n_of_m(scores, n, m, axes.contracted), err_msg=f'{n}:{m}')
+  assert NM(1, m, width).validate(shape, axes) is None
+  elements = SCORES if width == 1 else QUARTERS
+  scores, counts = data.draw(hnp.arrays(np.float32, shape, elements=elements)), np.arange(m + 1)
+  for n, mask in zip(counts, masks_of(layout, width)(scores, counts)):
+    expected = (oracle.n_of_m(scores, n, m, axes.contracted) if width == 1
+                else oracle.vectors_of_m(scores, n, m, width, axes))
+    np.testing.assert_array_equal(mask, expected, err_msg=f'{n}:{m}')
     np.testing.assert_array_equal(np.sum(mask), scores.size * n // m)
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_nothing_is_crossed(layout):
+@groups_of
+def test_nothing_is_crossed(layout, width):
   """Other scores in one row, one tap or one layer leave the mask everywhere else as it was; so do other places."""
   shape, axes, m = LAYOUTS[layout]
   rng = np.random.default_rng(0)
   scores, other = rng.normal(size=(2, *shape)).astype(np.float32)
-  select = lambda s: np.asarray(masks_of(layout)(s, np.arange(m + 1))[m // 2])
-  for axis in (*axes.output, *axes.spatial, *axes.layer):
+  select = lambda s: np.asarray(masks_of(layout, width)(s, np.arange(m + 1))[m // 2])
+  for axis in (*(axes.output if width == 1 else ()), *axes.spatial, *axes.layer):
     there = np.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))]) == 1
     found = select(np.where(there, other, scores))
     np.testing.assert_array_equal(found, np.where(there, select(other), select(scores)))
@@ -75,19 +89,21 @@ def test_nothing_is_crossed(layout):
     np.testing.assert_array_equal(select(np.take(scores, order, axis)), np.take(select(scores), order, axis))
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_excess_is_how_many_too_many_each_group_keeps(layout):
+@groups_of
+def test_excess_is_how_many_too_many_each_group_keeps(layout, width):
   shape, axes, m = LAYOUTS[layout]
   rng = np.random.default_rng(1)
-  kept = rng.random(shape) < 0.5
-  count = len(axes.contracted)
-  rows = np.moveaxis(kept, axes.contracted, range(kept.ndim - count, kept.ndim)).reshape(-1, m)
-  expected = np.maximum(rows.sum(1) - 2, 0)
-  excess = jax.jit(lambda kept, n: NM(n, m).excess(kept, axes))
-  found = excess(kept, 2)
+  kept = rng.random(shape) < 1 - 0.5 ** (1 / width)
+  along = (*axes.contracted, *axes.output)
+  moved = np.transpose(kept, [*(a for a in range(kept.ndim) if a not in along), *along])
+  outputs = math.prod(shape[a] for a in axes.output)
+  expected = np.maximum(moved.reshape(-1, m, outputs // width, width).any(-1).sum(1) - 1, 0)
+  assert expected.any()
+  excess = jax.jit(lambda kept, n: NM(n, m, width).excess(kept, axes))
+  found = excess(kept, 1)
   assert found.dtype == jnp.int32
-  np.testing.assert_array_equal(np.sort(found, axis=None), np.sort(expected))
-  mask = masks_of(layout)(rng.random(shape, np.float32), np.arange(m + 1))[2]
+  np.testing.assert_array_equal(np.sort(found, axis=None), np.sort(expected, axis=None))
+  mask = masks_of(layout, width)(rng.random(shape, np.float32), np.arange(m + 1))[2]
   assert not np.any(excess(mask, 2)) and np.all(excess(mask, 1) == 1)
 
 
@@ -95,6 +111,7 @@ def test_excess_says_where():
   kept = jnp.ones((8, 3), bool).at[4:, 1].set(False)
   np.testing.assert_array_equal(NM(1, 4).excess(kept, Axes((0,), (1,))), [[3, 3, 3], [3, 0, 3]])
   np.testing.assert_array_equal(NM(2, 4).excess(kept.T, Axes((1,), (0,))), [[2, 2], [2, 0], [2, 2]])
+  np.testing.assert_array_equal(NM(1, 4, 3).excess(kept.at[5:, :].set(False), Axes((0,), (1,))), [[3], [0]])
 
 
 @LAW
@@ -153,8 +170,6 @@ BLOCKS = {
     'OIHW': (2, 5), 'scanned Dense [layer, in, out]': (6, 1),
     'scanned attention out [layer, heads, head_dim, out]': (6, 5),
 }
-# Sums of these are exact, in any order.
-QUARTERS = st.integers(-9, 9).map(lambda n: n / 4) | st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0])
 
 
 @functools.lru_cache
@@ -215,7 +230,7 @@ def test_channels_are_kept_and_pruned_whole(layout, data):
 
 
 @pytest.mark.parametrize('pattern, units', [
-    (Unstructured(0.5), 1), (Block((4, 3), 0.5), 12), (Channel(0.5), 12), (NM(1, 4), 1)], ids=str)
+    (Unstructured(0.5), 1), (Block((4, 3), 0.5), 12), (Channel(0.5), 12), (NM(1, 4), 1), (NM(1, 4, 3), 3)], ids=str)
 @pytest.mark.parametrize('drop, fewer', [(0.0, 0.0), (0.3, 0.3), (0.99, 0.99), (1.0, 1.0)])
 def test_a_drop_keeps_the_best_of_as_many_fewer_rounded_down(pattern, units, drop, fewer):
   """Of a stack of two layers, `[layer, in, out]`; of N:M the best of the layer, wherever they are."""
@@ -226,8 +241,8 @@ def test_a_drop_keeps_the_best_of_as_many_fewer_rounded_down(pattern, units, dro
   kept = whole - math.floor(np.float32(fewer) * np.float32(whole))
   if isinstance(pattern, Channel):
     expected = oracle.channels(scores, kept, axes)
-  elif isinstance(pattern, Block):
-    expected = oracle.blocks(scores, kept, pattern.shape, axes)
+  elif units > 1:
+    expected = oracle.blocks(scores, kept, (units // 3, 3), axes)
   else:
     expected = oracle.best(scores.reshape(2, -1), kept).reshape(scores.shape)
   np.testing.assert_array_equal(mask, expected)
@@ -277,30 +292,31 @@ def test_a_block_sums_narrow_scores_in_float32_and_counts_its_own_sparsity():
   assert [int(Block((1, 2), share)(five).sum()) for share in (0.0, 0.1, 0.3, 0.5, 1.0)] == [10, 10, 6, 6, 0]
 
 
+@pytest.mark.parametrize('select', [Block((4, 6), 0.7), NM(1, 4, 6)], ids=str)
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize('shape, spec, axes', [
     ((64, 24), P('rows', 'columns'), Axes((0,), (1,))),
     ((3, 16, 4, 6), P(None, 'rows', 'columns'), Axes((1,), (2, 3), layer=(0,))),
     ((8, 2, 4, 6), P('rows', None, 'columns'), Axes((0, 1), (2, 3)))])
-def test_sharded_blocks_are_the_same_bits_and_share_nothing_but_counts(kind, shape, spec, axes):
-  """The blocks of 4 x 6 lie within the shards, of 16 x 12, of 4 x 12 and of 4 x 12 again."""
+def test_sharded_blocks_are_the_same_bits_and_share_nothing_but_counts(kind, select, shape, spec, axes):
+  """The blocks of 4 x 6 lie within the shards, of 16 x 12, of 4 x 12 and of 4 x 12 again; groups need no counts."""
   mesh = jax.make_mesh((4, 2), ('rows', 'columns'), axis_types=(kind,) * 2)
   scores = jax.random.normal(jax.random.key(1), shape)
   held = jax.device_put(scores, NamedSharding(mesh, spec))
-  select = lambda s: Block((4, 6), 0.7)(s, None, axes)
+  grouped, pruned = isinstance(select, NM), jax.jit(lambda s: select(s, None, axes))
   with jax.set_mesh(mesh):
-    compiled = jax.jit(select).lower(held).compile()
+    compiled = pruned.lower(held).compile()
     mask = compiled(held)
   text = compiled.as_text()
-  assert 'all-reduce(' in text
+  assert ('all-reduce(' in text) != grouped
   assert not any(f' {name}(' in text for name in ('all-gather', 'all-to-all', 'collective-permute', 'reduce-scatter'))
   assert mask.sharding.is_equivalent_to(held.sharding, len(shape))
-  np.testing.assert_array_equal(mask, jax.jit(select)(scores))
+  np.testing.assert_array_equal(mask, pruned(scores))
 
 
-def test_blocks_are_the_same_bits_eager_compiled_and_under_vmap():
+@pytest.mark.parametrize('select', [Block((4, 6), 0.7), NM(1, 4, 6)], ids=str)
+def test_blocks_are_the_same_bits_eager_compiled_and_under_vmap(select):
   stack = jax.random.normal(jax.random.key(2), (2, 64, 24))
-  select = Block((4, 6), 0.7)
   eager = np.stack([select(s) for s in stack])
   np.testing.assert_array_equal(jax.jit(jax.vmap(select))(stack), eager)
   np.testing.assert_array_equal([jax.jit(select)(s) for s in stack], eager)
@@ -320,6 +336,30 @@ def test_a_recipe_trains_blocks_and_the_report_counts_them():
     sparsejax.check(params, pattern=Block((2, 4), 0.6))
   with pytest.raises(ValueError, match="'kernel' of shape .10, 4.: 2x4 has no sparsity; pass `sparsity=`"):
     sparsejax.recipes.ste(optax.sgd(0.1), '2x4').init(params)
+
+
+def test_a_vector_sums_narrow_scores_in_float32():
+  scores = jnp.ones((4, 256), jnp.bfloat16).at[2, 5].set(2)  # 256 and 257, the same number in bfloat16
+  np.testing.assert_array_equal(jax.jit(NM(1, 4, 256))(scores), np.arange(4)[:, None] == np.full((1, 256), 2))
+
+
+def test_a_recipe_trains_vectors_through_its_stages_and_the_report_counts_them():
+  params = {'kernel': jax.random.normal(jax.random.key(0), (8, 6))}
+  tx = sparsejax.recipes.sdgf_stepwise(optax.sgd(0.1), NM(1, 4, 3), total_steps=8, fine_tune_steps=2)
+  state, nonzero = tx.init(params), []
+  for seed in range(1, 9):
+    updates, state = jax.jit(tx.update)({'kernel': jax.random.normal(jax.random.key(seed), (8, 6))}, state, params)
+    params = optax.apply_updates(params, updates)
+    vectors = np.asarray(params['kernel'] != 0).reshape(8, 2, 3)
+    assert np.all(vectors.all(-1) == vectors.any(-1))
+    nonzero.append(int(vectors.any(-1).sum()))
+  assert set(nonzero) == {4, 8, 12} and nonzero[-1] == 4
+  sparsejax.check(params, state)
+  sparsejax.check(params, pattern=NM(1, 4, 3))
+  with pytest.raises(ValueError, match='4 of 4 groups keep more than 1 of 4'):
+    sparsejax.check({'kernel': jnp.ones((8, 6))}, pattern=NM(1, 4, 3))
+  with pytest.raises(ValueError, match='2 of 4 groups keep more than 1 of 4'):  # 1:4 each column, but not the same
+    sparsejax.check({'kernel': jnp.eye(8, 6)}, pattern=NM(1, 4, 3))
 
 
 def test_a_stage_is_its_pattern_and_only_one_runs():
@@ -342,6 +382,7 @@ def test_patterns_are_values():
   traced = NM(jnp.int32(2), 8)
   assert traced.sparsity is None and not traced.static and str(traced) == 'n:8'
   assert NM(np.int64(2), 4).sparsity == 0.5
+  assert NM(2, 4) == NM(2, 4, 1) != NM(2, 4, 2) == NM(2, 4, width=2) and str(NM(2, 4, 128)) == '2:4x128'
   assert Block([4, 8], 0.5) == Block((4, 8), 0.5) != Block((4, 8)) and len({Block((4, 8)), Block([4, 8])}) == 1
   assert Channel(0.5) == Channel(0.5) != Channel() and len({Channel(), Channel()}) == 1 and Channel().static
   assert [str(p) for p in (Channel(), Channel(0.5))] == ['channel', 'channel 0.5']
@@ -351,6 +392,7 @@ def test_patterns_are_values():
 @pytest.mark.parametrize('text, pattern', [
     ('2:4', NM(2, 4)), (' 1 : 8 ', NM(1, 8)), ('unstructured', Unstructured()), ('Unstructured', Unstructured()),
     (NM(1, 2), NM(1, 2)), ('128x128', Block((128, 128))), (' 32 x 8 ', Block((32, 8))),
+    ('2:4x128', NM(2, 4, 128)), (' 1 : 8 x 32 ', NM(1, 8, 32)), ('2:4x1', NM(2, 4)),
     ('channel', Channel()), ({'a': 'Channel', '**': '2:4'}, {'a': Channel(), '**': NM(2, 4)})])
 def test_patterns_are_read_from_text(text, pattern):
   assert patterns.parse(text) == pattern
@@ -365,11 +407,14 @@ REFUSED = [
     (lambda: NM(0.5, 4), 'n must be a whole number, not 0.5; give sparsity to Unstructured'),
     (lambda: NM(None, 4), 'n must be a whole number, not None'),
     (lambda: NM('2', 4), "n must be a whole number, not '2'"),
+    (lambda: NM(2, 4, 0), 'NM: width must be a whole number, at least 1, not 0'),
+    (lambda: NM(2, 4, 1.5), 'not 1.5'),
+    (lambda: patterns.parse('2:4x'), "unknown pattern '2:4x'"),
     (lambda: Unstructured(1.5), 'sparsity is the fraction of zeros, from 0 to 1, not 1.5'),
     (lambda: Unstructured(-0.1), 'not -0.1'),
     (lambda: Unstructured(90), 'not 90'),
     (lambda: patterns.parse('2:'),
-     r"unknown pattern '2:'.* Did you mean '2:4'.* Valid: 128x128, 1:8, 2:4, N:M, channel, unstr"),
+     r"unknown pattern '2:'.* Did you mean '2:4'.* Valid: 128x128, 1:8, 2:4, 2:4x128, N:M, channel, unstr"),
     (lambda: patterns.parse('bitmask'), "unknown pattern 'bitmask'"),
     (lambda: patterns.parse('128*128'), "Did you mean '128x128'"),
     (lambda: patterns.parse('0x4'), r'Block: shape is two whole numbers.* as in \(128, 128\), not \(0, 4\)'),
@@ -396,6 +441,11 @@ def test_refusals_say_what_is_wrong_and_what_is_right(make, message):
     (NM(1, 8), (3, 4, 8), Axes((0, 1), (2,), source='traced'), ['axes (0, 1) (traced) have 12', 'to 16', '(say 6)']),
     (NM(2, 4), (7, 8), Axes((0,), (1,)), ['have 7', 'pad the axis to 8.']),  # nothing but 1 divides 7: none is proposed
     (NM(2, 4), (8,), Axes((), (0,)), ['no axis is contracted', '2:4', 'leave the leaf out of `where`']),
+    (NM(2, 4, 8), (8, 20), Axes((0,), (1,)), [
+        '2:4x8', 'axes (1,) (convention) have 20', 'all_but', '(say 5)', 'pad the axis to 24.']),
+    (NM(2, 4, 8), (8, 2, 10), Axes((0,), (1, 2), source='traced'), ['axes (1, 2) (traced) have 20']),
+    (NM(2, 4, 8), (6, 8), Axes((0,), (1,)), ['axes (0,) (convention) have 6']),
+    (NM(2, 4, 8), (8,), Axes((0,), ()), ['2:4x8 lies along output axes', 'use 2:4.']),
     (Block((8, 8)), (12, 20), Axes((0,), (1,)), [
         '8x8', 'contracted (0,) and output (1,) (convention) have 12 and 20', 'all_but', '(say 6x5)', 'to 16 and 24']),
     (Block((4, 8), 0.5), (3, 4, 20), Axes((0, 1), (2,)), ['4x8 0.5', 'have 12 and 20', '(say 4x5)', 'to 12 and 24']),

@@ -127,7 +127,7 @@ def _pack_leaf(path: str, leaf: Array, kind: Any, axes: Mapping[str, Axes] | Non
     if kind == Sparse24Array.kind:
       return Sparse24Array.from_dense(leaf, at, check)
     if isinstance(kind, patterns.NM):
-      return NMArray.from_dense(leaf, kind.n, kind.m, at, check)
+      return NMArray.from_dense(leaf, kind.n, kind.m, at, check, kind.width)
     return BlockSparseArray.from_dense(leaf, block=kind.shape, axes=at)
   except Misfit as misfit:
     raise errors.at_leaf('pack', path, leaf.shape, misfit.why) from None

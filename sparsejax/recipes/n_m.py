@@ -164,14 +164,14 @@ def stepwise_stages(pattern: NM) -> tuple[NM, ...]:
   """M-1, M/2, M/4, ... N of M, each once, N last."""
   halvings = [pattern.m - 1] + [pattern.m >> i for i in range(1, pattern.m.bit_length())]
   counts = sorted({n for n in halvings if n > pattern.n}, reverse=True)
-  return tuple(NM(n, pattern.m) for n in [*counts, pattern.n])
+  return tuple(NM(n, pattern.m, pattern.width) for n in [*counts, pattern.n])
 
 
 def geometric_stages(pattern: NM, k: int) -> tuple[NM, ...]:
   """kN:kM, kN/2:kM/2, ... N:M."""
   if k < 1 or k & (k - 1):
     raise ValueError(f'recipes.sdgf_geometric: k must be a power of two, not {k}.')
-  return tuple(NM(pattern.n * (k >> i), pattern.m * (k >> i)) for i in range(k.bit_length()))
+  return tuple(NM(pattern.n * (k >> i), pattern.m * (k >> i), pattern.width) for i in range(k.bit_length()))
 
 
 def bdwp_backward(params: PyTree, opt_state: Any) -> PyTree:
@@ -201,7 +201,7 @@ def _progression(pattern: NM, stages: Any, begin: int, end: int) -> Schedule:
 def _stage(step: Any, through: tuple[NM, ...], index: Schedule) -> Pattern:
   counts, (m, *others) = jnp.asarray([stage.n for stage in through]), {stage.m: None for stage in through}
   # One group size needs one traced count; several need a branch each, because the shapes differ.
-  return patterns.Staged(through, index(step)) if others else NM(counts[index(step)], m)
+  return patterns.Staged(through, index(step)) if others else NM(counts[index(step)], m, through[0].width)
 
 
 def _since(step: Any, schedule: Schedule, begin: int) -> Any:
