@@ -232,12 +232,16 @@ def by_path(tree: Any) -> dict[str, Any]:
   return dict(zip(paths, leaves))
 
 
-def assert_same(a: Any, b: Any) -> None:
-  """Bit for bit, dtypes and structure included."""
+def assert_same(a: Any, b: Any, rounding: float = 0.0) -> None:
+  """Bit for bit, dtypes and structure included; floats up to `rounding` of their leaf's largest."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (path, x), y in zip(by_path(a).items(), jax.tree.leaves(b)):
     assert x.dtype == y.dtype, path
-    np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
+    x, y = np.asarray(x), np.asarray(y)
+    if rounding and np.issubdtype(x.dtype, np.floating):
+      np.testing.assert_allclose(x, y, rtol=0, atol=rounding * np.max(np.abs(y), initial=0), err_msg=path)
+    else:
+      np.testing.assert_array_equal(x, y, err_msg=path)
 
 
 def assert_at_the_point(before: Any, params: Any, point: Any, of_the_largest: bool = False) -> None:
