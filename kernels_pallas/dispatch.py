@@ -83,6 +83,13 @@ def folding(function: Callable[[jax.Array, Any], jax.Array]) -> Callable[[jax.Ar
   return whole
 
 
+def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Within `shard_map`, all of them varying over the devices' axes over which one does; so do then their gradients."""
+  own = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+  missing = [frozenset().union(*own) - axes for axes in own]
+  return tuple(jax.lax.pcast(a, tuple(axes), to='varying') if axes else a for a, axes in zip(arrays, missing))
+
+
 def named(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], implementation: str) -> str:
   """The name, if that implementation can run here; raises `ValueError` otherwise."""
   if implementation not in table:

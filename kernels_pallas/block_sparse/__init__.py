@@ -39,7 +39,7 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
   if 0 in flat.shape:
     return jnp.zeros(shape, x.dtype)
   arrays, static = jax.tree.flatten(w)
-  y = _product(implementation, static, flat, *arrays)
+  y = _product(implementation, static, *dispatch.varying_alike(flat, *arrays))
   return y[:, :int(np.prod(w.outputs))].reshape(shape)
 
 
@@ -48,7 +48,7 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
   """`x^T dy` at the stored blocks of `like` only: its `values`, `[nnz, bk, bn]`, in their dtype, summed in float32.
 
   `x` is `[..., K]`, `dy [..., *outputs]`: the gradient of `block_sparse_matmul` with respect to the values. Not
-  differentiable itself. Where the blocks do not divide a length, what fills them up is zero.
+  differentiable itself. What fills up blocks, and blocks that fill up rows and columns, are zero.
   """
   _check('sampled_matmul', x, like)
   if dy.shape != (*x.shape[:-1], *like.outputs):
@@ -61,7 +61,7 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
     return dispatch.chosen(args, SAMPLED, prefer)
   if 0 in args[0].shape:
     return jnp.zeros_like(like.values)
-  return dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer)
+  return _kept(like, dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer))
 
 
 def prefer(*args: Any) -> Choice:
@@ -108,11 +108,16 @@ def _backward(implementation, static, kept, dy):
   x, arrays = kept
   w = jax.tree.unflatten(static, arrays)
   dx = dispatch.run('block_sparse_matmul', (dy, _cast(w, dy.dtype)), TRANSPOSED, implementation, prefer)
-  dw = dispatch.run('sampled_matmul', (x, dy, w), SAMPLED, implementation, prefer)
+  dw = _kept(w, dispatch.run('sampled_matmul', (x, dy, w), SAMPLED, implementation, prefer))
   return dx, *(dw if a is w.values else None for a in arrays)
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _kept(w: BlockSparseArray, blocks: Array) -> Array:
+  """`blocks`, zero where one is stored only to fill up its row or column."""
+  return jnp.where(w.kept[:, None, None], blocks, jnp.zeros((), blocks.dtype))
 
 
 def _cast(w: BlockSparseArray, dtype: np.dtype) -> BlockSparseArray:

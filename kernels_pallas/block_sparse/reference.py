@@ -6,6 +6,7 @@ nothing is padded. With few tokens a loop costs more than its dots, and one batc
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +83,11 @@ def _by_column(x: Array, values: Array, rows: Array, contracted: int) -> Array:
 def _at_once(x: Array, values: Array, rows: Array, contracted: int) -> Array:
   columns, fan = rows.shape
   length, tokens = values.shape[1 + contracted], x.shape[0]
-  gathered = x.reshape(tokens, -1, length)[:, rows]  # [tokens, columns, fan, length]
-  w = values.reshape(columns, fan, *values.shape[1:])
-  return jnp.einsum('tcrl,crlw->cwt' if not contracted else 'tcrl,crwl->cwt', gathered, w,
-                    preferred_element_type=_sums(x.dtype)).astype(x.dtype)
+  gathered = x.reshape(tokens, -1, length).transpose(1, 0, 2)[rows].transpose(0, 2, 1, 3)
+  if contracted:
+    values = values.transpose(0, 2, 1)
+  y = _dots(gathered.reshape(columns, tokens, fan * length), values.reshape(columns, fan * length, -1), 2, 1)
+  return y.transpose(0, 2, 1).astype(x.dtype)
 
 
 def _alike(fan: Sequence[int]) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -110,13 +112,16 @@ def _sorted(parts: list[Array], places: list[np.ndarray]) -> Array:
 
 
 def _dot(a: Array, b: Array, i: int, j: int) -> Array:
-  return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=_sums(a.dtype))
+  return _summed(a, b, (((i,), (j,)), ((), ())))
 
 
 def _dots(a: Array, b: Array, i: int, j: int) -> Array:
   """A dot for each block: axis 0 of both is the block."""
-  return jax.lax.dot_general(a, b, (((i,), (j,)), ((0,), (0,))), preferred_element_type=_sums(a.dtype))
+  return _summed(a, b, (((i,), (j,)), ((0,), (0,))))
 
 
-def _sums(dtype: np.dtype) -> np.dtype:
-  return jnp.promote_types(dtype, jnp.float32)
+def _summed(a: Array, b: Array, contraction: Any) -> Array:
+  if jax.default_backend() == 'cpu':  # which has no products of two bytes summed in float32 inside of loops
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return jax.lax.dot_general(a, b, contraction, preferred_element_type=jnp.float32)
+

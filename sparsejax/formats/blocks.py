@@ -21,7 +21,8 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
   `values` is `[..., nnz, bk, bn]`, the blocks of one output column after another, in each by row; block i lies in block
   row `rows[i]` and block column `cols[i]`. `order` lists the blocks the other way round, by row and then by column, for
   the product with the transpose; all three are `int32[..., nnz]`. Every row and every column of blocks has at least one
-  that is stored, if need be one of zeros, because a kernel does not visit what is not listed. Where `bk` does not
+  that is stored, because a kernel does not visit what is not listed: if need be one of zeros, for which `kept`,
+  `bool[..., nnz]`, is `False`, and whose gradient is zero. Where `bk` does not
   divide K or `bn` not N, the last blocks are filled up with zeros.
 
   `fan_in` is the number of blocks of each column and `fan_out` that of each row, as tuples known at trace time, so that
@@ -34,6 +35,7 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
   rows: Array
   cols: Array
   order: Array
+  kept: Array
   fan_in: tuple[int, ...] | None = arrays.static()
   fan_out: tuple[int, ...] | None = arrays.static()
   axes: tuple[int, ...] = arrays.static()
@@ -52,14 +54,13 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
     if why := arrays.host_misfit(w) or arrays.matrix_misfit(at) or _misfit(w, mask, block):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, why)
     w, mask = np.asarray(w), None if mask is None else np.asarray(mask)
-    kept = w if mask is None else np.where(mask, w, np.zeros((), w.dtype))
-    blocks = _split(kept, at, block)
+    blocks = _split(w if mask is None else np.where(mask, w, np.zeros((), w.dtype)), at, block)
     stored = _any(blocks.view(f'u{w.dtype.itemsize}') != 0) if mask is None else _any(_split(mask, at, block))
-    stored = np.stack([_everywhere(one) for one in stored])
+    kept, stored = stored, np.stack([_everywhere(one) for one in stored])
     if len(counts := {str(one.sum()) for one in stored}) > 1:
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, 'the matrices of the stack have different numbers of '
                           f'blocks, {errors.some(sorted(counts))}; pack them one by one, or prune all to the same.')
-    return _packed(blocks, stored, at, w.shape)
+    return _packed(blocks, stored, kept, at, w.shape)
 
   @property
   def block(self) -> tuple[int, int]:
@@ -146,15 +147,15 @@ def _everywhere(stored: np.ndarray) -> np.ndarray:
   return stored
 
 
-def _packed(blocks: np.ndarray, stored: np.ndarray, at: Axes, shape: tuple[int, ...]) -> BlockSparseArray:
+def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, at: Axes, shape: tuple[int, ...]) -> BlockSparseArray:
   lead = [shape[a] for a in at.layer]
   index = [np.nonzero(one.T)[::-1] for one in stored]  # by column, then by row
   rows, cols = (np.stack(each).astype(np.int32) for each in zip(*index))
   order = np.stack([np.lexsort(each) for each in zip(cols, rows)]).astype(np.int32)
-  values = np.stack([one[r, c] for one, r, c in zip(blocks, rows, cols)])
+  values, kept = (np.stack([one[r, c] for one, r, c in zip(of, rows, cols)]) for of in (blocks, kept))
   stacked = lambda a: jnp.asarray(a.reshape(*lead, *a.shape[1:]))
   return BlockSparseArray(
-      stacked(values), stacked(rows), stacked(cols), stacked(order), _fan(cols, stored.shape[2]),
+      stacked(values), stacked(rows), stacked(cols), stacked(order), stacked(kept), _fan(cols, stored.shape[2]),
       _fan(rows, stored.shape[1]), tuple(a - len(shape) for a in at.contracted), tuple(shape[len(lead):]))
 
 
@@ -170,7 +171,8 @@ def _dense(packed: BlockSparseArray) -> Array:
 
   def matrix(values, places):
     rows, cols = places
-    whole = jnp.zeros((*grid, bk, bn), values.dtype).at[rows, cols].set(values, mode='promise_in_bounds')
+    whole = jnp.zeros((*grid, bk, bn), values.dtype)
+    whole = whole.at[rows, cols].set(values, mode='promise_in_bounds', unique_indices=True)
     return whole.transpose(0, 2, 1, 3).reshape(grid[0] * bk, grid[1] * bn)
 
   place = matrix
@@ -191,6 +193,8 @@ def _invalid(packed: BlockSparseArray) -> str | None:
   if any(a.shape != packed.values.shape[:-2] or a.dtype != np.int32 for a in index):
     return (f'values {list(packed.values.shape)} take rows, cols and order int32{list(packed.values.shape[:-2])}, not '
             f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in index)}.')
+  if packed.kept.shape != packed.rows.shape or packed.kept.dtype != bool:
+    return f'its kept must be bool{list(packed.rows.shape)}.'
   for rows, cols, order in zip(*(a.reshape(-1, a.shape[-1]) for a in index)):
     for name, where, n in zip(('rows', 'cols'), (rows, cols), packed.grid):
       if set(where.tolist()) != set(range(n)):

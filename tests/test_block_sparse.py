@@ -1,0 +1,270 @@
+"""`BlockSparseArray` and the products with it: the same numbers as the dense masked weight, whatever the way."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import block_sparse_matmul, dispatch, sampled_matmul
+from sparsejax import formats, io
+from sparsejax.formats import BlockSparseArray
+from sparsejax.types import Axes
+
+# Shape of the weight, block, share of blocks that are kept; what is odd about it.
+WEIGHTS = {
+    'one block': ((16, 8), (16, 8), 1.0), 'all kept': ((32, 64), (16, 16), 1.0), 'square': ((64, 64), (16, 16), 0.4),
+    'columns that do not divide': ((64, 50), (16, 16), 0.5), 'rows that do not divide': ((70, 64), (32, 16), 0.3),
+    'neither': ((45, 30), (32, 32), 0.7), 'nothing kept': ((64, 96), (16, 32), 0.0),
+    'a tenth': ((160, 160), (16, 16), 0.1), 'wide blocks': ((32, 96), (8, 48), 0.5),
+}
+DTYPES = {'float32': 1e-6, 'bfloat16': 8e-3, 'float16': 1e-3}
+# On CPU only these run; the kernels have their own files.
+WAYS = ('xla', 'dense')
+
+
+def weight(name, dtype='float32', seed=0):
+  """The dense masked weight, its mask, and it packed."""
+  (k, n), (bk, bn), kept = WEIGHTS[name]
+  rng = np.random.default_rng(seed)
+  grid = rng.random((-(-k // bk), -(-n // bn))) < kept
+  mask = np.kron(grid, np.ones((bk, bn)))[:k, :n] > 0
+  w = jnp.where(mask, jnp.asarray(rng.standard_normal((k, n)), dtype), 0)
+  return w, mask, BlockSparseArray.from_dense(w, mask, (bk, bn))
+
+
+def inputs(k, tokens, dtype='float32'):
+  return jnp.asarray(np.random.default_rng(1).standard_normal((*tokens, k)), dtype)
+
+
+def close(found, expected, k, dtype='float32'):
+  """Up to rounding of a sum of `k` products."""
+  atol = 4 * DTYPES[dtype] * np.sqrt(k)
+  np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected, np.float64), atol=atol, rtol=atol)
+
+
+def exact(a, b):
+  """In float64 on the host."""
+  return np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+
+
+# The format.
+
+
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_a_weight_comes_back_bit_for_bit_and_is_listed_row_and_column(name, tmp_path):
+  w, mask, packed = weight(name)
+  assert packed.problem() is None
+  assert packed.shape == w.shape and packed.dtype == w.dtype and packed.contracted == len(w)
+  for dense in (packed.to_dense(), jax.jit(formats.unpack)(packed)):
+    np.testing.assert_array_equal(np.asarray(dense).view('u4'), np.asarray(w).view('u4'))
+  assert set(np.asarray(packed.rows).tolist()) == set(range(packed.grid[0]))
+  assert set(np.asarray(packed.cols).tolist()) == set(range(packed.grid[1]))
+  assert sum(packed.fan_in) == sum(packed.fan_out) == len(packed.rows)
+  by_row = np.asarray(packed.rows)[packed.order], np.asarray(packed.cols)[packed.order]
+  assert sorted(zip(*by_row)) == list(zip(*by_row))
+  io.save(tmp_path / 'f', {'w': packed})
+  again = io.load(tmp_path / 'f')['w']
+  assert (again.fan_in, again.fan_out, again.axes) == (packed.fan_in, packed.fan_out, packed.axes)
+  np.testing.assert_array_equal(again.to_dense(), w)
+
+
+def test_what_a_mask_keeps_is_stored_though_it_is_zero_and_nothing_else():
+  w, mask = np.ones((32, 32), 'f4'), np.zeros((32, 32), bool)
+  w[:16, :16] = 0
+  mask[:16, :8], mask[16:, 16:] = True, True
+  packed = BlockSparseArray.from_dense(w, mask, (16, 16))
+  np.testing.assert_array_equal(packed.to_dense(), np.where(mask, w, 0))
+  assert list(zip(packed.rows.tolist(), packed.cols.tolist())) == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize('shape, axes, k', [
+    ((8, 4, 6), Axes((0,), (1, 2)), 8), ((4, 6, 8), Axes((0, 1), (2,)), 24),
+    ((1, 1, 8, 12), Axes((2,), (3,), (0, 1)), 8), ((6, 8), 1, 8)])
+def test_kernels_of_any_layout_are_one_matrix(shape, axes, k):
+  w = np.random.default_rng(0).standard_normal(shape).astype('f4')
+  packed = BlockSparseArray.from_dense(w, block=(4, 3), axes=axes)
+  assert packed.contracted == k and packed.problem() is None
+  np.testing.assert_array_equal(packed.to_dense(), w)
+  x = inputs(k, (5,))
+  close(block_sparse_matmul(x, packed, implementation='xla'), formats.matmul(x, packed), k)
+
+
+def stack(kept=((1, 0), (0, 1))):
+  """Two matrices of as many blocks, in other places."""
+  masks = [np.kron(np.asarray(m), np.ones((8, 8))) > 0 for m in (np.eye(2), kept)]
+  w = np.stack([np.where(m, np.random.default_rng(i).standard_normal((16, 16)), 0) for i, m in enumerate(masks)])
+  return w.astype('f4')
+
+
+def test_a_stack_goes_through_vmap_and_scan():
+  w = stack(((0, 1), (1, 0)))
+  packed = BlockSparseArray.from_dense(w, block=(8, 8), axes=Axes((1,), (2,), (), (0,)))
+  x = inputs(16, (3,))
+  expected = [exact(x, one) for one in w]
+  close(jax.vmap(lambda one: block_sparse_matmul(x, one, implementation='xla'))(packed), expected, 16)
+  close(jax.lax.scan(lambda c, one: (c, block_sparse_matmul(x, one, implementation='xla')), 0, packed)[1], expected, 16)
+  np.testing.assert_array_equal(packed.to_dense(), w)
+
+
+def test_matrices_of_a_stack_that_differ_in_their_columns():
+  """As many blocks, but not in each column: no fan is known, and the sums go by segments."""
+  w = np.zeros((2, 24, 24), 'f4')
+  w[0] = np.kron([[1, 1, 1], [1, 0, 0], [1, 0, 0]], np.ones((8, 8)))
+  w[1] = np.kron([[1, 0, 1], [0, 1, 1], [0, 0, 1]], np.ones((8, 8)))
+  packed = BlockSparseArray.from_dense(w, block=(8, 8), axes=Axes((1,), (2,), (), (0,)))
+  assert packed.fan_in is None and packed.fan_out is None and packed.problem() is None
+  x = inputs(24, (3,))
+  one = lambda p: jax.vjp(lambda x, v: block_sparse_matmul(x, formats.with_values(p, v), implementation='xla'), x,
+                          p.values)
+  for i in range(2):
+    y, back = one(jax.tree.map(lambda a, i=i: a[i], packed))
+    dx, dv = back(jnp.ones_like(y))
+    close(y, exact(x, w[i]), 24)
+    close(dx, exact(np.ones_like(y), w[i].T), 24)
+    assert dv.shape == packed.values.shape[1:]
+
+
+BROKEN = {
+    'rows': lambda p: {'rows': p.rows.at[0].set(99)}, 'cols': lambda p: {'cols': p.cols[::-1]},
+    'order': lambda p: {'order': p.order[::-1]}, 'fan_in': lambda p: {'fan_in': (*p.fan_in[1:], p.fan_in[0] + 1)},
+    'kept': lambda p: {'kept': p.kept[1:]}, 'dtype': lambda p: {'rows': p.rows.astype(jnp.int16)},
+    'length': lambda p: {'order': p.order[1:]},
+    'filling': lambda p: {'values': p.values.at[-1, -1, -1].set(1)},
+}
+
+
+@pytest.mark.parametrize('what', BROKEN)
+def test_broken_metadata_is_found(what, tmp_path):
+  packed = weight('rows that do not divide')[2]
+  assert packed.problem() is None
+  broken = dataclasses.replace(packed, **BROKEN[what](packed))
+  assert broken.problem()
+  with pytest.raises(ValueError, match="'w'"):
+    io.save(tmp_path / 'f', {'w': broken})
+
+
+def test_only_values_are_trained():
+  packed = weight('square')[2]
+  tree = {'a': packed, 'b': jnp.ones(3)}
+  values = formats.values(tree)
+  assert jax.tree.structure(values) == jax.tree.structure({'a': 0, 'b': 0})
+  back = formats.with_values(tree, jax.tree.map(lambda v: 2 * v, values))
+  np.testing.assert_array_equal(back['a'].to_dense(), 2 * packed.to_dense())
+
+
+# The products.
+
+
+@pytest.mark.parametrize('name, way, dtype', [
+    *((name, way, 'float32') for name in WEIGHTS for way in WAYS),
+    *(('neither', way, dtype) for way in WAYS for dtype in DTYPES if dtype != 'float32')])
+def test_products_and_gradients_are_those_of_the_masked_dense_weight(name, way, dtype):
+  w, mask, packed = weight(name, dtype)
+  k, n = w.shape
+  for tokens in ((2, 3), (40,)):  # few and many: two forms on a CPU
+    x, dy = inputs(k, tokens, dtype), inputs(n, tokens, dtype)
+    product = jax.jit(lambda x, v: block_sparse_matmul(x, formats.with_values(packed, v), implementation=way))
+    y, back = jax.vjp(product, x, packed.values)
+    dx, dv = back(dy)
+    assert y.dtype == dx.dtype == dv.dtype == x.dtype
+    close(y, exact(x, w), k, dtype)
+    close(dx, exact(dy, w.T), n, dtype)
+    flat = exact(np.asarray(x, np.float64).reshape(-1, k).T, np.asarray(dy, np.float64).reshape(-1, n))
+    expected = BlockSparseArray.from_dense(jnp.asarray(flat, 'float32'), mask, packed.block).values
+    close(dv, expected, x.size // k, dtype)
+    close(sampled_matmul(x, dy, packed, implementation=way), expected, x.size // k, dtype)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_no_tokens_and_vmap(way):
+  w, _, packed = weight('rows that do not divide')
+  product = lambda x: block_sparse_matmul(x, packed, implementation=way)
+  assert product(jnp.zeros((0, 70))).shape == (0, 64) and product(jnp.zeros((3, 0, 70))).shape == (3, 0, 64)
+  x = inputs(70, (4, 5))
+  close(jax.vmap(product)(x), exact(x, w), 70)
+  close(jax.vmap(jax.grad(lambda x: product(x).sum()))(x), np.broadcast_to(w.sum(1), (4, 5, 70)), 64)
+  assert sampled_matmul(jnp.zeros((0, 70)), jnp.zeros((0, 64)), packed, implementation=way).sum() == 0
+
+
+def test_infinity_does_not_reach_what_is_not_stored():
+  _, _, packed = weight('square')
+  x = jnp.full((20, 64), jnp.inf).at[:, 16:].set(1)
+  y = block_sparse_matmul(x, packed, implementation='xla')
+  touched = np.zeros(4, bool)
+  touched[np.asarray(packed.cols)[np.asarray(packed.rows) == 0]] = True
+  assert (np.isfinite(y).all(0).reshape(4, 16).all(1) == ~touched).all() and touched.any() and not touched.all()
+
+
+def test_sharded_by_tokens_and_by_output_columns():
+  """By tokens under plain `jit`; by columns as a stack of the shards' columns."""
+  mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
+  rng = np.random.default_rng(0)
+  w = (rng.standard_normal((32, 64)) * np.kron(np.tile(np.eye(4), 2)[:, :8], np.ones((8, 8)))).astype('f4')
+  packed = BlockSparseArray.from_dense(w, block=(8, 8))
+  x = jax.device_put(inputs(32, (8,)), NamedSharding(mesh, P('data')))
+  y = jax.jit(lambda x: block_sparse_matmul(x, packed, implementation='xla'))(x)
+  close(y, exact(x, w), 32)
+  columns = w.reshape(32, 4, 16).transpose(1, 0, 2)
+  shards = BlockSparseArray.from_dense(columns, block=(8, 8), axes=Axes((1,), (2,), (), (0,)))
+  local = lambda x, w: block_sparse_matmul(x, jax.tree.map(lambda a: a[0], w), implementation='xla')
+  by_column = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P('data'), P('model')), out_specs=P('data', 'model')))
+  close(by_column(x, shards), exact(x, w), 32)
+  gradient = jax.grad(lambda v: by_column(x, formats.with_values(shards, v)).sum())(shards.values)
+  whole = lambda v: block_sparse_matmul(x, formats.with_values(packed, v), implementation='xla').sum()
+  close(gradient, jax.grad(whole)(packed.values).reshape(gradient.shape), 32)
+
+
+def test_the_dense_weight_is_in_no_program_of_the_sparse_products():
+  """Neither it nor its gradient: nothing of its size is computed, forward or backward."""
+  (k, n), _, _ = WEIGHTS['a tenth']
+  packed = weight('a tenth')[2]
+  loss = lambda x, v: (block_sparse_matmul(x, formats.with_values(packed, v), implementation='xla') ** 2).sum()
+  for tokens in (4, 40):
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(inputs(k, (tokens,)), packed.values))
+    assert f'f32[{k},{n}]' not in text and f'f32[{k // 16},{n // 16},16,16]' not in text
+    assert f'f32[{tokens},{n}]' in text
+
+
+# What is chosen, and what is refused.
+
+
+def test_what_is_chosen_is_explained():
+  sparse, filled = weight('a tenth')[2], weight('all kept')[2]
+  found = block_sparse_matmul(inputs(160, (40,)), sparse, explain=True)
+  assert found['cpu'].implementation == 'xla' and '%' in found['cpu'].reason
+  assert set(found) == set(dispatch.PLATFORMS) and 'cpu' in str(found)
+  assert block_sparse_matmul(inputs(32, (40,)), filled, explain=True)['cpu'].implementation == 'dense'
+
+
+SQUARE = weight('square')[2]
+REFUSED = {
+    'implementation': (lambda: block_sparse_matmul(inputs(64, (4,)), SQUARE, implementation='mosaic_tpuu'),
+                       "unknown implementation 'mosaic_tpuu'.*Did you mean.*'mosaic_tpu'.*Valid.*'?dense.*xla"),
+    'cannot run here': (lambda: block_sparse_matmul(inputs(64, (4,)), SQUARE, implementation='mosaic_gpu'),
+                        r"'mosaic_gpu' cannot run this: it is for cuda, and the default device is cpu.*'xla'.*can"),
+    'length': (lambda: block_sparse_matmul(inputs(60, (4,)), SQUARE), r'\(4, 60\).*must end in 64.*reshape'),
+    'dtype': (lambda: block_sparse_matmul(jnp.ones((4, 64), jnp.int32), SQUARE), 'int32.*float32, bfloat16'),
+    'dense': (lambda: block_sparse_matmul(inputs(64, (4,)), jnp.ones((64, 64))), 'must be a formats.BlockSparseArray'),
+    'stack': (lambda: block_sparse_matmul(inputs(16, (4,)), BlockSparseArray.from_dense(
+        stack(), block=(8, 8), axes=Axes((1,), (2,), (), (0,)))), r'\(2, 16, 16\) is a stack.*vmap or scan'),
+    'cotangent': (lambda: sampled_matmul(inputs(64, (4,)), jnp.ones((4, 60)), SQUARE), r'\(4, 60\) must be \(4, 64\)'),
+    'block': (lambda: BlockSparseArray.from_dense(np.ones((4, 4), 'f4'), block=(0, 4)), 'two whole numbers'),
+    'mask': (lambda: BlockSparseArray.from_dense(np.ones((4, 4), 'f4'), np.ones((4, 2), bool)),
+             r'mask of shape \(4, 2\)'),
+    'counts': (lambda: BlockSparseArray.from_dense(np.stack([np.eye(16), np.ones((16, 16))]).astype('f4'), block=(8, 8),
+                                                   axes=Axes((1,), (2,), (), (0,))), "numbers of blocks, '2', '4'"),
+    'taps': (lambda: BlockSparseArray.from_dense(np.ones((3, 3, 4, 4), 'f4'), axes=Axes((2,), (3,), (0, 1))), '1x1'),
+    'traced': (lambda: jax.jit(BlockSparseArray.from_dense)(jnp.ones((4, 4))), 'not known here'),
+    'pack': (lambda: formats.pack({'a': {'kernel': jnp.ones((3, 3, 4, 4))}}, '8x8'), "'a/kernel'.*1x1"),
+}
+
+
+@pytest.mark.parametrize('what', REFUSED)
+def test_refusals_say_what_and_what_else(what):
+  call, message = REFUSED[what]
+  with pytest.raises(ValueError, match=message):
+    call()
