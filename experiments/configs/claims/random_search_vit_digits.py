@@ -13,7 +13,7 @@ from experiments.configs import claims
 
 
 def get_config():
-  config = claims.vit_digits(seeds=10, steps=1000)
+  config = claims.vit_digits(seeds=10, steps=400)
   shared = {'pattern': 'channel', 'where': ['mlp/fc1/kernel'], 'allocation': 'uniform'}
   methods = {'random': {'name': 'random_pruning'}, 'search': {'name': 'random_search', 'candidates': 100}}
   config.recipes = {'dense': {'name': 'dense'}}
