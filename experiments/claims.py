@@ -247,11 +247,12 @@ def _section(claim: Claim, ones: Sequence[Mapping[str, Any]], outcomes: Outcomes
   if not outcomes:
     return f'{head}\n\nNot tested.'
   first = next(iter(outcomes.values()))
-  machine, seconds = first['environment'], sum(outcome['seconds'] for outcome in outcomes.values())
-  commits = dict.fromkeys(outcome['environment']['commit'] or 'unknown' for outcome in outcomes.values())
+  place = lambda machine: (f'{machine["platform"]} ({machine["device"]}), {machine["cpus"]} CPUs, '
+                           f'jax {machine["jax"]}, commit {machine["commit"] or "unknown"}')
+  places = dict.fromkeys(place(outcome['environment']) for outcome in outcomes.values())
+  seconds = sum(outcome['seconds'] for outcome in outcomes.values())
   measured = (f'`experiments/configs/claims/{claim.config}.py`: {len(first["seeds"])} seeds, {first["steps"]} steps, '
-              f'{seconds:.0f} s of training on {machine["platform"]} ({machine["device"]}), {machine["cpus"]} CPUs, '
-              f'jax {machine["jax"]}, commit {", ".join(commits)}.')
+              f'{seconds:.0f} s of training on {"; ".join(places)}.')
   return '\n\n'.join([head, _baselines(outcomes), results.markdown(HEAD[1:], [_cells(one) for one in ones]), measured])
 
 

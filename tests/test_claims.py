@@ -38,7 +38,7 @@ def made_up(runs, task='classification', seeds=4, **scores):
       'name': run, 'task': task, 'seeds': list(range(seeds)), 'steps': 2, 'seconds': 1.0, 'empty': [0] * seeds,
       'asked': None if run.startswith('dense') else 0.5,
       'test': {name: scores.get(run, rng.random(seeds).tolist()), 'loss': [1.0] * seeds},
-      'environment': {'platform': 'cpu', 'device': 'cpu', 'cpus': 2, 'jax': '0', 'commit': None}} for run in runs}
+      'environment': {'platform': 'cpu', 'device': 'cpu', 'cpus': 2, 'jax': '0', 'commit': 'beef'}} for run in runs}
 
 
 def test_a_comparison_is_seed_by_seed_in_the_unit_of_the_score():
@@ -90,7 +90,7 @@ def exits(status):
 def test_what_cannot_be_tested_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
   outcomes = made_up(['a', 'b', 'dense', 'dense-8'], a=[0.1] * 4, b=[0.2, 0.2, 0.2, 0.3], dense=[0.7, 0.7, 0.7, 0.8],
                      **{'dense-8': [0.5] * 4})
-  outcomes['b']['environment']['commit'] = 'cafe'
+  outcomes['b']['environment'] |= {'cpus': 1, 'commit': 'cafe'}
   given = []
   monkeypatch.setattr(claims, 'CLAIMS', (
       fake(1, exits(2)), fake(2, lambda *arguments: given.append(arguments) or outcomes), fake(3, exits(143))))
@@ -100,7 +100,8 @@ def test_what_cannot_be_tested_is_said_and_the_rest_goes_on(tmp_path, monkeypatc
   out, page = capsys.readouterr().out, (tmp_path / 'claims.md').read_text()
   assert 'not tested' in out and 'reproduced' in out and 'b > a' in out
   assert '## 1. Claim 1' in page and 'Not tested.' in page and '| b > a | 22.50 | 10.00 | +12.50 ± 7.96 |' in page
-  assert 'Not pruned: dense 72.50 ± 7.96 %, dense-8 50.00 ± 0.00 %.' in page and 'commit unknown, cafe.' in page
+  assert 'Not pruned: dense 72.50 ± 7.96 %, dense-8 50.00 ± 0.00 %.' in page
+  assert '4 s of training on cpu (cpu), 2 CPUs, jax 0, commit beef; cpu (cpu), 1 CPUs, jax 0, commit cafe.' in page
   assert json.loads((tmp_path / 'claims.json').read_text())['2'][0]['verdict'] == 'reproduced'
   assert (tmp_path / 'claims.png').read_bytes()[:4] == b'\x89PNG'
   assert claims.main(['--workdir', str(tmp_path / 'stopped')]) == 143  # nothing is shown of a job that was stopped
