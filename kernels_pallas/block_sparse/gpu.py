@@ -1,0 +1,245 @@
+"""Block-sparse products on Hopper, through Mosaic GPU.
+
+Not run on a GPU yet: numerics are those of interpret mode on a CPU, and beyond that it is known to lower.
+
+A block of the grid computes two tiles of tokens of one block column, one in each compute warpgroup, over the blocks
+that the column stores. What limits it is reading tiles from the L2 cache: weights are read once for all the tokens of a
+cluster, and blocks that are wide in N have the activations read less often.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import gpu
+from sparsejax.formats import BlockSparseArray
+from sparsejax.types import Array
+
+BLOCKS = ((64, 64), (128, 128), (64, 256), (128, 256))
+STAGE = 64  # of an output tile is written at a time, a square of this side
+SWEEP = 24 * 2**20  # bytes of activations that go through all columns before the next do: they stay in the L2 cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Sizes: tokens of a warpgroup, depth of a step, steps in shared memory, blocks that share a weight tile."""
+
+  tokens: int
+  depth: int
+  slots: int
+  cluster: int
+  sweep: int  # clusters, along the tokens, that go through all columns together
+
+  @property
+  def multiple(self) -> int:
+    """What the number of tokens must be a multiple of."""
+    return gpu.COMPUTE * self.tokens * self.cluster
+
+
+def tiles(tokens: int, length: int, width: int, dtype: np.dtype) -> Tiles:
+  """For that many tokens of `length` each, and blocks with outputs of this width."""
+  rows = 128 if width <= 128 and tokens > 128 else 64  # 128 registers of sums a thread, at most
+  cluster = 2 if tokens > gpu.COMPUTE * rows else 1
+  depth = 64
+  stage = gpu.nbytes((gpu.COMPUTE * rows + width, depth), dtype)
+  slots = gpu.slots(stage, gpu.nbytes((gpu.COMPUTE, 2, STAGE, STAGE), dtype), 6)
+  whole = gpu.COMPUTE * rows * cluster
+  return Tiles(rows, depth, slots, cluster, max(1, SWEEP // gpu.nbytes((whole, length), dtype)))
+
+
+def refusal(x: Array, w: BlockSparseArray) -> str | None:
+  """Why these kernels cannot take these shapes and dtypes, and the remedy."""
+  if w.block not in BLOCKS:
+    return (f'blocks of {w.block} do not fit wgmma as it is used here; pack with one of '
+            f'{", ".join(map(str, BLOCKS))}')
+  return gpu.refused_dtype(x.dtype)
+
+
+def matmul(x: Array, w: BlockSparseArray, *, sizes: Tiles | None = None, interpret: bool = False) -> Array:
+  """`x [M, Kb bk]` times `w`: `[M, Nb bn]` in x's dtype, summed in float32."""
+  starts = _starts(w.fan_in, w.cols, w.grid[1])
+  return _product(x, w.values.astype(x.dtype), starts, w.rows, None, sizes, interpret)
+
+
+def matmul_transposed(dy: Array, w: BlockSparseArray, *, sizes: Tiles | None = None, interpret: bool = False) -> Array:
+  """`dy [M, Nb bn]` times the transpose of `w`: `[M, Kb bk]` in dy's dtype, summed in float32."""
+  starts = _starts(w.fan_out, jnp.sort(w.rows) if w.fan_out is None else w.rows, w.grid[0])
+  places = w.cols.at[w.order].get(mode='promise_in_bounds')
+  return _product(dy, w.values.astype(dy.dtype), starts, places, w.order, sizes, interpret)
+
+
+def _starts(fan: tuple[int, ...] | None, column: Array, n: int) -> Array:
+  """Where the blocks of each of `n` columns begin, and where the last ends: `int32[n + 1]`."""
+  if fan is not None:
+    return jnp.asarray(np.concatenate([[0], np.cumsum(fan)]).astype(np.int32))
+  return jnp.searchsorted(column, jnp.arange(n + 1, dtype=jnp.int32)).astype(jnp.int32)
+
+
+def _product(x: Array, values: Array, starts: Array, places: Array, order: Array | None, sizes: Tiles | None,
+             interpret: bool) -> Array:
+  """Column n of the product: the sum over i from `starts[n]` of block column `places[i]` of `x` times a block.
+
+  That is `values[i]`; with `order`, it is `values[order[i]]` transposed.
+  """
+  transposed, (bk, bn) = order is not None, values.shape[1:]
+  length, width = (bn, bk) if transposed else (bk, bn)
+  t = sizes or tiles(*x.shape, width, x.dtype)
+  if interpret:  # which has no clusters
+    t = dataclasses.replace(t, cluster=1)
+  tokens, columns, parts = x.shape[0], starts.shape[0] - 1, length // t.depth
+  x = gpu.filled(x, t.multiple)
+  rows = x.shape[0] // t.multiple
+
+  def body(starts, places, order, x, values, y, tile, block, staging, full, free):
+    wg = lax.axis_index('wg')
+
+    def where(info):
+      """The first token of the tile of this warpgroup's block, and the column."""
+      row, column = plgpu.planar_snake(info.index[0], (rows, columns), 0, min(t.sweep, rows))
+      row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
+      return row * (gpu.COMPUTE * t.tokens), column
+
+    def trips(info):
+      _, column = where(info)
+      return (starts[column + 1] - starts[column]) * parts
+
+    loop = lambda f: plgpu.nd_loop((rows * columns,), collective_axes='sm', init_carry=jnp.int32(0))(
+        lambda info, carry: f(info, carry))
+
+    def copy(info, step, slot):
+      token, column = where(info)
+      i, part = starts[column] + step // parts, lax.rem(step, jnp.int32(parts)) * t.depth
+      along = pl.ds(part, t.depth)
+      weight = values.at[order[i], :, along] if transposed else values.at[i, along]
+      plgpu.copy_gmem_to_smem(x.at[pl.ds(token, gpu.COMPUTE * t.tokens), pl.ds(places[i] * length + part, t.depth)],
+                              tile.at[slot], full.at[slot])
+      plgpu.copy_gmem_to_smem(weight, block.at[slot], full.at[slot],
+                              collective_axes='cluster' if t.cluster > 1 else None)
+
+    @pl.when(wg == gpu.COMPUTE)
+    def _():
+      gpu.copies(loop, trips, copy, free, t.slots)
+
+    @pl.when(wg < gpu.COMPUTE)
+    def _():
+      gpu.start(free, t.slots)
+
+      @loop
+      def _(info, count):
+        token, column = where(info)
+
+        def summed(acc):
+          def multiply(slot):
+            weight = plgpu.transpose_ref(block.at[slot], (1, 0)) if transposed else block.at[slot]
+            plgpu.wgmma(acc, tile.at[slot, pl.ds(wg * t.tokens, t.tokens)], weight)
+          after = gpu.accumulate(multiply, trips(info), count, full, free, t.slots)
+          return after, acc[...].astype(y.dtype)
+
+        count, value = pl.run_scoped(summed, plgpu.ACC((t.tokens, width), jnp.float32))
+        gpu.store(value, staging.at[wg], lambda row, col: y.at[
+            pl.ds(token + wg * t.tokens + row, STAGE), pl.ds(column * width + col, STAGE)])
+        return count
+
+      plgpu.wait_smem_to_gmem(0)
+
+  full, free = gpu.barriers(t.slots, 2, t.cluster)
+  scratch = {
+      'tile': gpu.shared((t.slots, gpu.COMPUTE * t.tokens, t.depth), x.dtype),
+      'block': gpu.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), x.dtype),
+      'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), x.dtype), 'full': full, 'free': free}
+  out = jax.ShapeDtypeStruct((x.shape[0], columns * width), x.dtype)
+  operands = (starts, places, starts if order is None else order, x, values)
+  blocks = min(1 if interpret else gpu.cores() // t.cluster, rows * columns)
+  y = gpu.kernel(body, out, operands, blocks=blocks, scratch=scratch, cluster=t.cluster, interpret=interpret)
+  return y[:tokens]
+
+
+def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False) -> Array:
+  """The stored blocks of `x^T dy`, `x [M, Kb bk]`, `dy [M, Nb bn]`: shape and dtype of `w.values`.
+
+  Each compute warpgroup has one block, two of a column at a time, so that they share what is read of `dy`; or, where
+  sums of a whole block would not fit its registers, half of a block.
+  """
+  bk, bn = w.block
+  halves = bk * bn > 128 * 128
+  rows, depth = (bk // gpu.COMPUTE if halves else bk), 64
+  first, second, count = _pairs(w, 1 if halves else gpu.COMPUTE)
+  x, dy = gpu.filled(x, depth), gpu.filled(dy.astype(x.dtype), depth)
+  steps = x.shape[0] // depth
+  staging = gpu.nbytes((gpu.COMPUTE, 2, STAGE, STAGE), w.dtype)
+  slots = gpu.slots(gpu.nbytes((depth, gpu.COMPUTE * rows + bn), x.dtype), staging, 6)
+
+  def body(first, second, count, places, cols, x, dy, values, left, right, staging, full, free):
+    wg = lax.axis_index('wg')
+    loop = lambda f: plgpu.nd_loop((count[0],), collective_axes='sm', init_carry=jnp.int32(0))(
+        lambda info, carry: f(info.index[0], carry))
+    trips = lambda pair: jnp.int32(steps)
+
+    def copy(pair, step, slot):
+      tokens = pl.ds(step * depth, depth)
+      for half, block in enumerate((first[pair], second[pair])):
+        across = places[block] * bk + (half * rows if halves else 0)
+        plgpu.copy_gmem_to_smem(x.at[tokens, pl.ds(across, rows)], left.at[slot, half], full.at[slot])
+      plgpu.copy_gmem_to_smem(dy.at[tokens, pl.ds(cols[first[pair]] * bn, bn)], right.at[slot], full.at[slot])
+
+    @pl.when(wg == gpu.COMPUTE)
+    def _():
+      gpu.copies(loop, trips, copy, free, slots)
+
+    @pl.when(wg < gpu.COMPUTE)
+    def _():
+      gpu.start(free, slots)
+
+      @loop
+      def _(pair, count):
+        block = jnp.where(wg == 0, first[pair], second[pair])
+
+        def summed(acc):
+          multiply = lambda slot: plgpu.wgmma(acc, plgpu.transpose_ref(left.at[slot, wg], (1, 0)), right.at[slot])
+          after = gpu.accumulate(multiply, trips(pair), count, full, free, slots)
+          return after, acc[...].astype(values.dtype)
+
+        count, value = pl.run_scoped(summed, plgpu.ACC((rows, bn), jnp.float32))
+        begin = wg * rows if halves else 0
+
+        @pl.when((wg == 0) | halves | (first[pair] != second[pair]))  # the last of a column may be alone
+        def _():
+          gpu.store(value, staging.at[wg], lambda row, col: values.at[
+              block, pl.ds(begin + row, STAGE), pl.ds(col, STAGE)])
+        return count
+
+      plgpu.wait_smem_to_gmem(0)
+
+  full, free = gpu.barriers(slots, 3)
+  scratch = {'left': gpu.shared((slots, gpu.COMPUTE, depth, rows), x.dtype),
+             'right': gpu.shared((slots, depth, bn), x.dtype),
+             'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), w.dtype), 'full': full, 'free': free}
+  out = jax.ShapeDtypeStruct(w.values.shape, w.dtype)
+  operands = (first, second, count, w.rows, w.cols, x, dy)
+  blocks = min(1 if interpret else gpu.cores(), first.shape[0])
+  return gpu.kernel(body, out, operands, blocks=blocks, scratch=scratch, interpret=interpret)
+
+
+def _pairs(w: BlockSparseArray, together: int) -> tuple[Array, Array, Array]:
+  """Blocks that are computed together, at most two, of one column: the first, the second or the first again, how many.
+
+  The two are `int32[n]`, of which only that many count where the columns' lengths are not known at trace time.
+  """
+  nnz, columns = w.rows.shape[0], w.grid[1]
+  if w.fan_in is not None:
+    ends = np.repeat(np.cumsum(w.fan_in), w.fan_in)
+    within = np.arange(nnz) - np.repeat(np.cumsum(w.fan_in) - np.asarray(w.fan_in), w.fan_in)
+    first = np.flatnonzero(within % together == 0).astype(np.int32)
+    second = np.where(first + together - 1 < ends[first], first + together - 1, first).astype(np.int32)
+    return jnp.asarray(first), jnp.asarray(second), jnp.full(1, len(first), jnp.int32)
+  starts = _starts(None, w.cols, columns)
+  at = jnp.arange(nnz, dtype=jnp.int32)
+  leads = (at - starts[w.cols]) % together == 0
+  first = jnp.nonzero(leads, size=min(nnz, (nnz + columns) // together), fill_value=0)[0].astype(jnp.int32)
+  last = starts[w.cols[first] + 1] - 1
+  return first, jnp.minimum(first + together - 1, last), jnp.sum(leads, dtype=jnp.int32)[None]

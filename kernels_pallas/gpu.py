@@ -1,0 +1,166 @@
+"""What the kernels for Hopper share: what Mosaic takes there, and a ring of tiles that one warpgroup fills.
+
+A kernel runs as one persistent block a multiprocessor, of three warpgroups. The last only copies tiles from global to
+shared memory (TMA), into a ring of `slots`; the other two multiply them (wgmma). The ring runs on from one output tile
+to the next, so that the copies for the next are under way while the last is being written.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsejax.types import Array
+
+SHARED = 232_448  # bytes of shared memory that one block can have on Hopper
+SPARE = 1024  # of these, for barriers
+COMPUTE = 2  # warpgroups that multiply
+CORES = 132  # multiprocessors of an H100 and H200, where the program is lowered without one
+
+
+def refused_dtype(dtype: np.dtype) -> str | None:
+  """Why these kernels do not multiply arrays of `dtype`, with the remedy."""
+  if dtype in (jnp.bfloat16, jnp.float16):
+    return None
+  remedy = ('cast to bfloat16, or leave it to XLA, which has tensor cores for it at jax.default_matmul_precision '
+            "'tensorfloat32'" if dtype == jnp.float32 else 'cast to bfloat16')
+  return f'the kernels for Hopper multiply bfloat16 and float16, not {dtype}; {remedy}'
+
+
+def cores() -> int:
+  """Multiprocessors of the device that the program is for."""
+  abstract = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  if abstract is not None and abstract.num_cores:
+    return abstract.num_cores
+  device = jax.local_devices()[0]
+  return device.core_count if device.platform == 'gpu' else CORES
+
+
+def transforms(length: int, dtype: Any) -> tuple[Any, ...]:
+  """How a tile whose last axis has this length lies in shared memory, so that wgmma can read it."""
+  size = np.dtype(dtype).itemsize
+  swizzle = plgpu.find_swizzle(length * size * 8)
+  return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+
+
+def shared(shape: tuple[int, ...], dtype: Any) -> Any:
+  """Scratch in shared memory for tiles, the last two axes."""
+  return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+
+
+def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
+  return int(np.prod(shape)) * np.dtype(dtype).itemsize
+
+
+def slots(stage: int, rest: int, most: int) -> int:
+  """How many stages of so many bytes fit beside the rest: at most `most`."""
+  return min(most, (SHARED - SPARE - rest) // stage)
+
+
+def filled(x: Array, multiple: int) -> Array:
+  """`x` with rows of zeros appended, up to a multiple."""
+  return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0))) if x.shape[0] % multiple else x
+
+
+def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, operands: tuple[Array, ...], *, blocks: int,
+           scratch: dict[str, Any], cluster: int = 1, lanes: bool = False, approximate: bool = False,
+           interpret: bool = False) -> Array:
+  """`body(*operands, out, **scratch)` as `blocks` blocks, or clusters of blocks, of three warpgroups.
+
+  Axes: 'sm', 'cluster' (if there are clusters) and 'wg'. `lanes`: the body has code for single threads.
+  """
+  semantics = plgpu.LoweringSemantics.Lane if lanes else plgpu.LoweringSemantics.Warpgroup
+  clusters = {'cluster': (cluster,), 'cluster_names': ('cluster',)} if cluster > 1 else {}
+  mode = {'interpret': _interpreter()} if interpret else {}
+  run = plgpu.kernel(
+      body, out_type=out, scratch_types=scratch, grid=(blocks,), grid_names=('sm',), num_threads=COMPUTE + 1,
+      thread_name='wg', compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, approx_math=approximate),
+      **clusters, **mode)
+  return _varying(run(*operands), operands)
+
+
+def _interpreter() -> Any:
+  """What runs a kernel on a CPU. Public from JAX 0.11 on."""
+  if hasattr(plgpu, 'InterpretGPUParams'):
+    return plgpu.InterpretGPUParams()
+  from jax._src.pallas.mosaic_gpu.interpret import params
+  return params.InterpretGPUParams()
+
+
+def _varying(y: Array, operands: tuple[Array, ...]) -> Array:
+  """`y`, under `shard_map` varying over the axes that `operands` vary over, which `plgpu.kernel` forgets."""
+  varying = lambda a: jax.typeof(a).manual_axis_type.varying
+  missing = frozenset().union(*map(varying, operands)) - varying(y)
+  return lax.pcast(y, tuple(sorted(missing)), to='varying') if missing else y
+
+
+# The ring. `count` is the number of tiles that went through it, and so where it stands.
+
+
+def barriers(slots: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
+  """`full`, on which the copies of a slot arrive, and `free`, on which those that have read it do."""
+  free = (plgpu.ClusterBarrier(collective_axes=('cluster',), num_arrivals=COMPUTE, num_barriers=slots)
+          if cluster > 1 else plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots))
+  return plgpu.Barrier(num_arrivals=copies, num_barriers=slots), free
+
+
+def copies(loop: Callable[..., Any], trips: Callable[[Any], Array], copy: Callable[..., None], free: Any,
+           slots: int) -> None:
+  """What the memory warpgroup does: for every tile of `loop`, `copy(tile, step, slot)` for `trips(tile)` steps."""
+  plgpu.set_max_registers(40, action='decrease')
+
+  @loop
+  def count(tile, count):
+    def step(i, count):
+      slot = lax.rem(count, jnp.int32(slots))
+      plgpu.barrier_wait(free.at[slot])
+      copy(tile, i, slot)
+      return count + 1
+    return lax.fori_loop(jnp.int32(0), trips(tile), step, count)
+
+  # A block must outlive what arrives on its barriers.
+  lax.fori_loop(0, slots, lambda i, _: plgpu.barrier_wait(free.at[lax.rem(count + i, jnp.int32(slots))]), None)
+
+
+def start(free: Any, slots: int) -> None:
+  """What a compute warpgroup does first: says that all slots are free."""
+  plgpu.set_max_registers(232, action='increase')
+  for slot in range(slots):
+    plgpu.barrier_arrive(free.at[slot])
+
+
+def accumulate(multiply: Callable[[Array], None], trips: Array, count: Array, full: Any, free: Any,
+               slots: int) -> Array:
+  """`multiply(slot)`, which issues a wgmma, for each of `trips` steps; the count behind them.
+
+  One wgmma stays in flight, so a slot is free one step later.
+  """
+  at = lambda count: lax.rem(count, jnp.int32(slots))
+
+  def step(i, count):
+    plgpu.barrier_wait(full.at[at(count)])
+    multiply(at(count))
+    plgpu.wgmma_wait(1)
+    pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[at(count + slots - 1)]))
+    return count + 1
+
+  count = lax.fori_loop(jnp.int32(0), trips, step, count)
+  plgpu.wgmma_wait(0)
+  plgpu.barrier_arrive(free.at[at(count + slots - 1)])
+  return count
+
+
+def store(value: Array, staging: Any, target: Callable[[int, int], Any]) -> None:
+  """Write `value`, in pieces of the size of `staging [2, rows, columns]`, to `target(row, column)` of that size."""
+  _, rows, columns = staging.shape
+  pieces = [(r, c) for r in range(0, value.shape[0], rows) for c in range(0, value.shape[1], columns)]
+  for i, (row, column) in enumerate(pieces):
+    plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)  # 0 for the first: what the last tile left is in its way
+    staging[i % 2] = value[row:row + rows, column:column + columns]
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging.at[i % 2], target(row, column))
