@@ -363,16 +363,22 @@ def _steady(body: Any, consts: list[Value], carry: list[Value], xs: list[Value]
 
 
 def _scan(eqn: Any, values: list[Value], found: Found) -> list[Value]:
-  body, length = _open(eqn.params['jaxpr']), eqn.params['length']
-  # Where carry begins and ends has another name in each JAX; what the steps take or give one by one has one axis more.
-  whole = lambda outside, inside: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside))
-  last = whole(eqn.invars, body.invars)
-  first, xs = last - whole(eqn.outvars, body.outvars), values[last:]
+  body, length, (first, last) = _open(eqn.params['jaxpr']), eqn.params['length'], scanned(eqn)
+  xs = values[last:]
   sliced = [value._replace(views=tuple(views.dropped(view, (0,)) for view in value.views)) for value in xs]
   carry, ys, part = _steady(body, values[:first], values[first:last], sliced)
   found.add(part, times=length)
   stacked = lambda view: _restacked(view, [v for value in xs for v in value.views], length)
   return carry + [value._replace(views=tuple(map(stacked, value.views))) for value in ys]
+
+
+def scanned(eqn: Any) -> tuple[int, int]:
+  """Where among the operands of a `scan` the carry begins, and what its steps take one by one."""
+  # They have another name in each JAX; what the steps take or give one by one has one axis more.
+  body = _open(eqn.params['jaxpr'])
+  whole = lambda outside, inside: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside))
+  last = whole(eqn.invars, body.invars)
+  return last - whole(eqn.outvars, body.outvars), last
 
 
 def _restacked(view: View, xs: list[View], length: int) -> View:
