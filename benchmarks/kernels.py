@@ -99,7 +99,7 @@ def run(rounds: int = 20) -> Iterator[timing.Claim]:
     for name, bar in (('forward', case.forward), ('train', case.train)):
       if bar is None:
         continue
-      seconds = list(timing.take_turns(ways[name], rounds))
+      seconds = list(timing.take_turns(ways[name], rounds, 1 + 2048 // (case.tokens + 128)))
       speed, spread = timing.ratio(seconds, 'dense', 'packed')
       pattern = f'{case.block}-blocks{"" if case.balanced else ", unbalanced"}'
       what = f'({case.tokens}, {case.k}, {case.n}), {pattern}, {case.sparsity:.1%} zero: {WHAT[name]}'

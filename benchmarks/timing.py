@@ -26,10 +26,11 @@ class Claim(NamedTuple):
     return self.measured >= self.bar if self.at_least else self.measured <= self.bar
 
 
-def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> Iterator[dict[str, float]]:
+def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1) -> Iterator[dict[str, float]]:
   """Seconds of one call of each, round after round, after one call each to compile and warm up.
 
-  The order turns from round to round, so that a slow moment of the machine does not always hit the same one.
+  The order turns from round to round, so that a slow moment of the machine does not always hit the same one. With
+  `calls`, the median of so many in a row: what is small is then in the cache, as it is not after another's turn.
   """
   names = list(contestants)
   for call in contestants.values():
@@ -37,9 +38,12 @@ def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> Ite
   for i in range(rounds):
     seconds = {}
     for name in names[i % len(names):] + names[:i % len(names)]:
-      start = time.perf_counter()
-      jax.block_until_ready(contestants[name]())
-      seconds[name] = time.perf_counter() - start
+      taken = []
+      for _ in range(calls):
+        start = time.perf_counter()
+        jax.block_until_ready(contestants[name]())
+        taken.append(time.perf_counter() - start)
+      seconds[name] = float(np.median(taken))
     yield seconds
 
 

@@ -5,7 +5,8 @@ Neither makes the dense weight or its dense gradient, in none of the implementat
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -66,15 +67,14 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
 
 def prefer(*args: Any) -> Choice:
   """'xla' or 'dense', by what was measured on a CPU (`make bench`)."""
-  x, w = args[0], args[-1]
+  w = args[-1]
   share = 1 - w.density
   if min(w.block) < 16:
     return Choice('dense', f'blocks of {w.block} are too small to be faster than dense')
   least = 0.45 if w.block[1] >= 64 else 0.6 if w.block[1] >= 32 else 0.75
   if share < least:
     return Choice('dense', f'{share:.0%} of the blocks are zero, and {w.block} pays from {least:.0%} on')
-  how = 'one batched dot' if x.shape[0] <= reference.FEW_TOKENS else 'one dot for each block column'
-  return Choice('xla', f'{share:.0%} of the blocks are zero, {x.shape[0]} tokens: {how}')
+  return Choice('xla', f'{share:.0%} of the blocks are zero')
 
 
 def _check(op: str, x: Array, w: Any) -> None:
@@ -107,8 +107,8 @@ def _forward(implementation, static, x, *arrays):
 def _backward(implementation, static, kept, dy):
   x, arrays = kept
   w = jax.tree.unflatten(static, arrays)
-  dx = dispatch.run('block_sparse_matmul', (dy, _cast(w, dy.dtype)), TRANSPOSED, implementation, prefer)
-  dw = _kept(w, dispatch.run('sampled_matmul', (x, dy, w), SAMPLED, implementation, prefer))
+  dx, dw = dispatch.run('block_sparse_matmul', (x, dy, w), GRADIENTS, implementation, prefer)
+  dw = _kept(w, dw)
   return dx, *(dw if a is w.values else None for a in arrays)
 
 
@@ -144,18 +144,22 @@ def _dense_sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
   return blocks[w.rows, w.cols].astype(w.dtype)
 
 
-def _table(kernel: str, xla: Any, dense: Any) -> Mapping[str, Implementation]:
-  """The implementations of one product. The kernels are imported when they are first asked: Pallas takes a second."""
-  def of(module: str) -> Implementation:
-    def load():
-      import importlib
-      return importlib.import_module(f'kernels_pallas.block_sparse.{module}')
-    return Implementation(lambda *args: getattr(load(), kernel)(*args), lambda *args: load().refusal(args[0], args[-1]))
+def _table(xla: Any, dense: Any, kernel: Callable[..., Any]) -> Mapping[str, Implementation]:
+  """The implementations of one product.
+
+  `kernel` is called with the module `gpu` or `tpu`, which is imported when first asked for: Pallas takes a second.
+  """
+  def of(name: str) -> Implementation:
+    module = lambda: importlib.import_module(f'kernels_pallas.block_sparse.{name}')
+    return Implementation(lambda *args: kernel(module(), *args), lambda *args: module().refusal(args[0], args[-1]))
 
   return {'xla': Implementation(xla), 'dense': Implementation(dense), 'mosaic_gpu': of('gpu'), 'mosaic_tpu': of('tpu')}
 
 
-FORWARD = _table('matmul', reference.matmul, lambda x, w: _dot(x, _dense(w), 1, 0).astype(x.dtype))
-TRANSPOSED = _table('matmul_transposed', reference.matmul_transposed,
-                    lambda dy, w: _dot(dy, _dense(w), 1, 1).astype(dy.dtype))
-SAMPLED = _table('sampled', reference.sampled, _dense_sampled)
+FORWARD = _table(reference.matmul, lambda x, w: _dot(x, _dense(w), 1, 0).astype(x.dtype),
+                 lambda pallas, x, w: pallas.matmul(x, w))
+SAMPLED = _table(reference.sampled, _dense_sampled, lambda pallas, x, dy, w: pallas.sampled(x, dy, w))
+GRADIENTS = _table(
+    reference.gradients,
+    lambda x, dy, w: (_dot(dy, _dense(_cast(w, dy.dtype)), 1, 1).astype(x.dtype), _dense_sampled(x, dy, w)),
+    lambda pallas, x, dy, w: (pallas.matmul_transposed(dy, _cast(w, dy.dtype)), pallas.sampled(x, dy, w)))
