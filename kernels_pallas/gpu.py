@@ -127,11 +127,12 @@ def copies(loop: Callable[..., Any], trips: Callable[[Any], Array], copy: Callab
   lax.fori_loop(0, slots, lambda i, _: plgpu.barrier_wait(free.at[lax.rem(count + i, jnp.int32(slots))]), None)
 
 
-def start(free: Any, slots: int) -> None:
-  """What a compute warpgroup does first: says that all slots are free."""
+def start(free: tuple[Any, ...], slots: int) -> None:
+  """What a compute warpgroup does first: says that all slots of these rings are free."""
   plgpu.set_max_registers(232, action='increase')
   for slot in range(slots):
-    plgpu.barrier_arrive(free.at[slot])
+    for ring in free:
+      plgpu.barrier_arrive(ring.at[slot])
 
 
 def accumulate(multiply: Callable[[Array], None], trips: Array, count: Array, full: Any, free: Any,

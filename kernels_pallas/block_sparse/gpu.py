@@ -127,7 +127,7 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
 
     @pl.when(wg < gpu.COMPUTE)
     def _():
-      gpu.start(free, t.slots)
+      gpu.start((free,), t.slots)
 
       @loop
       def _(info, count):
@@ -193,7 +193,7 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
 
     @pl.when(wg < gpu.COMPUTE)
     def _():
-      gpu.start(free, slots)
+      gpu.start((free,), slots)
 
       @loop
       def _(pair, count):
