@@ -22,7 +22,7 @@ LAYERS = (
     ('ranking', 'groups', 'gaps'),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts'),
     ('formats.arrays',),
-    ('formats.n_m', 'formats.anywhere', 'formats.blocks', 'formats.sparse24'),
+    ('formats.n_m', 'formats.anywhere', 'formats.blocks', 'formats.sparse24', 'formats.columns'),
     ('formats',),
     ('states',),
     ('selections',),

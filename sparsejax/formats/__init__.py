@@ -3,7 +3,7 @@
 Packed arrays are pytrees, so that `jit`, `vmap`, `scan`, sharding and Orbax take them as they take any parameter. All
 the moving is done on the bits, as unsigned integers, because floating units may flush subnormals and quieten NaNs.
 `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern; `BitmaskArray` and `RelativeIndexArray` are for
-files of zeros anywhere.
+files of zeros anywhere, `CSCArray` for products with such.
 """
 
 import dataclasses
@@ -18,16 +18,19 @@ from sparsejax import errors, patterns, trees
 from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, nbytes, of_kind
 from sparsejax.formats.blocks import BlockSparseArray
+from sparsejax.formats.columns import CSCArray
 from sparsejax.formats.n_m import NMArray
 from sparsejax.formats.sparse24 import Sparse24Array
 from sparsejax.types import Array, Axes, PyTree
 
 __all__ = [
-    'ANYWHERE', 'BitmaskArray', 'BlockSparseArray', 'Misfit', 'NMArray', 'PackedArray', 'RelativeIndexArray',
-    'Sparse24Array', 'is_packed', 'matmul', 'nbytes', 'of_kind', 'pack', 'unpack', 'values', 'with_values',
+    'ANYWHERE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'Misfit', 'NMArray', 'PackedArray',
+    'RelativeIndexArray', 'Sparse24Array', 'is_packed', 'matmul', 'nbytes', 'of_kind', 'pack', 'unpack', 'values',
+    'with_values',
 ]
 
 ANYWHERE = {'bitmask': BitmaskArray, 'relative_index': RelativeIndexArray}  # the formats for zeros anywhere, by name
+_BY_NAME = (Sparse24Array.kind, CSCArray.kind)  # formats of matrices that no pattern stands for
 
 
 def is_packed(node: Any) -> bool:
@@ -40,9 +43,9 @@ def pack(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Map
   """Replace the leaves that `where` picks by packed arrays.
 
   `pattern` is an `NM`, a `Block` for a `BlockSparseArray`, `Unstructured()` for a `BitmaskArray`, or as a string '2:4',
-  'bitmask', 'relative_index' for a `RelativeIndexArray`, or 'sparse24' for a `Sparse24Array`; or a dict from globs to
-  these. `axes` says which axes are contracted (by default `trees.conventional_axes`); `check` is that of
-  `NMArray.from_dense`. Raises `ValueError` for a leaf whose nonzeros do not fit the pattern.
+  'bitmask', 'relative_index' for a `RelativeIndexArray`, 'csc' for a `CSCArray`, or 'sparse24' for a `Sparse24Array`;
+  or a dict from globs to these. `axes` says which axes are contracted (by default `trees.conventional_axes`); `check`
+  is that of `NMArray.from_dense`. Raises `ValueError` for a leaf whose nonzeros do not fit the pattern.
   """
   names, leaves, treedef = trees.flatten(params, is_leaf=is_packed)
   already = [name for name, leaf in zip(names, leaves) if is_packed(leaf)]
@@ -109,13 +112,13 @@ def matmul(x: Array, packed: PackedArray) -> Array:
 
 def _kind(pattern: Any) -> Any:
   """An `NM`, a `Block`, or the name of a format."""
-  if isinstance(pattern, str) and pattern not in (*ANYWHERE, Sparse24Array.kind):
+  if isinstance(pattern, str) and pattern not in (*ANYWHERE, *_BY_NAME):
     pattern = patterns.parse(pattern)
   if isinstance(pattern, patterns.Unstructured):
     return 'bitmask'
   if isinstance(pattern, (patterns.NM, patterns.Block, str)):
     return pattern
-  valid = ['NM(n, m)', 'Block((bk, bn))', 'Unstructured()', "'n:m'", repr(Sparse24Array.kind), *map(repr, ANYWHERE)]
+  valid = ['NM(n, m)', 'Block((bk, bn))', 'Unstructured()', "'n:m'", *map(repr, (*_BY_NAME, *ANYWHERE))]
   raise errors.unknown('pack', 'pattern', pattern, valid)
 
 
@@ -126,6 +129,8 @@ def _pack_leaf(path: str, leaf: Array, kind: Any, axes: Mapping[str, Axes] | Non
     at = trees.axes_of('pack', axes, path, leaf.shape)
     if kind == Sparse24Array.kind:
       return Sparse24Array.from_dense(leaf, at, check)
+    if kind == CSCArray.kind:
+      return CSCArray.from_dense(leaf, axes=at)
     if isinstance(kind, patterns.NM):
       return NMArray.from_dense(leaf, kind.n, kind.m, at, check, kind.width)
     return BlockSparseArray.from_dense(leaf, block=kind.shape, axes=at)

@@ -1,0 +1,106 @@
+"""Products with few nonzero inputs and a dense weight, for decoding: `active_matmul`."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import dispatch, products
+from kernels_pallas.active import reference
+from kernels_pallas.dispatch import Choice, Implementation
+from sparsejax.types import Array
+
+_MOST_TOKENS = 16
+_LEAST_BYTES = 2**24
+_CAPACITY = 0.75  # of the blocks
+
+
+def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | None = None, block: int = 16,
+                  capacity: int | None = None, implementation: str | None = None,
+                  explain: bool = False) -> Array | dispatch.Explanation:
+  """`x [..., K]`, without what is skipped of it, times the dense `w [K, N]`: `[..., N]` in x's dtype.
+
+  Skipped is an x whose magnitude is below `threshold` (a number, or `[K]`; TEAL, Liu et al. 2024, arXiv 2408.14690),
+  and one where `mask`, bool `[K]` or like `x`, is `False`; NaN is below nothing. The product is that of dense arrays
+  with zeros there, summed in float32, but rows of `w` are read in blocks of `block`, which must divide K, and only
+  blocks in which one token has a nonzero. Differentiable in `w`, whose gradient is dense, and in `x` in these blocks,
+  where it is not skipped.
+
+  If more than `capacity` blocks (by default three quarters of all) are active, the dense product is computed instead,
+  which is faster then. `implementation` is 'xla' or 'dense'; `None` chooses, and `explain=True` returns what it would
+  choose, and why: what is chosen was measured on a CPU. There are no kernels for GPUs and TPUs yet. Under `vmap` over
+  `x` both the sparse and the dense product are computed; give all tokens at once instead.
+  """
+  _check(x, w, mask, block, capacity)
+  kept = _kept(x, threshold, mask).reshape(-1, x.shape[-1])
+  blocks = x.shape[-1] // block
+  capacity = int(_CAPACITY * blocks) if capacity is None else capacity
+  table = _table(block, capacity)
+  if explain:
+    return dispatch.chosen((kept, w), table, prefer)
+  if implementation is not None:
+    dispatch.named('active_matmul', (kept, w), table, implementation)
+  shape = (*x.shape[:-1], w.shape[1])
+  if 0 in kept.shape or 0 in shape:
+    return jnp.zeros(shape, x.dtype)
+  return _product(block, capacity, implementation, kept, w).reshape(shape)
+
+
+def prefer(x: Array, w: Array) -> Choice:
+  """'xla' or 'dense', by what was measured on a CPU."""
+  if x.shape[0] > _MOST_TOKENS:
+    return Choice('dense', f'{x.shape[0]} tokens: nearly every block is active for one of them; up to {_MOST_TOKENS}')
+  if w.nbytes < _LEAST_BYTES:
+    return Choice('dense', f'a weight of {w.nbytes} bytes lies in the cache; skipping pays from {_LEAST_BYTES} on')
+  return Choice('xla', f'{x.shape[0]} tokens: reads the active blocks only, all if there are more than the capacity')
+
+
+def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | None) -> None:
+  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
+    raise ValueError(f'active_matmul: x has dtype {x.dtype}; float32, bfloat16 and float16 can be multiplied here.')
+  if w.ndim != 2 or not x.ndim or x.shape[-1] != w.shape[0]:
+    raise ValueError(f'active_matmul: x of shape {x.shape} and w of shape {w.shape} must be [..., K] and [K, N]; '
+                     'reshape them, and take one of a stack at a time with vmap or scan.')
+  if not isinstance(block, int) or block < 1 or x.shape[-1] % block:
+    raise ValueError(f'active_matmul: block {block!r} must be a whole number that divides K = {x.shape[-1]}; take one '
+                     'that does, or fill x and w up with zeros.')
+  if mask is not None and (mask.dtype != bool or tuple(mask.shape) not in (tuple(x.shape), x.shape[-1:])):
+    raise ValueError(f'active_matmul: mask of shape {mask.shape} and dtype {mask.dtype} must be bool and like x, '
+                     f'{x.shape}, or [K], {x.shape[-1:]}; True is kept.')
+  if capacity is not None and not (isinstance(capacity, int) and 0 <= capacity):
+    raise ValueError(f'active_matmul: capacity {capacity!r} must be a number of blocks that is known at trace time.')
+
+
+def _kept(x: Array, threshold: Any, mask: Array | None) -> Array:
+  """`x` with zeros where it is skipped."""
+  skipped = jnp.zeros(x.shape, bool) if threshold is None else jnp.abs(x) < jax.lax.stop_gradient(threshold)
+  skipped = skipped if mask is None else skipped | ~mask
+  return jnp.where(skipped, jnp.zeros((), x.dtype), x)
+
+
+def _table(block: int, capacity: int) -> products.Table:
+  run = functools.partial(reference.matmul, block=block, capacity=capacity)
+  return {'xla': Implementation(lambda x, w: run(x, w.astype(x.dtype))),
+          'dense': Implementation(lambda x, w: reference.dense(x, w.astype(x.dtype)))}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(block: int, capacity: int, implementation: str | None, x: Array, w: Array) -> Array:
+  return dispatch.run('active_matmul', (x, w), _table(block, capacity), implementation, prefer)
+
+
+def _forward(block, capacity, implementation, x, w):
+  return _product(block, capacity, implementation, x, w), (x, w)
+
+
+def _backward(block, capacity, implementation, kept, dy):
+  x, w = kept
+  name = implementation or prefer(x, w).implementation
+  cast = w.astype(dy.dtype)
+  dx = (reference.matmul_transposed(dy, x, cast, block, capacity) if name == 'xla'
+        else products.dot(dy, cast, 1, 1).astype(dy.dtype))
+  return dx, products.dot(x, dy, 0, 0).astype(w.dtype)
+
+
+_product.defvjp(_forward, _backward)

@@ -1,0 +1,148 @@
+"""Attention to listed blocks of keys: `block_sparse_attention`."""
+
+import functools
+import importlib
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import dispatch
+from kernels_pallas.attention import reference
+from kernels_pallas.dispatch import Choice, Implementation
+from sparsejax.types import Array
+
+
+def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *,
+                           block_q: int = 128, block_k: int = 128, causal: bool = False, scale: float | None = None,
+                           implementation: str | None = None,
+                           explain: bool = False) -> Array | dispatch.Explanation:
+  """Attention of `q [..., Tq, heads, d]` to blocks of `k`, `v` `[..., Tk, kv_heads, d]`: like `q`, d that of `v`.
+
+  The axes are those of `jax.nn.dot_product_attention`, and so is `scale`, by default `1 / sqrt(d)`; `kv_heads` divides
+  `heads`. `index`, `int32[heads, Tq / block_q, R]`, rounded up, lists for each block of queries the blocks of keys that
+  it sees, increasing; the first `counts`, `int32[heads, Tq / block_q]`, count, by default all R. Both may be traced and
+  are the same for all of a batch. `causal`: query i sees, of these, keys 0 to i. A query that sees no key gives zeros.
+
+  Differentiable in q, k and v; nothing of Tq x Tk is made, in none of the implementations but 'dense'. Those are
+  'xla', 'dense', 'mosaic_gpu' and 'mosaic_tpu', which run or raise `ValueError`; `None` lets the platform choose when
+  the program is lowered, and `explain=True` returns what it would choose, and why. The gradient is that of 'xla', after
+  'dense' that of 'dense'.
+  """
+  counts = jnp.full(index.shape[:2], index.shape[-1], jnp.int32) if counts is None else counts
+  _check(q, k, v, index, counts, block_q, block_k)
+  scale = float(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+  options = Options(block_q, block_k, bool(causal), scale, q.shape[-3], k.shape[-3])
+  shape = (*q.shape[:-1], v.shape[-1])
+  batch = math.prod(shape[:-3])
+  args = (*(_heads_first(a, block) for a, block in ((q, block_q), (k, block_k), (v, block_k))),
+          *(jnp.tile(a, (batch, *[1] * (a.ndim - 1))) for a in (index, counts)))
+  if explain:
+    return dispatch.chosen(args, _table(options), options.prefer)
+  if implementation is not None:
+    dispatch.named('block_sparse_attention', args, _table(options), implementation)
+  if 0 in shape or 0 in k.shape or 0 in index.shape:
+    return jnp.zeros(shape, q.dtype)
+  y = _attention(options, implementation, *args)[:, :options.queries]
+  return jnp.moveaxis(y.reshape(*shape[:-3], shape[-2], options.queries, -1), -3, -2)
+
+
+class Options(NamedTuple):
+  """What is known at trace time; `queries` and `keys` are the lengths before they were filled up."""
+
+  block_q: int
+  block_k: int
+  causal: bool
+  scale: float
+  queries: int
+  keys: int
+
+  @property
+  def plain(self) -> dict[str, Any]:
+    """Those that every implementation takes."""
+    return {name: getattr(self, name) for name in ('block_q', 'block_k', 'causal', 'scale')}
+
+  def prefer(self, q: Array, k: Array, v: Array, index: Array, counts: Array) -> Choice:
+    listed, there = index.shape[-1], -(-self.keys // self.block_k)
+    return Choice('xla', f'at most {listed} of {there} blocks of keys for each block of queries')
+
+
+def _check(q: Array, k: Array, v: Array, index: Array, counts: Array, block_q: int, block_k: int) -> None:
+  fail = lambda why: ValueError(f'block_sparse_attention: {why}')
+  shapes = f'q, k and v of shapes {q.shape}, {k.shape} and {v.shape}'
+  if q.ndim < 3 or k.ndim != q.ndim or k.shape[:-1] != v.shape[:-1] or (
+      q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1]):
+    raise fail(f'{shapes} must be [..., Tq, heads, d], [..., Tk, kv_heads, d] and, but for d, like k.')
+  if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
+    raise fail(f'{shapes}: the number of heads of k and v must divide that of q.')
+  if len({a.dtype for a in (q, k, v)}) > 1 or not jnp.issubdtype(q.dtype, jnp.floating) or q.dtype.itemsize > 4:
+    raise fail(f'q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; all must be one of float32, bfloat16 and '
+               'float16.')
+  if not all(isinstance(n, int) and n >= 1 for n in (block_q, block_k)):
+    raise fail(f'block_q {block_q!r} and block_k {block_k!r} must be whole numbers, at least 1.')
+  lists = (q.shape[-2], -(-q.shape[-3] // block_q))
+  if index.ndim != 3 or index.shape[:2] != lists or counts.shape != lists or index.dtype != jnp.int32 or (
+      counts.dtype != jnp.int32):
+    raise fail(f'index {index.dtype}{list(index.shape)} and counts {counts.dtype}{list(counts.shape)} must be '
+               f'int32[{lists[0]}, {lists[1]}, R] and int32{list(lists)}, a list for each head and each block of '
+               f'{block_q} of the {q.shape[-3]} queries.')
+
+
+def _heads_first(a: Array, block: int) -> Array:
+  """`[batch heads, T, d]`, T filled up to whole blocks."""
+  moved = jnp.moveaxis(a, -2, -3)
+  flat = moved.reshape(-1, *moved.shape[-2:])
+  return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0)))
+
+
+def _dense(options: Options, q: Array, k: Array, v: Array, index: Array, counts: Array) -> Array:
+  """All of Tq x Tk, and a mask."""
+  heads, blocks = jnp.arange(len(q))[:, None, None], k.shape[1] // options.block_k
+  listed = jnp.where(jnp.arange(index.shape[2]) < counts[..., None], index, blocks)
+  seen = jnp.zeros((len(q), index.shape[1], blocks), bool)
+  seen = seen.at[heads, jnp.arange(index.shape[1])[:, None], listed].set(True, mode='drop')
+  seen = jnp.repeat(jnp.repeat(seen, options.block_q, 1), options.block_k, 2)
+  at = jnp.arange(k.shape[1])
+  seen &= (at < options.keys) & (at <= jnp.arange(q.shape[1])[:, None] if options.causal else True)
+  k, v = (jnp.repeat(a, len(q) // len(a), 0) for a in (k, v))
+  scores = jnp.einsum('hqd,hkd->hqk', q, k, preferred_element_type=jnp.float32) * options.scale
+  weights = reference.softmax(scores, seen)
+  return jnp.einsum('hqk,hkd->hqd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+
+def _kernel(module: str, options: Options) -> Implementation:
+  """Imported when it is first asked: Pallas takes a second."""
+  load = lambda: importlib.import_module(f'kernels_pallas.attention.{module}')
+
+  def refusal(*args):
+    hidden = options.causal and options.queries <= options.keys  # what fills up the keys comes after every query
+    if options.keys % options.block_k and not hidden:
+      return f'{options.keys} keys do not divide into blocks of {options.block_k}; take blocks that divide them'
+    return load().refusal(*args, **options.plain)
+
+  return Implementation(lambda *args: load().attention(*args, **options.plain), refusal)
+
+
+def _table(options: Options) -> dict[str, Implementation]:
+  return {'xla': Implementation(functools.partial(reference.attention, **options.plain, length=options.keys)),
+          'dense': Implementation(functools.partial(_dense, options)),
+          'mosaic_gpu': _kernel('gpu', options), 'mosaic_tpu': _kernel('tpu', options)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(options: Options, implementation: str | None, *args: Array) -> Array:
+  return dispatch.run('block_sparse_attention', args, _table(options), implementation, options.prefer)
+
+
+def _forward(options, implementation, *args):
+  return _attention(options, implementation, *args), args
+
+
+def _backward(options, implementation, args, dy):
+  if implementation == 'dense':
+    return *jax.vjp(lambda *qkv: _dense(options, *qkv, *args[3:]), *args[:3])[1](dy), None, None
+  return *reference.gradient(dy, *args, **options.plain, length=options.keys), None, None
+
+
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,90 @@
+"""Products with a packed weight, differentiable in `x` and in the stored values, from a table for each direction."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import dispatch
+from kernels_pallas.dispatch import Choice, Implementation
+from sparsejax.formats import PackedArray
+from sparsejax.types import Array
+
+Table = Mapping[str, Implementation]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+  """`x [M, K]` times `w`, in three directions: what `forward`, `transposed` and `sampled` take and give.
+
+  `forward(x, w)` is `[M, N]`, `transposed(dy, w)` `[M, K]`, both in the dtype of their first argument, and
+  `sampled(x, dy, w)` what x^T dy has where `w` stores values, like these. `prefer(x, w)` and `prefer(x, dy, w)` choose
+  where the platform has no kernel. An implementation that only goes forward leaves the way back to that choice.
+  """
+
+  name: str
+  forward: Table
+  transposed: Table
+  sampled: Table
+  prefer: Callable[..., Choice]
+
+  def __call__(self, x: Array, w: PackedArray, implementation: str | None) -> Array:
+    """`[M, N]`; raises `ValueError` for an implementation that cannot run."""
+    if implementation is not None:
+      dispatch.named(self.name, (x, w), self.forward, implementation)
+    arrays, static = jax.tree.flatten(w)
+    return _product(self, implementation, static, *dispatch.varying_alike(x, *arrays))
+
+  def explained(self, x: Array, w: PackedArray) -> dispatch.Explanation:
+    return dispatch.chosen((x, w), self.forward, self.prefer)
+
+
+def checked(op: str, x: Array, w: Any, kind: type[PackedArray], remedy: str) -> None:
+  """Raises `ValueError` for what is no product over the last axis of `x`."""
+  if not isinstance(w, kind):
+    raise ValueError(f'{op}: the weight must be a formats.{kind.__name__}, not {type(w).__name__}; {remedy}.')
+  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
+    raise ValueError(f'{op}: x has dtype {x.dtype}; float32, bfloat16 and float16 can be multiplied here.')
+  length = math.prod(w.shape[a] for a in w.axes)
+  if not x.ndim or x.shape[-1] != length:
+    raise ValueError(f'{op}: x of shape {x.shape} must end in {length}, the contracted length of the weight of shape '
+                     f'{w.shape}; reshape x so that its last axis has that length.')
+
+
+def dot(a: Array, b: Array, i: int, j: int) -> Array:
+  """The product over axis `i` of `a` and axis `j` of `b`, two matrices, in float32."""
+  return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(product: Product, implementation: str | None, static: Any, x: Array, *arrays: Array) -> Array:
+  w = _cast(jax.tree.unflatten(static, arrays), x.dtype)
+  return dispatch.run(product.name, (x, w), product.forward, implementation, product.prefer)
+
+
+def _forward(product, implementation, static, x, *arrays):
+  return _product(product, implementation, static, x, *arrays), (x, arrays)
+
+
+def _backward(product, implementation, static, kept, dy):
+  x, arrays = kept
+  w = jax.tree.unflatten(static, arrays)
+  back = lambda table, *args: dispatch.run(
+      product.name, args, table, implementation if implementation in table else None, product.prefer)
+  dx = back(product.transposed, dy, _cast(w, dy.dtype))
+  if not jnp.issubdtype(w.dtype, jnp.floating):
+    return dx, *(None for _ in arrays)
+  dw = back(product.sampled, x, dy, w)
+  return dx, *(dw if a is w.values else None for a in arrays)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _cast(w: PackedArray, dtype: np.dtype) -> PackedArray:
+  return dataclasses.replace(w, values=w.values.astype(dtype))

@@ -1,0 +1,50 @@
+"""Products with zeros anywhere in XLA: by the sparse routine of its CPU client, through `jax.experimental.sparse`.
+
+That routine multiplies compressed rows by a dense matrix, `W^T x^T` here, in float32. It reads a row of `x^T` for each
+value, so it needs tokens to be worth it: one takes longer than eight.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import sparse
+
+from kernels_pallas import products
+from sparsejax.formats import CSCArray
+from sparsejax.types import Array
+
+
+def matmul(x: Array, w: CSCArray) -> Array:
+  """`x [M, K]` times `w [K, N]`: `[M, N]` in x's dtype, summed in float32."""
+  return _rows_times(x, w.values, w.rows, w.starts)
+
+
+def matmul_transposed(dy: Array, w: CSCArray) -> Array:
+  """`dy [M, N]` times the transpose of `w`: `[M, K]` in dy's dtype, summed in float32."""
+  by_row = lambda a: a.at[w.order].get(mode='promise_in_bounds')
+  return _rows_times(dy, by_row(w.values), by_row(w.cols), w.row_starts)
+
+
+def sampled(x: Array, dy: Array, w: CSCArray) -> Array:
+  """What `x^T dy` has where `w` stores values, like these. The dense product is made: on CPUs nothing is faster."""
+  whole = products.dot(dy, x, 0, 0).reshape(-1)  # transposed, so that it is read in the order in which it lies
+  return whole.at[w.cols * x.shape[1] + w.rows].get(mode='promise_in_bounds').astype(w.dtype)
+
+
+_LEAST = 8  # tokens
+
+
+@jax.custom_batching.custom_vmap
+def _rows_times(x: Array, values: Array, indices: Array, starts: Array) -> Array:
+  """`x [M, K]` times the transpose of the compressed rows `[N, K]`."""
+  rows = sparse.BCSR((values.astype(jnp.float32), indices, starts), shape=(len(starts) - 1, x.shape[1]))
+  filled = jnp.pad(x, ((0, max(_LEAST - x.shape[0], 0)), (0, 0)))
+  return (rows @ filled.astype(jnp.float32).T).T[:x.shape[0]].astype(x.dtype)
+
+
+@_rows_times.def_vmap
+def _batched(size, batched, x, *arrays):
+  """More tokens, where only `x` is batched; else one after the other: the routine knows no batches."""
+  if batched[0] and not any(batched[1:]):
+    return _rows_times(x.reshape(size * x.shape[1], -1), *arrays).reshape(size, x.shape[1], -1), True
+  take = lambda i: [a[i] if b else a for a, b in zip((x, *arrays), batched)]
+  return jax.lax.map(lambda i: _rows_times(*take(i)), jnp.arange(size)), True
