@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import packed_training
 from kernels_pallas import block_sparse_matmul, dispatch, sampled_matmul
 from sparsejax import formats, io
 from sparsejax.formats import BlockSparseArray
@@ -268,3 +269,11 @@ def test_refusals_say_what_and_what_else(what):
   call, message = REFUSED[what]
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_training_packed_weights_is_training_masked_ones(standard_promotion):
+  """The benchmark's own runs, made small: not near the dense one's losses, and the masked one's up to rounding."""
+  sizes = packed_training.Sizes(width=64, hidden=128, tokens=48, block=16)
+  learned = {name: packed_training.losses(run, 12) for name, run in packed_training.runs(sizes).items()}
+  np.testing.assert_allclose(learned['packed'], learned['masked'], rtol=1e-5)
+  assert abs(learned['dense'][-1] / learned['masked'][-1] - 1) > 0.01
