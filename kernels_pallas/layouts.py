@@ -109,9 +109,8 @@ MOVES: dict[str, Callable[[Held, Any, tuple[int, ...]], Dims | None]] = {
 def stacked(held: Held) -> bool:
   """Is its first dimension the first axis of the packed array, and each index of it a packed array of the same kind?"""
   lead = held.packed.shape[0] if held.packed.shape else 1
-  if not held.dims or held.dims[0] != (Part(0, 1, lead),) or held.packed.ndim in {-a for a in _axes(held.packed)}:
-    return False
-  if any(array.shape[:1] != (lead,) for array in held.packed.arrays().values()):
+  within = {*_axes(held.packed), *getattr(held.packed, 'outputs', ())}  # of NMArray axes, of others lengths
+  if not held.dims or held.dims[0] != (Part(0, 1, lead),) or -held.packed.ndim in within:
     return False
   return jax.eval_shape(_first, held.packed).shape == held.packed.shape[1:]
 
@@ -150,8 +149,8 @@ def misfit(held: Held, numbers: Numbers) -> str | None:
   left = {part.axis for i, dim in enumerate(held.dims) if i not in numbers.contracted for part in dim}
   if along - packed or left & packed:
     mixed = ' in part' if along & left else ''
-    return (f'its axes {sorted(along)} are contracted{mixed}, and it is packed along {sorted(packed)}; give formats.pack '
-            'the axes=sparsejax.contractions(apply, params, x) of this program')
+    return (f'its axes {sorted(along)} are contracted{mixed}, and it is packed along {sorted(packed)}; give pack '
+            'axes=sparsejax.contractions(apply, params, x) of this program')
   batch = _batch(held, numbers)
   front = dataclasses.replace(held, dims=(*(held.dims[i] for i in batch), *(
       dim for i, dim in enumerate(held.dims) if i not in batch)))

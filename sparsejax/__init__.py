@@ -1,11 +1,12 @@
 """Sparsity for JAX as pure functions over parameter pytrees.
 
-Train: `recipes` wrap an optimizer. Look: `report`, `check`, `masks`, `metrics`. Store: `formats`, `io`. The words of
-which recipes are sentences: `trees` (where), `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`,
-and, of all leaves at once, `selections` and `starts`.
+Train: `recipes` wrap an optimizer. Look: `report`, `check`, `masks`, `metrics`; ahead: `advise`. Store: `formats`,
+`io`. The words of which recipes are sentences: `trees` (where), `patterns`, `scores`, `allocation`, `schedules`,
+`flows`, `updates`, and, of all leaves at once, `selections` and `starts`.
 """
 
 from sparsejax import (
+  advice,
   allocation,
   flows,
   formats,
@@ -25,14 +26,15 @@ from sparsejax import (
   types,
   updates,
 )
+from sparsejax.advice import Advice, advise
 from sparsejax.patterns import NM, Block, Channel, Unstructured
 from sparsejax.reports import Report, check, report
 from sparsejax.states import SparseState, apply_masks, masks, project
 from sparsejax.tracing import contractions
 
 __all__ = [
-  'NM', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'allocation', 'apply_masks', 'check',
-  'contractions',
+  'NM', 'Advice', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
+  'apply_masks', 'check', 'contractions',
   'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'project', 'ranking', 'recipes', 'report', 'schedules',
   'scores', 'selections', 'starts', 'states', 'tracing', 'transforms', 'trees', 'types', 'updates',
 ]

@@ -1,4 +1,5 @@
-"""The command `sparsejax`: look at checkpoints, check a pattern, pack and unpack; plan for devices that are not here.
+"""The command `sparsejax`: look at checkpoints, check a pattern, pack and unpack, say whether it will help; plan for
+devices that are not here.
 
 Exit status 0: done, and all is well. 1: `check` found parameters that do not keep the pattern. 2: the command could not
 be carried out; one line on the standard error says why.
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsejax import errors, formats, io, patterns, reports, trees
+from sparsejax import advice, errors, formats, io, patterns, reports, trees
 from sparsejax.types import Axes, Pattern, Predicate, PyTree
 
 
@@ -78,6 +79,14 @@ def unpack(args: argparse.Namespace) -> int:
   return 0
 
 
+def advise(args: argparse.Namespace) -> int:
+  """Print the table of `sparsejax.advise`, of which the last line says what to do."""
+  params, where = formats.unpack(io.read(args.checkpoint, args.item)), _where(args)
+  print(advice.advise(params, _pattern(args, str), device=args.device, tokens=args.tokens, where=where,
+                      axes=_axes(args, params, where)))
+  return 0
+
+
 def plan(args: argparse.Namespace) -> int:
   """Print the table of `planning.budget`, made in a process of its own: one has as many devices as it began with."""
   asked = {'path': args.program, 'devices': args.devices, 'options': dict(map(_option, args.set))}
@@ -116,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
   command = _command(commands, 'unpack', unpack, 'write the dense parameters of a packed file, bit for bit')
   command.add_argument('file', metavar='FILE', help='a file written by pack, or by sparsejax.io.save')
   _output(command)
+  command = _command(commands, 'advise', advise, 'whether a pattern, 2:4 or "128x128 0.9" or "unstructured 0.9" or '
+                     '"channel 0.5", makes it smaller, and faster on a device')
+  _selection(command, pattern_required=True)
+  command.add_argument('--device', default='cpu', help='cpu, h200, tpu, or another that was measured; default cpu')
+  command.add_argument('--tokens', type=_positive, default=1024, metavar='N', help='how many rows a weight meets in '
+                       'one call, batch times length; default 1024')
   command = _command(commands, 'plan', plan, 'bytes of state and traffic of a step, on devices that are not here')
   command.add_argument('program', metavar='PROGRAM.py', help='a file with a function program(mesh, ...) that returns '
                        '(step, arguments): a function, and a tuple of pytrees of jax.ShapeDtypeStruct with shardings')
@@ -200,7 +215,7 @@ def _given(text: str, path: str, shape: tuple[int, ...], numbers: list[str]) -> 
 
 def _positive(text: str) -> int:
   if not text.isdigit() or not int(text):
-    raise argparse.ArgumentTypeError(f'{text!r} is not a number of devices')
+    raise argparse.ArgumentTypeError(f'{text!r} is not a whole number, at least 1')
   return int(text)
 
 

@@ -184,7 +184,7 @@ def test_force_replaces(run, ckpt):
 
 def test_help_is_help(run):
   status, out, _ = run('--help')
-  assert status == 0 and all(word in out for word in ('report', 'check', 'pack', 'unpack', 'plan'))
+  assert status == 0 and all(word in out for word in ('report', 'check', 'pack', 'unpack', 'plan', 'advise'))
 
 
 PROGRAM = '''
@@ -223,7 +223,7 @@ def test_plan_is_for_more_devices_than_are_here(run, program, monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    ('plan', 'PROGRAM.py'), ('plan P', '--devices'), ('plan P --devices 0', "'0' is not a number of devices"),
+    ('plan', 'PROGRAM.py'), ('plan P', '--devices'), ('plan P --devices 0', "'0' is not a whole number, at least 1"),
     ('plan P --devices 8 --mesh data', 'data=8,fsdp=32'), ('plan P --devices 8 --mesh a=0', 'data=8,fsdp=32'),
     ('plan P --devices 4 --mesh a=2,a=2', 'one name'), ('plan P --devices 8 --set rows', 'NAME=VALUE'),
 ])

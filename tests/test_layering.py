@@ -30,7 +30,7 @@ LAYERS = (
     ('recipes.n_m', 'recipes.at_init'),
     ('recipes.gradual', 'recipes.dynamic', 'recipes.tickets'),
     ('recipes',),
-    ('reports',),
+    ('reports', 'advice'),
     ('checkpoints',),
     ('io',),
     ('cli',),

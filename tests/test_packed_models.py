@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import sparsejax as sj
-from kernels_pallas.nn import packed
+from kernels_pallas import packed
 from sparsejax import formats
 
 KEY = jax.random.key(0)
@@ -265,7 +265,7 @@ def loss(apply, weight, forward_only):
 UNPACKED = {
   'elementwise': (lambda: (a_weight(8, 12), normal(3, 8)), lambda w, x: x @ (2 * w), 'mul', 'no product'),
   'sum': (lambda: (a_weight(8, 12), normal(3, 8)), lambda w, x: x.sum() * w.sum(), 'reduce_sum', 'no product'),
-  'other axis': (lambda: (a_weight(8, 12), normal(3, 12)), lambda w, x: x @ w.T, 'dot_general', 'along [0]; give'),
+  'other axis': (lambda: (a_weight(8, 12), normal(3, 12)), lambda w, x: x @ w.T, 'dot_general', 'along [0]; give pack'),
   'part of the axis': (lambda: (a_weight(8, 12), normal(3, 2)), lambda w, x: jnp.einsum(
       'bi,ijo->bjo', x, w.reshape(2, 4, 12)), 'dot_general', 'in part'),
   'kernel 1x3': (lambda: (a_weight(1, 3, 4, 4, axes=(0, 1, 2)), normal(1, 1, 3, 4)),
