@@ -5,6 +5,7 @@ shared memory (TMA), into a ring of `slots`; the other two multiply them (wgmma)
 to the next, so that the copies for the next are under way while the last is being written.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,12 @@ def slots(stage: int, rest: int, most: int) -> int:
 def filled(x: Array, multiple: int) -> Array:
   """`x` with rows of zeros appended, up to a multiple."""
   return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0))) if x.shape[0] % multiple else x
+
+
+def load(ref: Any, layout: Any) -> Array:
+  """All of `ref`, in this layout; until JAX 0.10 that took an index."""
+  index = [()] if 'idx' in inspect.signature(plgpu.load).parameters else []
+  return plgpu.load(ref, *index, layout=layout)
 
 
 def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, operands: tuple[Array, ...], *, blocks: int,

@@ -1,0 +1,52 @@
+"""Products with a `Sparse24Array`, 2:4 as the sparse tensor cores of Hopper read it: `sparse24_matmul`."""
+
+import importlib
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from kernels_pallas import dispatch, products
+from kernels_pallas.dispatch import Choice, Implementation
+from kernels_pallas.sparse24 import reference
+from sparsejax.formats import Sparse24Array
+from sparsejax.types import Array
+
+
+def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = None,
+                    explain: bool = False) -> Array | dispatch.Explanation:
+  """`x [..., K]` times the 2:4 weight `w`, over its contracted axes merged: `[..., *outputs]`, in x's dtype.
+
+  Sums are float32. Differentiable in `x` and `w.values`; both gradients are XLA's, of the unpacked weight.
+  `implementation` is 'xla', which unpacks inside of the program, or 'mosaic_gpu'; they run or raise `ValueError`.
+  `None` lets the platform choose when the program is lowered, and `explain=True` returns what it would choose, and why.
+  Where the number of outputs is no multiple of 128, the kernel copies the weight to fill it up.
+  """
+  products.checked('sparse24_matmul', x, w, Sparse24Array, 'Sparse24Array.from_dense packs one')
+  if w.values.ndim != 2:
+    raise ValueError(f'sparse24_matmul: the weight of shape {w.shape} is a stack; take one of it at a time with vmap '
+                     'or scan.')
+  flat, length = x.reshape(-1, x.shape[-1]), 2 * w.values.shape[1]
+  flat = jnp.pad(flat, ((0, 0), (0, length - flat.shape[1])))
+  if explain:
+    return PRODUCT.explained(flat, w)
+  outputs = math.prod(w.outputs)
+  if 0 in flat.shape or outputs == 0:
+    return jnp.zeros((*x.shape[:-1], *w.outputs), x.dtype)
+  return PRODUCT(flat, w, implementation)[:, :outputs].reshape(*x.shape[:-1], *w.outputs)
+
+
+def prefer(*args: Any) -> Choice:
+  return Choice('xla', 'only the sparse tensor cores of Hopper are faster at 2:4 than a dense product')
+
+
+def _load() -> Any:
+  """The kernel, imported when it is first asked: Pallas takes a second."""
+  return importlib.import_module('kernels_pallas.sparse24.gpu')
+
+
+PRODUCT = products.Product(
+    'sparse24_matmul',
+    {'xla': Implementation(reference.matmul),
+     'mosaic_gpu': Implementation(lambda x, w: _load().matmul(x, w), lambda x, w: _load().refusal(x, w))},
+    {'xla': Implementation(reference.matmul_transposed)}, {'xla': Implementation(reference.sampled)}, prefer)
