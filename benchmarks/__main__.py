@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import group_selection, memory, selection, timing, training_step
+from benchmarks import group_selection, kernels, memory, packed_training, selection, timing, training_step
 
-SUITES = {suite.__name__.split('.')[-1]: suite.run for suite in (group_selection, selection, training_step, memory)}
+SUITES = {suite.__name__.split('.')[-1]: suite.run for suite in (
+    group_selection, selection, training_step, memory, kernels, packed_training)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,15 @@
 `packed(apply)` runs a model on packed parameters by these.
 """
 
+from kernels_pallas.active import active_matmul
+from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
+from kernels_pallas.n_m import nm_matmul
 from kernels_pallas.nn import packed
+from kernels_pallas.sparse24 import sparse24_matmul
+from kernels_pallas.unstructured import unstructured_matmul
 
-__all__ = ['block_sparse_matmul', 'packed', 'sampled_matmul']
+__all__ = [
+    'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'nm_matmul', 'packed', 'sampled_matmul',
+    'sparse24_matmul', 'unstructured_matmul',
+]

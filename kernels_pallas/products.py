@@ -20,17 +20,16 @@ Table = Mapping[str, Implementation]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-  """`x [M, K]` times `w`, in three directions: what `forward`, `transposed` and `sampled` take and give.
+  """`x [M, K]` times `w`, forward and back: what the implementations of both directions take and give.
 
-  `forward(x, w)` is `[M, N]`, `transposed(dy, w)` `[M, K]`, both in the dtype of their first argument, and
-  `sampled(x, dy, w)` what x^T dy has where `w` stores values, like these. `prefer(x, w)` and `prefer(x, dy, w)` choose
-  where the platform has no kernel. An implementation that only goes forward leaves the way back to that choice.
+  `forward(x, w)` is `[M, N]` in x's dtype. `gradients(x, dy, w)` are dy times the transpose of `w`, like x, and what
+  x^T dy has where `w` stores values, like these. `prefer(x, w)` and `prefer(x, dy, w)` choose where the platform has no
+  kernel. An implementation that only goes forward leaves the way back to that choice.
   """
 
   name: str
   forward: Table
-  transposed: Table
-  sampled: Table
+  gradients: Table
   prefer: Callable[..., Choice]
 
   def __call__(self, x: Array, w: PackedArray, implementation: str | None) -> Array:
@@ -38,7 +37,7 @@ class Product:
     if implementation is not None:
       dispatch.named(self.name, (x, w), self.forward, implementation)
     arrays, static = jax.tree.flatten(w)
-    return _product(self, implementation, static, *dispatch.varying_alike(x, *arrays))
+    return _compiled(self, implementation, static, *dispatch.varying_alike(x, *arrays))
 
   def explained(self, x: Array, w: PackedArray) -> dispatch.Explanation:
     return dispatch.chosen((x, w), self.forward, self.prefer)
@@ -74,16 +73,19 @@ def _forward(product, implementation, static, x, *arrays):
 def _backward(product, implementation, static, kept, dy):
   x, arrays = kept
   w = jax.tree.unflatten(static, arrays)
-  back = lambda table, *args: dispatch.run(
-      product.name, args, table, implementation if implementation in table else None, product.prefer)
-  dx = back(product.transposed, dy, _cast(w, dy.dtype))
-  if not jnp.issubdtype(w.dtype, jnp.floating):
-    return dx, *(None for _ in arrays)
-  dw = back(product.sampled, x, dy, w)
-  return dx, *(dw if a is w.values else None for a in arrays)
+  way = implementation if implementation in product.gradients else None
+  dx, dw = dispatch.run(product.name, (x, dy, w), product.gradients, way, product.prefer)
+  floats = jnp.issubdtype(w.dtype, jnp.floating)
+  return dx, *(dw if a is w.values and floats else None for a in arrays)
 
 
 _product.defvjp(_forward, _backward)
+_compiled = jax.jit(_product, static_argnums=(0, 1, 2))  # for calls outside of `jit`
+
+
+def both(transposed: Callable[..., Array], sampled: Callable[..., Array]) -> Callable[..., tuple[Array, Array]]:
+  """`gradients` of two products: `transposed(dy, w)`, `w` in dy's dtype, and `sampled(x, dy, w)`."""
+  return lambda x, dy, w: (transposed(dy, _cast(w, dy.dtype)), sampled(x, dy, w))
 
 
 def _cast(w: PackedArray, dtype: np.dtype) -> PackedArray:

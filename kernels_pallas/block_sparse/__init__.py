@@ -3,17 +3,14 @@
 Neither makes the dense weight or its dense gradient, in none of the implementations but 'dense'.
 """
 
-import dataclasses
-import functools
 import importlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, products
 from kernels_pallas.block_sparse import reference
 from kernels_pallas.dispatch import Choice, Implementation
 from sparsejax.formats import BlockSparseArray
@@ -31,17 +28,12 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
   """
   _check('block_sparse_matmul', x, w)
   flat = _filled(x.reshape(-1, x.shape[-1]), w.grid[0] * w.block[0])
-  args = (flat, w)
   if explain:
-    return dispatch.chosen(args, FORWARD, prefer)
-  if implementation is not None:
-    dispatch.named('block_sparse_matmul', args, FORWARD, implementation)
+    return PRODUCT.explained(flat, w)
   shape = (*x.shape[:-1], *w.outputs)
   if 0 in flat.shape:
     return jnp.zeros(shape, x.dtype)
-  arrays, static = jax.tree.flatten(w)
-  y = _product(implementation, static, *dispatch.varying_alike(flat, *arrays))
-  return y[:, :int(np.prod(w.outputs))].reshape(shape)
+  return PRODUCT(flat, w, implementation)[:, :math.prod(w.outputs)].reshape(shape)
 
 
 def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementation: str | None = None,
@@ -56,13 +48,13 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
     raise ValueError(f'sampled_matmul: dy of shape {dy.shape} must be {(*x.shape[:-1], *like.outputs)}, as '
                      f'block_sparse_matmul gives for x of shape {x.shape} and a weight of shape {like.shape}.')
   (bk, bn), (kb, nb) = like.block, like.grid
-  x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, int(np.prod(like.outputs)))
+  x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, math.prod(like.outputs))
   args = (_filled(x, kb * bk), _filled(dy, nb * bn), like)
   if explain:
     return dispatch.chosen(args, SAMPLED, prefer)
   if 0 in args[0].shape:
     return jnp.zeros_like(like.values)
-  return _kept(like, dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer))
+  return dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer)
 
 
 def prefer(*args: Any) -> Choice:
@@ -78,50 +70,13 @@ def prefer(*args: Any) -> Choice:
 
 
 def _check(op: str, x: Array, w: Any) -> None:
-  if not isinstance(w, BlockSparseArray):
-    raise ValueError(f'{op}: the weight must be a formats.BlockSparseArray, not {type(w).__name__}; '
-                     'BlockSparseArray.from_dense packs one.')
+  products.checked(op, x, w, BlockSparseArray, 'BlockSparseArray.from_dense packs one')
   if w.values.ndim != 3:
     raise ValueError(f'{op}: the weight of shape {w.shape} is a stack; take one of it at a time with vmap or scan.')
-  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
-    raise ValueError(f'{op}: x has dtype {x.dtype}; float32, bfloat16 and float16 can be multiplied here.')
-  if not x.ndim or x.shape[-1] != w.contracted:
-    raise ValueError(f'{op}: x of shape {x.shape} must end in {w.contracted}, the contracted length of the weight of '
-                     f'shape {w.shape}; reshape x so that its last axis has that length.')
 
 
 def _filled(x: Array, length: int) -> Array:
   return jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) if x.shape[1] < length else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(implementation: str | None, static: Any, x: Array, *arrays: Array) -> Array:
-  w = _cast(jax.tree.unflatten(static, arrays), x.dtype)
-  return dispatch.run('block_sparse_matmul', (x, w), FORWARD, implementation, prefer)
-
-
-def _forward(implementation, static, x, *arrays):
-  return _product(implementation, static, x, *arrays), (x, arrays)
-
-
-def _backward(implementation, static, kept, dy):
-  x, arrays = kept
-  w = jax.tree.unflatten(static, arrays)
-  dx, dw = dispatch.run('block_sparse_matmul', (x, dy, w), GRADIENTS, implementation, prefer)
-  dw = _kept(w, dw)
-  return dx, *(dw if a is w.values else None for a in arrays)
-
-
-_product.defvjp(_forward, _backward)
-
-
-def _kept(w: BlockSparseArray, blocks: Array) -> Array:
-  """`blocks`, zero where one is stored only to fill up its row or column."""
-  return jnp.where(w.kept[:, None, None], blocks, jnp.zeros((), blocks.dtype))
-
-
-def _cast(w: BlockSparseArray, dtype: np.dtype) -> BlockSparseArray:
-  return dataclasses.replace(w, values=w.values.astype(dtype))
 
 
 # 'dense': the weight unpacked inside of the program.
@@ -134,32 +89,34 @@ def _dense(w: BlockSparseArray) -> Array:
   return whole.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
 
 
-def _dot(a: Array, b: Array, i: int, j: int) -> Array:
-  return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _dense_sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
   (kb, nb), (bk, bn) = w.grid, w.block
-  blocks = _dot(x, dy, 0, 0).reshape(kb, bk, nb, bn).transpose(0, 2, 1, 3)
+  blocks = products.dot(x, dy, 0, 0).reshape(kb, bk, nb, bn).transpose(0, 2, 1, 3)
   return blocks[w.rows, w.cols].astype(w.dtype)
 
 
-def _table(xla: Any, dense: Any, kernel: Callable[..., Any]) -> Mapping[str, Implementation]:
-  """The implementations of one product.
+def _trained(sampled: Callable[..., Array]) -> Callable[..., Array]:
+  """`sampled(x, dy, w)` without the blocks that are stored only to fill up a row or column."""
+  return lambda x, dy, w: reference.trained(sampled(x, dy, w), w)
 
-  `kernel` is called with the module `gpu` or `tpu`, which is imported when first asked for: Pallas takes a second.
+
+def _table(xla: Any, dense: Any, kernel: Callable[[Any], Any]) -> products.Table:
+  """The implementations of one direction.
+
+  `kernel` takes it from the module `gpu` or `tpu`, which is imported when first asked for: Pallas takes a second.
   """
   def of(name: str) -> Implementation:
     module = lambda: importlib.import_module(f'kernels_pallas.block_sparse.{name}')
-    return Implementation(lambda *args: kernel(module(), *args), lambda *args: module().refusal(args[0], args[-1]))
+    return Implementation(lambda *args: kernel(module())(*args), lambda *args: module().refusal(args[0], args[-1]))
 
   return {'xla': Implementation(xla), 'dense': Implementation(dense), 'mosaic_gpu': of('gpu'), 'mosaic_tpu': of('tpu')}
 
 
-FORWARD = _table(reference.matmul, lambda x, w: _dot(x, _dense(w), 1, 0).astype(x.dtype),
-                 lambda pallas, x, w: pallas.matmul(x, w))
-SAMPLED = _table(reference.sampled, _dense_sampled, lambda pallas, x, dy, w: pallas.sampled(x, dy, w))
-GRADIENTS = _table(
-    reference.gradients,
-    lambda x, dy, w: (_dot(dy, _dense(_cast(w, dy.dtype)), 1, 1).astype(x.dtype), _dense_sampled(x, dy, w)),
-    lambda pallas, x, dy, w: (pallas.matmul_transposed(dy, _cast(w, dy.dtype)), pallas.sampled(x, dy, w)))
+SAMPLED = _table(reference.sampled, _trained(_dense_sampled), lambda pallas: _trained(pallas.sampled))
+PRODUCT = products.Product(
+    'block_sparse_matmul',
+    _table(reference.matmul, lambda x, w: products.dot(x, _dense(w), 1, 0).astype(x.dtype),
+           lambda pallas: pallas.matmul),
+    _table(reference.gradients,
+           products.both(lambda dy, w: products.dot(dy, _dense(w), 1, 1).astype(dy.dtype), _trained(_dense_sampled)),
+           lambda pallas: products.both(pallas.matmul_transposed, _trained(pallas.sampled))), prefer)

@@ -100,7 +100,7 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
 
     def where(info):
       """The first token of the tile of this warpgroup's block, and the column."""
-      row, column = plgpu.planar_snake(info.index[0], (rows, columns), 0, min(t.sweep, rows))
+      row, column = gpu.banded(info.index[0], rows, columns, t.sweep)
       row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
       return row * (gpu.COMPUTE * t.tokens), column
 

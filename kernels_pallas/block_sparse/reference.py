@@ -25,16 +25,20 @@ def matmul(x: Array, w: BlockSparseArray) -> Array:
 
 
 def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
-  """`dy` times the transpose of `w`, in x's dtype, and `sampled(x, dy, w)`, in one pass over the block columns."""
+  """`dy` times the transpose of `w`, in x's dtype, and the stored blocks of `x^T dy`, like `w.values`, in one pass.
+
+  `x` is `[M, Kb bk]`, `dy` `[M, Nb bn]`. Blocks that only fill up a row or a column are zero.
+  """
   (bk, bn), kb, tokens = w.block, w.grid[0], x.shape[0]
   inputs = x.T.reshape(kb, bk, tokens)
   if w.fan_in is None:
     parts = _dots(_taken(_blocks(dy, bn), w.cols), w.values, 2, 2)
     dx = jax.ops.segment_sum(parts, w.rows, kb).transpose(1, 0, 2).reshape(x.shape)
-    return dx.astype(x.dtype), _dots(_taken(inputs, w.rows), _taken(_blocks(dy, bn), w.cols), 2, 1).astype(w.dtype)
+    return dx.astype(x.dtype), trained(_dots(_taken(inputs, w.rows), _taken(_blocks(dy, bn), w.cols), 2, 1), w)
   if _few(x, w.fan_in):
     product = lambda x, values: _side_by_side(x, _groups(values, w.rows, w.fan_in), bk)
-    return jax.vjp(product, x, w.values.astype(x.dtype))[1](dy)
+    dx, found = jax.vjp(product, x, w.values.astype(x.dtype))[1](dy)
+    return dx, trained(found, w)
   dx, parts, slots = jnp.zeros(x.shape, jnp.float32), [], []
   for values, rows, columns, places in _groups(w.values, w.rows, w.fan_in):
     def column(dx, args, length=values.shape[1]):
@@ -47,14 +51,19 @@ def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
       return dx, _dot(_taken(inputs, row).reshape(length, tokens), part, 1, 0)
 
     dx, found = jax.lax.scan(column, dx, (values, rows, columns))
-    parts.append(found.reshape(-1, bk, bn).astype(w.dtype))
+    parts.append(found.reshape(-1, bk, bn))
     slots.append(places)
-  return dx.astype(x.dtype), _sorted(parts, slots)
+  return dx.astype(x.dtype), trained(_sorted(parts, slots), w)
 
 
 def sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
-  """The stored blocks of `x^T dy`, `x [M, Kb bk]`, `dy [M, Nb bn]`: shape and dtype of `w.values`."""
+  """The second of the `gradients`."""
   return gradients(x, dy, w)[1]
+
+
+def trained(blocks: Array, w: BlockSparseArray) -> Array:
+  """`blocks` in the dtype of `w`, zero where one is stored only to fill up its row or column."""
+  return jnp.where(w.kept[:, None, None], blocks, jnp.zeros((), blocks.dtype)).astype(w.dtype)
 
 
 def _product(x: Array, values: Array, rows: Array, cols: Array, fan: tuple[int, ...] | None, n_columns: int) -> Array:

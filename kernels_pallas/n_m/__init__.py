@@ -78,6 +78,6 @@ PRODUCT = products.Product(
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, n_m.merged(w), 1, 0).astype(x.dtype)),
      'mosaic_tpu': _kernel('tpu')},
-    {'xla': Implementation(reference.matmul_transposed),
-     'dense': Implementation(lambda dy, w: products.dot(dy, n_m.merged(w), 1, 1).astype(dy.dtype))},
-    {'xla': Implementation(reference.sampled), 'dense': Implementation(reference.sampled_by_slab)}, prefer)
+    {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
+     'dense': Implementation(products.both(
+         lambda dy, w: products.dot(dy, n_m.merged(w), 1, 1).astype(dy.dtype), reference.sampled_by_slab))}, prefer)

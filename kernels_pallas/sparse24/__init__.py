@@ -49,4 +49,4 @@ PRODUCT = products.Product(
     'sparse24_matmul',
     {'xla': Implementation(reference.matmul),
      'mosaic_gpu': Implementation(lambda x, w: _load().matmul(x, w), lambda x, w: _load().refusal(x, w))},
-    {'xla': Implementation(reference.matmul_transposed)}, {'xla': Implementation(reference.sampled)}, prefer)
+    {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled))}, prefer)

@@ -60,6 +60,6 @@ PRODUCT = products.Product(
     'unstructured_matmul',
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, _matrix(w), 1, 0).astype(x.dtype))},
-    {'xla': Implementation(reference.matmul_transposed),
-     'dense': Implementation(lambda dy, w: products.dot(dy, _matrix(w), 1, 1).astype(dy.dtype))},
-    {'xla': Implementation(reference.sampled), 'dense': Implementation(reference.sampled)}, prefer)
+    {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
+     'dense': Implementation(products.both(
+         lambda dy, w: products.dot(dy, _matrix(w), 1, 1).astype(dy.dtype), reference.sampled))}, prefer)
