@@ -151,10 +151,14 @@ class Block:
   (of magnitudes: the L1 norm), NaN if one of them is. NaN goes first, ties keep the lower index: by tap, then along the
   contraction, then along the output. Sharded leaves need no more than counts from each other where no block
   crosses a shard; where one does, the order in which its sum is taken, and with it a near tie, may change.
+
+  `balanced`: as many in each column of blocks, all that one range of outputs is computed of; exactly
+  `round(sparsity * blocks)` of each. For kernels, which are then told the same number for every column.
   """
 
   shape: tuple[int, int]
   sparsity: float | None = None
+  balanced: bool = False
   static = True
 
   def __post_init__(self):
@@ -165,7 +169,8 @@ class Block:
     _check_share('Block', self.sparsity)
 
   def __str__(self) -> str:
-    return '{}x{}'.format(*self.shape) + ('' if self.sparsity is None else f' {self.sparsity:g}')
+    balanced = ' balanced' if self.balanced else ''
+    return '{}x{}'.format(*self.shape) + balanced + ('' if self.sparsity is None else f' {self.sparsity:g}')
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     if not axes.contracted or not axes.output:
@@ -188,7 +193,8 @@ class Block:
     """The sums of the blocks, taps and layers first, then along contraction and output."""
     blocks, restored = groups.tiled(scores, axes.contracted, axes.output, self.shape)
     whole = lambda kept: restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape))
-    return Pooled(jnp.sum(blocks, (-3, -1), dtype=jnp.float32), self._layers(axes),
+    columns = (blocks.ndim - 3,) if self.balanced else ()
+    return Pooled(jnp.sum(blocks, (-3, -1), dtype=jnp.float32), (*self._layers(axes), *columns),
                   lambda kept: groups.alike(whole(kept), scores))
 
   def _layers(self, axes: Axes) -> tuple[int, ...]:

@@ -116,7 +116,7 @@ def _check_comparable(leaves: Leaves, sparsity: float | None) -> None:
     raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
   sizes = {}
   for leaf in leaves:
-    if not hasattr(leaf.pattern, 'pooled'):
+    if not hasattr(leaf.pattern, 'pooled') or getattr(leaf.pattern, 'balanced', False):
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'{leaf.pattern} fixes how many every group keeps, '
                            'so that leaves cannot be ranked together. Use allocation=allocation.uniform, or another '
                            'pattern.')

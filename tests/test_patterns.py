@@ -263,6 +263,18 @@ def test_a_ramp_is_exact_at_its_end_and_never_comes_back(size, target):
   assert patterns.kept_of(Ramp(target, 1), size) == patterns.kept_of(Ramp(target, 1.0), size) == ranking.count(kept[-1])
 
 
+def test_balanced_blocks_are_the_best_of_their_column():
+  scores = jax.random.uniform(jax.random.key(0), (3, 16, 12))
+  axes, sums = Axes((1,), (2,), (), (0,)), scores.reshape(3, 4, 4, 4, 3).sum((2, 4))
+  mask = Block((4, 3), 0.5, balanced=True)(scores, None, axes).reshape(3, 4, 4, 4, 3)
+  kept = np.asarray(mask.all((2, 4)))
+  np.testing.assert_array_equal(kept, np.asarray(mask.any((2, 4))))
+  np.testing.assert_array_equal(kept, np.argsort(np.argsort(-np.asarray(sums), 1), 1) < 2)
+  assert (Block((4, 3), 0.5)(scores, None, axes).reshape(mask.shape) != mask).any()  # the best of all are others
+  with pytest.raises(ValueError, match='4x3 balanced 0.5.*ranked together'):
+    sparsejax.recipes.snip(optax.sgd(0.1), 0.5, Block((4, 3), 0.5, balanced=True)).init({'kernel': scores[0]})
+
+
 @pytest.mark.parametrize('pattern', [Unstructured(0.5), Block((4, 3), 0.5), Channel(0.5)], ids=str)
 @pytest.mark.parametrize('layer', [(0,), (2,), (3, 0)])
 def test_every_layer_of_a_stack_is_as_sparse_as_asked_and_pruned_as_it_is_alone(pattern, layer):

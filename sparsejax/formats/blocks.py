@@ -147,7 +147,8 @@ def _everywhere(stored: np.ndarray) -> np.ndarray:
   return stored
 
 
-def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, at: Axes, shape: tuple[int, ...]) -> BlockSparseArray:
+def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, at: Axes, shape: tuple[int, ...]
+            ) -> BlockSparseArray:
   lead = [shape[a] for a in at.layer]
   index = [np.nonzero(one.T)[::-1] for one in stored]  # by column, then by row
   rows, cols = (np.stack(each).astype(np.int32) for each in zip(*index))
