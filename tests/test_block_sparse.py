@@ -241,6 +241,23 @@ def test_what_is_chosen_is_explained():
   assert block_sparse_matmul(inputs(32, (40,)), filled, explain=True)['cpu'].implementation == 'dense'
 
 
+@pytest.mark.parametrize('platform, mark', [('tpu', 'tpu_custom_call'), ('cuda', 'mosaic_gpu_v2'), ('cpu', None)])
+def test_what_is_lowered_for_a_platform_has_its_kernels(platform, mark):
+  """Forward, both gradients, and `vmap` over x, which is one product of more tokens."""
+  mask = np.kron(np.eye(2), np.ones((128, 128))) > 0
+  packed = BlockSparseArray.from_dense(jnp.asarray(mask, jnp.bfloat16), mask)
+  product = lambda x, v: block_sparse_matmul(x, formats.with_values(packed, v))
+  programs = {1: product, 3: jax.grad(lambda x, v: (product(x, v) ** 2).sum(), (0, 1)),
+              -1: jax.vmap(product, (0, None))}
+  x = jax.ShapeDtypeStruct((4, 256, 256), jnp.bfloat16)
+  for calls, program in programs.items():
+    exported = jax.export.export(jax.jit(program), platforms=[platform], disabled_checks=[
+        jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')])(x, packed.values)
+    text = exported.mlir_module()
+    marks = ('tpu_custom_call', 'mosaic_gpu_v2')
+    assert {m: text.count(f'@{m}(') for m in marks} == {m: abs(calls) if m == mark else 0 for m in marks}
+
+
 SQUARE = weight('square')[2]
 REFUSED = {
     'implementation': (lambda: block_sparse_matmul(inputs(64, (4,)), SQUARE, implementation='mosaic_tpuu'),

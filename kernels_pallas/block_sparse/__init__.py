@@ -116,7 +116,7 @@ SAMPLED = _table(reference.sampled, _trained(_dense_sampled), lambda pallas: _tr
 PRODUCT = products.Product(
     'block_sparse_matmul',
     _table(reference.matmul, lambda x, w: products.dot(x, _dense(w), 1, 0).astype(x.dtype),
-           lambda pallas: pallas.matmul),
+           lambda pallas: dispatch.folding(pallas.matmul)),
     _table(reference.gradients,
            products.both(lambda dy, w: products.dot(dy, _dense(w), 1, 1).astype(dy.dtype), _trained(_dense_sampled)),
-           lambda pallas: products.both(pallas.matmul_transposed, _trained(pallas.sampled))), prefer)
+           lambda pallas: products.both(dispatch.folding(pallas.matmul_transposed), _trained(pallas.sampled))), prefer)
