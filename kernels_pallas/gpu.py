@@ -68,6 +68,16 @@ def filled(x: Array, multiple: int) -> Array:
   return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0))) if x.shape[0] % multiple else x
 
 
+def banded(i: Array, rows: int, columns: int, width: int) -> tuple[Array, Array]:
+  """The row and column of the i-th tile, if `width` rows at a time go through all columns before the next do.
+
+  So tiles that are computed at about the same time share what they read.
+  """
+  first = lax.div(i, jnp.int32(width * columns)) * width
+  here, within = lax.min(jnp.int32(width), rows - first), i - first * columns
+  return first + lax.rem(within, here), lax.div(within, here)
+
+
 def load(ref: Any, layout: Any) -> Array:
   """All of `ref`, in this layout; until JAX 0.10 that took an index."""
   index = [()] if 'idx' in inspect.signature(plgpu.load).parameters else []

@@ -39,6 +39,10 @@ class Tiles:
   splits: int
   slots: int
 
+  def written(self, dtype: Any) -> Any:
+    """The dtype of what the kernel writes: float32 for what is yet to be added, and for rows of less than 32 bytes."""
+    return np.dtype(np.float32 if self.splits > 1 or self.tokens < 16 else dtype)
+
 
 def tiles(tokens: int, outputs: int, steps: int, dtype: np.dtype) -> Tiles:
   """For that many tokens, outputs, and steps along K."""
@@ -47,8 +51,9 @@ def tiles(tokens: int, outputs: int, steps: int, dtype: np.dtype) -> Tiles:
   splits = max(1, min(gpu.cores() // units, steps // 4))
   stage = gpu.nbytes((OUTPUTS, DEPTH // 2), dtype) + gpu.nbytes((OUTPUTS, DEPTH // 16), 'int8') * 2
   stage += gpu.nbytes((wide, DEPTH), dtype)
-  staging = gpu.nbytes((OUTPUTS, 2, min(wide, 64)), dtype if splits == 1 else np.float32)
-  return Tiles(wide, splits, gpu.slots(stage, staging, 8))
+  t = Tiles(wide, splits, 0)
+  staging = gpu.nbytes((OUTPUTS, 2, min(wide, 64)), t.written(dtype))
+  return dataclasses.replace(t, slots=gpu.slots(stage, staging, 8))
 
 
 def refusal(x: Array, w: Sparse24Array) -> str | None:
@@ -75,7 +80,7 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
   """`[splits, N, M]`: the transposed product, or the parts that it is the sum of."""
   (rows, steps), columns = metadata.shape[:2], x.shape[0] // t.tokens
   rows //= gpu.COMPUTE
-  dtype = x.dtype if t.splits == 1 else jnp.float32
+  dtype = t.written(x.dtype)
   sums = plgpu.Layout._WGMMA_ACC_32BIT
   piece = min(t.tokens, 64)
 
@@ -85,7 +90,7 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
         lambda info, carry: f(where(info.index[0]), carry))
 
     def where(i):  # 16 rows go through all columns together: they stay in the L2 cache
-      row, rest = plgpu.planar_snake(i, (rows, columns * t.splits), 0, min(16, rows))
+      row, rest = gpu.banded(i, rows, columns * t.splits, 16)
       return row, lax.rem(rest, jnp.int32(t.splits)), lax.div(rest, jnp.int32(t.splits))
 
     begin = lambda split: lax.div(split * steps, jnp.int32(t.splits))
