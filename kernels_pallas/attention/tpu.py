@@ -61,6 +61,8 @@ def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_
             'with zeros')
   if q.shape[0] % k.shape[0]:
     return f'{q.shape[0]} heads of q cannot share {k.shape[0]} of k evenly; repeat those of k and v'
+  if any(jax.typeof(a).manual_axis_type.varying for a in (q, k, v)):
+    return 'splash attention does not say over which axes of a mesh it varies; use shard_map with check_vma=False'
   if _tiles(q, v, block_q, block_k) > tpu.TILES:
     return f'blocks of {block_q} and {block_k} do not fit into the memory of a TPU core; list blocks of 512 or smaller'
   if _together(q, k, index, block_k) == 0:
@@ -75,17 +77,18 @@ def _infos(index: Array, counts: Array, key_blocks: int, block_q: int, block_k: 
 
   A step that has nothing to do names the block of the step before it, which is there already.
   """
-  (heads, query_blocks, width), row = index.shape, jnp.arange(index.shape[1])[:, None]
+  heads, query_blocks, _ = index.shape
+  head, row, slot = (jax.lax.broadcasted_iota(jnp.int32, index.shape, axis) for axis in range(3))
   index = jnp.clip(index, 0, key_blocks - 1)
-  seen = jnp.arange(width) < counts[..., None]
+  seen = slot < counts[..., None]
   if causal:
     seen &= index * block_k < (row + 1) * block_q
-  slot = jnp.minimum(jnp.arange(width), jnp.maximum(jnp.sum(seen, -1, keepdims=True) - 1, 0))
+  last = jnp.maximum(jnp.sum(seen, -1, keepdims=True, dtype=jnp.int32) - 1, 0)
   sequence = jnp.arange(query_blocks * block_q, dtype=jnp.int32) if causal else None
-  keys = _info(jnp.take_along_axis(index, slot, -1, mode='promise_in_bounds'), seen, key_blocks, sequence)
-  head = jnp.arange(heads)[:, None, None]
+  named = jnp.take_along_axis(index, jnp.minimum(slot, last), -1, mode='promise_in_bounds')
   met = jnp.zeros((heads, query_blocks, key_blocks), bool).at[head, row, index].max(seen)
-  return keys, _info(jax.lax.cummax(jnp.where(met, row, 0), axis=1), met, query_blocks, sequence)
+  latest = jax.lax.cummax(jnp.where(met, jax.lax.broadcasted_iota(jnp.int32, met.shape, 1), 0), axis=1)
+  return _info(named, seen, key_blocks, sequence), _info(latest, met, query_blocks, sequence)
 
 
 def _info(block: Array, visited: Array, n_blocks: int, sequence: Array | None) -> MaskInfo:
@@ -100,7 +103,7 @@ def _sees(index: Array, counts: Array, block_q: int, block_k: int, causal: bool)
   if not causal:
     return jnp.repeat(some, block_q, 1)
   first = jnp.repeat(jnp.where(some, index[..., 0] * block_k, jnp.iinfo(jnp.int32).max), block_q, 1)
-  return first <= jnp.arange(first.shape[1])
+  return first <= jax.lax.broadcasted_iota(jnp.int32, first.shape, 1)
 
 
 def _causal(query: Array, key: Array) -> Array:
