@@ -84,6 +84,11 @@ def load(ref: Any, layout: Any) -> Array:
   return plgpu.load(ref, *index, layout=layout)
 
 
+def transposed(ref: Any) -> Any:
+  """A reference to the transpose of a tile; from JAX 0.12 on a method."""
+  return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 12) else plgpu.transpose_ref(ref, (1, 0))
+
+
 def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, operands: tuple[Array, ...], *, blocks: int,
            scratch: dict[str, Any], cluster: int = 1, lanes: bool = False, approximate: bool = False,
            interpret: bool = False) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import block_sparse_matmul, gpu
+from kernels_pallas import bench, block_sparse_matmul, gpu
 from kernels_pallas.attention import gpu as attention
 from kernels_pallas.block_sparse import gpu as block_sparse
-from kernels_pallas.block_sparse import reference
 from kernels_pallas.sparse24 import gpu as sparse24
 from kernels_pallas.sparse24 import sparse24_matmul
 from sparsejax.formats import BlockSparseArray, Sparse24Array
@@ -102,7 +102,8 @@ def test_the_stored_blocks_of_a_product(grid, block, tokens, dtype, stored, know
   x, dy, w = block_case(grid, block, tokens, dtype, stored, known)
   got = block_sparse.sampled(x, dy, w, interpret=True)
   assert got.dtype == stored
-  close(got, reference.sampled(x.astype(F32), dy.astype(F32), dataclasses.replace(w, values=f32(w.values))), tokens)
+  whole = (f32(x).T @ f32(dy)).reshape(grid[0], block[0], grid[1], block[1])
+  close(got, whole[w.rows, :, w.cols], tokens)
 
 
 @pytest.mark.parametrize('fan', [(3, 1, 2), (1,), (4, 4)])
@@ -294,3 +295,29 @@ def test_a_cuda_that_miscompiles_causal_masks_is_refused(monkeypatch):
   for version, bad in ((12070, False), (12080, True), (12090, True), (12091, False), (13000, False), (None, False)):
     monkeypatch.setattr(attention, '_cuda', lambda version=version: version)
     assert ('12.9.1' in (refusal(causal=True) or '')) == bad and refusal(causal=False) is None
+
+
+# The benchmark.
+
+
+def test_without_a_gpu_the_benchmark_says_so_in_a_sentence(capsys, tmp_path):
+  assert bench.main(['--out', str(tmp_path / 'kernels.csv')]) == 2
+  said = capsys.readouterr().out.removeprefix('kernels_pallas.')
+  assert re.fullmatch('[^.]+no GPU, so nothing was measured[.]\n', said)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_that_fails_is_a_row_with_its_error(monkeypatch):
+  dot, x = bench._dot, jnp.ones((8, 8), F32)
+  good = bench.Case(dot, (x, x), dot, (x, x), lambda: dot(x, x), 1.0, 0.0)
+  def fails():
+    raise RuntimeError('no such\ninstruction')
+  made = {'good': lambda: good, 'wrong': lambda: good._replace(expected=lambda: 2 * x), 'raises': fails}
+  monkeypatch.setattr(bench, 'cases', lambda: ((name, '', 0.5, make) for name, make in made.items()))
+  found = {row['kernel']: row for row in bench.rows(time.perf_counter())}
+  assert found['good'].keys() <= set(bench.FIELDS)
+  assert 'failure' not in found['good'] or 'noisy' in found['good']['failure']
+  assert 'relative error' in found['wrong']['failure']
+  assert found['raises']['failure'] == 'RuntimeError: no such instruction'
+  late = list(bench.rows(time.perf_counter() - bench.SECONDS - 1))
+  assert [row['failure'] for row in late] == ['left out: 450 seconds had passed'] * 3

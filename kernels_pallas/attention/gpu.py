@@ -200,7 +200,7 @@ def _score(queries: Any, keys: Any, full: Any, free: Any, turn: Any) -> Array:
   plgpu.barrier_wait(full)
 
   def product(acc):
-    plgpu.wgmma(acc, queries, plgpu.transpose_ref(keys, (1, 0)))
+    plgpu.wgmma(acc, queries, gpu.transposed(keys))
     _take_turns(turn)
     return acc[...]
 

@@ -135,7 +135,7 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
 
         def summed(acc):
           def multiply(slot):
-            weight = plgpu.transpose_ref(block.at[slot], (1, 0)) if transposed else block.at[slot]
+            weight = gpu.transposed(block.at[slot]) if transposed else block.at[slot]
             plgpu.wgmma(acc, tile.at[slot, pl.ds(wg * t.tokens, t.tokens)], weight)
           after = gpu.accumulate(multiply, trips(info), count, full, free, t.slots)
           return after, acc[...].astype(y.dtype)
@@ -200,7 +200,7 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
         block = jnp.where(wg == 0, first[pair], second[pair])
 
         def summed(acc):
-          multiply = lambda slot: plgpu.wgmma(acc, plgpu.transpose_ref(left.at[slot, wg], (1, 0)), right.at[slot])
+          multiply = lambda slot: plgpu.wgmma(acc, gpu.transposed(left.at[slot, wg]), right.at[slot])
           after = gpu.accumulate(multiply, trips(pair), count, full, free, slots)
           return after, acc[...].astype(values.dtype)
 
