@@ -19,11 +19,15 @@ from jax.extend import core, source_info_util
 from kernels_pallas import layouts
 from kernels_pallas.block_sparse import block_sparse_matmul
 from kernels_pallas.layouts import Held, Numbers
+from kernels_pallas.n_m import nm_matmul
+from kernels_pallas.sparse24 import sparse24_matmul
+from kernels_pallas.unstructured import unstructured_matmul
 from sparsejax import formats, tracing, trees
 from sparsejax.types import Array
 
 Bind = Callable[[list[Any]], list[Any]]  # the dense results of one operation
-OPS = {'block_sparse': block_sparse_matmul}  # by kind of format; for the others formats.matmul
+OPS = {  # by kind of format; for others that say which axes are contracted, formats.matmul
+  'block_sparse': block_sparse_matmul, 'csc': unstructured_matmul, 'nm': nm_matmul, 'sparse24': sparse24_matmul}
 
 
 class Row(NamedTuple):

@@ -280,9 +280,9 @@ def _curves(points: Sequence[tuple[int, float, float]], tokens: int) -> Curves:
   around = {max([m for m in lengths if m <= tokens], default=lengths[0]),
             min([m for m in lengths if m >= tokens], default=lengths[-1])} if lengths else set()
   curves: Curves = {m: {} for m in sorted(around)}
-  for m, sparsity, ratio in sorted(points):
+  for m, sparsity, ratio in sorted(points):  # the largest ratio comes last
     if m in curves:
-      curves[m][sparsity] = max(ratio, curves[m].get(sparsity, 0))
+      curves[m][sparsity] = ratio
   return curves
 
 

@@ -43,7 +43,8 @@ def only(*args, **kwargs):
 
 
 @pytest.mark.parametrize('pattern, kind', [
-    ('2:4', '2:4'), ('1:8', '1:8'), ('2:4x4', '2:4x4'), ('4x8 0.5', '4x8'), ('unstructured 0.875', 'csc')])
+    ('2:4', '2:4'), ('1:8', '1:8'), ('2:4x4', '2:4x4'), ('4x8 0.5', '4x8'), ('4x8 1', '4x8'),
+    ('unstructured 0.875', 'csc')])
 @pytest.mark.parametrize('path, shape', [
     ('mlp/kernel', (16, 24)), ('out/kernel', (2, 8, 24)), ('stack/kernel', (3, 16, 24))])
 def test_bytes_are_those_of_the_packed_array(pattern, kind, path, shape):
