@@ -44,7 +44,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   shape = (*x.shape[:-1], w.shape[1])
   if 0 in kept.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
-  return _product(block, capacity, implementation, kept, w).reshape(shape)
+  return _product(block, capacity, implementation, *dispatch.varying_alike(kept, w)).reshape(shape)
 
 
 def prefer(x: Array, w: Array) -> Choice:
@@ -74,8 +74,9 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
 
 def _kept(x: Array, threshold: Any, mask: Array | None) -> Array:
   """`x` with zeros where it is skipped."""
-  skipped = jnp.zeros(x.shape, bool) if threshold is None else jnp.abs(x) < jax.lax.stop_gradient(threshold)
-  skipped = skipped if mask is None else skipped | ~mask
+  alike = lambda a: jnp.broadcast_to(jax.lax.stop_gradient(a), x.shape)
+  skipped = jnp.zeros(x.shape, bool) if threshold is None else jnp.abs(x) < alike(threshold)
+  skipped = skipped if mask is None else skipped | ~alike(mask)
   return jnp.where(skipped, jnp.zeros((), x.dtype), x)
 
 

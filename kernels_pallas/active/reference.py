@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import products
+from kernels_pallas import dispatch, products
 from sparsejax.types import Array
 
 _ROWS = 128  # of a step
@@ -31,7 +31,8 @@ def matmul(x: Array, w: Array, block: int, capacity: int) -> Array:
     taken = inputs.at[:, ids].get(mode='fill', fill_value=0).reshape(len(x), -1)
     return y + products.dot(taken, _rows(weights, ids), 1, 0)
 
-  few = lambda: _walked(order, count, block, add, jnp.zeros((len(x), w.shape[1]), jnp.float32)).astype(x.dtype)
+  zeros, *_ = dispatch.varying_alike(jnp.zeros((len(x), w.shape[1]), jnp.float32), x, w)
+  few = lambda: _walked(order, count, block, add, zeros).astype(x.dtype)
   return jax.lax.cond(count <= capacity, few, lambda: dense(x, w))
 
 
@@ -44,7 +45,8 @@ def matmul_transposed(dy: Array, x: Array, w: Array, block: int, capacity: int) 
     found = products.dot(dy, _rows(weights, ids), 1, 1)
     return dx.at[:, ids].set(found.reshape(len(dy), -1, block), mode='drop')
 
-  few = lambda: _walked(order, count, block, put, jnp.zeros((len(dy), len(weights), block), jnp.float32))
+  zeros, *_ = dispatch.varying_alike(jnp.zeros((len(dy), len(weights), block), jnp.float32), dy, w)
+  few = lambda: _walked(order, count, block, put, zeros)
   whole = lambda: products.dot(dy, w, 1, 1).reshape(len(dy), -1, block)
   return jax.lax.cond(count <= capacity, few, whole).reshape(x.shape).astype(dy.dtype)
 
@@ -55,14 +57,15 @@ def dense(x: Array, w: Array) -> Array:
 
 
 def _rows(weights: Array, ids: Array) -> Array:
-  """The rows of these blocks of `[K / block, block, N]`; of a block past the end, any."""
-  return weights.at[ids].get(mode='clip').reshape(-1, weights.shape[2])
+  """The rows of these blocks of `[K / block, block, N]`; of a block past the end, zeros."""
+  return weights.at[ids].get(mode='fill', fill_value=0).reshape(-1, weights.shape[2])
 
 
 def _walked(order: Array, count: Array, block: int, step: Callable[[Array, Array], Array], carry: Array) -> Array:
-  """`step(ids, carry)` over the first `count` of `order`, a few at a time; at the end also of others, or past it."""
-  few = min(max(_ROWS // block, 1), len(order))
-  order = jnp.pad(order, (0, -len(order) % few), constant_values=len(order))
+  """`step(ids, carry)` over the first `count` of `order`, a few at a time, filled up with what is past the end."""
+  few, end = min(max(_ROWS // block, 1), len(order)), len(order)
+  order = jnp.where(jnp.arange(end) < count, order, end)
+  order = jnp.pad(order, (0, -end % few), constant_values=end)
 
   def body(i, carry):
     return step(jax.lax.dynamic_slice(order, (i * few,), (few,)), carry)

@@ -44,7 +44,7 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
     dispatch.named('block_sparse_attention', args, _table(options), implementation)
   if 0 in shape or 0 in k.shape or 0 in index.shape:
     return jnp.zeros(shape, q.dtype)
-  y = _attention(options, implementation, *args)[:, :options.queries]
+  y = _attention(options, implementation, *dispatch.varying_alike(*args))[:, :options.queries]
   return jnp.moveaxis(y.reshape(*shape[:-3], shape[-2], options.queries, -1), -3, -2)
 
 
@@ -98,13 +98,15 @@ def _heads_first(a: Array, block: int) -> Array:
 
 def _dense(options: Options, q: Array, k: Array, v: Array, index: Array, counts: Array) -> Array:
   """All of Tq x Tk, and a mask."""
-  heads, blocks = jnp.arange(len(q))[:, None, None], k.shape[1] // options.block_k
-  listed = jnp.where(jnp.arange(index.shape[2]) < counts[..., None], index, blocks)
-  seen = jnp.zeros((len(q), index.shape[1], blocks), bool)
-  seen = seen.at[heads, jnp.arange(index.shape[1])[:, None], listed].set(True, mode='drop')
+  (heads, rows, most), blocks = index.shape, k.shape[1] // options.block_k
+  listed = jnp.where(jnp.arange(most)[None, None] < counts[..., None], index, blocks)
+  seen = jnp.zeros((heads, rows, blocks), bool)
+  seen = seen.at[jnp.arange(heads)[:, None, None], jnp.arange(rows)[None, :, None], listed].set(True, mode='drop')
   seen = jnp.repeat(jnp.repeat(seen, options.block_q, 1), options.block_k, 2)
-  at = jnp.arange(k.shape[1])
-  seen &= (at < options.keys) & (at <= jnp.arange(q.shape[1])[:, None] if options.causal else True)
+  at = jnp.arange(k.shape[1])[None, None]
+  seen &= at < options.keys
+  if options.causal:
+    seen &= at <= jnp.arange(q.shape[1])[None, :, None]
   k, v = (jnp.repeat(a, len(q) // len(a), 0) for a in (k, v))
   scores = jnp.einsum('hqd,hkd->hqk', q, k, preferred_element_type=jnp.float32) * options.scale
   weights = reference.softmax(scores, seen)

@@ -7,6 +7,7 @@ the weights again and adds to the blocks of keys where they lie, so that neither
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import dispatch
 from sparsejax.types import Array
 
 
@@ -45,8 +46,8 @@ def gradient(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Arra
     add = lambda total, a, b: _added(total, listed, jnp.einsum('hqk,hqd->hkd', a.astype(b.dtype), b, **summed))
     return (add(dk, dscores, queries), add(dv, weights, dy)), dq
 
-  zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (keys, values))
-  (dk, dv), dq = jax.lax.scan(one, zeros, (*_steps(q, index, counts, block_q), _split(dy, block_q)))
+  dk, dv, *_ = dispatch.varying_alike(*(jnp.zeros(a.shape, jnp.float32) for a in (keys, values)), dy)
+  (dk, dv), dq = jax.lax.scan(one, (dk, dv), (*_steps(q, index, counts, block_q), _split(dy, block_q)))
   shared = lambda total, like: total.reshape(len(like), -1, *like.shape[1:]).sum(1).astype(like.dtype)
   return dq.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype), shared(dk, k), shared(dv, v)
 
@@ -82,10 +83,10 @@ def _weights(queries: Array, keys: Array, i: Array, listed: Array, count: Array,
              scale: float, length: int) -> Array:
   """What each query of block `i` takes of each listed key: `float32[heads, block_q, R block_k]`."""
   scores = jnp.einsum('hqd,hkd->hqk', queries, keys, preferred_element_type=jnp.float32) * scale
-  at = (listed[:, :, None] * block_k + jnp.arange(block_k)).reshape(len(listed), 1, -1)
-  seen = jnp.repeat(jnp.arange(listed.shape[1]) < count[:, None], block_k, 1)[:, None] & (at < length)
+  at = (listed[:, :, None] * block_k + jnp.arange(block_k)[None, None]).reshape(len(listed), 1, -1)
+  seen = jnp.repeat(jnp.arange(listed.shape[1])[None] < count[:, None], block_k, 1)[:, None] & (at < length)
   if causal:
-    seen = seen & (at <= (i * queries.shape[1] + jnp.arange(queries.shape[1]))[:, None])
+    seen = seen & (at <= (i * queries.shape[1] + jnp.arange(queries.shape[1]))[None, :, None])
   return softmax(scores, seen)
 
 

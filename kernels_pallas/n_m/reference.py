@@ -8,7 +8,7 @@ slower than dense; 'dense' is for those.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import products
+from kernels_pallas import dispatch, products
 from sparsejax import groups
 from sparsejax.formats import NMArray
 from sparsejax.types import Array
@@ -38,7 +38,8 @@ def matmul_transposed(dy: Array, w: NMArray) -> Array:
     row, value, dy = args
     return dx.at[row].add(products.dot(value, dy, 1, 0), mode='promise_in_bounds', unique_indices=True), None
 
-  dx, _ = jax.lax.scan(add, jnp.zeros((w.shape[0], dy.shape[0]), jnp.float32), (rows, values, outputs))
+  zeros, *_ = dispatch.varying_alike(jnp.zeros((w.shape[0], dy.shape[0]), jnp.float32), dy, values)
+  dx, _ = jax.lax.scan(add, zeros, (rows, values, outputs))
   return dx.T.astype(dy.dtype)
 
 
@@ -67,7 +68,7 @@ def _group_starts(w: NMArray) -> Array:
 def _rows(w: NMArray) -> Array:
   """The rows that each vector keeps: `int32[N / width, K n / m]`."""
   positions = w.shared_positions() if w.width > 1 else w.positions()
-  return _group_starts(w) + positions.astype(jnp.int32).T
+  return (_group_starts(w)[:, None] + positions.astype(jnp.int32)).T
 
 
 def _by_vector(values: Array, w: NMArray) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import sparse
 
-from kernels_pallas import products
+from kernels_pallas import dispatch, products
 from sparsejax.formats import CSCArray
 from sparsejax.types import Array
 
@@ -38,7 +38,8 @@ def _rows_times(x: Array, values: Array, indices: Array, starts: Array) -> Array
   """`x [M, K]` times the transpose of the compressed rows `[N, K]`."""
   rows = sparse.BCSR((values.astype(jnp.float32), indices, starts), shape=(len(starts) - 1, x.shape[1]))
   filled = jnp.pad(x, ((0, max(_LEAST - x.shape[0], 0)), (0, 0)))
-  return (rows @ filled.astype(jnp.float32).T).T[:x.shape[0]].astype(x.dtype)
+  y = (rows @ filled.astype(jnp.float32).T).T[:x.shape[0]].astype(x.dtype)
+  return dispatch.varying_alike(y, x, values)[0]  # within `shard_map` the routine forgets it
 
 
 @_rows_times.def_vmap

@@ -56,7 +56,7 @@ class CSCArray(arrays.PackedArray, kind='csc'):
                           f'nonzeros, {errors.some(sorted(counts))}; pack them one by one, or prune all to the same.')
     each = [_listed(*np.nonzero(one.T)[::-1], one.shape) for one in stored]
     lead = [w.shape[a] for a in at.layer]
-    stacked = lambda parts: jnp.asarray(np.stack(parts).reshape(*lead, -1))
+    stacked = lambda parts: jnp.asarray(np.stack(parts).reshape(*lead, len(parts[0])))
     parts = [stacked(part) for part in ([v.T[s.T] for v, s in zip(values, stored)], *zip(*each))]
     return cls(*parts, tuple(a - w.ndim for a in at.contracted), tuple(w.shape[len(lead):]))
 
@@ -144,7 +144,7 @@ def _invalid(packed: CSCArray) -> str | None:
     if index[name].shape != (*lead, length) or index[name].dtype != np.int32:
       return (f'its {name} {index[name].dtype}{list(index[name].shape)} must be int32{[*lead, length]} for values '
               f'{list(packed.values.shape)}.')
-  for found in zip(*(a.reshape(-1, a.shape[-1]) for a in index.values())):
+  for found in zip(*(a.reshape(math.prod(lead), a.shape[-1]) for a in index.values())):
     for name, where, length in zip(('rows', 'cols'), found, (k, n)):
       if count and (where.min() < 0 or where.max() >= length):
         return f'its {name} are not all from 0 to {length - 1}.'
