@@ -69,7 +69,7 @@ def test_a_weight_comes_back_bit_for_bit_and_is_listed_row_and_column(name, tmp_
   assert sorted(zip(*by_row)) == list(zip(*by_row))
   io.save(tmp_path / 'f', {'w': packed})
   again = io.load(tmp_path / 'f')['w']
-  assert (again.fan_in, again.fan_out, again.axes) == (packed.fan_in, packed.fan_out, packed.axes)
+  assert jax.tree.structure(again) == jax.tree.structure(packed)  # with fan_in, fan_out, full
   np.testing.assert_array_equal(again.to_dense(), w)
 
 
@@ -132,7 +132,8 @@ def test_matrices_of_a_stack_that_differ_in_their_columns():
 BROKEN = {
     'rows': lambda p: {'rows': p.rows.at[0].set(99)}, 'cols': lambda p: {'cols': p.cols[::-1]},
     'order': lambda p: {'order': p.order[::-1]}, 'fan_in': lambda p: {'fan_in': (*p.fan_in[1:], p.fan_in[0] + 1)},
-    'kept': lambda p: {'kept': p.kept[1:]}, 'dtype': lambda p: {'rows': p.rows.astype(jnp.int16)},
+    'kept': lambda p: {'kept': p.kept[1:]}, 'full': lambda p: {'full': not p.full},
+    'dtype': lambda p: {'rows': p.rows.astype(jnp.int16)},
     'length': lambda p: {'order': p.order[1:]},
     'filling': lambda p: {'values': p.values.at[-1, -1, -1].set(1)},
 }

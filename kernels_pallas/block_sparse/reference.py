@@ -63,7 +63,9 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
 
 def trained(blocks: Array, w: BlockSparseArray) -> Array:
   """`blocks` in the dtype of `w`, zero where one is stored only to fill up its row or column."""
-  return jnp.where(w.kept[:, None, None], blocks, jnp.zeros((), blocks.dtype)).astype(w.dtype)
+  if not w.full:
+    blocks = jnp.where(w.kept[:, None, None], blocks, jnp.zeros((), blocks.dtype))
+  return blocks.astype(w.dtype)
 
 
 def _product(x: Array, values: Array, rows: Array, cols: Array, fan: tuple[int, ...] | None, n_columns: int) -> Array:

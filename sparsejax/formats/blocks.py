@@ -22,8 +22,8 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
   row `rows[i]` and block column `cols[i]`. `order` lists the blocks the other way round, by row and then by column, for
   the product with the transpose; all three are `int32[..., nnz]`. Every row and every column of blocks has at least one
   that is stored, because a kernel does not visit what is not listed: if need be one of zeros, for which `kept`,
-  `bool[..., nnz]`, is `False`, and whose gradient is zero. Where `bk` does not
-  divide K or `bn` not N, the last blocks are filled up with zeros.
+  `bool[..., nnz]`, is `False`, and whose gradient is zero; `full` says that there is none. Where `bk` does not divide K
+  or `bn` not N, the last blocks are filled up with zeros.
 
   `fan_in` is the number of blocks of each column and `fan_out` that of each row, as tuples known at trace time, so that
   a new mask compiles anew unless it is balanced; `None` where the matrices of a stack differ in it. `sizes` is the
@@ -38,6 +38,7 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
   kept: Array
   fan_in: tuple[int, ...] | None = arrays.static()
   fan_out: tuple[int, ...] | None = arrays.static()
+  full: bool = arrays.static()
   axes: tuple[int, ...] = arrays.static()
   sizes: tuple[int, ...] = arrays.static()
 
@@ -108,7 +109,8 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
     if parts['values'].ndim != lead + 3 or parts['rows'].shape != parts['values'].shape[:-2]:
       raise ValueError(f'values {list(parts["values"].shape)} and rows {list(parts["rows"].shape)} are of no stack of '
                        f'{lead} axes')
-    whole = cls(**parts, fan_in=None, fan_out=None, axes=tuple(a - len(shape) for a in axes), sizes=tuple(shape[lead:]))
+    whole = cls(**parts, fan_in=None, fan_out=None, full=bool(np.all(parts['kept'])),
+                axes=tuple(a - len(shape) for a in axes), sizes=tuple(shape[lead:]))
     fans = [_fan(np.asarray(index), n) for index, n in zip((whole.cols, whole.rows), reversed(whole.grid))]
     return dataclasses.replace(whole, fan_in=fans[0], fan_out=fans[1])
 
@@ -157,7 +159,8 @@ def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, at: Axes, 
   stacked = lambda a: jnp.asarray(a.reshape(*lead, *a.shape[1:]))
   return BlockSparseArray(
       stacked(values), stacked(rows), stacked(cols), stacked(order), stacked(kept), _fan(cols, stored.shape[2]),
-      _fan(rows, stored.shape[1]), tuple(a - len(shape) for a in at.contracted), tuple(shape[len(lead):]))
+      _fan(rows, stored.shape[1]), bool(kept.all()), tuple(a - len(shape) for a in at.contracted),
+      tuple(shape[len(lead):]))
 
 
 def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
@@ -194,8 +197,8 @@ def _invalid(packed: BlockSparseArray) -> str | None:
   if any(a.shape != packed.values.shape[:-2] or a.dtype != np.int32 for a in index):
     return (f'values {list(packed.values.shape)} take rows, cols and order int32{list(packed.values.shape[:-2])}, not '
             f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in index)}.')
-  if packed.kept.shape != packed.rows.shape or packed.kept.dtype != bool:
-    return f'its kept must be bool{list(packed.rows.shape)}.'
+  if packed.kept.shape != packed.rows.shape or packed.kept.dtype != bool or packed.full != packed.kept.all():
+    return f'its kept must be bool{list(packed.rows.shape)}, and its full say whether all are.'
   for rows, cols, order in zip(*(a.reshape(-1, a.shape[-1]) for a in index)):
     for name, where, n in zip(('rows', 'cols'), (rows, cols), packed.grid):
       if set(where.tolist()) != set(range(n)):
