@@ -1,5 +1,6 @@
 """Eight devices: where masks and master lie, which bits they hold, and what a refresh sends, read from the program."""
 
+import contextlib
 import functools
 
 import cases
@@ -43,7 +44,8 @@ def moved(name, kind, spec):
   with jax.set_mesh(devices):
     state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update).lower(params, state, params).compile()
-    assert lie_alike(state, tx.init(params), update(params, state, params)[1])
+    eager = [tx.init(params)] if spec == 'both' else []  # a program for each operation: seconds for each place
+    assert lie_alike(state, *eager, update(params, state, params)[1])
   text = update.as_text()
   size = lambda type_: hlo.nbytes(type_) // 4  # keys, counts and sums are of 32 bits
   return [(one.kind, sum(map(size, one.operands))) for one in hlo.collectives(text)]
@@ -91,20 +93,17 @@ def test_groups_on_several_devices_are_the_same_bits_and_the_mask_lies_as_the_we
   held = jax.device_put(params, NamedSharding(devices, spec))
   tx = recipes.ste(optax.sgd(0.1), pattern)
   expected = sparsejax.project(params, tx.init(params))
-  for make in (tx.init, jax.jit(tx.init)):
-    for inside in (True, False):  # of `jax.set_mesh`
-      if inside:
-        with jax.set_mesh(devices):
-          state = make(held)
-      else:
-        state = make(held)
-      mask, master = state.masks[path]['kernel'], state.master[path]['kernel']
-      np.testing.assert_array_equal(np.where(mask, master, 0), expected[path]['kernel'])
-      assert all(x.sharding.is_equivalent_to(NamedSharding(devices, spec), x.ndim) for x in (mask, master))
-      sparsejax.check(sparsejax.project(held, state), state)
-      packed = sparsejax.formats.unpack(sparsejax.formats.pack(sparsejax.project(held, state), pattern)) if (
-          isinstance(pattern, sparsejax.NM)) else expected
-      cases.assert_same(jax.device_get(packed), jax.device_get(expected))
+  ways = [(tx.init, False), (jax.jit(tx.init), True)]  # the optimizer, and whether inside of `jax.set_mesh`
+  for make, inside in ways + ([(tx.init, True), (jax.jit(tx.init), False)] if path == 'out' else []):
+    with jax.set_mesh(devices) if inside else contextlib.nullcontext():
+      state = make(held)
+    mask, master = state.masks[path]['kernel'], state.master[path]['kernel']
+    np.testing.assert_array_equal(np.where(mask, master, 0), expected[path]['kernel'])
+    assert all(x.sharding.is_equivalent_to(NamedSharding(devices, spec), x.ndim) for x in (mask, master))
+    sparsejax.check(sparsejax.project(held, state), state)
+    packed = sparsejax.formats.unpack(sparsejax.formats.pack(sparsejax.project(held, state), pattern)) if (
+        isinstance(pattern, sparsejax.NM)) else expected
+    cases.assert_same(jax.device_get(packed), jax.device_get(expected))
 
 
 SPECS_OF_CASES = {
