@@ -16,7 +16,7 @@ from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
 CACHE = 3 << 20  # bytes gathered, up to which one batched dot is taken
-FEW_COLUMNS, FEW_TOKENS = 16, 512  # up to which the loop over the columns is unrolled
+FEW_COLUMNS, FEW_TOKENS = 8, 512  # up to which the loop over the columns is unrolled
 
 
 def matmul(x: Array, w: BlockSparseArray) -> Array:
