@@ -8,10 +8,10 @@ to zero at each step (`shrink=0`, the hard thresholding of their code), and than
 With 600 steps, on two busy CPU cores, jax 0.10.2, 9 to 11 s of training a run: 20.04 dB dense;
 ISS-P minus hard -0.06 +- 0.10 dB at 90 % and -0.23 +- 0.28 at 95 %, minus once -0.06 +- 0.06 and -0.38 +- 0.23.
 
-Measured on two shared CPU cores, jax 0.10.2, 5 seeds, 150 s of training in all, 95 % intervals of paired differences:
-ISS-P-90 > hard-90: 18.46 and 18.34 dB (+0.13 +- 0.07, reproduced); ISS-P-90 > once-90: 18.46 and 18.14 dB (+0.32 +-
-0.13, reproduced); ISS-P-95 > hard-95: 17.46 and 17.48 dB (-0.03 +- 0.38, not reproduced); ISS-P-95 > once-95: 17.46
-and 17.28 dB (+0.18 +- 0.33, not reproduced).
+Measured on two shared CPU cores, jax 0.10.2, 5 seeds, 150 s of training in all: 21.10 +- 0.13 dB dense. 95 % intervals
+of paired differences: ISS-P-90 > hard-90: 18.46 and 18.34 dB (+0.13 +- 0.07, reproduced); ISS-P-90 > once-90: 18.46 and
+18.14 dB (+0.32 +- 0.13, reproduced); ISS-P-95 > hard-95: 17.46 and 17.48 dB (-0.03 +- 0.38, not reproduced); ISS-P-95 >
+once-95: 17.46 and 17.28 dB (+0.18 +- 0.33, not reproduced).
 """
 
 from experiments.configs import default
