@@ -16,7 +16,7 @@ import numpy as np
 from sparsejax.types import Array, Axes
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
-_BY_KIND: dict[str, type['PackedArray']] = {}
+BY_KIND: dict[str, type['PackedArray']] = {}
 
 
 class Misfit(ValueError):
@@ -38,7 +38,7 @@ class PackedArray:
   kind: ClassVar[str]
 
   def __init_subclass__(cls, kind: str) -> None:
-    cls.kind, _BY_KIND[kind] = kind, cls
+    cls.kind, BY_KIND[kind] = kind, cls
 
   @property
   def ndim(self) -> int:
@@ -81,7 +81,7 @@ class PackedArray:
 
 def of_kind(kind: str) -> type[PackedArray] | None:
   """The format of this name, or `None`."""
-  return _BY_KIND.get(kind)
+  return BY_KIND.get(kind)
 
 
 def nbytes(tree: Any) -> int:
