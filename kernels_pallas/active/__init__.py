@@ -44,7 +44,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   shape = (*x.shape[:-1], w.shape[1])
   if 0 in kept.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
-  return _product(block, capacity, implementation, *dispatch.varying_alike(kept, w)).reshape(shape)
+  return _compiled(block, capacity, implementation, *dispatch.varying_alike(kept, w)).reshape(shape)
 
 
 def prefer(x: Array, w: Array) -> Choice:
@@ -105,3 +105,4 @@ def _backward(block, capacity, implementation, kept, dy):
 
 
 _product.defvjp(_forward, _backward)
+_compiled = jax.jit(_product, static_argnums=(0, 1, 2))  # outside of jit too, as one program

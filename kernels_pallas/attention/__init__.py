@@ -44,7 +44,7 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
     dispatch.named('block_sparse_attention', args, _table(options), implementation)
   if 0 in shape or 0 in k.shape or 0 in index.shape:
     return jnp.zeros(shape, q.dtype)
-  y = _attention(options, implementation, *dispatch.varying_alike(*args))[:, :options.queries]
+  y = _compiled(options, implementation, *dispatch.varying_alike(*args))[:, :options.queries]
   return jnp.moveaxis(y.reshape(*shape[:-3], shape[-2], options.queries, -1), -3, -2)
 
 
@@ -148,3 +148,4 @@ def _backward(options, implementation, args, dy):
 
 
 _attention.defvjp(_forward, _backward)
+_compiled = jax.jit(_attention, static_argnums=(0, 1))  # outside of jit too, as one program
