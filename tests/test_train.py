@@ -231,11 +231,11 @@ def test_a_full_disk_stops_and_keeps_the_last_good_checkpoint(folder, unfinished
 
 def test_training_goes_on_with_another_number_of_devices(folder, tmp_path, capsys):
   recipe = "recipes={'only': {'name': 'sr_ste', 'pattern': '1:4', 'where': ['mlp/*/kernel']}}"
-  for devices, steps, shard in ((4, 2, 'fully'), (1, 4, 'replicated'), (8, 6, 'fully'), (2, 8, 'replicated')):
+  for devices, steps, shard in ((4, 2, 'fully'), (1, 4, 'replicated'), (2, 6, 'fully')):
     assert call(folder, tmp_path, recipe, f'mesh.data={devices}', f'steps={steps}', f'shard={shard}') == 0
     assert steps == 2 or f'only: resumed at step {steps - 2}.' in capsys.readouterr().out
   lines = list(records.read(tmp_path / 'only'))
-  assert [line['step'] for line in lines] == [2, 4, 6, 8] and lines[-1]['sparsity'] == pytest.approx([0.75, 0.75])
+  assert [line['step'] for line in lines] == [2, 4, 6] and lines[-1]['sparsity'] == pytest.approx([0.75, 0.75])
 
 
 # What it refuses, in one line and with status 2.
