@@ -219,7 +219,7 @@ def shapes(block, nnz, dtype):
   index = jax.ShapeDtypeStruct((nnz,), jnp.int32)
   values = jax.ShapeDtypeStruct((nnz, *block), dtype)
   kept = jax.ShapeDtypeStruct((nnz,), bool)
-  return BlockSparseArray(values, index, index, index, kept, None, None, (-2,), (block[0] * nnz, block[1]))
+  return BlockSparseArray(values, index, index, index, kept, None, None, True, (-2,), (block[0] * nnz, block[1]))
 
 
 def of_blocks(dtype=F32, stored=F32, block=(128, 128), nnz=2):

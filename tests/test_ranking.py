@@ -103,6 +103,14 @@ LEAVES = {
 WAYS = {'as it is': {}, 'one reduction': {'_one_cpu': lambda: True}, 'small words': {'_WORD': 3}}
 
 
+@pytest.fixture
+def traced_anew():
+  """For tests that change how the ranking counts: JAX keeps what was traced, and does not see such a change."""
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
 @contextlib.contextmanager
 def counting(way):
   with pytest.MonkeyPatch.context() as patch:
@@ -117,6 +125,7 @@ def chosen_of_leaves(case):
   return jax.jit(jax.vmap(ranking.top_n_of_leaves, (None, 0)))
 
 
+@pytest.mark.usefixtures('traced_anew')
 @pytest.mark.parametrize('case', LEAVES)
 @LAW
 @hypothesis.given(st.data())
@@ -133,6 +142,7 @@ def test_leaves_taken_as_one_equal_the_oracle_at_every_count(case, data):
     np.testing.assert_array_equal(found, oracle.best(together, n), err_msg=f'{n} kept')
 
 
+@pytest.mark.usefixtures('traced_anew')
 @pytest.mark.parametrize('way', WAYS)
 def test_of_many_equals_the_first_are_kept_at_every_count(way):
   """The cut within the ties goes through every place of every leaf."""
@@ -291,6 +301,7 @@ def test_sharded_heads_are_merged_with_head_dim_without_another_device(kind):
   assert collectives(compiled) == []
 
 
+@pytest.mark.usefixtures('traced_anew')
 @pytest.mark.parametrize('kind, word', [(AxisType.Auto, 31), (AxisType.Explicit, 31), (AxisType.Auto, 8)])
 def test_sharded_leaves_sum_counts_and_gather_nothing(kind, word, monkeypatch):
   """One leaf by rows and columns, one by rows alone; in words of 8 bits the first is counted in four slabs."""
@@ -299,6 +310,7 @@ def test_sharded_leaves_sum_counts_and_gather_nothing(kind, word, monkeypatch):
   held = [jax.device_put(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, specs)]
   select = lambda leaves: (ranking.top_n(leaves[0], 700), *ranking.top_n_of_leaves(leaves, 600))
   expected = jax.jit(select)(leaves)
+  jax.clear_caches()
   monkeypatch.setattr(ranking, '_WORD', word)
   with jax.set_mesh(mesh):
     compiled = jax.jit(lambda leaves: select(leaves)).lower(held).compile()
