@@ -1,5 +1,6 @@
 """Several processes train as one: killed, stopped and resumed, they end in the same bits; one that is lost is said."""
 
+import functools
 import json
 import signal
 
@@ -32,6 +33,14 @@ def started(folder, workdir, count, *arguments, others=None):
 def lines(folder, workdir):
   path = folder / workdir / RUN / 'metrics.jsonl'
   return path.read_text().count('\n') if path.exists() else 0
+
+
+def trained_on(folder, most):
+  return lines(folder, 'killed') >= most
+
+
+def writing(folder, most):
+  return trained_on(folder, most) and any((folder / 'killed' / RUN / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))
 
 
 def bits(folder, workdir, step=STEPS):
@@ -69,17 +78,17 @@ def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_
 
 
 def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed):
-  writing = lambda: any((folder / 'killed' / RUN / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))
-  for victim, moment in ((1, lambda: lines(folder, 'killed') >= 3), (0, writing)):
+  for victim, moment in ((1, trained_on), (0, writing)):
     with started(folder, 'killed', 2) as both:
-      jobs.until(moment, *both)
+      # On from where it was: what was cut off before lies there until it is resumed.
+      jobs.until(functools.partial(moment, folder, lines(folder, 'killed') + 3), *both)
       both[victim].signal(signal.SIGKILL)
       code, _, err = both[1 - victim].wait()
       assert both[victim].wait()[0] == -signal.SIGKILL
       assert code == hosts.LOST and err.count('\n') == 1 and err.startswith(f'error: process {1 - victim} stops')
       assert 'another process is gone' in err and 'give every process its command again' in err
   with started(folder, 'killed', 2) as both:
-    jobs.until(lambda: lines(folder, 'killed') >= 11, *both)
+    jobs.until(functools.partial(trained_on, folder, lines(folder, 'killed') + 2), *both)
     both[1].signal(signal.SIGTERM)  # the one that does not print
     (code, out, err), other = [job.wait() for job in both]
     assert (code, err) == (128 + signal.SIGTERM, '') and other == (code, '', ''), (out, err, other)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import groups
 from sparsejax.types import Array, Axes
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
@@ -37,8 +38,9 @@ class PackedArray:
 
   kind: ClassVar[str]
 
-  def __init_subclass__(cls, kind: str) -> None:
-    cls.kind, BY_KIND[kind] = kind, cls
+  def __init_subclass__(cls, kind: str | None = None) -> None:
+    if kind is not None:  # as it is for what several formats share
+      cls.kind, BY_KIND[kind] = kind, cls
 
   @property
   def ndim(self) -> int:
@@ -79,6 +81,72 @@ class PackedArray:
     raise NotImplementedError
 
 
+class MatrixArray(PackedArray):
+  """A matrix `[K, N]`, or a stack of such, `[..., K, N]`, with `stored` axes of `values` for each matrix.
+
+  Every format of it has two static fields. `sizes` is the dense shape without the leading axes of a stack, which may
+  come and go (`vmap`, `scan`); `axes` are those of its axes, counted from the end, that are contracted and, in this
+  order, make up K. The others make up N.
+  """
+
+  stored: ClassVar[int]
+
+  def __init_subclass__(cls, kind: str | None = None, stored: int = 0) -> None:
+    super().__init_subclass__(kind)
+    cls.stored = stored
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The dense shape."""
+    return (*self.values.shape[:-self.stored], *self.sizes)
+
+  @property
+  def contracted(self) -> int:
+    """K, the length of the contraction."""
+    return math.prod(self.sizes[a] for a in self.axes)
+
+  @property
+  def outputs(self) -> tuple[int, ...]:
+    """The lengths of the axes that are not contracted; N is their product."""
+    return tuple(n for a, n in enumerate(self.sizes) if a - len(self.sizes) not in self.axes)
+
+  def to_dense(self) -> Array:
+    return _dense(self)
+
+  def places(self) -> Any:
+    """Where each of its values is, for `placed`."""
+    raise NotImplementedError
+
+  def placed(self, values: Array, places: Any) -> Array:
+    """`[..., K, N]` of these `values`, or of their bits, at these `places`; of itself it looks at no array."""
+    raise NotImplementedError
+
+  def described(self) -> dict[str, Any]:
+    return {'axes': [a + self.ndim for a in self.axes], 'stacked': self.values.ndim - self.stored}
+
+  @classmethod
+  def restored(cls, parts, shape, about):
+    return cls(**parts, **cls.matrix_of(shape, about))
+
+  @classmethod
+  def matrix_of(cls, shape: tuple[int, ...], about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The fields `axes` and `sizes` that `described` told of in `about`."""
+    axes, lead = about['axes'], about['stacked']
+    if not axes or not set(axes) < set(range(lead, len(shape))) or len(set(axes)) < len(axes):
+      raise ValueError(f'cannot be {cls.kind} along the axes {axes} of shape {shape}, of which {lead} are of a stack')
+    return {'axes': tuple(a - len(shape) for a in axes), 'sizes': tuple(shape[lead:])}
+
+
+@jax.jit
+def _dense(packed: MatrixArray) -> Array:
+  sizes, lead = packed.sizes, packed.values.ndim - packed.stored
+  whole = groups.exactly(packed.placed, packed.values, packed.places())
+  whole = whole.reshape(*whole.shape[:lead], *(sizes[a] for a in packed.axes), *packed.outputs)
+  outputs = [a for a in range(-len(sizes), 0) if a not in packed.axes]
+  back = np.argsort([a + len(sizes) for a in (*packed.axes, *outputs)])
+  return jnp.transpose(whole, (*range(lead), *(lead + back)))
+
+
 def of_kind(kind: str) -> type[PackedArray] | None:
   """The format of this name, or `None`."""
   return BY_KIND.get(kind)
@@ -112,6 +180,12 @@ def matrix_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> 
   return Axes(picked, tuple(a for a in range(w.ndim) if a not in picked))
 
 
+def matrices(w: np.ndarray, at: Axes) -> np.ndarray:
+  """`[layers, K, N]` of an array with the `matrix_axes` `at`."""
+  lengths = [math.prod(w.shape[a] for a in axes) for axes in (at.layer, at.contracted, at.output)]
+  return np.transpose(w, (*at.layer, *at.contracted, *sorted(at.output))).reshape(lengths)
+
+
 def matrix_misfit(at: Axes) -> str | None:
   """Why axes, those of `matrix_axes`, do not make a matrix or a stack of such."""
   if at.spatial:
@@ -132,6 +206,12 @@ def dtype_misfit(dtype: np.dtype) -> str | None:
   if jax.dtypes.canonicalize_dtype(dtype) != dtype:
     return f'dtype {dtype} would be truncated; set jax_enable_x64, or cast it to 32 bits first.'
   return None
+
+
+def mask_misfit(w: Array, mask: Array | None) -> str | None:
+  if mask is not None and (tuple(mask.shape) != tuple(w.shape) or mask.dtype != bool):
+    return f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} must be bool of the same shape.'
+  return None if mask is None or concrete(mask) else TRACED
 
 
 def host_misfit(w: Array) -> str | None:

@@ -2,20 +2,19 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, groups
+from sparsejax import errors
 from sparsejax.formats import arrays
 from sparsejax.types import Array, Axes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
+class BlockSparseArray(arrays.MatrixArray, kind='block_sparse', stored=3):
   """A matrix `[K, N]` of which blocks of `[bk, bn]` are stored, or are zero; or a stack of such, `[..., K, N]`.
 
   `values` is `[..., nnz, bk, bn]`, the blocks of one output column after another, in each by row; block i lies in block
@@ -26,9 +25,7 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
   or `bn` not N, the last blocks are filled up with zeros.
 
   `fan_in` is the number of blocks of each column and `fan_out` that of each row, as tuples known at trace time, so that
-  a new mask compiles anew unless it is balanced; `None` where the matrices of a stack differ in it. `sizes` is the
-  dense shape without the leading axes of a stack, which may come and go (`vmap`, `scan`); `axes` are those of its axes,
-  counted from the end, that are contracted and, in this order, make up K. The others make up N.
+  a new mask compiles anew unless it is balanced; `None` where the matrices of a stack differ in it.
   """
 
   values: Array
@@ -69,21 +66,6 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
     return self.values.shape[-2:]
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    """The dense shape."""
-    return (*self.values.shape[:-3], *self.sizes)
-
-  @property
-  def contracted(self) -> int:
-    """K, the length of the contraction."""
-    return math.prod(self.sizes[a] for a in self.axes)
-
-  @property
-  def outputs(self) -> tuple[int, ...]:
-    """The axes that are not contracted; N is their product."""
-    return tuple(n for a, n in enumerate(self.sizes) if a - len(self.sizes) not in self.axes)
-
-  @property
   def grid(self) -> tuple[int, int]:
     """How many blocks there are along the contraction and along the output, stored or not."""
     bk, bn = self.block
@@ -94,23 +76,28 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
     """The share of blocks that are stored."""
     return self.values.shape[-3] / math.prod(self.grid)
 
-  def to_dense(self) -> Array:
-    """The dense array, bit for bit. Differentiable in `values`."""
-    return _dense(self)
+  def places(self):
+    return self.rows, self.cols
 
-  def described(self) -> dict[str, Any]:
-    return {'axes': [a + self.ndim for a in self.axes], 'stacked': self.values.ndim - 3}
+  def placed(self, values, places):
+    (kb, nb), (bk, bn) = self.grid, values.shape[-2:]
+
+    def matrix(values, places):
+      whole = jnp.zeros((kb, nb, bk, bn), values.dtype)
+      whole = whole.at[places].set(values, mode='promise_in_bounds', unique_indices=True)
+      return whole.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
+
+    for _ in values.shape[:-3]:
+      matrix = jax.vmap(matrix)
+    return matrix(values, places)[..., :self.contracted, :math.prod(self.outputs)]
 
   @classmethod
   def restored(cls, parts, shape, about):
-    axes, lead = about['axes'], about['stacked']
-    if not axes or not set(axes) <= set(range(lead, len(shape))) or len(set(axes)) != len(axes):
-      raise ValueError(f'cannot be blocks along the axes {axes} of shape {shape}, of which {lead} are of a stack')
+    matrix, lead = cls.matrix_of(shape, about), about['stacked']
     if parts['values'].ndim != lead + 3 or parts['rows'].shape != parts['values'].shape[:-2]:
       raise ValueError(f'values {list(parts["values"].shape)} and rows {list(parts["rows"].shape)} are of no stack of '
                        f'{lead} axes')
-    whole = cls(**parts, fan_in=None, fan_out=None, full=bool(np.all(parts['kept'])),
-                axes=tuple(a - len(shape) for a in axes), sizes=tuple(shape[lead:]))
+    whole = cls(**parts, fan_in=None, fan_out=None, full=bool(np.all(parts['kept'])), **matrix)
     fans = [_fan(np.asarray(index), n) for index, n in zip((whole.cols, whole.rows), reversed(whole.grid))]
     return dataclasses.replace(whole, fan_in=fans[0], fan_out=fans[1])
 
@@ -121,16 +108,13 @@ class BlockSparseArray(arrays.PackedArray, kind='block_sparse'):
 def _misfit(w: Array, mask: Array | None, block: tuple[int, int]) -> str | None:
   if len(block) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in block):
     return f'block must be two whole numbers, as in (128, 128), not {block!r}.'
-  if mask is not None and (tuple(mask.shape) != tuple(w.shape) or mask.dtype != bool):
-    return f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} must be bool of the same shape.'
-  return None if mask is None or arrays.concrete(mask) else arrays.TRACED
+  return arrays.mask_misfit(w, mask)
 
 
 def _split(w: np.ndarray, at: Axes, block: tuple[int, int]) -> np.ndarray:
   """`[layers, K / bk, N / bn, bk, bn]`, filled up with zeros."""
-  lengths = [math.prod(w.shape[a] for a in axes) for axes in (at.layer, at.contracted, at.output)]
-  matrices = np.transpose(w, (*at.layer, *at.contracted, *sorted(at.output))).reshape(lengths)
-  padded = np.pad(matrices, [(0, 0), *((0, -n % b) for n, b in zip(lengths[1:], block))])
+  matrices = arrays.matrices(w, at)
+  padded = np.pad(matrices, [(0, 0), *((0, -n % b) for n, b in zip(matrices.shape[1:], block))])
   layers, k, n = padded.shape
   return padded.reshape(layers, k // block[0], block[0], n // block[1], block[1]).transpose(0, 1, 3, 2, 4)
 
@@ -167,29 +151,6 @@ def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
   """How often each of `n` is in the last axis of `index`, if that is the same all over its other axes."""
   counts = {tuple(np.bincount(one, minlength=n).tolist()) for one in index.reshape(-1, index.shape[-1])}
   return counts.pop() if len(counts) == 1 else None
-
-
-@jax.jit
-def _dense(packed: BlockSparseArray) -> Array:
-  grid, (bk, bn) = packed.grid, packed.block
-
-  def matrix(values, places):
-    rows, cols = places
-    whole = jnp.zeros((*grid, bk, bn), values.dtype)
-    whole = whole.at[rows, cols].set(values, mode='promise_in_bounds', unique_indices=True)
-    return whole.transpose(0, 2, 1, 3).reshape(grid[0] * bk, grid[1] * bn)
-
-  place = matrix
-  for _ in packed.values.shape[:-3]:
-    place = jax.vmap(place)
-  whole = groups.exactly(place, packed.values, (packed.rows, packed.cols))
-  lead, k = packed.values.shape[:-3], packed.contracted
-  whole = whole[..., :k, :math.prod(packed.outputs)]
-  contracted = [packed.sizes[a] for a in packed.axes]
-  whole = whole.reshape(*lead, *contracted, *packed.outputs)
-  outputs = [a for a in range(-len(packed.sizes), 0) if a not in packed.axes]
-  back = np.argsort([a + len(packed.sizes) for a in (*packed.axes, *outputs)])
-  return jnp.transpose(whole, (*range(len(lead)), *(len(lead) + back)))
 
 
 def _invalid(packed: BlockSparseArray) -> str | None:

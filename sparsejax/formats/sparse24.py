@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ ROWS, DEPTH = 64, 128  # what `metadata` covers at a time: the outputs of one in
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sparse24Array(arrays.PackedArray, kind='sparse24'):
+class Sparse24Array(arrays.MatrixArray, kind='sparse24', stored=2):
   """A matrix `[K, N]` with at most 2 nonzeros in every 4 neighbours along K; or a stack of such, `[..., K, N]`.
 
   `values` is `[..., N, K / 2]`, transposed, so that what is contracted lies together. K is filled up with zeros to a
@@ -27,9 +26,6 @@ class Sparse24Array(arrays.PackedArray, kind='sparse24'):
   the outputs 16 w + q (low 16 bits) and 16 w + q + 8 (high) at the depths 64 j + 32 s + 16 h and on: for each of four
   neighbours four bits, the place of the first stored value and, above it, of the second. `s` is the instruction's
   sparsity selector; so no bit is stored twice, and metadata take an eighth of the bytes of 16-bit values.
-
-  `sizes` is the dense shape without the leading axes of a stack, which may come and go (`vmap`, `scan`); `axes` are
-  those of its axes, counted from the end, that are contracted and, in this order, make up K.
   """
 
   values: Array
@@ -53,38 +49,15 @@ class Sparse24Array(arrays.PackedArray, kind='sparse24'):
     sizes = tuple(w.shape[len(at.layer):])
     return cls(values, metadata, tuple(a - w.ndim for a in at.contracted), sizes)
 
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """The dense shape."""
-    return (*self.values.shape[:-2], *self.sizes)
-
-  @property
-  def contracted(self) -> int:
-    """K, the length of the contraction."""
-    return math.prod(self.sizes[a] for a in self.axes)
-
-  @property
-  def outputs(self) -> tuple[int, ...]:
-    """The axes that are not contracted; N is their product."""
-    return tuple(n for a, n in enumerate(self.sizes) if a - len(self.sizes) not in self.axes)
-
   def positions(self) -> Array:
     """Each value's place in its four, shaped like `values`; `uint8`."""
     return _decoded(self.metadata)
 
-  def to_dense(self) -> Array:
-    """The dense array, bit for bit. Differentiable in `values`."""
-    return _dense(self)
+  def places(self):
+    return self.positions()
 
-  def described(self) -> dict[str, Any]:
-    return {'axes': [a + self.ndim for a in self.axes], 'stacked': self.values.ndim - 2}
-
-  @classmethod
-  def restored(cls, parts, shape, about):
-    axes, lead = about['axes'], about['stacked']
-    if not axes or not set(axes) <= set(range(lead, len(shape))) or len(set(axes)) != len(axes):
-      raise ValueError(f'cannot be 2:4 along the axes {axes} of shape {shape}, of which {lead} are of a stack')
-    return cls(**parts, axes=tuple(a - len(shape) for a in axes), sizes=tuple(shape[lead:]))
+  def placed(self, values, places):
+    return jnp.swapaxes(matrices(values, places)[..., :math.prod(self.outputs), :self.contracted], -1, -2)
 
   def problem(self) -> str | None:
     return _invalid(self)
@@ -162,20 +135,6 @@ def matrices(values: Array, positions: Array) -> Array:
   """`[..., N, K]`: dense, transposed, the axes still merged and filled up."""
   axis = values.ndim
   return groups.joined(groups.placed(*(groups.split(a, 2, axis - 1) for a in (values, positions)), 4, axis), axis)
-
-
-@jax.jit
-def _dense(packed: Sparse24Array) -> Array:
-  lead = packed.values.ndim - 2
-  outputs = [a for a in range(-len(packed.sizes), 0) if a not in packed.axes]
-  back = np.argsort([a + len(packed.sizes) for a in (*outputs, *packed.axes)])
-
-  def whole(values, positions):
-    cut = matrices(values, positions)[..., :math.prod(packed.outputs), :packed.contracted]
-    cut = cut.reshape(*cut.shape[:lead], *packed.outputs, *(packed.sizes[a] for a in packed.axes))
-    return jnp.transpose(cut, (*range(lead), *(lead + back)))
-
-  return groups.exactly(whole, packed.values, packed.positions())
 
 
 def _invalid(packed: Sparse24Array) -> str | None:
