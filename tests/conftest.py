@@ -20,6 +20,16 @@ def standard_promotion():
 
 
 @pytest.fixture(scope='module')
+def quickly_compiled():
+  """For modules of hundreds of small programs of which no bits are compared: most of their time is LLVM's."""
+  before = jax.config.values['jax_disable_most_optimizations']
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+  jax.clear_caches()  # other modules count on the bits of the rest
+
+
+@pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """Of all jobs of a module; because they compile the same programs again and again, with JAX's cache of those."""
   folder = tmp_path_factory.mktemp('jobs')

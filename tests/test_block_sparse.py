@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from products import ROUNDING, WAYS, close, normal
 
 from benchmarks import packed_training
 from kernels_pallas import block_sparse_matmul, dispatch, sampled_matmul
@@ -22,9 +23,6 @@ WEIGHTS = {
     'neither': ((45, 30), (32, 32), 0.7), 'nothing kept': ((64, 96), (16, 32), 0.0),
     'a tenth': ((160, 160), (16, 16), 0.1), 'wide blocks': ((32, 96), (8, 48), 0.5),
 }
-DTYPES = {'float32': 1e-6, 'bfloat16': 8e-3, 'float16': 1e-3}
-# On CPU only these run; the kernels have their own files.
-WAYS = ('xla', 'dense')
 
 
 def weight(name, dtype='float32', seed=0):
@@ -35,16 +33,6 @@ def weight(name, dtype='float32', seed=0):
   mask = np.kron(grid, np.ones((bk, bn)))[:k, :n] > 0
   w = jnp.where(mask, jnp.asarray(rng.standard_normal((k, n)), dtype), 0)
   return w, mask, BlockSparseArray.from_dense(w, mask, (bk, bn))
-
-
-def inputs(k, tokens, dtype='float32'):
-  return jnp.asarray(np.random.default_rng(1).standard_normal((*tokens, k)), dtype)
-
-
-def close(found, expected, k, dtype='float32'):
-  """Up to rounding of a sum of `k` products."""
-  atol = 4 * DTYPES[dtype] * np.sqrt(k)
-  np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected, np.float64), atol=atol, rtol=atol)
 
 
 def exact(a, b):
@@ -90,7 +78,7 @@ def test_kernels_of_any_layout_are_one_matrix(shape, axes, k):
   packed = BlockSparseArray.from_dense(w, block=(4, 3), axes=axes)
   assert packed.contracted == k and packed.problem() is None
   np.testing.assert_array_equal(packed.to_dense(), w)
-  x = inputs(k, (5,))
+  x = normal((5, k))
   close(block_sparse_matmul(x, packed, implementation='xla'), formats.matmul(x, packed), k)
 
 
@@ -104,7 +92,7 @@ def stack(kept=((1, 0), (0, 1))):
 def test_a_stack_goes_through_vmap_and_scan():
   w = stack(((0, 1), (1, 0)))
   packed = BlockSparseArray.from_dense(w, block=(8, 8), axes=Axes((1,), (2,), (), (0,)))
-  x = inputs(16, (3,))
+  x = normal((3, 16))
   expected = [exact(x, one) for one in w]
   close(jax.vmap(lambda one: block_sparse_matmul(x, one, implementation='xla'))(packed), expected, 16)
   close(jax.lax.scan(lambda c, one: (c, block_sparse_matmul(x, one, implementation='xla')), 0, packed)[1], expected, 16)
@@ -118,7 +106,7 @@ def test_matrices_of_a_stack_that_differ_in_their_columns():
   w[1] = np.kron([[1, 0, 1], [0, 1, 1], [0, 0, 1]], np.ones((8, 8)))
   packed = BlockSparseArray.from_dense(w, block=(8, 8), axes=Axes((1,), (2,), (), (0,)))
   assert packed.fan_in is None and packed.fan_out is None and packed.problem() is None
-  x = inputs(24, (3,))
+  x = normal((3, 24))
   one = lambda p: jax.vjp(lambda x, v: block_sparse_matmul(x, formats.with_values(p, v), implementation='xla'), x,
                           p.values)
   for i in range(2):
@@ -163,12 +151,12 @@ def test_only_values_are_trained():
 
 @pytest.mark.parametrize('name, way, dtype', [
     *((name, way, 'float32') for name in WEIGHTS for way in WAYS),
-    *(('neither', way, dtype) for way in WAYS for dtype in DTYPES if dtype != 'float32')])
+    *(('neither', way, dtype) for way in WAYS for dtype in ROUNDING if dtype != 'float32')])
 def test_products_and_gradients_are_those_of_the_masked_dense_weight(name, way, dtype):
   w, mask, packed = weight(name, dtype)
   k, n = w.shape
   for tokens in ((2, 3), (40,)):  # few and many: two forms on a CPU
-    x, dy = inputs(k, tokens, dtype), inputs(n, tokens, dtype)
+    x, dy = normal((*tokens, k), dtype), normal((*tokens, n), dtype, 1)
     product = jax.jit(lambda x, v: block_sparse_matmul(x, formats.with_values(packed, v), implementation=way))
     y, back = jax.vjp(product, x, packed.values)
     dx, dv = back(dy)
@@ -186,7 +174,7 @@ def test_no_tokens_and_vmap(way):
   w, _, packed = weight('rows that do not divide')
   product = lambda x: block_sparse_matmul(x, packed, implementation=way)
   assert product(jnp.zeros((0, 70))).shape == (0, 64) and product(jnp.zeros((3, 0, 70))).shape == (3, 0, 64)
-  x = inputs(70, (4, 5))
+  x = normal((4, 5, 70))
   close(jax.vmap(product)(x), exact(x, w), 70)
   close(jax.vmap(jax.grad(lambda x: product(x).sum()))(x), np.broadcast_to(w.sum(1), (4, 5, 70)), 64)
   assert sampled_matmul(jnp.zeros((0, 70)), jnp.zeros((0, 64)), packed, implementation=way).sum() == 0
@@ -207,7 +195,7 @@ def test_sharded_by_tokens_and_by_output_columns():
   rng = np.random.default_rng(0)
   w = (rng.standard_normal((32, 64)) * np.kron(np.tile(np.eye(4), 2)[:, :8], np.ones((8, 8)))).astype('f4')
   packed = BlockSparseArray.from_dense(w, block=(8, 8))
-  x = jax.device_put(inputs(32, (8,)), NamedSharding(mesh, P('data')))
+  x = jax.device_put(normal((8, 32)), NamedSharding(mesh, P('data')))
   y = jax.jit(lambda x: block_sparse_matmul(x, packed, implementation='xla'))(x)
   close(y, exact(x, w), 32)
   columns = w.reshape(32, 4, 16).transpose(1, 0, 2)
@@ -226,7 +214,7 @@ def test_the_dense_weight_is_in_no_program_of_the_sparse_products():
   packed = weight('a tenth')[2]
   loss = lambda x, v: (block_sparse_matmul(x, formats.with_values(packed, v), implementation='xla') ** 2).sum()
   for tokens in (4, 40):
-    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(inputs(k, (tokens,)), packed.values))
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(normal((tokens, k)), packed.values))
     assert f'f32[{k},{n}]' not in text and f'f32[{k // 16},{n // 16},16,16]' not in text
     assert f'f32[{tokens},{n}]' in text
 
@@ -236,10 +224,10 @@ def test_the_dense_weight_is_in_no_program_of_the_sparse_products():
 
 def test_what_is_chosen_is_explained():
   sparse, filled = weight('a tenth')[2], weight('all kept')[2]
-  found = block_sparse_matmul(inputs(160, (40,)), sparse, explain=True)
+  found = block_sparse_matmul(normal((40, 160)), sparse, explain=True)
   assert found['cpu'].implementation == 'xla' and '%' in found['cpu'].reason
   assert set(found) == set(dispatch.PLATFORMS) and 'cpu' in str(found)
-  assert block_sparse_matmul(inputs(32, (40,)), filled, explain=True)['cpu'].implementation == 'dense'
+  assert block_sparse_matmul(normal((40, 32)), filled, explain=True)['cpu'].implementation == 'dense'
 
 
 @pytest.mark.parametrize('platform, mark', [('tpu', 'tpu_custom_call'), ('cuda', 'mosaic_gpu_v2'), ('cpu', None)])
@@ -261,16 +249,16 @@ def test_what_is_lowered_for_a_platform_has_its_kernels(platform, mark):
 
 SQUARE = weight('square')[2]
 REFUSED = {
-    'implementation': (lambda: block_sparse_matmul(inputs(64, (4,)), SQUARE, implementation='mosaic_tpuu'),
+    'implementation': (lambda: block_sparse_matmul(normal((4, 64)), SQUARE, implementation='mosaic_tpuu'),
                        "unknown implementation 'mosaic_tpuu'.*Did you mean.*'mosaic_tpu'.*Valid.*'?dense.*xla"),
-    'cannot run here': (lambda: block_sparse_matmul(inputs(64, (4,)), SQUARE, implementation='mosaic_gpu'),
+    'cannot run here': (lambda: block_sparse_matmul(normal((4, 64)), SQUARE, implementation='mosaic_gpu'),
                         r"'mosaic_gpu' cannot run this: it is for cuda, and the default device is cpu.*'xla'.*can"),
-    'length': (lambda: block_sparse_matmul(inputs(60, (4,)), SQUARE), r'\(4, 60\).*must end in 64.*reshape'),
+    'length': (lambda: block_sparse_matmul(normal((4, 60)), SQUARE), r'\(4, 60\).*must end in 64.*reshape'),
     'dtype': (lambda: block_sparse_matmul(jnp.ones((4, 64), jnp.int32), SQUARE), 'int32.*float32, bfloat16'),
-    'dense': (lambda: block_sparse_matmul(inputs(64, (4,)), jnp.ones((64, 64))), 'must be a formats.BlockSparseArray'),
-    'stack': (lambda: block_sparse_matmul(inputs(16, (4,)), BlockSparseArray.from_dense(
+    'dense': (lambda: block_sparse_matmul(normal((4, 64)), jnp.ones((64, 64))), 'must be a formats.BlockSparseArray'),
+    'stack': (lambda: block_sparse_matmul(normal((4, 16)), BlockSparseArray.from_dense(
         stack(), block=(8, 8), axes=Axes((1,), (2,), (), (0,)))), r'\(2, 16, 16\) is a stack.*vmap or scan'),
-    'cotangent': (lambda: sampled_matmul(inputs(64, (4,)), jnp.ones((4, 60)), SQUARE), r'\(4, 60\) must be \(4, 64\)'),
+    'cotangent': (lambda: sampled_matmul(normal((4, 64)), jnp.ones((4, 60)), SQUARE), r'\(4, 60\) must be \(4, 64\)'),
     'block': (lambda: BlockSparseArray.from_dense(np.ones((4, 4), 'f4'), block=(0, 4)), 'two whole numbers'),
     'mask': (lambda: BlockSparseArray.from_dense(np.ones((4, 4), 'f4'), np.ones((4, 2), bool)),
              r'mask of shape \(4, 2\)'),

@@ -11,31 +11,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from products import blocks, f32, normal, rounded_once
 
 from kernels_pallas import bench, block_sparse_matmul, gpu
 from kernels_pallas.attention import gpu as attention
 from kernels_pallas.block_sparse import gpu as block_sparse
 from kernels_pallas.sparse24 import gpu as sparse24
 from kernels_pallas.sparse24 import sparse24_matmul
-from sparsejax.formats import BlockSparseArray, Sparse24Array
+from sparsejax.formats import Sparse24Array
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 transposes = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason='interpret mode cannot transpose a reference before JAX 0.12')
-
-
-def random(seed, shape, dtype):
-  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def f32(a):
-  return np.asarray(a, np.float32)
-
-
-def close(got, wanted, length):
-  """Sums of `length` products in float32, rounded to the dtype."""
-  rounding = 0.51 * float(jnp.finfo(got.dtype).eps)
-  np.testing.assert_allclose(f32(got), f32(wanted), rtol=rounding, atol=1e-5 * length ** 0.5)
 
 
 def lowered(f, *args):
@@ -50,16 +37,6 @@ def kernels(f, *args):
 
 
 # Block-sparse products.
-
-
-def blocks(shape, block, dtype, stored=0.5, seed=0):
-  """A packed weight of which about `stored` of the blocks are not zero, of the first column none."""
-  grid = [-(-n // b) for n, b in zip(shape, block)]
-  keep = np.random.default_rng(seed).random(grid) < stored
-  keep[:, 0] = grid == [1, 1]
-  whole = np.repeat(np.repeat(keep, block[0], 0), block[1], 1)[:shape[0], :shape[1]]
-  return BlockSparseArray.from_dense(random(seed + 1, shape, dtype), whole, block=block)
-
 
 # name: grid and block of the weight, tokens, dtype of x, dtype of the weight, whether its counts are known when traced
 BLOCKS = {
@@ -78,14 +55,14 @@ def block_case(grid, block, tokens, dtype, stored, known):
   w = blocks((k, n), block, stored)
   if not known:
     w = dataclasses.replace(w, fan_in=None, fan_out=None)
-  return random(2, (tokens, k), dtype), random(3, (tokens, n), dtype), w
+  return normal((tokens, k), dtype, 2), normal((tokens, n), dtype, 3), w
 
 
 @block_cases
 def test_block_sparse_products(grid, block, tokens, dtype, stored, known):
   x, _, w = block_case(grid, block, tokens, dtype, stored, known)
   cast = dataclasses.replace(w, values=w.values.astype(dtype))
-  close(block_sparse.matmul(x, w, interpret=True), f32(x) @ f32(cast.to_dense()), x.shape[1])
+  rounded_once(block_sparse.matmul(x, w, interpret=True), f32(x) @ f32(cast.to_dense()), x.shape[1])
 
 
 @transposes
@@ -93,7 +70,7 @@ def test_block_sparse_products(grid, block, tokens, dtype, stored, known):
 def test_block_sparse_products_with_the_transpose(grid, block, tokens, dtype, stored, known):
   _, dy, w = block_case(grid, block, tokens, dtype, stored, known)
   cast = dataclasses.replace(w, values=w.values.astype(dtype))
-  close(block_sparse.matmul_transposed(dy, w, interpret=True), f32(dy) @ f32(cast.to_dense()).T, dy.shape[1])
+  rounded_once(block_sparse.matmul_transposed(dy, w, interpret=True), f32(dy) @ f32(cast.to_dense()).T, dy.shape[1])
 
 
 @transposes
@@ -103,7 +80,7 @@ def test_the_stored_blocks_of_a_product(grid, block, tokens, dtype, stored, know
   got = block_sparse.sampled(x, dy, w, interpret=True)
   assert got.dtype == stored
   whole = (f32(x).T @ f32(dy)).reshape(grid[0], block[0], grid[1], block[1])
-  close(got, whole[w.rows, :, w.cols], tokens)
+  rounded_once(got, whole[w.rows, :, w.cols], tokens)
 
 
 @pytest.mark.parametrize('fan', [(3, 1, 2), (1,), (4, 4)])
@@ -182,7 +159,7 @@ ATTENTION = {
 def test_attention_to_listed_blocks(case):
   heads, shared, queries, keys, d, block_q, block_k, causal, dtype = case
   seen, index, counts = listed(heads, queries // block_q, keys // block_k, 0.7)
-  q, k, v = (random(i, (h, n, d), dtype) for i, (h, n) in enumerate(((heads, queries), (shared, keys), (shared, keys))))
+  q, k, v = (normal((h, n, d), dtype, i) for i, (h, n) in enumerate(((heads, queries), (shared, keys), (shared, keys))))
   got = attention.attention(q, k, v, index, counts, block_q=block_q, block_k=block_k, causal=causal, scale=0.3,
                             interpret=True)
   whole = np.repeat(np.repeat(seen, block_q, 1), block_k, 2)
@@ -217,7 +194,7 @@ def test_sparse24_matmul_and_its_gradients_are_those_of_the_dense_weight(shape, 
   sizes = [shape[a] for a in order]
   w = jnp.transpose(two_of_four((int(np.prod(sizes[:len(axes)])), *sizes[len(axes):]), F32).reshape(sizes),
                     np.argsort(order))
-  packed, x = Sparse24Array.from_dense(w, axes), random(5, (2, 3, int(np.prod(sizes[:len(axes)]))), F32)
+  packed, x = Sparse24Array.from_dense(w, axes), normal((2, 3, int(np.prod(sizes[:len(axes)]))), F32, 5)
   merged = lambda w: jnp.transpose(w, order).reshape(x.shape[-1], -1)
   dense = lambda x, w: (x @ merged(w)).reshape(*x.shape[:-1], *sizes[len(axes):])
   np.testing.assert_allclose(sparse24_matmul(x, packed), dense(x, w), rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from products import blocks, f32, normal, rounded_once
 
 from kernels_pallas import tpu
 from kernels_pallas.attention import tpu as attention
@@ -19,21 +20,6 @@ from sparsejax.formats import BlockSparseArray, NMArray
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 INTERPRET = pltpu.InterpretParams()
-SUMS = 1e-5  # the error of a float32 sum of n products of normal numbers, over sqrt(n)
-
-
-def random(seed, shape, dtype):
-  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def f32(a):
-  return np.asarray(a, np.float32)
-
-
-def close(got, wanted, length, sums=SUMS):
-  """Sums of `length` products, rounded to their dtype."""
-  rounding = 0.51 * float(jnp.finfo(got.dtype).eps)
-  np.testing.assert_allclose(f32(got), wanted, rtol=rounding, atol=sums * length ** 0.5)
 
 
 def calls(f, *args):
@@ -43,15 +29,6 @@ def calls(f, *args):
 
 
 # Block-sparse products.
-
-
-def blocks(shape, block, dtype, stored=0.5, seed=0):
-  """A packed weight of which about `stored` of the blocks are not zero, of the first column none."""
-  grid = [-(-n // b) for n, b in zip(shape, block)]
-  keep = np.random.default_rng(seed).random(grid) < stored
-  keep[:, 0] = grid == [1, 1]
-  whole = np.repeat(np.repeat(keep, block[0], 0), block[1], 1)[:shape[0], :shape[1]]
-  return BlockSparseArray.from_dense(random(seed + 1, shape, dtype), whole, block=block)
 
 
 def dense(w):
@@ -79,14 +56,14 @@ def test_block_sparse_products_are_those_of_the_dense_weight(case):
   shape, block, tokens, dtype, stored = BLOCKS[case]
   w = blocks(shape, block, stored)
   whole, (bk, bn) = f32(jnp.asarray(dense(w), dtype)), block
-  x, dy = random(2, (tokens, whole.shape[0]), dtype), random(3, (tokens, whole.shape[1]), dtype)
+  x, dy = normal((tokens, whole.shape[0]), dtype, 2), normal((tokens, whole.shape[1]), dtype, 3)
   y, dx = (f(a, w, interpret=INTERPRET) for f, a in ((block_sparse.matmul, x), (block_sparse.matmul_transposed, dy)))
   dw = block_sparse.sampled(x, dy, w, interpret=INTERPRET)
   assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, stored)
-  close(y, f32(x) @ whole, shape[0])
-  close(dx, f32(dy) @ whole.T, shape[1])
+  rounded_once(y, f32(x) @ whole, shape[0])
+  rounded_once(dx, f32(dy) @ whole.T, shape[1])
   gradient = (f32(x).T @ f32(dy)).reshape(w.grid[0], bk, w.grid[1], bn).transpose(0, 2, 1, 3)
-  close(dw, gradient[np.asarray(w.rows), np.asarray(w.cols)], tokens)
+  rounded_once(dw, gradient[np.asarray(w.rows), np.asarray(w.cols)], tokens)
 
 
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
@@ -114,7 +91,7 @@ def test_the_transposed_product_does_not_copy_the_blocks():
 
 def packed(n, m, shape, dtype, seed=0):
   place = np.random.default_rng(seed).random((shape[0] // m, m, shape[1])).argsort(1).argsort(1)
-  kept = jnp.where((place < n).reshape(shape), random(seed + 1, shape, dtype), jnp.zeros((), dtype))
+  kept = jnp.where((place < n).reshape(shape), normal(shape, dtype, seed + 1), jnp.zeros((), dtype))
   return NMArray.from_dense(kept, n, m, 0)
 
 
@@ -130,10 +107,10 @@ N_M = {
 @pytest.mark.parametrize('case', N_M)
 def test_n_m_products_are_those_of_the_dense_weight(case):
   n, m, shape, tokens, dtype, stored = N_M[case]
-  w, x = packed(n, m, shape, stored), random(2, (tokens, shape[0]), dtype)
+  w, x = packed(n, m, shape, stored), normal((tokens, shape[0]), dtype, 2)
   y = n_m.matmul(x, w, interpret=INTERPRET)
   assert y.dtype == dtype and y.shape == (tokens, shape[1])
-  close(y, f32(x) @ f32(w.to_dense().astype(dtype)), shape[0])
+  rounded_once(y, f32(x) @ f32(w.to_dense().astype(dtype)), shape[0])
 
 
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
@@ -183,7 +160,7 @@ ATTENTION = {
 def test_attention_is_that_of_the_dense_mask(case, monkeypatch):
   (heads, shared), tq, tk, d, (block_q, block_k), width, causal, dtype = ATTENTION[case]
   index, counts = lists(heads, tq // block_q, tk // block_k, width)
-  args = [random(s, (h, t, d), dtype) for s, h, t in ((0, heads, tq), (1, shared, tk), (2, shared, tk))]
+  args = [normal((h, t, d), dtype, s) for s, h, t in ((0, heads, tq), (1, shared, tk), (2, shared, tk))]
   how = dict(block_q=block_q, block_k=block_k, causal=causal, scale=d ** -0.5)
   assert attention.refusal(*args, index, counts, **how) is None
   if heads == shared > 1:  # as if not all lists fitted at a time
@@ -191,11 +168,11 @@ def test_attention_is_that_of_the_dense_mask(case, monkeypatch):
   f = jax.jit(functools.partial(attention.attention, **how, interpret=INTERPRET))  # of a traced index
   y, pull_back = jax.vjp(lambda *qkv: f(*qkv, index, counts), *args)
   wanted, pull_back_wanted = jax.vjp(lambda *qkv: masked(*qkv, index, counts, **how), *(a.astype(F32) for a in args))
-  sums = {F32: SUMS, BF16: 2e-2}[dtype]  # what is multiplied is rounded in between
-  close(y, wanted, 1, sums)
-  dy = random(3, y.shape, dtype)
+  sums = {F32: 1e-5, BF16: 2e-2}[dtype]  # what is multiplied is rounded in between
+  rounded_once(y, wanted, 1, sums)
+  dy = normal(y.shape, dtype, 3)
   for got, gradient in zip(pull_back(dy), pull_back_wanted(dy.astype(F32))):
-    close(got, gradient, tq, sums)
+    rounded_once(got, gradient, tq, sums)
   assert not f32(y)[:, :block_q].any()
 
 
