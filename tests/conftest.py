@@ -1,6 +1,7 @@
 """Eight CPU devices for everybody, and JAX at its strictest, so that a silent promotion is an error here first."""
 
 import os
+import pathlib
 
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -10,6 +11,10 @@ import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# To compile is most of what tests do, and many do the same; so programs are kept, for all processes and for the next run.
+jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 @pytest.fixture
@@ -31,16 +36,8 @@ def quickly_compiled():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Of all jobs of a module; because they compile the same programs again and again, with JAX's cache of those."""
-  folder = tmp_path_factory.mktemp('jobs')
-  cache = {'jax_compilation_cache_dir': str(folder / 'cache'), 'jax_persistent_cache_min_compile_time_secs': 0.0,
-           'jax_persistent_cache_min_entry_size_bytes': -1}
-  before = {name: getattr(jax.config, name) for name in cache}
-  for name, value in cache.items():
-    jax.config.update(name, value)
-  yield folder
-  for name, value in before.items():
-    jax.config.update(name, value)
+  """Of all jobs of a module."""
+  return tmp_path_factory.mktemp('jobs')
 
 
 def pytest_addoption(parser):
