@@ -11,7 +11,7 @@ import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# To compile is most of what tests do, and many do the same; so programs are kept, for all processes and for the next run.
+# To compile is most of what tests do, and many compile the same: it is kept, for all processes and for the next run.
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
