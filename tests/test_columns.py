@@ -99,7 +99,7 @@ REFUSED = {
     'columns: counts': (lambda: CSCArray.from_dense(np.stack([np.eye(4), np.ones((4, 4))]).astype('f4'), axes=Axes(
         (1,), (2,), layer=(0,))), "different numbers of nonzeros, '16', '4'; pack them one by one"),
     'columns: taps': (lambda: CSCArray.from_dense(jnp.ones((3, 3, 4, 4)), axes=Axes((2,), (3,), (0, 1))), 'spatial'),
-    'columns: file': (lambda: CSCArray.restored({}, (4, 4), {'axes': [0, 1], 'stacked': 0}), 'contracted along'),
+    'columns: file': (lambda: CSCArray.restored({}, (4, 4), {'axes': [0, 1], 'stacked': 0}), 'cannot be csc along'),
 }
 
 

@@ -89,35 +89,36 @@ def test_the_transposed_product_does_not_copy_the_blocks():
 # N:M.
 
 
-def packed(n, m, shape, dtype, seed=0):
-  place = np.random.default_rng(seed).random((shape[0] // m, m, shape[1])).argsort(1).argsort(1)
-  kept = jnp.where((place < n).reshape(shape), normal(shape, dtype, seed + 1), jnp.zeros((), dtype))
-  return NMArray.from_dense(kept, n, m, 0)
+def packed(n, m, width, shape, dtype, seed=0):
+  place = np.random.default_rng(seed).random((shape[0] // m, m, shape[1] // width)).argsort(1).argsort(1)
+  kept = np.repeat((place < n).reshape(shape[0], -1), width, 1)
+  return NMArray.from_dense(jnp.where(kept, normal(shape, dtype, seed + 1), jnp.zeros((), dtype)), n, m, 0, width=width)
 
 
-# name: n, m, shape of the weight, tokens, dtype of x, dtype of the weight
+# name: n, m, how many outputs share positions, shape of the weight, tokens, dtype of x, dtype of the weight
 N_M = {
-    '2:4': (2, 4, (1536, 256), 1, BF16, BF16), '2:4, three tiles': (2, 4, (2304, 128), 5, F32, F32),
-    '1:4': (1, 4, (512, 128), 5, BF16, BF16), '2:8': (2, 8, (1024, 128), 5, BF16, BF16),
-    '4:8': (4, 8, (512, 640), 1, BF16, BF16), '1:8': (1, 8, (2048, 128), 5, F32, F32),
-    '8:16': (8, 16, (512, 128), 300, BF16, BF16), '3:4, 16 bits meet 32': (3, 4, (512, 128), 5, BF16, F32),
+    '2:4': (2, 4, 1, (1536, 256), 1, BF16, BF16), '2:4, three tiles': (2, 4, 1, (2304, 128), 5, F32, F32),
+    '1:4': (1, 4, 1, (512, 128), 5, BF16, BF16), '2:8': (2, 8, 1, (1024, 128), 5, BF16, BF16),
+    '4:8': (4, 8, 1, (512, 640), 1, BF16, BF16), '1:8': (1, 8, 1, (2048, 128), 5, F32, F32),
+    '2:4 of vectors of 8': (2, 4, 8, (512, 128), 5, BF16, BF16),
+    '8:16': (8, 16, 1, (512, 128), 300, BF16, BF16), '3:4, 16 bits meet 32': (3, 4, 1, (512, 128), 5, BF16, F32),
 }
 
 
 @pytest.mark.parametrize('case', N_M)
 def test_n_m_products_are_those_of_the_dense_weight(case):
-  n, m, shape, tokens, dtype, stored = N_M[case]
-  w, x = packed(n, m, shape, stored), normal((tokens, shape[0]), dtype, 2)
+  n, m, width, shape, tokens, dtype, stored = N_M[case]
+  w, x = packed(n, m, width, shape, stored), normal((tokens, shape[0]), dtype, 2)
   y = n_m.matmul(x, w, interpret=INTERPRET)
   assert y.dtype == dtype and y.shape == (tokens, shape[1])
   rounded_once(y, f32(x) @ f32(w.to_dense().astype(dtype)), shape[0])
 
 
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
-@pytest.mark.parametrize('pattern', [(2, 4), (1, 4), (2, 8), (4, 8), (1, 8), (8, 16)], ids=str)
+@pytest.mark.parametrize('pattern', [(2, 4), (1, 4), (2, 8), (4, 8), (1, 8), (8, 16), (1, 4, 128)], ids=str)
 def test_n_m_products_lower(pattern, dtype):
   dense = jax.ShapeDtypeStruct((4096, 1024), dtype)
-  w = jax.eval_shape(lambda w: NMArray.from_dense(w, *pattern, 0, check=False), dense)
+  w = jax.eval_shape(lambda w: NMArray.from_dense(w, *pattern[:2], 0, False, *pattern[2:]), dense)
   for tokens in (1, 5, 300):
     x = jax.ShapeDtypeStruct((tokens, 4096), dtype)
     assert n_m.refusal(x, w) is None and calls(n_m.matmul, x, w) == 1
@@ -203,8 +204,8 @@ def of_blocks(dtype=F32, stored=F32, block=(128, 128), nnz=2):
   return block_sparse.refusal(jax.ShapeDtypeStruct((1, block[0] * nnz), dtype), shapes(block, nnz, stored))
 
 
-def of_n_m(dtype=F32, n=2, m=4, shape=(1024, 256), axes=0, width=1):
-  w = jax.eval_shape(lambda w: NMArray.from_dense(w, n, m, axes, check=False, width=width),
+def of_n_m(dtype=F32, n=2, m=4, shape=(1024, 256), axes=0):
+  w = jax.eval_shape(lambda w: NMArray.from_dense(w, n, m, axes, check=False),
                      jax.ShapeDtypeStruct(shape, dtype))
   return n_m.refusal(jax.ShapeDtypeStruct((1, shape[0]), dtype), w)
 
@@ -225,7 +226,6 @@ REFUSALS = {
     'N:M of float16': (lambda: of_n_m(F16), 'not float16; cast to bfloat16'),
     'N:M of a stack': (lambda: of_n_m(shape=(2, 1024, 256), axes=1), r'shape \(2, 1024, 256\) .*; pack with axes=0'),
     'N:M along the outputs': (lambda: of_n_m(axes=1), r'packed along \(-1,\); pack with axes=0'),
-    'N:M of vectors': (lambda: of_n_m(width=4), 'and 4 share theirs; pack with width 1'),
     '1:64': (lambda: of_n_m(n=1, m=64), '1:64 does not fit its tiles; 2:4, 1:4, .* do'),
     '17:32': (lambda: of_n_m(n=17, m=32), '17:32 does not fit its tiles'),
     'N:M, undivided contraction': (lambda: of_n_m(shape=(1152, 256)), 'multiple of 256 and outputs .* of 128: fill up'),

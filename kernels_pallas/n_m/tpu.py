@@ -33,6 +33,7 @@ def matmul(x: Array, w: NMArray, *, interpret: Any = False) -> Array:
   rows, columns = _divisor(entries, _unit(w), _DENSE // slots), _divisor(outputs, tpu.LANES, _OUTPUTS)
   octets, steps = rows // 8 * bits, entries // rows
   ordered = tpu.filled(_ordered(x, w.n, w.m), 1, tokens)
+  indices = jnp.repeat(w.indices, w.width, 1)  # positions that outputs share: few bytes beside the values
   count = ordered.shape[1]
   call = pl.pallas_call(
       functools.partial(_kernel, n=w.n, bits=bits, steps=steps), grid=(count // tokens, outputs // columns, steps),
@@ -42,9 +43,9 @@ def matmul(x: Array, w: NMArray, *, interpret: Any = False) -> Array:
       out_specs=pl.BlockSpec((tokens, columns), lambda i, j, k: (i, j)),
       scratch_shapes=[pltpu.VMEM((slots, rows, columns), x.dtype), pltpu.VMEM((octets, columns), jnp.int32),
                       pltpu.VMEM((tokens, columns), jnp.float32)],
-      out_shape=tpu.result((count, outputs), x.dtype, x, w.values, w.indices), interpret=interpret, name='nm_matmul',
+      out_shape=tpu.result((count, outputs), x.dtype, x, w.values, indices), interpret=interpret, name='nm_matmul',
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')))
-  return call(ordered, w.values, w.indices)[:x.shape[0]]
+  return call(ordered, w.values, indices)[:x.shape[0]]
 
 
 def refusal(x: Array, w: NMArray) -> str | None:
@@ -54,8 +55,6 @@ def refusal(x: Array, w: NMArray) -> str | None:
   if w.values.ndim != 2 or w.axes != (-2,):
     return (f'it takes a matrix packed along the first of its two axes, not shape {w.shape} packed along {w.axes}; '
             'pack with axes=0, and take one of a stack at a time with vmap or scan')
-  if w.width > 1:
-    return f'it compares the positions of each output, and {w.width} share theirs; pack with width 1'
   unit = _unit(w)
   if not 2 <= w.m <= 256 or w.n > _MOST_VALUES or -(-w.m // w.n) * unit > _MOST_DENSE:
     return f'{w.n}:{w.m} does not fit its tiles; 2:4, 1:4, 2:8, 4:8, 1:8, 8:16 and the like do'
