@@ -45,6 +45,11 @@ def pytest_addoption(parser):
   parser.addoption('--table', default=None, help='write what they gave to this file')
 
 
+def pytest_collection_modifyitems(items):
+  """Modules that train in processes of their own come first: they take minutes, and the last one is waited for."""
+  items.sort(key=lambda item: item.module.__name__ not in ('test_crash', 'test_hosts', 'test_train'))
+
+
 def pytest_terminal_summary(terminalreporter, config):
   """With `--table`, what `test_product` found as a page of the docs."""
   if config.getoption('--table'):
