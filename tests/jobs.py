@@ -52,7 +52,7 @@ class Job:
     FORKS.set_forkserver_preload(['experiments.train'])
     self.arguments = [*map(str, arguments)]
     self._out, self._err = (pathlib.Path(f'{place}.{name}') for name in ('out', 'err'))
-    flags = f'--xla_force_host_platform_device_count={devices}'
+    flags = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
     environment = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
     self._process = FORKS.Process(
         target=_main, args=(self.arguments, environment, cache, before, self._out, self._err))

@@ -8,8 +8,6 @@ from products import TOKENS, WAYS, close, inputs, normal, value_and_gradients
 
 from kernels_pallas.active import active_matmul
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
-
 
 @inputs
 @pytest.mark.parametrize('way', WAYS)

@@ -12,9 +12,6 @@ from products import WAYS, close, largest, normal, value_and_gradients
 
 from kernels_pallas.attention import block_sparse_attention
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
-
-
 # Batch, Tq, Tk, heads, kv_heads, d, block_q, block_k, how many blocks are listed.
 
 ATTENTION = {

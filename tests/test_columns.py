@@ -14,8 +14,6 @@ from sparsejax import formats, io
 from sparsejax.formats import CSCArray
 from sparsejax.types import Axes
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
-
 
 def stack():
   """Two matrices, of as many nonzeros each."""

@@ -19,9 +19,6 @@ from sparsejax import formats, patterns
 from sparsejax.formats import CSCArray, NMArray
 from sparsejax.types import Axes
 
-pytestmark = pytest.mark.usefixtures('quickly_compiled')
-
-
 # Products with a packed weight: op, shape of the weight, contracted axes, what is kept of it, and how it is packed.
 
 COLUMNS = (unstructured_matmul, lambda w, mask, axes: CSCArray.from_dense(w, mask, axes))
