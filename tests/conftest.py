@@ -3,8 +3,8 @@
 import os
 import pathlib
 
-# Most of what tests do is to compile, which takes half as long without what makes programs fast. What they say holds for
-# programs as users compile them too: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
+# Most of what tests do is to compile, which takes half as long without what makes programs fast. They pass for programs
+# as users compile them too: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 '
                                    '--xla_cpu_use_fusion_emitters=false')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
