@@ -6,10 +6,10 @@ import pathlib
 
 # Most of what tests do is to compile, which takes half as long without what makes programs fast. They pass for programs
 # as users compile them too: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
-FLAGS = ['--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0']
-if importlib.metadata.version('jaxlib').startswith('0.10.'):  # later ones end a process that gives them this
-  FLAGS.append('--xla_cpu_use_fusion_emitters=false')
-os.environ.setdefault('XLA_FLAGS', ' '.join(FLAGS))
+os.environ.setdefault('XLA_FLAGS', ' '.join([
+    '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
+    # Later versions end a process that gives them this.
+    *['--xla_cpu_use_fusion_emitters=false'] * importlib.metadata.version('jaxlib').startswith('0.10.')]))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
