@@ -52,8 +52,7 @@ class Job:
     FORKS.set_forkserver_preload(['experiments.train'])
     self.arguments = [*map(str, arguments)]
     self._out, self._err = (pathlib.Path(f'{place}.{name}') for name in ('out', 'err'))
-    flags = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
-    environment = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+    environment = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags(devices)}
     self._process = FORKS.Process(
         target=_main, args=(self.arguments, environment, cache, before, self._out, self._err))
     self._process.start()
@@ -73,6 +72,11 @@ class Job:
   def kill(self):
     self._process.kill()
     self._process.join()
+
+
+def flags(devices=1):
+  """What tests give XLA, for so many devices: programs that are to give the same bits are compiled alike."""
+  return os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
 
 
 @contextlib.contextmanager

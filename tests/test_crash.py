@@ -198,6 +198,6 @@ def test_a_full_disk_is_said_in_a_line_and_loses_nothing(folder, alone):
 
 
 def environment(folder):
-  return {**os.environ, 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
+  return {**os.environ, 'XLA_FLAGS': jobs.flags(), 'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
           'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
           'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
