@@ -109,7 +109,7 @@ def test_a_jitted_step_compiles_once_donates_everything_and_equals_the_scan(name
   params = cases.random(0)
   params, state = cases.stepped(name, params, CASES[name].make().init(params), range(STEPS))
   assert len(cases.stepper(name)[1]) == 1
-  cases.assert_same((params, state), cases.run(name)[0])
+  cases.assert_same((params, state), cases.run(name)[0], cases.rounding(name))
 
 
 def test_a_loop_of_unknown_length_carries_the_state():
@@ -179,7 +179,7 @@ def test_through_pickle_and_on_bit_for_bit(name):
 
 def assert_goes_on(name, params, state):
   again = cases.stepped(name, *jax.tree.map(jnp.array, (params, state)), range(STEPS // 2, STEPS))
-  cases.assert_same(again, cases.run(name)[0])
+  cases.assert_same(again, cases.run(name)[0], cases.rounding(name))
   assert len(cases.stepper(name)[1]) == 1, 'compiled again'
 
 

@@ -267,7 +267,7 @@ def test_products_are_as_precise_as_others_of_the_program(asked, dtype, wanted):
 
 def test_products_say_over_which_axes_of_a_mesh_they_vary():
   mesh, said = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,)), []
-  x, w, packed_w = jnp.ones((32, 256)), blocks((256, 256), (128, 128), F32), packed(2, 4, (256, 256), F32)
+  x, w, packed_w = jnp.ones((32, 256)), blocks((256, 256), (128, 128), F32), packed(2, 4, 1, (256, 256), F32)
   along, across = P('data'), P(None, 'data')
   for kernel, args, specs, out in ((block_sparse.matmul, (x, w), (along, P()), along),
                                    (block_sparse.matmul_transposed, (x, w), (along, P()), along),
