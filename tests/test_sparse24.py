@@ -186,7 +186,8 @@ def test_what_packing_never_makes_is_a_problem(change, message):
 
 @pytest.mark.parametrize('about, message', [
     ({'axes': [], 'stacked': 0}, 'cannot be sparse24'), ({'axes': [2], 'stacked': 0}, 'cannot be sparse24'),
-    ({'axes': [0], 'stacked': 1}, 'cannot be sparse24'), ({'axes': [0, 0], 'stacked': 0}, 'cannot be sparse24'),
+    ({'axes': [-1], 'stacked': -1}, 'cannot be sparse24'), ({'axes': [0], 'stacked': 1}, 'cannot be sparse24'),
+    ({'axes': [0, 0], 'stacked': 0}, 'cannot be sparse24'),
 ])
 def test_absurd_descriptions_are_refused(about, message):
   packed = good()

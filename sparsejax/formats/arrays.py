@@ -132,7 +132,7 @@ class MatrixArray(PackedArray):
   def matrix_of(cls, shape: tuple[int, ...], about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The fields `axes` and `sizes` that `described` told of in `about`."""
     axes, lead = about['axes'], about['stacked']
-    if not axes or not set(axes) < set(range(lead, len(shape))) or len(set(axes)) < len(axes):
+    if lead < 0 or not axes or not set(axes) < set(range(lead, len(shape))) or len(set(axes)) < len(axes):
       raise ValueError(f'cannot be {cls.kind} along the axes {axes} of shape {shape}, of which {lead} are of a stack')
     return {'axes': tuple(a - len(shape) for a in axes), 'sizes': tuple(shape[lead:])}
 
