@@ -155,7 +155,7 @@ def test_only_values_are_trained():
 def test_products_and_gradients_are_those_of_the_masked_dense_weight(name, way, dtype):
   w, mask, packed = weight(name, dtype)
   k, n = w.shape
-  for tokens in ((2, 3), (40,)):  # few and many: two forms on a CPU
+  for tokens in ((2, 3), (40,), (4000,))[:3 if name == 'a tenth' else 2]:  # the last do not fit a CPU's cache
     x, dy = normal((*tokens, k), dtype), normal((*tokens, n), dtype, 1)
     product = jax.jit(lambda x, v: block_sparse_matmul(x, formats.with_values(packed, v), implementation=way))
     y, back = jax.vjp(product, x, packed.values)

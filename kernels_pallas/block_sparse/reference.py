@@ -1,10 +1,15 @@
 """Block-sparse products in plain `jnp`, for XLA on any platform; on CPUs faster than dense.
 
 A block column of the product is one dot: the columns of x that it needs, gathered side by side, times its blocks, which
-lie one below the other already. Columns with equally many blocks are one loop, so nothing is padded. Where all that is
-gathered fits the cache, one batched dot for all columns is faster than a loop of dots (`benchmarks/kernels.py`).
+lie one below the other already. Columns with equally many blocks are one loop, so nothing is padded. Where there are
+few columns, or all that is gathered fits the cache, one batched dot for all columns is faster than a loop of dots
+(`benchmarks/kernels.py`).
+
+XLA's CPU client has two libraries for a dot: the faster one takes only those that contract the last axis of the left
+side. It folds transposes into dots, so that what is written as such may arrive as another.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +21,23 @@ from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
 CACHE = 3 << 20  # bytes gathered, up to which one batched dot is taken
-FEW_COLUMNS, FEW_TOKENS = 8, 512  # up to which the loop over the columns is unrolled
+FEW, FEW_TOKENS = 8, 512  # block rows or columns, and tokens, up to which nothing is looped
 
 
 def matmul(x: Array, w: BlockSparseArray) -> Array:
   """`x [M, Kb bk]` times `w`: `[M, Nb bn]` in x's dtype, summed in float32."""
-  return _product(x, w.values, w.rows, w.cols, w.fan_in, w.grid[1])
+  tokens, (length, width), n_columns = x.shape[0], w.block, w.grid[1]
+  if w.fan_in is None:
+    parts = _dots(_taken(_blocks(x, length), w.rows), w.values, 2, 1)
+    y = jax.ops.segment_sum(parts, w.cols, n_columns).transpose(1, 0, 2)
+    return y.reshape(tokens, n_columns * width).astype(x.dtype)
+  groups = _groups(w.values, w.rows, w.fan_in)
+  if _few(tokens, n_columns) or tokens * len(w.rows) * length * x.dtype.itemsize <= CACHE:
+    return _at_once(x, groups, length)
+  y = jnp.zeros((tokens, n_columns * width), x.dtype)
+  for one in groups:
+    y = _one_by_one(x, y, *one[:3])
+  return y
 
 
 def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
@@ -29,16 +45,41 @@ def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
 
   `x` is `[M, Kb bk]`, `dy` `[M, Nb bn]`. Blocks that only fill up a row or a column are zero.
   """
+  cast = dataclasses.replace(w, values=w.values.astype(dy.dtype))
+  if w.fan_in is None or w.fan_out is None:
+    dx, blocks = _back_blockwise(x, dy, cast)
+  elif _few(x.shape[0], *w.grid):
+    dx, blocks = _back_unrolled(x, dy, cast)
+  else:
+    dx, blocks = _back_looped(x, dy, cast)
+  return dx.astype(x.dtype), trained(blocks, w)
+
+
+def _back_blockwise(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
+  """A batched dot of all blocks, whose rows and columns are not known at trace time."""
+  (bk, bn), kb = w.block, w.grid[0]
+  taken = _taken(_blocks(dy, bn), w.cols)
+  dx = jax.ops.segment_sum(_dots(taken, w.values, 2, 2), w.rows, kb)
+  return dx.transpose(1, 0, 2).reshape(x.shape), _dots(_taken(_blocks(x, bk), w.rows), taken, 1, 1)
+
+
+def _back_unrolled(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
+  """A dot for each block row of dx and each block column of the values, so that several may run at the same time."""
+  (bk, bn), ends = w.block, [np.cumsum(fan)[:-1] for fan in (w.fan_in, w.fan_out)]
+  dx, values = [], []
+  for places, cols in zip(jnp.split(w.order, ends[1]), jnp.split(_taken(w.cols, w.order), ends[1])):
+    blocks = jnp.concatenate([_taken(w.values, place) for place in places], 1)
+    dx.append(_dot(_picked(dy, cols, bn), blocks, 1, 1))
+  for rows, part in zip(jnp.split(w.rows, ends[0]), jnp.split(dy, w.grid[1], 1)):
+    # Transposed, which is faster on CPUs, and behind a barrier, lest XLA turn the dot round again.
+    values.append(jax.lax.optimization_barrier(_dot(part, _picked(x, rows, bk), 0, 0)).T)
+  return jnp.concatenate(dx, 1), jnp.concatenate(values).reshape(-1, bk, bn)
+
+
+def _back_looped(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
+  """Both at once, block column after block column."""
   (bk, bn), kb, tokens = w.block, w.grid[0], x.shape[0]
   inputs = x.T.reshape(kb, bk, tokens)
-  if w.fan_in is None:
-    parts = _dots(_taken(_blocks(dy, bn), w.cols), w.values, 2, 2)
-    dx = jax.ops.segment_sum(parts, w.rows, kb).transpose(1, 0, 2).reshape(x.shape)
-    return dx.astype(x.dtype), trained(_dots(_taken(inputs, w.rows), _taken(_blocks(dy, bn), w.cols), 2, 1), w)
-  if _few(x, w.fan_in):
-    product = lambda x, values: _side_by_side(x, _groups(values, w.rows, w.fan_in), bk)
-    dx, found = jax.vjp(product, x, w.values.astype(x.dtype))[1](dy)
-    return dx, trained(found, w)
   dx, parts, slots = jnp.zeros(x.shape, jnp.float32), [], []
   for values, rows, columns, places in _groups(w.values, w.rows, w.fan_in):
     def column(dx, args, length=values.shape[1]):
@@ -53,7 +94,7 @@ def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
     dx, found = jax.lax.scan(column, dx, (values, rows, columns))
     parts.append(found.reshape(-1, bk, bn))
     slots.append(places)
-  return dx.astype(x.dtype), trained(_sorted(parts, slots), w)
+  return dx, _sorted(parts, slots)
 
 
 def sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
@@ -68,24 +109,6 @@ def trained(blocks: Array, w: BlockSparseArray) -> Array:
   return blocks.astype(w.dtype)
 
 
-def _product(x: Array, values: Array, rows: Array, cols: Array, fan: tuple[int, ...] | None, n_columns: int) -> Array:
-  """`x` times the blocks `values [nnz, length, width]`, block column after block column, at `rows` and `cols`."""
-  tokens, (length, width) = x.shape[0], values.shape[1:]
-  if fan is None:
-    parts = _dots(_taken(_blocks(x, length), rows), values, 2, 1)
-    y = jax.ops.segment_sum(parts, cols, n_columns).transpose(1, 0, 2)
-    return y.reshape(tokens, n_columns * width).astype(x.dtype)
-  groups = _groups(values, rows, fan)
-  if x.shape[0] * len(values) * length * x.dtype.itemsize <= CACHE:
-    return _at_once(x, groups, length)
-  if _few(x, fan):
-    return _side_by_side(x, groups, length)
-  y = jnp.zeros((tokens, n_columns * width), x.dtype)
-  for one in groups:
-    y = _one_by_one(x, y, *one[:3])
-  return y
-
-
 def _one_by_one(x: Array, y: Array, values: Array, rows: Array, columns: Array) -> Array:
   """`y` with these columns filled in."""
   width, length = values.shape[-1], values.shape[1] // rows.shape[1]
@@ -95,14 +118,7 @@ def _one_by_one(x: Array, y: Array, values: Array, rows: Array, columns: Array) 
     found = _dot(_picked(x, row, length), w, 1, 0).astype(x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(y, found, n * width, 1), None
 
-  return jax.lax.scan(column, y, (values, rows, columns))[0]
-
-
-def _side_by_side(x: Array, groups: Sequence[Any], length: int) -> Array:
-  """Unrolled, so that the dots of several columns may run at the same time."""
-  found = {n: _dot(_picked(x, rows[i], length), values[i], 1, 0).astype(x.dtype)
-           for values, rows, columns, _ in groups for i, n in enumerate(columns.tolist())}
-  return jnp.concatenate([found[n] for n in sorted(found)], 1)
+  return jax.lax.scan(column, y, (values, rows, columns), unroll=2)[0]
 
 
 def _picked(x: Array, row: Array, length: int) -> Array:
@@ -110,17 +126,22 @@ def _picked(x: Array, row: Array, length: int) -> Array:
   return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, r * length, length, 1) for r in row], 1)
 
 
-def _few(x: Array, fan: Sequence[int]) -> bool:
-  return len(fan) <= FEW_COLUMNS and x.shape[0] <= FEW_TOKENS
+def _few(tokens: int, *blocks: int) -> bool:
+  return tokens <= FEW_TOKENS and max(blocks) <= FEW
 
 
 def _at_once(x: Array, groups: Sequence[Any], length: int) -> Array:
-  tokens, parts = x.shape[0], []
-  for values, rows, *_ in groups:
-    gathered = _taken(_blocks(x, length), rows).transpose(0, 2, 1, 3).reshape(len(rows), tokens, -1)
-    parts.append(_dots(gathered, values, 2, 1).astype(x.dtype))
+  """A batched dot for all columns with equally many blocks."""
+  parts = [_dots(_gathered(x, rows, length), values, 2, 1).astype(x.dtype) for values, rows, *_ in groups]
   y = _sorted(parts, [columns for *_, columns, _ in groups])
-  return y.transpose(1, 0, 2).reshape(tokens, -1)
+  return y.transpose(1, 0, 2).reshape(x.shape[0], -1)
+
+
+def _gathered(x: Array, rows: Array, length: int) -> Array:
+  """What each column needs of x, `[columns, M, number * length]`."""
+  if rows.size <= FEW * FEW:  # as slices, which are copied faster, but are an operation each
+    return jnp.concatenate([_picked(x, row, length)[None] for row in rows])
+  return _taken(_blocks(x, length), rows).transpose(0, 2, 1, 3).reshape(len(rows), x.shape[0], -1)
 
 
 def _blocks(x: Array, length: int) -> Array:
