@@ -57,9 +57,12 @@ def ratio(rounds: list[dict[str, float]], over: str, under: str) -> tuple[float,
 def hardware() -> str:
   """One line that a number can stand beside: device, cores, versions, commit."""
   device = jax.devices()[0]
-  commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=False)
+  git = lambda *args: subprocess.run(['git', *args], capture_output=True, text=True, check=False)
+  commit = git('rev-parse', '--short', 'HEAD').stdout.strip() or 'unknown'
+  if git('diff', '--quiet', 'HEAD', '--', '*.py').returncode == 1:
+    commit += ' and changes'
   cpu = f'{_cpu_name()}, {len(os.sched_getaffinity(0))} cores' if device.platform == 'cpu' else device.device_kind
-  return f'{cpu}, jax {jax.__version__}, commit {commit.stdout.strip() or "unknown"}'
+  return f'{cpu}, jax {jax.__version__}, commit {commit}'
 
 
 def _cpu_name() -> str:
