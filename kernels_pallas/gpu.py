@@ -131,9 +131,30 @@ def barriers(slots: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
   return plgpu.Barrier(num_arrivals=copies, num_barriers=slots), free
 
 
-def copies(loop: Callable[..., Any], trips: Callable[[Any], Array], copy: Callable[..., None], free: Any,
-           slots: int) -> None:
-  """What the memory warpgroup does: for every tile of `loop`, `copy(tile, step, slot)` for `trips(tile)` steps."""
+def ring(n: Any, tile: Callable[[Array], Any], trips: Callable[[Any], Array], copy: Callable[..., None],
+         compute: Callable[[Any, Array], Array], free: Any, slots: int) -> None:
+  """What a block does: its share of `n` output tiles, of which the i-th is called `tile(i)`, through one ring.
+
+  The memory warpgroup does `copy(tile, step, slot)` for `trips(tile)` steps of each, the others `compute(tile, count)`,
+  which gives the count behind it.
+  """
+  def loop(f):
+    each = lambda info, carry: f(tile(info.index[0]), carry)
+    return plgpu.nd_loop((n,), collective_axes='sm', init_carry=jnp.int32(0))(each)
+
+  @pl.when(lax.axis_index('wg') == COMPUTE)
+  def _():
+    _copies(loop, trips, copy, free, slots)
+
+  @pl.when(lax.axis_index('wg') < COMPUTE)
+  def _():
+    start((free,), slots)
+    loop(compute)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copies(loop: Callable[..., Any], trips: Callable[[Any], Array], copy: Callable[..., None], free: Any,
+            slots: int) -> None:
   plgpu.set_max_registers(40, action='decrease')
 
   @loop

@@ -57,7 +57,8 @@ REFUSED = {
     'active: mask': (lambda: active_matmul(HALF, ONES, mask=jnp.ones((4,), bool)), r'mask of shape \(4,\).*\(16,\)'),
     'active: capacity': (lambda: active_matmul(HALF, ONES, capacity=0.5), 'capacity 0.5 must be a number of blocks'),
     'active: dtype': (lambda: active_matmul(HALF.astype(int), ONES), 'x has dtype int32'),
-    'active: name': (lambda: active_matmul(HALF, ONES, implementation='mosaic_tpu'), 'active_matmul: unknown impl'),
+    'active: elsewhere': (lambda: active_matmul(HALF, ONES, implementation='mosaic_tpu'), 'it is for tpu.*can; None'),
+    'active: name': (lambda: active_matmul(HALF, ONES, implementation='mosaic_gpu'), 'active_matmul: unknown impl'),
 }
 
 

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from products import blocks, f32, normal, rounded_once
 
 from kernels_pallas import tpu
+from kernels_pallas.active import active_matmul
+from kernels_pallas.active import tpu as active
 from kernels_pallas.attention import tpu as attention
 from kernels_pallas.block_sparse import tpu as block_sparse
 from kernels_pallas.n_m import tpu as n_m
@@ -124,6 +126,51 @@ def test_n_m_products_lower(pattern, dtype):
     assert n_m.refusal(x, w) is None and calls(n_m.matmul, x, w) == 1
 
 
+# Activation-sparse products.
+
+
+# name: K, N, block, active blocks, tokens, dtype of x, dtype of the weight
+ACTIVE = {
+    'some': (1024, 256, 16, [1, 5, 6, 30, 63], 3, F32, F32), 'none': (256, 128, 128, [], 2, F32, F32),
+    'more than a step': (640, 128, 32, range(2, 19), 1, BF16, BF16), 'one': (512, 384, 128, [2], 16, BF16, BF16),
+    'all of them': (256, 1152, 64, range(4), 17, F32, F32), '16 bits meet 32': (512, 128, 16, [0, 31], 1, BF16, F32),
+    'steps that do not divide': (320, 128, 80, [0, 1, 3], 2, F32, F32),
+}
+
+
+def inputs_of(case):
+  """x, zero but in the active blocks, and a weight that is NaN wherever it is not to be read."""
+  k, n, block, listed, tokens, dtype, stored = ACTIVE[case]
+  read = np.repeat(np.isin(np.arange(k // block), list(listed)), block)
+  x = jnp.where(read, normal((tokens, k), dtype, 1), jnp.zeros((), dtype))
+  return x, jnp.where(read[:, None], normal((k, n), stored, 2), jnp.asarray(jnp.nan, stored)), block, len(listed)
+
+
+@pytest.mark.parametrize('case', ACTIVE)
+def test_active_products_read_the_active_rows_alone(case):
+  x, w, block, listed = inputs_of(case)
+  y = active.matmul(x, w, block, listed, interpret=INTERPRET)
+  assert y.dtype == x.dtype and y.shape == (len(x), w.shape[1])
+  rounded_once(y, f32(x) @ np.nan_to_num(f32(w.astype(x.dtype))), len(w))
+
+
+def test_active_products_above_the_capacity_are_dense():
+  x, w, block, listed = inputs_of('some')
+  assert np.isnan(active.matmul(x, w, block, listed - 1, interpret=INTERPRET)).all()
+
+
+@pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
+@pytest.mark.parametrize('block', [16, 128, 512])
+def test_active_products_lower(block, dtype):
+  w = jax.ShapeDtypeStruct((4096, 2048), dtype)
+  for tokens in (1, 16, 100):
+    x = jax.ShapeDtypeStruct((tokens, 4096), dtype)
+    assert active.refusal(x, w, block) is None
+    assert calls(lambda x, w: active_matmul(x, w, block=block), x, w) == 1
+    assert calls(jax.vmap(lambda x, w: active_matmul(x, w, block=block), (0, None)), jax.ShapeDtypeStruct(
+        (2, 1, 4096), dtype), w) == 1
+
+
 # Attention.
 
 
@@ -216,6 +263,10 @@ def of_attention(dtypes=(F32, F32, F32), heads=(2, 2), length=512, block=(128, 1
   return attention.refusal(q, k, v, index, None, block_q=block[0], block_k=block[1], causal=True, scale=1.0)
 
 
+def of_active(tokens=1, k=4096, n=1024, block=128, dtype=BF16, stored=BF16):
+  return active.refusal(jax.ShapeDtypeStruct((tokens, k), dtype), jax.ShapeDtypeStruct((k, n), stored), block)
+
+
 # what is refused: why, and the remedy
 REFUSALS = {
     'float16': (lambda: of_blocks(F16, F16), 'not float16; cast to bfloat16'),
@@ -231,6 +282,11 @@ REFUSALS = {
     'N:M, undivided contraction': (lambda: of_n_m(shape=(1152, 256)), 'multiple of 256 and outputs .* of 128: fill up'),
     '1:8, undivided contraction': (lambda: of_n_m(n=1, m=8), 'multiple of 2048 and outputs .* of 128: fill up'),
     'N:M, undivided outputs': (lambda: of_n_m(shape=(1024, 200)), r'\(1024, 200\) does not divide into its tiles'),
+    'active of float16': (lambda: of_active(dtype=F16), 'not float16; cast to bfloat16'),
+    'active, many tokens': (lambda: of_active(129), 'few tokens, up to 128, not 129; give them in parts'),
+    'active, small blocks': (lambda: of_active(block=8), 'blocks of 8 rows do not fit .*; take a multiple of 16'),
+    'active, undivided': (lambda: of_active(n=200), r'\(4096, 200\) must have a multiple of 128 outputs; fill up'),
+    'active, large': (lambda: of_active(100, 2**16), '100 tokens of 65536 .* do not fit into .*; take fewer'),
     'attention of float16': (lambda: of_attention((F16, F16, F16)), 'not float16; cast to bfloat16'),
     'attention of two dtypes': (lambda: of_attention((F32, F32, BF16)), 'not bfloat16 and float32; cast them to one'),
     'attention, small blocks': (lambda: of_attention(block=(64, 128)), 'multiples of 128, not 64 and 128; list larger'),
@@ -245,7 +301,7 @@ REFUSALS = {
 def test_what_cannot_run_is_refused_with_the_remedy(case):
   why, wanted = REFUSALS[case]
   assert re.search(wanted, why() or 'None')
-  assert (of_blocks(), of_n_m(), of_attention()) == (None,) * 3
+  assert (of_blocks(), of_n_m(), of_attention(), of_active(), of_active(block=8, stored=F32)) == (None,) * 5
 
 
 @pytest.mark.parametrize('length, most, multiple, wanted', [
@@ -273,14 +329,15 @@ def test_products_say_over_which_axes_of_a_mesh_they_vary():
                                    (block_sparse.matmul_transposed, (x, w), (along, P()), along),
                                    (block_sparse.sampled, (x, x, w), (along, along, P()), along),
                                    (n_m.matmul, (x, packed_w), (along, P()), along),
-                                   (n_m.matmul, (x, packed_w), (P(), across), across)):
+                                   (n_m.matmul, (x, packed_w), (P(), across), across),
+                                   (active_matmul, (x, jnp.ones((256, 256))), (along, P()), along)):
     def noted(*args, kernel=kernel):
       y = kernel(*args)
       said.append(set(jax.typeof(y).manual_axis_type.varying))
       return y
 
     jax.eval_shape(jax.shard_map(noted, mesh=mesh, in_specs=specs, out_specs=out), *args)
-  assert said == [{'data'}] * 5
+  assert said == [{'data'}] * 6
 
 
 @pytest.mark.parametrize('check_vma, wanted', [(True, 'check_vma=False'), (False, 'None')])

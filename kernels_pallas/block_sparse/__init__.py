@@ -30,10 +30,10 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
   flat = _filled(x.reshape(-1, x.shape[-1]), w.grid[0] * w.block[0])
   if explain:
     return PRODUCT.explained(flat, w)
-  shape = (*x.shape[:-1], *w.outputs)
+  shape = (*x.shape[:-1], *w.output_sizes)
   if 0 in flat.shape:
     return jnp.zeros(shape, x.dtype)
-  return PRODUCT(flat, w, implementation)[:, :math.prod(w.outputs)].reshape(shape)
+  return PRODUCT(flat, w, implementation)[:, :math.prod(w.output_sizes)].reshape(shape)
 
 
 def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementation: str | None = None,
@@ -44,11 +44,11 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
   differentiable itself. What fills up blocks, and blocks that fill up rows and columns, are zero.
   """
   _check('sampled_matmul', x, like)
-  if dy.shape != (*x.shape[:-1], *like.outputs):
-    raise ValueError(f'sampled_matmul: dy of shape {dy.shape} must be {(*x.shape[:-1], *like.outputs)}, as '
+  if dy.shape != (*x.shape[:-1], *like.output_sizes):
+    raise ValueError(f'sampled_matmul: dy of shape {dy.shape} must be {(*x.shape[:-1], *like.output_sizes)}, as '
                      f'block_sparse_matmul gives for x of shape {x.shape} and a weight of shape {like.shape}.')
   (bk, bn), (kb, nb) = like.block, like.grid
-  x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, math.prod(like.outputs))
+  x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, math.prod(like.output_sizes))
   args = (_filled(x, kb * bk), _filled(dy, nb * bn), like)
   if explain:
     return dispatch.chosen(args, SAMPLED, prefer)

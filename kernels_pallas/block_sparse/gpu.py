@@ -98,21 +98,16 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
   def body(starts, places, order, x, values, y, tile, block, staging, full, free):
     wg = lax.axis_index('wg')
 
-    def where(info):
+    def named(i):
       """The first token of the tile of this warpgroup's block, and the column."""
-      row, column = gpu.banded(info.index[0], rows, columns, t.sweep)
+      row, column = gpu.banded(i, rows, columns, t.sweep)
       row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
       return row * (gpu.COMPUTE * t.tokens), column
 
-    def trips(info):
-      _, column = where(info)
-      return (starts[column + 1] - starts[column]) * parts
+    trips = lambda at: (starts[at[1] + 1] - starts[at[1]]) * parts
 
-    loop = lambda f: plgpu.nd_loop((rows * columns,), collective_axes='sm', init_carry=jnp.int32(0))(
-        lambda info, carry: f(info, carry))
-
-    def copy(info, step, slot):
-      token, column = where(info)
+    def copy(at, step, slot):
+      token, column = at
       i, part = starts[column] + step // parts, lax.rem(step, jnp.int32(parts)) * t.depth
       along = pl.ds(part, t.depth)
       weight = values.at[order[i], :, along] if transposed else values.at[i, along]
@@ -121,31 +116,22 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
       plgpu.copy_gmem_to_smem(weight, block.at[slot], full.at[slot],
                               collective_axes='cluster' if t.cluster > 1 else None)
 
-    @pl.when(wg == gpu.COMPUTE)
-    def _():
-      gpu.copies(loop, trips, copy, free, t.slots)
+    def compute(at, count):
+      token, column = at
 
-    @pl.when(wg < gpu.COMPUTE)
-    def _():
-      gpu.start((free,), t.slots)
+      def summed(acc):
+        def multiply(slot):
+          weight = gpu.transposed(block.at[slot]) if transposed else block.at[slot]
+          plgpu.wgmma(acc, tile.at[slot, pl.ds(wg * t.tokens, t.tokens)], weight)
+        after = gpu.accumulate(multiply, trips(at), count, full, free, t.slots)
+        return after, acc[...].astype(y.dtype)
 
-      @loop
-      def _(info, count):
-        token, column = where(info)
+      count, value = pl.run_scoped(summed, plgpu.ACC((t.tokens, width), jnp.float32))
+      gpu.store(value, staging.at[wg], lambda row, col: y.at[
+          pl.ds(token + wg * t.tokens + row, STAGE), pl.ds(column * width + col, STAGE)])
+      return count
 
-        def summed(acc):
-          def multiply(slot):
-            weight = gpu.transposed(block.at[slot]) if transposed else block.at[slot]
-            plgpu.wgmma(acc, tile.at[slot, pl.ds(wg * t.tokens, t.tokens)], weight)
-          after = gpu.accumulate(multiply, trips(info), count, full, free, t.slots)
-          return after, acc[...].astype(y.dtype)
-
-        count, value = pl.run_scoped(summed, plgpu.ACC((t.tokens, width), jnp.float32))
-        gpu.store(value, staging.at[wg], lambda row, col: y.at[
-            pl.ds(token + wg * t.tokens + row, STAGE), pl.ds(column * width + col, STAGE)])
-        return count
-
-      plgpu.wait_smem_to_gmem(0)
+    gpu.ring(rows * columns, named, trips, copy, compute, free, t.slots)
 
   full, free = gpu.barriers(t.slots, 2, t.cluster)
   scratch = {
@@ -176,9 +162,6 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
 
   def body(first, second, count, places, cols, x, dy, values, left, right, staging, full, free):
     wg = lax.axis_index('wg')
-    loop = lambda f: plgpu.nd_loop((count[0],), collective_axes='sm', init_carry=jnp.int32(0))(
-        lambda info, carry: f(info.index[0], carry))
-    trips = lambda pair: jnp.int32(steps)
 
     def copy(pair, step, slot):
       tokens = pl.ds(step * depth, depth)
@@ -187,33 +170,24 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
         plgpu.copy_gmem_to_smem(x.at[tokens, pl.ds(across, rows)], left.at[slot, half], full.at[slot])
       plgpu.copy_gmem_to_smem(dy.at[tokens, pl.ds(cols[first[pair]] * bn, bn)], right.at[slot], full.at[slot])
 
-    @pl.when(wg == gpu.COMPUTE)
-    def _():
-      gpu.copies(loop, trips, copy, free, slots)
+    def compute(pair, count):
+      block = jnp.where(wg == 0, first[pair], second[pair])
 
-    @pl.when(wg < gpu.COMPUTE)
-    def _():
-      gpu.start((free,), slots)
+      def summed(acc):
+        multiply = lambda slot: plgpu.wgmma(acc, gpu.transposed(left.at[slot, wg]), right.at[slot])
+        after = gpu.accumulate(multiply, jnp.int32(steps), count, full, free, slots)
+        return after, acc[...].astype(values.dtype)
 
-      @loop
-      def _(pair, count):
-        block = jnp.where(wg == 0, first[pair], second[pair])
+      count, value = pl.run_scoped(summed, plgpu.ACC((rows, bn), jnp.float32))
+      begin = wg * rows if halves else 0
 
-        def summed(acc):
-          multiply = lambda slot: plgpu.wgmma(acc, gpu.transposed(left.at[slot, wg]), right.at[slot])
-          after = gpu.accumulate(multiply, trips(pair), count, full, free, slots)
-          return after, acc[...].astype(values.dtype)
+      @pl.when((wg == 0) | halves | (first[pair] != second[pair]))  # the last of a column may be alone
+      def _():
+        gpu.store(value, staging.at[wg], lambda row, col: values.at[
+            block, pl.ds(begin + row, STAGE), pl.ds(col, STAGE)])
+      return count
 
-        count, value = pl.run_scoped(summed, plgpu.ACC((rows, bn), jnp.float32))
-        begin = wg * rows if halves else 0
-
-        @pl.when((wg == 0) | halves | (first[pair] != second[pair]))  # the last of a column may be alone
-        def _():
-          gpu.store(value, staging.at[wg], lambda row, col: values.at[
-              block, pl.ds(begin + row, STAGE), pl.ds(col, STAGE)])
-        return count
-
-      plgpu.wait_smem_to_gmem(0)
+    gpu.ring(count[0], lambda i: i, lambda pair: jnp.int32(steps), copy, compute, free, slots)
 
   full, free = gpu.barriers(slots, 3)
   scratch = {'left': gpu.shared((slots, gpu.COMPUTE, depth, rows), x.dtype),

@@ -30,10 +30,10 @@ def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = 
   flat = jnp.pad(flat, ((0, 0), (0, length - flat.shape[1])))
   if explain:
     return PRODUCT.explained(flat, w)
-  outputs = math.prod(w.outputs)
+  outputs = math.prod(w.output_sizes)
   if 0 in flat.shape or outputs == 0:
-    return jnp.zeros((*x.shape[:-1], *w.outputs), x.dtype)
-  return PRODUCT(flat, w, implementation)[:, :outputs].reshape(*x.shape[:-1], *w.outputs)
+    return jnp.zeros((*x.shape[:-1], *w.output_sizes), x.dtype)
+  return PRODUCT(flat, w, implementation)[:, :outputs].reshape(*x.shape[:-1], *w.output_sizes)
 
 
 def prefer(*args: Any) -> Choice:

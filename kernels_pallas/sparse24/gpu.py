@@ -86,10 +86,8 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
 
   def body(values, metadata, x, y, weight, meta, tile, staging, full, free):
     wg = lax.axis_index('wg')
-    loop = lambda f: plgpu.nd_loop((columns * t.splits * rows,), collective_axes='sm', init_carry=jnp.int32(0))(
-        lambda info, carry: f(where(info.index[0]), carry))
 
-    def where(i):  # 16 rows go through all columns together: they stay in the L2 cache
+    def named(i):  # 16 rows go through all columns together: they stay in the L2 cache
       row, rest = gpu.banded(i, rows, columns * t.splits, 16)
       return row, lax.rem(rest, jnp.int32(t.splits)), lax.div(rest, jnp.int32(t.splits))
 
@@ -106,33 +104,24 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
       plgpu.copy_gmem_to_smem(x.at[pl.ds(column * t.tokens, t.tokens), pl.ds(depth * DEPTH, DEPTH)], tile.at[slot],
                               full.at[slot])
 
-    @pl.when(wg == gpu.COMPUTE)
-    def _():
-      gpu.copies(loop, trips, copy, free, t.slots)
+    def compute(at, count):
+      def step(i, carry):
+        count, acc = carry
+        slot = lax.rem(count, jnp.int32(t.slots))
+        plgpu.barrier_wait(full.at[slot])
+        acc = _multiply(acc, weight.at[slot, pl.ds(wg * ROWS, ROWS)], meta.at[slot, wg], tile.at[slot])
+        plgpu.barrier_arrive(free.at[slot])
+        return count + 1, acc
 
-    @pl.when(wg < gpu.COMPUTE)
-    def _():
-      gpu.start((free,), t.slots)
+      zero = plgpu.layout_cast(jnp.zeros((ROWS, t.tokens), jnp.float32), sums)
+      count, acc = lax.fori_loop(jnp.int32(0), trips(at), step, (count, zero))
+      value = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(y.dtype)
+      row, split, column = at
+      gpu.store(value, staging.at[wg], lambda r, c: y.at[
+          split, pl.ds(row * OUTPUTS + wg * ROWS + r, ROWS), pl.ds(column * t.tokens + c, piece)])
+      return count
 
-      @loop
-      def _(at, count):
-        def step(i, carry):
-          count, acc = carry
-          slot = lax.rem(count, jnp.int32(t.slots))
-          plgpu.barrier_wait(full.at[slot])
-          acc = _multiply(acc, weight.at[slot, pl.ds(wg * ROWS, ROWS)], meta.at[slot, wg], tile.at[slot])
-          plgpu.barrier_arrive(free.at[slot])
-          return count + 1, acc
-
-        zero = plgpu.layout_cast(jnp.zeros((ROWS, t.tokens), jnp.float32), sums)
-        count, acc = lax.fori_loop(jnp.int32(0), trips(at), step, (count, zero))
-        value = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(y.dtype)
-        row, split, column = at
-        gpu.store(value, staging.at[wg], lambda r, c: y.at[
-            split, pl.ds(row * OUTPUTS + wg * ROWS + r, ROWS), pl.ds(column * t.tokens + c, piece)])
-        return count
-
-      plgpu.wait_smem_to_gmem(0)
+    gpu.ring(columns * t.splits * rows, named, trips, copy, compute, free, t.slots)
 
   full, free = gpu.barriers(t.slots, 3)
   scratch = {'weight': gpu.shared((t.slots, OUTPUTS, DEPTH // 2), x.dtype),

@@ -31,7 +31,7 @@ def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = N
   flat = x.reshape(-1, x.shape[-1])
   if explain:
     return PRODUCT.explained(flat, w)
-  shape = (*x.shape[:-1], *w.outputs)
+  shape = (*x.shape[:-1], *w.output_sizes)
   if 0 in flat.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
   return PRODUCT(flat, w, implementation).reshape(shape)

@@ -106,7 +106,7 @@ class MatrixArray(PackedArray):
     return math.prod(self.sizes[a] for a in self.axes)
 
   @property
-  def outputs(self) -> tuple[int, ...]:
+  def output_sizes(self) -> tuple[int, ...]:
     """The lengths of the axes that are not contracted; N is their product."""
     return tuple(n for a, n in enumerate(self.sizes) if a - len(self.sizes) not in self.axes)
 
@@ -141,7 +141,7 @@ class MatrixArray(PackedArray):
 def _dense(packed: MatrixArray) -> Array:
   sizes, lead = packed.sizes, packed.values.ndim - packed.stored
   whole = groups.exactly(packed.placed, packed.values, packed.places())
-  whole = whole.reshape(*whole.shape[:lead], *(sizes[a] for a in packed.axes), *packed.outputs)
+  whole = whole.reshape(*whole.shape[:lead], *(sizes[a] for a in packed.axes), *packed.output_sizes)
   outputs = [a for a in range(-len(sizes), 0) if a not in packed.axes]
   back = np.argsort([a + len(sizes) for a in (*packed.axes, *outputs)])
   return jnp.transpose(whole, (*range(lead), *(lead + back)))

@@ -69,7 +69,7 @@ class BlockSparseArray(arrays.MatrixArray, kind='block_sparse', stored=3):
   def grid(self) -> tuple[int, int]:
     """How many blocks there are along the contraction and along the output, stored or not."""
     bk, bn = self.block
-    return -(-self.contracted // bk), -(-math.prod(self.outputs) // bn)
+    return -(-self.contracted // bk), -(-math.prod(self.output_sizes) // bn)
 
   @property
   def density(self) -> float:
@@ -89,7 +89,7 @@ class BlockSparseArray(arrays.MatrixArray, kind='block_sparse', stored=3):
 
     for _ in values.shape[:-3]:
       matrix = jax.vmap(matrix)
-    return matrix(values, places)[..., :self.contracted, :math.prod(self.outputs)]
+    return matrix(values, places)[..., :self.contracted, :math.prod(self.output_sizes)]
 
   @classmethod
   def restored(cls, parts, shape, about):
@@ -178,7 +178,8 @@ def _padding(packed: BlockSparseArray, index: list[np.ndarray]) -> str | None:
   """Whether what fills up the last blocks is zero."""
   values = np.asarray(packed.values)
   bits = values.view(f'u{values.dtype.itemsize}') != 0
-  for axis, where, length, size in zip((-2, -1), index, packed.block, (packed.contracted, math.prod(packed.outputs))):
+  sizes = packed.contracted, math.prod(packed.output_sizes)
+  for axis, where, length, size in zip((-2, -1), index, packed.block, sizes):
     if size % length:
       filled = np.take(bits, range(size % length, length), axis).any((-2, -1))
       if (filled & (where == size // length)).any():

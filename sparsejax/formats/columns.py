@@ -66,7 +66,7 @@ class CSCArray(arrays.MatrixArray, kind='csc', stored=1):
 
   def placed(self, values, places):
     def matrix(values, places):
-      whole = jnp.zeros((self.contracted, math.prod(self.outputs)), values.dtype)
+      whole = jnp.zeros((self.contracted, math.prod(self.output_sizes)), values.dtype)
       return whole.at[places].set(values, mode='promise_in_bounds')
 
     for _ in values.shape[:-1]:
@@ -86,7 +86,7 @@ def _listed(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> list[
 
 def _invalid(packed: CSCArray) -> str | None:
   lead, count = packed.values.shape[:-1], packed.values.shape[-1]
-  k, n = packed.contracted, math.prod(packed.outputs)
+  k, n = packed.contracted, math.prod(packed.output_sizes)
   lengths = {'rows': count, 'cols': count, 'order': count, 'starts': n + 1, 'row_starts': k + 1}
   index = {name: np.asarray(getattr(packed, name)) for name in lengths}
   for name, length in lengths.items():

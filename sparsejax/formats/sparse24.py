@@ -57,7 +57,7 @@ class Sparse24Array(arrays.MatrixArray, kind='sparse24', stored=2):
     return self.positions()
 
   def placed(self, values, places):
-    return jnp.swapaxes(matrices(values, places)[..., :math.prod(self.outputs), :self.contracted], -1, -2)
+    return jnp.swapaxes(matrices(values, places)[..., :math.prod(self.output_sizes), :self.contracted], -1, -2)
 
   def problem(self) -> str | None:
     return _invalid(self)
@@ -138,7 +138,7 @@ def matrices(values: Array, positions: Array) -> Array:
 
 
 def _invalid(packed: Sparse24Array) -> str | None:
-  n, k = math.prod(packed.outputs), packed.contracted
+  n, k = math.prod(packed.output_sizes), packed.contracted
   rows, depths = -(-n // ROWS), -(-k // DEPTH)
   lead = packed.values.shape[:-2]
   entries, registers = (*lead, rows * ROWS, depths * DEPTH // 2), (*lead, rows, depths, 128, 2)
