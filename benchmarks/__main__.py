@@ -85,12 +85,14 @@ def _draw(claims: list[timing.Claim], path: pathlib.Path) -> None:
   figure = Figure(figsize=(11, 1 + 0.28 * len(claims)), layout='constrained')
   axes = figure.add_subplot()
   for row, claim in enumerate(claims):
-    color = 'tab:green' if claim.holds else 'tab:red'
+    color = 'tab:blue' if claim.holds else 'tab:red'
     axes.plot([end / claim.bar for end in claim.spread], [row, row], color=color, linewidth=2)
     axes.plot(claim.measured / claim.bar, row, 'o' if claim.at_least else 's', color=color)
   axes.axvline(1, color='black', linewidth=1)
   axes.set(xscale='log', ylim=(len(claims) - 0.5, -0.5), title=timing.hardware(),
            xlabel='measured / bar, 10 to 90 %; round is to be right of 1, square left')
+  for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+    axis('{x:g}')
   axes.set_yticks(range(len(claims)), [claim.what for claim in claims], fontsize=7)
   figure.savefig(path, dpi=120)
 
