@@ -32,8 +32,11 @@ def matmul(x: Array, w: BlockSparseArray) -> Array:
     y = jax.ops.segment_sum(parts, w.cols, n_columns).transpose(1, 0, 2)
     return y.reshape(tokens, n_columns * width).astype(x.dtype)
   groups = _groups(w.values, w.rows, w.fan_in)
-  if _few(tokens, n_columns) or tokens * len(w.rows) * length * x.dtype.itemsize <= CACHE:
+  if tokens * len(w.rows) * length * x.dtype.itemsize <= CACHE:
     return _at_once(x, groups, length)
+  if _few(tokens, n_columns):
+    return jnp.concatenate([_dot(_picked(x, row, length), blocks, 1, 0).astype(x.dtype)
+                            for row, blocks in _columns(groups)], 1)
   y = jnp.zeros((tokens, n_columns * width), x.dtype)
   for one in groups:
     y = _one_by_one(x, y, *one[:3])
@@ -65,14 +68,15 @@ def _back_blockwise(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Ar
 
 def _back_unrolled(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
   """A dot for each block row of dx and each block column of the values, so that several may run at the same time."""
-  (bk, bn), ends = w.block, [np.cumsum(fan)[:-1] for fan in (w.fan_in, w.fan_out)]
+  (bk, bn), ends = w.block, np.cumsum(w.fan_out)[:-1]
   dx, values = [], []
-  for places, cols in zip(jnp.split(w.order, ends[1]), jnp.split(_taken(w.cols, w.order), ends[1])):
+  for places, cols in zip(jnp.split(w.order, ends), jnp.split(_taken(w.cols, w.order), ends)):
     blocks = jnp.concatenate([_taken(w.values, place) for place in places], 1)
     dx.append(_dot(_picked(dy, cols, bn), blocks, 1, 1))
-  for rows, part in zip(jnp.split(w.rows, ends[0]), jnp.split(dy, w.grid[1], 1)):
+  columns = _columns(_groups(w.values, w.rows, w.fan_in))
+  for (row, _), part in zip(columns, jnp.split(dy, w.grid[1], 1)):
     # Transposed, which is faster on CPUs, and behind a barrier, lest XLA turn the dot round again.
-    values.append(jax.lax.optimization_barrier(_dot(part, _picked(x, rows, bk), 0, 0)).T)
+    values.append(jax.lax.optimization_barrier(_dot(part, _picked(x, row, bk), 0, 0)).T)
   return jnp.concatenate(dx, 1), jnp.concatenate(values).reshape(-1, bk, bn)
 
 
@@ -160,6 +164,12 @@ def _groups(values: Array, rows: Array, fan: Sequence[int]) -> list[tuple[Array,
     groups.append((_at(values, places).reshape(len(columns), count * values.shape[1], -1),
                    _at(rows, places).reshape(len(columns), count), columns, places))
   return groups
+
+
+def _columns(groups: Sequence[Any]) -> list[tuple[Array, Array]]:
+  """Of each block column, in their order: its block rows, `[number]`, and its blocks, `[number * length, width]`."""
+  found = {n: (rows[i], values[i]) for values, rows, columns, _ in groups for i, n in enumerate(columns.tolist())}
+  return [found[n] for n in sorted(found)]
 
 
 def _at(a: Array, places: np.ndarray) -> Array:
