@@ -62,6 +62,16 @@ def product(x, w):
   return np.tensordot(np.asarray(x, np.float64), w, 1)
 
 
+def test_many_tokens_are_multiplied_a_part_at_a_time():
+  """More bytes of x than the sparse routine is given at once, and a number that does not divide."""
+  w = np.where(np.random.default_rng(0).random((1100, 6)) < 0.1, normal((1100, 6), seed=1), 0)
+  packed, x, dy = CSCArray.from_dense(w), normal((2001, 1100)), normal((2001, 6), seed=2)
+  run = lambda x: unstructured_matmul(x, packed, implementation='xla')
+  y, (dx,) = value_and_gradients(run, dy, x)
+  close(y, product(x, w), 1100)
+  close(dx, product(dy, w.T), 6)
+
+
 XLA = ('3:7', '2:4x8', '1:4x32 query, across heads')
 
 

@@ -31,14 +31,16 @@ def sampled(x: Array, dy: Array, w: CSCArray) -> Array:
 
 
 _LEAST = 8  # tokens
+_SLAB, _SLABS = 8 << 20, 8  # bytes of x that are multiplied at a time, because they stay in the cache; parts at most
 
 
 @jax.custom_batching.custom_vmap
 def _rows_times(x: Array, values: Array, indices: Array, starts: Array) -> Array:
   """`x [M, K]` times the transpose of the compressed rows `[N, K]`."""
   rows = sparse.BCSR((values.astype(jnp.float32), indices, starts), shape=(len(starts) - 1, x.shape[1]))
-  filled = jnp.pad(x, ((0, max(_LEAST - x.shape[0], 0)), (0, 0)))
-  y = (rows @ filled.astype(jnp.float32).T).T[:x.shape[0]].astype(x.dtype)
+  filled = jnp.pad(x, ((0, max(_LEAST - x.shape[0], 0)), (0, 0))).astype(jnp.float32)
+  slabs = jnp.array_split(filled, min(-(-filled.nbytes // _SLAB), _SLABS))
+  y = jnp.concatenate([(rows @ slab.T).T for slab in slabs])[:x.shape[0]].astype(x.dtype)
   return dispatch.varying_alike(y, x, values)[0]  # within `shard_map` the routine forgets it
 
 
