@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if unknown := set(args.names) - set(SUITES):
     parser.error(f'unknown benchmark {", ".join(sorted(unknown))}; there are {", ".join(SUITES)}')
+  if not args.out.parent.is_dir():
+    parser.error(f'--out {args.out}: there is no folder {args.out.parent}; make it first, or name another')
   console = Console()
   claims = []
   with Progress(console=console, transient=True) as progress:

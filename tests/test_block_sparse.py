@@ -101,13 +101,13 @@ def test_a_stack_goes_through_vmap_and_scan():
   np.testing.assert_array_equal(packed.to_dense(), w)
 
 
-def test_matrices_of_a_stack_that_differ_in_their_columns():
-  """As many blocks, but not in each column: no fan is known, and the sums go by segments."""
-  w = np.zeros((2, 24, 24), 'f4')
-  w[0] = np.kron([[1, 1, 1], [1, 0, 0], [1, 0, 0]], np.ones((8, 8)))
-  w[1] = np.kron([[1, 0, 1], [0, 1, 1], [0, 0, 1]], np.ones((8, 8)))
+@pytest.mark.parametrize('first, fan_in', [
+    ([[1, 1, 1], [1, 0, 0], [1, 0, 0]], None), ([[0, 0, 1], [1, 1, 1], [0, 0, 1]], (1, 1, 3))])
+def test_matrices_of_a_stack_that_differ_in_their_columns_or_rows(first, fan_in):
+  """As many blocks, but not in each column: no fan is known, and the sums go by segments. Or not in each row."""
+  w = np.stack([np.kron(one, np.ones((8, 8))) for one in (first, [[1, 0, 1], [0, 1, 1], [0, 0, 1]])]).astype('f4')
   packed = BlockSparseArray.from_dense(w, block=(8, 8), axes=Axes((1,), (2,), (), (0,)))
-  assert packed.fan_in is None and packed.fan_out is None and packed.problem() is None
+  assert packed.fan_in == fan_in and packed.fan_out is None and packed.problem() is None
   x = normal((3, 24))
   one = lambda p: jax.vjp(lambda x, v: block_sparse_matmul(x, formats.with_values(p, v), implementation='xla'), x,
                           p.values)

@@ -29,10 +29,10 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   where it is not skipped.
 
   If more than `capacity` blocks (by default three quarters of all) are active, the dense product is computed instead,
-  which is faster then. `implementation` is 'xla', 'dense' or 'mosaic_tpu', which takes blocks of a multiple of 16 rows,
-  and is the fastest with 128 or more; they run or raise `ValueError`. `None` chooses, where there is no kernel by what
-  was measured on a CPU, and `explain=True` returns what it would choose, and why. There is no kernel for GPUs. Under
-  `vmap` over `x` 'xla' computes both the sparse and the dense product; give all tokens at once instead.
+  which is faster then. `implementation` is 'xla', 'dense' or 'mosaic_tpu' (not yet run on a TPU); they run or raise
+  `ValueError`. `None` chooses, where there is no kernel by what was measured on a CPU, and `explain=True` returns what
+  it would choose, and why. There is no kernel for GPUs. Under `vmap` over `x` 'xla' computes both the sparse and the
+  dense product; give all tokens at once instead.
   """
   _check(x, w, mask, block, capacity)
   kept = _kept(x, threshold, mask).reshape(-1, x.shape[-1])

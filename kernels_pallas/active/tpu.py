@@ -34,7 +34,7 @@ def refusal(x: Array, w: Array, block: int) -> str | None:
   if x.shape[0] > _TOKENS:
     return f'it is for few tokens, up to {_TOKENS}, not {x.shape[0]}; give them in parts, or multiply dense'
   if block % (least := 32 // w.dtype.itemsize):
-    return f'blocks of {block} rows do not fit its tiles of {w.dtype}; take a multiple of {least}, best 128 or more'
+    return f'blocks of {block} rows do not fit its tiles of {w.dtype}; take a multiple of {least}'
   if w.shape[1] % tpu.LANES:
     return f'a weight of shape {w.shape} must have a multiple of {tpu.LANES} outputs; fill up with zeros'
   together, columns = _tile(w, block)

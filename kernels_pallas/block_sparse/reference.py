@@ -1,9 +1,9 @@
 """Block-sparse products in plain `jnp`, for XLA on any platform; on CPUs faster than dense.
 
 A block column of the product is one dot: the columns of x that it needs, gathered side by side, times its blocks, which
-lie one below the other already. Columns with equally many blocks are one loop, so nothing is padded. Where there are
-few columns, or all that is gathered fits the cache, one batched dot for all columns is faster than a loop of dots
-(`benchmarks/kernels.py`).
+lie one below the other already. Columns with equally many blocks are one loop, so nothing is padded. Where all that is
+gathered fits the cache, one batched dot for all columns is faster than a loop of dots, and where there are few of them,
+dots without a loop (`benchmarks/kernels.py`).
 
 XLA's CPU client has two libraries for a dot: the faster one takes only those that contract the last axis of the left
 side. It folds transposes into dots, so that what is written as such may arrive as another.
@@ -49,9 +49,9 @@ def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
   `x` is `[M, Kb bk]`, `dy` `[M, Nb bn]`. Blocks that only fill up a row or a column are zero.
   """
   cast = dataclasses.replace(w, values=w.values.astype(dy.dtype))
-  if w.fan_in is None or w.fan_out is None:
+  if w.fan_in is None:
     dx, blocks = _back_blockwise(x, dy, cast)
-  elif _few(x.shape[0], *w.grid):
+  elif w.fan_out is not None and _few(x.shape[0], *w.grid):
     dx, blocks = _back_unrolled(x, dy, cast)
   else:
     dx, blocks = _back_looped(x, dy, cast)
@@ -59,7 +59,7 @@ def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
 
 
 def _back_blockwise(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
-  """A batched dot of all blocks, whose rows and columns are not known at trace time."""
+  """A batched dot of all blocks, where no column is known at trace time."""
   (bk, bn), kb = w.block, w.grid[0]
   taken = _taken(_blocks(dy, bn), w.cols)
   dx = jax.ops.segment_sum(_dots(taken, w.values, 2, 2), w.rows, kb)
