@@ -1,6 +1,10 @@
-"""Arrays of any bits at all, NaN, subnormals and negative zeros among them, and what they are compared by."""
+"""Arrays of any bits at all, NaN, subnormals and negative zeros among them, trees, and how files of them are compared and refused."""
 
+import jax
 import numpy as np
+import pytest
+
+from sparsejax import io
 
 
 def anything(shape, dtype, seed=0):
@@ -17,3 +21,22 @@ def only(w, kept):
 
 def bits(w):
   return np.asarray(w).reshape(-1).view(f'u{np.dtype(w.dtype).itemsize}').tolist()
+
+
+def sparse(*shape, dtype='float32', seed=0):
+  """Every other pair of rows is zero, which is 2:4 along the rows."""
+  w = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+  w[..., 2::4, :] = w[..., 3::4, :] = 0
+  return w
+
+
+def same(a, b):
+  raw = lambda tree: [(x.shape, x.dtype.name, np.asarray(x).astype(x.dtype.newbyteorder('<')).tobytes())
+                      for x in jax.tree.leaves(tree)]
+  return jax.tree.structure(a) == jax.tree.structure(b) and raw(a) == raw(b)
+
+
+def refused(path, message=None, call=io.load):
+  with pytest.raises(ValueError, match=message) as refusal:
+    call(path)
+  assert str(path) in str(refusal.value)
