@@ -1,4 +1,4 @@
-"""Arrays of any bits at all, NaN, subnormals and negative zeros among them, trees, and how files of them are compared and refused."""
+"""Arrays of any bits at all, NaN, subnormals and negative zeros among them; trees; what compares and refuses both."""
 
 import jax
 import numpy as np

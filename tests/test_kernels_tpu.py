@@ -167,8 +167,16 @@ def test_active_products_lower(block, dtype):
     x = jax.ShapeDtypeStruct((tokens, 4096), dtype)
     assert active.refusal(x, w, block) is None
     assert calls(lambda x, w: active_matmul(x, w, block=block), x, w) == 1
-    assert calls(jax.vmap(lambda x, w: active_matmul(x, w, block=block), (0, None)), jax.ShapeDtypeStruct(
-        (2, 1, 4096), dtype), w) == 1
+
+
+def test_vmap_over_x_is_more_tokens_for_active_products():
+  """And not a condition for each, of which both sides would be computed."""
+  w, product = jax.ShapeDtypeStruct((256, 128), F32), lambda x, w: active_matmul(x, w, block=128)
+  def conditions(f, *shape):
+    exported = jax.export.export(jax.jit(f), platforms=['tpu'])(jax.ShapeDtypeStruct(shape, F32), w)
+    return exported.mlir_module().count('stablehlo.case')
+
+  assert conditions(jax.vmap(product, (0, None)), 2, 1, 256) == conditions(product, 2, 256)
 
 
 # Attention.
