@@ -199,12 +199,16 @@ def accumulate(multiply: Callable[[Array], None], trips: Array, count: Array, fu
   return count
 
 
-def store(value: Array, staging: Any, target: Callable[[int, int], Any]) -> None:
-  """Write `value`, in pieces of the size of `staging [2, rows, columns]`, to `target(row, column)` of that size."""
-  _, rows, columns = staging.shape
+def store(value: Array, staging: Any, target: Callable[[int, int], Any], turned: bool = False) -> None:
+  """Write `value`, in pieces of the size of `staging [2, rows, columns]`, to `target(row, column)` of that size.
+
+  If `turned`, staging and target have the transpose of a piece.
+  """
+  rows, columns = staging.shape[:0:-1] if turned else staging.shape[1:]
   pieces = [(r, c) for r in range(0, value.shape[0], rows) for c in range(0, value.shape[1], columns)]
   for i, (row, column) in enumerate(pieces):
     plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)  # 0 for the first: what the last tile left is in its way
-    staging[i % 2] = value[row:row + rows, column:column + columns]
+    there = transposed(staging.at[i % 2]) if turned else staging.at[i % 2]
+    there[...] = value[row:row + rows, column:column + columns]
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staging.at[i % 2], target(row, column))

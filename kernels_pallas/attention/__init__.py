@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import reference
+from kernels_pallas.attention import heads, reference
 from kernels_pallas.dispatch import Choice, Implementation
 from sparsejax.types import Array
 
@@ -35,17 +35,14 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   scale = float(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
   options = Options(block_q, block_k, bool(causal), scale, q.shape[-3], k.shape[-3])
   shape = (*q.shape[:-1], v.shape[-1])
-  batch = math.prod(shape[:-3])
-  args = (*(_heads_first(a, block) for a, block in ((q, block_q), (k, block_k), (v, block_k))),
-          *(jnp.tile(a, (batch, *[1] * (a.ndim - 1))) for a in (index, counts)))
+  args = (*(_filled(a, block) for a, block in ((q, block_q), (k, block_k), (v, block_k))), index, counts)
   if explain:
     return dispatch.chosen(args, _table(options), options.prefer)
   if implementation is not None:
     dispatch.named('block_sparse_attention', args, _table(options), implementation)
   if 0 in shape or 0 in k.shape or 0 in index.shape:
     return jnp.zeros(shape, q.dtype)
-  y = _compiled(options, implementation, *dispatch.varying_alike(*args))[:, :options.queries]
-  return jnp.moveaxis(y.reshape(*shape[:-3], shape[-2], options.queries, -1), -3, -2)
+  return _compiled(options, implementation, *dispatch.varying_alike(*args))[:, :options.queries].reshape(shape)
 
 
 class Options(NamedTuple):
@@ -89,19 +86,18 @@ def _check(q: Array, k: Array, v: Array, index: Array, counts: Array, block_q: i
                f'{block_q} of the {q.shape[-3]} queries.')
 
 
-def _heads_first(a: Array, block: int) -> Array:
-  """`[batch heads, T, d]`, T filled up to whole blocks."""
-  moved = jnp.moveaxis(a, -2, -3)
-  flat = moved.reshape(-1, *moved.shape[-2:])
-  return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0)))
+def _filled(a: Array, block: int) -> Array:
+  """`[batch, T, heads, d]`, T filled up to whole blocks: what the implementations take, with lists for one of a batch."""
+  flat = a.reshape(-1, *a.shape[-3:])
+  return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0), (0, 0)))
 
 
 def _dense(options: Options, q: Array, k: Array, v: Array, index: Array, counts: Array) -> Array:
-  """All of Tq x Tk, and a mask."""
-  (heads, rows, most), blocks = index.shape, k.shape[1] // options.block_k
+  """All of Tq x Tk, and a mask, heads first."""
+  (n, rows, most), blocks = index.shape, k.shape[1] // options.block_k
   listed = jnp.where(jnp.arange(most)[None, None] < counts[..., None], index, blocks)
-  seen = jnp.zeros((heads, rows, blocks), bool)
-  seen = seen.at[jnp.arange(heads)[:, None, None], jnp.arange(rows)[None, :, None], listed].set(True, mode='drop')
+  seen = jnp.zeros((n, rows, blocks), bool)
+  seen = seen.at[jnp.arange(n)[:, None, None], jnp.arange(rows)[None, :, None], listed].set(True, mode='drop')
   seen = jnp.repeat(jnp.repeat(seen, options.block_q, 1), options.block_k, 2)
   at = jnp.arange(k.shape[1])[None, None]
   seen &= at < options.keys
@@ -127,8 +123,9 @@ def _kernel(module: str, options: Options) -> Implementation:
 
 
 def _table(options: Options) -> dict[str, Implementation]:
-  return {'xla': Implementation(functools.partial(reference.attention, **options.plain, length=options.keys)),
-          'dense': Implementation(functools.partial(_dense, options)),
+  xla = functools.partial(reference.attention, **options.plain, length=options.keys)
+  return {'xla': Implementation(heads.first(xla)),
+          'dense': Implementation(heads.first(functools.partial(_dense, options))),
           'mosaic_gpu': _kernel('gpu', options), 'mosaic_tpu': _kernel('tpu', options)}
 
 
@@ -142,9 +139,13 @@ def _forward(options, implementation, *args):
 
 
 def _backward(options, implementation, args, dy):
+  q, k, v, index, counts = args
   if implementation == 'dense':
-    return *jax.vjp(lambda *qkv: _dense(options, *qkv, *args[3:]), *args[:3])[1](dy), None, None
-  return *reference.gradient(dy, *args, **options.plain, length=options.keys), None, None
+    dense = heads.first(functools.partial(_dense, options))
+    return *jax.vjp(lambda *qkv: dense(*qkv, index, counts), q, k, v)[1](dy), None, None
+  first, lists = map(heads.merged, (dy, q, k, v)), (heads.repeated(a, len(q)) for a in (index, counts))
+  found = reference.gradient(*first, *lists, **options.plain, length=options.keys)
+  return *(heads.split(d, a.shape[2]) for d, a in zip(found, (q, k, v))), None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -27,15 +27,15 @@ _NOTHING = -1e30  # the largest score so far of a query that saw no key: finite,
 
 def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int, causal: bool,
               scale: float, interpret: bool = False) -> Array:
-  """Attention of `q [heads, Tq, d]` to those blocks of `k`, `v` `[heads, Tk, d]` that `index` lists: `[heads, Tq, d]`.
+  """Attention of `q [batch, Tq, heads, d]` to those blocks of `k`, `v` `[batch, Tk, heads, d]` that `index` lists: as q.
 
   `index` is `int32[heads, Tq / block_q, R]`: the blocks of keys that a block of queries sees, increasing, of which the
   first `counts`, `int32[heads, Tq / block_q]`, count. If `causal`, query i sees keys 0 to i of these. A query that sees
   no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. Sums are float32.
   """
-  heads, length, d = q.shape
+  batch, length, heads, d = q.shape
   keys = 128 if block_k % 128 == 0 else 64  # of a step
-  parts, tiles, group = block_k // keys, length // QUERIES, heads // k.shape[0]
+  parts, tiles, group = block_k // keys, length // QUERIES, heads // k.shape[2]
   whole, trips = _steps(index, counts, tiles, block_q, block_k, keys, causal)
   stage = gpu.nbytes((2 * keys, d), q.dtype)
   slots = gpu.slots(stage, 2 * gpu.nbytes((QUERIES, d), q.dtype), 4)
@@ -43,12 +43,12 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
   def body(index, whole, trips, q, k, v, out, queries, key, value, staging, asked, answered, key_full, key_free,
            value_full, value_free, turn, weights=None):
     wg = lax.axis_index('wg')
-    loop = lambda f: plgpu.nd_loop((heads * tiles,), collective_axes='sm', init_carry=jnp.int32(0))(
+    loop = lambda f: plgpu.nd_loop((batch * heads * tiles,), collective_axes='sm', init_carry=jnp.int32(0))(
         lambda info, carry: f(*where(info.index[0]), carry))
 
     def where(i):  # longest first, if causal
-      tile = lax.rem(i, jnp.int32(tiles))
-      return lax.div(i, jnp.int32(tiles)), tiles - 1 - tile if causal else tile
+      tile, i = lax.rem(i, jnp.int32(tiles)), lax.div(i, jnp.int32(tiles))
+      return lax.div(i, jnp.int32(heads)), lax.rem(i, jnp.int32(heads)), tiles - 1 - tile if causal else tile
 
     def first(head, tile, step):
       """The first key of a step."""
@@ -62,23 +62,23 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
       plgpu.set_max_registers(40, action='decrease')
 
       @loop
-      def _(head, tile, count):
+      def _(one, head, tile, count):
         shared = lax.div(head, jnp.int32(group))
 
         def step(i, count):
           slot, there = at(count), pl.ds(first(head, tile, i), keys)
           plgpu.barrier_wait(key_free.at[slot])
-          plgpu.copy_gmem_to_smem(k.at[shared, there], key.at[slot], key_full.at[slot])
+          plgpu.copy_gmem_to_smem(k.at[one, there, shared], key.at[slot], key_full.at[slot])
 
           @pl.when(i == 0)
           def _():
-            for one in range(gpu.COMPUTE):  # the second ends its tile only once the first has begun the next
-              plgpu.barrier_wait(answered.at[one])
-              some = pl.ds(tile * QUERIES + one * ROWS, ROWS)
-              plgpu.copy_gmem_to_smem(q.at[head, some], queries.at[one], asked.at[one])
+            for half in range(gpu.COMPUTE):  # the second ends its tile only once the first has begun the next
+              plgpu.barrier_wait(answered.at[half])
+              some = pl.ds(tile * QUERIES + half * ROWS, ROWS)
+              plgpu.copy_gmem_to_smem(q.at[one, some, head], queries.at[half], asked.at[half])
 
           plgpu.barrier_wait(value_free.at[slot])
-          plgpu.copy_gmem_to_smem(v.at[shared, there], value.at[slot], value_full.at[slot])
+          plgpu.copy_gmem_to_smem(v.at[one, there, shared], value.at[slot], value_full.at[slot])
           return count + 1
 
         return lax.fori_loop(jnp.int32(0), trips[head, tile], step, count)
@@ -90,7 +90,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
       pl.when(wg == 1)(lambda: _take_turns(turn))
 
       @loop
-      def _(head, tile, count):
+      def _(one, head, tile, count):
         pl.when(trips[head, tile] > 0)(lambda: plgpu.barrier_wait(asked.at[wg]))
         begin = tile * QUERIES + wg * ROWS
 
@@ -99,6 +99,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
           slot = at(count)
           mask = _seen(begin, first(head, tile, i), keys) if masked else None
           score = _score(queries.at[wg], key.at[slot], key_full.at[slot], key_free.at[slot], turn)
+          pl.when(i == trips[head, tile] - 1)(lambda: plgpu.barrier_arrive(answered.at[wg]))
           p, state = _softmax(score, mask, state, scale)
           plgpu.barrier_arrive(turn)
           plgpu.barrier_wait(value_full.at[slot])
@@ -112,10 +113,10 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
           masked = lambda i, carry: step(i, carry, masked=True)
           carry = lax.fori_loop(whole[head, tile], trips[head, tile], masked, carry)
         count, (acc, _, total) = carry
-        pl.when(trips[head, tile] > 0)(lambda: plgpu.barrier_arrive(answered.at[wg]))
         inverse = 1.0 / jnp.maximum(total, 1e-30)
         y = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(q.dtype)
-        gpu.store(y, staging.at[wg], lambda row, col: out.at[head, pl.ds(begin + row, ROWS), pl.ds(col, 64)])
+        gpu.store(y, staging.at[wg], lambda row, col: out.at[
+            one, pl.ds(begin + row, ROWS), head, pl.ds(col, 64)])
         return count
 
       pl.when(wg == 0)(lambda: _take_turns(turn))
@@ -130,7 +131,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
       'turn': plgpu.Barrier(num_arrivals=gpu.COMPUTE)}
   if interpret:
     scratch['weights'] = plgpu.SMEM((gpu.COMPUTE, ROWS, keys), q.dtype)
-  blocks = 1 if interpret else min(gpu.cores(), heads * tiles)
+  blocks = 1 if interpret else min(gpu.cores(), batch * heads * tiles)
   return gpu.kernel(body, jax.ShapeDtypeStruct(q.shape, q.dtype), (index, whole, trips, q, k, v), blocks=blocks,
                     scratch=scratch, lanes=True, approximate=True, interpret=interpret)
 
@@ -143,16 +144,16 @@ def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_
     return why
   if len(dtypes := {str(a.dtype) for a in (q, k, v)}) > 1:
     return f'q, k and v must have one dtype, not {" and ".join(sorted(dtypes))}; cast them to one'
-  if q.shape[2] not in (64, 128) or not q.shape[2] == k.shape[2] == v.shape[2]:
-    return f'heads of 64 and 128 fit, not of {q.shape[2]}, {k.shape[2]} and {v.shape[2]}; fill up with zeros'
+  if q.shape[3] not in (64, 128) or not q.shape[3] == k.shape[3] == v.shape[3]:
+    return f'heads of 64 and 128 fit, not of {q.shape[3]}, {k.shape[3]} and {v.shape[3]}; fill up with zeros'
   if block_q % QUERIES or block_k % 64:
     return (f'blocks of queries must be multiples of {QUERIES} and of keys multiples of 64, not {block_q} and '
             f'{block_k}; list other blocks')
   if q.shape[1] % block_q or k.shape[1] % block_k:
     return (f'{q.shape[1]} queries and {k.shape[1]} keys do not divide into blocks of {block_q} and {block_k}; fill up '
             'with zeros')
-  if q.shape[0] % k.shape[0]:
-    return f'{q.shape[0]} heads of q cannot share {k.shape[0]} of k evenly; repeat those of k and v'
+  if q.shape[2] % k.shape[2]:
+    return f'{q.shape[2]} heads of q cannot share {k.shape[2]} of k evenly; repeat those of k and v'
   if causal and (version := _cuda()) and 12080 <= version < 12091:
     return f'ptxas of CUDA {version // 1000}.{version % 1000 // 10} miscompiles causal masks; take 12.9.1 or later'
   return None

@@ -27,33 +27,42 @@ from sparsejax.types import Array
 
 _dense = importlib.import_module('jax.experimental.mosaic.gpu.wgmma')  # there also the name of a function
 
-ROWS, DEPTH, INSTRUCTION = 64, 128, 32  # outputs of a warpgroup, depth of a step, and of an instruction
+ROWS, WORDS, INSTRUCTION = 64, 128, 32  # outputs of a warpgroup, depth of two words of metadata, of an instruction
 OUTPUTS = gpu.COMPUTE * ROWS
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Sizes: tokens of an output tile, parts that K is divided into, steps in shared memory."""
+  """Sizes: tokens of an output tile, parts that K is divided into, depth of a step, steps in shared memory, blocks that
+  share a tile of tokens."""
 
   tokens: int
   splits: int
+  depth: int
   slots: int
+  cluster: int = 1
 
-  def written(self, dtype: Any) -> Any:
-    """The dtype of what the kernel writes: float32 for what is yet to be added, and for rows of less than 32 bytes."""
-    return np.dtype(np.float32 if self.splits > 1 or self.tokens < 16 else dtype)
+  @property
+  def turned(self) -> bool:
+    """Whether the kernel writes the product as it is wanted; if not, transposed, in float32."""
+    return self.splits == 1 and self.tokens >= 64
 
 
 def tiles(tokens: int, outputs: int, steps: int, dtype: np.dtype) -> Tiles:
-  """For that many tokens, outputs, and steps along K."""
+  """For that many tokens, outputs, and pairs of words of metadata along K."""
   wide = next(n for n in (8, 16, 32, 64, 128, 256) if n >= min(tokens, 256))
   units = -(-outputs // OUTPUTS) * -(-tokens // wide)
   splits = max(1, min(gpu.cores() // units, steps // 4))
-  stage = gpu.nbytes((OUTPUTS, DEPTH // 2), dtype) + gpu.nbytes((OUTPUTS, DEPTH // 16), 'int8') * 2
-  stage += gpu.nbytes((wide, DEPTH), dtype)
-  t = Tiles(wide, splits, 0)
-  staging = gpu.nbytes((OUTPUTS, 2, min(wide, 64)), t.written(dtype))
-  return dataclasses.replace(t, slots=gpu.slots(stage, staging, 8))
+  cluster = 2 if wide == 256 and outputs % (2 * OUTPUTS) == 0 else 1
+  return fitted(Tiles(wide, splits, 64 if wide == 256 else 128, 8, cluster), dtype)
+
+
+def fitted(t: Tiles, dtype: np.dtype) -> Tiles:
+  """With as many slots as fit, up to `t.slots`."""
+  stage = gpu.nbytes((OUTPUTS, t.depth // 2), dtype) + gpu.nbytes((gpu.COMPUTE, WORDS, 2), 'int32')
+  stage += gpu.nbytes((t.tokens, t.depth), dtype)
+  staging = gpu.nbytes((OUTPUTS, 2, min(t.tokens, 64)), dtype if t.turned else 'float32')
+  return dataclasses.replace(t, slots=gpu.slots(stage, staging, t.slots))
 
 
 def refusal(x: Array, w: Sparse24Array) -> str | None:
@@ -70,25 +79,27 @@ def matmul(x: Array, w: Sparse24Array, *, sizes: Tiles | None = None) -> Array:
   if outputs % OUTPUTS:
     values, metadata = gpu.filled(values, OUTPUTS), jnp.pad(metadata, ((0, 1), (0, 0), (0, 0), (0, 0)))
   steps = metadata.shape[1]
-  t = sizes or tiles(count, outputs, steps, x.dtype)
+  t = sizes or tiles(count, values.shape[0], steps, x.dtype)
   y = _product(gpu.filled(x, t.tokens), values, metadata, t)
-  y = y[0] if t.splits == 1 else jnp.sum(y, axis=0)
-  return y[:outputs, :count].T.astype(x.dtype)
+  if t.turned:
+    return y[:count, :outputs]
+  return jnp.sum(y, axis=0)[:outputs, :count].T.astype(x.dtype)
 
 
 def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
-  """`[splits, N, M]`: the transposed product, or the parts that it is the sum of."""
+  """`[M, N]`, or, not `turned`, `[splits, N, M]`: the parts that the transposed product is the sum of."""
   (rows, steps), columns = metadata.shape[:2], x.shape[0] // t.tokens
-  rows //= gpu.COMPUTE
-  dtype = t.written(x.dtype)
+  rows //= gpu.COMPUTE * t.cluster
+  dtype = x.dtype if t.turned else np.dtype(np.float32)
   sums = plgpu.Layout._WGMMA_ACC_32BIT
-  piece = min(t.tokens, 64)
+  piece, halves = min(t.tokens, 64), WORDS // t.depth
 
   def body(values, metadata, x, y, weight, meta, tile, staging, full, free):
     wg = lax.axis_index('wg')
 
     def named(i):  # 16 rows go through all columns together: they stay in the L2 cache
-      row, rest = gpu.banded(i, rows, columns * t.splits, 16)
+      row, rest = gpu.banded(i, rows, columns * t.splits, 16 // t.cluster)
+      row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
       return row, lax.rem(rest, jnp.int32(t.splits)), lax.div(rest, jnp.int32(t.splits))
 
     begin = lambda split: lax.div(split * steps, jnp.int32(t.splits))
@@ -96,78 +107,106 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
 
     def copy(at, step, slot):
       row, split, column = at
-      depth = begin(split) + step
-      half = DEPTH // 2
+      depth, half = begin(split) * halves + step, t.depth // 2
       plgpu.copy_gmem_to_smem(values.at[pl.ds(row * OUTPUTS, OUTPUTS), pl.ds(depth * half, half)], weight.at[slot],
                               full.at[slot])
-      plgpu.copy_gmem_to_smem(metadata.at[pl.ds(row * gpu.COMPUTE, gpu.COMPUTE), depth], meta.at[slot], full.at[slot])
-      plgpu.copy_gmem_to_smem(x.at[pl.ds(column * t.tokens, t.tokens), pl.ds(depth * DEPTH, DEPTH)], tile.at[slot],
-                              full.at[slot])
+      plgpu.copy_gmem_to_smem(metadata.at[pl.ds(row * gpu.COMPUTE, gpu.COMPUTE), lax.div(depth, jnp.int32(halves))],
+                              meta.at[slot], full.at[slot])
+      plgpu.copy_gmem_to_smem(x.at[pl.ds(column * t.tokens, t.tokens), pl.ds(depth * t.depth, t.depth)], tile.at[slot],
+                              full.at[slot], collective_axes='cluster' if t.cluster > 1 else None)
 
     def compute(at, count):
+      slot = lambda count: lax.rem(count, jnp.int32(t.slots))
+
       def step(i, carry):
         count, acc = carry
-        slot = lax.rem(count, jnp.int32(t.slots))
-        plgpu.barrier_wait(full.at[slot])
-        acc = _multiply(acc, weight.at[slot, pl.ds(wg * ROWS, ROWS)], meta.at[slot, wg], tile.at[slot])
-        plgpu.barrier_arrive(free.at[slot])
-        return count + 1, acc
+        for half in range(halves):
+          here = slot(count)
+          plgpu.barrier_wait(full.at[here])
+          acc = _multiply(acc, weight.at[here, pl.ds(wg * ROWS, ROWS)], meta.at[here, wg], tile.at[here], half)
+          previous = lambda: plgpu.barrier_arrive(free.at[slot(count + t.slots - 1)])
+          previous() if half else pl.when(i > 0)(previous)
+          count += 1
+        return count, acc
 
       zero = plgpu.layout_cast(jnp.zeros((ROWS, t.tokens), jnp.float32), sums)
       count, acc = lax.fori_loop(jnp.int32(0), trips(at), step, (count, zero))
-      value = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(y.dtype)
+      acc = _finished(acc)
+      plgpu.barrier_arrive(free.at[slot(count + t.slots - 1)])
+      value = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(dtype)
       row, split, column = at
-      gpu.store(value, staging.at[wg], lambda r, c: y.at[
-          split, pl.ds(row * OUTPUTS + wg * ROWS + r, ROWS), pl.ds(column * t.tokens + c, piece)])
+      row, column = row * OUTPUTS + wg * ROWS, column * t.tokens
+      if t.turned:
+        value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+        target = lambda r, c: y.at[pl.ds(column + c, piece), pl.ds(row + r, ROWS)]
+      else:
+        target = lambda r, c: y.at[split, pl.ds(row + r, ROWS), pl.ds(column + c, piece)]
+      gpu.store(value, staging.at[wg], target, turned=t.turned)
       return count
 
-    gpu.ring(columns * t.splits * rows, named, trips, copy, compute, free, t.slots)
+    gpu.ring(columns * t.splits * rows, named, lambda at: trips(at) * halves, copy, compute, free, t.slots)
 
-  full, free = gpu.barriers(t.slots, 3)
-  scratch = {'weight': gpu.shared((t.slots, OUTPUTS, DEPTH // 2), x.dtype),
+  full, free = gpu.barriers(t.slots, 3, t.cluster)
+  scratch = {'weight': gpu.shared((t.slots, OUTPUTS, t.depth // 2), x.dtype),
              'meta': plgpu.SMEM((t.slots, gpu.COMPUTE, 2, 128), jnp.int32),
-             'tile': gpu.shared((t.slots, t.tokens, DEPTH), x.dtype),
-             'staging': gpu.shared((gpu.COMPUTE, 2, ROWS, piece), dtype), 'full': full, 'free': free}
-  out = jax.ShapeDtypeStruct((t.splits, rows * OUTPUTS, x.shape[0]), dtype)
-  blocks = min(gpu.cores(), columns * t.splits * rows)
-  return gpu.kernel(body, out, (values, metadata, x), blocks=blocks, scratch=scratch, lanes=True)
+             'tile': gpu.shared((t.slots, t.tokens, t.depth), x.dtype),
+             'staging': gpu.shared((gpu.COMPUTE, 2, *((piece, ROWS) if t.turned else (ROWS, piece))), dtype),
+             'full': full, 'free': free}
+  outputs = rows * t.cluster * OUTPUTS
+  shape = (x.shape[0], outputs) if t.turned else (t.splits, outputs, x.shape[0])
+  blocks = min(gpu.cores() // t.cluster, columns * t.splits * rows)
+  return gpu.kernel(body, jax.ShapeDtypeStruct(shape, dtype), (values, metadata, x), blocks=blocks, scratch=scratch,
+                    cluster=t.cluster, lanes=True)
 
 
-def _multiply(acc: Array, weight: Any, meta: Any, tokens: Any) -> Array:
-  """`acc [64, n]` plus the sparse `weight [64, 128]` times the transpose of `tokens [n, 128]`."""
+def _multiply(acc: Array, weight: Any, meta: Any, tokens: Any, half: int) -> Array:
+  """`acc [64, n]` plus the sparse `weight [64, depth]` times the transpose of `tokens [n, depth]`, under way.
+
+  What was under way before is done. `half` says which of the words of metadata come first.
+  """
   sums = plgpu.Layout._WGMMA_ACC_32BIT
   registers = plgpu.Layout.WG_STRIDED((2, 128), vec_size=2)
-  tiled = plgpu.RefType(gpu.transforms(DEPTH // 2, tokens.dtype))
-  inputs = (sums, tiled, tiled, registers)
+  tiled = [plgpu.RefType(gpu.transforms(ref.shape[-1], ref.dtype)) for ref in (weight, tokens)]
   result = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=sums)
 
-  @plgpu.inline_mgpu(arg_types=inputs, return_type=result)
+  @plgpu.inline_mgpu(arg_types=(sums, *tiled, registers), return_type=result)
   def product(_, acc, weight, tokens, meta):
-    return _instructions(acc, weight, utils.memref_transpose(tokens, (1, 0, 3, 2)), meta)
+    return _instructions(acc, weight, utils.memref_transpose(tokens, (1, 0, 3, 2)), meta, half)
 
   return product(acc, weight, tokens, gpu.load(meta, registers))
+
+
+def _finished(acc: Array) -> Array:
+  """`acc` when nothing is under way."""
+  sums = plgpu.Layout._WGMMA_ACC_32BIT
+
+  @plgpu.inline_mgpu(arg_types=(sums,), return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=sums))
+  def waited(_, acc):
+    nvvm.wgmma_wait_group_sync_aligned(0)
+    return fragmented_array.optimization_barrier(acc)
+
+  return waited(acc)
 
 
 # Below, MLIR: the instructions themselves.
 
 
-def _instructions(acc: Any, weight: Any, tokens: Any, meta: Any) -> Any:
-  """Four instructions of depth 32, and the wait for them. `weight` is `[64, 64]` compressed, `tokens` `[128, n]`."""
+def _instructions(acc: Any, weight: Any, tokens: Any, meta: Any, half: int) -> Any:
+  """Instructions of depth 32, and the wait for those before. `weight` is compressed, `tokens` `[depth, n]`."""
   (depth, n), element = mma_utils.tiled_memref_shape(tokens)
-  first, second = (dict(swizzle=128, logical_k_major=major) for major in (False, True))
+  first, second = (dict(swizzle=size, logical_k_major=major) for size, major in ((depth, False), (128, True)))
   (a, (_, (a_stride,))), *_ = mma_utils.create_descriptor(weight, group_size=(ROWS, depth // 2), **first)
   (b, (b_inner, b_strides)), *_ = mma_utils.create_descriptor(
       tokens, group_size=(depth, n), mma_bytewidth_k=2 * INSTRUCTION, **second)
-  (inner,), (outer_stride, inner_stride) = b_inner, b_strides
   acc = _dense.wgmma_fence(acc)
   sums, i32 = list(acc.registers.flat), ir.IntegerType.get_signless(32)
   (pair,) = meta.registers.flat  # of this thread; each register is that of two instructions
   for i in range(depth // INSTRUCTION):
-    word = llvm.extractelement(pair, utils.c(i // 2, i32))
-    at_a, at_b = i * a_stride, i // inner * outer_stride + i % inner * inner_stride
-    sums = _instruction(sums, _moved(a, at_a), _moved(b, at_b), word, i % 2, n, element)
+    word = llvm.extractelement(pair, utils.c(half + i // 2, i32))
+    at_b = sum(j * stride for j, stride in zip(np.unravel_index(i, (depth, *b_inner)), b_strides))
+    sums = _instruction(sums, _moved(a, i * a_stride), _moved(b, int(at_b)), word, i % 2, n, element)
   nvvm.wgmma_commit_group_sync_aligned()
-  nvvm.wgmma_wait_group_sync_aligned(0)
+  nvvm.wgmma_wait_group_sync_aligned(1)
   registers = np.array(sums, dtype=object).reshape(acc.registers.shape)
   return fragmented_array.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 
