@@ -200,15 +200,19 @@ def accumulate(multiply: Callable[[Array], None], trips: Array, count: Array, fu
 
 
 def store(value: Array, staging: Any, target: Callable[[int, int], Any], turned: bool = False) -> None:
-  """Write `value`, in pieces of the size of `staging [2, rows, columns]`, to `target(row, column)` of that size.
+  """Write `value` to `target(row, column)`, by pieces of the size of `staging [n, rows, columns]`, n at a time.
 
   If `turned`, staging and target have the transpose of a piece.
   """
-  rows, columns = staging.shape[:0:-1] if turned else staging.shape[1:]
+  together, *size = staging.shape
+  rows, columns = reversed(size) if turned else size
   pieces = [(r, c) for r in range(0, value.shape[0], rows) for c in range(0, value.shape[1], columns)]
-  for i, (row, column) in enumerate(pieces):
-    plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)  # 0 for the first: what the last tile left is in its way
-    there = transposed(staging.at[i % 2]) if turned else staging.at[i % 2]
-    there[...] = value[row:row + rows, column:column + columns]
+  for first in range(0, len(pieces), together):
+    here = pieces[first:first + together]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what is still read of staging is in the way
+    for i, (row, column) in enumerate(here):
+      there = transposed(staging.at[i]) if turned else staging.at[i]
+      there[...] = value[row:row + rows, column:column + columns]
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging.at[i % 2], target(row, column))
+    for i, at in enumerate(here):
+      plgpu.copy_smem_to_gmem(staging.at[i], target(*at))

@@ -87,7 +87,7 @@ def _check(q: Array, k: Array, v: Array, index: Array, counts: Array, block_q: i
 
 
 def _filled(a: Array, block: int) -> Array:
-  """`[batch, T, heads, d]`, T filled up to whole blocks: what the implementations take, with lists for one of a batch."""
+  """`[batch, T, heads, d]`, T filled up to whole blocks: what implementations take, with lists for one of a batch."""
   flat = a.reshape(-1, *a.shape[-3:])
   return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0), (0, 0)))
 

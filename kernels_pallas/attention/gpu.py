@@ -1,7 +1,5 @@
 """Block-sparse flash attention on Hopper, forward, through Mosaic GPU.
 
-Not run on a GPU yet: numerics are those of interpret mode on a CPU, and beyond that it is known to lower.
-
 As FlashAttention-3 (arXiv 2407.08608) and JAX's own `attention_mgpu`, which this is after: two warpgroups have 64
 queries each and take turns, so that one multiplies while the other has its softmax; a third only copies. New is that
 the tiles of keys are those that an index lists, and that blocks of the grid persist: with short lists, starting one
@@ -27,7 +25,7 @@ _NOTHING = -1e30  # the largest score so far of a query that saw no key: finite,
 
 def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int, causal: bool,
               scale: float, interpret: bool = False) -> Array:
-  """Attention of `q [batch, Tq, heads, d]` to those blocks of `k`, `v` `[batch, Tk, heads, d]` that `index` lists: as q.
+  """Attention of `q [batch, Tq, heads, d]` to those blocks of `k`, `v` `[batch, Tk, heads, d]` that `index` lists.
 
   `index` is `int32[heads, Tq / block_q, R]`: the blocks of keys that a block of queries sees, increasing, of which the
   first `counts`, `int32[heads, Tq / block_q]`, count. If `causal`, query i sees keys 0 to i of these. A query that sees
@@ -63,7 +61,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
 
       @loop
       def _(one, head, tile, count):
-        shared = lax.div(head, jnp.int32(group))
+        shared, n = lax.div(head, jnp.int32(group)), trips[head, tile]
 
         def step(i, count):
           slot, there = at(count), pl.ds(first(head, tile, i), keys)
@@ -81,7 +79,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
           plgpu.copy_gmem_to_smem(v.at[one, there, shared], value.at[slot], value_full.at[slot])
           return count + 1
 
-        return lax.fori_loop(jnp.int32(0), trips[head, tile], step, count)
+        return lax.fori_loop(jnp.int32(0), n, step, count)
 
     @pl.when(wg < gpu.COMPUTE)
     def _():
@@ -91,7 +89,8 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
 
       @loop
       def _(one, head, tile, count):
-        pl.when(trips[head, tile] > 0)(lambda: plgpu.barrier_wait(asked.at[wg]))
+        n, plain = trips[head, tile], whole[head, tile]
+        pl.when(n > 0)(lambda: plgpu.barrier_wait(asked.at[wg]))
         begin = tile * QUERIES + wg * ROWS
 
         def step(i, carry, masked=False):
@@ -99,7 +98,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
           slot = at(count)
           mask = _seen(begin, first(head, tile, i), keys) if masked else None
           score = _score(queries.at[wg], key.at[slot], key_full.at[slot], key_free.at[slot], turn)
-          pl.when(i == trips[head, tile] - 1)(lambda: plgpu.barrier_arrive(answered.at[wg]))
+          pl.when(i == n - 1)(lambda: plgpu.barrier_arrive(answered.at[wg]))
           p, state = _softmax(score, mask, state, scale)
           plgpu.barrier_arrive(turn)
           plgpu.barrier_wait(value_full.at[slot])
@@ -108,10 +107,10 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
           plgpu.barrier_arrive(value_free.at[slot])
           return count + 1, (acc, *state[1:])
 
-        carry = lax.fori_loop(jnp.int32(0), whole[head, tile], step, (count, _nothing(d)))
+        carry = lax.fori_loop(jnp.int32(0), plain, step, (count, _nothing(d)))
         if causal:
           masked = lambda i, carry: step(i, carry, masked=True)
-          carry = lax.fori_loop(whole[head, tile], trips[head, tile], masked, carry)
+          carry = lax.fori_loop(plain, n, masked, carry)
         count, (acc, _, total) = carry
         inverse = 1.0 / jnp.maximum(total, 1e-30)
         y = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(q.dtype)

@@ -1,7 +1,7 @@
 """The product with a 2:4 weight on Hopper's sparse tensor cores: `wgmma.mma_async.sp`, which Mosaic has no name for.
 
-Not run on a GPU yet, and interpret mode does not cover it: what is known is that it lowers, and that the metadata are
-those that CUTLASS documents. Optional: nothing else depends on this module, which uses parts of Mosaic that change.
+Interpret mode does not cover it: that its numbers are right is known from a GPU (`python -m kernels_pallas.bench`
+compares them). Optional: nothing else depends on this module, which uses parts of Mosaic that change.
 
 The sparse operand must be the first, so what is computed is `y^T = w^T x^T`: outputs are rows. With few tokens the
 product waits for the weight's bytes, nine sixteenths of the dense ones; there K is divided among multiprocessors.
@@ -45,7 +45,7 @@ class Tiles:
   @property
   def turned(self) -> bool:
     """Whether the kernel writes the product as it is wanted; if not, transposed, in float32."""
-    return self.splits == 1 and self.tokens >= 64
+    return self.splits == 1
 
 
 def tiles(tokens: int, outputs: int, steps: int, dtype: np.dtype) -> Tiles:
@@ -116,23 +116,18 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
                               full.at[slot], collective_axes='cluster' if t.cluster > 1 else None)
 
     def compute(at, count):
-      slot = lambda count: lax.rem(count, jnp.int32(t.slots))
-
       def step(i, carry):
         count, acc = carry
         for half in range(halves):
-          here = slot(count)
-          plgpu.barrier_wait(full.at[here])
-          acc = _multiply(acc, weight.at[here, pl.ds(wg * ROWS, ROWS)], meta.at[here, wg], tile.at[here], half)
-          previous = lambda: plgpu.barrier_arrive(free.at[slot(count + t.slots - 1)])
-          previous() if half else pl.when(i > 0)(previous)
+          slot = lax.rem(count, jnp.int32(t.slots))
+          plgpu.barrier_wait(full.at[slot])
+          acc = _multiply(acc, weight.at[slot, pl.ds(wg * ROWS, ROWS)], meta.at[slot, wg], tile.at[slot], half)
+          plgpu.barrier_arrive(free.at[slot])
           count += 1
         return count, acc
 
       zero = plgpu.layout_cast(jnp.zeros((ROWS, t.tokens), jnp.float32), sums)
       count, acc = lax.fori_loop(jnp.int32(0), trips(at), step, (count, zero))
-      acc = _finished(acc)
-      plgpu.barrier_arrive(free.at[slot(count + t.slots - 1)])
       value = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(dtype)
       row, split, column = at
       row, column = row * OUTPUTS + wg * ROWS, column * t.tokens
@@ -160,9 +155,9 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
 
 
 def _multiply(acc: Array, weight: Any, meta: Any, tokens: Any, half: int) -> Array:
-  """`acc [64, n]` plus the sparse `weight [64, depth]` times the transpose of `tokens [n, depth]`, under way.
+  """`acc [64, n]` plus the sparse `weight [64, depth]` times the transpose of `tokens [n, depth]`.
 
-  What was under way before is done. `half` says which of the words of metadata come first.
+  `half` says which of the words of metadata comes first.
   """
   sums = plgpu.Layout._WGMMA_ACC_32BIT
   registers = plgpu.Layout.WG_STRIDED((2, 128), vec_size=2)
@@ -176,23 +171,15 @@ def _multiply(acc: Array, weight: Any, meta: Any, tokens: Any, half: int) -> Arr
   return product(acc, weight, tokens, gpu.load(meta, registers))
 
 
-def _finished(acc: Array) -> Array:
-  """`acc` when nothing is under way."""
-  sums = plgpu.Layout._WGMMA_ACC_32BIT
-
-  @plgpu.inline_mgpu(arg_types=(sums,), return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=sums))
-  def waited(_, acc):
-    nvvm.wgmma_wait_group_sync_aligned(0)
-    return fragmented_array.optimization_barrier(acc)
-
-  return waited(acc)
-
-
 # Below, MLIR: the instructions themselves.
 
 
 def _instructions(acc: Any, weight: Any, tokens: Any, meta: Any, half: int) -> Any:
-  """Instructions of depth 32, and the wait for those before. `weight` is compressed, `tokens` `[depth, n]`."""
+  """Instructions of depth 32, and the wait for them. `weight` is compressed, `tokens` `[depth, n]`.
+
+  None stays under way: ptxas does not know that an instruction under way still reads its metadata, and gives their
+  registers to what comes next. The other warpgroup multiplies meanwhile.
+  """
   (depth, n), element = mma_utils.tiled_memref_shape(tokens)
   first, second = (dict(swizzle=size, logical_k_major=major) for size, major in ((depth, False), (128, True)))
   (a, (_, (a_stride,))), *_ = mma_utils.create_descriptor(weight, group_size=(ROWS, depth // 2), **first)
@@ -206,7 +193,7 @@ def _instructions(acc: Any, weight: Any, tokens: Any, meta: Any, half: int) -> A
     at_b = sum(j * stride for j, stride in zip(np.unravel_index(i, (depth, *b_inner)), b_strides))
     sums = _instruction(sums, _moved(a, i * a_stride), _moved(b, int(at_b)), word, i % 2, n, element)
   nvvm.wgmma_commit_group_sync_aligned()
-  nvvm.wgmma_wait_group_sync_aligned(1)
+  nvvm.wgmma_wait_group_sync_aligned(0)
   registers = np.array(sums, dtype=object).reshape(acc.registers.shape)
   return fragmented_array.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 
