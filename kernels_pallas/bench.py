@@ -9,6 +9,8 @@ import argparse
 import csv
 import functools
 import importlib
+import json
+import pathlib
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from jax.experimental.mosaic.gpu import profiler
 from kernels_pallas import block_sparse_matmul, sampled_matmul
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.sparse24 import sparse24_matmul
+from sparsejax import formats
 from sparsejax.formats import BlockSparseArray, Sparse24Array
 from sparsejax.types import Array
 
@@ -85,9 +88,7 @@ def _listed(rows: int, columns: int, sparsity: float, seed: int = 0) -> np.ndarr
 
 def _blocks(block: tuple[int, int], sparsity: float, share: float, which: str) -> Case:
   n = 8192
-  mask = _listed(n // block[0], n // block[1], sparsity)
-  whole = np.repeat(np.repeat(mask, block[0], 0), block[1], 1)
-  w = BlockSparseArray.from_dense(_random(0, n, n), whole, block)
+  w = _packed(block, sparsity, n, n)
   dense, x, ideal = w.to_dense(), _random(1, n, n), 1 / w.density
   if which == 'dw':
     run = lambda x, dy, w: sampled_matmul(x, dy, w, implementation='mosaic_gpu').reshape(-1, block[1])
@@ -102,14 +103,21 @@ def _blocks(block: tuple[int, int], sparsity: float, share: float, which: str) -
   return Case(product, (x, w), _dot, (x, dense), lambda: _dot(x, dense), ideal, share * ideal)
 
 
-def _two_of_four(tokens: int, n: int, layers: int, ideal: float, bar: float) -> Case:
-  """One weight after the other, of a size that leaves x as large as it was."""
-  def weight(seed):
-    groups = _random(seed, n // 4, 4, n) / jnp.bfloat16(n / 2) ** 0.5
-    place = jnp.argsort(jnp.argsort(jnp.abs(groups.astype(jnp.float32)), axis=1), axis=1)
-    return jnp.where(place >= 2, groups, jnp.zeros((), groups.dtype)).reshape(n, n)
+def _packed(block: tuple[int, int], sparsity: float, k: int, n: int) -> BlockSparseArray:
+  mask = _listed(k // block[0], n // block[1], sparsity)
+  return BlockSparseArray.from_dense(_random(0, k, n), np.repeat(np.repeat(mask, block[0], 0), block[1], 1), block)
 
-  dense = [weight(seed) for seed in range(layers)]
+
+def _half(seed: int, k: int, n: int) -> Array:
+  """A 2:4 weight `[k, n]` of a size that leaves what it is multiplied with as large as it was."""
+  groups = _random(seed, k // 4, 4, n) / jnp.bfloat16(k / 2) ** 0.5
+  place = jnp.argsort(jnp.argsort(jnp.abs(groups.astype(jnp.float32)), axis=1), axis=1)
+  return jnp.where(place >= 2, groups, jnp.zeros((), groups.dtype)).reshape(k, n)
+
+
+def _two_of_four(tokens: int, n: int, layers: int, ideal: float, bar: float) -> Case:
+  """One weight after the other."""
+  dense = [_half(seed, n, n) for seed in range(layers)]
   packed, x = [Sparse24Array.from_dense(w, check=False) for w in dense], _random(layers, tokens, n)
   kernel = functools.partial(sparse24_matmul, implementation='mosaic_gpu')
   through = lambda product: lambda x, weights: functools.reduce(product, weights, x)
@@ -138,6 +146,86 @@ def _best_attention(q: Array, k: Array, v: Array) -> Callable[..., Array]:
   return cudnn
 
 
+# What `sparsejax advise` reads: any op, as `implementation=None` runs it, forward and with its gradients.
+
+
+class Entry(NamedTuple):
+  """An op of `m` tokens and a weight `[k, n]`, this share of it zero in blocks, or, `[4, 1]`, in 2 of 4."""
+
+  op: Callable[..., Any]
+  m: int
+  k: int
+  n: int
+  block: tuple[int, int]
+  sparsity: float
+
+
+def entries() -> Iterator[Entry]:
+  k = n = 4096
+  for m in (16, 256, 1024, 4096, 16384):
+    for sparsity in (0.5, 0.75, 0.9):
+      yield Entry(block_sparse_matmul, m, k, n, (128, 128), sparsity)
+    if m <= 4096:
+      yield Entry(sparse24_matmul, m, k, n, (4, 1), 0.5)
+  for block in ((64, 64), (64, 256), (128, 256)):
+    for sparsity in (0.5, 0.75, 0.9):
+      yield Entry(block_sparse_matmul, 4096, k, n, block, sparsity)
+
+
+def table(begin: float) -> Iterator[dict[str, Any]]:
+  """Rows as `sparsejax.advice.Measured` has them."""
+  here = environment()
+  for entry in entries():
+    op, *shape, block, sparsity = entry
+    try:
+      if time.perf_counter() - begin > SECONDS:
+        raise ValueError(f'left out: {SECONDS} seconds had passed')
+      found = {f'ratio_{name}': round(ratio, 3) for name, ratio in _ratios(entry).items()}
+      chosen = op(*_operands(entry)[:2], explain=True)['cuda'].implementation
+    except Exception as error:
+      print(f'kernels_pallas.bench: {op.__name__} {shape} {block} {sparsity}: {_line(error)}', file=sys.stderr)
+      continue
+    row = {'op': op.__name__, 'implementation': chosen, **dict(zip('mkn', shape)), 'block': list(block),
+           'sparsity': sparsity, **found, 'hardware': here['device'], 'jax': here['jax'], 'commit': here['commit']}
+    print(json.dumps(row), flush=True)
+    yield row
+
+
+def _operands(entry: Entry) -> tuple[Array, Any, Array, Array]:
+  """The input, the packed weight, the dense one and a cotangent."""
+  _, m, k, n, block, sparsity = entry
+  if block == (4, 1):
+    dense = _half(0, k, n)
+    packed = Sparse24Array.from_dense(dense, check=False)
+  else:
+    packed = _packed(block, sparsity, k, n)
+    dense = packed.to_dense()
+  return _random(1, m, k), packed, dense, _random(2, m, n)
+
+
+def _ratios(entry: Entry) -> dict[str, float]:
+  """How many times faster than dense: 'forward', and 'train', with both gradients."""
+  x, packed, dense, dy = _operands(entry)
+
+  def trained(product):
+    def step(x, w, dy, like):
+      y, back = jax.vjp(lambda x, w: product(x, w, like), x, w)
+      return y, *back(dy)
+    return jax.jit(step)
+
+  sparse_step = trained(lambda x, values, like: entry.op(x, formats.with_values(like, values)))
+  dense_step = trained(lambda x, w, like: _dot(x, w))
+  ways = {'forward': ((jax.jit(entry.op), (x, packed)), (jax.jit(_dot), (x, dense))),
+          'train': ((sparse_step, (x, packed.values, dy, packed)), (dense_step, (x, dense, dy, dense)))}
+  found = {}
+  for name, (sparse, other) in ways.items():
+    one, two = (jax.tree.leaves(f(*args))[:2] for f, args in (sparse, other))  # the product, and the gradient of x
+    for a, b in zip(one, two):
+      _error(a, b)
+    found[name] = float(np.median([_milliseconds(*other) / _milliseconds(*sparse) for _ in range(3)]))
+  return found
+
+
 # Measuring.
 
 
@@ -149,15 +237,21 @@ def _milliseconds(f: Callable[..., Any], args: tuple[Any, ...]) -> float:
   return float(np.median(times))
 
 
-def measured(case: Case) -> dict[str, Any]:
-  """One row: the error, and the medians of both over rounds."""
-  sparse, dense = jax.jit(case.sparse), jax.jit(case.dense)
-  got, wanted = (np.asarray(a, np.float32) for a in (sparse(*case.args), case.expected()))
+def _error(got: Array, wanted: Array) -> float:
+  """Relative; raises `ValueError` if rounding does not explain it."""
+  got, wanted = (np.asarray(a, np.float32) for a in (got, wanted))
   if got.shape != wanted.shape or not np.isfinite(got).all():
     raise ValueError(f'what it gives, {list(got.shape)}, is not finite, or not of shape {list(wanted.shape)}')
   error = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
   if error > 0.01:
     raise ValueError(f'relative error {error:.3g}, where rounding explains 0.01 at most')
+  return error
+
+
+def measured(case: Case) -> dict[str, Any]:
+  """One row: the error, and the medians of both over rounds."""
+  sparse, dense = jax.jit(case.sparse), jax.jit(case.dense)
+  error = _error(sparse(*case.args), case.expected())
   contestants = (sparse, case.args), (dense, case.others)
   rounds = [[_milliseconds(*one) for one in contestants[::order]][::order] for order in (1, -1) * (ROUNDS // 2)]
   one, other = (float(np.median(times)) for times in zip(*rounds))
@@ -201,19 +295,23 @@ def rows(begin: float) -> Iterator[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog='kernels_pallas.bench', description=__doc__.split('\n\n')[0])
   parser.add_argument('--out', default='kernels.csv', help='the CSV to write (kernels.csv)')
-  out = parser.parse_args(arguments).out
+  parser.add_argument('--table', help='what to write for `sparsejax advise`: sparsejax/measured/h200.json')
+  options = parser.parse_args(arguments)
   if jax.default_backend() != 'gpu':
     print(f'kernels_pallas.bench: the default device is a {jax.default_backend()}, no GPU, so nothing was measured.')
     return 2
-  with open(out, 'w', newline='') as file:
-    table = csv.DictWriter(file, FIELDS, restval='')
-    table.writeheader()
-    for row in rows(time.perf_counter()):
-      table.writerow(row)
+  begin = time.perf_counter()
+  with open(options.out, 'w', newline='') as file:
+    lines = csv.DictWriter(file, FIELDS, restval='')
+    lines.writeheader()
+    for row in rows(begin):
+      lines.writerow(row)
       file.flush()
       times = '{sparse_us} us, dense {dense_us} us, {speedup}x of {ideal}, bar {bar}: {holds}'
       said = row.get('failure') or times.format(**row)
       print(f'{row["kernel"]:16} {row["shape"]:40} {row["sparsity"]:>4}  {said}', flush=True)
+  if options.table:
+    pathlib.Path(options.table).write_text('[\n' + ',\n'.join(json.dumps(row) for row in table(begin)) + '\n]\n')
   return 0
 
 

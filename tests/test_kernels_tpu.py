@@ -193,30 +193,30 @@ def lists(heads, query_blocks, key_blocks, width, seed=0):
 
 def masked(q, k, v, index, counts, block_q, block_k, causal, scale):
   """Attention with the dense mask."""
-  (heads, tq, _), tk, share = q.shape, k.shape[1], q.shape[0] // k.shape[0]
+  (_, tq, heads, _), tk, share = q.shape, k.shape[1], q.shape[2] // k.shape[2]
   mask = np.zeros((heads, tq, tk), bool)
   for head, row in np.ndindex(counts.shape):
     for block in index[head, row, :counts[head, row]].tolist():
       mask[head, row * block_q:(row + 1) * block_q, block * block_k:(block + 1) * block_k] = True
   mask &= np.tri(tq, tk, dtype=bool) if causal else True
-  k, v = (jnp.repeat(a, share, 0) for a in (k, v))
-  logits = jnp.where(mask, jnp.einsum('hqd,hkd->hqk', q, k) * scale, -1e30)
-  return jnp.einsum('hqk,hkd->hqd', jnp.where(mask, jax.nn.softmax(logits, -1), 0), v)
+  k, v = (jnp.repeat(a, share, 2) for a in (k, v))
+  logits = jnp.where(mask, jnp.einsum('bqhd,bkhd->bhqk', q, k) * scale, -1e30)
+  return jnp.einsum('bhqk,bkhd->bqhd', jnp.where(mask, jax.nn.softmax(logits, -1), 0), v)
 
 
-# name: heads of q and of k, queries, keys, d, blocks of both, longest list, causal, dtype
+# name: batch, heads of q and of k, queries, keys, d, blocks of both, longest list, causal, dtype
 ATTENTION = {
-    '128': ((2, 2), 384, 512, 64, (128, 128), 3, False, F32),
-    'causal, shared heads of 16 bits': ((2, 1), 512, 512, 128, (128, 128), 3, True, BF16),
-    'causal, other blocks': ((1, 1), 384, 512, 64, (128, 256), 2, True, F32),
+    '128': (1, (2, 2), 384, 512, 64, (128, 128), 3, False, F32),
+    'causal, shared heads of 16 bits': (1, (2, 1), 512, 512, 128, (128, 128), 3, True, BF16),
+    'causal, other blocks, two of a batch': (2, (1, 1), 384, 512, 64, (128, 256), 2, True, F32),
 }
 
 
 @pytest.mark.parametrize('case', ATTENTION)
 def test_attention_is_that_of_the_dense_mask(case, monkeypatch):
-  (heads, shared), tq, tk, d, (block_q, block_k), width, causal, dtype = ATTENTION[case]
+  batch, (heads, shared), tq, tk, d, (block_q, block_k), width, causal, dtype = ATTENTION[case]
   index, counts = lists(heads, tq // block_q, tk // block_k, width)
-  args = [normal((h, t, d), dtype, s) for s, h, t in ((0, heads, tq), (1, shared, tk), (2, shared, tk))]
+  args = [normal((batch, t, h, d), dtype, s) for s, h, t in ((0, heads, tq), (1, shared, tk), (2, shared, tk))]
   how = dict(block_q=block_q, block_k=block_k, causal=causal, scale=d ** -0.5)
   assert attention.refusal(*args, index, counts, **how) is None
   if heads == shared > 1:  # as if not all lists fitted at a time
@@ -236,7 +236,7 @@ def test_attention_is_that_of_the_dense_mask(case, monkeypatch):
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
 @pytest.mark.parametrize('block', [(128, 128), (128, 512), (512, 512)], ids=str)
 def test_attention_lowers(block, dtype, causal):
-  q, index = jax.ShapeDtypeStruct((2, 1024, 128), dtype), jax.ShapeDtypeStruct((2, 1024 // block[0], 2), jnp.int32)
+  q, index = jax.ShapeDtypeStruct((1, 1024, 2, 128), dtype), jax.ShapeDtypeStruct((2, 1024 // block[0], 2), jnp.int32)
   counts = jax.ShapeDtypeStruct(index.shape[:2], jnp.int32)
   f = functools.partial(attention.attention, block_q=block[0], block_k=block[1], causal=causal, scale=0.1)
   assert attention.refusal(q, q, q, index, counts, **f.keywords) is None
@@ -266,7 +266,7 @@ def of_n_m(dtype=F32, n=2, m=4, shape=(1024, 256), axes=0):
 
 
 def of_attention(dtypes=(F32, F32, F32), heads=(2, 2), length=512, block=(128, 128), rows=4, width=2):
-  q, k, v = (jax.ShapeDtypeStruct((h, length, 64), t) for h, t in zip((heads[0], heads[1], heads[1]), dtypes))
+  q, k, v = (jax.ShapeDtypeStruct((1, length, h, 64), t) for h, t in zip((heads[0], heads[1], heads[1]), dtypes))
   index = jax.ShapeDtypeStruct((heads[0], rows, width), jnp.int32)
   return attention.refusal(q, k, v, index, None, block_q=block[0], block_k=block[1], causal=True, scale=1.0)
 
@@ -351,14 +351,14 @@ def test_products_say_over_which_axes_of_a_mesh_they_vary():
 @pytest.mark.parametrize('check_vma, wanted', [(True, 'check_vma=False'), (False, 'None')])
 def test_attention_is_refused_where_splash_would_have_to_say_how_it_varies(check_vma, wanted):
   mesh, said = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,)), []
-  index, q = jnp.zeros((2, 1, 1), jnp.int32), jnp.ones((2, 128, 64))
+  index, q = jnp.zeros((2, 1, 1), jnp.int32), jnp.ones((1, 128, 2, 64))
   how = dict(block_q=128, block_k=128, causal=True, scale=1.0)
 
   def f(q):
     said.append(attention.refusal(q, q, q, index, index[..., 0], **how))
     return q
 
-  over = jax.shard_map(f, mesh=mesh, in_specs=P(None, None, 'data'), out_specs=P(None, None, 'data'),
+  over = jax.shard_map(f, mesh=mesh, in_specs=P(None, None, None, 'data'), out_specs=P(None, None, None, 'data'),
                        check_vma=check_vma)
   jax.eval_shape(over, q)
   assert re.search(wanted, str(said[-1]))

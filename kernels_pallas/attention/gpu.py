@@ -29,20 +29,23 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
 
   `index` is `int32[heads, Tq / block_q, R]`: the blocks of keys that a block of queries sees, increasing, of which the
   first `counts`, `int32[heads, Tq / block_q]`, count. If `causal`, query i sees keys 0 to i of these. A query that sees
-  no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. Sums are float32.
+  no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. What it gives is
+  like `q`; sums are float32.
   """
   batch, length, heads, d = q.shape
   keys = 128 if block_k % 128 == 0 else 64  # of a step
   parts, tiles, group = block_k // keys, length // QUERIES, heads // k.shape[2]
+  work = batch * heads * tiles
   whole, trips = _steps(index, counts, tiles, block_q, block_k, keys, causal)
   stage = gpu.nbytes((2 * keys, d), q.dtype)
   slots = gpu.slots(stage, 2 * gpu.nbytes((QUERIES, d), q.dtype), 4)
+  blocks = 1 if interpret else min(gpu.cores(), work)
 
   def body(index, whole, trips, q, k, v, out, queries, key, value, staging, asked, answered, key_full, key_free,
            value_full, value_free, turn, weights=None):
     wg = lax.axis_index('wg')
-    loop = lambda f: plgpu.nd_loop((batch * heads * tiles,), collective_axes='sm', init_carry=jnp.int32(0))(
-        lambda info, carry: f(*where(info.index[0]), carry))
+    loop = lambda f, init: plgpu.nd_loop((work,), collective_axes='sm', init_carry=init)(
+        lambda info, carry: f(info.index[0], carry))
 
     def where(i):  # longest first, if causal
       tile, i = lax.rem(i, jnp.int32(tiles)), lax.div(i, jnp.int32(tiles))
@@ -59,9 +62,9 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
     def _():
       plgpu.set_max_registers(40, action='decrease')
 
-      @loop
-      def _(one, head, tile, count):
-        shared, n = lax.div(head, jnp.int32(group)), trips[head, tile]
+      def read(i, count):
+        one, head, tile = where(i)
+        shared = lax.div(head, jnp.int32(group))
 
         def step(i, count):
           slot, there = at(count), pl.ds(first(head, tile, i), keys)
@@ -79,7 +82,9 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
           plgpu.copy_gmem_to_smem(v.at[one, there, shared], value.at[slot], value_full.at[slot])
           return count + 1
 
-        return lax.fori_loop(jnp.int32(0), n, step, count)
+        return lax.fori_loop(jnp.int32(0), trips[head, tile], step, count)
+
+      loop(read, jnp.int32(0))
 
     @pl.when(wg < gpu.COMPUTE)
     def _():
@@ -87,9 +92,15 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
       plgpu.barrier_arrive(answered.at[wg])
       pl.when(wg == 1)(lambda: _take_turns(turn))
 
-      @loop
-      def _(one, head, tile, count):
-        n, plain = trips[head, tile], whole[head, tile]
+      def lengths(i):  # of its list: how many steps, and how many of these need no mask
+        _, head, tile = where(lax.min(i, jnp.int32(work - 1)))
+        n = trips[head, tile]
+        return n, whole[head, tile] if causal else n
+
+      def answer(at_tile, carry):
+        count, (n, plain) = carry
+        one, head, tile = where(at_tile)
+        following = lengths(at_tile + blocks)  # read now, so that the next tile need not wait for it
         pl.when(n > 0)(lambda: plgpu.barrier_wait(asked.at[wg]))
         begin = tile * QUERIES + wg * ROWS
 
@@ -116,8 +127,9 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
         y = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(q.dtype)
         gpu.store(y, staging.at[wg], lambda row, col: out.at[
             one, pl.ds(begin + row, ROWS), head, pl.ds(col, 64)])
-        return count
+        return count, following
 
+      loop(answer, (jnp.int32(0), lengths(lax.axis_index('sm'))))
       pl.when(wg == 0)(lambda: _take_turns(turn))
       plgpu.wait_smem_to_gmem(0)
 
@@ -130,7 +142,6 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
       'turn': plgpu.Barrier(num_arrivals=gpu.COMPUTE)}
   if interpret:
     scratch['weights'] = plgpu.SMEM((gpu.COMPUTE, ROWS, keys), q.dtype)
-  blocks = 1 if interpret else min(gpu.cores(), batch * heads * tiles)
   return gpu.kernel(body, jax.ShapeDtypeStruct(q.shape, q.dtype), (index, whole, trips, q, k, v), blocks=blocks,
                     scratch=scratch, lanes=True, approximate=True, interpret=interpret)
 

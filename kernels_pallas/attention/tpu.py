@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from kernels_pallas import tpu
+from kernels_pallas.attention import heads
 from sparsejax.types import Array
 
 _COMPUTED = 512  # keys at a time, at most
@@ -25,26 +26,29 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
 
   `index` is `int32[heads, Tq / block_q, R]`: the blocks of keys that a block of queries sees, increasing, of which the
   first `counts`, `int32[heads, Tq / block_q]`, count. If `causal`, query i sees keys 0 to i of these. A query that sees
-  no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. Differentiable in
-  q, k and v, by splash's own kernels.
+  no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. What it gives is
+  like `q`. Differentiable in q, k and v, by splash's own kernels.
   """
   fixed = dict(block_sizes=_sizes(block_q, block_k), is_mqa=False, save_residuals=False, attn_logits_soft_cap=None,
                mask_value=splash.DEFAULT_MASK_VALUE, residual_checkpoint_name=None,
                mask_function=_causal if causal else None, interpret=interpret)
 
-  def some(heads):
-    q, k, v, index, counts = heads
+  def some(args):
+    q, k, v, index, counts = args
     keys, queries = _infos(index, counts, k.shape[1] // block_k, block_q, block_k, causal)
     return splash.SplashAttentionKernel(keys, keys, queries, **fixed)(q, k, v)
 
-  scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-  parts = q.shape[0] // _together(q, k, index, block_k)
-  if parts == 1:
-    y = some((scaled, k, v, index, counts))
-  else:
-    split = lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
-    y = jax.lax.map(some, tuple(map(split, (scaled, k, v, index, counts)))).reshape(*q.shape[:2], v.shape[2])
-  return jnp.where(_sees(index, counts, block_q, block_k, causal)[..., None], y, jnp.zeros((), y.dtype))
+  def of_heads(q, k, v, index, counts):
+    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    parts = q.shape[0] // _together(q.shape[0] // k.shape[0], k.shape[1], index, block_k)
+    if parts == 1:
+      y = some((scaled, k, v, index, counts))
+    else:
+      split = lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
+      y = jax.lax.map(some, tuple(map(split, (scaled, k, v, index, counts)))).reshape(*q.shape[:2], v.shape[2])
+    return jnp.where(_sees(index, counts, block_q, block_k, causal)[..., None], y, jnp.zeros((), y.dtype))
+
+  return heads.first(of_heads)(q, k, v, index, counts)
 
 
 def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int, causal: bool,
@@ -59,13 +63,13 @@ def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_
   if q.shape[1] % block_q or k.shape[1] % block_k:
     return (f'{q.shape[1]} queries and {k.shape[1]} keys do not divide into blocks of {block_q} and {block_k}; fill up '
             'with zeros')
-  if q.shape[0] % k.shape[0]:
-    return f'{q.shape[0]} heads of q cannot share {k.shape[0]} of k evenly; repeat those of k and v'
+  if q.shape[2] % k.shape[2]:
+    return f'{q.shape[2]} heads of q cannot share {k.shape[2]} of k evenly; repeat those of k and v'
   if any(jax.typeof(a).manual_axis_type.varying for a in (q, k, v)):
     return 'splash attention does not say over which axes of a mesh it varies; use shard_map with check_vma=False'
   if _tiles(q, v, block_q, block_k) > tpu.TILES:
     return f'blocks of {block_q} and {block_k} do not fit into the memory of a TPU core; list blocks of 512 or smaller'
-  if _together(q, k, index, block_k) == 0:
+  if _together(q.shape[2] // k.shape[2], k.shape[1], index, block_k) == 0:
     return (f'an index of shape {index.shape} does not fit into scalar memory, not even for one head of k; list blocks '
             f'larger than {block_q} and {block_k}')
   return None
@@ -122,17 +126,17 @@ def _computed(block_k: int) -> int:
 
 def _tiles(q: Array, v: Array, block_q: int, block_k: int) -> int:
   """The bytes of VMEM of a step: logits, their exponentials and mask, sums, and q, k, v and y twice."""
-  size, lengths = q.dtype.itemsize, q.shape[2] + v.shape[2]
-  return block_q * (12 * block_k + 4 * (2 * tpu.LANES + v.shape[2])) + 2 * size * lengths * (block_q + block_k)
+  size, lengths = q.dtype.itemsize, q.shape[3] + v.shape[3]
+  return block_q * (12 * block_k + 4 * (2 * tpu.LANES + v.shape[3])) + 2 * size * lengths * (block_q + block_k)
 
 
-def _together(q: Array, k: Array, index: Array, block_k: int) -> int:
-  """How many heads of q, with all that share theirs of k, have their lists in scalar memory at a time."""
-  heads, query_blocks, width = index.shape
-  key_blocks, least = k.shape[1] // block_k, heads // k.shape[0]
+def _together(least: int, keys: int, index: Array, block_k: int) -> int:
+  """How many heads, with all that share theirs of k, `least` each, have their lists in scalar memory at a time."""
+  n, query_blocks, width = index.shape
+  key_blocks = keys // block_k
   each = query_blocks * max(width * (1 + _integer(key_blocks).itemsize),
                             key_blocks * (1 + _integer(query_blocks).itemsize))
-  fitting = [n for n in range(least, heads + 1, least) if heads % n == 0 and n * each <= tpu.SCALARS]
+  fitting = [some for some in range(least, n + 1, least) if n % some == 0 and some * each <= tpu.SCALARS]
   return max(fitting, default=0)
 
 

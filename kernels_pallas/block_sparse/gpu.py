@@ -61,14 +61,14 @@ def refusal(x: Array, w: BlockSparseArray) -> str | None:
 def matmul(x: Array, w: BlockSparseArray, *, sizes: Tiles | None = None, interpret: bool = False) -> Array:
   """`x [M, Kb bk]` times `w`: `[M, Nb bn]` in x's dtype, summed in float32."""
   starts = _starts(w.fan_in, w.cols, w.grid[1])
-  return _product(x, w.values.astype(x.dtype), starts, w.rows, None, sizes, interpret)
+  return _product(x, w.values.astype(x.dtype), starts, w.rows, None, w.fan_in, sizes, interpret)
 
 
 def matmul_transposed(dy: Array, w: BlockSparseArray, *, sizes: Tiles | None = None, interpret: bool = False) -> Array:
   """`dy [M, Nb bn]` times the transpose of `w`: `[M, Kb bk]` in dy's dtype, summed in float32."""
   starts = _starts(w.fan_out, jnp.sort(w.rows) if w.fan_out is None else w.rows, w.grid[0])
   places = w.cols.at[w.order].get(mode='promise_in_bounds')
-  return _product(dy, w.values.astype(dy.dtype), starts, places, w.order, sizes, interpret)
+  return _product(dy, w.values.astype(dy.dtype), starts, places, w.order, w.fan_out, sizes, interpret)
 
 
 def _starts(fan: tuple[int, ...] | None, column: Array, n: int) -> Array:
@@ -78,8 +78,15 @@ def _starts(fan: tuple[int, ...] | None, column: Array, n: int) -> Array:
   return jnp.searchsorted(column, jnp.arange(n + 1, dtype=jnp.int32)).astype(jnp.int32)
 
 
-def _product(x: Array, values: Array, starts: Array, places: Array, order: Array | None, sizes: Tiles | None,
-             interpret: bool) -> Array:
+def _longest_first(fan: tuple[int, ...] | None, starts: Array) -> Array:
+  """The columns by how many blocks they have, so that what is computed at about the same time ends at the same time."""
+  if fan is not None:
+    return jnp.asarray(np.argsort(-np.asarray(fan), kind='stable').astype(np.int32))
+  return jnp.argsort(starts[:-1] - starts[1:], stable=True).astype(jnp.int32)
+
+
+def _product(x: Array, values: Array, starts: Array, places: Array, order: Array | None, fan: tuple[int, ...] | None,
+             sizes: Tiles | None, interpret: bool) -> Array:
   """Column n of the product: the sum over i from `starts[n]` of block column `places[i]` of `x` times a block.
 
   That is `values[i]`; with `order`, it is `values[order[i]]` transposed.
@@ -93,14 +100,14 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
   x = gpu.filled(x, t.multiple)
   rows = x.shape[0] // t.multiple
 
-  def body(starts, places, order, x, values, y, tile, block, staging, full, free):
+  def body(ranked, starts, places, order, x, values, y, tile, block, staging, full, free):
     wg = lax.axis_index('wg')
 
     def named(i):
       """The first token of the tile of this warpgroup's block, and the column."""
       row, column = gpu.banded(i, rows, columns, t.sweep)
       row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
-      return row * (gpu.COMPUTE * t.tokens), column
+      return row * (gpu.COMPUTE * t.tokens), ranked[column]
 
     trips = lambda at: (starts[at[1] + 1] - starts[at[1]]) * parts
 
@@ -137,7 +144,7 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
       'block': gpu.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), x.dtype),
       'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), x.dtype), 'full': full, 'free': free}
   out = jax.ShapeDtypeStruct((x.shape[0], columns * width), x.dtype)
-  operands = (starts, places, starts if order is None else order, x, values)
+  operands = (_longest_first(fan, starts), starts, places, starts if order is None else order, x, values)
   blocks = min(1 if interpret else gpu.cores() // t.cluster, rows * columns)
   y = gpu.kernel(body, out, operands, blocks=blocks, scratch=scratch, cluster=t.cluster, interpret=interpret)
   return y[:tokens]
