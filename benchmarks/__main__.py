@@ -52,13 +52,13 @@ def main(argv: list[str] | None = None) -> int:
   return 0 if all(claim.holds for claim in claims) else 1
 
 
-def write(out: pathlib.Path, name: str, claims: list[timing.Claim]) -> None:
-  """The section of this name instead of the one there is, or at the end."""
-  picture = out.with_name(f'{out.stem}-{name}.png')
-  _draw(claims, picture)
+def write(out: pathlib.Path, name: str, claims: list[timing.Claim], hardware: str | None = None) -> None:
+  """The section of this name instead of the one there is, or at the end; measured here, if not said where."""
+  picture, hardware = out.with_name(f'{out.stem}-{name}.png'), hardware or timing.hardware()
+  _draw(claims, picture, hardware)
   rows = [HEAD, ('---',) * len(HEAD), *map(_cells, claims)]
   table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-  section = f'## {name}\n\n{timing.hardware()}.\n\n{table}\n\n![{name}]({picture.name})\n\n'
+  section = f'## {name}\n\n{hardware}.\n\n{table}\n\n![{name}]({picture.name})\n\n'
   text = out.read_text() if out.exists() else TITLE
   own = re.search(rf'^## {name}\n.*?(?=^## |\Z)', text, re.MULTILINE | re.DOTALL)
   start, end = own.span() if own else (len(text), len(text))
@@ -82,7 +82,7 @@ def _table(claims: list[timing.Claim]) -> Table:
   return table
 
 
-def _draw(claims: list[timing.Claim], path: pathlib.Path) -> None:
+def _draw(claims: list[timing.Claim], path: pathlib.Path, hardware: str) -> None:
   """How far above or below its bar each is, and its spread."""
   figure = Figure(figsize=(11, 1 + 0.28 * len(claims)), layout='constrained')
   axes = figure.add_subplot()
@@ -91,7 +91,7 @@ def _draw(claims: list[timing.Claim], path: pathlib.Path) -> None:
     axes.plot([end / claim.bar for end in claim.spread], [row, row], color=color, linewidth=2)
     axes.plot(claim.measured / claim.bar, row, 'o' if claim.at_least else 's', color=color)
   axes.axvline(1, color='black', linewidth=1)
-  axes.set(xscale='log', ylim=(len(claims) - 0.5, -0.5), title=timing.hardware(),
+  axes.set(xscale='log', ylim=(len(claims) - 0.5, -0.5), title=hardware,
            xlabel='measured / bar, 10 to 90 %; round is to be right of 1, square left')
   for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
     axis('{x:g}')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import time
 
@@ -18,6 +19,7 @@ from kernels_pallas.attention import gpu as attention
 from kernels_pallas.block_sparse import gpu as block_sparse
 from kernels_pallas.sparse24 import gpu as sparse24
 from kernels_pallas.sparse24 import sparse24_matmul
+from sparsejax import advice
 from sparsejax.formats import Sparse24Array
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -285,7 +287,7 @@ def test_without_a_gpu_the_benchmark_says_so_in_a_sentence(capsys, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_kernel_that_fails_is_a_row_with_its_error(monkeypatch):
+def test_a_kernel_that_fails_is_a_row_with_its_error_and_the_rest_is_measured(monkeypatch, tmp_path):
   dot, x = bench._dot, jnp.ones((8, 8), F32)
   good = bench.Case(dot, (x, x), dot, (x, x), lambda: dot(x, x), 1.0, 0.0)
   def fails():
@@ -298,5 +300,11 @@ def test_a_kernel_that_fails_is_a_row_with_its_error(monkeypatch):
   assert 'failure' not in found['good'] and found['good']['holds'] == 'yes'
   assert 'relative error' in found['wrong']['failure']
   assert found['raises']['failure'] == 'RuntimeError: no such instruction'
+  some = (block_sparse_matmul, (64, 64)), (sparse24_matmul, (4, 1))
+  monkeypatch.setattr(bench, 'entries', lambda: (bench.Entry(op, 8, 128, 64, block, 0.5) for op, block in some))
+  (tmp_path / 'gpu.json').write_text(json.dumps(list(bench.table(time.perf_counter()))))
+  measured = advice.read_table('gpu', tmp_path)
+  assert [(row.op, row.implementation, row.ratio_forward, row.ratio_train) for row in measured] == [
+      ('block_sparse_matmul', 'mosaic_gpu', 1.0, 1.0), ('sparse24_matmul', 'mosaic_gpu', 1.0, 1.0)]
   late = list(bench.rows(time.perf_counter() - bench.SECONDS - 1))
   assert [row['failure'] for row in late] == ['left out: 450 seconds had passed'] * 3

@@ -78,11 +78,13 @@ def _starts(fan: tuple[int, ...] | None, column: Array, n: int) -> Array:
   return jnp.searchsorted(column, jnp.arange(n + 1, dtype=jnp.int32)).astype(jnp.int32)
 
 
-def _longest_first(fan: tuple[int, ...] | None, starts: Array) -> Array:
-  """The columns by how many blocks they have, so that what is computed at about the same time ends at the same time."""
-  if fan is not None:
-    return jnp.asarray(np.argsort(-np.asarray(fan), kind='stable').astype(np.int32))
-  return jnp.argsort(starts[:-1] - starts[1:], stable=True).astype(jnp.int32)
+def _longest_first(fan: tuple[int, ...] | None, columns: int) -> Array:
+  """The columns by how many blocks they have, so that what is computed at about the same time ends at the same time.
+
+  As they are, where that is not known at trace time: sorting would take longer than it saves.
+  """
+  order = np.arange(columns) if fan is None else np.argsort(-np.asarray(fan), kind='stable')
+  return jnp.asarray(order.astype(np.int32))
 
 
 def _product(x: Array, values: Array, starts: Array, places: Array, order: Array | None, fan: tuple[int, ...] | None,
@@ -144,7 +146,7 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
       'block': gpu.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), x.dtype),
       'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), x.dtype), 'full': full, 'free': free}
   out = jax.ShapeDtypeStruct((x.shape[0], columns * width), x.dtype)
-  operands = (_longest_first(fan, starts), starts, places, starts if order is None else order, x, values)
+  operands = (_longest_first(fan, columns), starts, places, starts if order is None else order, x, values)
   blocks = min(1 if interpret else gpu.cores() // t.cluster, rows * columns)
   y = gpu.kernel(body, out, operands, blocks=blocks, scratch=scratch, cluster=t.cluster, interpret=interpret)
   return y[:tokens]
