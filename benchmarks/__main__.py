@@ -91,8 +91,9 @@ def _draw(claims: list[timing.Claim], path: pathlib.Path, hardware: str) -> None
     axes.plot([end / claim.bar for end in claim.spread], [row, row], color=color, linewidth=2)
     axes.plot(claim.measured / claim.bar, row, 'o' if claim.at_least else 's', color=color)
   axes.axvline(1, color='black', linewidth=1)
-  axes.set(xscale='log', ylim=(len(claims) - 0.5, -0.5), title=hardware,
-           xlabel='measured / bar, 10 to 90 %; round is to be right of 1, square left')
+  axes.set(xscale='log', ylim=(len(claims) - 0.5, -0.5))
+  figure.suptitle(hardware, fontsize=10)
+  figure.supxlabel('measured / bar, 10 to 90 %; round is to be right of 1, square left', fontsize=9)
   for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
     axis('{x:g}')
   axes.set_yticks(range(len(claims)), [claim.what for claim in claims], fontsize=7)
