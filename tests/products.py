@@ -81,8 +81,14 @@ def value_and_gradients(f, dy, *args):
   return jax.jit(both)(dy, *args)
 
 
+def equations(jaxpr):
+  """Those of a program, and of the programs inside of it."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for one in core.jaxprs_in_params(eqn.params):
+      yield from equations(getattr(one, 'jaxpr', one))
+
+
 def largest(jaxpr):
-  """Entries of the largest array that a program makes, in programs inside of it too."""
-  sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
-  inner = [largest(getattr(one, 'jaxpr', one)) for eqn in jaxpr.eqns for one in core.jaxprs_in_params(eqn.params)]
-  return max([*sizes, *inner, 0])
+  """Entries of the largest array that a program makes."""
+  return max((math.prod(v.aval.shape) for eqn in equations(jaxpr) for v in eqn.outvars), default=0)

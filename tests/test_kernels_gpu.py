@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from products import blocks, f32, normal, rounded_once
+from products import blocks, equations, f32, normal, rounded_once
 
-from kernels_pallas import bench, block_sparse_matmul, gpu
+from kernels_pallas import bench, block_sparse_matmul, gpu, nm_matmul
 from kernels_pallas.attention import gpu as attention
 from kernels_pallas.block_sparse import gpu as block_sparse
 from kernels_pallas.sparse24 import gpu as sparse24
-from kernels_pallas.sparse24 import sparse24_matmul
+from kernels_pallas.sparse24 import reference, sparse24_matmul
 from sparsejax import advice
-from sparsejax.formats import Sparse24Array
+from sparsejax.formats import NMArray, Sparse24Array
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 transposes = pytest.mark.skipif(
@@ -212,6 +212,20 @@ def test_sparse24_matmul_and_its_gradients_are_those_of_the_dense_weight(shape, 
   np.testing.assert_allclose(got, kept.to_dense(), rtol=1e-4, atol=1e-4)
 
 
+def test_the_gradient_of_2_to_4_values_is_made_by_slabs_of_outputs():
+  w = two_of_four((8, 2500), F32)
+  packed, x, dy = Sparse24Array.from_dense(w), normal((3, 8), F32, 5), normal((3, 2500), F32, 6)
+  step = lambda x, dy, values: jax.vjp(
+      lambda v: sparse24_matmul(x, dataclasses.replace(packed, values=v)), values)[1](dy)[0]
+  kept = Sparse24Array.from_dense(jnp.where(w != 0, x.T @ dy, 0))
+  got = dataclasses.replace(packed, values=step(x, dy, packed.values)).to_dense()
+  np.testing.assert_allclose(jnp.where(w != 0, got, 0), kept.to_dense(), rtol=1e-5, atol=1e-5)
+  filled = (jax.ShapeDtypeStruct((3, n), F32) for n in (2 * packed.values.shape[1], len(packed.values)))
+  made = jax.make_jaxpr(lambda x, dy: reference.sampled(x, dy, packed))(*filled).jaxpr
+  dots = [eqn.outvars[0].aval.shape for eqn in equations(made) if eqn.primitive.name == 'dot_general']
+  assert [shape[0] for shape in dots] == [1024]
+
+
 @pytest.mark.parametrize('tokens', [1, 16, 300])
 @pytest.mark.parametrize('shape', [(4096, 1024), (300, 70)])
 @pytest.mark.parametrize('dtype', [BF16, F16])
@@ -233,6 +247,11 @@ def test_the_metadata_of_a_thread_are_two_registers_of_four_instructions():
 # What is refused.
 
 
+def n_m_refusal(n, m, width=1):
+  w = NMArray.from_dense(jnp.ones((8, 4)), n, m, 0, check=False, width=width)
+  return nm_matmul(jnp.ones((1, 8), BF16), w, explain=True)['cuda'].reason
+
+
 def attention_refusal(queries=256, keys=256, d=64, heads=(2, 2), dtypes=(BF16, BF16), block_q=128, block_k=128):
   q = jax.ShapeDtypeStruct((1, queries, heads[0], d), dtypes[0])
   k = jax.ShapeDtypeStruct((1, keys, heads[1], d), dtypes[1])
@@ -252,6 +271,9 @@ REFUSED = {
     'blocks of queries': (lambda: attention_refusal(block_q=64), 'multiples of 128'),
     'blocks of keys': (lambda: attention_refusal(block_k=32), 'multiples of 64'),
     'undivided': (lambda: attention_refusal(queries=300), 'fill up with zeros'),
+    '2:4 of one format': (lambda: n_m_refusal(2, 4), "pack it as 'sparse24'"),
+    '1:4': (lambda: n_m_refusal(1, 4), '2:4 only, not 1:4; prune'),
+    '2:4 in vectors': (lambda: n_m_refusal(2, 4, 2), 'not 2:4 in vectors of 2;'),
     'shared heads': (lambda: attention_refusal(heads=(3, 2)), 'evenly'),
 }
 

@@ -218,7 +218,7 @@ REFUSED = {
     'N:M: stack': (lambda: nm_matmul(HALF, NMArray.from_dense(
         jnp.zeros((3, 16, 4)), 2, 4, Axes((1,), (2,), layer=(0,)), width=2)), r'\(3, 16, 4\).*one of it at a time'),
     'N:M: name': (lambda: nm_matmul(jnp.ones((4, 32)), NM24, implementation='mosaic'),
-                  "nm_matmul: unknown implementation 'mosaic'.*dense, mosaic_tpu, xla"),
+                  "nm_matmul: unknown implementation 'mosaic'.*dense, mosaic_gpu, mosaic_tpu, xla"),
     'N:M: elsewhere': (lambda: nm_matmul(jnp.ones((4, 32)), NM24, implementation='mosaic_tpu'),
                        "'mosaic_tpu' cannot run this: it is for tpu, and the default device is cpu. 'xla', 'dense'"),
     'columns: another format': (lambda: unstructured_matmul(HALF, HALF), 'formats.CSCArray, not .*CSCArray.from_dense'),

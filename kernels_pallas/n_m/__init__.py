@@ -73,11 +73,21 @@ def _kernel(module: str) -> Implementation:
   return Implementation(lambda x, w: load().matmul(x, w), lambda x, w: load().refusal(x, w))
 
 
+def _none_for_hopper(x: Array, w: NMArray) -> str:
+  """Why there is no kernel for Hopper, and the remedy."""
+  del x
+  if (w.n, w.m, w.width) == (2, 4, 1):
+    return ("Hopper's sparse tensor cores read 2:4 in an order of their own; pack it as 'sparse24', a "
+            'formats.Sparse24Array, and call sparse24_matmul')
+  return (f"Hopper's sparse tensor cores multiply 2:4 only, not {w.n}:{w.m}"
+          f'{f" in vectors of {w.width}" if w.width > 1 else ""}; prune to 2:4, or leave it to XLA')
+
+
 PRODUCT = products.Product(
     'nm_matmul',
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, n_m.merged(w), 1, 0).astype(x.dtype)),
-     'mosaic_tpu': _kernel('tpu')},
+     'mosaic_gpu': Implementation(reference.matmul, _none_for_hopper), 'mosaic_tpu': _kernel('tpu')},
     {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
      'dense': Implementation(products.both(
          lambda dy, w: products.dot(dy, n_m.merged(w), 1, 1).astype(dy.dtype), reference.sampled_by_slab))}, prefer)

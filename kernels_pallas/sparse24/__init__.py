@@ -17,7 +17,8 @@ def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = 
                     explain: bool = False) -> Array | dispatch.Explanation:
   """`x [..., K]` times the 2:4 weight `w`, over its contracted axes merged: `[..., *outputs]`, in x's dtype.
 
-  Sums are float32. Differentiable in `x` and `w.values`; both gradients are XLA's, of the unpacked weight.
+  Sums are float32. Differentiable in `x` and `w.values`; both gradients are XLA's, that of `x` of the unpacked weight,
+  that of the values by slabs of outputs of the dense one.
   `implementation` is 'xla', which unpacks inside of the program, or 'mosaic_gpu'; they run or raise `ValueError`.
   `None` lets the platform choose when the program is lowered, and `explain=True` returns what it would choose, and why.
   Where the number of outputs is no multiple of 128, the kernel copies the weight to fill it up.
