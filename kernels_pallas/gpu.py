@@ -22,6 +22,7 @@ SHARED = 232_448  # bytes of shared memory that one block can have on Hopper
 SPARE = 1024  # of these, for barriers
 COMPUTE = 2  # warpgroups that multiply
 CORES = 132  # multiprocessors of an H100 and H200, where the program is lowered without one
+INTERPRETED = 2  # of what a CPU interprets
 
 
 def refused_dtype(dtype: np.dtype) -> str | None:
@@ -33,8 +34,10 @@ def refused_dtype(dtype: np.dtype) -> str | None:
   return f'the kernels for Hopper multiply bfloat16 and float16, not {dtype}; {remedy}'
 
 
-def cores() -> int:
+def cores(interpret: bool = False) -> int:
   """Multiprocessors of the device that the program is for."""
+  if interpret:
+    return INTERPRETED
   abstract = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
   if abstract is not None and abstract.num_cores:
     return abstract.num_cores
@@ -76,6 +79,22 @@ def banded(i: Array, rows: int, columns: int, width: int) -> tuple[Array, Array]
   first = lax.div(i, jnp.int32(width * columns)) * width
   here, within = lax.min(jnp.int32(width), rows - first), i - first * columns
   return first + lax.rem(within, here), lax.div(within, here)
+
+
+def scheduled(lengths: np.ndarray, blocks: int) -> np.ndarray:
+  """An order of tiles of these lengths in which each block, with one in `blocks` of them, has about equally much to do.
+
+  Only tiles that are computed at about the same time change places: those of one round of the blocks, the longest of
+  which goes to the block with the least so far. The last round, which is not for all of them, is counted first.
+  """
+  order, load = np.arange(len(lengths)), np.zeros(blocks)
+  rounds = [order[first:first + blocks] for first in range(0, len(order), blocks)]
+  for here in (rounds[-1], *rounds[:-1]):
+    least = np.argsort(load[:len(here)], kind='stable')
+    longest = here[np.argsort(-lengths[here], kind='stable')]
+    order[here[0] + least] = longest
+    load[least] += lengths[longest]
+  return order.astype(np.int32)
 
 
 def load(ref: Any, layout: Any) -> Array:
@@ -131,16 +150,23 @@ def barriers(slots: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
   return plgpu.Barrier(num_arrivals=copies, num_barriers=slots), free
 
 
-def ring(n: Any, tile: Callable[[Array], Any], trips: Callable[[Any], Array], copy: Callable[..., None],
+def ring(n: Any, blocks: int, tile: Callable[[Array], Any], trips: Callable[[Any], Array], copy: Callable[..., None],
          compute: Callable[[Any, Array], Array], free: Any, slots: int) -> None:
   """What a block does: its share of `n` output tiles, of which the i-th is called `tile(i)`, through one ring.
 
-  The memory warpgroup does `copy(tile, step, slot)` for `trips(tile)` steps of each, the others `compute(tile, count)`,
-  which gives the count behind it.
+  Of so many `blocks`, b does the tiles b, b + blocks, and so on. The memory warpgroup does `copy(tile, step, slot)` for
+  `trips(tile)` steps of each, the others `compute(tile, count)`, which gives the count behind it. What a tile is called
+  is asked one tile ahead, so that what that reads is there in time.
   """
+  called = lambda i: tile(lax.min(i, jnp.int32(n - 1)))
+
   def loop(f):
-    each = lambda info, carry: f(tile(info.index[0]), carry)
-    return plgpu.nd_loop((n,), collective_axes='sm', init_carry=jnp.int32(0))(each)
+    def each(info, carry):
+      count, here = carry
+      following = called(info.index[0] + blocks)
+      return f(here, count), following
+    start = jnp.int32(0), called(lax.axis_index('sm'))
+    return plgpu.nd_loop((n,), collective_axes='sm', init_carry=start)(each)[0]
 
   @pl.when(lax.axis_index('wg') == COMPUTE)
   def _():
@@ -157,8 +183,7 @@ def _copies(loop: Callable[..., Any], trips: Callable[[Any], Array], copy: Calla
             slots: int) -> None:
   plgpu.set_max_registers(40, action='decrease')
 
-  @loop
-  def count(tile, count):
+  def fill(tile, count):
     def step(i, count):
       slot = lax.rem(count, jnp.int32(slots))
       plgpu.barrier_wait(free.at[slot])
@@ -166,6 +191,7 @@ def _copies(loop: Callable[..., Any], trips: Callable[[Any], Array], copy: Calla
       return count + 1
     return lax.fori_loop(jnp.int32(0), trips(tile), step, count)
 
+  count = loop(fill)
   # A block must outlive what arrives on its barriers.
   lax.fori_loop(0, slots, lambda i, _: plgpu.barrier_wait(free.at[lax.rem(count + i, jnp.int32(slots))]), None)
 

@@ -126,6 +126,28 @@ def test_too_much_shared_memory_is_an_error_when_it_is_lowered():
     kernels(f(sizes.slots + 1), x, w)
 
 
+@pytest.mark.parametrize('n, blocks', [(1, 1), (7, 3), (264, 132), (2048, 132)])
+@pytest.mark.parametrize('seed', range(3))
+def test_blocks_have_about_equally_much_to_do(n, blocks, seed):
+  """Each tile is done once, in the round in which it was, and nobody works much longer than all would on average."""
+  lengths = np.random.default_rng(seed).integers(1, 13, n)
+  order = gpu.scheduled(lengths, blocks)
+  rounds = lambda a: [sorted(a[first:first + blocks]) for first in range(0, n, blocks)]
+  assert rounds(order) == rounds(np.arange(n))
+  work = lambda order: max(lengths[order[block::blocks]].sum() for block in range(blocks))
+  assert work(order) <= work(np.arange(n)) and work(order) <= lengths.sum() / blocks + lengths.max()
+
+
+def test_tiles_go_through_all_columns_by_sweeps_the_longest_columns_first():
+  order = block_sparse._order((1, 5, 3), 5, 3, 2, 100)
+  assert [sorted(part) for part in np.split(order, [15])] == [list(range(15)), []]
+  alike = block_sparse._order((2, 2, 2), 5, 3, 2, 4)
+  assert alike.tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11, 12, 13, 14]
+  assert block_sparse._order(None, 5, 3, 2, 4).tolist() == alike.tolist()
+  first = block_sparse._order((1, 9, 3), 4, 3, 2, 2)
+  assert (first[:2] % 3 == 1).all() and sorted(first) == list(range(12))
+
+
 # Attention.
 
 
@@ -172,13 +194,24 @@ def test_attention_to_listed_blocks(case):
   np.testing.assert_allclose(f32(got), wanted, atol=4 * float(jnp.finfo(dtype).eps), rtol=0.02)
 
 
+@transposes
+@pytest.mark.parametrize('causal', [False, True])
+def test_attention_to_whole_lists_needs_no_counts(causal):
+  index = jnp.asarray([[[0, 2], [1, 2], [0, 1]]], jnp.int32)
+  q, k, v = (normal((2, 384, 1, 64), BF16, i) for i in range(3))
+  f = functools.partial(attention.attention, q, k, v, index, block_q=128, block_k=128, causal=causal, scale=0.3,
+                        interpret=True)
+  np.testing.assert_array_equal(f32(f()), f32(f(jnp.full((1, 3), 2, jnp.int32))))
+
+
+@pytest.mark.parametrize('counted', [False, True])
 @pytest.mark.parametrize('d', [64, 128])
 @pytest.mark.parametrize('block_k', [64, 128])
 @pytest.mark.parametrize('causal', [False, True])
-def test_attention_lowers_for_cuda(d, block_k, causal):
+def test_attention_lowers_for_cuda(d, block_k, causal, counted):
   q, index, counts = jnp.zeros((1, 1024, 4, d), BF16), jnp.zeros((4, 8, 3), jnp.int32), jnp.zeros((4, 8), jnp.int32)
   f = functools.partial(attention.attention, block_q=128, block_k=block_k, causal=causal, scale=1.0)
-  assert kernels(f, q, q, q, index, counts) == 1
+  assert kernels(f, q, q, q, index, *[counts] * counted) == 1
 
 
 # 2:4.

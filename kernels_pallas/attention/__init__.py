@@ -30,12 +30,12 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   the program is lowered, and `explain=True` returns what it would choose, and why. The gradient is that of 'xla', after
   'dense' that of 'dense'.
   """
-  counts = jnp.full(index.shape[:2], index.shape[-1], jnp.int32) if counts is None else counts
-  _check(q, k, v, index, counts, block_q, block_k)
+  lists = (index,) if counts is None else (index, counts)
+  _check(q, k, v, *lists, block_q=block_q, block_k=block_k)
   scale = float(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
   options = Options(block_q, block_k, bool(causal), scale, q.shape[-3], k.shape[-3])
   shape = (*q.shape[:-1], v.shape[-1])
-  args = (*(_filled(a, block) for a, block in ((q, block_q), (k, block_k), (v, block_k))), index, counts)
+  args = (*(_filled(a, block) for a, block in ((q, block_q), (k, block_k), (v, block_k))), *lists)
   if explain:
     return dispatch.chosen(args, _table(options), options.prefer)
   if implementation is not None:
@@ -60,12 +60,13 @@ class Options(NamedTuple):
     """Those that every implementation takes."""
     return {name: getattr(self, name) for name in ('block_q', 'block_k', 'causal', 'scale')}
 
-  def prefer(self, q: Array, k: Array, v: Array, index: Array, counts: Array) -> Choice:
+  def prefer(self, q: Array, k: Array, v: Array, index: Array, counts: Array | None = None) -> Choice:
     listed, there = index.shape[-1], -(-self.keys // self.block_k)
     return Choice('xla', f'at most {listed} of {there} blocks of keys for each block of queries')
 
 
-def _check(q: Array, k: Array, v: Array, index: Array, counts: Array, block_q: int, block_k: int) -> None:
+def _check(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int,
+           block_k: int) -> None:
   fail = lambda why: ValueError(f'block_sparse_attention: {why}')
   shapes = f'q, k and v of shapes {q.shape}, {k.shape} and {v.shape}'
   if q.ndim < 3 or k.ndim != q.ndim or k.shape[:-1] != v.shape[:-1] or (
@@ -79,6 +80,7 @@ def _check(q: Array, k: Array, v: Array, index: Array, counts: Array, block_q: i
   if not all(isinstance(n, int) and n >= 1 for n in (block_q, block_k)):
     raise fail(f'block_q {block_q!r} and block_k {block_k!r} must be whole numbers, at least 1.')
   lists = (q.shape[-2], -(-q.shape[-3] // block_q))
+  counts = jax.ShapeDtypeStruct(lists, jnp.int32) if counts is None else counts
   if index.ndim != 3 or index.shape[:2] != lists or counts.shape != lists or index.dtype != jnp.int32 or (
       counts.dtype != jnp.int32):
     raise fail(f'index {index.dtype}{list(index.shape)} and counts {counts.dtype}{list(counts.shape)} must be '
@@ -139,13 +141,14 @@ def _forward(options, implementation, *args):
 
 
 def _backward(options, implementation, args, dy):
-  q, k, v, index, counts = args
+  q, k, v, *lists = args
+  none = (None,) * len(lists)
   if implementation == 'dense':
     dense = heads.first(functools.partial(_dense, options))
-    return *jax.vjp(lambda *qkv: dense(*qkv, index, counts), q, k, v)[1](dy), None, None
-  first, lists = map(heads.merged, (dy, q, k, v)), (heads.repeated(a, len(q)) for a in (index, counts))
-  found = reference.gradient(*first, *lists, **options.plain, length=options.keys)
-  return *(heads.split(d, a.shape[2]) for d, a in zip(found, (q, k, v))), None, None
+    return *jax.vjp(lambda *qkv: dense(*qkv, *lists), q, k, v)[1](dy), *none
+  found = reference.gradient(*map(heads.merged, (dy, q, k, v)), *heads.lists(len(q), *lists), **options.plain,
+                             length=options.keys)
+  return *(heads.split(d, a.shape[2]) for d, a in zip(found, (q, k, v))), *none
 
 
 _attention.defvjp(_forward, _backward)

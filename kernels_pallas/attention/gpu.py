@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gpu
+from kernels_pallas.attention.heads import lists
 from sparsejax.types import Array
 
 ROWS = 64  # queries of a warpgroup
@@ -23,23 +24,26 @@ QUERIES = gpu.COMPUTE * ROWS
 _NOTHING = -1e30  # the largest score so far of a query that saw no key: finite, because inf - inf is NaN
 
 
-def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int, causal: bool,
-              scale: float, interpret: bool = False) -> Array:
+def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
+              causal: bool, scale: float, interpret: bool = False) -> Array:
   """Attention of `q [batch, Tq, heads, d]` to those blocks of `k`, `v` `[batch, Tk, heads, d]` that `index` lists.
 
   `index` is `int32[heads, Tq / block_q, R]`: the blocks of keys that a block of queries sees, increasing, of which the
-  first `counts`, `int32[heads, Tq / block_q]`, count. If `causal`, query i sees keys 0 to i of these. A query that sees
-  no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. What it gives is
-  like `q`; sums are float32.
+  first `counts`, `int32[heads, Tq / block_q]`, count, or all. If `causal`, query i sees keys 0 to i of these. A query
+  that sees no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. What it
+  gives is like `q`; sums are float32.
   """
   batch, length, heads, d = q.shape
   keys = 128 if block_k % 128 == 0 else 64  # of a step
   parts, tiles, group = block_k // keys, length // QUERIES, heads // k.shape[2]
   work = batch * heads * tiles
-  whole, trips = _steps(index, counts, tiles, block_q, block_k, keys, causal)
+  if known := counts is None and not causal:  # how many steps each tile has: nothing to read
+    whole = trips = index
+  else:
+    whole, trips = _steps(*lists(1, index, counts), tiles, block_q, block_k, keys, causal)
   stage = gpu.nbytes((2 * keys, d), q.dtype)
   slots = gpu.slots(stage, 2 * gpu.nbytes((QUERIES, d), q.dtype), 4)
-  blocks = 1 if interpret else min(gpu.cores(), work)
+  blocks = min(gpu.cores(interpret), work)
 
   def body(index, whole, trips, q, k, v, out, queries, key, value, staging, asked, answered, key_full, key_free,
            value_full, value_free, turn, weights=None):
@@ -55,6 +59,11 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
       """The first key of a step."""
       block = index[head, lax.div(tile * QUERIES, jnp.int32(block_q)), lax.div(step, jnp.int32(parts))]
       return block * block_k + lax.rem(step, jnp.int32(parts)) * keys
+
+    def steps(head, tile):
+      """How many there are, and how many of these, the first ones, need no mask."""
+      n = jnp.int32(index.shape[2] * parts) if known else trips[head, tile]
+      return n, whole[head, tile] if causal else n
 
     at = lambda count: lax.rem(count, jnp.int32(slots))
 
@@ -82,7 +91,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
           plgpu.copy_gmem_to_smem(v.at[one, there, shared], value.at[slot], value_full.at[slot])
           return count + 1
 
-        return lax.fori_loop(jnp.int32(0), trips[head, tile], step, count)
+        return lax.fori_loop(jnp.int32(0), steps(head, tile)[0], step, count)
 
       loop(read, jnp.int32(0))
 
@@ -92,15 +101,10 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
       plgpu.barrier_arrive(answered.at[wg])
       pl.when(wg == 1)(lambda: _take_turns(turn))
 
-      def lengths(i):  # of its list: how many steps, and how many of these need no mask
-        _, head, tile = where(lax.min(i, jnp.int32(work - 1)))
-        n = trips[head, tile]
-        return n, whole[head, tile] if causal else n
-
       def answer(at_tile, carry):
         count, (n, plain) = carry
         one, head, tile = where(at_tile)
-        following = lengths(at_tile + blocks)  # read now, so that the next tile need not wait for it
+        following = steps(*where(lax.min(at_tile + blocks, jnp.int32(work - 1)))[1:])  # asked now, there in time
         pl.when(n > 0)(lambda: plgpu.barrier_wait(asked.at[wg]))
         begin = tile * QUERIES + wg * ROWS
 
@@ -129,7 +133,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
             one, pl.ds(begin + row, ROWS), head, pl.ds(col, 64)])
         return count, following
 
-      loop(answer, (jnp.int32(0), lengths(lax.axis_index('sm'))))
+      loop(answer, (jnp.int32(0), steps(*where(lax.axis_index('sm'))[1:])))
       pl.when(wg == 0)(lambda: _take_turns(turn))
       plgpu.wait_smem_to_gmem(0)
 
@@ -146,8 +150,8 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
                     scratch=scratch, lanes=True, approximate=True, interpret=interpret)
 
 
-def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int, causal: bool,
-            scale: float) -> str | None:
+def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
+            causal: bool, scale: float) -> str | None:
   """Why attention to these blocks cannot run on Hopper, with the remedy."""
   del counts, index, scale
   if why := gpu.refused_dtype(q.dtype):

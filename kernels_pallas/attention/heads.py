@@ -13,10 +13,11 @@ from sparsejax.types import Array
 def first(attend: Callable[..., Array]) -> Callable[..., Array]:
   """`attend`, which takes and gives `[heads, T, d]` and has lists for each of these heads, for `[batch, T, heads, d]`.
 
-  The lists, `index [heads, blocks, R]` and `counts [heads, blocks]`, are the same for all of a batch.
+  The lists, `index [heads, blocks, R]` and `counts [heads, blocks]`, are the same for all of a batch. Without counts,
+  all R count.
   """
-  def attended(q, k, v, index, counts):
-    return split(attend(*map(merged, (q, k, v)), *(repeated(a, len(q)) for a in (index, counts))), q.shape[2])
+  def attended(q, k, v, index, counts=None):
+    return split(attend(*map(merged, (q, k, v)), *lists(len(q), index, counts)), q.shape[2])
   return attended
 
 
@@ -30,6 +31,7 @@ def split(a: Array, heads: int) -> Array:
   return a.reshape(-1, heads, *a.shape[1:]).swapaxes(1, 2)
 
 
-def repeated(lists: Array, batch: int) -> Array:
-  """The lists of each head of a batch."""
-  return jnp.tile(lists, (batch, *[1] * (lists.ndim - 1)))
+def lists(batch: int, index: Array, counts: Array | None = None) -> tuple[Array, Array]:
+  """The lists of each head of a batch, and how much of them counts."""
+  counts = jnp.full(index.shape[:2], index.shape[2], jnp.int32) if counts is None else counts
+  return jnp.tile(index, (batch, 1, 1)), jnp.tile(counts, (batch, 1))

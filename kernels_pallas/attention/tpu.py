@@ -20,14 +20,14 @@ from sparsejax.types import Array
 _COMPUTED = 512  # keys at a time, at most
 
 
-def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int, causal: bool,
-              scale: float, interpret: Any = False) -> Array:
+def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
+              causal: bool, scale: float, interpret: Any = False) -> Array:
   """Attention of `q [batch, Tq, heads, d]` to those blocks of `k`, `v` `[batch, Tk, heads, d]` that `index` lists.
 
   `index` is `int32[heads, Tq / block_q, R]`: the blocks of keys that a block of queries sees, increasing, of which the
-  first `counts`, `int32[heads, Tq / block_q]`, count. If `causal`, query i sees keys 0 to i of these. A query that sees
-  no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. What it gives is
-  like `q`. Differentiable in q, k and v, by splash's own kernels.
+  first `counts`, `int32[heads, Tq / block_q]`, count, or all. If `causal`, query i sees keys 0 to i of these. A query
+  that sees no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. What it
+  gives is like `q`. Differentiable in q, k and v, by splash's own kernels.
   """
   fixed = dict(block_sizes=_sizes(block_q, block_k), is_mqa=False, save_residuals=False, attn_logits_soft_cap=None,
                mask_value=splash.DEFAULT_MASK_VALUE, residual_checkpoint_name=None,
@@ -51,8 +51,8 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
   return heads.first(of_heads)(q, k, v, index, counts)
 
 
-def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int, causal: bool,
-            scale: float) -> str | None:
+def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
+            causal: bool, scale: float) -> str | None:
   """Why attention to these blocks cannot run on a TPU, with the remedy."""
   if why := tpu.refused_dtypes(q, k, v):
     return why

@@ -20,6 +20,7 @@ from sparsejax.types import Array
 
 BLOCKS = ((64, 64), (128, 128), (64, 256), (128, 256))
 STAGE = 64  # of an output tile is written at a time, a square of this side
+BETWEEN = 3  # blocks that could be multiplied in the time that is lost between two tiles
 SWEEP = 16 * 2**20  # bytes of activations that go through all columns before the next do: they stay in the L2 cache
 
 
@@ -78,13 +79,19 @@ def _starts(fan: tuple[int, ...] | None, column: Array, n: int) -> Array:
   return jnp.searchsorted(column, jnp.arange(n + 1, dtype=jnp.int32)).astype(jnp.int32)
 
 
-def _longest_first(fan: tuple[int, ...] | None, columns: int) -> Array:
-  """The columns by how many blocks they have, so that what is computed at about the same time ends at the same time.
+def _order(fan: tuple[int, ...] | None, rows: int, columns: int, sweep: int, blocks: int) -> np.ndarray:
+  """The tiles `row * columns + column` in the order in which they are taken, `sweep` rows through all columns at once.
 
-  As they are, where that is not known at trace time: sorting would take longer than it saves.
+  Columns with many blocks come first, and the multiprocessors have equally much to do; but where it is not known at
+  trace time how many blocks a column has, to find that out would take longer than it saves.
   """
-  order = np.arange(columns) if fan is None else np.argsort(-np.asarray(fan), kind='stable')
-  return jnp.asarray(order.astype(np.int32))
+  ranked = np.arange(columns) if fan is None else np.argsort(-np.asarray(fan), kind='stable')
+  row = np.arange(rows)
+  tiles = np.concatenate([(part[None] * columns + ranked[:, None]).reshape(-1)
+                          for part in np.split(row, row[sweep::sweep])])
+  if fan is not None and len(set(fan)) > 1:
+    tiles = tiles[gpu.scheduled(np.asarray(fan)[tiles % columns] + BETWEEN, blocks)]
+  return tiles.astype(np.int32)
 
 
 def _product(x: Array, values: Array, starts: Array, places: Array, order: Array | None, fan: tuple[int, ...] | None,
@@ -101,15 +108,16 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
   tokens, columns, parts = x.shape[0], starts.shape[0] - 1, length // t.depth
   x = gpu.filled(x, t.multiple)
   rows = x.shape[0] // t.multiple
+  blocks = min(gpu.cores(interpret) // t.cluster, rows * columns)
 
-  def body(ranked, starts, places, order, x, values, y, tile, block, staging, full, free):
+  def body(turns, starts, places, order, x, values, y, tile, block, staging, full, free):
     wg = lax.axis_index('wg')
 
     def named(i):
       """The first token of the tile of this warpgroup's block, and the column."""
-      row, column = gpu.banded(i, rows, columns, t.sweep)
+      row, column = lax.div(turns[i], jnp.int32(columns)), lax.rem(turns[i], jnp.int32(columns))
       row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
-      return row * (gpu.COMPUTE * t.tokens), ranked[column]
+      return row * (gpu.COMPUTE * t.tokens), column
 
     trips = lambda at: (starts[at[1] + 1] - starts[at[1]]) * parts
 
@@ -138,7 +146,7 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
           pl.ds(token + wg * t.tokens + row, STAGE), pl.ds(column * width + col, STAGE)])
       return count
 
-    gpu.ring(rows * columns, named, trips, copy, compute, free, t.slots)
+    gpu.ring(rows * columns, blocks, named, trips, copy, compute, free, t.slots)
 
   full, free = gpu.barriers(t.slots, 2, t.cluster)
   scratch = {
@@ -146,8 +154,8 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
       'block': gpu.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), x.dtype),
       'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), x.dtype), 'full': full, 'free': free}
   out = jax.ShapeDtypeStruct((x.shape[0], columns * width), x.dtype)
-  operands = (_longest_first(fan, columns), starts, places, starts if order is None else order, x, values)
-  blocks = min(1 if interpret else gpu.cores() // t.cluster, rows * columns)
+  turns = jnp.asarray(_order(fan, rows, columns, t.sweep, blocks))
+  operands = (turns, starts, places, starts if order is None else order, x, values)
   y = gpu.kernel(body, out, operands, blocks=blocks, scratch=scratch, cluster=t.cluster, interpret=interpret)
   return y[:tokens]
 
@@ -166,6 +174,7 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
   steps = x.shape[0] // depth
   staging = gpu.nbytes((gpu.COMPUTE, 2, STAGE, STAGE), w.dtype)
   slots = gpu.slots(gpu.nbytes((depth, gpu.COMPUTE * rows + bn), x.dtype), staging, 6)
+  blocks = min(gpu.cores(interpret), first.shape[0])
 
   def body(first, second, count, places, cols, x, dy, values, left, right, staging, full, free):
     wg = lax.axis_index('wg')
@@ -194,7 +203,7 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
             block, pl.ds(begin + row, STAGE), pl.ds(col, STAGE)])
       return count
 
-    gpu.ring(count[0], lambda i: i, lambda pair: jnp.int32(steps), copy, compute, free, slots)
+    gpu.ring(count[0], blocks, lambda i: i, lambda pair: jnp.int32(steps), copy, compute, free, slots)
 
   full, free = gpu.barriers(slots, 3)
   scratch = {'left': gpu.shared((slots, gpu.COMPUTE, depth, rows), x.dtype),
@@ -202,7 +211,6 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
              'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), w.dtype), 'full': full, 'free': free}
   out = jax.ShapeDtypeStruct(w.values.shape, w.dtype)
   operands = (first, second, count, w.rows, w.cols, x, dy)
-  blocks = min(1 if interpret else gpu.cores(), first.shape[0])
   return gpu.kernel(body, out, operands, blocks=blocks, scratch=scratch, interpret=interpret)
 
 

@@ -93,6 +93,7 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
   dtype = x.dtype if t.turned else np.dtype(np.float32)
   sums = plgpu.Layout._WGMMA_ACC_32BIT
   piece, halves = min(t.tokens, 64), WORDS // t.depth
+  blocks = min(gpu.cores() // t.cluster, columns * t.splits * rows)
 
   def body(values, metadata, x, y, weight, meta, tile, staging, full, free):
     wg = lax.axis_index('wg')
@@ -139,7 +140,7 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
       gpu.store(value, staging.at[wg], target, turned=t.turned)
       return count
 
-    gpu.ring(columns * t.splits * rows, named, lambda at: trips(at) * halves, copy, compute, free, t.slots)
+    gpu.ring(columns * t.splits * rows, blocks, named, lambda at: trips(at) * halves, copy, compute, free, t.slots)
 
   full, free = gpu.barriers(t.slots, 3, t.cluster)
   scratch = {'weight': gpu.shared((t.slots, OUTPUTS, t.depth // 2), x.dtype),
@@ -149,7 +150,6 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
              'full': full, 'free': free}
   outputs = rows * t.cluster * OUTPUTS
   shape = (x.shape[0], outputs) if t.turned else (t.splits, outputs, x.shape[0])
-  blocks = min(gpu.cores() // t.cluster, columns * t.splits * rows)
   return gpu.kernel(body, jax.ShapeDtypeStruct(shape, dtype), (values, metadata, x), blocks=blocks, scratch=scratch,
                     cluster=t.cluster, lanes=True)
 
