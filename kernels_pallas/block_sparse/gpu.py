@@ -114,25 +114,25 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
     wg = lax.axis_index('wg')
 
     def named(i):
-      """The first token of the tile of this warpgroup's block, and the column."""
+      """Row and column of the tile of this block."""
       row, column = lax.div(turns[i], jnp.int32(columns)), lax.rem(turns[i], jnp.int32(columns))
-      row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
-      return row * (gpu.COMPUTE * t.tokens), column
+      return row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row, column
 
+    first = lambda row: row * (gpu.COMPUTE * t.tokens)  # token
     trips = lambda at: (starts[at[1] + 1] - starts[at[1]]) * parts
 
     def copy(at, step, slot):
-      token, column = at
+      row, column = at
       i, part = starts[column] + step // parts, lax.rem(step, jnp.int32(parts)) * t.depth
       along = pl.ds(part, t.depth)
       weight = values.at[order[i], :, along] if transposed else values.at[i, along]
-      plgpu.copy_gmem_to_smem(x.at[pl.ds(token, gpu.COMPUTE * t.tokens), pl.ds(places[i] * length + part, t.depth)],
-                              tile.at[slot], full.at[slot])
+      plgpu.copy_gmem_to_smem(x.at[pl.ds(first(row), gpu.COMPUTE * t.tokens),
+                                   pl.ds(places[i] * length + part, t.depth)], tile.at[slot], full.at[slot])
       plgpu.copy_gmem_to_smem(weight, block.at[slot], full.at[slot],
                               collective_axes='cluster' if t.cluster > 1 else None)
 
     def compute(at, count):
-      token, column = at
+      row, column = at
 
       def summed(acc):
         def multiply(slot):
@@ -142,8 +142,8 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
         return after, acc[...].astype(y.dtype)
 
       count, value = pl.run_scoped(summed, plgpu.ACC((t.tokens, width), jnp.float32))
-      gpu.store(value, staging.at[wg], lambda row, col: y.at[
-          pl.ds(token + wg * t.tokens + row, STAGE), pl.ds(column * width + col, STAGE)])
+      gpu.store(value, staging.at[wg], lambda r, c: y.at[
+          pl.ds(first(row) + wg * t.tokens + r, STAGE), pl.ds(column * width + c, STAGE)])
       return count
 
     gpu.ring(rows * columns, blocks, named, trips, copy, compute, free, t.slots)
