@@ -126,7 +126,7 @@ def test_too_much_shared_memory_is_an_error_when_it_is_lowered():
     kernels(f(sizes.slots + 1), x, w)
 
 
-@pytest.mark.parametrize('n, blocks', [(1, 1), (7, 3), (264, 132), (2048, 132)])
+@pytest.mark.parametrize('n, blocks', [(1, 1), (7, 3), (264, 132), (300, 132), (2048, 132)])
 @pytest.mark.parametrize('seed', range(3))
 def test_blocks_have_about_equally_much_to_do(n, blocks, seed):
   """Each tile is done once, in the round in which it was, and nobody works much longer than all would on average."""
@@ -135,7 +135,7 @@ def test_blocks_have_about_equally_much_to_do(n, blocks, seed):
   rounds = lambda a: [sorted(a[first:first + blocks]) for first in range(0, n, blocks)]
   assert rounds(order) == rounds(np.arange(n))
   work = lambda order: max(lengths[order[block::blocks]].sum() for block in range(blocks))
-  assert work(order) <= work(np.arange(n)) and work(order) <= lengths.sum() / blocks + lengths.max()
+  assert work(order) <= work(np.arange(n)) and work(order) <= lengths.sum() / blocks + 6
 
 
 def test_tiles_go_through_all_columns_by_sweeps_the_longest_columns_first():
