@@ -52,11 +52,12 @@ def main(argv: list[str] | None = None) -> int:
   return 0 if all(claim.holds for claim in claims) else 1
 
 
-def write(out: pathlib.Path, name: str, claims: list[timing.Claim], hardware: str | None = None) -> None:
+def write(out: pathlib.Path, name: str, claims: list[timing.Claim], hardware: str | None = None,
+          spread: str = '10 to 90 %') -> None:
   """The section of this name instead of the one there is, or at the end; measured here, if not said where."""
   picture, hardware = out.with_name(f'{out.stem}-{name}.png'), hardware or timing.hardware()
-  _draw(claims, picture, hardware)
-  rows = [HEAD, ('---',) * len(HEAD), *map(_cells, claims)]
+  _draw(claims, picture, hardware, spread)
+  rows = [(*HEAD[:2], spread, *HEAD[3:]), ('---',) * len(HEAD), *map(_cells, claims)]
   table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
   section = f'## {name}\n\n{hardware}.\n\n{table}\n\n![{name}]({picture.name})\n\n'
   text = out.read_text() if out.exists() else TITLE
@@ -82,7 +83,7 @@ def _table(claims: list[timing.Claim]) -> Table:
   return table
 
 
-def _draw(claims: list[timing.Claim], path: pathlib.Path, hardware: str) -> None:
+def _draw(claims: list[timing.Claim], path: pathlib.Path, hardware: str, spread: str) -> None:
   """How far above or below its bar each is, and its spread."""
   figure = Figure(figsize=(11, 1 + 0.28 * len(claims)), layout='constrained')
   axes = figure.add_subplot()
@@ -93,7 +94,7 @@ def _draw(claims: list[timing.Claim], path: pathlib.Path, hardware: str) -> None
   axes.axvline(1, color='black', linewidth=1)
   axes.set(xscale='log', ylim=(len(claims) - 0.5, -0.5))
   figure.suptitle(hardware, fontsize=10)
-  figure.supxlabel('measured / bar, 10 to 90 %; round is to be right of 1, square left', fontsize=9)
+  figure.supxlabel(f'measured / bar, {spread}; round is to be right of 1, square left', fontsize=9)
   for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
     axis('{x:g}')
   axes.set_yticks(range(len(claims)), [claim.what for claim in claims], fontsize=7)

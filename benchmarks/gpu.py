@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
                     for row in failed), file=sys.stderr)
   first = rows[0]
   hardware = (f'{first["device"]}, driver {first["driver"]}, jax {first["jax"]}, bfloat16, commit {first["commit"]}: '
-              'times faster than dense, least to most')
-  benchmarks.write(args.out, args.csv.stem, claims(rows), hardware)
+              'times faster than dense')
+  benchmarks.write(args.out, args.csv.stem, claims(rows), hardware, 'least to most')
   print(f'written to {args.out} and the picture beside it')
   return 1 if failed else 0
 

@@ -3,6 +3,9 @@
 A kernel runs as one persistent block a multiprocessor, of three warpgroups. The last only copies tiles from global to
 shared memory (TMA), into a ring of `slots`; the other two multiply them (wgmma). The ring runs on from one output tile
 to the next, so that the copies for the next are under way while the last is being written.
+
+Commit 7b1a4b6 was run on an H200 (`benchmarks/results.md`). What came after it has not yet been run on a GPU: `share`,
+`scheduled`, and attention that needs no counts.
 """
 
 import inspect
@@ -150,13 +153,12 @@ def barriers(slots: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
   return plgpu.Barrier(num_arrivals=copies, num_barriers=slots), free
 
 
-def ring(n: Any, blocks: int, tile: Callable[[Array], Any], trips: Callable[[Any], Array], copy: Callable[..., None],
-         compute: Callable[[Any, Array], Array], free: Any, slots: int) -> None:
-  """What a block does: its share of `n` output tiles, of which the i-th is called `tile(i)`, through one ring.
+def share(n: Any, blocks: int, tile: Callable[[Array], Any]) -> Callable[[Callable[[Any, Array], Array]], Array]:
+  """A block's share of `n` output tiles, the i-th of which is called `tile(i)`: a loop over `f(tile, count)`.
 
-  Of so many `blocks`, b does the tiles b, b + blocks, and so on. The memory warpgroup does `copy(tile, step, slot)` for
-  `trips(tile)` steps of each, the others `compute(tile, count)`, which gives the count behind it. What a tile is called
-  is asked one tile ahead, so that what that reads is there in time.
+  Of so many `blocks`, b does the tiles b, b + blocks, and so on. `f` gives the count behind a tile, 0 before the first,
+  and the loop that behind the last. What a tile is called is asked one tile ahead, so that what that reads is there in
+  time. It is numbers of tiles, not offsets: Mosaic would not know any more what those are multiples of.
   """
   called = lambda i: tile(lax.min(i, jnp.int32(n - 1)))
 
@@ -167,6 +169,17 @@ def ring(n: Any, blocks: int, tile: Callable[[Array], Any], trips: Callable[[Any
       return f(here, count), following
     start = jnp.int32(0), called(lax.axis_index('sm'))
     return plgpu.nd_loop((n,), collective_axes='sm', init_carry=start)(each)[0]
+
+  return loop
+
+
+def ring(loop: Callable[..., Array], trips: Callable[[Any], Array], copy: Callable[..., None],
+         compute: Callable[[Any, Array], Array], free: Any, slots: int) -> None:
+  """What a block does: its `share` of the tiles, which this loop goes through, through one ring.
+
+  The memory warpgroup does `copy(tile, step, slot)` for `trips(tile)` steps of each, the others `compute(tile, count)`,
+  which gives the count behind it.
+  """
 
   @pl.when(lax.axis_index('wg') == COMPUTE)
   def _():

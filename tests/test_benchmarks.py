@@ -41,7 +41,7 @@ def test_what_a_gpu_gave_is_a_section_of_its_own(tmp_path, capsys):
   assert gpu.main([str(tmp_path / 'kernels-gpu.csv'), '--out', str(out)]) == 1
   assert '| 2:4, 8 x 8 x 8, 50 % zero: 2 us, dense 5, ideal 2 | 2 | 1.5 to 2.5 |' in (
       text := out.read_text())
-  assert '\n## kernels-gpu\n\na GPU, driver 1, jax 2, bfloat16, commit abc: times faster than dense, ' in text
-  assert 'attention' not in text
+  assert '\n## kernels-gpu\n\na GPU, driver 1, jax 2, bfloat16, commit abc: times faster than dense.' in text
+  assert 'attention' not in text and '| what | median | least to most | bar |' in text
   assert 'not measured: attention, 8 x 8 x 8, 50%: no such instruction' in capsys.readouterr().err
   assert (tmp_path / 'results-kernels-gpu.png').exists()

@@ -144,6 +144,8 @@ def test_tiles_go_through_all_columns_by_sweeps_the_longest_columns_first():
   alike = block_sparse._order((2, 2, 2), 5, 3, 2, 4)
   assert alike.tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11, 12, 13, 14]
   assert block_sparse._order(None, 5, 3, 2, 4).tolist() == alike.tolist()
+  row, column = zip(*(gpu.banded(jnp.int32(i), 5, 3, 2) for i in range(15)))  # as other kernels reckon it
+  assert (np.asarray(row) * 3 + np.asarray(column)).tolist() == alike.tolist()
   first = block_sparse._order((1, 9, 3), 4, 3, 2, 2)
   assert (first[:2] % 3 == 1).all() and sorted(first) == list(range(12))
 

@@ -48,22 +48,20 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
   def body(index, whole, trips, q, k, v, out, queries, key, value, staging, asked, answered, key_full, key_free,
            value_full, value_free, turn, weights=None):
     wg = lax.axis_index('wg')
-    loop = lambda f, init: plgpu.nd_loop((work,), collective_axes='sm', init_carry=init)(
-        lambda info, carry: f(info.index[0], carry))
 
-    def where(i):  # longest first, if causal
+    def named(i):
+      """Which of the batch, head, tile (longest first, if causal), steps, and how many of these need no mask."""
       tile, i = lax.rem(i, jnp.int32(tiles)), lax.div(i, jnp.int32(tiles))
-      return lax.div(i, jnp.int32(heads)), lax.rem(i, jnp.int32(heads)), tiles - 1 - tile if causal else tile
+      one, head, tile = lax.div(i, jnp.int32(heads)), lax.rem(i, jnp.int32(heads)), tiles - 1 - tile if causal else tile
+      n = jnp.int32(index.shape[2] * parts) if known else trips[head, tile]
+      return one, head, tile, n, whole[head, tile] if causal else n
+
+    loop = gpu.share(work, blocks, named)
 
     def first(head, tile, step):
       """The first key of a step."""
       block = index[head, lax.div(tile * QUERIES, jnp.int32(block_q)), lax.div(step, jnp.int32(parts))]
       return block * block_k + lax.rem(step, jnp.int32(parts)) * keys
-
-    def steps(head, tile):
-      """How many there are, and how many of these, the first ones, need no mask."""
-      n = jnp.int32(index.shape[2] * parts) if known else trips[head, tile]
-      return n, whole[head, tile] if causal else n
 
     at = lambda count: lax.rem(count, jnp.int32(slots))
 
@@ -71,8 +69,9 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
     def _():
       plgpu.set_max_registers(40, action='decrease')
 
-      def read(i, count):
-        one, head, tile = where(i)
+      @loop
+      def _(at_tile, count):
+        one, head, tile, n, _ = at_tile
         shared = lax.div(head, jnp.int32(group))
 
         def step(i, count):
@@ -91,9 +90,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
           plgpu.copy_gmem_to_smem(v.at[one, there, shared], value.at[slot], value_full.at[slot])
           return count + 1
 
-        return lax.fori_loop(jnp.int32(0), steps(head, tile)[0], step, count)
-
-      loop(read, jnp.int32(0))
+        return lax.fori_loop(jnp.int32(0), n, step, count)
 
     @pl.when(wg < gpu.COMPUTE)
     def _():
@@ -101,10 +98,9 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
       plgpu.barrier_arrive(answered.at[wg])
       pl.when(wg == 1)(lambda: _take_turns(turn))
 
-      def answer(at_tile, carry):
-        count, (n, plain) = carry
-        one, head, tile = where(at_tile)
-        following = steps(*where(lax.min(at_tile + blocks, jnp.int32(work - 1)))[1:])  # asked now, there in time
+      @loop
+      def _(at_tile, count):
+        one, head, tile, n, plain = at_tile
         pl.when(n > 0)(lambda: plgpu.barrier_wait(asked.at[wg]))
         begin = tile * QUERIES + wg * ROWS
 
@@ -131,9 +127,8 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
         y = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(q.dtype)
         gpu.store(y, staging.at[wg], lambda row, col: out.at[
             one, pl.ds(begin + row, ROWS), head, pl.ds(col, 64)])
-        return count, following
+        return count
 
-      loop(answer, (jnp.int32(0), steps(*where(lax.axis_index('sm'))[1:])))
       pl.when(wg == 0)(lambda: _take_turns(turn))
       plgpu.wait_smem_to_gmem(0)
 

@@ -2,7 +2,7 @@
 
 A block of the grid computes two tiles of tokens of one block column, one in each compute warpgroup, over the blocks
 that the column stores. Within a tile the tensor cores are as busy as in a dense product. What is lost is lost between
-tiles, while the last is being written, so the more the fewer blocks a column has (`python -m kernels_pallas.bench`).
+tiles, while the last is being written, so the more the fewer blocks a column has (`benchmarks/results.md`, H200).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from sparsejax.types import Array
 
 BLOCKS = ((64, 64), (128, 128), (64, 256), (128, 256))
 STAGE = 64  # of an output tile is written at a time, a square of this side
-BETWEEN = 3  # blocks that could be multiplied in the time that is lost between two tiles
+BETWEEN = 3  # blocks of 128 x 128 that an H200 could multiply in the time that it loses between two tiles, about
 SWEEP = 16 * 2**20  # bytes of activations that go through all columns before the next do: they stay in the L2 cache
 
 
@@ -146,7 +146,7 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
           pl.ds(first(row) + wg * t.tokens + r, STAGE), pl.ds(column * width + c, STAGE)])
       return count
 
-    gpu.ring(rows * columns, blocks, named, trips, copy, compute, free, t.slots)
+    gpu.ring(gpu.share(rows * columns, blocks, named), trips, copy, compute, free, t.slots)
 
   full, free = gpu.barriers(t.slots, 2, t.cluster)
   scratch = {
@@ -203,7 +203,8 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
             block, pl.ds(begin + row, STAGE), pl.ds(col, STAGE)])
       return count
 
-    gpu.ring(count[0], blocks, lambda i: i, lambda pair: jnp.int32(steps), copy, compute, free, slots)
+    pairs = gpu.share(count[0], blocks, lambda i: i)
+    gpu.ring(pairs, lambda pair: jnp.int32(steps), copy, compute, free, slots)
 
   full, free = gpu.barriers(slots, 3)
   scratch = {'left': gpu.shared((slots, gpu.COMPUTE, depth, rows), x.dtype),

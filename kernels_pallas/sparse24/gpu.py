@@ -1,7 +1,8 @@
 """The product with a 2:4 weight on Hopper's sparse tensor cores: `wgmma.mma_async.sp`, which Mosaic has no name for.
 
-Interpret mode does not cover it: that its numbers are right is known from a GPU (`python -m kernels_pallas.bench`
-compares them). Optional: nothing else depends on this module, which uses parts of Mosaic that change.
+Interpret mode does not cover it: that its numbers are right is known from an H200, at commit 7b1a4b6 (`python -m
+kernels_pallas.bench` compares them). Optional: nothing else depends on this module, which uses parts of Mosaic that
+change.
 
 The sparse operand must be the first, so what is computed is `y^T = w^T x^T`: outputs are rows. With few tokens the
 product waits for the weight's bytes, nine sixteenths of the dense ones; there K is divided among multiprocessors.
@@ -140,7 +141,8 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
       gpu.store(value, staging.at[wg], target, turned=t.turned)
       return count
 
-    gpu.ring(columns * t.splits * rows, blocks, named, lambda at: trips(at) * halves, copy, compute, free, t.slots)
+    tiles = gpu.share(columns * t.splits * rows, blocks, named)
+    gpu.ring(tiles, lambda at: trips(at) * halves, copy, compute, free, t.slots)
 
   full, free = gpu.barriers(t.slots, 3, t.cluster)
   scratch = {'weight': gpu.shared((t.slots, OUTPUTS, t.depth // 2), x.dtype),
