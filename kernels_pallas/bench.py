@@ -62,6 +62,9 @@ def cases() -> Iterator[tuple[str, str, float, Callable[[], Case]]]:
       if block == (128, 128):
         yield 'block-sparse, dx', label, sparsity, functools.partial(make, share, 'dx')
         yield 'block-sparse, dw', label, sparsity, functools.partial(make, 0.7, 'dw')
+  for sparsity in (0.5, 0.75, 0.9):
+    label = f'16 x 8192 x 8192, {LAYERS} times, blocks of 128 x 128'
+    yield 'block-sparse, decode', label, sparsity, functools.partial(_decoded, 16, 8192, sparsity)
   for n in (4096, 8192):
     yield '2:4', f'{n} x {n} x {n}', 0.5, functools.partial(_two_of_four, n, n, 1, 2.0, 1.2)
   for tokens in (1, 8, 16):
@@ -103,9 +106,9 @@ def _blocks(block: tuple[int, int], sparsity: float, share: float, which: str) -
   return Case(product, (x, w), _dot, (x, dense), lambda: _dot(x, dense), ideal, share * ideal)
 
 
-def _packed(block: tuple[int, int], sparsity: float, k: int, n: int) -> BlockSparseArray:
-  mask = _listed(k // block[0], n // block[1], sparsity)
-  return BlockSparseArray.from_dense(_random(0, k, n), np.repeat(np.repeat(mask, block[0], 0), block[1], 1), block)
+def _packed(block: tuple[int, int], sparsity: float, k: int, n: int, seed: int = 0) -> BlockSparseArray:
+  mask = _listed(k // block[0], n // block[1], sparsity, seed)
+  return BlockSparseArray.from_dense(_random(seed, k, n), np.repeat(np.repeat(mask, block[0], 0), block[1], 1), block)
 
 
 def _half(seed: int, k: int, n: int) -> Array:
@@ -116,10 +119,20 @@ def _half(seed: int, k: int, n: int) -> Array:
 
 
 def _two_of_four(tokens: int, n: int, layers: int, ideal: float, bar: float) -> Case:
-  """One weight after the other."""
   dense = [_half(seed, n, n) for seed in range(layers)]
-  packed, x = [Sparse24Array.from_dense(w, check=False) for w in dense], _random(layers, tokens, n)
-  kernel = functools.partial(sparse24_matmul, implementation='mosaic_gpu')
+  packed = [Sparse24Array.from_dense(w, check=False) for w in dense]
+  return _through(sparse24_matmul, _random(layers, tokens, n), packed, dense, ideal, bar)
+
+
+def _decoded(tokens: int, n: int, sparsity: float) -> Case:
+  packed = [_packed((128, 128), sparsity, n, n, seed) for seed in range(LAYERS)]
+  dense = [w.to_dense() for w in packed]
+  return _through(block_sparse_matmul, _random(LAYERS, tokens, n), packed, dense, 1 / packed[0].density, 1.0)
+
+
+def _through(op: Callable[..., Any], x: Array, packed: list[Any], dense: list[Array], ideal: float, bar: float) -> Case:
+  """One weight after the other."""
+  kernel = functools.partial(op, implementation='mosaic_gpu')
   through = lambda product: lambda x, weights: functools.reduce(product, weights, x)
   return Case(through(kernel), (x, packed), through(_dot), (x, dense), lambda: through(_dot)(x, dense), ideal, bar)
 

@@ -74,6 +74,14 @@ def filled(x: Array, multiple: int) -> Array:
   return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0))) if x.shape[0] % multiple else x
 
 
+def readable(x: Array, multiple: int, interpret: bool = False) -> Array:
+  """`x` with as many rows as copies of `multiple` rows need: beyond the end they read zeros, and write nothing.
+
+  But Mosaic wants eights, unless there are fewer, and interpret mode copies nothing from beyond the end.
+  """
+  return filled(x, multiple if interpret else 8 if x.shape[0] > 8 else 1)
+
+
 def banded(i: Array, rows: int, columns: int, width: int) -> tuple[Array, Array]:
   """The row and column of the i-th tile, if `width` rows at a time go through all columns before the next do.
 
@@ -153,22 +161,23 @@ def barriers(slots: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
   return plgpu.Barrier(num_arrivals=copies, num_barriers=slots), free
 
 
-def share(n: Any, blocks: int, tile: Callable[[Array], Any]) -> Callable[[Callable[[Any, Array], Array]], Array]:
+def share(n: Any, blocks: int, tile: Callable[[Array], Any]) -> Callable[..., Any]:
   """A block's share of `n` output tiles, the i-th of which is called `tile(i)`: a loop over `f(tile, count)`.
 
   Of so many `blocks`, b does the tiles b, b + blocks, and so on. `f` gives the count behind a tile, 0 before the first,
-  and the loop that behind the last. What a tile is called is asked one tile ahead, so that what that reads is there in
-  time. It is numbers of tiles, not offsets: Mosaic would not know any more what those are multiples of.
+  and the loop that behind the last; or, with `loop(f, start)`, anything else that is carried. What a tile is called is
+  asked one tile ahead, so that what that reads is there in time. It is numbers of tiles, not offsets: Mosaic would not
+  know any more what those are multiples of.
   """
   called = lambda i: tile(lax.min(i, jnp.int32(n - 1)))
 
-  def loop(f):
+  def loop(f, start=None):
     def each(info, carry):
       count, here = carry
       following = called(info.index[0] + blocks)
       return f(here, count), following
-    start = jnp.int32(0), called(lax.axis_index('sm'))
-    return plgpu.nd_loop((n,), collective_axes='sm', init_carry=start)(each)[0]
+    begin = jnp.int32(0) if start is None else start, called(lax.axis_index('sm'))
+    return plgpu.nd_loop((n,), collective_axes='sm', init_carry=begin)(each)[0]
 
   return loop
 

@@ -119,7 +119,7 @@ def test_it_lowers_within_shard_map():
 
 def test_too_much_shared_memory_is_an_error_when_it_is_lowered():
   x, w = jnp.zeros((2048, 256), BF16), blocks((256, 256), (128, 128), BF16)
-  sizes = block_sparse.tiles(*x.shape, 128, BF16)
+  sizes = block_sparse.tiles(*x.shape, 128, BF16, w.grid[1])
   f = lambda slots: functools.partial(block_sparse.matmul, sizes=dataclasses.replace(sizes, slots=slots))
   assert kernels(f(sizes.slots), x, w) == 1
   with pytest.raises(ValueError, match='shared memory'):

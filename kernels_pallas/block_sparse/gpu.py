@@ -33,22 +33,29 @@ class Tiles:
   slots: int
   cluster: int
   sweep: int  # clusters, along the tokens, that go through all columns together
+  together: bool = False  # whether the two warpgroups have the same tokens, and half of the outputs each
+
+  @property
+  def both(self) -> int:
+    """Tokens of the two warpgroups."""
+    return self.tokens if self.together else gpu.COMPUTE * self.tokens
 
   @property
   def multiple(self) -> int:
     """What the number of tokens must be a multiple of."""
-    return gpu.COMPUTE * self.tokens * self.cluster
+    return self.both * self.cluster
 
 
-def tiles(tokens: int, length: int, width: int, dtype: np.dtype) -> Tiles:
-  """For that many tokens of `length` each, and blocks with outputs of this width."""
-  rows = 128 if width <= 128 and tokens > 128 else 64  # 128 registers of sums a thread, at most
-  cluster = 2 if width > 128 and tokens > gpu.COMPUTE * rows else 1  # smaller weight tiles are not worth the waiting
-  depth = 64
-  stage = gpu.nbytes((gpu.COMPUTE * rows + width, depth), dtype)
-  slots = gpu.slots(stage, gpu.nbytes((gpu.COMPUTE, 2, STAGE, STAGE), dtype), 6)
-  whole = gpu.COMPUTE * rows * cluster
-  return Tiles(rows, depth, slots, cluster, max(1, SWEEP // gpu.nbytes((whole, length), dtype)))
+def tiles(tokens: int, length: int, width: int, dtype: np.dtype, columns: int) -> Tiles:
+  """For that many tokens of `length` each, and so many columns of blocks with outputs of this width."""
+  few = lambda rows: -(-tokens // (gpu.COMPUTE * rows)) * columns * 2 <= gpu.cores()  # too few tiles to go round
+  rows = 128 if width <= 128 and tokens > 128 and not few(128) else 64  # 128 registers of sums a thread, at most
+  together = tokens <= rows and width >= gpu.COMPUTE * STAGE
+  cluster = 2 if width > 128 and tokens > gpu.COMPUTE * rows and not few(rows) else 1  # else not worth the waiting
+  t = Tiles(rows, 64, 8 if together else 6, cluster, 1, together)
+  stage = gpu.nbytes((t.both + width, t.depth), dtype)
+  return dataclasses.replace(t, slots=gpu.slots(stage, gpu.nbytes((gpu.COMPUTE, 2, STAGE, STAGE), dtype), t.slots),
+                             sweep=max(1, SWEEP // gpu.nbytes((t.multiple, length), dtype)))
 
 
 def refusal(x: Array, w: BlockSparseArray) -> str | None:
@@ -102,12 +109,13 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
   """
   transposed, (bk, bn) = order is not None, values.shape[1:]
   length, width = (bn, bk) if transposed else (bk, bn)
-  t = sizes or tiles(*x.shape, width, x.dtype)
+  tokens, columns = x.shape[0], starts.shape[0] - 1
+  t = sizes or tiles(*x.shape, width, x.dtype, columns)
   if interpret:  # which has no clusters
     t = dataclasses.replace(t, cluster=1)
-  tokens, columns, parts = x.shape[0], starts.shape[0] - 1, length // t.depth
-  x = gpu.filled(x, t.multiple)
-  rows = x.shape[0] // t.multiple
+  x = gpu.readable(x, t.multiple, interpret)
+  parts, rows = length // t.depth, -(-tokens // t.multiple)
+  outputs = width // gpu.COMPUTE if t.together else width  # of a warpgroup
   blocks = min(gpu.cores(interpret) // t.cluster, rows * columns)
 
   def body(turns, starts, places, order, x, values, y, tile, block, staging, full, free):
@@ -118,16 +126,16 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
       row, column = lax.div(turns[i], jnp.int32(columns)), lax.rem(turns[i], jnp.int32(columns))
       return row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row, column
 
-    first = lambda row: row * (gpu.COMPUTE * t.tokens)  # token
     trips = lambda at: (starts[at[1] + 1] - starts[at[1]]) * parts
+    first, across = (0, wg * outputs) if t.together else (wg * t.tokens, 0)  # token and output of this warpgroup
 
     def copy(at, step, slot):
       row, column = at
       i, part = starts[column] + step // parts, lax.rem(step, jnp.int32(parts)) * t.depth
       along = pl.ds(part, t.depth)
       weight = values.at[order[i], :, along] if transposed else values.at[i, along]
-      plgpu.copy_gmem_to_smem(x.at[pl.ds(first(row), gpu.COMPUTE * t.tokens),
-                                   pl.ds(places[i] * length + part, t.depth)], tile.at[slot], full.at[slot])
+      plgpu.copy_gmem_to_smem(x.at[pl.ds(row * t.both, t.both), pl.ds(places[i] * length + part, t.depth)],
+                              tile.at[slot], full.at[slot])
       plgpu.copy_gmem_to_smem(weight, block.at[slot], full.at[slot],
                               collective_axes='cluster' if t.cluster > 1 else None)
 
@@ -136,21 +144,22 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
 
       def summed(acc):
         def multiply(slot):
-          weight = gpu.transposed(block.at[slot]) if transposed else block.at[slot]
-          plgpu.wgmma(acc, tile.at[slot, pl.ds(wg * t.tokens, t.tokens)], weight)
+          here = pl.ds(across, outputs)
+          weight = gpu.transposed(block.at[slot, here]) if transposed else block.at[slot, :, here]
+          plgpu.wgmma(acc, tile.at[slot, pl.ds(first, t.tokens)], weight)
         after = gpu.accumulate(multiply, trips(at), count, full, free, t.slots)
         return after, acc[...].astype(y.dtype)
 
-      count, value = pl.run_scoped(summed, plgpu.ACC((t.tokens, width), jnp.float32))
+      count, value = pl.run_scoped(summed, plgpu.ACC((t.tokens, outputs), jnp.float32))
       gpu.store(value, staging.at[wg], lambda r, c: y.at[
-          pl.ds(first(row) + wg * t.tokens + r, STAGE), pl.ds(column * width + c, STAGE)])
+          pl.ds(row * t.both + first + r, STAGE), pl.ds(column * width + across + c, STAGE)])
       return count
 
     gpu.ring(gpu.share(rows * columns, blocks, named), trips, copy, compute, free, t.slots)
 
   full, free = gpu.barriers(t.slots, 2, t.cluster)
   scratch = {
-      'tile': gpu.shared((t.slots, gpu.COMPUTE * t.tokens, t.depth), x.dtype),
+      'tile': gpu.shared((t.slots, t.both, t.depth), x.dtype),
       'block': gpu.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), x.dtype),
       'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), x.dtype), 'full': full, 'free': free}
   out = jax.ShapeDtypeStruct((x.shape[0], columns * width), x.dtype)
@@ -170,8 +179,8 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
   halves = bk * bn > 128 * 128
   rows, depth = (bk // gpu.COMPUTE if halves else bk), 64
   first, second, count = _pairs(w, 1 if halves else gpu.COMPUTE)
-  x, dy = gpu.filled(x, depth), gpu.filled(dy.astype(x.dtype), depth)
-  steps = x.shape[0] // depth
+  steps = -(-x.shape[0] // depth)
+  x, dy = (gpu.readable(a, depth, interpret) for a in (x, dy.astype(x.dtype)))
   staging = gpu.nbytes((gpu.COMPUTE, 2, STAGE, STAGE), w.dtype)
   slots = gpu.slots(gpu.nbytes((depth, gpu.COMPUTE * rows + bn), x.dtype), staging, 6)
   blocks = min(gpu.cores(interpret), first.shape[0])

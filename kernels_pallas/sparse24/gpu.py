@@ -81,7 +81,7 @@ def matmul(x: Array, w: Sparse24Array, *, sizes: Tiles | None = None) -> Array:
     values, metadata = gpu.filled(values, OUTPUTS), jnp.pad(metadata, ((0, 1), (0, 0), (0, 0), (0, 0)))
   steps = metadata.shape[1]
   t = sizes or tiles(count, values.shape[0], steps, x.dtype)
-  y = _product(gpu.filled(x, t.tokens), values, metadata, t)
+  y = _product(gpu.readable(x, t.tokens), values, metadata, t)
   if t.turned:
     return y[:count, :outputs]
   return jnp.sum(y, axis=0)[:outputs, :count].T.astype(x.dtype)
@@ -89,7 +89,7 @@ def matmul(x: Array, w: Sparse24Array, *, sizes: Tiles | None = None) -> Array:
 
 def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
   """`[M, N]`, or, not `turned`, `[splits, N, M]`: the parts that the transposed product is the sum of."""
-  (rows, steps), columns = metadata.shape[:2], x.shape[0] // t.tokens
+  (rows, steps), columns = metadata.shape[:2], -(-x.shape[0] // t.tokens)
   rows //= gpu.COMPUTE * t.cluster
   dtype = x.dtype if t.turned else np.dtype(np.float32)
   sums = plgpu.Layout._WGMMA_ACC_32BIT
@@ -151,7 +151,7 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
              'staging': gpu.shared((gpu.COMPUTE, 2, *((piece, ROWS) if t.turned else (ROWS, piece))), dtype),
              'full': full, 'free': free}
   outputs = rows * t.cluster * OUTPUTS
-  shape = (x.shape[0], outputs) if t.turned else (t.splits, outputs, x.shape[0])
+  shape = (x.shape[0], outputs) if t.turned else (t.splits, outputs, columns * t.tokens)
   return gpu.kernel(body, jax.ShapeDtypeStruct(shape, dtype), (values, metadata, x), blocks=blocks, scratch=scratch,
                     cluster=t.cluster, lanes=True)
 
