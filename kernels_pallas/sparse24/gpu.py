@@ -52,8 +52,10 @@ class Tiles:
 def tiles(tokens: int, outputs: int, steps: int, dtype: np.dtype) -> Tiles:
   """For that many tokens, outputs, and pairs of words of metadata along K."""
   wide = next(n for n in (8, 16, 32, 64, 128, 256) if n >= min(tokens, 256))
-  units = -(-outputs // OUTPUTS) * -(-tokens // wide)
-  splits = max(1, min(gpu.cores() // (2 * units), steps // 4))
+  units = lambda wide: -(-outputs // OUTPUTS) * -(-tokens // wide)
+  while wide > 64 and 2 * units(wide) <= gpu.cores():  # smaller tiles keep more multiprocessors busy
+    wide //= 2
+  splits = max(1, min(gpu.cores() // (2 * units(wide)), steps // 4))
   cluster = 2 if wide == 256 and outputs % (2 * OUTPUTS) == 0 else 1
   return fitted(Tiles(wide, splits, 64 if wide == 256 else 128, 8, cluster), dtype)
 
