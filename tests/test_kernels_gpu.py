@@ -263,15 +263,16 @@ def test_the_gradient_of_2_to_4_values_is_made_by_slabs_of_outputs():
   assert [shape[0] for shape in dots] == [1024]
 
 
-@pytest.mark.parametrize('tokens', [1, 16, 300])
-@pytest.mark.parametrize('shape', [(4096, 1024), (300, 70)])
+@pytest.mark.parametrize('tokens, shape, n', [
+    (1, (4096, 1024), 8), (16, (4096, 1024), 16), (300, (4096, 1024), 64), (9000, (4096, 1024), 256), (1, (300, 70), 8),
+    (300, (300, 70), 64), (9000, (300, 70), 128)])
 @pytest.mark.parametrize('dtype', [BF16, F16])
-def test_sparse24_lowers_for_cuda_to_the_sparse_instruction(tokens, shape, dtype):
+def test_sparse24_lowers_for_cuda_to_the_sparse_instruction(tokens, shape, n, dtype):
+  """Of as many tokens at a time as there are, or leave enough tiles to go round."""
   w = jax.eval_shape(lambda w: Sparse24Array.from_dense(w, check=False), jax.ShapeDtypeStruct(shape, dtype))
   text = lowered(sparse24_matmul, jax.ShapeDtypeStruct((tokens, shape[0]), dtype), w)
   assert text.count('mosaic_gpu_v2') == 1
   found = set(re.findall(r'wgmma\.mma_async\.sp\.sync\.aligned\.(\S+) .*?(\d), p, 1, 1, 0, 0;', text))
-  n = next(n for n in (8, 16, 32, 64, 128, 256) if n >= min(tokens, 256))
   kind = 'bf16' if dtype == BF16 else 'f16'
   assert found == {(f'm64n{n}k32.f32.{kind}.{kind}', selector) for selector in '01'}
 
