@@ -3,9 +3,6 @@
 A kernel runs as one persistent block a multiprocessor, of three warpgroups. The last only copies tiles from global to
 shared memory (TMA), into a ring of `slots`; the other two multiply them (wgmma). The ring runs on from one output tile
 to the next, so that the copies for the next are under way while the last is being written.
-
-Commit 7b1a4b6 was run on an H200 (`benchmarks/results.md`). What came after it has not yet been run on a GPU: `share`,
-`scheduled`, and attention that needs no counts.
 """
 
 import inspect

@@ -45,6 +45,7 @@ BLOCKS = {
     '64': ((4, 5), (64, 64), 130, BF16, BF16, True),
     '64, counts not known': ((4, 5), (64, 64), 1, F16, F32, False),
     '128': ((3, 2), (128, 128), 300, BF16, BF16, True),
+    '128, few tokens': ((2, 3), (128, 128), 20, F16, BF16, True),
     '64 x 256': ((3, 2), (64, 256), 1, BF16, F32, True),
     '128 x 256, counts not known': ((2, 2), (128, 256), 70, F16, F16, False),
     'one block': ((1, 1), (64, 64), 5, BF16, BF16, True),
@@ -108,6 +109,26 @@ def test_block_sparse_products_lower_for_cuda_with_their_gradients(block, tokens
   assert kernels(jax.value_and_grad(loss, (0, 1)), x, w.values) == 3
   text = jax.jit(block_sparse_matmul).lower(x, w).as_text()
   assert 'mosaic' not in text
+
+
+@pytest.mark.parametrize('tokens', [1, 16, 64, 256, 1024])
+@pytest.mark.parametrize('columns', [8, 32, 64])
+@pytest.mark.parametrize('width', [64, 128, 256])
+def test_tiles_are_as_large_as_leaves_enough_to_go_round(tokens, columns, width):
+  t = block_sparse.tiles(tokens, 128, width, BF16, columns)
+  busy = -(-tokens // t.multiple) * columns * t.cluster
+  assert t.tokens in (64, 128) and t.tokens * width <= 128 * 128
+  assert t.multiple <= 128 or 2 * busy > gpu.CORES
+  assert t.together == (tokens <= 64 and width >= 128)
+
+
+def test_few_tokens_are_not_copied():
+  w = blocks((256, 256), (128, 128), BF16)
+  packed = jax.eval_shape(lambda w: Sparse24Array.from_dense(w, check=False), jax.ShapeDtypeStruct((256, 256), BF16))
+  for f, a in ((block_sparse_matmul, w), (sparse24_matmul, packed)):
+    text = lambda tokens: lowered(f, jnp.zeros((tokens, 256), BF16), a)
+    filled = lambda tokens: re.findall(rf'stablehlo.pad .*tensor<{tokens}x256x.*-> tensor<(\d+)x', text(tokens))
+    assert [set(filled(tokens)) - {str(tokens)} for tokens in (1, 16, 24, 25)] == [set(), set(), set(), {'32'}]
 
 
 def test_it_lowers_within_shard_map():

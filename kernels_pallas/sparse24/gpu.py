@@ -1,6 +1,6 @@
 """The product with a 2:4 weight on Hopper's sparse tensor cores: `wgmma.mma_async.sp`, which Mosaic has no name for.
 
-Interpret mode does not cover it: that its numbers are right is known from an H200, at commit 7b1a4b6 (`python -m
+Interpret mode does not cover it: that its numbers are right is known from an H200, at commit 363dbf3 (`python -m
 kernels_pallas.bench` compares them). Optional: nothing else depends on this module, which uses parts of Mosaic that
 change.
 
