@@ -122,13 +122,13 @@ def test_tiles_are_as_large_as_leaves_enough_to_go_round(tokens, columns, width)
   assert t.together == (tokens <= 64 and width >= 128)
 
 
-def test_few_tokens_are_not_copied():
-  w = blocks((256, 256), (128, 128), BF16)
+@pytest.mark.parametrize('tokens, filled', [(1, None), (16, None), (24, None), (25, '32')])
+def test_few_tokens_are_not_copied(tokens, filled):
   packed = jax.eval_shape(lambda w: Sparse24Array.from_dense(w, check=False), jax.ShapeDtypeStruct((256, 256), BF16))
-  for f, a in ((block_sparse_matmul, w), (sparse24_matmul, packed)):
-    text = lambda tokens: lowered(f, jnp.zeros((tokens, 256), BF16), a)
-    filled = lambda tokens: re.findall(rf'stablehlo.pad .*tensor<{tokens}x256x.*-> tensor<(\d+)x', text(tokens))
-    assert [set(filled(tokens)) - {str(tokens)} for tokens in (1, 16, 24, 25)] == [set(), set(), set(), {'32'}]
+  for f, w in ((block_sparse_matmul, blocks((256, 256), (128, 128), BF16)), (sparse24_matmul, packed)):
+    text = lowered(f, jnp.zeros((tokens, 256), BF16), w)
+    pads = re.findall(rf'stablehlo.pad .*tensor<{tokens}x256x.*-> tensor<(\d+)x', text)
+    assert set(pads) - {str(tokens)} == {filled} - {None}
 
 
 def test_it_lowers_within_shard_map():

@@ -1,9 +1,9 @@
 """Block-sparse flash attention on Hopper, forward, through Mosaic GPU.
 
 After FlashAttention-3 (arXiv 2407.08608): two warpgroups have 64 queries each, and a third only copies. The two take
-turns: each starts two products together, of the queries and a step's keys and of the last step's weights and values, and
-has its softmax while the other multiplies. New is that the tiles of keys are those that an index lists, and that nothing
-stops between two tiles of queries: with short lists, starting one costs most.
+turns: each starts two products together, of queries and a step's keys, and of the last step's weights and values, and
+has its softmax while the other multiplies. New is that the tiles of keys are those that an index lists, and that
+nothing stops between two tiles of queries: with short lists, starting one costs most.
 """
 
 import math
