@@ -6,7 +6,10 @@ has its softmax while the other multiplies. New is that the tiles of keys are th
 nothing stops between two tiles of queries: with short lists, starting one costs most.
 """
 
+import dataclasses
+import functools
 import math
+import types
 from typing import Any
 
 import jax
@@ -34,159 +37,30 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
   that sees no key gives zeros. `k` and `v` may have fewer heads, which neighbouring heads of `q` then share. What it
   gives is like `q`; sums are float32.
   """
-  batch, length, heads, d = q.shape
-  keys = 128 if block_k % 128 == 0 else 64  # of a step
-  parts, tiles, group = block_k // keys, length // QUERIES, heads // k.shape[2]
-  work = batch * heads * tiles
-  if known := counts is None and not causal:  # how many steps each tile has: nothing to read
-    whole = trips = index
+  plan = _plan(q, k, index, counts, block_q, block_k, causal, scale, interpret)
+  if plan.steps is not None:
+    whole = trips = index  # not read
   else:
-    whole, trips = _steps(*lists(1, index, counts), tiles, block_q, block_k, keys, causal)
-  stage = gpu.nbytes((2 * keys, d), q.dtype)
-  slots = gpu.slots(stage, (AHEAD + 1) * gpu.nbytes((QUERIES, d), q.dtype), 4)
-  blocks = min(gpu.cores(interpret), work)
+    whole, trips = _steps(plan, *lists(1, index, counts))
 
-  def body(index, whole, trips, q, k, v, out, queries, key, value, staging, asked, answered, key_full, key_free,
-           value_full, value_free, turn, sums=None, weights=None):
-    wg = lax.axis_index('wg')
+  def body(index, whole, trips, q, k, v, out, **shared):
+    refs = types.SimpleNamespace(**{'sums': None, 'weights': None, **shared}, index=index, trips=trips, q=q, k=k, v=v,
+                                 out=out, wg=lax.axis_index('wg'))
 
     def named(i):
       """The i-th tile, how many steps it has, and how many of these need no mask."""
-      if known:
-        return i, jnp.int32(index.shape[2] * parts), jnp.int32(index.shape[2] * parts)
-      _, head, tile = place(i)
+      if plan.steps is not None:
+        return i, jnp.int32(plan.steps), jnp.int32(plan.steps)
+      _, head, tile = plan.place(i)
       n = lax.max(trips[head, tile], jnp.int32(1))  # there is one, if only to be forgotten
       return i, n, whole[head, tile] if causal else n
 
-    def place(i):
-      """Which of the batch, head and tile, longest first if causal."""
-      i, tile = lax.div(i, jnp.int32(tiles)), lax.rem(i, jnp.int32(tiles))
-      return lax.div(i, jnp.int32(heads)), lax.rem(i, jnp.int32(heads)), tiles - 1 - tile if causal else tile
+    loop = gpu.share(plan.work, plan.blocks, named)
+    pl.when(refs.wg == gpu.COMPUTE)(lambda: _copy(plan, refs, loop))
+    pl.when(refs.wg < gpu.COMPUTE)(lambda: _compute(plan, refs, loop))
 
-    def first(head, tile, step):
-      """The first key of a step."""
-      block = index[head, lax.div(tile * QUERIES, jnp.int32(block_q)), lax.div(step, jnp.int32(parts))]
-      return block * block_k + lax.rem(step, jnp.int32(parts)) * keys
-
-    def buffer(i):
-      return lax.rem(lax.div(i, jnp.int32(blocks)), jnp.int32(AHEAD))
-
-    loop, at = gpu.share(work, blocks, named), lambda count: lax.rem(count, jnp.int32(slots))
-
-    @pl.when(wg == gpu.COMPUTE)
-    def _():
-      plgpu.set_max_registers(40, action='decrease')
-
-      def copies(at_tile, count):
-        i, n, _ = at_tile
-        one, head, tile = place(i)
-        shared = lax.div(head, jnp.int32(group))
-        for half in range(gpu.COMPUTE):
-          plgpu.barrier_wait(answered.at[buffer(i), half])
-          some = pl.ds(tile * QUERIES + half * ROWS, ROWS)
-          plgpu.copy_gmem_to_smem(q.at[one, some, head], queries.at[buffer(i), half], asked.at[buffer(i), half])
-
-        def step(j, count):
-          slot, there = at(count), pl.ds(first(head, tile, j), keys)
-          plgpu.barrier_wait(key_free.at[slot])
-          plgpu.copy_gmem_to_smem(k.at[one, there, shared], key.at[slot], key_full.at[slot])
-          plgpu.barrier_wait(value_free.at[slot])
-          plgpu.copy_gmem_to_smem(v.at[one, there, shared], value.at[slot], value_full.at[slot])
-          return count + 1
-
-        return lax.fori_loop(jnp.int32(0), n, step, count)
-
-      loop(copies)
-
-    def answer(acc):
-      """All tiles, with `acc` for the sums of weighted values. A step's weights wait for the next step's keys."""
-      acc[...] = _zeros(d)
-
-      def finish(i, total):
-        one, head, tile = place(i)
-        y = (acc[...] * _columns(1.0 / jnp.maximum(total, 1e-30), d)).astype(q.dtype)
-        gpu.store(y, staging.at[wg], lambda row, col: out.at[
-            one, pl.ds(tile * QUERIES + wg * ROWS + row, ROWS), head, pl.ds(col, 64)])
-
-      def each(at_tile, carry):
-        count, before, total, p = carry
-        i, n, plain = at_tile
-        _, head, tile = place(i)
-        plgpu.barrier_wait(asked.at[buffer(i), wg])
-
-        def step(j, carry, masked=False, new=False):
-          """Weights of step j, and the sum with the values of the step before, which if `new` ends another tile."""
-          count, largest, total, p = carry
-          slot, last = at(count), at(count + slots - 1)
-          mask = _seen(tile * QUERIES + wg * ROWS, first(head, tile, j), keys) if masked else None
-
-          def products(score):
-            plgpu.barrier_wait(key_full.at[slot])
-            plgpu.barrier_wait(turn.at[wg])
-            plgpu.wgmma(score, queries.at[buffer(i), wg], gpu.transposed(key.at[slot]))
-            there = lambda: plgpu.barrier_wait(value_full.at[last])
-            pl.when(count > 0)(there) if new else there()  # before the first step of all, zeros times what is there
-            _weigh(acc, p, value.at[last], None if weights is None else weights.at[wg])
-            plgpu.barrier_arrive(turn.at[1 - wg])
-            return plgpu.wgmma_accumulator_load(score, wait_n=1)
-
-          score = pl.run_scoped(products, plgpu.ACC((ROWS, keys), jnp.float32))
-          plgpu.barrier_arrive(key_free.at[slot])
-          p, less, largest, after = _softmax(score, mask, largest, jnp.zeros_like(total) if new else total, scale)
-          plgpu.wgmma_wait(0)
-          done = lambda: plgpu.barrier_arrive(value_free.at[last])
-          if new:
-            pl.when(count > 0)(lambda: (done(), finish(before, total))[0])
-            acc[...] = _zeros(d)
-          else:
-            done()
-            acc[...] = acc[...] * _columns(less, d)
-          return count + 1, largest, after, p.astype(q.dtype)
-
-        carry = step(jnp.int32(0), (count, _row(_NOTHING), total, p), masked=causal, new=True)
-        carry = lax.fori_loop(jnp.int32(1), plain, step, carry)
-        if causal:
-          masked = lambda j, carry: step(j, carry, masked=True)
-          carry = lax.fori_loop(lax.max(plain, jnp.int32(1)), n, masked, carry)
-        count, _, total, p = carry
-        plgpu.barrier_arrive(answered.at[buffer(i), wg])
-        if not known:
-          total = jnp.where(trips[head, tile] > 0, total, jnp.inf)
-        return count, i, total, p
-
-      nothing = plgpu.layout_cast(jnp.zeros((ROWS, keys), q.dtype), plgpu.Layout.WGMMA)
-      count, before, total, p = loop(each, (jnp.int32(0), jnp.int32(0), _row(0.0), nothing))
-      last = at(count + slots - 1)
-      plgpu.barrier_wait(value_full.at[last])
-      _weigh(acc, p, value.at[last], None if weights is None else weights.at[wg])
-      finish(before, total)
-
-    @pl.when(wg < gpu.COMPUTE)
-    def _():
-      gpu.start((key_free, value_free), slots)
-      for ahead in range(AHEAD):
-        plgpu.barrier_arrive(answered.at[ahead, wg])
-      pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-      if interpret:
-        answer(sums.at[wg])
-      else:
-        pl.run_scoped(answer, plgpu.ACC((ROWS, d), jnp.float32))
-      pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
-      plgpu.wait_smem_to_gmem(0)
-
-  pairs = (AHEAD, gpu.COMPUTE)
-  scratch = {
-      'queries': gpu.shared((*pairs, ROWS, d), q.dtype), 'key': gpu.shared((slots, keys, d), q.dtype),
-      'value': gpu.shared((slots, keys, d), q.dtype), 'staging': gpu.shared((gpu.COMPUTE, 2, ROWS, 64), q.dtype),
-      'asked': plgpu.Barrier(num_barriers=pairs), 'answered': plgpu.Barrier(num_barriers=pairs),
-      **dict(zip(('key_full', 'key_free'), gpu.barriers(slots, 1))),
-      **dict(zip(('value_full', 'value_free'), gpu.barriers(slots, 1))),
-      'turn': plgpu.Barrier(num_barriers=gpu.COMPUTE)}
-  if interpret:
-    scratch['sums'] = plgpu.SMEM((gpu.COMPUTE, ROWS, d), jnp.float32)
-    scratch['weights'] = plgpu.SMEM((gpu.COMPUTE, ROWS, keys), q.dtype)
-  return gpu.kernel(body, jax.ShapeDtypeStruct(q.shape, q.dtype), (index, whole, trips, q, k, v), blocks=blocks,
-                    scratch=scratch, lanes=True, approximate=True, interpret=interpret)
+  return gpu.kernel(body, jax.ShapeDtypeStruct(q.shape, q.dtype), (index, whole, trips, q, k, v), blocks=plan.blocks,
+                    scratch=_scratch(plan, q.dtype, interpret), lanes=True, approximate=True, interpret=interpret)
 
 
 def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
@@ -221,22 +95,214 @@ def _cuda() -> int | None:
   return cuda_versions.cuda_runtime_get_version() if cuda_versions is not None else None
 
 
-def _steps(index: Array, counts: Array, tiles: int, block_q: int, block_k: int, keys: int,
-           causal: bool) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """What is known at trace time: sizes, and which tile of queries is where."""
+
+  heads: int
+  group: int  # heads that share one of k and v
+  tiles: int  # of queries of a head
+  work: int  # tiles of all heads
+  block_q: int
+  block_k: int
+  keys: int  # of a step
+  d: int
+  slots: int  # steps in shared memory
+  blocks: int  # of the grid
+  causal: bool
+  scale: float
+  steps: int | None  # of each tile, where that is known
+
+  @property
+  def parts(self) -> int:
+    """Steps of a block of keys."""
+    return self.block_k // self.keys
+
+  def place(self, i: Array) -> tuple[Array, Array, Array]:
+    """Which of the batch, head and tile, longest first if causal."""
+    i, tile = lax.div(i, jnp.int32(self.tiles)), lax.rem(i, jnp.int32(self.tiles))
+    tile = self.tiles - 1 - tile if self.causal else tile
+    return lax.div(i, jnp.int32(self.heads)), lax.rem(i, jnp.int32(self.heads)), tile
+
+  def first(self, index: Any, head: Array, tile: Array, step: Array) -> Array:
+    """The first key of a step."""
+    block = index[head, lax.div(tile * QUERIES, jnp.int32(self.block_q)), lax.div(step, jnp.int32(self.parts))]
+    return block * self.block_k + lax.rem(step, jnp.int32(self.parts)) * self.keys
+
+  def buffer(self, i: Array) -> Array:
+    """Where the queries of the i-th tile lie."""
+    return lax.rem(lax.div(i, jnp.int32(self.blocks)), jnp.int32(AHEAD))
+
+  def slot(self, count: Array) -> Array:
+    """Where the keys and the values of a step lie."""
+    return lax.rem(count, jnp.int32(self.slots))
+
+
+def _plan(q: Array, k: Array, index: Array, counts: Array | None, block_q: int, block_k: int, causal: bool,
+          scale: float, interpret: bool) -> _Plan:
+  batch, length, heads, d = q.shape
+  keys, tiles = 128 if block_k % 128 == 0 else 64, length // QUERIES
+  slots = gpu.slots(gpu.nbytes((2 * keys, d), q.dtype), (AHEAD + 1) * gpu.nbytes((QUERIES, d), q.dtype), 4)
+  work = batch * heads * tiles
+  steps = index.shape[2] * (block_k // keys) if counts is None and not causal else None
+  return _Plan(heads, heads // k.shape[2], tiles, work, block_q, block_k, keys, d, slots,
+               min(gpu.cores(interpret), work), causal, scale, steps)
+
+
+def _steps(plan: _Plan, index: Array, counts: Array) -> tuple[Array, Array]:
   """How many steps of each tile of queries, the first ones, need no mask, and how many there are: `[heads, tiles]`."""
-  parts, repeats = block_k // keys, block_q // QUERIES
-  trips = jnp.repeat(counts * parts, repeats, axis=1).astype(jnp.int32)
-  if not causal:
+  repeats = plan.block_q // QUERIES
+  trips = jnp.repeat(counts * plan.parts, repeats, axis=1).astype(jnp.int32)
+  if not plan.causal:
     return trips, trips
-  starts = index[..., None] * block_k + lax.broadcasted_iota(jnp.int32, (*index.shape, parts), 3) * keys
+  starts = index[..., None] * plan.block_k + lax.broadcasted_iota(
+      jnp.int32, (*index.shape, plan.parts), 3) * plan.keys
   starts = jnp.repeat(starts.reshape(*index.shape[:2], -1), repeats, axis=1)
   listed = lax.broadcasted_iota(jnp.int32, starts.shape, 2) < trips[..., None]
   begin = lax.broadcasted_iota(jnp.int32, (*trips.shape, 1), 1) * QUERIES
   count = lambda which: jnp.sum(listed & which, -1, dtype=jnp.int32)
-  return count(starts + keys - 1 <= begin), count(starts < begin + QUERIES)
+  return count(starts + plan.keys - 1 <= begin), count(starts < begin + QUERIES)
 
 
-# One warpgroup's share of a step.
+def _scratch(plan: _Plan, dtype: Any, interpret: bool) -> dict[str, Any]:
+  """Shared memory and barriers: queries are asked for and answered, keys and values go through two rings."""
+  keys, d, slots, pairs = plan.keys, plan.d, plan.slots, (AHEAD, gpu.COMPUTE)
+  scratch = {
+      'queries': gpu.shared((*pairs, ROWS, d), dtype), 'key': gpu.shared((slots, keys, d), dtype),
+      'value': gpu.shared((slots, keys, d), dtype), 'staging': gpu.shared((gpu.COMPUTE, 2, ROWS, 64), dtype),
+      'asked': plgpu.Barrier(num_barriers=pairs), 'answered': plgpu.Barrier(num_barriers=pairs),
+      **dict(zip(('key_full', 'key_free'), gpu.barriers(slots, 1))),
+      **dict(zip(('value_full', 'value_free'), gpu.barriers(slots, 1))),
+      'turn': plgpu.Barrier(num_barriers=gpu.COMPUTE)}
+  if interpret:  # which has no accumulators that last, and no wgmma of registers
+    scratch['sums'] = plgpu.SMEM((gpu.COMPUTE, ROWS, d), jnp.float32)
+    scratch['weights'] = plgpu.SMEM((gpu.COMPUTE, ROWS, keys), dtype)
+  return scratch
+
+
+# What a warpgroup does, the one that copies and the two that multiply.
+
+
+def _copy(plan: _Plan, refs: Any, loop: Any) -> None:
+  plgpu.set_max_registers(40, action='decrease')
+
+  def tile(named, count):
+    i, n, _ = named
+    one, head, tile = plan.place(i)
+    shared = lax.div(head, jnp.int32(plan.group))
+    for half in range(gpu.COMPUTE):
+      at = plan.buffer(i), half
+      plgpu.barrier_wait(refs.answered.at[at])
+      some = pl.ds(tile * QUERIES + half * ROWS, ROWS)
+      plgpu.copy_gmem_to_smem(refs.q.at[one, some, head], refs.queries.at[at], refs.asked.at[at])
+
+    def step(j, count):
+      slot, there = plan.slot(count), pl.ds(plan.first(refs.index, head, tile, j), plan.keys)
+      plgpu.barrier_wait(refs.key_free.at[slot])
+      plgpu.copy_gmem_to_smem(refs.k.at[one, there, shared], refs.key.at[slot], refs.key_full.at[slot])
+      plgpu.barrier_wait(refs.value_free.at[slot])
+      plgpu.copy_gmem_to_smem(refs.v.at[one, there, shared], refs.value.at[slot], refs.value_full.at[slot])
+      return count + 1
+
+    return lax.fori_loop(jnp.int32(0), n, step, count)
+
+  loop(tile)
+
+
+def _compute(plan: _Plan, refs: Any, loop: Any) -> None:
+  wg = refs.wg
+  gpu.start((refs.key_free, refs.value_free), plan.slots)
+  for ahead in range(AHEAD):
+    plgpu.barrier_arrive(refs.answered.at[ahead, wg])
+  pl.when(wg == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
+  answer = functools.partial(_answer, plan, refs, loop)
+  if refs.sums is None:
+    pl.run_scoped(answer, plgpu.ACC((ROWS, plan.d), jnp.float32))
+  else:
+    answer(refs.sums.at[wg])
+  pl.when(wg == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _answer(plan: _Plan, refs: Any, loop: Any, acc: Any) -> None:
+  """All tiles, with `acc` for the sums of weighted values. A step's weights wait for the next step's keys."""
+  wg = refs.wg
+  acc[...] = _zeros(plan.d)
+
+  def tile(named, carry):
+    count, before, total, p = carry
+    i, n, plain = named
+    _, head, tile = plan.place(i)
+    at = plan.buffer(i), wg
+    plgpu.barrier_wait(refs.asked.at[at])
+    step = functools.partial(_step, plan, refs, acc, i)
+    carry = step(jnp.int32(0), (count, _row(_NOTHING), total, p), masked=plan.causal, before=before)
+    carry = lax.fori_loop(jnp.int32(1), plain, step, carry)
+    if plan.causal:
+      carry = lax.fori_loop(lax.max(plain, jnp.int32(1)), n, functools.partial(step, masked=True), carry)
+    count, _, total, p = carry
+    plgpu.barrier_arrive(refs.answered.at[at])
+    if plan.steps is None:
+      total = jnp.where(refs.trips[head, tile] > 0, total, jnp.inf)
+    return count, i, total, p
+
+  nothing = plgpu.layout_cast(jnp.zeros((ROWS, plan.keys), refs.q.dtype), plgpu.Layout.WGMMA)
+  count, before, total, p = loop(tile, (jnp.int32(0), jnp.int32(0), _row(0.0), nothing))
+  last = plan.slot(count + plan.slots - 1)
+  plgpu.barrier_wait(refs.value_full.at[last])
+  _weigh(refs, acc, p, last)
+  _finish(plan, refs, acc, before, total)
+
+
+def _step(plan: _Plan, refs: Any, acc: Any, i: Array, j: Array, carry: tuple[Array, ...], masked: bool = False,
+          before: Array | None = None) -> tuple[Array, ...]:
+  """Weights of step j of the i-th tile, and the sum with the values of the step before.
+
+  The first step of a tile so ends the tile `before`.
+  """
+  count, largest, total, p = carry
+  wg, slot, last = refs.wg, plan.slot(count), plan.slot(count + plan.slots - 1)
+  mask = None
+  if masked:
+    _, head, tile = plan.place(i)
+    mask = _seen(tile * QUERIES + wg * ROWS, plan.first(refs.index, head, tile, j), plan.keys)
+
+  def products(score):
+    plgpu.barrier_wait(refs.key_full.at[slot])
+    plgpu.barrier_wait(refs.turn.at[wg])
+    plgpu.wgmma(score, refs.queries.at[plan.buffer(i), wg], gpu.transposed(refs.key.at[slot]))
+    there = lambda: plgpu.barrier_wait(refs.value_full.at[last])
+    there() if before is None else pl.when(count > 0)(there)  # the first step of all adds zeros times what is there
+    _weigh(refs, acc, p, last)
+    plgpu.barrier_arrive(refs.turn.at[1 - wg])
+    return plgpu.wgmma_accumulator_load(score, wait_n=1)
+
+  score = pl.run_scoped(products, plgpu.ACC((ROWS, plan.keys), jnp.float32))
+  plgpu.barrier_arrive(refs.key_free.at[slot])
+  so_far = total if before is None else jnp.zeros_like(total)
+  p, less, largest, so_far = _softmax(score, mask, largest, so_far, plan.scale)
+  plgpu.wgmma_wait(0)
+  if before is None:
+    plgpu.barrier_arrive(refs.value_free.at[last])
+    acc[...] = acc[...] * _columns(less, plan.d)
+  else:
+    @pl.when(count > 0)
+    def _():
+      plgpu.barrier_arrive(refs.value_free.at[last])
+      _finish(plan, refs, acc, before, total)
+    acc[...] = _zeros(plan.d)
+  return count + 1, largest, so_far, p.astype(refs.q.dtype)
+
+
+def _finish(plan: _Plan, refs: Any, acc: Any, i: Array, total: Array) -> None:
+  """Write the i-th tile."""
+  one, head, tile = plan.place(i)
+  y = (acc[...] * _columns(1.0 / jnp.maximum(total, 1e-30), plan.d)).astype(refs.q.dtype)
+  gpu.store(y, refs.staging.at[refs.wg], lambda row, col: refs.out.at[
+      one, pl.ds(tile * QUERIES + refs.wg * ROWS + row, ROWS), head, pl.ds(col, 64)])
+
+
+# The parts of a step.
 
 
 def _row(value: float) -> Array:
@@ -252,14 +318,15 @@ def _zeros(d: int) -> Array:
   return plgpu.layout_cast(jnp.zeros((ROWS, d), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _weigh(acc: Any, p: Array, values: Any, through: Any) -> None:
-  """Add `p` times `values` to `acc`; `through` shared memory in interpret mode, which has no wgmma of registers."""
-  if through is None:
-    return plgpu.wgmma(acc, p, values)
-  through[...] = p
+def _weigh(refs: Any, acc: Any, p: Array, slot: Array) -> None:
+  """Add `p` times the values in this slot to `acc`."""
+  if refs.weights is None:
+    return plgpu.wgmma(acc, p, refs.value.at[slot])
+  weights = refs.weights.at[refs.wg]
+  weights[...] = p
 
   def product(more):
-    plgpu.wgmma(more, through, values)
+    plgpu.wgmma(more, weights, refs.value.at[slot])
     return more[...]
 
   acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
