@@ -229,6 +229,17 @@ def test_attention_to_whole_lists_needs_no_counts(causal):
   np.testing.assert_array_equal(y, f32(f(jnp.full((1, 3), 2, jnp.int32))))
 
 
+@transposes
+def test_queries_without_keys_do_not_care_what_their_list_says():
+  q, k, v = (normal((1, 256, 1, 64), BF16, i) for i in range(3))
+  index, counts = jnp.asarray([[[1], [0]]], jnp.int32), jnp.asarray([[0, 1]], jnp.int32)
+  f = functools.partial(attention.attention, q, k, index=index, counts=counts, block_q=128, block_k=128, causal=False,
+                        scale=0.3, interpret=True)
+  y = f32(f(v=v.at[:, 128:].set(jnp.nan)))
+  assert not y[:, :128].any()
+  np.testing.assert_array_equal(y, f32(f(v=v)))
+
+
 @pytest.mark.parametrize('counted', [False, True])
 @pytest.mark.parametrize('d', [64, 128])
 @pytest.mark.parametrize('block_k', [64, 128])

@@ -232,7 +232,6 @@ def _answer(plan: _Plan, refs: Any, loop: Any, acc: Any) -> None:
   def tile(named, carry):
     count, before, total, p = carry
     i, n, plain = named
-    _, head, tile = plan.place(i)
     at = plan.buffer(i), wg
     plgpu.barrier_wait(refs.asked.at[at])
     step = functools.partial(_step, plan, refs, acc, i)
@@ -242,8 +241,6 @@ def _answer(plan: _Plan, refs: Any, loop: Any, acc: Any) -> None:
       carry = lax.fori_loop(lax.max(plain, jnp.int32(1)), n, functools.partial(step, masked=True), carry)
     count, _, total, p = carry
     plgpu.barrier_arrive(refs.answered.at[at])
-    if plan.steps is None:
-      total = jnp.where(refs.trips[head, tile] > 0, total, jnp.inf)
     return count, i, total, p
 
   nothing = plgpu.layout_cast(jnp.zeros((ROWS, plan.keys), refs.q.dtype), plgpu.Layout.WGMMA)
@@ -297,8 +294,10 @@ def _step(plan: _Plan, refs: Any, acc: Any, i: Array, j: Array, carry: tuple[Arr
 def _finish(plan: _Plan, refs: Any, acc: Any, i: Array, total: Array) -> None:
   """Write the i-th tile."""
   one, head, tile = plan.place(i)
-  y = (acc[...] * _columns(1.0 / jnp.maximum(total, 1e-30), plan.d)).astype(refs.q.dtype)
-  gpu.store(y, refs.staging.at[refs.wg], lambda row, col: refs.out.at[
+  y = acc[...] * _columns(1.0 / jnp.maximum(total, 1e-30), plan.d)
+  if plan.steps is None:
+    y = jnp.where(refs.trips[head, tile] > 0, y, 0.0)
+  gpu.store(y.astype(refs.q.dtype), refs.staging.at[refs.wg], lambda row, col: refs.out.at[
       one, pl.ds(tile * QUERIES + refs.wg * ROWS + row, ROWS), head, pl.ds(col, 64)])
 
 
