@@ -21,7 +21,8 @@ from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
 CACHE = 3 << 20  # bytes gathered, up to which one batched dot is taken
-FEW, FEW_TOKENS = 8, 512  # block rows or columns, and tokens, up to which nothing is looped
+FEW, FEW_TOKENS = 8, 512  # block columns, and tokens, up to which nothing is looped
+PARTS = 4 << 20  # bytes of parts of dx, of each stored block, up to which its gradients are not looped
 
 
 def matmul(x: Array, w: BlockSparseArray) -> Array:
@@ -34,7 +35,7 @@ def matmul(x: Array, w: BlockSparseArray) -> Array:
   groups = _groups(w.values, w.rows, w.fan_in)
   if tokens * len(w.rows) * length * x.dtype.itemsize <= CACHE:
     return _at_once(x, groups, length)
-  if _few(tokens, n_columns):
+  if tokens <= FEW_TOKENS and n_columns <= FEW:
     return jnp.concatenate([_dot(_picked(x, row, length), blocks, 1, 0).astype(x.dtype)
                             for row, blocks in _columns(groups)], 1)
   y = jnp.zeros((tokens, n_columns * width), x.dtype)
@@ -51,7 +52,7 @@ def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
   cast = dataclasses.replace(w, values=w.values.astype(dy.dtype))
   if w.fan_in is None:
     dx, blocks = _back_blockwise(x, dy, cast)
-  elif w.fan_out is not None and _few(x.shape[0], *w.grid):
+  elif w.fan_out is not None and len(w.rows) <= FEW * FEW and len(x) * len(w.rows) * w.block[0] * 4 <= PARTS:
     dx, blocks = _back_unrolled(x, dy, cast)
   else:
     dx, blocks = _back_looped(x, dy, cast)
@@ -67,16 +68,15 @@ def _back_blockwise(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Ar
 
 
 def _back_unrolled(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
-  """A dot for each block row of dx and each block column of the values, so that several may run at the same time."""
-  (bk, bn), ends = w.block, np.cumsum(w.fan_out)[:-1]
-  dx, values = [], []
-  for places, cols in zip(jnp.split(w.order, ends), jnp.split(_taken(w.cols, w.order), ends)):
-    blocks = jnp.concatenate([_taken(w.values, place) for place in places], 1)
-    dx.append(_dot(_picked(dy, cols, bn), blocks, 1, 1))
-  columns = _columns(_groups(w.values, w.rows, w.fan_in))
-  for (row, _), part in zip(columns, jnp.split(dy, w.grid[1], 1)):
-    # Transposed, which is faster on CPUs, and behind a barrier, lest XLA turn the dot round again.
-    values.append(jax.lax.optimization_barrier(_dot(part, _picked(x, row, bk), 0, 0)).T)
+  """Two dots for each block column, so that several may run at the same time."""
+  (bk, bn), parts, values = w.block, [], []
+  for (row, blocks), part in zip(_columns(_groups(w.values, w.rows, w.fan_in)), jnp.split(dy, w.grid[1], 1)):
+    parts.append(_dot(part, blocks, 1, 1))
+    # Behind a barrier, lest XLA turn the dot round instead of what it takes.
+    values.append(_dot(jax.lax.optimization_barrier(_picked(x, row, bk).T), part, 1, 0))
+  parts = jnp.concatenate(parts, 1)  # of dx, of each stored block
+  dx = [sum(jax.lax.dynamic_slice_in_dim(parts, place * bk, bk, 1) for place in places)
+        for places in jnp.split(w.order, np.cumsum(w.fan_out)[:-1])]
   return jnp.concatenate(dx, 1), jnp.concatenate(values).reshape(-1, bk, bn)
 
 
@@ -128,10 +128,6 @@ def _one_by_one(x: Array, y: Array, values: Array, rows: Array, columns: Array) 
 def _picked(x: Array, row: Array, length: int) -> Array:
   """The columns of x in these block rows, side by side."""
   return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, r * length, length, 1) for r in row], 1)
-
-
-def _few(tokens: int, *blocks: int) -> bool:
-  return tokens <= FEW_TOKENS and max(blocks) <= FEW
 
 
 def _at_once(x: Array, groups: Sequence[Any], length: int) -> Array:
