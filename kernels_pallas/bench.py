@@ -232,8 +232,10 @@ def _ratios(entry: Entry) -> dict[str, float]:
           'train': ((sparse_step, (x, packed.values, dy, packed)), (dense_step, (x, dense, dy, dense)))}
   found = {}
   for name, (sparse, other) in ways.items():
-    one, two = (jax.tree.leaves(f(*args))[:2] for f, args in (sparse, other))  # the product, and the gradient of x
-    for a, b in zip(one, two):
+    one, two = ([*jax.tree.leaves(f(*args))] for f, args in (sparse, other))
+    if len(one) == 3:  # the gradient of the weight, where it has any
+      one[2], two[2] = formats.with_values(packed, one[2]).to_dense(), jnp.where(dense == 0, 0, two[2])
+    for a, b in zip(one, two, strict=True):
       _error(a, b)
     found[name] = float(np.median([_milliseconds(*other) / _milliseconds(*sparse) for _ in range(3)]))
   return found

@@ -379,7 +379,7 @@ def test_without_a_gpu_the_benchmark_says_so_in_a_sentence(capsys, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_kernel_that_fails_is_a_row_with_its_error_and_the_rest_is_measured(monkeypatch, tmp_path):
+def test_a_kernel_that_fails_is_a_row_with_its_error_and_the_rest_is_measured(monkeypatch, tmp_path, capsys):
   dot, x = bench._dot, jnp.ones((8, 8), F32)
   good = bench.Case(dot, (x, x), dot, (x, x), lambda: dot(x, x), 1.0, 0.0)
   def fails():
@@ -398,5 +398,11 @@ def test_a_kernel_that_fails_is_a_row_with_its_error_and_the_rest_is_measured(mo
   measured = advice.read_table('gpu', tmp_path)
   assert [(row.op, row.implementation, row.ratio_forward, row.ratio_train) for row in measured] == [
       ('block_sparse_matmul', 'mosaic_gpu', 1.0, 1.0), ('sparse24_matmul', 'mosaic_gpu', 1.0, 1.0)]
+  def doubled(x, w, **options):
+    values = 2 * w.values - jax.lax.stop_gradient(w.values)
+    return block_sparse_matmul(x, dataclasses.replace(w, values=values), **options)
+  monkeypatch.setattr(bench, 'entries', lambda: iter([bench.Entry(doubled, 8, 128, 64, (64, 64), 0.5)]))
+  assert not list(bench.table(time.perf_counter()))
+  assert 'doubled [8, 128, 64] (64, 64) 0.5: ValueError: relative error 1' in capsys.readouterr().err
   late = list(bench.rows(time.perf_counter() - bench.SECONDS - 1))
   assert [row['failure'] for row in late] == ['left out: 450 seconds had passed'] * 3
