@@ -1,8 +1,9 @@
 """Block-sparse products on Hopper, through Mosaic GPU.
 
 A block of the grid computes two tiles of tokens of one block column, one in each compute warpgroup, over the blocks
-that the column stores. Within a tile the tensor cores are as busy as in a dense product. What is lost is lost between
-tiles, while the last is being written, so the more the fewer blocks a column has (`benchmarks/results.md`, H200).
+that the column stores; of few tokens, one tile, half of its outputs in each. Within a tile the tensor cores are as busy
+as in a dense product. What is lost is lost between tiles, while the last is being written, so the more the fewer blocks
+a column has (`benchmarks/results.md`, H200).
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class Tiles:
 
   @property
   def multiple(self) -> int:
-    """What the number of tokens must be a multiple of."""
+    """Tokens of the blocks that share a weight tile."""
     return self.both * self.cluster
 
 
