@@ -232,7 +232,7 @@ def _ratios(entry: Entry) -> dict[str, float]:
           'train': ((sparse_step, (x, packed.values, dy, packed)), (dense_step, (x, dense, dy, dense)))}
   found = {}
   for name, (sparse, other) in ways.items():
-    one, two = ([*jax.tree.leaves(f(*args))] for f, args in (sparse, other))
+    one, two = (jax.tree.leaves(f(*args)) for f, args in (sparse, other))
     if len(one) == 3:  # the gradient of the weight, where it has any
       one[2], two[2] = formats.with_values(packed, one[2]).to_dense(), jnp.where(dense == 0, 0, two[2])
     for a, b in zip(one, two, strict=True):

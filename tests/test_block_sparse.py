@@ -12,6 +12,7 @@ from products import ROUNDING, WAYS, close, normal
 
 from benchmarks import packed_training
 from kernels_pallas import block_sparse_matmul, dispatch, sampled_matmul
+from kernels_pallas.block_sparse import reference
 from sparsejax import formats, io
 from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Axes
@@ -89,6 +90,19 @@ def stack(kept=((1, 0), (0, 1))):
   masks = [np.kron(np.asarray(m), np.ones((8, 8))) > 0 for m in (np.eye(2), kept)]
   w = np.stack([np.where(m, np.random.default_rng(i).standard_normal((16, 16)), 0) for i, m in enumerate(masks)])
   return w.astype('f4')
+
+
+@pytest.mark.parametrize('grid, block, tokens, looped', [
+    ((8, 8), 128, 256, False), ((8, 8), 128, 257, True),  # of which half is stored: 4 MB of parts
+    ((8, 16), 16, 64, False), ((8, 17), 16, 64, True),  # 64 blocks
+])
+def test_gradients_of_small_weights_are_not_looped(grid, block, tokens, looped):
+  mask = np.indices(grid).sum(0) % 2 == 0
+  w = BlockSparseArray.from_dense(jnp.ones(np.multiply(grid, block)), np.kron(mask, np.ones((block, block), bool)),
+                                  (block, block))
+  x, dy = (jnp.zeros((tokens, n)) for n in w.shape)
+  made = jax.make_jaxpr(reference.gradients)(x, dy, w)
+  assert any(eqn.primitive.name == 'scan' for eqn in made.eqns) == looped
 
 
 def test_a_stack_goes_through_vmap_and_scan():

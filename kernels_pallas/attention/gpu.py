@@ -226,13 +226,12 @@ def _compute(plan: _Plan, refs: Any, loop: Any) -> None:
 
 def _answer(plan: _Plan, refs: Any, loop: Any, acc: Any) -> None:
   """All tiles, with `acc` for the sums of weighted values. A step's weights wait for the next step's keys."""
-  wg = refs.wg
-  acc[...] = _zeros(plan.d)
+  acc[...] = _zeros(plan.d)  # which it is; but without this, ptxas orders everything otherwise than what was measured
 
   def tile(named, carry):
     count, before, total, p = carry
     i, n, plain = named
-    at = plan.buffer(i), wg
+    at = plan.buffer(i), refs.wg
     plgpu.barrier_wait(refs.asked.at[at])
     step = functools.partial(_step, plan, refs, acc, i)
     carry = step(jnp.int32(0), (count, _row(_NOTHING), total, p), masked=plan.causal, before=before)

@@ -22,7 +22,7 @@ from sparsejax.types import Array
 
 CACHE = 3 << 20  # bytes gathered, up to which one batched dot is taken
 FEW, FEW_TOKENS = 8, 512  # block columns, and tokens, up to which nothing is looped
-PARTS = 4 << 20  # bytes of parts of dx, of each stored block, up to which its gradients are not looped
+PARTS = 4 << 20  # bytes of parts of dx, of each of FEW * FEW blocks at most, up to which gradients are not looped
 
 
 def matmul(x: Array, w: BlockSparseArray) -> Array:
