@@ -1,11 +1,10 @@
 """Products with packed weights against `jnp.dot` of the dense weight on this CPU, forward, and forward with backward.
 
 Both get the same numbers, and what the packed product gives is compared with the dense one before it is timed. All that
-is measured goes into `sparsejax/measured/cpu.json` as well, which `sparsejax advise` reads.
+is measured goes into `sparsejax/advice/tables/cpu.json` as well, which `sparsejax advise` reads.
 """
 
 import json
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import sparsejax
 from benchmarks import timing
 from kernels_pallas import block_sparse_matmul, nm_matmul, unstructured_matmul
-from sparsejax import formats, patterns
+from sparsejax import advice, formats, patterns
 from sparsejax.formats import BlockSparseArray, CSCArray, NMArray
+from sparsejax.types import Axes
 
-TABLE = pathlib.Path(sparsejax.__file__).parent / 'measured' / 'cpu.json'
+TABLE = advice.TABLES / 'cpu.json'
 OPS = {'block_sparse_matmul': block_sparse_matmul, 'nm_matmul': nm_matmul, 'unstructured_matmul': unstructured_matmul}
 WHAT = {'forward': 'forward', 'train': 'forward and backward'}
 
@@ -126,7 +125,7 @@ def convolution(rounds: int) -> timing.Claim:
   rng = np.random.default_rng(2)
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 14, 14, 512), (1, 1, 512, 512)))
   pattern = patterns.Block((64, 64), 0.85)
-  at = sparsejax.types.Axes((2,), (3,), (0, 1))
+  at = Axes((2,), (3,), (0, 1))
   w = jnp.where(pattern(jnp.abs(w), None, at), w, 0)
   sparse = BlockSparseArray.from_dense(w, block=pattern.shape, axes=at)
   dense = jax.jit(lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), 'VALID', dimension_numbers=(

@@ -10,7 +10,8 @@ import optax
 
 import sparsejax as sj
 from benchmarks import timing
-from experiments import models, tasks
+from experiments import models
+from experiments.loop import tasks
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 256
 BARS = {'sr_ste': 1.06, 'mdgf': 1.06, 'asp': 1.03}  # at most so many times a dense step

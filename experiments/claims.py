@@ -18,7 +18,9 @@ import matplotlib
 import numpy as np
 import rich.console
 
-from experiments import configs, records, results, tasks, tickets, train
+from experiments import configs, tickets, train
+from experiments.loop import records, tasks
+from experiments.tables import results
 
 CONFIGS = pathlib.Path(__file__).parent / 'configs' / 'claims'
 REFUSED = 2  # exit status

@@ -24,10 +24,12 @@ import numpy as np
 import rich.console
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, configs, evaluate, hosts, optimizers, outcomes, records, results, tasks, train
-from experiments.progress import Progress
-from experiments.runs import Model, Run, Setup, build, prepare, split
-from experiments.signals import Signals
+from experiments import configs, train
+from experiments.loop import checkpoints, evaluate, hosts, optimizers, outcomes, records, tasks
+from experiments.loop.progress import Progress
+from experiments.loop.runs import Model, Run, Setup, build, prepare, split
+from experiments.loop.stopping import Signals
+from experiments.tables import results
 from sparsejax import errors, io, metrics, recipes
 from sparsejax.types import Array, PyTree
 

@@ -26,10 +26,12 @@ import numpy as np
 import rich.console
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, configs, evaluate, hosts, outcomes, records, results
-from experiments.progress import Progress
-from experiments.runs import Run, Setup, batch, build, prepare, split
-from experiments.signals import Signals
+from experiments import configs
+from experiments.loop import checkpoints, evaluate, hosts, outcomes, records
+from experiments.loop.progress import Progress
+from experiments.loop.runs import Run, Setup, batch, build, prepare, split
+from experiments.loop.stopping import Signals
+from experiments.tables import results
 from sparsejax import metrics
 from sparsejax.types import Array
 

@@ -6,8 +6,8 @@
 from kernels_pallas.active import active_matmul
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
+from kernels_pallas.models import packed
 from kernels_pallas.n_m import nm_matmul
-from kernels_pallas.nn import packed
 from kernels_pallas.sparse24 import sparse24_matmul
 from kernels_pallas.unstructured import unstructured_matmul
 

@@ -310,7 +310,7 @@ def rows(begin: float) -> Iterator[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog='kernels_pallas.bench', description=__doc__.split('\n\n')[0])
   parser.add_argument('--out', default='kernels.csv', help='the CSV to write (kernels.csv)')
-  parser.add_argument('--table', help='what to write for `sparsejax advise`: sparsejax/measured/h200.json')
+  parser.add_argument('--table', help='what to write for `sparsejax advise`: sparsejax/advice/tables/h200.json')
   options = parser.parse_args(arguments)
   if jax.default_backend() != 'gpu':
     print(f'kernels_pallas.bench: the default device is a {jax.default_backend()}, no GPU, so nothing was measured.')

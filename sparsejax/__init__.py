@@ -13,6 +13,7 @@ from sparsejax import (
   io,
   metrics,
   patterns,
+  programs,
   ranking,
   recipes,
   schedules,
@@ -20,7 +21,6 @@ from sparsejax import (
   selections,
   starts,
   states,
-  tracing,
   transforms,
   trees,
   types,
@@ -28,13 +28,13 @@ from sparsejax import (
 )
 from sparsejax.advice import Advice, advise
 from sparsejax.patterns import NM, Block, Channel, Unstructured
+from sparsejax.programs import contractions
 from sparsejax.reports import Report, check, report
 from sparsejax.states import SparseState, apply_masks, masks, project
-from sparsejax.tracing import contractions
 
 __all__ = [
   'NM', 'Advice', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
   'apply_masks', 'check', 'contractions',
-  'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'project', 'ranking', 'recipes', 'report', 'schedules',
-  'scores', 'selections', 'starts', 'states', 'tracing', 'transforms', 'trees', 'types', 'updates',
+  'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'programs', 'project', 'ranking', 'recipes', 'report',
+  'schedules', 'scores', 'selections', 'starts', 'states', 'transforms', 'trees', 'types', 'updates',
 ]

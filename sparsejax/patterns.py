@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparsejax import errors, groups, ranking
+from sparsejax import errors, neighbours, ranking
 from sparsejax.types import Array, Axes, Pattern
 
 
@@ -97,13 +97,13 @@ class NM:
     if drop is not None:  # what is left of a group may be of any size: those left are the best of the layer
       return (Unstructured() if self.width == 1 else Block((1, self.width)))(scores, 1 - n / self.m, axes, drop)
     if self.width > 1:
-      vectors, restored = groups.tiled(scores, axes.contracted, axes.output, (self.m, self.width))
-      sums = groups.joined(jnp.sum(vectors, -1, dtype=jnp.float32), vectors.ndim - 3)
-      kept = groups.split(ranking.top_n_in_groups(sums, n, self.m, sums.ndim - 2), self.m, sums.ndim - 2)
-      return groups.alike(restored(jnp.broadcast_to(kept[..., None], vectors.shape)), scores)
+      vectors, restored = neighbours.tiled(scores, axes.contracted, axes.output, (self.m, self.width))
+      sums = neighbours.joined(jnp.sum(vectors, -1, dtype=jnp.float32), vectors.ndim - 3)
+      kept = neighbours.split(ranking.top_n_in_groups(sums, n, self.m, sums.ndim - 2), self.m, sums.ndim - 2)
+      return neighbours.alike(restored(jnp.broadcast_to(kept[..., None], vectors.shape)), scores)
     contracted, sizes = axes.contracted, tuple(scores.shape[a] for a in axes.contracted)
-    mask = ranking.top_n_in_groups(groups.merged(scores, contracted, self.m), n, self.m, min(contracted))
-    return groups.alike(groups.unmerged(mask, contracted, sizes), scores)
+    mask = ranking.top_n_in_groups(neighbours.merged(scores, contracted, self.m), n, self.m, min(contracted))
+    return neighbours.alike(neighbours.unmerged(mask, contracted, sizes), scores)
 
   def excess(self, nonzero: Array, axes: Axes) -> Array:
     """How many more than `n` each group keeps, at least 0: `int32`, the contraction merged and shortened to groups.
@@ -111,10 +111,10 @@ class NM:
     With a width, of vectors that are not all zero: `[..., K / m, N / width]`, layers and taps in front.
     """
     if self.width > 1:
-      vectors = jnp.any(groups.tiled(nonzero, axes.contracted, axes.output, (self.m, self.width))[0], -1)
+      vectors = jnp.any(neighbours.tiled(nonzero, axes.contracted, axes.output, (self.m, self.width))[0], -1)
       return jnp.maximum(jnp.sum(vectors, -2, dtype=jnp.int32) - self.n, 0)
     axis = min(axes.contracted)
-    grouped = groups.split(groups.merged(nonzero, axes.contracted, self.m), self.m, axis)
+    grouped = neighbours.split(neighbours.merged(nonzero, axes.contracted, self.m), self.m, axis)
     return jnp.maximum(jnp.sum(grouped, axis + 1, dtype=jnp.int32) - self.n, 0)
 
 
@@ -191,11 +191,11 @@ class Block:
 
   def pooled(self, scores: Array, axes: Axes) -> Pooled:
     """The sums of the blocks, taps and layers first, then along contraction and output."""
-    blocks, restored = groups.tiled(scores, axes.contracted, axes.output, self.shape)
+    blocks, restored = neighbours.tiled(scores, axes.contracted, axes.output, self.shape)
     whole = lambda kept: restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape))
     columns = (blocks.ndim - 3,) if self.balanced else ()
     return Pooled(jnp.sum(blocks, (-3, -1), dtype=jnp.float32), (*self._layers(axes), *columns),
-                  lambda kept: groups.alike(whole(kept), scores))
+                  lambda kept: neighbours.alike(whole(kept), scores))
 
   def _layers(self, axes: Axes) -> tuple[int, ...]:
     """The layers' axes among those that are left in front."""
@@ -236,7 +236,7 @@ class Channel:
     left = [a for a in range(scores.ndim) if a not in along]
     whole = lambda kept: jnp.broadcast_to(jnp.expand_dims(kept, along), scores.shape)
     return Pooled(jnp.sum(scores, along, dtype=jnp.float32), tuple(left.index(a) for a in axes.layer),
-                  lambda kept: groups.alike(whole(kept), scores))
+                  lambda kept: neighbours.alike(whole(kept), scores))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sparsejax import errors, hlo, trees
+from sparsejax import errors, trees
+from sparsejax.programs import hlo
 from sparsejax.states import SparseState
 from sparsejax.types import PyTree
 

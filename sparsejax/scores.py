@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import groups, trees
+from sparsejax import neighbours, trees
 from sparsejax.types import Array, Schedule, Signals
 
 
@@ -135,7 +135,7 @@ def squared_gradient_average(decay: float = 0.99) -> Memory:
 
 def nothing(w: Array) -> Array:
   """`float32` zeros like `w`, computed from it: a constant would lie on every device, whatever `w`'s sharding."""
-  return jnp.where(groups.everywhere(w), 0.0, w.astype(jnp.float32))
+  return jnp.where(neighbours.everywhere(w), 0.0, w.astype(jnp.float32))
 
 
 _GRADIENT = 'the gradient of this leaf'

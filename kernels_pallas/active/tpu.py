@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tpu
+from kernels_pallas import mosaic_tpu
 from kernels_pallas.active import reference
 from sparsejax.types import Array
 
@@ -29,17 +29,17 @@ def matmul(x: Array, w: Array, block: int, capacity: int, *, interpret: Any = Fa
 
 def refusal(x: Array, w: Array, block: int) -> str | None:
   """Why the product cannot run on a TPU, with the remedy."""
-  if why := tpu.refused_dtypes(x, w):
+  if why := mosaic_tpu.refused_dtypes(x, w):
     return why
   if x.shape[0] > _TOKENS:
     return f'it is for few tokens, up to {_TOKENS}, not {x.shape[0]}; give them in parts, or multiply dense'
   if block % (least := 32 // w.dtype.itemsize):
     return f'blocks of {block} rows do not fit its tiles of {w.dtype}; take a multiple of {least}'
-  if w.shape[1] % tpu.LANES:
-    return f'a weight of shape {w.shape} must have a multiple of {tpu.LANES} outputs; fill up with zeros'
+  if w.shape[1] % mosaic_tpu.LANES:
+    return f'a weight of shape {w.shape} must have a multiple of {mosaic_tpu.LANES} outputs; fill up with zeros'
   together, columns = _tile(w, block)
   held = 2 * together * block * columns * w.dtype.itemsize + 8 * x.size
-  if held > tpu.TILES or 4 * w.shape[0] // block > tpu.SCALARS:
+  if held > mosaic_tpu.TILES or 4 * w.shape[0] // block > mosaic_tpu.SCALARS:
     return (f'{x.shape[0]} tokens of {x.shape[1]} in blocks of {block} do not fit into the memory of a core; take '
             'fewer, or smaller blocks')
   return None
@@ -47,7 +47,7 @@ def refusal(x: Array, w: Array, block: int) -> str | None:
 
 def _tile(w: Array, block: int) -> tuple[int, int]:
   """How many blocks are read at a time, and how many outputs of them."""
-  columns = max(n for n in range(tpu.LANES, _OUTPUTS + 1, tpu.LANES) if w.shape[1] % n == 0)
+  columns = max(n for n in range(mosaic_tpu.LANES, _OUTPUTS + 1, mosaic_tpu.LANES) if w.shape[1] % n == 0)
   return max(min(_ROWS, w.shape[0]) // block, 1), columns
 
 
@@ -57,7 +57,7 @@ def _product(x: Array, w: Array, order: Array, count: Array, block: int, interpr
   listed = jnp.arange(blocks) < count
   place = jnp.where(listed, order, order[jnp.maximum(count - 1, 0)])
   taken = jnp.where(listed[:, None], x.reshape(tokens, blocks, block)[:, order], jnp.zeros((), x.dtype))
-  taken = tpu.filled(tpu.filled(taken, 1, together), 0, tpu.SUBLANES)
+  taken = mosaic_tpu.filled(mosaic_tpu.filled(taken, 1, together), 0, mosaic_tpu.SUBLANES)
   steps = taken.shape[1] // together
   ordered = taken.reshape(taken.shape[0], steps, together * block).transpose(1, 0, 2)
   place = jnp.pad(place, (0, steps * together - blocks), mode='edge')
@@ -70,7 +70,7 @@ def _product(x: Array, w: Array, order: Array, count: Array, block: int, interpr
                       pltpu.SemaphoreType.DMA((2,))])
   call = pl.pallas_call(
       functools.partial(_kernel, block=block, together=together), grid_spec=spec, interpret=interpret,
-      out_shape=tpu.result((shape[0], w.shape[1]), x.dtype, ordered, w, place), name='active_matmul',
+      out_shape=mosaic_tpu.result((shape[0], w.shape[1]), x.dtype, ordered, w, place), name='active_matmul',
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)))
   return call(place, -(-count // together)[None], ordered, w)[:tokens]
 
@@ -94,7 +94,7 @@ def _kernel(place, steps, x_ref, w_ref, y_ref, tile_ref, sum_ref, arrived, *, bl
     pl.when(step + 1 < steps[0])(lambda: start(step + 1))
     for copy in copies(step):
       copy.wait()
-    sum_ref[...] += tpu.dot(x_ref[step], tile_ref[slot(step)].astype(x_ref.dtype), 1, 0)
+    sum_ref[...] += mosaic_tpu.dot(x_ref[step], tile_ref[slot(step)].astype(x_ref.dtype), 1, 0)
 
   sum_ref[...] = jnp.zeros_like(sum_ref)
   pl.when(steps[0] > 0)(lambda: start(jnp.int32(0)))

@@ -18,13 +18,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import gpu
+from kernels_pallas import hopper
 from kernels_pallas.attention.heads import lists
 from sparsejax.types import Array
 
 ROWS = 64  # queries of a warpgroup
 AHEAD = 2  # tiles of queries in shared memory
-QUERIES = gpu.COMPUTE * ROWS
+QUERIES = hopper.COMPUTE * ROWS
 _NOTHING = -1e30  # the largest score so far of a query that saw no key: finite, because inf - inf is NaN
 
 
@@ -55,11 +55,11 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
       n = lax.max(trips[head, tile], jnp.int32(1))  # there is one, if only to be forgotten
       return i, n, whole[head, tile] if causal else n
 
-    loop = gpu.share(plan.work, plan.blocks, named)
-    pl.when(refs.wg == gpu.COMPUTE)(lambda: _copy(plan, refs, loop))
-    pl.when(refs.wg < gpu.COMPUTE)(lambda: _compute(plan, refs, loop))
+    loop = hopper.share(plan.work, plan.blocks, named)
+    pl.when(refs.wg == hopper.COMPUTE)(lambda: _copy(plan, refs, loop))
+    pl.when(refs.wg < hopper.COMPUTE)(lambda: _compute(plan, refs, loop))
 
-  return gpu.kernel(body, jax.ShapeDtypeStruct(q.shape, q.dtype), (index, whole, trips, q, k, v), blocks=plan.blocks,
+  return hopper.kernel(body, jax.ShapeDtypeStruct(q.shape, q.dtype), (index, whole, trips, q, k, v), blocks=plan.blocks,
                     scratch=_scratch(plan, q.dtype, interpret), lanes=True, approximate=True, interpret=interpret)
 
 
@@ -67,7 +67,7 @@ def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = N
             causal: bool, scale: float) -> str | None:
   """Why attention to these blocks cannot run on Hopper, with the remedy."""
   del counts, index, scale
-  if why := gpu.refused_dtype(q.dtype):
+  if why := hopper.refused_dtype(q.dtype):
     return why
   if len(dtypes := {str(a.dtype) for a in (q, k, v)}) > 1:
     return f'q, k and v must have one dtype, not {" and ".join(sorted(dtypes))}; cast them to one'
@@ -142,11 +142,11 @@ def _plan(q: Array, k: Array, index: Array, counts: Array | None, block_q: int, 
           scale: float, interpret: bool) -> _Plan:
   batch, length, heads, d = q.shape
   keys, tiles = 128 if block_k % 128 == 0 else 64, length // QUERIES
-  slots = gpu.slots(gpu.nbytes((2 * keys, d), q.dtype), (AHEAD + 1) * gpu.nbytes((QUERIES, d), q.dtype), 4)
+  slots = hopper.slots(hopper.nbytes((2 * keys, d), q.dtype), (AHEAD + 1) * hopper.nbytes((QUERIES, d), q.dtype), 4)
   work = batch * heads * tiles
   steps = index.shape[2] * (block_k // keys) if counts is None and not causal else None
   return _Plan(heads, heads // k.shape[2], tiles, work, block_q, block_k, keys, d, slots,
-               min(gpu.cores(interpret), work), causal, scale, steps)
+               min(hopper.cores(interpret), work), causal, scale, steps)
 
 
 def _steps(plan: _Plan, index: Array, counts: Array) -> tuple[Array, Array]:
@@ -166,17 +166,17 @@ def _steps(plan: _Plan, index: Array, counts: Array) -> tuple[Array, Array]:
 
 def _scratch(plan: _Plan, dtype: Any, interpret: bool) -> dict[str, Any]:
   """Shared memory and barriers: queries are asked for and answered, keys and values go through two rings."""
-  keys, d, slots, pairs = plan.keys, plan.d, plan.slots, (AHEAD, gpu.COMPUTE)
+  keys, d, slots, pairs = plan.keys, plan.d, plan.slots, (AHEAD, hopper.COMPUTE)
   scratch = {
-      'queries': gpu.shared((*pairs, ROWS, d), dtype), 'key': gpu.shared((slots, keys, d), dtype),
-      'value': gpu.shared((slots, keys, d), dtype), 'staging': gpu.shared((gpu.COMPUTE, 2, ROWS, 64), dtype),
+      'queries': hopper.shared((*pairs, ROWS, d), dtype), 'key': hopper.shared((slots, keys, d), dtype),
+      'value': hopper.shared((slots, keys, d), dtype), 'staging': hopper.shared((hopper.COMPUTE, 2, ROWS, 64), dtype),
       'asked': plgpu.Barrier(num_barriers=pairs), 'answered': plgpu.Barrier(num_barriers=pairs),
-      **dict(zip(('key_full', 'key_free'), gpu.barriers(slots, 1))),
-      **dict(zip(('value_full', 'value_free'), gpu.barriers(slots, 1))),
-      'turn': plgpu.Barrier(num_barriers=gpu.COMPUTE)}
+      **dict(zip(('key_full', 'key_free'), hopper.barriers(slots, 1))),
+      **dict(zip(('value_full', 'value_free'), hopper.barriers(slots, 1))),
+      'turn': plgpu.Barrier(num_barriers=hopper.COMPUTE)}
   if interpret:  # which has no accumulators that last, and no wgmma of registers
-    scratch['sums'] = plgpu.SMEM((gpu.COMPUTE, ROWS, d), jnp.float32)
-    scratch['weights'] = plgpu.SMEM((gpu.COMPUTE, ROWS, keys), dtype)
+    scratch['sums'] = plgpu.SMEM((hopper.COMPUTE, ROWS, d), jnp.float32)
+    scratch['weights'] = plgpu.SMEM((hopper.COMPUTE, ROWS, keys), dtype)
   return scratch
 
 
@@ -190,7 +190,7 @@ def _copy(plan: _Plan, refs: Any, loop: Any) -> None:
     i, n, _ = named
     one, head, tile = plan.place(i)
     shared = lax.div(head, jnp.int32(plan.group))
-    for half in range(gpu.COMPUTE):
+    for half in range(hopper.COMPUTE):
       at = plan.buffer(i), half
       plgpu.barrier_wait(refs.answered.at[at])
       some = pl.ds(tile * QUERIES + half * ROWS, ROWS)
@@ -211,7 +211,7 @@ def _copy(plan: _Plan, refs: Any, loop: Any) -> None:
 
 def _compute(plan: _Plan, refs: Any, loop: Any) -> None:
   wg = refs.wg
-  gpu.start((refs.key_free, refs.value_free), plan.slots)
+  hopper.start((refs.key_free, refs.value_free), plan.slots)
   for ahead in range(AHEAD):
     plgpu.barrier_arrive(refs.answered.at[ahead, wg])
   pl.when(wg == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
@@ -266,7 +266,7 @@ def _step(plan: _Plan, refs: Any, acc: Any, i: Array, j: Array, carry: tuple[Arr
   def products(score):
     plgpu.barrier_wait(refs.key_full.at[slot])
     plgpu.barrier_wait(refs.turn.at[wg])
-    plgpu.wgmma(score, refs.queries.at[plan.buffer(i), wg], gpu.transposed(refs.key.at[slot]))
+    plgpu.wgmma(score, refs.queries.at[plan.buffer(i), wg], hopper.transposed(refs.key.at[slot]))
     there = lambda: plgpu.barrier_wait(refs.value_full.at[last])
     there() if before is None else pl.when(count > 0)(there)  # the first step of all adds zeros times what is there
     _weigh(refs, acc, p, last)
@@ -296,7 +296,7 @@ def _finish(plan: _Plan, refs: Any, acc: Any, i: Array, total: Array) -> None:
   y = acc[...] * _columns(1.0 / jnp.maximum(total, 1e-30), plan.d)
   if plan.steps is None:
     y = jnp.where(refs.trips[head, tile] > 0, y, 0.0)
-  gpu.store(y.astype(refs.q.dtype), refs.staging.at[refs.wg], lambda row, col: refs.out.at[
+  hopper.store(y.astype(refs.q.dtype), refs.staging.at[refs.wg], lambda row, col: refs.out.at[
       one, pl.ds(tile * QUERIES + refs.wg * ROWS + row, ROWS), head, pl.ds(col, 64)])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from kernels_pallas import tpu
+from kernels_pallas import mosaic_tpu
 from kernels_pallas.attention import heads
 from sparsejax.types import Array
 
@@ -54,12 +54,12 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
 def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
             causal: bool, scale: float) -> str | None:
   """Why attention to these blocks cannot run on a TPU, with the remedy."""
-  if why := tpu.refused_dtypes(q, k, v):
+  if why := mosaic_tpu.refused_dtypes(q, k, v):
     return why
   if len(dtypes := {str(a.dtype) for a in (q, k, v)}) > 1:
     return f'q, k and v must have one dtype, not {" and ".join(sorted(dtypes))}; cast them to one'
-  if block_q % tpu.LANES or block_k % tpu.LANES:
-    return f'TPUs take blocks of multiples of {tpu.LANES}, not {block_q} and {block_k}; list larger blocks'
+  if block_q % mosaic_tpu.LANES or block_k % mosaic_tpu.LANES:
+    return f'TPUs take blocks of multiples of {mosaic_tpu.LANES}, not {block_q} and {block_k}; list larger blocks'
   if q.shape[1] % block_q or k.shape[1] % block_k:
     return (f'{q.shape[1]} queries and {k.shape[1]} keys do not divide into blocks of {block_q} and {block_k}; fill up '
             'with zeros')
@@ -67,7 +67,7 @@ def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = N
     return f'{q.shape[2]} heads of q cannot share {k.shape[2]} of k evenly; repeat those of k and v'
   if any(jax.typeof(a).manual_axis_type.varying for a in (q, k, v)):
     return 'splash attention does not say over which axes of a mesh it varies; use shard_map with check_vma=False'
-  if _tiles(q, v, block_q, block_k) > tpu.TILES:
+  if _tiles(q, v, block_q, block_k) > mosaic_tpu.TILES:
     return f'blocks of {block_q} and {block_k} do not fit into the memory of a TPU core; list blocks of 512 or smaller'
   if _together(q.shape[2] // k.shape[2], k.shape[1], index, block_k) == 0:
     return (f'an index of shape {index.shape} does not fit into scalar memory, not even for one head of k; list blocks '
@@ -121,13 +121,13 @@ def _sizes(block_q: int, block_k: int) -> splash.BlockSizes:
 
 
 def _computed(block_k: int) -> int:
-  return max(n for n in range(tpu.LANES, _COMPUTED + 1, tpu.LANES) if block_k % n == 0)
+  return max(n for n in range(mosaic_tpu.LANES, _COMPUTED + 1, mosaic_tpu.LANES) if block_k % n == 0)
 
 
 def _tiles(q: Array, v: Array, block_q: int, block_k: int) -> int:
   """The bytes of VMEM of a step: logits, their exponentials and mask, sums, and q, k, v and y twice."""
   size, lengths = q.dtype.itemsize, q.shape[3] + v.shape[3]
-  return block_q * (12 * block_k + 4 * (2 * tpu.LANES + v.shape[3])) + 2 * size * lengths * (block_q + block_k)
+  return block_q * (12 * block_k + 4 * (2 * mosaic_tpu.LANES + v.shape[3])) + 2 * size * lengths * (block_q + block_k)
 
 
 def _together(least: int, keys: int, index: Array, block_k: int) -> int:
@@ -136,7 +136,7 @@ def _together(least: int, keys: int, index: Array, block_k: int) -> int:
   key_blocks = keys // block_k
   each = query_blocks * max(width * (1 + _integer(key_blocks).itemsize),
                             key_blocks * (1 + _integer(query_blocks).itemsize))
-  fitting = [some for some in range(least, n + 1, least) if n % some == 0 and some * each <= tpu.SCALARS]
+  fitting = [some for some in range(least, n + 1, least) if n % some == 0 and some * each <= mosaic_tpu.SCALARS]
   return max(fitting, default=0)
 
 

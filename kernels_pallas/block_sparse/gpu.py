@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import gpu
+from kernels_pallas import hopper
 from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
@@ -39,7 +39,7 @@ class Tiles:
   @property
   def both(self) -> int:
     """Tokens of the two warpgroups."""
-    return self.tokens if self.together else gpu.COMPUTE * self.tokens
+    return self.tokens if self.together else hopper.COMPUTE * self.tokens
 
   @property
   def multiple(self) -> int:
@@ -49,14 +49,15 @@ class Tiles:
 
 def tiles(tokens: int, length: int, width: int, dtype: np.dtype, columns: int) -> Tiles:
   """For that many tokens of `length` each, and so many columns of blocks with outputs of this width."""
-  few = lambda rows: -(-tokens // (gpu.COMPUTE * rows)) * columns * 2 <= gpu.cores()  # too few tiles to go round
+  few = lambda rows: -(-tokens // (hopper.COMPUTE * rows)) * columns * 2 <= hopper.cores()  # too few tiles to go round
   rows = 128 if width <= 128 and tokens > 128 and not few(128) else 64  # 128 registers of sums a thread, at most
-  together = tokens <= rows and width >= gpu.COMPUTE * STAGE
-  cluster = 2 if width > 128 and tokens > gpu.COMPUTE * rows and not few(rows) else 1  # else not worth the waiting
+  together = tokens <= rows and width >= hopper.COMPUTE * STAGE
+  cluster = 2 if width > 128 and tokens > hopper.COMPUTE * rows and not few(rows) else 1  # else not worth the waiting
   t = Tiles(rows, 64, 8 if together else 6, cluster, 1, together)
-  stage = gpu.nbytes((t.both + width, t.depth), dtype)
-  return dataclasses.replace(t, slots=gpu.slots(stage, gpu.nbytes((gpu.COMPUTE, 2, STAGE, STAGE), dtype), t.slots),
-                             sweep=max(1, SWEEP // gpu.nbytes((t.multiple, length), dtype)))
+  stage = hopper.nbytes((t.both + width, t.depth), dtype)
+  reserved = hopper.nbytes((hopper.COMPUTE, 2, STAGE, STAGE), dtype)
+  return dataclasses.replace(t, slots=hopper.slots(stage, reserved, t.slots),
+                             sweep=max(1, SWEEP // hopper.nbytes((t.multiple, length), dtype)))
 
 
 def refusal(x: Array, w: BlockSparseArray) -> str | None:
@@ -64,7 +65,7 @@ def refusal(x: Array, w: BlockSparseArray) -> str | None:
   if w.block not in BLOCKS:
     return (f'blocks of {w.block} do not fit wgmma as it is used here; pack with one of '
             f'{", ".join(map(str, BLOCKS))}')
-  return gpu.refused_dtype(x.dtype)
+  return hopper.refused_dtype(x.dtype)
 
 
 def matmul(x: Array, w: BlockSparseArray, *, sizes: Tiles | None = None, interpret: bool = False) -> Array:
@@ -98,7 +99,7 @@ def _order(fan: tuple[int, ...] | None, rows: int, columns: int, sweep: int, blo
   tiles = np.concatenate([(part[None] * columns + ranked[:, None]).reshape(-1)
                           for part in np.split(row, row[sweep::sweep])])
   if fan is not None and len(set(fan)) > 1:
-    tiles = tiles[gpu.scheduled(np.asarray(fan)[tiles % columns] + BETWEEN, blocks)]
+    tiles = tiles[hopper.scheduled(np.asarray(fan)[tiles % columns] + BETWEEN, blocks)]
   return tiles.astype(np.int32)
 
 
@@ -114,10 +115,10 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
   t = sizes or tiles(*x.shape, width, x.dtype, columns)
   if interpret:  # which has no clusters
     t = dataclasses.replace(t, cluster=1)
-  x = gpu.readable(x, t.multiple, interpret)
+  x = hopper.readable(x, t.multiple, interpret)
   parts, rows = length // t.depth, -(-tokens // t.multiple)
-  outputs = width // gpu.COMPUTE if t.together else width  # of a warpgroup
-  blocks = min(gpu.cores(interpret) // t.cluster, rows * columns)
+  outputs = width // hopper.COMPUTE if t.together else width  # of a warpgroup
+  blocks = min(hopper.cores(interpret) // t.cluster, rows * columns)
 
   def body(turns, starts, places, order, x, values, y, tile, block, staging, full, free):
     wg = lax.axis_index('wg')
@@ -146,27 +147,27 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
       def summed(acc):
         def multiply(slot):
           here = pl.ds(across, outputs)
-          weight = gpu.transposed(block.at[slot, here]) if transposed else block.at[slot, :, here]
+          weight = hopper.transposed(block.at[slot, here]) if transposed else block.at[slot, :, here]
           plgpu.wgmma(acc, tile.at[slot, pl.ds(first, t.tokens)], weight)
-        after = gpu.accumulate(multiply, trips(at), count, full, free, t.slots)
+        after = hopper.accumulate(multiply, trips(at), count, full, free, t.slots)
         return after, acc[...].astype(y.dtype)
 
       count, value = pl.run_scoped(summed, plgpu.ACC((t.tokens, outputs), jnp.float32))
-      gpu.store(value, staging.at[wg], lambda r, c: y.at[
+      hopper.store(value, staging.at[wg], lambda r, c: y.at[
           pl.ds(row * t.both + first + r, STAGE), pl.ds(column * width + across + c, STAGE)])
       return count
 
-    gpu.ring(gpu.share(rows * columns, blocks, named), trips, copy, compute, free, t.slots)
+    hopper.ring(hopper.share(rows * columns, blocks, named), trips, copy, compute, free, t.slots)
 
-  full, free = gpu.barriers(t.slots, 2, t.cluster)
+  full, free = hopper.barriers(t.slots, 2, t.cluster)
   scratch = {
-      'tile': gpu.shared((t.slots, t.both, t.depth), x.dtype),
-      'block': gpu.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), x.dtype),
-      'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), x.dtype), 'full': full, 'free': free}
+      'tile': hopper.shared((t.slots, t.both, t.depth), x.dtype),
+      'block': hopper.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), x.dtype),
+      'staging': hopper.shared((hopper.COMPUTE, 2, STAGE, STAGE), x.dtype), 'full': full, 'free': free}
   out = jax.ShapeDtypeStruct((x.shape[0], columns * width), x.dtype)
   turns = jnp.asarray(_order(fan, rows, columns, t.sweep, blocks))
   operands = (turns, starts, places, starts if order is None else order, x, values)
-  y = gpu.kernel(body, out, operands, blocks=blocks, scratch=scratch, cluster=t.cluster, interpret=interpret)
+  y = hopper.kernel(body, out, operands, blocks=blocks, scratch=scratch, cluster=t.cluster, interpret=interpret)
   return y[:tokens]
 
 
@@ -178,13 +179,13 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
   """
   bk, bn = w.block
   halves = bk * bn > 128 * 128
-  rows, depth = (bk // gpu.COMPUTE if halves else bk), 64
-  first, second, count = _pairs(w, 1 if halves else gpu.COMPUTE)
+  rows, depth = (bk // hopper.COMPUTE if halves else bk), 64
+  first, second, count = _pairs(w, 1 if halves else hopper.COMPUTE)
   steps = -(-x.shape[0] // depth)
-  x, dy = (gpu.readable(a, depth, interpret) for a in (x, dy.astype(x.dtype)))
-  staging = gpu.nbytes((gpu.COMPUTE, 2, STAGE, STAGE), w.dtype)
-  slots = gpu.slots(gpu.nbytes((depth, gpu.COMPUTE * rows + bn), x.dtype), staging, 6)
-  blocks = min(gpu.cores(interpret), first.shape[0])
+  x, dy = (hopper.readable(a, depth, interpret) for a in (x, dy.astype(x.dtype)))
+  staging = hopper.nbytes((hopper.COMPUTE, 2, STAGE, STAGE), w.dtype)
+  slots = hopper.slots(hopper.nbytes((depth, hopper.COMPUTE * rows + bn), x.dtype), staging, 6)
+  blocks = min(hopper.cores(interpret), first.shape[0])
 
   def body(first, second, count, places, cols, x, dy, values, left, right, staging, full, free):
     wg = lax.axis_index('wg')
@@ -200,8 +201,8 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
       block = jnp.where(wg == 0, first[pair], second[pair])
 
       def summed(acc):
-        multiply = lambda slot: plgpu.wgmma(acc, gpu.transposed(left.at[slot, wg]), right.at[slot])
-        after = gpu.accumulate(multiply, jnp.int32(steps), count, full, free, slots)
+        multiply = lambda slot: plgpu.wgmma(acc, hopper.transposed(left.at[slot, wg]), right.at[slot])
+        after = hopper.accumulate(multiply, jnp.int32(steps), count, full, free, slots)
         return after, acc[...].astype(values.dtype)
 
       count, value = pl.run_scoped(summed, plgpu.ACC((rows, bn), jnp.float32))
@@ -209,20 +210,20 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
 
       @pl.when((wg == 0) | halves | (first[pair] != second[pair]))  # the last of a column may be alone
       def _():
-        gpu.store(value, staging.at[wg], lambda row, col: values.at[
+        hopper.store(value, staging.at[wg], lambda row, col: values.at[
             block, pl.ds(begin + row, STAGE), pl.ds(col, STAGE)])
       return count
 
-    pairs = gpu.share(count[0], blocks, lambda i: i)
-    gpu.ring(pairs, lambda pair: jnp.int32(steps), copy, compute, free, slots)
+    pairs = hopper.share(count[0], blocks, lambda i: i)
+    hopper.ring(pairs, lambda pair: jnp.int32(steps), copy, compute, free, slots)
 
-  full, free = gpu.barriers(slots, 3)
-  scratch = {'left': gpu.shared((slots, gpu.COMPUTE, depth, rows), x.dtype),
-             'right': gpu.shared((slots, depth, bn), x.dtype),
-             'staging': gpu.shared((gpu.COMPUTE, 2, STAGE, STAGE), w.dtype), 'full': full, 'free': free}
+  full, free = hopper.barriers(slots, 3)
+  scratch = {'left': hopper.shared((slots, hopper.COMPUTE, depth, rows), x.dtype),
+             'right': hopper.shared((slots, depth, bn), x.dtype),
+             'staging': hopper.shared((hopper.COMPUTE, 2, STAGE, STAGE), w.dtype), 'full': full, 'free': free}
   out = jax.ShapeDtypeStruct(w.values.shape, w.dtype)
   operands = (first, second, count, w.rows, w.cols, x, dy)
-  return gpu.kernel(body, out, operands, blocks=blocks, scratch=scratch, interpret=interpret)
+  return hopper.kernel(body, out, operands, blocks=blocks, scratch=scratch, interpret=interpret)
 
 
 def _pairs(w: BlockSparseArray, together: int) -> tuple[Array, Array, Array]:

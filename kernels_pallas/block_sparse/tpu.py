@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tpu
+from kernels_pallas import mosaic_tpu
 from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
@@ -35,7 +35,7 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: Any = False)
   """The stored blocks of `x^T dy`, `x [M, Kb bk]`, `dy [M, Nb bn]`, summed in float32: like `w.values`."""
   (bk, bn), nnz, wide = w.block, w.rows.shape[0], _wide(w.block)
   tokens = _tokens(x, w)
-  x, dy = (tpu.filled(a if wide else a.T, 1 - wide, tokens) for a in (x, dy))
+  x, dy = (mosaic_tpu.filled(a if wide else a.T, 1 - wide, tokens) for a in (x, dy))
   steps = x.shape[1 - wide] // tokens
 
   def kernel(rows, cols, x_ref, dy_ref, out_ref, sum_ref):
@@ -45,7 +45,7 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: Any = False)
     def zero():
       sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    sum_ref[...] += tpu.dot(x_ref[...], dy_ref[...].astype(x_ref.dtype), 1 - wide, 1 - wide)
+    sum_ref[...] += mosaic_tpu.dot(x_ref[...], dy_ref[...].astype(x_ref.dtype), 1 - wide, 1 - wide)
 
     @pl.when(step == steps - 1)
     def store():
@@ -57,23 +57,23 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: Any = False)
       out_specs=pl.BlockSpec((None, bk, bn), lambda i, m, *scalars: (i, 0, 0)),
       scratch_shapes=[pltpu.VMEM((bk, bn), jnp.float32)])
   call = pl.pallas_call(
-      kernel, grid_spec=spec, out_shape=tpu.result((nnz, bk, bn), w.dtype, x, dy, w.rows), interpret=interpret,
+      kernel, grid_spec=spec, out_shape=mosaic_tpu.result((nnz, bk, bn), w.dtype, x, dy, w.rows), interpret=interpret,
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')), name='block_sparse_sampled')
   return call(w.rows, w.cols, x, dy)
 
 
 def refusal(x: Array, w: BlockSparseArray) -> str | None:
   """Why no product of `x` and `w` can run on a TPU, with the remedy."""
-  if why := tpu.refused_dtypes(x, w):
+  if why := mosaic_tpu.refused_dtypes(x, w):
     return why
   if math.gcd(*w.block) % 8:
     return f'TPUs take blocks of multiples of 8, not {w.block}; pack with block=(128, 128)'
   fixed, each = _bytes(w.block, 4)
-  if fixed + tpu.LANES * each > tpu.TILES:
+  if fixed + mosaic_tpu.LANES * each > mosaic_tpu.TILES:
     return f'blocks of {w.block} do not fit into the memory of a TPU core; pack with block=(512, 512) or smaller'
-  if 12 * (nnz := w.rows.shape[0]) > tpu.SCALARS:
-    return (f'the places of its {nnz} blocks do not fit into scalar memory, {tpu.SCALARS // 12} do; pack with larger '
-            f'blocks than {w.block}, or split the weight along its outputs')
+  if 12 * (nnz := w.rows.shape[0]) > mosaic_tpu.SCALARS:
+    return (f'the places of its {nnz} blocks do not fit into scalar memory, {mosaic_tpu.SCALARS // 12} do; pack with '
+            f'larger blocks than {w.block}, or split the weight along its outputs')
   return None
 
 
@@ -83,7 +83,7 @@ def _product(x: Array, w: BlockSparseArray, steps: tuple[Array, Array, Array], n
   wide, nnz = _wide(w.block), w.rows.shape[0]
   length, width = w.block[contracted], w.block[1 - contracted]
   tokens, count = _tokens(x, w), x.shape[0]
-  x = tpu.filled(x if wide else x.T, 1 - wide, tokens)
+  x = mosaic_tpu.filled(x if wide else x.T, 1 - wide, tokens)
   lead = x.shape[1 - wide]
   strip = functools.partial(_strip, wide, tokens)
   spec = pltpu.PrefetchScalarGridSpec(
@@ -94,7 +94,7 @@ def _product(x: Array, w: BlockSparseArray, steps: tuple[Array, Array, Array], n
       scratch_shapes=[pltpu.VMEM(_shape(wide, tokens, width), jnp.float32)])
   call = pl.pallas_call(
       functools.partial(_kernel, wide=wide, contracted=contracted, nnz=nnz), grid_spec=spec, interpret=interpret,
-      out_shape=tpu.result(_shape(wide, lead, n_blocks * width), x.dtype, x, w.values, w.rows),
+      out_shape=mosaic_tpu.result(_shape(wide, lead, n_blocks * width), x.dtype, x, w.values, w.rows),
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
       name=f'block_sparse_matmul{"_transposed" * contracted}')
   y = call(*steps, x, w.values)
@@ -111,7 +111,7 @@ def _kernel(source, target, block, x_ref, w_ref, y_ref, sum_ref, *, wide: bool, 
 
   x = x_ref[...]
   w = w_ref[...].astype(x.dtype)
-  sum_ref[...] += tpu.dot(x, w, 1, contracted) if wide else tpu.dot(w, x, contracted, 0)
+  sum_ref[...] += mosaic_tpu.dot(x, w, 1, contracted) if wide else mosaic_tpu.dot(w, x, contracted, 0)
 
   @pl.when((i == nnz - 1) | (target[jnp.minimum(i + 1, nnz - 1)] != here))
   def store():
@@ -120,7 +120,7 @@ def _kernel(source, target, block, x_ref, w_ref, y_ref, sum_ref, *, wide: bool, 
 
 def _wide(block: tuple[int, int]) -> bool:
   """Whether tokens are the rows of a tile and not its lanes."""
-  return math.gcd(*block) % tpu.LANES == 0
+  return math.gcd(*block) % mosaic_tpu.LANES == 0
 
 
 def _shape(wide: bool, tokens: int, length: int) -> tuple[int, int]:
@@ -135,8 +135,8 @@ def _strip(wide: bool, tokens: int, length: int, place: Any) -> pl.BlockSpec:
 def _tokens(x: Array, w: BlockSparseArray) -> int:
   """How many tokens a tile has."""
   fixed, each = _bytes(w.block, max(x.dtype.itemsize, w.dtype.itemsize))
-  multiple = tpu.SUBLANES if _wide(w.block) else tpu.LANES
-  return tpu.tile(x.shape[0], min(_TOKENS, (tpu.TILES - fixed) // each), multiple)
+  multiple = mosaic_tpu.SUBLANES if _wide(w.block) else mosaic_tpu.LANES
+  return mosaic_tpu.tile(x.shape[0], min(_TOKENS, (mosaic_tpu.TILES - fixed) // each), multiple)
 
 
 def _bytes(block: tuple[int, int], itemsize: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch, products
-from sparsejax import groups
+from sparsejax import neighbours
 from sparsejax.formats import NMArray
 from sparsejax.types import Array
 
@@ -55,7 +55,7 @@ def sampled_by_slab(x: Array, dy: Array, w: NMArray) -> Array:
   size = min(_SLAB, dy.shape[1])
   rows = _group_starts(w)[:, None] + w.positions().astype(jnp.int32)
   slabs = lambda a: jnp.pad(a, ((0, 0), (0, -a.shape[1] % size))).reshape(len(a), -1, size).transpose(1, 0, 2)
-  one = lambda args: groups.take(products.dot(x, args[0], 0, 0), args[1], 0).astype(w.dtype)
+  one = lambda args: neighbours.take(products.dot(x, args[0], 0, 0), args[1], 0).astype(w.dtype)
   found = jax.lax.map(one, (slabs(dy), slabs(rows)))
   return found.transpose(1, 0, 2).reshape(len(rows), -1)[:, :dy.shape[1]]
 

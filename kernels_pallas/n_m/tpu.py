@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tpu
-from sparsejax import groups
+from kernels_pallas import mosaic_tpu
+from sparsejax import neighbours
 from sparsejax.formats import NMArray
 from sparsejax.types import Array
 
@@ -28,11 +28,11 @@ _MOST_VALUES = 16  # n: each value of a group is compared for every row of it
 
 def matmul(x: Array, w: NMArray, *, interpret: Any = False) -> Array:
   """`x [M, K]` times `w [K, N]`, packed along K: `[M, N]` in x's dtype, summed in float32. Meant for few tokens."""
-  bits, slots, (entries, outputs) = groups.width(w.m), -(-w.m // w.n), w.values.shape
-  tokens = tpu.tile(x.shape[0], _TOKENS, tpu.SUBLANES)
-  rows, columns = _divisor(entries, _unit(w), _DENSE // slots), _divisor(outputs, tpu.LANES, _OUTPUTS)
+  bits, slots, (entries, outputs) = neighbours.width(w.m), -(-w.m // w.n), w.values.shape
+  tokens = mosaic_tpu.tile(x.shape[0], _TOKENS, mosaic_tpu.SUBLANES)
+  rows, columns = _divisor(entries, _unit(w), _DENSE // slots), _divisor(outputs, mosaic_tpu.LANES, _OUTPUTS)
   octets, steps = rows // 8 * bits, entries // rows
-  ordered = tpu.filled(_ordered(x, w.n, w.m), 1, tokens)
+  ordered = mosaic_tpu.filled(_ordered(x, w.n, w.m), 1, tokens)
   indices = jnp.repeat(w.indices, w.width, 1)  # positions that outputs share: few bytes beside the values
   count = ordered.shape[1]
   call = pl.pallas_call(
@@ -43,14 +43,14 @@ def matmul(x: Array, w: NMArray, *, interpret: Any = False) -> Array:
       out_specs=pl.BlockSpec((tokens, columns), lambda i, j, k: (i, j)),
       scratch_shapes=[pltpu.VMEM((slots, rows, columns), x.dtype), pltpu.VMEM((octets, columns), jnp.int32),
                       pltpu.VMEM((tokens, columns), jnp.float32)],
-      out_shape=tpu.result((count, outputs), x.dtype, x, w.values, indices), interpret=interpret, name='nm_matmul',
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')))
+      out_shape=mosaic_tpu.result((count, outputs), x.dtype, x, w.values, indices), interpret=interpret,
+      name='nm_matmul', compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')))
   return call(ordered, w.values, indices)[:x.shape[0]]
 
 
 def refusal(x: Array, w: NMArray) -> str | None:
   """Why the product of `x` and `w` cannot run on a TPU, with the remedy."""
-  if why := tpu.refused_dtypes(x, w):
+  if why := mosaic_tpu.refused_dtypes(x, w):
     return why
   if w.values.ndim != 2 or w.axes != (-2,):
     return (f'it takes a matrix packed along the first of its two axes, not shape {w.shape} packed along {w.axes}; '
@@ -59,9 +59,10 @@ def refusal(x: Array, w: NMArray) -> str | None:
   if not 2 <= w.m <= 256 or w.n > _MOST_VALUES or -(-w.m // w.n) * unit > _MOST_DENSE:
     return f'{w.n}:{w.m} does not fit its tiles; 2:4, 1:4, 2:8, 4:8, 1:8, 8:16 and the like do'
   (entries, outputs), length = w.values.shape, w.m * unit // math.gcd(unit, w.n)
-  if entries % unit or outputs % tpu.LANES:
+  if entries % unit or outputs % mosaic_tpu.LANES:
     return (f'a weight of shape {w.shape} does not divide into its tiles; for {w.n}:{w.m} they take a contracted '
-            f'length that is a multiple of {length} and outputs that are a multiple of {tpu.LANES}: fill up with zeros')
+            f'length that is a multiple of {length} and outputs that are a multiple of {mosaic_tpu.LANES}: fill up '
+            'with zeros')
   return None
 
 
@@ -73,7 +74,7 @@ def _kernel(x_ref, values_ref, indices_ref, y_ref, dense_ref, bytes_ref, sum_ref
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
   bytes_ref[...] = indices_ref[...].astype(jnp.int32)  # registers of bytes can be neither shifted nor read by row
-  few = math.lcm(tpu.SUBLANES, n)
+  few = math.lcm(mosaic_tpu.SUBLANES, n)
 
   def unpack(i, _):
     here = pl.ds(pl.multiple_of(i * few, few), few)
@@ -82,7 +83,7 @@ def _kernel(x_ref, values_ref, indices_ref, y_ref, dense_ref, bytes_ref, sum_ref
 
   jax.lax.fori_loop(0, rows // few, unpack, None)
   for slot in range(dense_ref.shape[0]):
-    sum_ref[...] += tpu.dot(x_ref[slot], dense_ref[slot], 1, 0)
+    sum_ref[...] += mosaic_tpu.dot(x_ref[slot], dense_ref[slot], 1, 0)
 
   @pl.when(step == steps - 1)
   def store():
@@ -90,7 +91,7 @@ def _kernel(x_ref, values_ref, indices_ref, y_ref, dense_ref, bytes_ref, sum_ref
 
 
 def _positions(bytes_ref: Any, first: Array, count: int, bits: int) -> Array:
-  """The positions, `[8 count, columns]`, in `count` times `bits` rows of bytes, as `groups.encoded` puts them."""
+  """The positions, `[8 count, columns]`, in `count` times `bits` rows of bytes, as `neighbours.encoded` puts them."""
   sublane = jax.lax.broadcasted_iota(jnp.int32, (8, bytes_ref.shape[1]), 0)
   plane = lambda octet, p: ((bytes_ref[pl.ds((first + octet) * bits + p, 1), :] >> sublane) & 1) << p
   return jnp.concatenate([sum(plane(octet, p) for p in range(bits)) for octet in range(count)])
@@ -112,13 +113,13 @@ def _unpacked(values: Array, positions: Array, n: int, dense_ref: Any, here: pl.
 def _ordered(x: Array, n: int, m: int) -> Array:
   """`x [M, K]` as `[m / n, M, K n / m]`, zero where n does not divide m: columns in the order of the dense rows."""
   slots = -(-m // n)
-  grouped = tpu.filled(x.reshape(x.shape[0], -1, m), 2, n)
+  grouped = mosaic_tpu.filled(x.reshape(x.shape[0], -1, m), 2, n)
   return grouped.reshape(x.shape[0], -1, slots, n).transpose(2, 0, 1, 3).reshape(slots, x.shape[0], -1)
 
 
 def _unit(w: NMArray) -> int:
   """Packed rows of the smallest tile: whole groups, whole registers of x along lanes, and of bytes along sublanes."""
-  return math.lcm(tpu.LANES, 8 * 32 // math.gcd(groups.width(w.m), 32), w.n)
+  return math.lcm(mosaic_tpu.LANES, 8 * 32 // math.gcd(neighbours.width(w.m), 32), w.n)
 
 
 def _divisor(length: int, unit: int, most: int) -> int:

@@ -22,14 +22,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
-from kernels_pallas import gpu
+from kernels_pallas import hopper
 from sparsejax.formats import Sparse24Array
 from sparsejax.types import Array
 
 _dense = importlib.import_module('jax.experimental.mosaic.gpu.wgmma')  # there also the name of a function
 
 ROWS, WORDS, INSTRUCTION = 64, 128, 32  # outputs of a warpgroup, depth of two words of metadata, of an instruction
-OUTPUTS = gpu.COMPUTE * ROWS
+OUTPUTS = hopper.COMPUTE * ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +53,25 @@ def tiles(tokens: int, outputs: int, steps: int, dtype: np.dtype) -> Tiles:
   """For that many tokens, outputs, and pairs of words of metadata along K."""
   wide = next(n for n in (8, 16, 32, 64, 128, 256) if n >= min(tokens, 256))
   units = lambda wide: -(-outputs // OUTPUTS) * -(-tokens // wide)
-  while wide > 64 and 2 * units(wide) <= gpu.cores():  # smaller tiles keep more multiprocessors busy
+  while wide > 64 and 2 * units(wide) <= hopper.cores():  # smaller tiles keep more multiprocessors busy
     wide //= 2
-  splits = max(1, min(gpu.cores() // (2 * units(wide)), steps // 4))
+  splits = max(1, min(hopper.cores() // (2 * units(wide)), steps // 4))
   cluster = 2 if wide == 256 and outputs % (2 * OUTPUTS) == 0 else 1
   return fitted(Tiles(wide, splits, 64 if wide == 256 else 128, 8, cluster), dtype)
 
 
 def fitted(t: Tiles, dtype: np.dtype) -> Tiles:
   """With as many slots as fit, up to `t.slots`."""
-  stage = gpu.nbytes((OUTPUTS, t.depth // 2), dtype) + gpu.nbytes((gpu.COMPUTE, WORDS, 2), 'int32')
-  stage += gpu.nbytes((t.tokens, t.depth), dtype)
-  staging = gpu.nbytes((OUTPUTS, 2, min(t.tokens, 64)), dtype if t.turned else 'float32')
-  return dataclasses.replace(t, slots=gpu.slots(stage, staging, t.slots))
+  stage = hopper.nbytes((OUTPUTS, t.depth // 2), dtype) + hopper.nbytes((hopper.COMPUTE, WORDS, 2), 'int32')
+  stage += hopper.nbytes((t.tokens, t.depth), dtype)
+  staging = hopper.nbytes((OUTPUTS, 2, min(t.tokens, 64)), dtype if t.turned else 'float32')
+  return dataclasses.replace(t, slots=hopper.slots(stage, staging, t.slots))
 
 
 def refusal(x: Array, w: Sparse24Array) -> str | None:
   """Why this kernel cannot take these shapes and dtypes, and the remedy."""
   del w
-  return gpu.refused_dtype(x.dtype)
+  return hopper.refused_dtype(x.dtype)
 
 
 def matmul(x: Array, w: Sparse24Array, *, sizes: Tiles | None = None) -> Array:
@@ -80,10 +80,10 @@ def matmul(x: Array, w: Sparse24Array, *, sizes: Tiles | None = None) -> Array:
   values, metadata = w.values.astype(x.dtype), w.metadata.reshape(*w.metadata.shape[:2], 2, 128)
   outputs = values.shape[0]
   if outputs % OUTPUTS:
-    values, metadata = gpu.filled(values, OUTPUTS), jnp.pad(metadata, ((0, 1), (0, 0), (0, 0), (0, 0)))
+    values, metadata = hopper.filled(values, OUTPUTS), jnp.pad(metadata, ((0, 1), (0, 0), (0, 0), (0, 0)))
   steps = metadata.shape[1]
   t = sizes or tiles(count, values.shape[0], steps, x.dtype)
-  y = _product(gpu.readable(x, t.tokens), values, metadata, t)
+  y = _product(hopper.readable(x, t.tokens), values, metadata, t)
   if t.turned:
     return y[:count, :outputs]
   return jnp.sum(y, axis=0)[:outputs, :count].T.astype(x.dtype)
@@ -92,17 +92,17 @@ def matmul(x: Array, w: Sparse24Array, *, sizes: Tiles | None = None) -> Array:
 def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
   """`[M, N]`, or, not `turned`, `[splits, N, M]`: the parts that the transposed product is the sum of."""
   (rows, steps), columns = metadata.shape[:2], -(-x.shape[0] // t.tokens)
-  rows //= gpu.COMPUTE * t.cluster
+  rows //= hopper.COMPUTE * t.cluster
   dtype = x.dtype if t.turned else np.dtype(np.float32)
   sums = plgpu.Layout._WGMMA_ACC_32BIT
   piece, halves = min(t.tokens, 64), WORDS // t.depth
-  blocks = min(gpu.cores() // t.cluster, columns * t.splits * rows)
+  blocks = min(hopper.cores() // t.cluster, columns * t.splits * rows)
 
   def body(values, metadata, x, y, weight, meta, tile, staging, full, free):
     wg = lax.axis_index('wg')
 
     def named(i):  # 16 rows go through all columns together: they stay in the L2 cache
-      row, rest = gpu.banded(i, rows, columns * t.splits, 16 // t.cluster)
+      row, rest = hopper.banded(i, rows, columns * t.splits, 16 // t.cluster)
       row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
       return row, lax.rem(rest, jnp.int32(t.splits)), lax.div(rest, jnp.int32(t.splits))
 
@@ -114,7 +114,8 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
       depth, half = begin(split) * halves + step, t.depth // 2
       plgpu.copy_gmem_to_smem(values.at[pl.ds(row * OUTPUTS, OUTPUTS), pl.ds(depth * half, half)], weight.at[slot],
                               full.at[slot])
-      plgpu.copy_gmem_to_smem(metadata.at[pl.ds(row * gpu.COMPUTE, gpu.COMPUTE), lax.div(depth, jnp.int32(halves))],
+      half_depth = lax.div(depth, jnp.int32(halves))
+      plgpu.copy_gmem_to_smem(metadata.at[pl.ds(row * hopper.COMPUTE, hopper.COMPUTE), half_depth],
                               meta.at[slot], full.at[slot])
       plgpu.copy_gmem_to_smem(x.at[pl.ds(column * t.tokens, t.tokens), pl.ds(depth * t.depth, t.depth)], tile.at[slot],
                               full.at[slot], collective_axes='cluster' if t.cluster > 1 else None)
@@ -140,21 +141,21 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
         target = lambda r, c: y.at[pl.ds(column + c, piece), pl.ds(row + r, ROWS)]
       else:
         target = lambda r, c: y.at[split, pl.ds(row + r, ROWS), pl.ds(column + c, piece)]
-      gpu.store(value, staging.at[wg], target, turned=t.turned)
+      hopper.store(value, staging.at[wg], target, turned=t.turned)
       return count
 
-    tiles = gpu.share(columns * t.splits * rows, blocks, named)
-    gpu.ring(tiles, lambda at: trips(at) * halves, copy, compute, free, t.slots)
+    tiles = hopper.share(columns * t.splits * rows, blocks, named)
+    hopper.ring(tiles, lambda at: trips(at) * halves, copy, compute, free, t.slots)
 
-  full, free = gpu.barriers(t.slots, 3, t.cluster)
-  scratch = {'weight': gpu.shared((t.slots, OUTPUTS, t.depth // 2), x.dtype),
-             'meta': plgpu.SMEM((t.slots, gpu.COMPUTE, 2, 128), jnp.int32),
-             'tile': gpu.shared((t.slots, t.tokens, t.depth), x.dtype),
-             'staging': gpu.shared((gpu.COMPUTE, 2, *((piece, ROWS) if t.turned else (ROWS, piece))), dtype),
+  full, free = hopper.barriers(t.slots, 3, t.cluster)
+  scratch = {'weight': hopper.shared((t.slots, OUTPUTS, t.depth // 2), x.dtype),
+             'meta': plgpu.SMEM((t.slots, hopper.COMPUTE, 2, 128), jnp.int32),
+             'tile': hopper.shared((t.slots, t.tokens, t.depth), x.dtype),
+             'staging': hopper.shared((hopper.COMPUTE, 2, *((piece, ROWS) if t.turned else (ROWS, piece))), dtype),
              'full': full, 'free': free}
   outputs = rows * t.cluster * OUTPUTS
   shape = (x.shape[0], outputs) if t.turned else (t.splits, outputs, columns * t.tokens)
-  return gpu.kernel(body, jax.ShapeDtypeStruct(shape, dtype), (values, metadata, x), blocks=blocks, scratch=scratch,
+  return hopper.kernel(body, jax.ShapeDtypeStruct(shape, dtype), (values, metadata, x), blocks=blocks, scratch=scratch,
                     cluster=t.cluster, lanes=True)
 
 
@@ -165,14 +166,14 @@ def _multiply(acc: Array, weight: Any, meta: Any, tokens: Any, half: int) -> Arr
   """
   sums = plgpu.Layout._WGMMA_ACC_32BIT
   registers = plgpu.Layout.WG_STRIDED((2, 128), vec_size=2)
-  tiled = [plgpu.RefType(gpu.transforms(ref.shape[-1], ref.dtype)) for ref in (weight, tokens)]
+  tiled = [plgpu.RefType(hopper.transforms(ref.shape[-1], ref.dtype)) for ref in (weight, tokens)]
   result = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=sums)
 
   @plgpu.inline_mgpu(arg_types=(sums, *tiled, registers), return_type=result)
   def product(_, acc, weight, tokens, meta):
     return _instructions(acc, weight, utils.memref_transpose(tokens, (1, 0, 3, 2)), meta, half)
 
-  return product(acc, weight, tokens, gpu.load(meta, registers))
+  return product(acc, weight, tokens, hopper.load(meta, registers))
 
 
 # Below, MLIR: the instructions themselves.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.products import dot
-from sparsejax import groups
+from sparsejax import neighbours
 from sparsejax.formats import Sparse24Array, sparse24
 from sparsejax.types import Array
 
@@ -27,8 +27,8 @@ def sampled(x: Array, dy: Array, w: Sparse24Array) -> Array:
 
   def some(args):
     dy, positions = args
-    taken = groups.take(groups.split(dot(dy, x, 0, 0), 4, 1), groups.split(positions, 2, 1), 2)
-    return groups.joined(taken, 2).astype(w.dtype)
+    taken = neighbours.take(neighbours.split(dot(dy, x, 0, 0), 4, 1), neighbours.split(positions, 2, 1), 2)
+    return neighbours.joined(taken, 2).astype(w.dtype)
 
   slabs = lambda a: jnp.pad(a, ((0, -len(a) % size), (0, 0))).reshape(-1, size, a.shape[1])
   args = slabs(dy.T).swapaxes(1, 2), slabs(positions)
@@ -37,4 +37,4 @@ def sampled(x: Array, dy: Array, w: Sparse24Array) -> Array:
 
 def _matrix(w: Sparse24Array) -> Array:
   """`[Np, Kp]`."""
-  return groups.exactly(sparse24.matrices, w.values, w.positions())
+  return neighbours.exactly(sparse24.matrices, w.values, w.positions())

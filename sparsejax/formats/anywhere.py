@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import gaps, groups
-from sparsejax.formats import arrays
+from sparsejax import neighbours
+from sparsejax.formats import arrays, gaps
 from sparsejax.types import Array
 
 
@@ -99,12 +99,12 @@ def _spread(values: Array, mask: Array, size: int) -> Array:
   below = mask[:, None] & ((jnp.uint8(1) << shifts) - jnp.uint8(1))
   slots = (jnp.cumsum(ones) - ones)[:, None] + jax.lax.population_count(below).astype(jnp.int32)
   stored = ((mask[:, None] >> shifts) & 1).astype(bool).reshape(-1)[:size]
-  return groups.filled(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
+  return neighbours.filled(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
 
 
 @jax.jit
 def _bitmask_dense(packed: BitmaskArray) -> Array:
-  return groups.exactly(_spread, packed.values, packed.mask, math.prod(packed.shape)).reshape(packed.shape)
+  return neighbours.exactly(_spread, packed.values, packed.mask, math.prod(packed.shape)).reshape(packed.shape)
 
 
 def _bitmask_invalid(packed: BitmaskArray) -> str | None:
@@ -140,13 +140,13 @@ def _put(entries: tuple[Array, ...], code: Array, size: int) -> Array:
   if not values.size:
     return base
   stored = gaps.stored(code, size)
-  return groups.filled(values, jnp.cumsum(stored, dtype=jnp.int32) - 1, stored, base)
+  return neighbours.filled(values, jnp.cumsum(stored, dtype=jnp.int32) - 1, stored, base)
 
 
 @jax.jit
 def _relative_dense(packed: RelativeIndexArray, base: Array | None) -> Array:
   entries = (packed.values,) if base is None else (packed.values, base.reshape(-1))
-  return groups.exactly(_put, entries, packed.gaps, math.prod(packed.shape)).reshape(packed.shape)
+  return neighbours.exactly(_put, entries, packed.gaps, math.prod(packed.shape)).reshape(packed.shape)
 
 
 def _relative_invalid(packed: RelativeIndexArray) -> str | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import groups
+from sparsejax import neighbours
 from sparsejax.types import Array, Axes
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
@@ -140,7 +140,7 @@ class MatrixArray(PackedArray):
 @jax.jit
 def _dense(packed: MatrixArray) -> Array:
   sizes, lead = packed.sizes, packed.values.ndim - packed.stored
-  whole = groups.exactly(packed.placed, packed.values, packed.places())
+  whole = neighbours.exactly(packed.placed, packed.values, packed.places())
   whole = whole.reshape(*whole.shape[:lead], *(sizes[a] for a in packed.axes), *packed.output_sizes)
   outputs = [a for a in range(-len(sizes), 0) if a not in packed.axes]
   back = np.argsort([a + len(sizes) for a in (*packed.axes, *outputs)])

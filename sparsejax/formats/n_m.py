@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import groups, patterns
+from sparsejax import neighbours, patterns
 from sparsejax.formats import arrays
 from sparsejax.types import Array, Axes
 
@@ -80,11 +80,12 @@ class NMArray(arrays.PackedArray, kind='nm'):
   def positions(self) -> Array:
     """Each value's position in its group, shaped like `values`; `uint8`, or `uint16` where m > 256."""
     if self.width == 1:
-      return groups.decoded(self.indices, self.values.shape[self.axis], self.m, self.values.ndim + self.axis)
+      return neighbours.decoded(self.indices, self.values.shape[self.axis], self.m, self.values.ndim + self.axis)
     shared = self.shared_positions()
     whole = jnp.broadcast_to(shared[..., None], (*shared.shape, self.width))
     front, at, outputs = self.places()
-    return _in_place(groups.joined(whole, shared.ndim), (front, at, outputs), [self.values.shape[a] for a in outputs])
+    sizes = [self.values.shape[a] for a in outputs]
+    return _in_place(neighbours.joined(whole, shared.ndim), (front, at, outputs), sizes)
 
   def places(self) -> tuple[list[int], int, list[int]]:
     """Which axes `values` has, counted from the front: those in front, the merged contraction, and `outputs`.
@@ -96,7 +97,7 @@ class NMArray(arrays.PackedArray, kind='nm'):
 
   def shared_positions(self) -> Array:
     """Each vector's position in its group, with a `width`: `[..., K n / m, N / width]`, all other axes in front."""
-    return groups.decoded(self.indices, self.values.shape[self.axis], self.m, self.indices.ndim - 2)
+    return neighbours.decoded(self.indices, self.values.shape[self.axis], self.m, self.indices.ndim - 2)
 
   def to_dense(self) -> Array:
     """The dense array, bit for bit. Differentiable in `values`."""
@@ -169,14 +170,14 @@ def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, output
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _counts(w: Array, m: int, axes: tuple[int, ...]) -> Array:
   """Nonzeros of each group: `[..., K / m, ...]`."""
-  nonzero = groups.split(groups.bits(groups.merged(w, axes, m)) != 0, m, min(axes))
+  nonzero = neighbours.split(neighbours.bits(neighbours.merged(w, axes, m)) != 0, m, min(axes))
   return jnp.sum(nonzero, axis=min(axes) + 1, dtype=jnp.int16)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _vector_counts(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> Array:
   """Vectors of each group that are not zero: `[..., K / m, N / width]`."""
-  vectors = groups.tiled(groups.bits(w) != 0, axes, outputs, (m, width))[0]
+  vectors = neighbours.tiled(neighbours.bits(w) != 0, axes, outputs, (m, width))[0]
   return jnp.sum(jnp.any(vectors, -1), -2, dtype=jnp.int16)
 
 
@@ -184,24 +185,25 @@ def _vector_counts(w: Array, m: int, axes: tuple[int, ...], width: int, outputs:
 def _packed(w: Array, n: int, m: int, axes: tuple[int, ...]) -> NMArray:
   axis = min(axes) + 1
   octets = m * (8 // math.gcd(n, 8))  # the indices of eight neighbours share bytes, across groups
-  grouped = groups.split(groups.merged(w, axes, octets), m, axis - 1)
-  positions = groups.first_nonzeros(groups.bits(grouped) != 0, n, axis)
-  values = groups.joined(groups.exactly(groups.take, grouped, positions, axis), axis)
-  indices = groups.encoded(groups.joined(positions, axis), m, axis - 1)
+  grouped = neighbours.split(neighbours.merged(w, axes, octets), m, axis - 1)
+  positions = neighbours.first_nonzeros(neighbours.bits(grouped) != 0, n, axis)
+  values = neighbours.joined(neighbours.exactly(neighbours.take, grouped, positions, axis), axis)
+  indices = neighbours.encoded(neighbours.joined(positions, axis), m, axis - 1)
   return NMArray(values, indices, n, m, tuple(a - w.ndim for a in axes), tuple(w.shape[a] for a in axes))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _packed_vectors(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> NMArray:
   octets = m * (8 // math.gcd(n, 8))
-  vectors = groups.tiled(groups.undivided(w, axes, octets), axes, outputs, (m, width))[0]  # [..., K/m, m, N/V, V]
+  # [..., K/m, m, N/V, V]
+  vectors = neighbours.tiled(neighbours.undivided(w, axes, octets), axes, outputs, (m, width))[0]
   axis = vectors.ndim - 3
-  positions = groups.first_nonzeros(jnp.any(groups.bits(vectors) != 0, -1), n, axis)
-  taken = groups.exactly(groups.take, vectors, positions[..., None], axis)
-  indices = groups.encoded(groups.joined(positions, axis), m, axis - 1)
+  positions = neighbours.first_nonzeros(jnp.any(neighbours.bits(vectors) != 0, -1), n, axis)
+  taken = neighbours.exactly(neighbours.take, vectors, positions[..., None], axis)
+  indices = neighbours.encoded(neighbours.joined(positions, axis), m, axis - 1)
   from_end = lambda group: tuple(a - w.ndim for a in group)
-  values = _in_place(groups.joined(groups.joined(taken, vectors.ndim - 1), axis), _places(w.ndim, axes, outputs),
-                     [w.shape[a] for a in outputs])
+  rows = neighbours.joined(neighbours.joined(taken, vectors.ndim - 1), axis)
+  values = _in_place(rows, _places(w.ndim, axes, outputs), [w.shape[a] for a in outputs])
   from_end = lambda group: tuple(a - w.ndim for a in group)
   return NMArray(values, indices, n, m, from_end(axes), tuple(w.shape[a] for a in axes), width, from_end(outputs))
 
@@ -223,13 +225,13 @@ def _in_place(rows: Array, places: tuple[list[int], int, list[int]], lengths: li
 def merged(packed: NMArray) -> Array:
   """`[..., K, ...]`: dense, the contracted axes still merged."""
   axis = packed.values.ndim + packed.axis + 1
-  values, positions = (groups.split(a, packed.n, axis - 1) for a in (packed.values, packed.positions()))
-  return groups.joined(groups.exactly(groups.placed, values, positions, packed.m, axis), axis)
+  values, positions = (neighbours.split(a, packed.n, axis - 1) for a in (packed.values, packed.positions()))
+  return neighbours.joined(neighbours.exactly(neighbours.placed, values, positions, packed.m, axis), axis)
 
 
 @jax.jit
 def _dense(packed: NMArray) -> Array:
-  return groups.unmerged(merged(packed), tuple(a + packed.ndim for a in packed.axes), packed.sizes)
+  return neighbours.unmerged(merged(packed), tuple(a + packed.ndim for a in packed.axes), packed.sizes)
 
 
 def _invalid(packed: NMArray) -> str | None:
@@ -241,7 +243,7 @@ def _invalid(packed: NMArray) -> str | None:
   across = math.prod(values.shape[a] for a in outputs)
   bits, axis = (entries, at) if packed.width == 1 else (
       [*(values.shape[a] for a in front), entries[at], across // packed.width], len(front))
-  bits = [-(-n // 8) * groups.width(packed.m) if a == axis else n for a, n in enumerate(bits)]
+  bits = [-(-n // 8) * neighbours.width(packed.m) if a == axis else n for a, n in enumerate(bits)]
   whole = k % packed.m == 0 and across % packed.width == 0
   if not whole or list(values.shape) != entries or list(indices.shape) != bits or indices.dtype != jnp.uint8:
     return (f'values {list(values.shape)} and indices {indices.dtype}{list(indices.shape)} do not make groups of '
@@ -254,8 +256,8 @@ def _invalid(packed: NMArray) -> str | None:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _ordered(indices: Array, length: int, n: int, m: int, axis: int) -> Array:
-  positions = groups.decoded(indices, length, m, axis)
-  grouped = groups.split(positions, n, axis)
+  positions = neighbours.decoded(indices, length, m, axis)
+  grouped = neighbours.split(positions, n, axis)
   before, after = (jax.lax.slice_in_dim(grouped, i, n - 1 + i, axis=axis + 1) for i in (0, 1))
-  clean = jnp.all(groups.encoded(positions, m, axis) == indices)  # nothing in the padding
+  clean = jnp.all(neighbours.encoded(positions, m, axis) == indices)  # nothing in the padding
   return jnp.all(before < after) & jnp.all(positions.astype(jnp.int32) < m) & clean

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import groups
+from sparsejax import neighbours
 from sparsejax.formats import arrays
 from sparsejax.types import Array, Axes
 
@@ -89,19 +89,20 @@ def _crowded(w: Array, at: Axes) -> str | None:
 @functools.partial(jax.jit, static_argnums=1)
 def _counts(w: Array, at: Axes) -> Array:
   """Nonzeros of every four: `[..., N, K / 4]`."""
-  return jnp.sum(groups.split(_matrices(groups.bits(w), at) != 0, 4, len(at.layer) + 1), axis=-1, dtype=jnp.int8)
+  fours = neighbours.split(_matrices(neighbours.bits(w), at) != 0, 4, len(at.layer) + 1)
+  return jnp.sum(fours, axis=-1, dtype=jnp.int8)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _packed(w: Array, at: Axes) -> tuple[Array, Array]:
-  nonzero = groups.split(_matrices(groups.bits(w), at) != 0, 4, len(at.layer) + 1)
-  positions = groups.first_nonzeros(nonzero, 2, len(at.layer) + 2)
+  nonzero = neighbours.split(_matrices(neighbours.bits(w), at) != 0, 4, len(at.layer) + 1)
+  positions = neighbours.first_nonzeros(nonzero, 2, len(at.layer) + 2)
 
   def kept(w, positions):
-    fours = groups.split(_matrices(w, at), 4, len(at.layer) + 1)
-    return groups.joined(groups.take(fours, positions, fours.ndim - 1), fours.ndim - 1)
+    fours = neighbours.split(_matrices(w, at), 4, len(at.layer) + 1)
+    return neighbours.joined(neighbours.take(fours, positions, fours.ndim - 1), fours.ndim - 1)
 
-  return groups.exactly(kept, w, positions), _encoded(positions)
+  return neighbours.exactly(kept, w, positions), _encoded(positions)
 
 
 def _encoded(positions: Array) -> Array:
@@ -134,7 +135,8 @@ def _decoded(metadata: Array) -> Array:
 def matrices(values: Array, positions: Array) -> Array:
   """`[..., N, K]`: dense, transposed, the axes still merged and filled up."""
   axis = values.ndim
-  return groups.joined(groups.placed(*(groups.split(a, 2, axis - 1) for a in (values, positions)), 4, axis), axis)
+  pairs = (neighbours.split(a, 2, axis - 1) for a in (values, positions))
+  return neighbours.joined(neighbours.placed(*pairs, 4, axis), axis)
 
 
 def _invalid(packed: Sparse24Array) -> str | None:

@@ -1,0 +1,70 @@
+"""SST-2 by sentences: labelled lines of a folder's files as arrays of tokens, for `data.load`."""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from experiments.models import encoders
+
+NAME = 'sst2_sentences'
+CLASSES = 2  # 0 negative, 1 positive
+LENGTH = 32  # tokens; a fifth of the sentences have more
+FILES = {'train': 'train.tsv', 'valid': 'dev.tsv', 'test': 'test.tsv'}
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def load(root: pathlib.Path, length: int) -> Mapping[str, Arrays]:
+  """Of `train`, `valid` and `test`: `inputs` `int32[N, length]` and `labels` `int32[N]`, in the order of the files.
+
+  The files `train.tsv`, `dev.tsv` and `test.tsv` in `root / NAME` hold `sentence<TAB>label` lines. A sentence is
+  tokenised by the pretrained encoder's own tokenizer, `[CLS]` and `[SEP]` included, cut after `length` tokens and
+  filled up with `encoders.PADDING`. Raises `ValueError` for a missing file, a line that is none, and a missing package.
+  """
+  if length < 3:
+    raise ValueError(f'data.load: sequence_length={length} has no room for [CLS], a token and [SEP]; take 3 or more.')
+  texts = {split: _read(root / NAME / file) for split, file in FILES.items()}
+  return {split: _tokenised(text, str(root / NAME / FILES[split]), length) for split, text in texts.items()}
+
+
+def _read(path: pathlib.Path) -> str:
+  try:
+    return path.read_bytes().decode('utf-8')
+  except OSError as error:
+    raise ValueError(
+        f'data.load: cannot read {str(path)!r} ({error.strerror}). {NAME!r} is not downloaded: put the sentence-level '
+        f'SST-2 as {", ".join(FILES.values())}, lines of sentence<TAB>label with labels 0 and 1, into the folder '
+        f'{NAME!r} of data.data_dir, which is {str(path.parent.parent)!r}.') from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f'data.load: {str(path)!r} is not UTF-8 text: byte {error.start} is not; '
+                     'convert it first.') from error
+
+
+@functools.lru_cache(maxsize=8)  # the sets of several seeds share the arrays
+def _tokenised(text: str, path: str, length: int) -> Arrays:
+  examples = []
+  for number, line in enumerate(text.removesuffix('\n').split('\n'), 1):
+    sentence, _, label = line.removesuffix('\r').rpartition('\t')
+    if not sentence.strip() or label not in ('0', '1'):
+      raise ValueError(f'data.load: line {number} of {path!r} is {line[:80]!r}; it must be sentence<TAB>label with a '
+                       'label of 0 or 1.')
+    examples.append((sentence, int(label)))
+  tokenizer = _tokenizer(length)
+  inputs = np.array([tokenizer.encode(sentence).ids for sentence, _ in examples], np.int32)
+  arrays = {'inputs': inputs, 'labels': np.array([label for _, label in examples], np.int32)}
+  for array in arrays.values():
+    array.setflags(write=False)
+  return arrays
+
+
+def _tokenizer(length: int):
+  try:
+    import tokenizers
+  except ModuleNotFoundError as error:
+    raise ValueError("data.load: there is no package 'tokenizers'; pip install 'sparsejax[pretrained]'.") from error
+  tokenizer = tokenizers.Tokenizer.from_file(str(encoders.folder() / 'tokenizer.json'))
+  tokenizer.enable_truncation(length)
+  tokenizer.enable_padding(length=length, pad_id=encoders.PADDING)
+  return tokenizer

@@ -1,0 +1,235 @@
+"""Checkpoints through Orbax: asynchronous, atomic, and either the very bits that were saved or refused.
+
+A checkpoint holds the items `params`, `opt_state` and `meta`; the arrays of all seeds have a leading seed axis. Orbax
+notices a file that is missing or cut, but not a flipped bit, so `meta` holds a fingerprint of the arrays.
+"""
+
+import contextlib
+import errno
+import gc
+import os
+import pathlib
+import re
+import shutil
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import lax
+
+from experiments.loop import hosts
+from sparsejax import errors, trees
+from sparsejax.types import Array, PyTree
+
+KEEP = 2
+
+
+class State(NamedTuple):
+  """What training changes, and all that a checkpoint has to hold."""
+
+  params: PyTree
+  opt_state: PyTree
+
+
+def open_(directory: str | os.PathLike) -> ocp.CheckpointManager:
+  """The checkpoints of one run, the newest two of them. Half-written ones that a kill left behind are removed."""
+  directory = pathlib.Path(directory).absolute()
+  sys.unraisablehook, threading.excepthook = map(_without_late_ends, (sys.unraisablehook, threading.excepthook))
+  # Orbax's own `cleanup_tmp_directories` deletes in the background, and may hit the new files of the same step.
+  for unfinished in directory.glob('*.orbax-checkpoint-tmp*') if hosts.leads() else ():
+    shutil.rmtree(unfinished)
+  hosts.agreed(0)
+  handlers = {item: ocp.StandardCheckpointHandler() for item in State._fields}
+  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
+  handlers['meta'] = ocp.JsonCheckpointHandler()
+  return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, state: State, **meta: Any) -> None:
+  """Starts to write the checkpoint of `step`, which counts once it is whole. Does nothing if it is there already.
+
+  Raises `OSError` if the disk has no room for it.
+  """
+  if step in checkpoints.all_steps():
+    return
+  # Before, not when it fails: the writers in the background would each print a traceback.
+  needed = max(sum(leaf.nbytes for leaf in jax.tree.leaves(state)), _on_disk(checkpoints))
+  free = shutil.disk_usage(checkpoints.directory).free
+  if hosts.agreed(free < needed):
+    raise OSError(f'checkpoints.save: no room for the checkpoint of step {step} in {checkpoints.directory}: it may '
+                  f'take {needed:,} bytes and {free:,} are free. Make room and give the same command again.')
+  items = {item: ocp.args.StandardSave(tree) for item, tree in state._asdict().items()}
+  meta = ocp.args.JsonSave({**meta, 'fingerprint': fingerprint(state)})
+  checkpoints.save(step, args=ocp.args.Composite(**items, meta=meta))
+
+
+def restore(checkpoints: ocp.CheckpointManager, like: State,
+            say: Callable[[str], None]) -> tuple[int, State, dict[str, Any]] | None:
+  """Step, state and meta of the newest whole checkpoint, or `None` if none was ever saved.
+
+  `like` has the shapes, dtypes and shardings of the state. A damaged checkpoint is told to `say`, moved to a directory
+  `damaged` beside the others, and the one before is taken. Raises `ValueError` if the checkpoint is of another model,
+  and if there are checkpoints but all are damaged, for a run of days should not start again unasked.
+  """
+  steps = sorted(checkpoints.all_steps(), reverse=True)
+  for i, step in enumerate(steps):
+    damage = refusal = None
+    with _unfinished_reads_unmentioned():
+      try:
+        saved = _saved_shapes(checkpoints, step)
+        refusal = _another(saved, like, checkpoints.directory)
+        state, meta = _read(checkpoints, step, like) if refusal is None else (None, None)
+      except Exception as error:  # Orbax and TensorStore raise all sorts, plain `Exception` among them
+        if hosts.lost(error):
+          raise
+        damage = _first_line(error)
+    if hosts.agreed(damage is not None):
+      say(f'The checkpoint of step {step} in {checkpoints.directory} is damaged ({damage or "for another process"}).')
+      continue
+    if refusal is not None:
+      raise refusal
+    for damaged in steps[:i]:
+      _set_aside(checkpoints, damaged)
+    return step, state, meta
+  if steps:
+    raise ValueError(f'checkpoints.restore: no whole checkpoint is left in {checkpoints.directory}. '
+                     'Give another --workdir, or remove this one to start again.')
+  return None
+
+
+def check(directory: str | os.PathLike, like: State) -> None:
+  """Raises `ValueError` if the newest checkpoint in `directory` is of another model, or recipe, than `like`."""
+  if not pathlib.Path(directory).exists():
+    return
+  with open_(directory) as checkpoints:
+    try:
+      saved = _saved_shapes(checkpoints, checkpoints.latest_step())
+    except Exception:  # there is none, or it is damaged, which is `restore`'s business
+      return
+    if refusal := _another(saved, like, checkpoints.directory):
+      raise refusal
+
+
+def fingerprint(tree: PyTree) -> int:
+  """32 bits that any flipped bit and any swap of elements or arrays changes, the same under any sharding."""
+  # One after the other: many collectives under way at once can block each other, and on a CPU then abort.
+  hashes = [jax.device_get(_hash(leaf)) for leaf in jax.tree.leaves(tree)]
+  return zlib.crc32(np.array(hashes, np.uint32).tobytes())
+
+
+@jax.jit
+def _hash(leaf: Array) -> Array:
+  """`uint32[]`: a sum of hashes of the elements with their places, exact in any order. Compiled once a shape."""
+  words = _words(leaf)
+  place = jnp.uint32(0)
+  for axis, size in enumerate(words.shape):
+    place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+  mixed = words ^ place * jnp.uint32(0x9E3779B1)
+  mixed = (mixed ^ mixed >> 16) * jnp.uint32(0x85EBCA6B)  # the finalizer of Murmur3
+  mixed = (mixed ^ mixed >> 13) * jnp.uint32(0xC2B2AE35)
+  return jnp.sum(mixed ^ mixed >> 16, dtype=jnp.uint32)
+
+
+def _words(leaf: Array) -> Array:
+  """The bits of `leaf` as `uint32`, with a last axis of two for 64-bit types."""
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  if leaf.dtype == jnp.bool_ or leaf.dtype.itemsize >= 4:
+    return leaf.astype(jnp.uint32) if leaf.dtype == jnp.bool_ else lax.bitcast_convert_type(leaf, jnp.uint32)
+  return lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}[leaf.dtype.itemsize]).astype(jnp.uint32)
+
+
+@contextlib.contextmanager
+def _unfinished_reads_unmentioned() -> Iterator[None]:
+  """When a read fails Orbax drops the others, and Python would print a page on each as it is collected."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    yield
+    gc.collect()
+  finally:
+    sys.unraisablehook = hook
+
+
+def no_room(error: BaseException | None) -> bool:
+  """Did a write fail because the disk is full, or a quota or a limit reached?"""
+  return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or bool(
+      re.search('No space left on device|Disk quota exceeded|File too large', str(error)))
+
+
+def _without_late_ends(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+  """`hook` without the pages that threads print on what the main thread says in a line.
+
+  A thread of TensorStore may end a dropped read or write late and find the event loop closed; TensorBoard's meets the
+  full disk by itself, and its own end.
+  """
+  def without(late: Any) -> None:
+    if str(late.exc_value) not in ('Event loop is closed', 'handle is closed') and not no_room(late.exc_value):
+      hook(late)
+
+  without.late_ends = True
+  return hook if hasattr(hook, 'late_ends') else without
+
+
+def _on_disk(checkpoints: ocp.CheckpointManager) -> int:
+  """Bytes of the newest checkpoint, 0 if there is none: many small files take more room than their arrays."""
+  place = checkpoints.directory / str(checkpoints.latest_step())
+  return sum(path.lstat().st_blocks * 512 for path in pathlib.Path(place).rglob('*'))
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).splitlines()
+  return f'{type(error).__name__}: {lines[0][:100]}' if lines else type(error).__name__
+
+
+def _set_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
+  """Moves a checkpoint where no manager looks, so that its step can be saved again and nothing is lost."""
+  aside = checkpoints.directory.parent / 'damaged' / str(step)
+  if hosts.leads():
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    shutil.move(checkpoints.directory / str(step), aside)
+  hosts.agreed(0)
+  checkpoints.reload()
+
+
+def _read(checkpoints: ocp.CheckpointManager, step: int, like: State) -> tuple[State, dict[str, Any]]:
+  items = {item: ocp.args.StandardRestore(tree) for item, tree in like._asdict().items()}
+  found = checkpoints.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+  state = State(*(found[item] for item in State._fields))
+  if fingerprint(state) != found['meta']['fingerprint']:
+    raise ValueError('the arrays are not those that were saved')
+  return state, found['meta']
+
+
+def _saved_shapes(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+  metadata = checkpoints.item_metadata(step)
+  names, leaves, _ = trees.flatten({item: metadata[item].tree for item in State._fields})
+  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in zip(names, leaves)}
+
+
+def _another(saved: dict[str, jax.ShapeDtypeStruct], like: State, directory: os.PathLike) -> ValueError | None:
+  """Why a checkpoint with the arrays `saved` is not one of this run, if so."""
+  names, leaves, _ = trees.flatten(jax.eval_shape(_keys_as_data, like._asdict()))
+  asked = dict(zip(names, leaves))
+  remedy = f'Give another --workdir, or undo the change: {directory} belongs to another configuration.'
+  for name, leaf in asked.items():
+    there = saved.get(name)
+    if there is None:
+      return ValueError(f'checkpoints.restore: {name!r} of shape {leaf.shape} is not in the checkpoint. {remedy}')
+    if (tuple(there.shape), there.dtype) != (leaf.shape, leaf.dtype):
+      return errors.at_leaf('checkpoints.restore', name, leaf.shape,
+                            f'the checkpoint has {there.dtype}{list(there.shape)}, the run {leaf.dtype}'
+                            f'{list(leaf.shape)}. {remedy}')
+  more = sorted(saved.keys() - asked.keys())
+  return ValueError(f'checkpoints.restore: the checkpoint also holds {errors.some(more)}. {remedy}') if more else None
+
+
+def _keys_as_data(tree: PyTree) -> PyTree:
+  is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)

@@ -1,0 +1,115 @@
+"""The end of one run: the checkpoint on disk tested, packed, unpacked and compared, and all of it in `outcome.json`."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import sparsejax
+from experiments.loop import checkpoints, evaluate, hosts, records, sharding
+from experiments.loop.checkpoints import State
+from experiments.loop.runs import Run, Setup, split
+from sparsejax import formats, io, metrics, trees
+from sparsejax.patterns import NM
+from sparsejax.types import PyTree
+
+FILE = 'outcome.json'
+PACKED = 'packed.safetensors'
+
+
+def read(directory: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
+  """The outcome of a finished run, `None` if it is not finished, or was with other steps or seeds."""
+  path = directory / FILE
+  outcome = json.loads(path.read_text()) if path.exists() else {}
+  same = (outcome.get('steps'), outcome.get('seeds')) == (config.steps, list(config.seeds))
+  return {**outcome, 'directory': directory} if same else None
+
+
+def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
+  """Tests the newest checkpoint, as it is on disk, on the test split, once; packs it if its pattern is N:M.
+
+  Raises `ValueError` if the packed file gives other predictions than the checkpoint, in any bit.
+  """
+  with checkpoints.open_(run.directory / 'checkpoints') as saved:
+    step, state, meta = checkpoints.restore(saved, run.state, say)
+    place = saved.directory / str(step)
+  test = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, 'test'))
+  sharded, state = state.params, sharding.whole(state)
+  report = sparsejax.report(state.params, state.opt_state)
+  packed = _packed(run, setup, sharded, state, report)
+  if not hosts.leads():
+    return
+  outcome = {
+      'name': run.name, 'steps': step, 'seeds': list(setup.config.seeds), 'seconds': meta['seconds'],
+      'task': setup.config.data.task, 'test': {key: value.tolist() for key, value in test.items()},
+      'empty': _empty(run, state.params),
+      'asked': report.asked, 'achieved': report.achieved if report.rows else None,
+      'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, state),
+      'checkpoint': {'path': f'checkpoints/{step}', 'bytes': _size(place / 'params'),
+                     'dense_bytes': formats.nbytes(state.params)},
+      'packed': packed, 'environment': environment(),
+  }
+  records.write_whole(run.directory / 'report.txt', f'{report}\n')
+  records.write_whole(run.directory / FILE, json.dumps(outcome, indent=2) + '\n')
+
+
+def environment() -> dict[str, Any]:
+  """What the numbers were measured on and with."""
+  device = jax.devices()[0]
+  command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
+  try:
+    asked = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+    commit = asked.stdout.strip() or None
+  except OSError:  # no git
+    commit = None
+  return {'platform': device.platform, 'device': device.device_kind, 'cpus': len(os.sched_getaffinity(0)),
+          'jax': jax.__version__, 'commit': commit}
+
+
+def _training_flops(run: Run) -> float:
+  """The mean over all steps, relative to dense: what is recorded at a step stands for those since the one before."""
+  lines = [line for line in records.read(run.directory) if 'training_flops' in line]
+  spans = [line['step'] - before for before, line in zip([0, *(line['step'] for line in lines)], lines)]
+  return sum(span * line['training_flops'] for span, line in zip(spans, lines)) / sum(spans)
+
+
+def _inference_flops(run: Run, state: State) -> float:
+  densities = metrics.density(state.params)
+  flops = metrics.flops(run.model.contractions, {path: densities[path] for path in run.sparse})
+  return flops.inference / flops.dense_inference
+
+
+def _empty(run: Run, params: PyTree) -> list[int]:
+  """How many of the sparse leaves have no weight left, for each seed."""
+  names, leaves, _ = trees.flatten(params)
+  weights = [leaf for name, leaf in zip(names, leaves) if name in run.sparse]
+  return sum((leaf == 0).reshape(len(leaf), -1).all(1).astype(int) for leaf in weights).tolist()
+
+
+def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparsejax.Report) -> dict[str, Any] | None:
+  """Writes the parameters packed, reads them back, and compares predictions. `None` if no pattern is N:M."""
+  rows = {row.path: row for row in report.rows if isinstance(row.pattern, NM)}
+  if not rows:
+    return None
+  path = run.directory / PACKED
+  packed = formats.pack(state.params, {path: row.pattern for path, row in rows.items()},
+                        where=lambda path, leaf: path in rows, axes={path: row.axes for path, row in rows.items()})
+  if hosts.leads():
+    io.save(path, packed)
+  hosts.agreed(0)
+  unpacked = sharding.placed(formats.unpack(io.load(path)), params)
+  if not evaluate.same_predictions(run.model.predict, params, unpacked, split(setup, 'test')):
+    raise ValueError(f'{run.name}: the predictions of {path} are not those of the checkpoint; please report it.')
+  small = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]
+  return {'path': path.name, 'bytes': path.stat().st_size, 'sparse_bytes': formats.nbytes(small),
+          'sparse_dense_bytes': sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in small)}
+
+
+def _size(directory: pathlib.Path) -> int:
+  return sum(path.stat().st_size for path in pathlib.Path(directory).rglob('*') if path.is_file())

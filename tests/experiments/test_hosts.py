@@ -1,0 +1,122 @@
+"""Several processes train as one: killed, stopped and resumed, they end in the same bits; one that is lost is said."""
+
+import functools
+import json
+import signal
+
+import jax
+import jobs
+import numpy as np
+import pytest
+
+from experiments import configs
+from experiments.loop import checkpoints, evaluate, hosts, runs
+from sparsejax import io
+
+RUN, STEPS = 'MdGf', 16
+CONFIG = jobs.config(RUN, STEPS, shard='fully', validate_every=8)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return jobs.folder(tmp_path_factory.mktemp('hosts'), CONFIG)
+
+
+def started(folder, workdir, count, *arguments, others=None):
+  """`count` jobs that train in `workdir` as one, or, with `others`, that should be one but are not."""
+  port, same = jobs.port(), ('--config', folder / 'config.py', '--workdir', folder / workdir,
+                             '--data_dir', folder / 'data', *arguments)
+  return jobs.together(*(
+      jobs.Job(folder / f'{workdir}-{i}', *same, *(others or {}).get(i, ()), '--distributed',
+               f'localhost:{port},{i},{count}', cache=folder / 'cache') for i in range(count)))
+
+
+def lines(folder, workdir):
+  path = folder / workdir / RUN / 'metrics.jsonl'
+  return path.read_text().count('\n') if path.exists() else 0
+
+
+def trained_on(folder, most):
+  return lines(folder, 'killed') >= most
+
+
+def writing(folder, most):
+  return trained_on(folder, most) and any((folder / 'killed' / RUN / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))
+
+
+def bits(folder, workdir, step=STEPS):
+  place = folder / workdir / RUN / 'checkpoints' / str(step)
+  return {item: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(io.read(place, item))]
+          for item in ('params', 'opt_state')}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(folder):
+  """What two processes said that trained to the end as one."""
+  with started(folder, 'alone', 2) as both:
+    return [job.wait() for job in both]
+
+
+def test_only_the_first_process_speaks(folder, undisturbed):
+  (code, out, err), other = undisturbed
+  assert (code, err) == (0, '') and other == (0, '', '')
+  assert f'{RUN} {STEPS}/{STEPS}' in out and '75.00%' in out and out.count('results.png') == 1
+
+
+def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_promotion):
+  """The same batches, each row once: what differs is the order in which floating-point numbers are added."""
+  arguments = [f'data.data_dir={folder / "data"}', 'mesh.data=1']
+  setup = runs.prepare(configs.load(folder / 'config.py', arguments))
+  run = runs.build(setup, {RUN: folder / 'alone' / RUN})[RUN]
+  _, loss, _ = run.step.compile()(run.start(), runs.batch(setup, 0), np.int32(0))
+  first, *_ = (folder / 'alone' / RUN / 'metrics.jsonl').read_text().splitlines()
+  np.testing.assert_allclose(json.loads(first)['loss'], loss, rtol=1e-5)
+  with checkpoints.open_(run.directory / 'checkpoints') as saved:
+    _, state, _ = checkpoints.restore(saved, run.state, pytest.fail)
+  outcome = json.loads((run.directory / 'outcome.json').read_text())
+  for key, value in evaluate.scores(setup.task, run.model.predict, state.params, runs.split(setup, 'test')).items():
+    np.testing.assert_allclose(outcome['test'][key], value, rtol=1e-5)
+
+
+def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed):
+  for victim, moment in ((1, trained_on), (0, writing)):
+    with started(folder, 'killed', 2) as both:
+      # On from where it was: what was cut off before lies there until it is resumed.
+      jobs.until(functools.partial(moment, folder, lines(folder, 'killed') + 3), *both)
+      both[victim].signal(signal.SIGKILL)
+      code, _, err = both[1 - victim].wait()
+      assert both[victim].wait()[0] == -signal.SIGKILL
+      assert code == hosts.LOST and err.count('\n') == 1 and err.startswith(f'error: process {1 - victim} stops')
+      assert 'another process is gone' in err and 'give every process its command again' in err
+  with started(folder, 'killed', 2) as both:
+    jobs.until(functools.partial(trained_on, folder, lines(folder, 'killed') + 2), *both)
+    both[1].signal(signal.SIGTERM)  # the one that does not print
+    (code, out, err), other = [job.wait() for job in both]
+    assert (code, err) == (128 + signal.SIGTERM, '') and other == (code, '', ''), (out, err, other)
+    assert 'Stopped by SIGTERM' in out and 'resumed at step' in out
+    assert len(list((folder / 'killed' / RUN / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))) == 0
+  with started(folder, 'killed', 2) as both:
+    assert [job.wait()[0] for job in both] == [0, 0]
+  assert bits(folder, 'killed') == bits(folder, 'alone')
+
+
+def test_four_processes(folder):
+  """They train, and what they save four processes and one read alike."""
+  with started(folder, 'four', 4, '--set', 'steps=4') as four:
+    assert [job.wait()[::2] for job in four] == [(0, '')] * 4
+  with jobs.together(jobs.Job(folder / 'one', *four[0].arguments[:-2], '--set', 'steps=6', cache=folder / 'cache')) as (
+      one,):
+    code, out, err = one.wait()
+  assert (code, err) == (0, '') and 'resumed at step 4' in out
+
+
+@pytest.mark.parametrize(('arguments', 'others', 'words'), [
+    (['--set', 'batch_size=7'], {}, ['batch_size=7', '2 devices', 'such as 8']),
+    ([], {1: ['--set', 'optimizer.learning_rate=0.1']}, ['process 1', 'optimizer.learning_rate: 0.001 -> 0.1']),
+])
+def test_refused_in_one_line_by_all(folder, arguments, others, words):
+  with started(folder, f'refused-{len(others)}', 2, *arguments, others=others) as both:
+    ended = [job.wait() for job in both]
+  assert [code for code, _, _ in ended] == [2, 2]
+  err = ''.join(err for _, _, err in ended)
+  assert err.startswith('error: ') and err.count('\n') == 1 and all(word in err for word in words), ended
