@@ -23,7 +23,7 @@ from kernels_pallas import block_sparse, held, n_m, sparse24, unstructured
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
 from sparsejax.programs import jaxprs
-from sparsejax.programs.evaluate import Here, Rules, evaluate
+from sparsejax.programs.evaluate import Operation, ValueRules, evaluate
 from sparsejax.programs.jaxprs import Numbers
 from sparsejax.types import Array
 
@@ -156,11 +156,11 @@ class PackedProducts:
   implementation: str | None
   uses: list[PackedUse] | None
 
-  def rules(self) -> Rules:
-    return Rules(self.operation, concerns=lambda eqn, values, address: any(map(_held, values)), dense=self.dense,
+  def rules(self) -> ValueRules:
+    return ValueRules(self.operation, concerns=lambda eqn, values, address: any(map(_held, values)), dense=self.dense,
                  unstacked=_unstacked)
 
-  def operation(self, eqn: Any, values: list[Any], here: Here) -> list[Any] | None:
+  def operation(self, eqn: Any, values: list[Any], here: Operation) -> list[Any] | None:
     name = eqn.primitive.name
     if name in POINTWISE:
       new, = here.dense([values[0].packed.values])
@@ -180,7 +180,7 @@ class PackedProducts:
       self.uses.append(PackedUse(value.path, value.packed.shape, value.packed.kind, op, eqn.primitive.name,
                                  jaxprs.line(eqn), why))
 
-  def _product(self, eqn: Any, values: list[Any], here: Here) -> list[Any]:
+  def _product(self, eqn: Any, values: list[Any], here: Operation) -> list[Any]:
     """Multiplies by the op of the second operand if both are packed, and by dense operands if the op refuses."""
     side = 1 if _held(values[1]) else 0
     w, x = values[side], self.dense(eqn, values[1 - side], 'the other operand is packed too')

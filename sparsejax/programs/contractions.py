@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from sparsejax import errors, tables
 from sparsejax.programs import factors, jaxprs, views
-from sparsejax.programs.follow import Here, Rules, follow
-from sparsejax.programs.jaxprs import Address, Product, Program
+from sparsejax.programs.follow import FactRules, Position, follow
+from sparsejax.programs.jaxprs import Address, Contraction, Program
 from sparsejax.programs.views import CONSTANT, DATA, JOINED, PARAMETER, Value, View
 from sparsejax.types import Axes, PyTree
 
@@ -203,10 +203,10 @@ def _settled(uses: list[Use], shape: tuple[int, ...]) -> Axes | str:
   return uses[0].axes
 
 
-def _operation(eqn: Any, values: list[Value], here: Here) -> list[Value]:
-  product = jaxprs.product(eqn)
-  if product is not None:
-    return _contracted(eqn, product, values, here)
+def _operation(eqn: Any, values: list[Value], here: Position) -> list[Value]:
+  contraction = jaxprs.contraction(eqn)
+  if contraction is not None:
+    return _contracted(eqn, contraction, values, here)
   if _hides_a_contraction(eqn):
     weights = dict.fromkeys(view.path for value in values for view in value.views)
     here.notes.unread.append(jaxprs.place(eqn) + (f' with {errors.some(weights)}' if weights else ''))
@@ -232,11 +232,11 @@ def _hides_a_contraction(eqn: Any) -> bool:
 
 
 def _contracts(program: Any) -> bool:
-  return any(eqn.primitive.name in jaxprs.PRODUCTS or any(map(_contracts, jaxprs.hidden(eqn)))
+  return any(eqn.primitive.name in jaxprs.CONTRACTIONS or any(map(_contracts, jaxprs.hidden(eqn)))
              for eqn in jaxprs.opened(program).eqns)
 
 
-def _ended(eqn: Any, values: list[Value], results: list[Value], here: Here) -> None:
+def _ended(eqn: Any, values: list[Value], results: list[Value], here: Position) -> None:
   """Notes the first operation that took a parameter in and whose results do not show the parameter."""
   alive = {view.path for value in results for view in value.views}
   for value in values:
@@ -256,28 +256,28 @@ def _merged(notes: ContractionNotes, parts: list[ContractionNotes], eqn: Any, ti
 
 
 LOOKUPS = {'gather', 'dynamic_slice'}
-RULES = Rules(_operation, views.joined, Value(), views.repeated, views.sliced, views.stacked, views.resized,
-              ContractionNotes, _merged, _ended)
+RULES = FactRules(_operation, views.joined, Value(), views.repeated, views.sliced, views.stacked, views.resized,
+                  ContractionNotes, _merged, _ended)
 
 
 # Contractions.
 
 
-def _contracted(eqn: Any, product: Product, values: list[Value], here: Here) -> list[Value]:
+def _contracted(eqn: Any, contraction: Contraction, values: list[Value], here: Position) -> list[Value]:
   """Notes the parameters among the two operands. The product of two parameters is a parameter (`A @ B`)."""
   kinds = {value.kind for value in values[:2]}
   shares: dict[str, Fraction] = {}
-  for operand, (value, roles) in enumerate(zip(values, product.roles)):
+  for operand, (value, roles) in enumerate(zip(values, contraction.roles)):
     for view in value.views:
       if roles is not None and _covers(view, roles):
-        use = Use(*_axes(_without_groups(view, roles, product.groups), roles), DATA in kinds, jaxprs.place(eqn),
+        use = Use(*_axes(_without_groups(view, roles, contraction.groups), roles), DATA in kinds, jaxprs.place(eqn),
                   here.address, operand, view)
         here.notes.uses.setdefault(view.path, []).append(use)
         shares[view.path] = max(shares.get(view.path, Fraction(0)), view.share)
   for path, share in shares.items():
-    here.notes.macs[path] = here.notes.macs.get(path, 0) + int(product.macs * share)
-  here.notes.total += product.macs
-  here.notes.other += 0 if shares else product.macs
+    here.notes.macs[path] = here.notes.macs.get(path, 0) + int(contraction.macs * share)
+  here.notes.total += contraction.macs
+  here.notes.other += 0 if shares else contraction.macs
   kind = kinds.pop() if len(kinds) == 1 else DATA  # A parameter times a constant is already an activation.
   return [Value(kind) for _ in eqn.outvars]
 

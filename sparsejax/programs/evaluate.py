@@ -3,7 +3,7 @@
 `evaluate` runs a program to its end. A `Walk` stops at the sites that a rule asks for, and goes on with an answer; it
 can be copied at a site, so that a caller may return there. A value is dropped after its last use.
 
-    rules = Rules(lambda eqn, values, here: [-values[0]] if eqn.primitive.name == 'sin' else None)
+    rules = ValueRules(lambda eqn, values, here: [-values[0]] if eqn.primitive.name == 'sin' else None)
     evaluate(program, [x], rules)          # the program with `-x` for each `sin(x)`
 
 Loops, branches, `remat` and functions with derivatives of their own are either *kept* as what they are, with their
@@ -24,7 +24,7 @@ from sparsejax.programs.structures import KEPT, WALKED, Enter, Inside, Outcome, 
 from sparsejax.types import Array
 
 
-class Here(NamedTuple):
+class Operation(NamedTuple):
   """Where an operation is: its address, the rounds of the walked loops around it, and `dense`, its own computation.
 
   `dense(values)` returns the results of the operation for arrays.
@@ -43,7 +43,7 @@ def _unwrapped(eqn: Any, value: Any, why: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class ValueRules:
   """The caller's rules.
 
   `operation(eqn, values, here)` returns the results of an operation, a `Stop`, an `Enter`, or `None` for no rule.
@@ -55,14 +55,14 @@ class Rules:
   value of the slices; or why that is impossible.
   """
 
-  operation: Callable[[Any, list[Any], Here], Outcome | None]
+  operation: Callable[[Any, list[Any], Operation], Outcome | None]
   concerns: Callable[[Any, list[Any], Address], bool] = lambda eqn, values, address: True
   dense: Callable[[Any, Any, str], Any] = _unwrapped
   keeps: Callable[[Any], bool] = lambda eqn: True
   unstacked: Callable[[Any], tuple[Any, Callable[[Any], Any]] | str] = lambda value: (value, lambda slices: slices)
 
 
-def evaluate(program: Any, values: Sequence[Any], rules: Rules, address: Address = ()) -> list[Any]:
+def evaluate(program: Any, values: Sequence[Any], rules: ValueRules, address: Address = ()) -> list[Any]:
   """Returns the results of a program on `values`, in which rules may give stand-ins for arrays.
 
   Raises `ValueError` if a rule stops: only a `Walk` can, in the loops that it does not keep.
@@ -70,7 +70,7 @@ def evaluate(program: Any, values: Sequence[Any], rules: Rules, address: Address
   walk = Walk(program, values, rules, address)
   if walk.stopped:
     raise ValueError(f'evaluate: a rule stops at {walk.site}, in a program that runs to its end; walk the loop around '
-                     'the site, with Rules(keeps=...).')
+                     'the site, with ValueRules(keeps=...).')
   return walk.results
 
 
@@ -115,7 +115,7 @@ class Walk:
   those of the program once the walk has come to its end, `None` before.
   """
 
-  def __init__(self, program: Any, values: Sequence[Any], rules: Rules, address: Address = ()):
+  def __init__(self, program: Any, values: Sequence[Any], rules: ValueRules, address: Address = ()):
     self.rules, self.results, self._stop = rules, None, None
     self._frames: list[_Frame] = []
     self._go(Enter(program, list(values), lambda results: results), address)
@@ -177,11 +177,11 @@ class Walk:
       self._frames.pop()
       return frame.then([frame.read(v) for v in frame.jaxpr.outvars])
     eqn = frame.jaxpr.eqns[frame.next]
-    here = Here((*frame.address, frame.next), frame.steps, functools.partial(_bind, frame.jaxpr, eqn))
+    here = Operation((*frame.address, frame.next), frame.steps, functools.partial(_bind, frame.jaxpr, eqn))
     return _outcome(eqn, frame.take(eqn.invars), self.rules, here)
 
 
-def _outcome(eqn: Any, values: list[Any], rules: Rules, here: Here) -> Outcome:
+def _outcome(eqn: Any, values: list[Any], rules: ValueRules, here: Operation) -> Outcome:
   """Returns what the rules, the structure, or the operation itself make of the values, in this order."""
   if not rules.concerns(eqn, values, here.address):
     return here.dense(values)
@@ -199,14 +199,14 @@ def _outcome(eqn: Any, values: list[Any], rules: Rules, here: Here) -> Outcome:
   return here.dense([dense(value, 'no product') for value in values])
 
 
-def _inside(rules: Rules, here: Here, dense: Callable[[Any, str], Any], program: Any, arguments: Sequence[Any],
+def _inside(rules: ValueRules, here: Operation, dense: Callable[[Any, str], Any], program: Any, arguments: Sequence[Any],
             number: int) -> list[Array]:
   """Returns the results of the inner program `number` of a structure that is kept, all of them dense."""
   results = evaluate(program, arguments, rules, (*here.address, number))
   return [dense(result, 'it is one of its results') for result in results]
 
 
-def _entered(eqn: Any, rules: Rules) -> bool:
+def _entered(eqn: Any, rules: ValueRules) -> bool:
   """Returns whether the programs inside of an operation are evaluated by the rules.
 
   `jit` is always entered. An unknown operation with a body may have a rule of its own for `vmap` or for derivatives,
@@ -218,7 +218,7 @@ def _entered(eqn: Any, rules: Rules) -> bool:
   return name not in jaxprs.STRUCTURES and not rules.keeps(eqn) and jaxprs.body(eqn) is not None
 
 
-def check_reached(function: str, program: Any, sites: Mapping[Address, str], rules: Rules) -> None:
+def check_reached(function: str, program: Any, sites: Mapping[Address, str], rules: ValueRules) -> None:
   """Raises `ValueError` if an evaluation by these rules cannot reach one of the sites, given with their names."""
   entered = lambda eqn: _entered(eqn, rules)
   reached = {address for address, _ in jaxprs.equations(program, entered=entered)}

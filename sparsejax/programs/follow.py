@@ -1,9 +1,9 @@
 """Lets facts flow through a program abstractly: loops are read until nothing changes, branches are joined.
 
-The caller brings `Rules`: what an operation does to facts, and how facts are joined, sliced and stacked. A *fact* is
-whatever the caller knows of one variable. Facts that `==` tells apart are different.
+The caller brings `FactRules`: what an operation does to facts, and how facts are joined, sliced and stacked. A *fact*
+is whatever the caller knows of one variable; facts are compared by `==`.
 
-    rules = Rules(operation=lambda eqn, facts, here: [any(facts)] * len(eqn.outvars), joined=any, constant=False)
+    rules = FactRules(operation=lambda eqn, facts, here: [any(facts)] * len(eqn.outvars), joined=any, constant=False)
     follow(program, [True, False], rules)          # which results depend on the first input
 """
 
@@ -20,7 +20,7 @@ Fact = Any
 Notes = Any
 
 
-class Here(NamedTuple):
+class Position(NamedTuple):
   """Where an operation is: its address, how many loops are around it, and the notes of this part of the program."""
 
   address: Address
@@ -33,7 +33,7 @@ def _nothing(*_: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class FactRules:
   """The caller's rules.
 
   `operation(eqn, facts, here)` returns the facts of the results of an operation that runs no program.
@@ -49,7 +49,7 @@ class Rules:
   `after(eqn, facts, results, here)` sees every operation, with programs inside or without, when its results are known.
   """
 
-  operation: Callable[[Any, list[Fact], Here], list[Fact]]
+  operation: Callable[[Any, list[Fact], Position], list[Fact]]
   joined: Callable[[list[Fact]], Fact]
   constant: Fact = None
   repeated: Callable[[Fact, Fact], Fact] | None = None
@@ -58,15 +58,15 @@ class Rules:
   resized: Callable[[Fact, Sequence[int]], Fact] = lambda fact, shape: fact
   notes: Callable[[], Notes] = _nothing
   merged: Callable[[Notes, list[Notes], Any, int | None], None] = _nothing
-  after: Callable[[Any, list[Fact], list[Fact], Here], None] = _nothing
+  after: Callable[[Any, list[Fact], list[Fact], Position], None] = _nothing
 
 
-def follow(program: Any, facts: Sequence[Fact], rules: Rules, notes: Notes = None) -> list[Fact]:
+def follow(program: Any, facts: Sequence[Fact], rules: FactRules, notes: Notes = None) -> list[Fact]:
   """Returns the facts of the results of a program, given those of its inputs; `notes` takes what the rules note."""
-  return _follow(program, facts, rules, Here((), 0, notes))
+  return _follow(program, facts, rules, Position((), 0, notes))
 
 
-def _follow(program: Any, facts: Sequence[Fact], rules: Rules, here: Here) -> list[Fact]:
+def _follow(program: Any, facts: Sequence[Fact], rules: FactRules, here: Position) -> list[Fact]:
   """Follows one jaxpr; `here` is the address of the program, and the notes that are taken in it."""
   jaxpr = jaxprs.opened(program)
   known = dict(zip(jaxpr.invars, facts))
@@ -79,20 +79,20 @@ def _follow(program: Any, facts: Sequence[Fact], rules: Rules, here: Here) -> li
   return [read(v) for v in jaxpr.outvars]
 
 
-def _results(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list[Fact]:
+def _results(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
   if eqn.primitive.name in STRUCTURES:
     return STRUCTURES[eqn.primitive.name](eqn, operands, rules, here)
-  program = None if eqn.primitive.name in jaxprs.PRODUCTS else jaxprs.body(eqn)
+  program = None if eqn.primitive.name in jaxprs.CONTRACTIONS else jaxprs.body(eqn)
   if program is not None:
     return _follow(program, operands, rules, _entered(here, 0))
   return rules.operation(eqn, operands, here)
 
 
-def _entered(here: Here, number: int, **changes: Any) -> Here:
+def _entered(here: Position, number: int, **changes: Any) -> Position:
   return here._replace(address=(*here.address, number), **changes)
 
 
-def _steady(carries: list[Fact], rules: Rules, run: Callable[[list[Fact], Notes], list[Fact]]
+def _steady(carries: list[Fact], rules: FactRules, run: Callable[[list[Fact], Notes], list[Fact]]
             ) -> tuple[list[Fact], list[Fact], Notes]:
   """Runs the body of a loop until the facts of the carries hold for every round.
 
@@ -108,7 +108,7 @@ def _steady(carries: list[Fact], rules: Rules, run: Callable[[list[Fact], Notes]
     carries = after
 
 
-def _scan(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list[Fact]:
+def _scan(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
   scan = jaxprs.scan_parts(eqn)
   constants, carries, stacks = scan.split(operands)
   slices = [rules.sliced(fact, here.loops) for fact in stacks]
@@ -122,7 +122,7 @@ def _scan(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list[Fact
   return carries + [rules.stacked(fact, stacks, scan.length) for fact in results]
 
 
-def _while(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list[Fact]:
+def _while(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
   loop = jaxprs.while_parts(eqn)
   of_condition, of_body, carries = loop.split(operands)
   inside = lambda number, notes: _entered(here, number, loops=here.loops + 1, notes=notes)
@@ -133,7 +133,7 @@ def _while(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list[Fac
   return carries
 
 
-def _cond(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list[Fact]:
+def _cond(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
   programs = jaxprs.branches(eqn)
   notes = [rules.notes() for _ in programs]
   results = [_follow(program, operands[1:], rules, _entered(here, k, notes=part))
@@ -142,7 +142,7 @@ def _cond(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list[Fact
   return [rules.joined(list(column)) for column in zip(*results)]
 
 
-def _shard_map(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list[Fact]:
+def _shard_map(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
   """The body sees one shard of everything, and runs on every device."""
   program, devices = jaxprs.shards(eqn)
   fitted = lambda facts, variables: list(map(rules.resized, facts, jaxprs.shapes(variables)))
@@ -152,5 +152,5 @@ def _shard_map(eqn: Any, operands: list[Fact], rules: Rules, here: Here) -> list
   return fitted(results, eqn.outvars)
 
 
-STRUCTURES: dict[str, Callable[[Any, list[Fact], Rules, Here], list[Fact]]] = {
+STRUCTURES: dict[str, Callable[[Any, list[Fact], FactRules, Position], list[Fact]]] = {
   'scan': _scan, 'while': _while, 'cond': _cond, 'shard_map': _shard_map}

@@ -286,7 +286,7 @@ def convolution(eqn: Any) -> Convolution:
                      p['feature_group_count'], p['batch_group_count'])
 
 
-class Product(NamedTuple):
+class Contraction(NamedTuple):
   """What each dimension of each operand is to a product, and the number of multiply-adds.
 
   `roles` has one entry for each of the first two operands: 'contracted', 'output', 'layer' or 'spatial' for each
@@ -302,14 +302,14 @@ def _roles(rank: int, contracted: Sequence[int], layer: Sequence[int]) -> list[s
   return ['contracted' if i in contracted else 'layer' if i in layer else 'output' for i in range(rank)]
 
 
-def _dot_general(eqn: Any) -> Product:
+def _dot_general(eqn: Any) -> Contraction:
   numbers, operands = dot_numbers(eqn), shapes(eqn.invars)
   roles = tuple(_roles(len(shape), *number) for shape, number in zip(operands, numbers))
   contracted = math.prod(operands[0][i] for i in numbers[0].contracted)
-  return Product(roles, math.prod(eqn.outvars[0].aval.shape) * contracted)
+  return Contraction(roles, math.prod(eqn.outvars[0].aval.shape) * contracted)
 
 
-def _ragged_dot_general(eqn: Any) -> Product:
+def _ragged_dot_general(eqn: Any) -> Contraction:
   """Every row of the left operand meets the matrix of its own group, so a group is a layer."""
   numbers = eqn.params['ragged_dot_dimension_numbers']
   contracted, batch = numbers.dot_dimension_numbers
@@ -317,10 +317,10 @@ def _ragged_dot_general(eqn: Any) -> Product:
   operands = shapes(eqn.invars[:2])
   roles = tuple(_roles(len(s), c, (*b, *g)) for s, c, b, g in zip(operands, contracted, batch, groups))
   outputs = math.prod(n for n, role in zip(operands[1], roles[1]) if role == 'output')
-  return Product(roles, math.prod(operands[0]) * outputs)
+  return Contraction(roles, math.prod(operands[0]) * outputs)
 
 
-def _conv_general_dilated(eqn: Any) -> Product:
+def _conv_general_dilated(eqn: Any) -> Contraction:
   """A parameter that is convolved counts as data. In a transposed convolution each input meets each tap."""
   asked, (lhs, rhs, out) = convolution(eqn), shapes((*eqn.invars[:2], *eqn.outvars))
   output, contracted = asked.rhs[:2]
@@ -328,13 +328,13 @@ def _conv_general_dilated(eqn: Any) -> Product:
   taps = math.prod(rhs[i] for i in asked.rhs[2:])
   macs = out[asked.out[0]] * out[asked.out[1]] * math.prod(positions) * taps * rhs[contracted]
   roles = ['output' if i == output else 'contracted' if i == contracted else 'spatial' for i in range(len(rhs))]
-  return Product((None, roles), macs, asked.groups)
+  return Contraction((None, roles), macs, asked.groups)
 
 
-PRODUCTS: dict[str, Callable[[Any], Product]] = {
+CONTRACTIONS: dict[str, Callable[[Any], Contraction]] = {
   'dot_general': _dot_general, 'ragged_dot_general': _ragged_dot_general, 'conv_general_dilated': _conv_general_dilated}
 
 
-def product(eqn: Any) -> Product | None:
+def contraction(eqn: Any) -> Contraction | None:
   """Returns what a product is made of, or `None` for every other operation."""
-  return PRODUCTS[eqn.primitive.name](eqn) if eqn.primitive.name in PRODUCTS else None
+  return CONTRACTIONS[eqn.primitive.name](eqn) if eqn.primitive.name in CONTRACTIONS else None

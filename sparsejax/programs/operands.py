@@ -20,7 +20,7 @@ from typing import Any
 from sparsejax import errors
 from sparsejax.programs import jaxprs
 from sparsejax.programs.contractions import Use, read
-from sparsejax.programs.evaluate import Here, Rules, Walk, check_reached
+from sparsejax.programs.evaluate import Operation, ValueRules, Walk, check_reached
 from sparsejax.programs.jaxprs import Address, Program
 from sparsejax.programs.structures import Outcome, Stop
 from sparsejax.types import Array
@@ -90,8 +90,8 @@ def walk(program: Program, arrays: Iterable[Any] | None = None) -> Walk:
   `program.arrays`, for a batch other than the one it was traced with.
   """
   uses = uses_by_address(program)
-  rules = Rules(lambda eqn, values, here: _stops(eqn, values, here, uses.get(here.address)), keeps=lambda eqn: False,
-                concerns=functools.partial(concerned, prefixes(uses)))
+  rules = ValueRules(lambda eqn, values, here: _stops(eqn, values, here, uses.get(here.address)),
+                     keeps=lambda eqn: False, concerns=functools.partial(concerned, prefixes(uses)))
   names = {address: path for address, ((path, _, _), *_) in uses.items()}
   check_reached('operands', program, names, rules)
   return Walk(program, program.arrays if arrays is None else arrays, rules)
@@ -120,7 +120,7 @@ def concerned(addresses: frozenset[Address], eqn: Any, values: list[Any], addres
   return address in addresses
 
 
-def _stops(eqn: Any, values: list[Any], here: Here, uses: list[Named] | None) -> Outcome | None:
+def _stops(eqn: Any, values: list[Any], here: Operation, uses: list[Named] | None) -> Outcome | None:
   """Stops at the first of the uses; without an answer, at the next."""
   if uses is None:
     return None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sparsejax import errors
 from sparsejax.programs import jaxprs
-from sparsejax.programs.evaluate import Here, Rules, check_reached, evaluate
+from sparsejax.programs.evaluate import Operation, ValueRules, check_reached, evaluate
 from sparsejax.programs.jaxprs import Address, Program
 from sparsejax.programs.operands import concerned, prefixes, uses_by_address
 
@@ -39,8 +39,8 @@ def replace(apply: Callable[..., Any], values: Mapping[Key, Any]) -> Callable[..
     program = jaxprs.trace(apply, args, kwargs)
     sites = _sites(program, values)
     addresses = prefixes(sites)
-    rules = Rules(lambda eqn, operands, here: _operation(eqn, operands, here, sites.get(here.address, {}), values),
-                  concerns=functools.partial(concerned, addresses))
+    rules = ValueRules(lambda eqn, operands, here: _operation(eqn, operands, here, sites.get(here.address, {}), values),
+                       concerns=functools.partial(concerned, addresses))
     named = {address: str(next(iter(keys))) for address, keys in sites.items()}
     check_reached('replace', program, named, rules)
     return program.unflatten(evaluate(program, program.arrays, rules))
@@ -65,7 +65,7 @@ def _sites(program: Program, values: Mapping[Key, Any]) -> dict[Address, dict[Ke
   return {address: keys for address, keys in sites.items() if keys}
 
 
-def _operation(eqn: Any, operands: list[Any], here: Here, keys: Mapping[Key, int], values: Mapping[Key, Any]
+def _operation(eqn: Any, operands: list[Any], here: Operation, keys: Mapping[Key, int], values: Mapping[Key, Any]
                ) -> list[Any] | None:
   if not keys:
     return None

@@ -48,7 +48,7 @@ class Inside(NamedTuple):
 
   `run(program, arguments, number)` returns the results of the inner program `number`, all of them arrays. `original`
   returns the results of the whole operation for arrays. `dense(value, why)` returns the array behind a value.
-  `unstacked` is that of `evaluate.Rules`.
+  `unstacked` is that of `evaluate.ValueRules`.
   """
 
   run: Callable[[Any, Sequence[Any], int], list[Array]]

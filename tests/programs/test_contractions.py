@@ -193,8 +193,26 @@ def test_the_table_prints(standard_promotion):
   text = str(found)
   assert isinstance(found, Contractions)
   lines = text.splitlines()
-  assert len(lines) == 1 + len(found) + 1 and len({len(line) for line in lines[:-1]}) == 1
+  assert len(lines) == 1 + len(found) + 2 and len({len(line) for line in lines[:-2]}) == 1
   assert '6 4 8 32' in text and '1 2' in text and f'{found.total_macs:,}' in text
+  assert lines[-1].startswith('looked up by data, not contracted: Embed_0/embedding: gather')
+
+
+@pytest.mark.parametrize('name, path, contracted', [
+  ('tied_embedding', 'Embed_0/embedding', True), ('stack', 'Embed_0/embedding', False), ('embeddings', 'e', False),
+  ('embedding of one token', 'e', False)])
+def test_rows_looked_up_by_data_are_named(name, path, contracted, standard_promotion):
+  (apply, params, inputs), _ = programs.NAMED[name]()
+  found = contractions(apply, params, *inputs)
+  assert list(found.lookups) == [path] and found.lookups[path].split()[0] in ('gather', 'dynamic_slice')
+  assert (path in found) == contracted
+
+
+@pytest.mark.parametrize('name', ['positions', 'experts by index', 'expert by index', 'picked by a number', 'permuted',
+                                  'layer by index'])
+def test_picked_matrices_and_known_orders_are_no_lookups(name, standard_promotion):
+  (apply, params, inputs), _ = programs.NAMED[name]()
+  assert contractions(apply, params, *inputs).lookups == {}
 
 
 # Laws.

@@ -433,6 +433,13 @@ USES = {
   'experts of members': case(lambda p, x, i: jax.vmap(lambda w, x, i: x @ w[i])(p['w'], x, i),
                              {'w': shaped(7, 5, 4, 6)}, shaped(7, B, 4), shaped(7, dtype=jnp.int32),
                              w=(axes((2,), (3,), layer=(0, 1)), 7 * B * 24)),
+  # JAX multiplies and adds shapes such as [1, 4, 6] and [7, 1, 1] without a `broadcast_in_dim`.
+  'one member scaled for each': case(
+    lambda p, x: jnp.matmul(x, p['w'][None] * np.arange(1, 8, dtype=np.float32)[:, None, None]), W, shaped(7, B, 4),
+    w=(MATRIX, 7 * B * 24)),
+  'one member shifted for each': case(
+    lambda p, x: jnp.matmul(x, p['w'][None] + np.ones((7, 1, 1), np.float32)), W, shaped(7, B, 4),
+    w=(MATRIX, 7 * B * 24)),
   'one member for all': case(lambda p, x: jnp.matmul(x, jnp.broadcast_to(p['w'][2:3], (7, 4, 6))),
                              {'w': shaped(5, 4, 6)}, shaped(7, B, 4), w=(STACKED, 7 * B * 24)),
   'alike at each tap': case(
