@@ -1,4 +1,4 @@
-"""New clients of the two interpreters, written outside of the library, through public names only."""
+"""Tests new clients of both interpreters, which are written outside of the library, through public names only."""
 
 import jax
 import jax.numpy as jnp

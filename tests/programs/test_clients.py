@@ -1,4 +1,4 @@
-"""Every program of `tests/support/programs.py` goes through every client of `sparsejax.programs`.
+"""Runs every program of `tests/support/programs.py` through every client of `sparsejax.programs`.
 
 The results must be those of the program itself: shown operand by operand, with operands replaced by themselves, and
 with packed parameters. `test_contractions.py` compares the contractions with known answers.
@@ -21,7 +21,7 @@ from sparsejax.programs import contractions, operands, replace
 
 @pytest.fixture(autouse=True)
 def ordinary(standard_promotion):
-  """Allows JAX's ordinary promotion, which models outside of this library need."""
+  """Returns nothing; allows JAX's ordinary promotion, which models outside of this library need."""
 
 
 def concrete(tree, seed):

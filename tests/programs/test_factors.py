@@ -1,4 +1,4 @@
-"""The algebra of dimensions: moves deal factors out as `numpy` moves indices, and mixed factors are told apart."""
+"""Tests the algebra of dimensions: moves deal factors out as `numpy` moves indices, and tell mixed factors apart."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from sparsejax.programs import factors, jaxprs
+from sparsejax.programs import factors, jaxprs, views
 from sparsejax.programs.factors import Factor
 
 
@@ -58,8 +58,7 @@ def test_what_is_stretched_or_dropped_is_gone():
 
 @pytest.mark.parametrize('bind', [jnp.add, jnp.multiply, jnp.maximum, lambda a, b: lax.add_p.bind(a, b)])
 def test_jax_stretches_lengths_of_one_inside_of_operations(bind, standard_promotion):
-  """Shows that the case exists: no `broadcast_in_dim` is emitted, and the view is stretched."""
-  from sparsejax.programs import views
+  """Shows that JAX emits no `broadcast_in_dim` here, and that the view is stretched."""
   eqn, = jax.make_jaxpr(bind)(jnp.ones((1, 6)), jnp.ones((4, 6))).jaxpr.eqns
   assert eqn.primitive.name in views.STRETCHING
   value, = views.shown(eqn, [views.Value(views.PARAMETER, (views.whole('g', (1, 6)),)), views.Value()])
@@ -67,7 +66,6 @@ def test_jax_stretches_lengths_of_one_inside_of_operations(bind, standard_promot
 
 
 def test_a_row_that_is_written_into_an_array_is_not_stretched():
-  from sparsejax.programs import views
   eqn = jax.make_jaxpr(lambda a, row: lax.dynamic_update_slice(a, row, (jnp.int32(0), jnp.int32(0))))(
       jnp.ones((4, 6)), jnp.ones((1, 6))).jaxpr.eqns[-1]
   row = views.Value(views.PARAMETER, (views.whole('g', (1, 6)),))

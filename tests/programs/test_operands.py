@@ -1,4 +1,4 @@
-"""Sites of products: what is shown, in which layer, what an answer does, how walks are copied, and what is refused."""
+"""Tests the sites of products: the operands shown in each layer, answers, copies of walks, and refusals."""
 
 import gc
 import weakref
@@ -115,7 +115,7 @@ def test_walks_of_several_batches_go_in_lock_step():
 
 
 def test_values_are_dropped_after_their_last_use():
-  """At a site of the last product, nothing of the first hidden layers is alive but the parameters and the operand."""
+  """Shows that, at the site of the last product, the operands of earlier products are not alive any more."""
   alive = []
 
   def apply(p, x):
@@ -148,5 +148,5 @@ def test_sites_inside_of_shard_map_are_refused():
   spec = jax.sharding.PartitionSpec
   apply = lambda p, x: jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec(), spec('data')),
                                      out_specs=spec('data'))(p['head'], x)
-  with pytest.raises(ValueError, match="operands: the program cannot be evaluated where it uses 'head'"):
+  with pytest.raises(ValueError, match="operands: the program uses 'head' inside of a shard_map"):
     operands(apply, lambda site: None)(STACK, normal(6, 4))

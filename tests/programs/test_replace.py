@@ -1,4 +1,4 @@
-"""Intermediates and operands take other values; unknown names and other shapes are refused."""
+"""Tests that intermediates and operands take other values, and that unknown names and other shapes are refused."""
 
 import jax
 import jax.numpy as jnp
