@@ -43,16 +43,34 @@ class Product:
     return dispatch.chosen((x, w), self.forward, self.prefer)
 
 
-def checked(op: str, x: Array, w: Any, kind: type[PackedArray], remedy: str) -> None:
-  """Raises `ValueError` for what is no product over the last axis of `x`."""
+def refusal(x: Array | jax.ShapeDtypeStruct, w: Any, kind: type[PackedArray]) -> str | None:
+  """Returns why the op for the format `kind` cannot multiply `x` by `w`, with the remedy, or `None`.
+
+  Of `x`, only the shape and the dtype are read.
+  """
   if not isinstance(w, kind):
-    raise ValueError(f'{op}: the weight must be a formats.{kind.__name__}, not {type(w).__name__}; {remedy}.')
-  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
-    raise ValueError(f'{op}: x has dtype {x.dtype}; float32, bfloat16 and float16 can be multiplied here.')
+    name = kind.__name__
+    return f'the weight must be a formats.{name}, not {type(w).__name__}; {name}.from_dense packs a dense array'
+  if reason := refused_dtype(x):
+    return reason
   length = math.prod(w.shape[a] for a in w.axes)
-  if not x.ndim or x.shape[-1] != length:
-    raise ValueError(f'{op}: x of shape {x.shape} must end in {length}, the contracted length of the weight of shape '
-                     f'{w.shape}; reshape x so that its last axis has that length.')
+  if not x.shape or x.shape[-1] != length:
+    return (f'x of shape {x.shape} must end in {length}, the contracted length of the weight of shape {w.shape}; '
+            'reshape x so that its last axis has that length')
+  return None
+
+
+def refused_dtype(x: Array | jax.ShapeDtypeStruct) -> str | None:
+  """Returns why no op can multiply an array of the dtype of `x`, with the remedy, or `None`."""
+  if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 4:
+    return None
+  return f'x has dtype {x.dtype}; cast x to float32, bfloat16 or float16'
+
+
+def refused_stack(w: PackedArray, stacked: bool) -> str | None:
+  """Returns why no op can multiply `w` if it is `stacked`: an op takes a single packed matrix."""
+  return (f'the weight of shape {w.shape} is a stack: it has axes that are neither contracted nor outputs; multiply by '
+          'the matrices of the stack one at a time, with vmap or scan') if stacked else None
 
 
 def dot(a: Array, b: Array, i: int, j: int) -> Array:

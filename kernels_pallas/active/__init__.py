@@ -49,6 +49,16 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   return _compiled(block, capacity, implementation, *dispatch.varying_alike(kept, w)).reshape(shape)
 
 
+def refusal(x: Array | jax.ShapeDtypeStruct, w: Array | jax.ShapeDtypeStruct) -> str | None:
+  """Returns why `active_matmul` cannot multiply `x` by `w` in any implementation, with the remedy, or `None`."""
+  if reason := products.refused_dtype(x):
+    return reason
+  if len(w.shape) != 2 or not x.shape or x.shape[-1] != w.shape[0]:
+    return (f'x of shape {x.shape} and w of shape {w.shape} must be [..., K] and [K, N]; reshape them, and multiply by '
+            'the matrices of a stack one at a time, with vmap or scan')
+  return None
+
+
 def prefer(x: Array, w: Array) -> Choice:
   """'xla' or 'dense', by what was measured on a CPU."""
   if x.shape[0] > _MOST_TOKENS:
@@ -59,11 +69,8 @@ def prefer(x: Array, w: Array) -> Choice:
 
 
 def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | None) -> None:
-  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
-    raise ValueError(f'active_matmul: x has dtype {x.dtype}; float32, bfloat16 and float16 can be multiplied here.')
-  if w.ndim != 2 or not x.ndim or x.shape[-1] != w.shape[0]:
-    raise ValueError(f'active_matmul: x of shape {x.shape} and w of shape {w.shape} must be [..., K] and [K, N]; '
-                     'reshape them, and take one of a stack at a time with vmap or scan.')
+  if reason := refusal(x, w):
+    raise ValueError(f'active_matmul: {reason}.')
   if not isinstance(block, int) or block < 1 or x.shape[-1] % block:
     raise ValueError(f'active_matmul: block {block!r} must be a whole number that divides K = {x.shape[-1]}; take one '
                      'that does, or fill x and w up with zeros.')

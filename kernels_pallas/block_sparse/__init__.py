@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch, products
@@ -26,7 +27,8 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
   `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', which run or raise `ValueError`; `None` lets the
   platform choose when the program is lowered, and `explain=True` returns what it would choose, and why.
   """
-  _check('block_sparse_matmul', x, w)
+  if reason := refusal(x, w):
+    raise ValueError(f'block_sparse_matmul: {reason}.')
   flat = _filled(x.reshape(-1, x.shape[-1]), w.grid[0] * w.block[0])
   if explain:
     return PRODUCT.explained(flat, w)
@@ -43,7 +45,8 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
   `x` is `[..., K]`, `dy [..., *outputs]`: the gradient of `block_sparse_matmul` with respect to the values. Not
   differentiable itself. What fills up blocks, and blocks that fill up rows and columns, are zero.
   """
-  _check('sampled_matmul', x, like)
+  if reason := refusal(x, like):
+    raise ValueError(f'sampled_matmul: {reason}.')
   if dy.shape != (*x.shape[:-1], *like.output_sizes):
     raise ValueError(f'sampled_matmul: dy of shape {dy.shape} must be {(*x.shape[:-1], *like.output_sizes)}, as '
                      f'block_sparse_matmul gives for x of shape {x.shape} and a weight of shape {like.shape}.')
@@ -57,6 +60,11 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
   return dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer)
 
 
+def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
+  """Returns why `block_sparse_matmul` cannot multiply `x` by `w` in any implementation, with the remedy, or `None`."""
+  return products.refusal(x, w, BlockSparseArray) or products.refused_stack(w, w.values.ndim != 3)
+
+
 def prefer(*args: Any) -> Choice:
   """'xla' or 'dense', by what was measured on a CPU (`make bench`)."""
   w = args[-1]
@@ -67,12 +75,6 @@ def prefer(*args: Any) -> Choice:
   if share < least:
     return Choice('dense', f'{share:.0%} of the blocks are zero, and {w.block} pays from {least:.0%} on')
   return Choice('xla', f'{share:.0%} of the blocks are zero')
-
-
-def _check(op: str, x: Array, w: Any) -> None:
-  products.checked(op, x, w, BlockSparseArray, 'BlockSparseArray.from_dense packs one')
-  if w.values.ndim != 3:
-    raise ValueError(f'{op}: the weight of shape {w.shape} is a stack; take one of it at a time with vmap or scan.')
 
 
 def _filled(x: Array, length: int) -> Array:

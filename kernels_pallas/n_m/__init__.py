@@ -5,6 +5,7 @@ import importlib
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,11 +30,9 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   lowered, and `explain=True` returns what it would choose, and why: on CPUs N:M is not faster than dense but for
   vectors (`NM(n, m, width)`) of 32 and more.
   """
-  products.checked('nm_matmul', x, w, NMArray, 'NMArray.from_dense packs one')
-  front, _, places = w.places()
-  if front:
-    raise ValueError(f'nm_matmul: the weight of shape {w.shape} has axes that are neither contracted nor outputs (of a '
-                     'stack, or taps); take one of it at a time with vmap or scan.')
+  if reason := refusal(x, w):
+    raise ValueError(f'nm_matmul: {reason}.')
+  _, _, places = w.places()
   flat, matrix = x.reshape(-1, x.shape[-1]), _matrix(w)
   if explain:
     return PRODUCT.explained(flat, matrix)
@@ -45,6 +44,11 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   lead = x.ndim - 1
   order = [*range(lead), *(lead + np.argsort(places))]
   return y.reshape(*x.shape[:-1], *outputs).transpose(order)
+
+
+def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
+  """Returns why `nm_matmul` cannot multiply `x` by `w` in any implementation, with the remedy, or `None`."""
+  return products.refusal(x, w, NMArray) or products.refused_stack(w, bool(w.places()[0]))
 
 
 def prefer(*args: Any) -> Choice:

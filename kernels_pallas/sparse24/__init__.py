@@ -4,6 +4,7 @@ import importlib
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch, products
@@ -23,10 +24,8 @@ def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = 
   `None` lets the platform choose when the program is lowered, and `explain=True` returns what it would choose, and why.
   Where the number of outputs is no multiple of 128, the kernel copies the weight to fill it up.
   """
-  products.checked('sparse24_matmul', x, w, Sparse24Array, 'Sparse24Array.from_dense packs one')
-  if w.values.ndim != 2:
-    raise ValueError(f'sparse24_matmul: the weight of shape {w.shape} is a stack; take one of it at a time with vmap '
-                     'or scan.')
+  if reason := refusal(x, w):
+    raise ValueError(f'sparse24_matmul: {reason}.')
   flat, length = x.reshape(-1, x.shape[-1]), 2 * w.values.shape[1]
   flat = jnp.pad(flat, ((0, 0), (0, length - flat.shape[1])))
   if explain:
@@ -35,6 +34,11 @@ def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = 
   if 0 in flat.shape or outputs == 0:
     return jnp.zeros((*x.shape[:-1], *w.output_sizes), x.dtype)
   return PRODUCT(flat, w, implementation)[:, :outputs].reshape(*x.shape[:-1], *w.output_sizes)
+
+
+def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
+  """Returns why `sparse24_matmul` cannot multiply `x` by `w` in any implementation, with the remedy, or `None`."""
+  return products.refusal(x, w, Sparse24Array) or products.refused_stack(w, w.values.ndim != 2)
 
 
 def prefer(*args: Any) -> Choice:

@@ -1,5 +1,8 @@
 """Products with a `CSCArray`, zeros anywhere: `unstructured_matmul`."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch, products
@@ -24,10 +27,8 @@ def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = N
   `ValueError`. `None` chooses, and `explain=True` returns what it would choose, and why. There are no kernels for GPUs
   and TPUs.
   """
-  products.checked('unstructured_matmul', x, w, CSCArray, 'CSCArray.from_dense packs one')
-  if w.values.ndim != 1:
-    raise ValueError(f'unstructured_matmul: the weight of shape {w.shape} is a stack; take one of it at a time with '
-                     'vmap or scan.')
+  if reason := refusal(x, w):
+    raise ValueError(f'unstructured_matmul: {reason}.')
   flat = x.reshape(-1, x.shape[-1])
   if explain:
     return PRODUCT.explained(flat, w)
@@ -35,6 +36,11 @@ def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = N
   if 0 in flat.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
   return PRODUCT(flat, w, implementation).reshape(shape)
+
+
+def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
+  """Returns why `unstructured_matmul` cannot multiply `x` by `w` in any implementation, with the remedy, or `None`."""
+  return products.refusal(x, w, CSCArray) or products.refused_stack(w, w.values.ndim != 1)
 
 
 def prefer(*args: Array | CSCArray) -> Choice:
