@@ -30,7 +30,7 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   vectors (`NM(n, m, width)`) of 32 and more.
   """
   products.checked('nm_matmul', x, w, NMArray, 'NMArray.from_dense packs one')
-  front, _, places = w.places()
+  front, _, places = w.value_axes()
   if front:
     raise ValueError(f'nm_matmul: the weight of shape {w.shape} has axes that are neither contracted nor outputs (of a '
                      'stack, or taps); take one of it at a time with vmap or scan.')
@@ -60,7 +60,7 @@ def prefer(*args: Any) -> Choice:
 
 def _matrix(w: NMArray) -> NMArray:
   """`w` as `[K, N]`, outputs in the order in which vectors lie along them."""
-  _, at, outputs = w.places()
+  _, at, outputs = w.value_axes()
   flat = lambda a: a.transpose(at, *outputs).reshape(a.shape[at], -1)
   indices = flat(w.indices) if w.width == 1 else w.indices
   return dataclasses.replace(w, values=flat(w.values), indices=indices, axes=(-2,), sizes=(math.prod(w.sizes),),

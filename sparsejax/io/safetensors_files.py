@@ -277,7 +277,7 @@ def _leaf(path: Any, entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> A
   name, shape, kind = entry['path'], tuple(entry['shape']), entry['kind']
   if kind == 'dense':
     leaf = tensors[name]
-  elif packed := formats.of_kind(kind):
+  elif packed := formats.TABLE.get(kind):
     parts = {part: tensors[f'{name}.{part}'] for part in packed.names()}
     try:
       leaf = packed.restored(parts, shape, entry)

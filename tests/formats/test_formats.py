@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from raw import anything, bits, only
+from raw import ANYWHERE, anything, bits, only
 
 import sparsejax as sj
 from sparsejax import formats
@@ -189,7 +189,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize('dtype', SPECIAL)
-@pytest.mark.parametrize('pattern', ['1:4', '40:160', *formats.ANYWHERE])
+@pytest.mark.parametrize('pattern', ['1:4', '40:160', *ANYWHERE])
 def test_negative_zeros_subnormals_and_nan_payloads_survive(dtype, pattern):
   """-0.0, quiet and signalling NaN, infinities, subnormals: where arithmetic would change them."""
   w = np.zeros((320, 7), f'u{np.dtype(dtype).itemsize}')
@@ -211,7 +211,7 @@ def test_any_bits_are_packed_or_refused(integers):
       NMArray.from_dense(w, 2, 4, 0)
   else:
     assert bits(NMArray.from_dense(w, 2, 4, 0).to_dense()) == bits(w)
-  for packed in formats.ANYWHERE.values():
+  for packed in ANYWHERE.values():
     assert bits(packed.from_dense(w).to_dense()) == bits(w)
 
 
@@ -249,7 +249,7 @@ def test_gradients_reach_the_values(n, m, width):
   np.testing.assert_allclose(through(lambda p: formats.matmul(x, p)), expected, rtol=1e-5, atol=1e-5)
   packing = jax.jit(jax.grad(lambda w: jnp.sum(NMArray.from_dense(w, n, m, 0, False, width).values ** 2)))(w)
   np.testing.assert_allclose(packing, 2 * w, rtol=1e-6)
-  for packed in (kind.from_dense(w) for kind in formats.ANYWHERE.values()):
+  for packed in (kind.from_dense(w) for kind in ANYWHERE.values()):
     values, places = jax.tree.leaves(packed)
     again = jax.tree.structure(packed).unflatten
     flat = jax.grad(lambda v, again=again, at=places: jnp.sum(again([v, at]).to_dense() * dense_gradient))(values)
@@ -380,7 +380,7 @@ def test_orbax_saves_and_restores_a_packed_tree(tmp_path):
   kinds = (sj.patterns.Block((4, 4)), sj.NM(2, 4, width=4), 'csc', 'sparse24')
   packed = [packed, *(formats.pack({'kernel': w}, kind) for kind in kinds)]
   assert {leaf.kind for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed)
-          if formats.is_packed(leaf)} == set(formats.arrays.BY_KIND)
+          if formats.is_packed(leaf)} == set(formats.TABLE)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'packed', packed)
     checkpointer.wait_until_finished()

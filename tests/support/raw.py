@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from sparsejax import io
+from sparsejax import formats, io
+
+ANYWHERE = {kind: formats.TABLE[kind] for kind in ('bitmask', 'relative_index')}  # for zeros anywhere, in files
 
 
 def anything(shape, dtype, seed=0):

@@ -15,7 +15,7 @@ import optax
 import pytest
 import safetensors
 import safetensors.numpy
-from raw import refused, same, sparse
+from raw import ANYWHERE, refused, same, sparse
 
 import sparsejax as sj
 from sparsejax import formats, io
@@ -68,7 +68,7 @@ def test_a_tree_comes_back_as_it_was(tree, tmp_path):
 
 
 @pytest.mark.parametrize('dtype', sorted(safetensors_files._CODES))
-@pytest.mark.parametrize('pattern', [None, '2:4', *formats.ANYWHERE])
+@pytest.mark.parametrize('pattern', [None, '2:4', *ANYWHERE])
 def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):
   raw = np.random.default_rng(0).integers(0, 2 if dtype == 'bool' else 256, (8, 3, np.dtype(dtype).itemsize), np.uint8)
   raw[2::4] = raw[3::4] = 0
@@ -77,7 +77,7 @@ def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):
     if pattern and dtype == 'complex64':
       return
     kinds = {None: lambda: w, '2:4': lambda: formats.NMArray.from_dense(w, 2, 4, 0)}
-    io.save(tmp_path / 'f', {'w': kinds[pattern]() if pattern in kinds else formats.ANYWHERE[pattern].from_dense(w)})
+    io.save(tmp_path / 'f', {'w': kinds[pattern]() if pattern in kinds else ANYWHERE[pattern].from_dense(w)})
     back = formats.unpack(io.load(tmp_path / 'f'))['w']
   assert back.dtype == w.dtype and np.asarray(back).tobytes() == w.tobytes()
 
