@@ -7,12 +7,13 @@
 Packed arrays are pytrees: `jit`, `vmap`, `scan`, sharding and Orbax take them like any parameter. Packing moves the
 bits of the weights as unsigned integers, because floating-point units may flush subnormals and quieten NaNs.
 
-`TABLE` holds the formats by name. `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern. `BitmaskArray` and
-`RelativeIndexArray` store zeros anywhere in files, `CSCArray` does for products. A format of one's own is a registered
-dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and the command line
-then use it.
+`TABLE` holds the formats by name. `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern. `BitmaskArray`
+and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` does for products. A format of one's own is a
+registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and the
+command line then use it.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -60,8 +61,8 @@ def pack(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Map
   format: 'bitmask', 'relative_index', 'csc', 'sparse24'. A dict maps globs to patterns and strings.
 
   `axes` says which axes of each leaf are contracted; the default is `trees.conventional_axes`. `check=False` is for
-  traced leaves, see `NMArray.from_dense`. Raises `ValueError` for a leaf whose nonzeros do not keep the pattern, for a
-  leaf that is already packed, and if no format fits the pattern.
+  traced leaves, see `NMArray.from_dense`. Raises `ValueError` for a leaf that is packed already or whose nonzeros
+  do not keep the pattern, and for a pattern that no format fits.
   """
   names, leaves, treedef = trees.flatten(params, is_leaf=is_packed)
   already = [name for name, leaf in zip(names, leaves) if is_packed(leaf)]
@@ -79,11 +80,15 @@ def _format_and_pattern(asked: Any) -> tuple[type[PackedArray], Pattern]:
   format_ = TABLE.get(asked) if isinstance(asked, str) else None
   if format_ and format_.default_pattern is not None:
     return format_, format_.default_pattern
-  pattern = patterns.parse(asked) if isinstance(asked, str) else asked
-  if formats := fitting(pattern):
+  named = [kind for kind, each in TABLE.items() if each.default_pattern is not None]
+  spelled = [example for each in patterns.TABLE.values() if fitting(patterns.parse(each.examples[0]))
+             for example in each.examples]
+  formats = []
+  with contextlib.suppress(ValueError):  # A string may spell no pattern.
+    formats = fitting(pattern := patterns.parse(asked))
+  if formats:
     return formats[0], pattern
-  named = [repr(kind) for kind, each in TABLE.items() if each.default_pattern is not None]
-  raise errors.unknown('pack', 'pattern', asked, ['NM(n, m)', 'Block((bk, bn))', 'Unstructured()', "'n:m'", *named])
+  raise errors.unknown('pack', 'pattern', asked, [*spelled, *named])
 
 
 def _pack_leaf(path: str, leaf: Array, format_: type[PackedArray], pattern: Pattern, axes: Mapping[str, Axes] | None,

@@ -1,10 +1,10 @@
-"""Packs arrays with zeros anywhere, for files: `BitmaskArray` has one bit a weight, `RelativeIndexArray` one byte a value.
+"""Packs arrays with zeros anywhere: `BitmaskArray` takes one bit a weight, `RelativeIndexArray` one byte a value.
 
     packed = formats.BitmaskArray.from_dense(w)         # on the host: the number of values depends on `w`
     packed.values, packed.mask                          # the nonzeros in row-major order; `uint8[ceil(size / 8)]`
     formats.RelativeIndexArray.from_dense(w, mask)      # smaller at 88 % sparsity and more
 
-Both formats come back bit for bit.
+Both formats are for files, and become dense again bit for bit.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class BitmaskArray(arrays.PackedArray):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class RelativeIndexArray(arrays.PackedArray):
-  """A `RelativeIndexArray` stores the `values` of few entries in row-major order, and the `gaps` between their positions.
+  """A `RelativeIndexArray` stores the `values` of few entries, in row-major order, and the `gaps` between positions.
 
   The format is for 88 % sparsity and more, where one byte a value is less than one bit a weight. A gap is the number of
   entries skipped since the last stored entry, in `uint8`. A byte below 255 ends the gap; 255 skips 255 entries and
@@ -175,7 +175,7 @@ def _relative_packed(w: Array, mask: Array | None) -> RelativeIndexArray:
 
 
 def _put(entries: tuple[Array, ...], code: Array, size: int) -> Array:
-  """Returns `[size]`: the first of `entries` at the positions of `code`, the second of `entries`, or zeros, elsewhere."""
+  """Returns `[size]`: the first of `entries` at the positions of `code`; elsewhere the second, or zeros without it."""
   values, base = entries if len(entries) == 2 else (*entries, jnp.zeros(size, entries[0].dtype))
   if not values.size:
     return base

@@ -179,7 +179,7 @@ def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, axes: Axes
 
 
 def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
-  """Returns how often each of `n` numbers is in the last axis of `index`, or `None` if that differs along other axes."""
+  """Returns how often each of `n` numbers is in the last axis of `index`, or `None` if its rows differ in this."""
   counts = {tuple(np.bincount(row, minlength=n).tolist()) for row in index.reshape(-1, index.shape[-1])}
   return counts.pop() if len(counts) == 1 else None
 

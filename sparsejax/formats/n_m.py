@@ -226,7 +226,8 @@ def _packed(w: Array, n: int, m: int, axes: tuple[int, ...]) -> NMArray:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _packed_vectors(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> NMArray:
   octets = m * (8 // math.gcd(n, 8))
-  vectors = neighbours.tiled(neighbours.undivided(w, axes, octets), axes, outputs, (m, width))[0]  # [.., K/m, m, N/V, V]
+  undivided = neighbours.undivided(w, axes, octets)
+  vectors = neighbours.tiled(undivided, axes, outputs, (m, width))[0]  # [..., K/m, m, N/V, V]
   axis = vectors.ndim - 3
   positions = neighbours.first_nonzeros(jnp.any(neighbours.bits(vectors) != 0, -1), n, axis)
   taken = neighbours.exactly(neighbours.take, vectors, positions[..., None], axis)

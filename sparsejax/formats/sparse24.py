@@ -26,10 +26,10 @@ ROWS, DEPTH = 64, 128
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sparse24Array(arrays.MatrixArray):
-  """A `Sparse24Array` packs a matrix `[K, N]` with at most 2 nonzeros in every 4 neighbours along K, or a stack of them.
+  """A `Sparse24Array` packs a matrix `[K, N]` with at most 2 nonzeros in every 4 neighbours along K, or a stack.
 
-  `values` is `[..., N, K / 2]`: the transpose, in which contracted weights are contiguous. Zeros fill K up to a multiple
-  of 128 and N to a multiple of 64.
+  `values` is `[..., N, K / 2]`: the transpose, in which contracted weights are contiguous. Zeros fill K up to a
+  multiple of 128 and N to a multiple of 64.
 
   `metadata` is `int32[..., N / 64, K / 128, 128, 2]`: the two registers that each of 128 threads hands to
   `wgmma.mma_async.sp` for 64 outputs. Write a thread as t = 32 w + 4 q + 2 s + h. Its register j describes output
