@@ -40,7 +40,7 @@ from sparsejax.types import PyTree
 
 # These options of XLA are for programs on a CPU that are only read. A CPU widens bfloat16 to float32 to send it. Only a
 # rounding to bfloat16 between two float32 values shows this, and the first option keeps XLA from dropping the rounding.
-# The second option leaves machine code unoptimized, because it never runs: optimizing doubles the time for the same text.
+# The second option leaves machine code unoptimized, because it never runs: optimizing doubles the time for one text.
 _FOR_READING = {'xla_allow_excess_precision': False, 'xla_backend_optimization_level': 0}
 
 
