@@ -114,7 +114,7 @@ def test_without_the_line_it_is_unknown(monkeypatch, tmp_path):
     io.load(tmp_path / 'f')
 
 
-# What every format says of itself.
+# Every format says facts about itself.
 
 
 PATTERNS = {'nm': sj.NM(2, 4), 'block_sparse': sj.Block((4, 8), 0.5), 'bitmask': sj.Unstructured(0.75),
@@ -122,7 +122,7 @@ PATTERNS = {'nm': sj.NM(2, 4), 'block_sparse': sj.Block((4, 8), 0.5), 'bitmask':
 
 
 def packed(kind, shape=(3, 16, 24)):
-  """A stack of pruned matrices without an empty row or column of blocks, packed; and the dense weights."""
+  """Returns a packed stack of pruned matrices without empty block rows or columns, the dense stack, and the axes."""
   axes = sj.types.Axes((1,), (2,), layer=(0,))
   _, k, n = np.indices(shape)
   scores = jnp.asarray(np.random.default_rng(0).random(shape) + 10 * ((k // 4 + n // 8) % 2), jnp.float32)
@@ -148,7 +148,7 @@ def test_the_bytes_that_are_expected_are_those_that_are_taken(kind):
 
 @pytest.mark.parametrize('kind', PATTERNS)
 def test_axes_and_leading_axes_mean_the_same_in_every_format(kind):
-  """`axes` are contracted, and each index of the `leading` axes is a packed array of its own."""
+  """Tests that `axes` are contracted, and that each index of the `leading` axes is a packed array of its own."""
   array, w, _ = packed(kind)
   assert array.ndim == len(array.shape) and bool(array.axes) == array.takes_axes
   if not array.takes_axes:
