@@ -87,13 +87,13 @@ def _totals(masks: Sequence[Sequence[Array]]) -> list[Count]:
   `masks[j]` holds the masks of leaf `j`, all of the same shape.
   """
   most = (2 << _WORD) - 1
-  totals, sums, held = [count(0)] * len(masks[0]), [np.int32(0)] * len(masks[0]), 0
+  totals, sums, entries = [count(0)] * len(masks[0]), [np.int32(0)] * len(masks[0]), 0
   for leaf in masks:
     for size, slab in _slabs(leaf[0].shape, most):
-      if held + size > most:
-        totals, sums, held = [plus(t, _words(s)) for t, s in zip(totals, sums)], [np.int32(0)] * len(sums), 0
+      if entries + size > most:
+        totals, sums, entries = [plus(t, _words(s)) for t, s in zip(totals, sums)], [np.int32(0)] * len(sums), 0
       more = _sums(leaf if slab is None else [mask & slab for mask in leaf])
-      sums, held = [s + m for s, m in zip(sums, more)], held + size
+      sums, entries = [s + m for s, m in zip(sums, more)], entries + size
   return [plus(t, _words(s)) for t, s in zip(totals, sums)]
 
 
@@ -261,8 +261,8 @@ def _top_n_of_leaves(leaves: list[Array], n: Count) -> list[Array]:
 
 def _keys(leaves: Sequence[Array]) -> list[Array]:
   """Returns the keys of all leaves in one dtype: `int16` if all are bfloat16 or all are float16, else `int32`."""
-  kinds = {leaf.dtype for leaf in leaves}
-  narrow = len(kinds) == 1 and kinds <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
+  dtypes = {leaf.dtype for leaf in leaves}
+  narrow = len(dtypes) == 1 and dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
   return [order_keys(leaf, leaf.dtype if narrow else jnp.float32) for leaf in leaves]
 
 
@@ -273,11 +273,10 @@ def _first(mask: Array, n: Count, total: Count) -> Array:
   two words.
   """
   fits = at_least(n, total)
-  digits = [(axis, shift) for axis, length in enumerate(mask.shape)
-            for shift in reversed(range(0, length.bit_length(), 2))]
-  if not digits:
+  steps = [[1 << shift if a == axis else 0 for a in range(mask.ndim)]
+           for axis, length in enumerate(mask.shape) for shift in reversed(range(0, length.bit_length(), 2))]
+  if not steps:
     return mask & fits
-  axis_of, shift_of = jnp.asarray(digits, jnp.int32).T
 
   def before(stop):
     earlier = fits
@@ -287,14 +286,14 @@ def _first(mask: Array, n: Count, total: Count) -> Array:
     return mask & earlier
 
   def settle_digit(i, stop):
-    step = jnp.where(jnp.arange(mask.ndim) == axis_of[i], jnp.left_shift(jnp.int32(1), shift_of[i]), 0)
+    step = jnp.asarray(steps, jnp.int32)[i]
     stops = [stop + digit * step for digit in (1, 2, 3)]
     counts = _totals([[before(s) for s in stops]])
     return stop + step * sum((at_least(n, c) & jnp.all(s >= 0)).astype(jnp.int32) for s, c in zip(stops, counts))
 
-  settled = fits | ~at_least(n, count(1))
+  decided = fits | ~at_least(n, count(1))
   stop = jnp.where(fits, jnp.asarray(mask.shape, jnp.int32), 0)
-  return before(lax.fori_loop(jnp.where(settled, len(digits), 0), len(digits), settle_digit, stop))
+  return before(lax.fori_loop(jnp.where(decided, len(steps), 0), len(steps), settle_digit, stop))
 
 
 def quantile(leaves: Sequence[Array], q: Any) -> Array:
