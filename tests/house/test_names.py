@@ -1,10 +1,11 @@
-"""One noun has one meaning: classes have names of their own, functions nearly so, and `docs/words.md` explains nouns."""
+"""Checks that a noun has one meaning: in the names of classes and of functions, and in `docs/words.md`."""
 
 import ast
 import collections
 import pathlib
 import re
 
+import prose
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -77,6 +78,11 @@ def test_every_class_of_the_glossary_exists():
   assert sorted(set(named) - set(public(sources(LIBRARY), ast.ClassDef))) == []
 
 
+def test_a_line_of_the_glossary_can_be_read_by_a_newcomer():
+  meanings = re.findall(r'^\| [^|]+ \| (.*) \|$', GLOSSARY, re.MULTILINE)
+  assert [problem for meaning in meanings for problem in prose.of_text(meaning)] == []
+
+
 def test_the_glossary_is_in_alphabetical_order_and_has_every_noun_once():
   nouns = [word.lower() for word in words(GLOSSARY)]
   assert nouns == sorted(set(nouns)) and len(nouns) > 60
@@ -84,7 +90,8 @@ def test_the_glossary_is_in_alphabetical_order_and_has_every_noun_once():
 
 @pytest.mark.parametrize('texts, classes, functions', [
     ({'a': 'class Row: ...', 'b': 'class Row: ...'}, ['Row'], []),
-    ({'a': 'class _Row: ...', 'b': 'class _Row: ...', 'c': 'def f():\n  class Row: ...', 'd': 'class Row: ...'}, [], []),
+    ({'a': 'class _Row: ...', 'b': 'class _Row: ...', 'c': 'def f():\n  class Row: ...', 'd': 'class Row: ...'},
+     [], []),
     (dict.fromkeys('abc', 'def whole(): ...'), [], ['whole']),
     (dict.fromkeys('ab', 'def whole(): ...'), [], []),
     (dict.fromkeys('abc', 'def _whole(): ...'), [], []),
