@@ -4,10 +4,10 @@
     print(sparsejax.report(params, opt_state))                               # asked and achieved sparsity
     sparsejax.io.save('model.safetensors', sparsejax.formats.pack(params, sparsejax.NM(2, 4)))
 
-A module imports only modules that are listed above it:
+Modules import only from the lines above their own:
 
 - The ground: `types` holds the shared types and signatures, `errors` the texts of refusals, `tables` the printing of
-  tables. `trees` names the leaves of a pytree. `ranking` selects exact numbers of scores.
+  tables. `trees` names the leaves of a pytree. `ranking` selects exact numbers of scores, and `neighbours` handles groups.
 - `programs` reads JAX programs: the axes that each product contracts, and the collectives of a compiled step.
 - The words, one module each: `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`, `starts`, `metrics`.
 - `formats` packs pruned parameters into smaller arrays.

@@ -1,4 +1,4 @@
-"""Where: globs, predicates, prefix pytrees and conventions, over every container; refusals name place and way out."""
+"""Tests globs, predicates, prefix pytrees and conventions over every container; refusals name path and remedy."""
 
 import typing
 
