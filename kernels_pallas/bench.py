@@ -1,4 +1,4 @@
-"""The former place of the benchmark for GPUs: `python -m benchmarks gpu`. This module goes in the next release."""
+"""Says where the benchmark for GPUs is now: `python -m benchmarks gpu`. This module goes in the next release."""
 
 import sys
 

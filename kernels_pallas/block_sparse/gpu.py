@@ -100,8 +100,8 @@ def _order(fan: tuple[int, ...] | None, rows: int, columns: int, sweep: int, blo
   """Returns the output tiles, numbered `row * columns + column`, in the order in which the kernel computes them.
 
   `sweep` rows of tiles go through all columns before the next rows do. Columns with many blocks come first, and the
-  multiprocessors have equally much to do. If `fan` is `None`, the numbers of blocks are not known at trace time,
-  and to compute an order from them would take longer than it saves.
+  multiprocessors have equally much to do. If `fan` is `None`, the numbers of blocks are only known at run time,
+  where computing an order would take longer than the order saves.
   """
   ranked = np.arange(columns) if fan is None else np.argsort(-np.asarray(fan), kind='stable')
   row = np.arange(rows)
