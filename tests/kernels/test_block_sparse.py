@@ -270,7 +270,7 @@ REFUSED = {
     'cannot run here': (lambda: block_sparse_matmul(normal((4, 64)), SQUARE, implementation='mosaic_gpu'),
                         r"'mosaic_gpu' cannot run this: it is for cuda, and the default device is cpu.*'xla'.*can"),
     'length': (lambda: block_sparse_matmul(normal((4, 60)), SQUARE), r'\(4, 60\).*must end in 64.*reshape'),
-    'dtype': (lambda: block_sparse_matmul(jnp.ones((4, 64), jnp.int32), SQUARE), 'int32.*float32, bfloat16'),
+    'dtype': (lambda: block_sparse_matmul(jnp.ones((4, 64), jnp.int32), SQUARE), 'int32; cast x to float32, bfloat16'),
     'dense': (lambda: block_sparse_matmul(normal((4, 64)), jnp.ones((64, 64))), 'must be a formats.BlockSparseArray'),
     'stack': (lambda: block_sparse_matmul(normal((4, 16)), BlockSparseArray.from_dense(
         stack(), block=(8, 8), axes=Axes((1,), (2,), (), (0,)))), r'\(2, 16, 16\) is a stack.*vmap or scan'),
