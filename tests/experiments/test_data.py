@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from sklearn import datasets
 
 from experiments import data
-from experiments.data import batches, digits
+from experiments.data import digits, images
+from experiments.data.order import BatchPart, ShuffledOrder
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 STEPS = (0, 7, 1000, 10, 123_456_789)
@@ -197,7 +198,7 @@ def test_a_batch_does_not_depend_on_what_was_asked_before(root):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 10**12))
 def test_every_position_once_an_epoch(count, batch_size, seed, number):
-  positions = batches._Shuffled(count, batches._Part(batch_size, slice(None)), seed)
+  positions = ShuffledOrder(count, BatchPart(batch_size, slice(None)), seed)
   first, last = number * count, (number + 1) * count
   steps = [positions[step] for step in range(first // batch_size, -(-last // batch_size))]
   index, epochs = (np.concatenate([step[key] for step in steps]) for key in ('index', 'epoch'))
@@ -279,7 +280,7 @@ def test_super_resolution_is_from_images_at_half_the_size(root):
 def test_images_without_a_half_are_refused():
   part = (lambda rows: {'inputs': np.ones((len(rows), 4, 5, 1), np.uint8)}, np.arange(3))
   with pytest.raises(ValueError, match='4 x 5 have no half'):
-    data.PREPARED['super_resolution'](batches._Images(part, part, part, 10))
+    data.PREPARATIONS['super_resolution'](images.ImageSplits(part, part, part, 10))
 
 
 def test_a_set_keeps_its_own_validation_split(root):
@@ -293,7 +294,7 @@ def test_a_set_keeps_its_own_validation_split(root):
 
 def test_from_records_as_from_memory(root, monkeypatch):
   fast = load(root, batch_size=50, augment=True)
-  monkeypatch.setattr(batches, 'IN_MEMORY', 1000)
+  monkeypatch.setattr(images, 'IN_MEMORY', 1000)
   slow = load(root, batch_size=50, augment=True)
   for a, b in zip((fast.train[3], *fast.valid), (slow.train[3], *slow.valid)):
     assert all((a[key] == b[key]).all() and a[key].dtype == b[key].dtype for key in a)
@@ -301,7 +302,7 @@ def test_from_records_as_from_memory(root, monkeypatch):
 
 def test_sets_for_several_seeds_share_the_images(root, monkeypatch):
   one = load(root, seed=0)
-  monkeypatch.setattr(batches, '_remembered', lambda *_: pytest.fail('decoded again'))
+  monkeypatch.setattr(images, '_with_memory', lambda *_: pytest.fail('decoded again'))
   assert (load(root, seed=1).test[0]['inputs'] == one.test[0]['inputs']).all()
 
 
@@ -340,14 +341,14 @@ def test_the_parts_of_a_batch_are_together_the_batch(root, text, arguments):
 
 def test_only_the_own_rows_are_read(root, monkeypatch):
   """Every row read twice and more is counted, as from a set too large to remember."""
-  monkeypatch.setattr(batches, 'IN_MEMORY', 0)
-  read, reader = collections.Counter(), batches._reader
+  monkeypatch.setattr(images, 'IN_MEMORY', 0)
+  read, reader = collections.Counter(), images._reader
 
   def counting(builder, split, *keys):
     get = reader(builder, split, *keys)
     return lambda rows: (read.update((split, int(row)) for row in rows), get(rows))[1]
 
-  monkeypatch.setattr(batches, '_reader', counting)
+  monkeypatch.setattr(images, '_reader', counting)
   whole = load(root, batch_size=12)
   parts = [load(root, batch_size=12, rows=rows) for rows in PARTS]
   for split in ('train', 'valid', 'test'):
@@ -361,7 +362,7 @@ def test_only_the_own_rows_are_read(root, monkeypatch):
 
 def test_what_fits_in_memory_is_read_once(monkeypatch):
   read = []
-  get = batches._remembered(lambda rows: (read.extend(rows), {'inputs': rows * 2})[1], 3000)
+  get = images._with_memory(lambda rows: (read.extend(rows), {'inputs': rows * 2})[1], 3000)
   for rows in ([5, 1, 5], [1, 2], np.arange(3000), [2999, 0]):
     assert (get(np.array(rows))['inputs'] == np.array(rows) * 2).all()
   assert sorted(read) == list(range(3000))
