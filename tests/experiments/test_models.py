@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import sparsejax
 from experiments import models
 from experiments.loop import evaluate
-from experiments.models import convolutional, vit
+from experiments.models import convolutional, transformer
 from sparsejax import trees
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -153,7 +153,7 @@ def test_any_length(lm):
 
 def test_rotation_keeps_lengths_and_sees_only_distances():
   query, key = np.random.default_rng(2).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
-  rotate = lambda x: vit.rotated(jnp.broadcast_to(x, (1, 20, 2, 8)))
+  rotate = lambda x: transformer.rotated(jnp.broadcast_to(x, (1, 20, 2, 8)))
   products = jnp.einsum('bthd,bshd->hts', rotate(query), rotate(key))
   np.testing.assert_allclose(products[:, 3:15, 1:13], products[:, 5:17, 3:15], rtol=1e-4, atol=1e-4)
   assert not np.allclose(products[:, 3, 3:10], products[:, 3, 4:11], atol=1e-2)
