@@ -37,7 +37,7 @@ class ImageSplits(NamedTuple):
 Preparation = Callable[[ImageSplits], tuple[Callable[[Batch], Batch], int]]  # -> what maps a batch, number of outputs
 
 
-def data_set(splits: ImageSplits, part: BatchPart, seed: int, augment: bool, task: str) -> Data:
+def image_batches(splits: ImageSplits, part: BatchPart, seed: int, augment: bool, task: str) -> Data:
   """Returns the batches of images, prepared for `task` as `PREPARATIONS` says; `augment` shifts training images."""
   prepare, outputs = PREPARATIONS[task](splits)
   train = in_order(ShuffledOrder(len(splits.train[1]), part, seed), *splits.train)

@@ -62,14 +62,14 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
   root, part = pathlib.Path(data_dir or cache_directory()).expanduser(), BatchPart(batch_size, rows)
   if name == sst2.NAME:
     _refuse_for_text(name, 'sentences', augment, task)
-    return sst2.data_set(sst2.load(root, sequence_length or sst2.LENGTH), part, seed)
+    return sst2.sentence_batches(sst2.load(root, sequence_length or sst2.LENGTH), part, seed)
   with _quiet():
     splits = _splits(name, root, valid_fraction)
     if isinstance(splits, text.TextSplits):
       _refuse_for_text(name, 'text', augment, task)
-      return text.data_set(name, splits, part, seed, sequence_length or text.LENGTH)
+      return text.text_batches(name, splits, part, seed, sequence_length or text.LENGTH)
     _refuse(name, 'images', 'sequence_length', sequence_length)
-    return images.data_set(splits, part, seed, augment, task)
+    return images.image_batches(splits, part, seed, augment, task)
 
 
 def _refuse(name: str, kind: str, argument: str, value: Any) -> None:

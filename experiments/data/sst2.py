@@ -22,7 +22,7 @@ LENGTH = 32  # tokens; a fifth of the sentences have more
 FILES = {'train': 'train.tsv', 'valid': 'dev.tsv', 'test': 'test.tsv'}
 
 
-def data_set(splits: Mapping[str, Batch], part: BatchPart, seed: int) -> Data:
+def sentence_batches(splits: Mapping[str, Batch], part: BatchPart, seed: int) -> Data:
   """Returns the batches of sentences from the splits that `load` returns."""
   def dataset(split: str, order: Callable[[int], ShuffledOrder | SequentialOrder]) -> grain.MapDataset:
     arrays, count = splits[split], len(splits[split]['labels'])

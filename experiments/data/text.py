@@ -1,7 +1,7 @@
 """Reads text as bytes: the three splits of a file or of a TFDS set, in windows for a language model.
 
     splits = file_splits(pathlib.Path('book.txt'), valid_fraction=0.1)
-    data = data_set('book.txt', splits, BatchPart(32, slice(None)), seed=3, length=128)
+    data = text_batches('book.txt', splits, BatchPart(32, slice(None)), seed=3, length=128)
     data.train[0]['labels']  # int32[32, 128], the byte after each byte of `inputs`
 """
 
@@ -28,7 +28,7 @@ class TextSplits(NamedTuple):
   test: np.ndarray
 
 
-def data_set(name: str, splits: TextSplits, part: BatchPart, seed: int, length: int) -> Data:
+def text_batches(name: str, splits: TextSplits, part: BatchPart, seed: int, length: int) -> Data:
   """Returns the batches of windows of `length` bytes. Raises `ValueError` if a split is too short."""
   for split, text in splits._asdict().items():
     if len(text) < (needed := 2 * length if split == 'train' else 2):

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step); every example is where it belongs; what is not there is refused."""
+"""Checks that batches are a pure function of (seed, step), that every example is in its place, and all refusals."""
 
 import collections
 import json
@@ -24,7 +24,8 @@ from experiments.data.order import BatchPart, ShuffledOrder
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 STEPS = (0, 7, 1000, 10, 123_456_789)
-# Run here and in other processes, which start together after their imports: equal hashes of batches of every kind.
+# The program prints a hash of batches of every kind. The test runs it in this process and in two others, which start
+# together after their imports, and expects equal hashes.
 FINGERPRINT = """
 import hashlib, pathlib, sys, time
 from experiments import data
@@ -46,7 +47,7 @@ if __name__ == '__main__':
 
 
 class Boxes(tfds.core.GeneratorBasedBuilder):
-  """A colour set with a validation split of its own: each pixel tells its split and its number."""
+  """The `Boxes` are a set of colour images that has its own validation split. Each pixel encodes split and number."""
 
   VERSION = tfds.core.Version('1.0.0')
   SIZES = {'train': 20, 'validation': 6, 'test': 5}
@@ -67,14 +68,14 @@ class Boxes(tfds.core.GeneratorBasedBuilder):
 
 
 class RaggedBoxes(Boxes):
-  """The same without one shape for all."""
+  """The `RaggedBoxes` are declared without one shape for all images."""
 
   SHAPE = (None, None, 3)
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  """A data directory with `digits`, two sets of ours, and one of them in TensorFlow's own format."""
+  """Returns a data directory with `digits`, the two sets above, and one of the two in TensorFlow's own format."""
   path = tmp_path_factory.mktemp('data')
   digits.prepared(path)
   for builder in (Boxes, RaggedBoxes):
@@ -92,7 +93,7 @@ def load(root, name='digits', batch_size=64, seed=3, **arguments):
 
 
 def rows(batches, raw=False):
-  """The multiset of images with their labels, without padding; `raw`: pixels back in 0 ... 16."""
+  """Counts the images with their labels, without padding. `raw` is the range of pixels to map back to 0 ... 16."""
   counted = collections.Counter()
   for batch in batches:
     images = batch['inputs']
@@ -104,7 +105,7 @@ def rows(batches, raw=False):
 
 
 def epoch(one, number, count, batch_size):
-  """The inputs and labels of one epoch, cut out of the endless train batches."""
+  """Returns the inputs and labels of epoch `number`, cut out of the endless training batches."""
   first, last = number * count, (number + 1) * count
   steps = [one.train[step] for step in range(first // batch_size, -(-last // batch_size))]
   cut = slice(first % batch_size, first % batch_size + count)
@@ -181,10 +182,10 @@ def test_two_processes_prepare_at_once_and_see_the_same_batches(root, tmp_path):
   outputs = [process.communicate(timeout=120) for process in both]
   assert [process.returncode for process in both] == [0, 0], outputs
   assert {out.strip() for out, _ in outputs} == {namespace['fingerprint'](root, STEPS)}
-  assert [err for _, err in outputs] == ['', '']  # no bars, no advice to install OpenCV
+  assert [err for _, err in outputs] == ['', '']  # TFDS shows no bars and no advice to install OpenCV.
 
 
-# Which examples, when.
+# The order of examples.
 
 
 def test_a_batch_does_not_depend_on_what_was_asked_before(root):
@@ -257,7 +258,7 @@ def test_standardised_by_the_training_images(root):
   assert abs(images.mean()) < 1e-5 and abs(images.std() - 1) < 1e-5
   channels = load(root, 'boxes', batch_size=20).train[0]['inputs']
   np.testing.assert_allclose(channels.mean((0, 1, 2)), 0, atol=1e-6)
-  np.testing.assert_allclose(channels.std((0, 1, 2)), [1, 1, 0], atol=1e-5)  # a constant channel is no NaN
+  np.testing.assert_allclose(channels.std((0, 1, 2)), [1, 1, 0], atol=1e-5)  # A constant channel gives no NaN.
 
 
 def test_super_resolution_is_from_images_at_half_the_size(root):
@@ -269,7 +270,7 @@ def test_super_resolution_is_from_images_at_half_the_size(root):
     half = jax.image.resize(batch['labels'], (9, 4, 4, 1), 'bicubic')
     np.testing.assert_allclose(batch['inputs'], half, atol=1e-6)
   labels = one.train[3]['labels']
-  assert labels.min() == 0 and labels.max() == 1  # of 16 in digits
+  assert labels.min() == 0 and labels.max() == 1  # The largest pixel of digits is 16.
   standardised = plain.train[3]['inputs']
   np.testing.assert_allclose((labels - labels.mean()) / labels.std(),
                              (standardised - standardised.mean()) / standardised.std(), atol=1e-5)
@@ -289,7 +290,7 @@ def test_a_set_keeps_its_own_validation_split(root):
   first = epoch(one, 0, 20, 4)['inputs'][..., 0].max((1, 2))
   assert len(set(first)) == 20
   valid = np.concatenate([batch['inputs'][batch['weight'] > 0][:, 0, 0, 0] for batch in one.valid])
-  assert valid.min() > first.max()  # the first channel is 100 and more there
+  assert valid.min() > first.max()  # The first channel of the validation split is at least 100.
 
 
 def test_from_records_as_from_memory(root, monkeypatch):
@@ -312,7 +313,7 @@ def test_augmented_images_are_shifts(root):
   padded = np.pad(plain['inputs'], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=black)
   candidates = np.stack([padded[:, y:y + 8, x:x + 8] for y in range(3) for x in range(3)])
   same = (candidates == shifted['inputs']).all((2, 3, 4))
-  assert same.any(0).all() and (same.sum(1) > 0).all()  # each image is one of the nine, and all nine occur
+  assert same.any(0).all() and (same.sum(1) > 0).all()  # Each image is one of nine shifts, and all nine occur.
   assert (plain['labels'] == shifted['labels']).all()
 
 
@@ -340,7 +341,7 @@ def test_the_parts_of_a_batch_are_together_the_batch(root, text, arguments):
 
 
 def test_only_the_own_rows_are_read(root, monkeypatch):
-  """Every row read twice and more is counted, as from a set too large to remember."""
+  """Counts each access to a row, with a set that is too large for memory."""
   monkeypatch.setattr(images, 'IN_MEMORY', 0)
   read, reader = collections.Counter(), images._reader
 
@@ -373,14 +374,14 @@ def test_what_fits_in_memory_is_read_once(monkeypatch):
 
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
-  """Numbers, so that eight bytes tell their place, between characters of two and three bytes."""
+  """Returns a file of numbers, so that eight bytes tell their position, between characters of two and three bytes."""
   path = tmp_path_factory.mktemp('text') / 'numbers.txt'
   path.write_text(''.join(f'{i:06d}é€' for i in range(300)))
   return path
 
 
 def split_texts(one):
-  """Validation and test text: the labels of weight 1 with the first input in front."""
+  """Returns the validation and the test text: the first input, then the labels of weight 1."""
   texts = []
   for split in (one.valid, one.test):
     labels = np.concatenate([batch['labels'][batch['weight'] > 0] for batch in split])
@@ -457,7 +458,7 @@ def test_the_cache_directory(monkeypatch, variable, expected):
   assert data.cache_directory() == pathlib.Path(expected).expanduser()
 
 
-# Sets from elsewhere, where somebody has them.
+# Sets of TFDS, if a directory has them.
 
 
 @pytest.mark.skipif('SPARSEJAX_DATA_DIR' not in os.environ, reason='SPARSEJAX_DATA_DIR names no prepared TFDS sets')
