@@ -1,1 +1,1 @@
-"""What a run does while it trains: data to devices, checkpoints, measurements, signals and several hosts."""
+"""Contains the parts of the training loop: sharding, checkpoints, measurements, stop requests and several hosts."""
