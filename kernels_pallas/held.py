@@ -1,8 +1,8 @@
 """A packed weight as a program sees it: reshaped and transposed without being unpacked, and then contracted.
 
-`Held` stands in for the dense array of a packed one. Its dimensions are products of `Factor`s of the packed array's axes
-(`sparsejax.programs.factors`), and moves rearrange these. A product over exactly the axes that the array is packed along
-is one call of a kernel: `fitted` tells whether that is so, `product` does it.
+`Held` stands in for the dense array of a packed one. Its dimensions are products of `Factor`s of the packed array's
+axes (`sparsejax.programs.factors`), and moves rearrange the factors. A product over exactly the axes that the array is
+packed along is one call of a kernel: `fitted` tells whether a product is one, and `product` computes it.
 
     w = whole(packed, 'mlp/kernel')                            # a BlockSparseArray of shape (8, 12)
     fit = fitted(w, Numbers(contracted=(0,), batch=()))        # Fitted, or a Refusal with the reason

@@ -1,8 +1,8 @@
 """`packed(apply)` runs any JAX function of parameters on packed ones, without a change to the model.
 
 The function is traced as for dense parameters, so that no layer sees anything new, and is then evaluated operation by
-operation (`sparsejax.programs.evaluate`). A packed parameter stays packed through casts, reshapes and transposes until a
-product contracts it over the axes that it is packed along: that product is one call of the format's op. Every other
+operation (`sparsejax.programs.evaluate`). A packed parameter stays packed through casts, reshapes and transposes until
+a product contracts it over the axes that it is packed along: that product is one call of the format's op. Every other
 operation gets the parameter unpacked, bit for bit.
 
     small = formats.pack(params, '128x128')
@@ -56,8 +56,8 @@ OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
 class PackedUse(NamedTuple):
   """What becomes of one packed parameter in one place of the program.
 
-  `op`: the name of the op that is called, 'unpacked', or 'unused'. `primitive` and `where`: the operation that takes the
-  parameter. `why`: for 'unpacked' the reason; for an op what it would run on each platform, '' if it does not say.
+  `op`: the name of the op that is called, 'unpacked', or 'unused'. `primitive` and `where`: the operation that takes
+  the parameter. `why`: for 'unpacked' the reason; for an op what it would run on each platform, '' if it does not say.
   """
 
   path: str

@@ -122,9 +122,9 @@ def contractions(apply: Callable[..., Any], params: PyTree, *inputs: Any, **kwar
 
   Where a parameter meets data, the contractions with data decide its axes, so that a spectral norm or a penalty on `W`
   does not count; otherwise the contractions with other parameters decide (`A @ B`). An axis of independent copies is in
-  `layer` when the program shows that it is: a scan, a batch dimension, a picked index. An ensemble of which every member
-  reads the same input is one wide matrix; the ensemble's axis is then in `output`. Counts include code whose result is
-  not used. `apply` is the forward pass: a gradient contracts each weight along its outputs too.
+  `layer` when the program shows that the copies are independent: a scan, a batch dimension, a picked index. An ensemble
+  whose members all read the same input is one wide matrix; the ensemble's axis is then in `output`. Counts include code
+  whose result is not used. `apply` is the forward pass: a gradient contracts each weight along its outputs too.
   """
   return read(jaxprs.trace(apply, (params, *inputs), kwargs))
 

@@ -12,40 +12,16 @@ bodies evaluated inside (`KEPT`), or *walked*: their bodies run here, round by r
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
+from sparsejax import errors
 from sparsejax.programs import jaxprs
 from sparsejax.programs.jaxprs import Address
+from sparsejax.programs.structures import KEPT, WALKED, Enter, Inside, Outcome, Stop
 from sparsejax.types import Array
-
-
-class Enter(NamedTuple):
-  """Asks a walk to run the inner program `number` of an operation; `then(results)` goes on.
-
-  `then` returns the results of the operation, or another `Enter`. `step` is the round of a loop, `None` outside of one.
-  """
-
-  program: Any
-  arguments: list[Any]
-  then: Callable[[list[Any]], 'Outcome']
-  number: int = 0
-  step: int | None = None
-
-
-class Stop(NamedTuple):
-  """Asks a walk to stop at `site`, whatever that is to the caller; `resume(answer)` goes on like `Enter.then`."""
-
-  site: Any
-  resume: Callable[[Any], 'Outcome']
-
-
-Outcome = list[Any] | Enter | Stop
 
 
 class Here(NamedTuple):
@@ -57,6 +33,9 @@ class Here(NamedTuple):
   address: Address
   steps: tuple[int, ...]
   dense: Callable[[list[Any]], list[Any]]
+
+
+CALLS = {'jit', 'pjit', 'closed_call', 'core_call'}
 
 
 def _unwrapped(eqn: Any, value: Any, why: str) -> Any:
@@ -209,19 +188,44 @@ def _outcome(eqn: Any, values: list[Any], rules: Rules, here: Here) -> Outcome:
   outcome = rules.operation(eqn, values, here)
   if outcome is not None:
     return outcome
-  name = eqn.primitive.name
+  name, dense = eqn.primitive.name, functools.partial(rules.dense, eqn)
   if name in KEPT and rules.keeps(eqn):
-    return KEPT[name](eqn, values, rules, here)
+    run = functools.partial(_inside, rules, here, dense)
+    return KEPT[name](eqn, values, Inside(run, here.dense, dense, rules.unstacked))
   if name in WALKED:
     return WALKED[name](eqn, values)
-  program = jaxprs.body(eqn) if name in CALLS or name in KEPT or not rules.keeps(eqn) else None
-  if program is not None and name not in jaxprs.STRUCTURES:
-    return Enter(program, values, lambda results: results)
-  return here.dense(_dense(eqn, values, rules, 'no product'))
+  if _entered(eqn, rules):
+    return Enter(jaxprs.body(eqn), values, lambda results: results)
+  return here.dense([dense(value, 'no product') for value in values])
 
 
-def _dense(eqn: Any, values: Sequence[Any], rules: Rules, why: str) -> list[Any]:
-  return [rules.dense(eqn, value, why) for value in values]
+def _inside(rules: Rules, here: Here, dense: Callable[[Any, str], Any], program: Any, arguments: Sequence[Any],
+            number: int) -> list[Array]:
+  """Returns the results of the inner program `number` of a structure that is kept, all of them dense."""
+  results = evaluate(program, arguments, rules, (*here.address, number))
+  return [dense(result, 'it is one of its results') for result in results]
+
+
+def _entered(eqn: Any, rules: Rules) -> bool:
+  """Returns whether the programs inside of an operation are evaluated by the rules.
+
+  `jit` is always entered. An unknown operation with a body may have a rule of its own for `vmap` or for derivatives,
+  which would be lost. It is entered only where structures are walked, on concrete values.
+  """
+  name = eqn.primitive.name
+  if name in KEPT or name in CALLS:
+    return True
+  return name not in jaxprs.STRUCTURES and not rules.keeps(eqn) and jaxprs.body(eqn) is not None
+
+
+def check_reached(function: str, program: Any, sites: Mapping[Address, str], rules: Rules) -> None:
+  """Raises `ValueError` if an evaluation by these rules cannot reach one of the sites, given with their names."""
+  entered = lambda eqn: _entered(eqn, rules)
+  reached = {address for address, _ in jaxprs.equations(program, entered=entered)}
+  missed = [name for address, name in sites.items() if address not in reached]
+  if missed:
+    raise ValueError(f'{function}: the program cannot be evaluated where it uses {errors.some(missed)}, inside of a '
+                     'shard_map or of an operation that is run as a whole; trace the function without it.')
 
 
 def _bind(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
@@ -229,134 +233,3 @@ def _bind(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
   inputs = {v: value for v, value in zip(eqn.invars, values) if not isinstance(v, core.Literal)}
   alone = jaxpr.replace(constvars=(), invars=list(inputs), outvars=eqn.outvars, eqns=[eqn])
   return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*inputs.values())
-
-
-# Calls are entered whether loops are kept or walked. Other operations with a body that are kept may have a rule for
-# `vmap` of their own, which would be lost, so that they run as they are.
-CALLS = {'jit', 'pjit', 'closed_call', 'core_call'}
-
-
-# Kept: the same structure around a body that is evaluated here. Its results are dense.
-
-
-def _inside(program: Any, eqn: Any, arguments: Sequence[Any], rules: Rules, here: Here, number: int = 0) -> list[Array]:
-  """Returns the results of an inner program, all of them dense."""
-  results = evaluate(program, arguments, rules, (*here.address, number))
-  return _dense(eqn, results, rules, 'it is one of its results')
-
-
-def _kept_remat(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  run = functools.partial(_inside, jaxprs.body(eqn), eqn, rules=rules, here=here)
-  return jax.checkpoint(run, **jaxprs.remat_options(eqn))(values)
-
-
-def _kept_custom_jvp(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  """The derivative rule is about dense arrays, so that it gets them."""
-  call = jax.custom_jvp(functools.partial(_inside, jaxprs.body(eqn), eqn, rules=rules, here=here))
-  exact = lambda values: here.dense(_dense(eqn, values, rules, 'its derivative rule takes arrays'))
-  call.defjvp(lambda primals, tangents: jax.jvp(exact, primals, tangents))
-  return call(values)
-
-
-def _kept_custom_vjp(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  run = functools.partial(_inside, jaxprs.body(eqn), eqn, rules=rules, here=here)
-  exact = lambda values: here.dense(_dense(eqn, values, rules, 'its derivative rule takes arrays'))
-  call = jax.custom_vjp(run)
-  call.defvjp(lambda values: (run(values), values), lambda values, dy: jax.vjp(exact, values)[1](dy))
-  return call(values)
-
-
-def _kept_cond(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  runs = [functools.partial(_inside, program, eqn, rules=rules, here=here, number=k)
-          for k, program in enumerate(jaxprs.branches(eqn))]
-  return lax.switch(rules.dense(eqn, values[0], 'it is the number of a branch'), runs, values[1:])
-
-
-def _kept_while(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  loop = jaxprs.while_parts(eqn)
-  of_condition, of_body, carries = loop.split(values)
-  proceed = lambda carries: _inside(loop.condition, eqn, [*of_condition, *carries], rules, here, 0)[0]
-  step = lambda carries: _inside(loop.body, eqn, [*of_body, *carries], rules, here, 1)
-  return lax.while_loop(proceed, step, _dense(eqn, carries, rules, 'it changes from round to round'))
-
-
-def _kept_scan(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  """A stack-like stand-in that the scan takes apart stays a stand-in, step by step."""
-  scan = jaxprs.scan_parts(eqn)
-  constants, carries, stacks = scan.split(values)
-  carries, split = _dense(eqn, carries, rules, 'it changes from round to round'), []
-  for value in stacks:
-    parts = rules.unstacked(value)
-    split.append((rules.dense(eqn, value, parts), lambda x: x) if isinstance(parts, str) else parts)
-
-  def step(carries: list[Array], slices: list[Any]) -> tuple[list[Array], list[Array]]:
-    values = [make(x) for (_, make), x in zip(split, slices)]
-    results = _inside(scan.body, eqn, [*constants, *carries, *values], rules, here)
-    return results[:len(carries)], results[len(carries):]
-
-  arrays = [array for array, _ in split]
-  carries, results = lax.scan(step, carries, arrays, scan.length, scan.reverse, scan.unroll)
-  return [*carries, *results]
-
-
-KEPT: dict[str, Callable[[Any, list[Any], Rules, Here], list[Any]]] = {
-  **dict.fromkeys(('checkpoint', 'remat', 'remat2'), _kept_remat), 'custom_jvp_call': _kept_custom_jvp,
-  'custom_vjp_call': _kept_custom_vjp, 'cond': _kept_cond, 'while': _kept_while, 'scan': _kept_scan}
-
-
-# Walked: the bodies run one after the other. What decides how often is a concrete number.
-
-
-def _walked_cond(eqn: Any, values: list[Any]) -> Outcome:
-  number = int(_concrete(eqn, values[0]))
-  programs = jaxprs.branches(eqn)
-  number = min(max(number, 0), len(programs) - 1)  # `lax.switch` clamps.
-  return Enter(programs[number], values[1:], lambda results: results, number)
-
-
-def _walked_while(eqn: Any, values: list[Any]) -> Outcome:
-  loop = jaxprs.while_parts(eqn)
-  of_condition, of_body, carries = loop.split(values)
-
-  def begin(step: int, carries: list[Any]) -> Outcome:
-    return Enter(loop.condition, of_condition + carries, functools.partial(decide, step, carries), 0, step)
-
-  def decide(step: int, carries: list[Any], results: list[Any]) -> Outcome:
-    if not _concrete(eqn, results[0]):
-      return carries
-    return Enter(loop.body, of_body + carries, functools.partial(begin, step + 1), 1, step)
-
-  return begin(0, carries)
-
-
-def _walked_scan(eqn: Any, values: list[Any]) -> Outcome:
-  scan = jaxprs.scan_parts(eqn)
-  constants, carries, stacks = scan.split(values)
-  order = range(scan.length)[::-1] if scan.reverse else range(scan.length)
-  outputs = eqn.outvars[scan.carries:]
-
-  def step(number: int, carries: list[Any], done: tuple[list[Any], ...]) -> Outcome:
-    if number == scan.length:
-      columns = list(zip(*(done[::-1] if scan.reverse else done))) or [[]] * len(outputs)
-      return carries + [_stacked(column, v.aval) for column, v in zip(columns, outputs)]
-    slices = [lax.index_in_dim(stack, order[number], keepdims=False) for stack in stacks]
-    go_on = lambda results: step(number + 1, results[:scan.carries], (*done, results[scan.carries:]))
-    return Enter(scan.body, constants + carries + slices, go_on, 0, order[number])
-
-  return step(0, carries, ())
-
-
-def _stacked(column: Sequence[Array], aval: Any) -> Array:
-  return jnp.stack(column) if column else jnp.zeros(aval.shape, aval.dtype)
-
-
-def _concrete(eqn: Any, value: Any) -> Any:
-  """Returns a number that decides what a walk does; under `jit` there is none."""
-  if isinstance(value, jax.core.Tracer):
-    raise ValueError(f'Walk: {jaxprs.place(eqn)} depends on a traced value; walk outside of jit, vmap and grad, or keep '
-                     'the operation as it is.')
-  return value
-
-
-WALKED: dict[str, Callable[[Any, list[Any]], Outcome]] = {
-  'cond': _walked_cond, 'while': _walked_while, 'scan': _walked_scan}

@@ -1,7 +1,8 @@
-"""Traces functions, and reads the operations of their programs: the only module that knows how JAX names its parameters.
+"""Traces functions, and reads the operations of their programs: only this module knows how JAX names its parameters.
 
-`trace` gives a `Program`. Every other module of the package asks this one about an operation (`jax.extend.core.JaxprEqn`,
-called `eqn`): which programs it runs, which dimensions it moves, and what each dimension of a product is.
+`trace` returns a `Program`. Every other module of the package asks this module about an operation, a
+`jax.extend.core.JaxprEqn` called `eqn`: which programs it runs, which dimensions it moves, and what each dimension of a
+product is.
 
     program = trace(model.apply, (variables, x))
     for address, eqn in equations(program.jaxpr):
@@ -172,7 +173,8 @@ def shards(eqn: Any) -> tuple[Any, int]:
 def body(eqn: Any) -> Any | None:
   """Returns the program that an operation runs once on its operands as they are, or `None`.
 
-  `jit`, `remat` and functions with derivatives of their own have one. Shapes tell, so that a new version's names do too.
+  `jit`, `remat` and functions with derivatives of their own run such a program. The shapes of its inputs and outputs
+  tell, so that the names of a new version of JAX do not matter.
   """
   for program in core.jaxprs_in_params({key: p for key, p in eqn.params.items() if not isinstance(p, tuple)}):
     inside = opened(program)
@@ -199,12 +201,16 @@ def inner(eqn: Any) -> Sequence[Any]:
   return [] if program is None else [program]
 
 
-def equations(program: Any, address: Address = ()) -> Iterator[tuple[Address, Any]]:
-  """Yields the address and the equation of each operation, those of inner programs after the operation itself."""
+def equations(program: Any, address: Address = (), entered: Callable[[Any], bool] = lambda eqn: True
+              ) -> Iterator[tuple[Address, Any]]:
+  """Yields the address and the equation of each operation; those of inner programs follow the operation itself.
+
+  `entered(eqn)` tells which operations' inner programs are included.
+  """
   for i, eqn in enumerate(opened(program).eqns):
     yield (*address, i), eqn
-    for k, part in enumerate(inner(eqn)):
-      yield from equations(part, (*address, i, k))
+    for k, part in enumerate(inner(eqn) if entered(eqn) else ()):
+      yield from equations(part, (*address, i, k), entered)
 
 
 def hidden(eqn: Any) -> Sequence[Any]:
@@ -222,8 +228,9 @@ _DIMENSIONS = {
 def dimensions(eqn: Any) -> Any:
   """Returns the dimensions that a moving operation names.
 
-  `transpose`: the permutation. `squeeze`: the dimensions that go. `broadcast_in_dim`: where each dimension of the operand
-  goes. `reshape`: the order in which the dimensions are read first, or `None`. `concatenate`, `stack`, `unstack`: the axis.
+  `transpose`: the permutation. `squeeze`: the dimensions to remove. `broadcast_in_dim`: the place of each dimension of
+  the operand in the result. `reshape`: the order in which the dimensions are read before, or `None`. `concatenate`,
+  `stack`, `unstack`: the axis.
   """
   return eqn.params[_DIMENSIONS[eqn.primitive.name]]
 
