@@ -17,7 +17,7 @@ import numpy as np
 from experiments.data.order import SequentialOrder, ShuffledOrder
 
 Batch = Mapping[str, np.ndarray]
-Read = Callable[[np.ndarray], Batch]  # rows of a split -> their `inputs` and `labels`
+Reader = Callable[[np.ndarray], Batch]  # rows of a split -> their `inputs` and `labels`
 
 
 class Batches(collections.abc.Sequence):
@@ -62,7 +62,7 @@ def from_datasets(train: grain.MapDataset, valid: grain.MapDataset, test: grain.
   return Data(Batches(train), Batches(valid), Batches(test), num_classes, example)
 
 
-def in_order(order: ShuffledOrder | SequentialOrder, read: Read, rows: np.ndarray) -> grain.MapDataset:
+def in_order(order: ShuffledOrder | SequentialOrder, read: Reader, rows: np.ndarray) -> grain.MapDataset:
   """Returns the data set whose batches are `read(rows[index])` for each `index` of `order`, with its weight if any."""
   def batch(positions: Batch) -> Batch:
     weight = {'weight': positions['weight']} if 'weight' in positions else {}
