@@ -18,7 +18,7 @@ from experiments.data.batches import Batch, Data, Reader, from_datasets, in_orde
 from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder
 from sparsejax import errors
 
-IN_MEMORY = 2**30  # bytes; images of sets up to this size are decoded once, those of larger ones at each access
+IN_MEMORY = 2**30  # bytes; a split up to this size is decoded once, and a larger split at each access
 STATISTICS = 10_000  # images that the standardisation constants are computed from
 
 
@@ -133,8 +133,8 @@ def _sample(read: Reader, rows: np.ndarray) -> Iterator[np.ndarray]:
 def standardisation(splits: ImageSplits) -> tuple[Callable[[Batch], Batch], int]:
   """Returns a function that standardises `inputs` per channel, and the number of classes.
 
-  The function subtracts each channel's mean and divides by its standard deviation. Both come from a sample of at most
-  `STATISTICS` training images. A constant channel is divided by 1.
+  The function subtracts the mean of each channel and divides by the standard deviation of the channel. The mean and the
+  deviation come from a sample of at most `STATISTICS` training images. A constant channel is divided by 1.
   """
   sums, squares, count = 0, 0, 0
   for images in _sample(*splits.train):
@@ -152,8 +152,8 @@ def standardisation(splits: ImageSplits) -> tuple[Callable[[Batch], Batch], int]
 def halving(splits: ImageSplits) -> tuple[Callable[[Batch], Batch], int]:
   """Returns a function that makes images the labels and halved images the inputs, and the number of channels.
 
-  Labels are divided by the largest value in a sample of the training images, which is 16 in `digits`, so that they
-  are in [0, 1]. Inputs are the labels at half the height and width. Raises `ValueError` for an odd height or width.
+  Labels are images in [0, 1], divided by the largest value in a sample of the training images (16 in `digits`). Inputs
+  are the labels at half the height and width. Raises `ValueError` for an odd height or width.
   """
   largest = max(int(images.max()) for images in _sample(*splits.train))
   *_, height, width, channels = next(_sample(*splits.train)).shape
