@@ -28,7 +28,7 @@ from experiments import configs, train
 from experiments.loop import checkpoints, evaluate, hosts, optimizers, outcomes, records, tasks
 from experiments.loop.progress import Progress
 from experiments.loop.runs import Model, Run, Setup, build, prepare, split
-from experiments.loop.stopping import Signals
+from experiments.loop.stopping import StopRequest
 from experiments.tables import results
 from sparsejax import errors, io, metrics, recipes
 from sparsejax.types import Array, PyTree
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return train.main(arguments, 'tickets', rounds)
 
 
-def rounds(config: ConfigDict, workdir: pathlib.Path, signals: Signals, again: str) -> int:
+def rounds(config: ConfigDict, workdir: pathlib.Path, signals: StopRequest, again: str) -> int:
   """Trains and tests whatever is not finished yet, then shows all of it. Returns the exit status."""
   section = settings(config)
   if not hosts.alone():
@@ -152,7 +152,7 @@ def _refuse_changes(config: ConfigDict, workdir: pathlib.Path) -> None:
   records.write_whole(path, json.dumps(now, indent=2) + '\n')
 
 
-def _found(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Path, signals: Signals,
+def _found(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Path, signals: StopRequest,
            console: rich.console.Console) -> dict[str, Any]:
   """What `results.json` holds."""
   early = None
@@ -194,7 +194,7 @@ def _retraining(config: ConfigDict, section: Mapping[str, Any]) -> ConfigDict:
                 optimizer=rates(config.optimizer, section['rewind']))
 
 
-def _early(config: ConfigDict, steps: int, directory: pathlib.Path, signals: Signals,
+def _early(config: ConfigDict, steps: int, directory: pathlib.Path, signals: StopRequest,
            console: rich.console.Console) -> PyTree:
   """The parameters of the dense run at this step, by its first steps run apart: its checkpoints are soon gone."""
   # Measured at its last step, which the dense run need not be at.
@@ -206,7 +206,7 @@ def _early(config: ConfigDict, steps: int, directory: pathlib.Path, signals: Sig
     return _trained(run, setup._replace(config=_phase(setup.config, steps=steps)), signals, progress, test=False)
 
 
-def _trained(run: Run, setup: Setup, signals: Signals, progress: Progress, test: bool = True) -> PyTree:
+def _trained(run: Run, setup: Setup, signals: StopRequest, progress: Progress, test: bool = True) -> PyTree:
   """The last parameters of a run, NumPy, after whatever of it is left to train and test. Raises `Stopped`."""
   if not train.train(run, setup, signals, progress):
     raise Stopped(run.name)
@@ -219,7 +219,7 @@ def _trained(run: Run, setup: Setup, signals: Signals, progress: Progress, test:
 
 
 def _round(number: int, section: Mapping[str, Any], setup: Setup, base: Setup, start: PyTree, ticket: PyTree,
-           between: Callable[[PyTree, PyTree], metrics.Barrier], workdir: pathlib.Path, signals: Signals,
+           between: Callable[[PyTree, PyTree], metrics.Barrier], workdir: pathlib.Path, signals: StopRequest,
            progress: Progress) -> Round:
   """Prunes `ticket`, retrains `start` under its mask, all members at once, and averages them."""
   name, members = f'round-{number}', section['members']

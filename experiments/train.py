@@ -30,12 +30,12 @@ from experiments import configs
 from experiments.loop import checkpoints, evaluate, hosts, outcomes, records
 from experiments.loop.progress import Progress
 from experiments.loop.runs import Run, Setup, batch, build, prepare, split
-from experiments.loop.stopping import Signals
+from experiments.loop.stopping import StopRequest
 from experiments.tables import results
 from sparsejax import metrics
 from sparsejax.types import Array
 
-Loop = Callable[[ConfigDict, pathlib.Path, Signals, str], int]  # (config, workdir, signals, command) -> exit status
+Loop = Callable[[ConfigDict, pathlib.Path, StopRequest, str], int]  # (config, workdir, signals, command) -> exit status
 
 
 def main(arguments: Sequence[str] | None = None, program: str = 'train', loop: Loop | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, program: str = 'train', loop: L
     config, workdir = configs.load(asked.config, asked.set), pathlib.Path(asked.workdir)
     if asked.distributed:
       hosts.join(asked.distributed, workdir / 'logs')
-    with Signals() as signals:
+    with StopRequest() as signals:
       status, patience = (loop or compare)(config, workdir, signals, again), hosts.JOIN
   except KeyboardInterrupt:
     hosts.say(f'Interrupted at once: what follows the last checkpoint is lost. Resume with: {again}')
@@ -83,7 +83,7 @@ def _parsed(arguments: Sequence[str] | None, program: str) -> argparse.Namespace
   return parser.parse_args(arguments)
 
 
-def compare(config: ConfigDict, workdir: pathlib.Path, signals: Signals, again: str) -> int:
+def compare(config: ConfigDict, workdir: pathlib.Path, signals: StopRequest, again: str) -> int:
   """Trains and tests each run that is not finished yet, then shows all of them. Returns the exit status."""
   if config.tickets is not None:
     raise ValueError('config: tickets is for rounds of pruning: give the same to python -m experiments.tickets.')
@@ -112,7 +112,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path, signals: Signals, again: 
   return 0
 
 
-def train(run: Run, setup: Setup, signals: Signals, progress: Progress) -> bool:
+def train(run: Run, setup: Setup, signals: StopRequest, progress: Progress) -> bool:
   """Trains one run to its end, from its newest checkpoint if it has one. False if a signal stopped it, after saving.
 
   Raises `FloatingPointError` where the loss or a parameter is no longer finite; all that is saved is from before that.

@@ -105,6 +105,22 @@ class NM:
     mask = ranking.top_n_in_groups(neighbours.merged(scores, contracted, self.m), n, self.m, min(contracted))
     return neighbours.alike(neighbours.unmerged(mask, contracted, sizes), scores)
 
+  @property
+  def group(self) -> tuple[int, int]:
+    return self.m, self.width
+
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    if why := self.validate(w.shape, axes):
+      return why
+    n = self.n if sparsity is None else kept_of(sparsity, self.m)
+    excess = NM(n, self.m, self.width).excess(w != 0, axes)
+    bad = int(jnp.sum(excess > 0, dtype=jnp.int32))
+    if not bad:
+      return ''
+    first = tuple(int(i) for i in jnp.unravel_index(jnp.argmax(excess.reshape(-1) > 0), excess.shape))
+    return (f'{bad} of {excess.size} groups keep more than {n} of {self.m}, the first, {first}, keeps '
+            f'{int(excess[first]) + n}')
+
   def excess(self, nonzero: Array, axes: Axes) -> Array:
     """How many more than `n` each group keeps, at least 0: `int32`, the contraction merged and shortened to groups.
 
@@ -124,6 +140,7 @@ class Unstructured:
 
   sparsity: float | None = None
   static = True
+  group = 1, 1
 
   def __post_init__(self):
     _check_share('Unstructured', self.sparsity)
@@ -136,6 +153,9 @@ class Unstructured:
 
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes | None = None, drop: Any = None) -> Array:
     return _best_units(self, scores, sparsity, axes, drop)
+
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    return too_many(self, w, axes, sparsity, 'weights')
 
   def pooled(self, scores: Array, axes: Axes | None) -> Pooled:
     """Every weight is a unit."""
@@ -189,6 +209,13 @@ class Block:
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
     return _best_units(self, scores, sparsity, axes, drop)
 
+  @property
+  def group(self) -> tuple[int, int]:
+    return self.shape
+
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    return too_many(self, w, axes, sparsity, 'blocks')
+
   def pooled(self, scores: Array, axes: Axes) -> Pooled:
     """The sums of the blocks, taps and layers first, then along contraction and output."""
     blocks, restored = neighbours.tiled(scores, axes.contracted, axes.output, self.shape)
@@ -214,6 +241,7 @@ class Channel:
 
   sparsity: float | None = None
   static = True
+  group = 1, 1
 
   def __post_init__(self):
     _check_share('Channel', self.sparsity)
@@ -229,6 +257,9 @@ class Channel:
 
   def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
     return _best_units(self, scores, sparsity, axes, drop)
+
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    return too_many(self, w, axes, sparsity, 'channels')
 
   def pooled(self, scores: Array, axes: Axes) -> Pooled:
     """The sums of the channels, `[*layers, *outputs]` in the order of the leaf's axes."""
@@ -286,6 +317,22 @@ def _best_units(pattern: Any, scores: Array, sparsity: Any, axes: Axes | None, d
   return whole(jnp.moveaxis(select(jnp.moveaxis(pooled, layers, front), kept), front, layers))
 
 
+def too_many(pattern: Any, w: Array, axes: Axes, sparsity: float | None, noun: str) -> str:
+  """Says in which layer `w` keeps more units, called `noun`, than `sparsity` allows; empty if in none.
+
+  `sparsity=None` stands for the pattern's own.
+  """
+  if why := pattern.validate(w.shape, axes):
+    return why
+  pool = pattern.pooled((w != 0).astype(jnp.float32), axes)
+  units = np.asarray(pool.scores > 0)
+  kept = np.sum(units, tuple(a for a in range(units.ndim) if a not in pool.layers)).reshape(-1)
+  sparsity = pattern.sparsity if sparsity is None else sparsity
+  allowed = kept_of(sparsity or 0, units.size // max(kept.size, 1))
+  where = f' in layer {kept.argmax()}' if pool.layers else ''
+  return f'{kept.max()} {noun} are kept{where}, {allowed} asked' if kept.max(initial=0) > allowed else ''
+
+
 def _check_share(name: str, sparsity: float | None) -> None:
   if sparsity is not None and not 0 <= sparsity <= 1:
     raise ValueError(f'{name}: sparsity is the fraction of zeros, from 0 to 1, not {sparsity!r}.')
@@ -322,22 +369,39 @@ def fewer(kept: ranking.Count, drop: Any) -> ranking.Count:
   return ranking.minus(kept, ranking.count(jnp.floor(jnp.asarray(drop, jnp.float32) * whole)))
 
 
-def parse(text: Any) -> Any:
-  """`'2:4'` is `NM(2, 4)`, `'128x128'` `Block((128, 128))`, `'unstructured'` `Unstructured()`, `'channel'` `Channel()`.
+class Spelling(NamedTuple):
+  """A `Spelling` says how a pattern is written in configurations and on command lines.
 
-  `'2:4x128'` is `NM(2, 4, width=128)`. A pattern is itself; a dict of them, each for itself.
+  `regex` matches the whole text. `make` builds the pattern from the numbers that the groups of `regex` match.
+  `examples` are shown to whoever misspells a name.
+  """
+
+  regex: str
+  make: Callable[..., Pattern]
+  examples: tuple[str, ...]
+
+
+# A pattern from outside is one line: `patterns.TABLE['diagonal'] = Spelling('diagonal', Diagonal, ('diagonal',))`.
+TABLE = {
+  'n_m': Spelling(r'(\d+)\s*:\s*(\d+)\s*(?:x\s*(\d+))?', NM, ('2:4', '1:8', 'N:M', '2:4x128')),
+  'block': Spelling(r'(\d+)\s*x\s*(\d+)', lambda k, n: Block((k, n)), ('128x128',)),
+  'unstructured': Spelling('unstructured', Unstructured, ('unstructured',)),
+  'channel': Spelling('channel', Channel, ('channel',)),
+}
+
+
+def parse(text: Any) -> Any:
+  """Returns the pattern that `text` spells by `TABLE`: `'2:4'` is `NM(2, 4)`, `'128x128'` is `Block((128, 128))`.
+
+  `'2:4x128'` is `NM(2, 4, width=128)`. A pattern is returned as it is, and a dict of patterns is parsed entry by entry.
   Raises `ValueError` for anything else.
   """
   if isinstance(text, Mapping):
     return {glob: parse(each) for glob, each in text.items()}
   if callable(text):
     return text
-  text = str(text)
-  if block := re.fullmatch(r'\s*(\d+)\s*x\s*(\d+)\s*', text):
-    return Block((int(block[1]), int(block[2])))
-  if group := re.fullmatch(r'\s*(\d+)\s*:\s*(\d+)\s*(?:x\s*(\d+)\s*)?', text):
-    return NM(int(group[1]), int(group[2]), int(group[3] or 1))
-  plain = {'unstructured': Unstructured, 'channel': Channel}
-  if text.strip().lower() in plain:
-    return plain[text.strip().lower()]()
-  raise errors.unknown('patterns.parse', 'pattern', text, ['2:4', '1:8', 'N:M', '2:4x128', '128x128', *plain])
+  for spelling in TABLE.values():
+    if match := re.fullmatch(spelling.regex, str(text).strip(), re.IGNORECASE):
+      return spelling.make(*(int(number) for number in match.groups() if number is not None))
+  examples = [example for spelling in TABLE.values() for example in spelling.examples]
+  raise errors.unknown('patterns.parse', 'pattern', str(text), examples)

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparsejax import flows, states, trees
-from sparsejax.patterns import NM, Block, Channel
+from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
 _COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
@@ -94,7 +93,7 @@ def report(
     if own is None:
       rows.append(Row(path, w.shape, _tightest(w, at), at, None, _sparsity(w)))
       continue
-    rows.append(Row(path, w.shape, own, at, own.sparsity, _sparsity(w), _problem(w, own, own.sparsity, at)))
+    rows.append(Row(path, w.shape, own, at, own.sparsity, _sparsity(w), own.violation(w, at)))
   return Report(tuple(rows), asked=_overall([(row, row.asked) for row in rows]))
 
 
@@ -175,37 +174,15 @@ def _row_of(leaf: states.SparseLeaf, w: Array, point: Array, axes: Axes, around:
                f'outermost transform on its leaves{at}), or these are not the parameters of this state (of an average '
                'of them: sparsejax.apply_masks)')
   else:
-    problem = '' if leaf.pattern in (None, 'global') else _problem(w, leaf.pattern, leaf.sparsity, axes)
-    if problem and bool(jnp.any(point != 0)) and _problem(point, leaf.pattern, leaf.sparsity, axes):
+    problem = '' if leaf.sparsity is None else leaf.pattern.violation(w, axes, leaf.sparsity)
+    if problem and bool(jnp.any(point != 0)) and leaf.pattern.violation(point, axes, leaf.sparsity):
       problem = f'not there yet (dense phase or decay): {problem}'
   return Row(leaf.path, w.shape, leaf.pattern, axes, leaf.sparsity, _sparsity(w), problem)
 
 
-def _problem(w: Array, pattern: Pattern, asked: float | None, axes: Axes) -> str:
-  """Why `w` does not keep `pattern`; empty if it does."""
-  if why := pattern.validate(w.shape, axes):
-    return why
-  if isinstance(pattern, NM):
-    excess = pattern.excess(w != 0, axes)
-    bad = int(jnp.sum(excess > 0, dtype=jnp.int32))
-    if bad:
-      first = tuple(int(i) for i in jnp.unravel_index(jnp.argmax(excess.reshape(-1) > 0), excess.shape))
-      return (f'{bad} of {excess.size} groups keep more than {pattern.n} of {pattern.m}, '
-              f'the first, {first}, keeps {int(excess[first]) + pattern.n}')
-    return ''
-  sums, layers, _ = pattern.pooled((w != 0).astype(jnp.float32), axes)
-  units = sums > 0
-  kept = np.asarray(jnp.sum(units, [a for a in range(units.ndim) if a not in layers], dtype=jnp.int32)).reshape(-1)
-  size = units.size // max(kept.size, 1)
-  allowed = size - round((asked or 0) * size)
-  what = {Block: 'blocks', Channel: 'channels'}.get(type(pattern), 'weights')
-  where = f' in layer {kept.argmax()}' if layers else ''
-  return f'{kept.max()} {what} are kept{where}, {allowed} asked' if kept.max(initial=0) > allowed else ''
-
-
 def _tightest(w: Array, axes: Axes) -> NM | None:
   """The sparsest of the common patterns that `w` keeps, for a parameter of which nothing was asked."""
-  fits = (p for p in _COMMON if axes.contracted and not p.validate(w.shape, axes) and not _problem(w, p, None, axes))
+  fits = (p for p in _COMMON if axes.contracted and not p.validate(w.shape, axes) and not p.violation(w, axes))
   return next(fits, None)
 
 

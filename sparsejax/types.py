@@ -78,12 +78,16 @@ class Pattern(Protocol):
 
   sparsity: float | None  # what it reaches when nobody asks for another sparsity
   static: bool  # no traced number in it
+  group: tuple[int, int]  # lengths, along contraction and output, of the group of weights that kernels see as one
 
   def __call__(self, scores: Array, sparsity: Any, axes: Axes, drop: Any = None) -> Array:
     """Returns the mask, `bool` shaped like `scores`, `True` where kept; `drop`, a fraction of these fewer."""
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     """Returns why a leaf of this shape cannot carry the pattern, with the remedy, or `None` if it can."""
+
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    """Returns in which way the zeros of `w` break the pattern at `sparsity`; empty if they do not."""
 
 
 class Flow(NamedTuple):

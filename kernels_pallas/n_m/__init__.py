@@ -35,7 +35,7 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   """
   if reason := refusal(x, w):
     raise ValueError(f'nm_matmul: {reason}.')
-  _, _, places = w.places()
+  _, _, places = w.value_axes()
   flat, matrix = x.reshape(-1, x.shape[-1]), _matrix(w)
   if explain:
     return PRODUCT.explained(flat, matrix)
@@ -51,7 +51,7 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
   """Returns why `nm_matmul` cannot multiply `x` by `w` in any implementation, with the remedy, or `None`."""
-  return products.refusal(x, w, NMArray) or products.refused_stack(w, bool(w.places()[0]))
+  return products.refusal(x, w, NMArray) or products.refused_stack(w, bool(w.value_axes()[0]))
 
 
 def prefer(*args: Any) -> Choice:
@@ -67,7 +67,7 @@ def prefer(*args: Any) -> Choice:
 
 def _matrix(w: NMArray) -> NMArray:
   """Returns `w` as `[K, N]`, with the outputs of a vector next to each other."""
-  _, contracted, outputs = w.places()
+  _, contracted, outputs = w.value_axes()
   flat = lambda a: a.transpose(contracted, *outputs).reshape(a.shape[contracted], -1)
   indices = flat(w.indices) if w.width == 1 else w.indices
   return dataclasses.replace(w, values=flat(w.values), indices=indices, axes=(-2,), sizes=(math.prod(w.sizes),),

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from experiments.loop import checkpoints, optimizers, records, sharding
 from experiments.loop.checkpoints import State
 from experiments.loop.progress import Progress
-from experiments.loop.stopping import Signals
+from experiments.loop.stopping import StopRequest
 from experiments.tables import results
 
 # Checkpoints.
@@ -265,7 +265,7 @@ def test_progress_is_a_bar_on_a_terminal_and_fits_80_columns():
 
 def test_a_signal_is_remembered_and_a_second_ctrl_c_interrupts():
   before = signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background of a shell
-  with Signals() as signals:
+  with StopRequest() as signals:
     assert signals.received is None
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.received == signal.SIGTERM and signals.name == 'SIGTERM'

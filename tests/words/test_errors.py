@@ -1,4 +1,4 @@
-"""Refusals: each names the function, the place, what was found there, and the way out or the valid names."""
+"""Checks that each refusal names the function, the parameter, the problem, and the remedy or the valid names."""
 
 import functools
 
@@ -52,7 +52,7 @@ def without(params, *path):
 LOUD = jax.tree.map(lambda w: w, PARAMS) | {'head': {'kernel': jnp.full((24, 6), 2.0)}}  # more than half of it all
 ARRAYS = recipes.sr_ste(SGD, decay=jnp.float32(0.1))  # a coefficient that cannot be compared, so not part of a state
 
-# What is done, and all that the answer says, in this order.
+# Each entry has the call that is refused, and the parts of the message in their order.
 REFUSALS = {
     # Patterns and the shapes that carry them.
     'm does not divide': (
@@ -332,7 +332,7 @@ def test_an_empty_layer_may_be_asked_for(make, params):
 
 
 def test_nothing_is_refused_later_than_at_trace_time():
-  """Under `jit` the same refusal comes before anything runs."""
+  """Raises the same refusals while `jit` traces, before the program runs."""
   tx = recipes.ste(SGD)
   with pytest.raises(ValueError, match=r"'fc/kernel' of shape \(18, 8\): 2:4 needs"):
     jax.eval_shape(tx.init, {'fc': {'kernel': jnp.ones((18, 8))}})

@@ -1,0 +1,186 @@
+"""The structures of programs, run in two ways: *kept* as what they are, or *walked* round by round.
+
+`KEPT` stages a loop, a branch, `remat` or a function with a derivative of its own again, around a body that the caller
+runs. `WALKED` asks for one body after the other, on concrete values. `evaluate` chooses between both.
+
+    outcome = WALKED['scan'](eqn, values)          # Enter(body, arguments of round 0, then, ...)
+    outcome = outcome.then(results_of_round_0)     # Enter(body, arguments of round 1, then, ...)
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparsejax.programs import jaxprs
+from sparsejax.types import Array
+
+
+class Enter(NamedTuple):
+  """Asks a walk to run the inner program `number` of an operation; `then(results)` goes on.
+
+  `then` returns the results of the operation, or another `Enter`. `step` is the index of a loop's round, `None` outside
+  of a loop. In a scan the index is that of the slice, which counts down if the scan is reversed.
+  """
+
+  program: Any
+  arguments: list[Any]
+  then: Callable[[list[Any]], 'Outcome']
+  number: int = 0
+  step: int | None = None
+
+
+class Stop(NamedTuple):
+  """Asks a walk to stop at `site`, whatever that is to the caller; `resume(answer)` goes on like `Enter.then`."""
+
+  site: Any
+  resume: Callable[[Any], 'Outcome']
+
+
+Outcome = list[Any] | Enter | Stop
+
+
+class Inside(NamedTuple):
+  """How the caller runs what is inside of a structure that is kept.
+
+  `run(program, arguments, number)` returns the results of the inner program `number`, all of them arrays. `original`
+  returns the results of the whole operation for arrays. `dense(value, why)` returns the array behind a value.
+  `unstacked` is that of `evaluate.Rules`.
+  """
+
+  run: Callable[[Any, Sequence[Any], int], list[Array]]
+  original: Callable[[list[Any]], list[Any]]
+  dense: Callable[[Any, str], Any]
+  unstacked: Callable[[Any], tuple[Any, Callable[[Any], Any]] | str]
+
+  def all_dense(self, values: Sequence[Any], why: str) -> list[Any]:
+    return [self.dense(value, why) for value in values]
+
+  def for_derivatives(self, values: list[Any]) -> list[Any]:
+    """Returns the results of the operation with the derivatives of its own rule, which takes arrays."""
+    return self.original(self.all_dense(values, 'a derivative rule takes it'))
+
+
+# Kept.
+
+
+def _kept_remat(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
+  return jax.checkpoint(run, **jaxprs.remat_options(eqn))(values)
+
+
+def _kept_custom_jvp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  """Values come from the body as the caller runs it, tangents from the function's own rule at the dense arrays."""
+  run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
+  call = jax.custom_jvp(run)
+  call.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(inside.for_derivatives, primals, tangents)[1]))
+  return call(values)
+
+
+def _kept_custom_vjp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  """Values come from the body as the caller runs it, gradients from the function's own rule at the dense arrays."""
+  run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
+  call = jax.custom_vjp(run)
+  call.defvjp(lambda values: (run(values), values),
+              lambda values, dy: jax.vjp(inside.for_derivatives, values)[1](dy))
+  return call(values)
+
+
+def _kept_cond(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  runs = [lambda operands, program=program, k=k: inside.run(program, operands, k)
+          for k, program in enumerate(jaxprs.branches(eqn))]
+  return lax.switch(inside.dense(values[0], 'it is the number of a branch'), runs, values[1:])
+
+
+def _kept_while(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  loop = jaxprs.while_parts(eqn)
+  of_condition, of_body, carries = loop.split(values)
+  proceed = lambda carries: inside.run(loop.condition, [*of_condition, *carries], 0)[0]
+  step = lambda carries: inside.run(loop.body, [*of_body, *carries], 1)
+  return lax.while_loop(proceed, step, inside.all_dense(carries, CHANGES))
+
+
+def _kept_scan(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  """A stack that `inside.unstacked` can take apart is a stand-in in each step too."""
+  scan = jaxprs.scan_parts(eqn)
+  constants, carries, stacks = scan.split(values)
+  carries, parts = inside.all_dense(carries, CHANGES), []
+  for value in stacks:
+    split = inside.unstacked(value)
+    parts.append((inside.dense(value, split), lambda array: array) if isinstance(split, str) else split)
+
+  def step(carries: list[Array], slices: list[Any]) -> tuple[list[Array], list[Array]]:
+    values = [make(x) for (_, make), x in zip(parts, slices)]
+    results = inside.run(scan.body, [*constants, *carries, *values], 0)
+    return results[:len(carries)], results[len(carries):]
+
+  arrays = [array for array, _ in parts]
+  carries, results = lax.scan(step, carries, arrays, scan.length, scan.reverse, scan.unroll)
+  return [*carries, *results]
+
+
+CHANGES = 'it changes from round to round'
+KEPT: dict[str, Callable[[Any, list[Any], Inside], list[Any]]] = {
+  **dict.fromkeys(('checkpoint', 'remat', 'remat2'), _kept_remat), 'custom_jvp_call': _kept_custom_jvp,
+  'custom_vjp_call': _kept_custom_vjp, 'cond': _kept_cond, 'while': _kept_while, 'scan': _kept_scan}
+
+
+# Walked. What decides how often a body runs must be a concrete number.
+
+
+def _walked_cond(eqn: Any, values: list[Any]) -> Outcome:
+  number = int(_concrete(eqn, values[0]))
+  programs = jaxprs.branches(eqn)
+  number = min(max(number, 0), len(programs) - 1)  # `lax.switch` clamps.
+  return Enter(programs[number], values[1:], lambda results: results, number)
+
+
+def _walked_while(eqn: Any, values: list[Any]) -> Outcome:
+  loop = jaxprs.while_parts(eqn)
+  of_condition, of_body, carries = loop.split(values)
+
+  def begin(step: int, carries: list[Any]) -> Outcome:
+    return Enter(loop.condition, of_condition + carries, functools.partial(decide, step, carries), 0, step)
+
+  def decide(step: int, carries: list[Any], results: list[Any]) -> Outcome:
+    if not _concrete(eqn, results[0]):
+      return carries
+    return Enter(loop.body, of_body + carries, functools.partial(begin, step + 1), 1, step)
+
+  return begin(0, carries)
+
+
+def _walked_scan(eqn: Any, values: list[Any]) -> Outcome:
+  scan = jaxprs.scan_parts(eqn)
+  constants, carries, stacks = scan.split(values)
+  order = range(scan.length)[::-1] if scan.reverse else range(scan.length)
+  outputs = eqn.outvars[scan.carries:]
+
+  def step(number: int, carries: list[Any], done: tuple[list[Any], ...]) -> Outcome:
+    if number == scan.length:
+      columns = list(zip(*(done[::-1] if scan.reverse else done))) or [[]] * len(outputs)
+      return carries + [_stacked(column, v.aval) for column, v in zip(columns, outputs)]
+    slices = [lax.index_in_dim(stack, order[number], keepdims=False) for stack in stacks]
+    go_on = lambda results: step(number + 1, results[:scan.carries], (*done, results[scan.carries:]))
+    return Enter(scan.body, constants + carries + slices, go_on, 0, order[number])
+
+  return step(0, carries, ())
+
+
+def _stacked(column: Sequence[Array], aval: Any) -> Array:
+  return jnp.stack(column) if column else jnp.zeros(aval.shape, aval.dtype)
+
+
+def _concrete(eqn: Any, value: Any) -> Any:
+  """Returns a number that decides what a walk does; under `jit` there is none."""
+  if isinstance(value, jax.core.Tracer):
+    raise ValueError(f'Walk: {jaxprs.place(eqn)} depends on a traced value; walk outside of jit, vmap and grad, or '
+                     'keep the operation as it is.')
+  return value
+
+
+WALKED: dict[str, Callable[[Any, list[Any]], Outcome]] = {
+  'cond': _walked_cond, 'while': _walked_while, 'scan': _walked_scan}
