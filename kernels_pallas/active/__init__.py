@@ -46,7 +46,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   if explain:
     return dispatch.chosen((kept, w), table, prefer)
   if implementation is not None:
-    dispatch.named('active_matmul', (kept, w), table, implementation)
+    dispatch.runnable('active_matmul', (kept, w), table, implementation)
   shape = (*x.shape[:-1], w.shape[1])
   if 0 in kept.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)

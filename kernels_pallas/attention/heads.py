@@ -17,17 +17,17 @@ def first(attend: Callable[..., Array]) -> Callable[..., Array]:
   `counts [heads, blocks]`, are the same for all examples of a batch. Without `counts`, lists are used in full.
   """
   def attended(q, k, v, index, counts=None):
-    return split(attend(*map(merged, (q, k, v)), *lists(len(q), index, counts)), q.shape[2])
+    return heads_last(attend(*map(heads_first, (q, k, v)), *lists(len(q), index, counts)), q.shape[2])
   return attended
 
 
-def merged(a: Array) -> Array:
+def heads_first(a: Array) -> Array:
   """Returns `[batch, T, heads, d]` as `[batch heads, T, d]`."""
   return a.swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3])
 
 
-def split(a: Array, heads: int) -> Array:
-  """Returns `[batch heads, T, d]` as `[batch, T, heads, d]`, the inverse of `merged`."""
+def heads_last(a: Array, heads: int) -> Array:
+  """Returns `[batch heads, T, d]` as `[batch, T, heads, d]`, the inverse of `heads_first`."""
   return a.reshape(-1, heads, *a.shape[1:]).swapaxes(1, 2)
 
 

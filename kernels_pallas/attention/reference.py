@@ -31,8 +31,8 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
   return outputs.transpose(1, 0, 2, 3).reshape(*q.shape[:2], v.shape[2])
 
 
-def gradient(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int,
-             causal: bool, scale: float, length: int) -> tuple[Array, Array, Array]:
+def gradients(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int,
+              causal: bool, scale: float, length: int) -> tuple[Array, Array, Array]:
   """Returns the gradients of `q`, `k` and `v`, in their dtypes, for the cotangent `dy` of the result."""
   keys, values = _blocks(k, block_k, len(q)), _blocks(v, block_k, len(q))
 
