@@ -240,9 +240,12 @@ def test_the_dense_weight_is_in_no_program_of_the_sparse_products():
 
 def test_what_is_chosen_is_explained():
   sparse, filled = weight('a tenth')[2], weight('all kept')[2]
-  found = block_sparse_matmul(normal((40, 160)), sparse, explain=True)
-  assert found['cpu'].implementation == 'xla' and '%' in found['cpu'].reason
-  assert set(found) == set(dispatch.PLATFORMS) and 'cpu' in str(found)
+  choices = block_sparse_matmul(normal((40, 160)), sparse, explain=True)
+  assert choices['cpu'].implementation == 'xla' and '%' in choices['cpu'].reason
+  assert list(choices) == list(dispatch.PLATFORMS)
+  head, _, *rows = str(choices).splitlines()
+  assert head.split() == ['platform', 'implementation', 'reason']
+  assert [row.split()[:2] for row in rows] == [[name, choice.implementation] for name, choice in choices.items()]
   assert block_sparse_matmul(normal((40, 32)), filled, explain=True)['cpu'].implementation == 'dense'
 
 
