@@ -2,10 +2,11 @@
 
 The weights of the largest scores are kept. A score reads one leaf, and no masks or counts. A score that needs a signal
 which the caller does not have raises `ValueError` and names the signal. A score that accumulates statistics over
-updates reads them from a `Memory`.
+updates reads them from a `Memory`. The first mask is chosen in `init`, which has no gradient, unless `dense_steps` are
+given.
 
     score = lambda w, signals: jnp.abs(w * signals.grad)               # any function with this signature is a score
-    tx = recipes.gradual_magnitude(optax.adamw(1e-3), 0.9, score=score, total_steps=10_000)
+    tx = recipes.gradual_magnitude(optax.adamw(1e-3), 0.9, score=score, dense_steps=100, total_steps=10_000)
     tx = recipes.movement_pruning(optax.adamw(1e-3), 0.9, total_steps=10_000)   # has the memory `accumulated_movement`
 """
 
@@ -166,7 +167,8 @@ _GRADIENT = 'the gradient of this leaf'
 def _needed(score: str, signal: Any, what: str) -> Any:
   if signal is None or trees.is_dense(signal):
     remedy = ('(there is none in `init`): pass `loss=`, params -> scalar, to a recipe that scores at initialisation, '
-              'or score with magnitude or random instead') if what == _GRADIENT else '(`memory=` of the selection)'
+              'choose the first mask later with `dense_steps=1`, or score with magnitude or random instead'
+              ) if what == _GRADIENT else '(pass it as `memory=`)'
     raise ValueError(f'scores.{score}: needs {what}, and the caller has none here {remedy}.')
   return signal
 
