@@ -337,7 +337,7 @@ REFUSED = {
     'heads of 80': (lambda: attention_refusal(d=80), 'heads of 64 and 128'),
     'blocks of queries': (lambda: attention_refusal(block_q=64), 'multiples of 128'),
     'blocks of keys': (lambda: attention_refusal(block_k=32), 'multiples of 64'),
-    'undivided': (lambda: attention_refusal(queries=300), 'fill up with zeros'),
+    'undivided': (lambda: attention_refusal(queries=300), 'pad with zeros'),
     '2:4 of one format': (lambda: n_m_refusal(2, 4), "pack it as 'sparse24'"),
     '1:4': (lambda: n_m_refusal(1, 4), '2:4 only, not 1:4; prune'),
     '2:4 in vectors': (lambda: n_m_refusal(2, 4, 2), 'not 2:4 in vectors of 2;'),
