@@ -1,5 +1,6 @@
 """Eight CPU devices for everybody, and JAX at its strictest, so that a silent promotion is an error here first."""
 
+import collections
 import importlib.metadata
 import os
 import pathlib
@@ -43,18 +44,26 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
   """Modules that train in processes of their own come first: they take minutes, and the last one is waited for."""
-  items.sort(key=lambda item: item.module.__name__ not in ('test_crash', 'test_hosts', 'test_train'))
+  items.sort(key=lambda item: item.path.stem not in ('test_crash', 'test_hosts', 'test_train'))
 
 
 def pytest_terminal_summary(terminalreporter, config):
-  """With `--table`, what `test_product` found as a page of the docs."""
+  """Prints the time of each family and ten docstrings for the reviewer; with `--table`, writes a page of the docs."""
+  reports = [report for key in ('passed', 'failed') for report in terminalreporter.stats.get(key, [])]
+  seconds, docstrings, cells = collections.Counter(), [], {}
+  for report in reports:
+    seconds[pathlib.PurePath(report.nodeid.split('::')[0]).parent.name] += report.duration
+    properties = dict(report.user_properties)
+    docstrings += properties.get('docstrings', [])
+    if 'cell' in properties:
+      cells[tuple(properties['cell'])] = properties.get('verdict', 'failed')
+  if docstrings:
+    terminalreporter.section('ten docstrings: would a newcomer say what each of these returns?')
+    terminalreporter.write_line('\n\n'.join(docstrings))
+  terminalreporter.section('minutes of each family, summed over the processes')
+  for family, spent in seconds.most_common():
+    terminalreporter.write_line(f'{spent / 60:6.2f}  {family}')
   if config.getoption('--table'):
     import conformance_page  # not before JAX is configured
 
-    results = {}
-    for outcome in ('passed', 'failed'):
-      for report in terminalreporter.stats.get(outcome, []):
-        found = dict(report.user_properties)
-        if 'cell' in found:
-          results[tuple(found['cell'])] = found.get('verdict', 'failed')
-    conformance_page.write(config.getoption('--table'), results)
+    conformance_page.write(config.getoption('--table'), cells)
