@@ -9,7 +9,7 @@ import pathlib
 # with the optimizations that users have: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
 os.environ.setdefault('XLA_FLAGS', ' '.join([
     '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
-    # A process with this flag aborts in later versions.
+    # Later versions of XLA end a process that has this flag.
     *['--xla_cpu_use_fusion_emitters=false'] * importlib.metadata.version('jaxlib').startswith('0.10.')]))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
