@@ -79,7 +79,7 @@ def uniform_plus(first: str | None = None, last: str | None = None, least: float
         raise errors.unknown('allocation.uniform_plus', 'path', glob, leaves)
       fixed |= dict.fromkeys(paths, most)
     sizes = {path: math.prod(w.shape) for path, w in leaves.items()}
-    zeros = sparsity * sum(sizes.values()) - sum(sizes[path] * share for path, share in fixed.items())
+    zeros = sparsity * sum(sizes.values()) - sum(sizes[path] * own for path, own in fixed.items())
     others = sum(sizes.values()) - sum(sizes[path] for path in fixed)
     if zeros > others:
       raise ValueError(
