@@ -1,1 +1,1 @@
-"""Contains the parts of the training loop: sharding, checkpoints, measurements, stop requests and several hosts."""
+"""What a run does while it trains: data to devices, checkpoints, measurements, signals and several hosts."""

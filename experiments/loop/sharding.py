@@ -74,7 +74,7 @@ def of_state(layout: Layout, state: PyTree) -> PyTree:
 
   Masks and moments are therefore sharded like their parameter. Arrays have a leading seed axis, which is not sharded.
   If the layout is fully sharded, arrays with two or more further axes are sharded. The sharded axis is the largest that
-  the number of devices divides, and the last of equal ones. All other arrays are replicated.
+  the number of devices divides, and the last of equal axes. All other arrays are replicated.
   """
   def of_leaf(leaf: Any) -> NamedSharding:
     sizes = leaf.shape[1:]

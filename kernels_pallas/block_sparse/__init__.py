@@ -120,7 +120,7 @@ def _table(xla: Any, dense: Any, kernel: Callable[[Any], Any]) -> products.Table
 
 
 SAMPLED = _table(reference.sampled, _trained(_dense_sampled), lambda pallas: _trained(pallas.sampled))
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'block_sparse_matmul',
     _table(reference.matmul, lambda x, w: products.dot(x, _dense(w), 1, 0).astype(x.dtype),
            lambda pallas: dispatch.folding(pallas.matmul)),

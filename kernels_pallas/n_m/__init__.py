@@ -90,7 +90,7 @@ def _none_for_hopper(x: Array, w: NMArray) -> str:
           f'{f" in vectors of {w.width}" if w.width > 1 else ""}; prune to 2:4, or leave it to XLA')
 
 
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'nm_matmul',
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, n_m.to_merged(w), 1, 0).astype(x.dtype)),

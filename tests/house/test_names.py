@@ -17,7 +17,7 @@ SIGNATURES = {
     'get_config': r'experiments/configs/.*',  # what ml_collections calls a config
     'named': r'sparsejax/(allocation|schedules)|experiments/loop/tasks',  # a word by the name in a configuration
     **dict.fromkeys(  # the implementations of an op of kernels_pallas, and the choice among them
-        ('attention', 'matmul', 'matmul_transposed', 'prefer', 'refusal', 'sampled'), r'kernels_pallas/\w+/\w+'),
+        ('attention', 'matmul', 'matmul_transposed', 'prefer', 'refusal', 'sampled'), r'kernels_pallas/\w+(/\w+)?'),
 }
 # Verbs of plain English whose object is the noun of the module: `io.load`, `data.load`, `reports.check`.
 VERBS = ('check', 'load', 'read', 'run', 'save', 'write')
