@@ -63,7 +63,8 @@ class SuperResolution(nn.Module):
 
   The network is a small EDSR baseline. Each residual block has two 3 x 3 convolutions without normalization. A skip
   connection spans all blocks, and a pixel shuffle follows. Reference: Lim et al. 2017, arXiv:1707.02921. Unlike in the
-  paper, the output is added to the bicubic image, so that training starts near the quality of interpolation.
+  paper, the output is added to the bicubic image, so that training starts from interpolation and is measured against
+  it.
   """
 
   channels: int

@@ -75,8 +75,8 @@ class PreNormBlock(nn.Module):
 class PostNormBlock(nn.Module):
   """A `PostNormBlock` is BERT's transformer layer, with a layer norm after attention and one after the exact `MLP`.
 
-  `__call__` maps `x` `[B, T, width]` to the same shape. Each token attends to the tokens where `mask` `bool[B, 1, 1,
-  T]` is true.
+  `__call__` maps `x` `[B, T, width]` to the same shape. Each token attends to the tokens where `mask` is true; the mask
+  is `bool[B, 1, 1, T]`.
   """
 
   heads: int
