@@ -108,8 +108,8 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
   for name, (start, state) in begun.items():
     model = setup.models[name]
     # A run that prunes nothing is measured where the other runs prune, or else on all contracted parameters.
-    own = [path for path in anywhere if path in trees.flatten(state.params)[0]]
-    paths = sparse[name] or own or list(model.contractions)
+    names = trees.flatten(state.params)[0]
+    paths = sparse[name] or [path for path in anywhere if path in names] or list(model.contractions)
     kept, seen = sharding.of_state(setup.layout, state), setup.layout.replicated
     jitted = jax.jit(_step(setup, model, made[name], paths), out_shardings=(kept, seen, seen), donate_argnums=0)
     lowered = jitted.lower(state, batch(setup, 0), np.int32(0))
@@ -119,7 +119,7 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
 
 def batch(setup: Setup, step: int) -> data.Batch:
   """Returns the training batch of `step`: `inputs` and `labels`, `[seeds, B, ...]`, on the devices of all processes."""
-  rows = jax.tree.map(lambda *seeds: np.stack(seeds), *(one.train[step] for one in setup.data))
+  rows = jax.tree.map(lambda *seeds: np.stack(seeds), *(of_seed.train[step] for of_seed in setup.data))
   return sharding.put(setup.layout.batches, rows)
 
 
@@ -164,8 +164,9 @@ def _scored(setup: Setup) -> data.Batch:
   """Returns the first training batches of each seed as one batch `[seeds, B, ...]`: `SCORED` labels a class or more."""
   labels = math.prod(setup.data[0].example['labels'].shape)
   count = -(-SCORED * setup.data[0].num_classes // labels)
-  of_seed = lambda one: jax.tree.map(lambda *parts: np.concatenate(parts), *(one.train[step] for step in range(count)))
-  return sharding.put(setup.layout.batches, jax.tree.map(lambda *seeds: np.stack(seeds), *map(of_seed, setup.data)))
+  of_seeds = [jax.tree.map(lambda *parts: np.concatenate(parts), *(of_seed.train[step] for step in range(count)))
+              for of_seed in setup.data]
+  return sharding.put(setup.layout.batches, jax.tree.map(lambda *seeds: np.stack(seeds), *of_seeds))
 
 
 def _start(setup: Setup, model: Model, tx: Optimizer, scored: data.Batch,
@@ -188,7 +189,7 @@ def _start(setup: Setup, model: Model, tx: Optimizer, scored: data.Batch,
 def _values(setup: Setup, model: Model, seed: Array, batch: data.Batch, ticket: PyTree | None) -> dict[str, Any]:
   """Returns the `VALUES` of one seed, by which a recipe chooses its first masks.
 
-  `loss` maps parameters to the loss on the scored `batch`, `outputs` maps parameters to the outputs for ones.
+  `loss` maps parameters to the loss on `batch`. `outputs` maps parameters to the outputs for an input of ones.
   """
   def loss(params: PyTree, temperature: float = 1.0) -> Array:
     return setup.task.loss(model.apply(params, batch['inputs']) / temperature, batch['labels'])
@@ -218,8 +219,11 @@ def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
     (value, outputs), grads = gradients(state.params, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = State(optax.apply_updates(state.params, updates), opt_state)
-    measure = lambda: {task.name: task.score(outputs, batch['labels'], None),
-                       **measurements.of_step(paths, grads, state, new)}
+
+    def measure() -> Mapping[str, Array]:
+      score = task.score(outputs, batch['labels'], None)
+      return {task.name: score, **measurements.of_step(paths, grads, state, new)}
+
     due = ((number + 1) % config.measure_every == 0) | (number + 1 == config.steps)
     return new, _nan_unless_finite(value, new.params), jax.lax.cond(due, measure, lambda: _zeros(measure))
 
