@@ -28,14 +28,14 @@ class Diagonal:
   def validate(self, shape, axes):
     return None if len(shape) == 2 and shape[0] == shape[1] else 'a diagonal is that of a square matrix'
 
-  def __call__(self, scores, sparsity=None, axes=None, drop=None):
+  def __call__(self, scores, count=None, axes=None):
     return jnp.eye(len(scores), dtype=bool)
 
   def violation(self, w, axes, sparsity=None):
     return '' if bool(jnp.all(jnp.where(self(w), 0, w) == 0)) else 'weights beside the diagonal are kept'
 
   def pooled(self, scores, axes):
-    return patterns.Pooled(scores, (), lambda mask: mask)
+    return sj.types.Pooled(scores, (), lambda mask: mask)
 
 
 @jax.tree_util.register_dataclass
