@@ -1,7 +1,8 @@
-"""Products with packed weights against `jnp.dot` of the dense weight on this CPU, forward, and forward with backward.
+"""Compares products with packed weights with `jnp.dot` of the dense weight on this CPU.
 
-Both get the same numbers, and what the packed product gives is compared with the dense one before it is timed. All that
-is measured goes into `sparsejax/advice/tables/cpu.json` as well, which `sparsejax advise` reads.
+Both products get the same numbers, and the packed result is compared with the dense result before either is timed. The
+forward product is timed by itself, and together with its gradients. All ratios are also written to
+`sparsejax/advice/tables/cpu.json`, which `sparsejax advise` reads.
 """
 
 import json
@@ -24,10 +25,11 @@ WHAT = {'forward': 'forward', 'train': 'forward and backward'}
 
 
 class Case(NamedTuple):
-  """An op of `tokens` and a weight `[k, n]`, `sparsity` of it zero in groups of `block`.
+  """A `Case` names an op for `tokens` tokens and a weight `[k, n]` of which the fraction `sparsity` is zero in blocks.
 
-  `block` is the lengths of a block, `[1, 1]`, or for N:M `[M, width]`. `forward` and `train` are how many times faster
-  than dense it has to be; `None` is no bar.
+  `block` holds the lengths of a block: `(1, 1)` for unstructured zeros, and `(M, width)` for N:M. `forward` and `train`
+  are the bars: how many times faster than dense the op has to be. `None` means that there is no bar. `balanced` says
+  that each block column keeps equally many blocks.
   """
 
   op: str
@@ -59,7 +61,7 @@ CASES = (
     *_blocks(*LARGE, 128, (0.5, 1.3), (0.9, 3.5), balanced=False),
     *(Case('unstructured_matmul', *shape, (1, 1), *bars) for shape in (SMALL, LARGE)
       for bars in ((0.9, 1.6, 1.0), (0.95, 2.5, 1.0))),
-    # Without bars: where sparse does not win, or nobody asked for a number, for the table.
+    # The cases below have no bar, because sparse does not win or no claim needs a number; they are rows of the table.
     *_blocks(16, 1024, 4096, 128, (0.5,), (0.75,), (0.875,)),
     *_blocks(*LARGE, 64, (0.5,), (0.75,), (0.875,)), *_blocks(*SMALL, 64, (0.5,), (0.75,), (0.875,)),
     *_blocks(*LARGE, 32, (0.5,), (0.75,), (0.875,)), *_blocks(*SMALL, 32, (0.5,), (0.75,), (0.875,)),
@@ -70,7 +72,11 @@ CASES = (
 
 
 def kept(case: Case) -> np.ndarray:
-  """The mask `[k, n]`: of blocks as many in each column and about so in each row, or anywhere."""
+  """Returns the mask, `bool[k, n]`, `True` where a weight is kept.
+
+  If `balanced`, each block column keeps equally many blocks, and each block row about equally many. Otherwise, and for
+  unstructured zeros, positions are random. N:M masks come from `patterns.NM` of random scores.
+  """
   rng = np.random.default_rng(0)
   if case.op == 'nm_matmul':
     pattern = patterns.NM(round((1 - case.sparsity) * case.block[0]), *case.block)
@@ -78,7 +84,7 @@ def kept(case: Case) -> np.ndarray:
   kb, nb = case.k // case.block[0], case.n // case.block[1]
   if not case.balanced or case.op == 'unstructured_matmul':
     grid = rng.permutation(kb * nb).reshape(kb, nb) >= round(case.sparsity * kb * nb)
-  else:  # each column takes the rows that have least so far, among equals at random
+  else:  # Each column takes the rows that have the fewest blocks so far; ties are broken at random.
     grid = np.zeros((kb, nb), bool)
     for column in range(nb):
       grid[np.lexsort((rng.random(kb), grid.sum(1)))[:round((1 - case.sparsity) * kb)], column] = True
@@ -95,7 +101,7 @@ def packed(case: Case, w: np.ndarray, mask: np.ndarray) -> formats.PackedArray:
 
 
 def contestants(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
-  """For 'forward' and 'train': 'dense' and 'packed', checked to give the same."""
+  """Returns, for 'forward' and 'train', a call each for 'dense' and 'packed', after comparing their results."""
   rng, mask, op = np.random.default_rng(1), kept(case), OPS[case.op]
   w = np.where(mask, rng.standard_normal((case.k, case.n)), 0).astype(np.float32)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -121,7 +127,7 @@ def contestants(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def convolution(rounds: int) -> timing.Claim:
-  """A 1x1 convolution as MobileNets have it, 85 % of its blocks zero, against XLA's."""
+  """Returns the claim on a 1x1 convolution of MobileNet's kind, 85 % of its blocks zero, against XLA's convolution."""
   rng = np.random.default_rng(2)
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 14, 14, 512), (1, 1, 512, 512)))
   pattern = patterns.Block((64, 64), 0.85)
@@ -140,12 +146,12 @@ def convolution(rounds: int) -> timing.Claim:
 
 
 def run(rounds: int = 20) -> Iterator[timing.Claim]:
-  """One claim for each bar; the table is written at the end."""
+  """Yields one claim for each bar, and writes the table at the end."""
   rows = []
   for case in CASES:
     ratios = {}
     for name, ways in contestants(case).items():
-      # Small ones several times in a row, so that the packed weight is in the cache as it is in a loop over tokens.
+      # Small products run several times in a row, so that the packed weight is in the cache, as in a loop over tokens.
       seconds = list(timing.take_turns(ways, rounds, calls=1 + 2048 // (case.tokens + 128)))
       ratios[name], spread = timing.ratio(seconds, 'dense', 'packed')
       bar = getattr(case, name)
@@ -159,13 +165,13 @@ def run(rounds: int = 20) -> Iterator[timing.Claim]:
 
 
 def _row(case: Case, ratios: dict[str, float]) -> dict[str, Any]:
-  """As `sparsejax.advice.Measured` has it."""
+  """Returns the row of the table for a case, as `sparsejax.advice.Measured` reads it."""
   abstract = jax.ShapeDtypeStruct((case.tokens, case.k), jnp.float32)
   mask = kept(case)
   choice = OPS[case.op](jnp.zeros(abstract.shape, abstract.dtype), packed(case, mask.astype(np.float32), mask),
                         explain=True)['cpu']
-  device, jax_version, commit = (part.strip() for part in timing.hardware().rsplit(', ', 2))
+  here = timing.environment()
   return {'op': case.op, 'implementation': choice.implementation, 'm': case.tokens, 'k': case.k, 'n': case.n,
           'block': list(case.block), 'sparsity': case.sparsity, 'ratio_forward': round(ratios['forward'], 3),
-          'ratio_train': round(ratios['train'], 3), 'hardware': device, 'jax': jax_version.removeprefix('jax '),
-          'commit': commit.removeprefix('commit ')}
+          'ratio_train': round(ratios['train'], 3), 'hardware': here['device'], 'jax': here['jax'],
+          'commit': here['commit']}

@@ -1,7 +1,11 @@
-"""A whole training step of a transformer's MLP, packed in blocks, against the dense one; and that both learn the same.
+"""Compares a training step of a transformer's MLP with packed weights with the dense step: forward, backward and Adam.
 
-Forward, backward and Adam. The packed weights start as what a recipe has pruned, and their losses are compared with
-those of the recipe's own run, whose weights are dense and masked.
+The packed weights start as the weights that a recipe has pruned. The losses of the packed run are compared with the
+losses of the recipe's own run, whose weights are dense and masked.
+
+    timed = runs(Sizes(width=64, hidden=128, tokens=48, block=16))
+    params, state, loss = timed['packed'].step(timed['packed'].params, timed['packed'].state)
+    losses(timed['masked'], steps=10)                                                # float[10]
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +26,8 @@ WIDTH, HIDDEN, TOKENS, BLOCK, SPARSITY, BAR = 1024, 4096, 1024, 128, 0.875, 2.0
 
 
 class Sizes(NamedTuple):
+  """`Sizes` holds the widths of the MLP, the number of tokens of a batch, and the side of a block."""
+
   width: int = WIDTH
   hidden: int = HIDDEN
   tokens: int = TOKENS
@@ -29,7 +35,7 @@ class Sizes(NamedTuple):
 
 
 class Run(NamedTuple):
-  """Parameters, the optimizer's state, and `step(params, state) -> params, state, loss`."""
+  """A `Run` holds the parameters, the optimizer's state, and `step(params, state) -> (params, state, loss)`."""
 
   params: Any
   state: Any
@@ -41,7 +47,7 @@ def mlp(x: jax.Array, params: Any, product: Callable[[jax.Array, Any], jax.Array
 
 
 def runs(sizes: Sizes) -> dict[str, Run]:
-  """'dense', 'masked' (a recipe's run, mask from the start) and 'packed' (the same weights in blocks)."""
+  """Returns the runs 'dense', 'masked' (a recipe prunes at the start) and 'packed' (the same weights in blocks)."""
   draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
   x, target = draw(0, sizes.tokens, sizes.width), draw(1, sizes.tokens, sizes.width)
   params = {'up': {'kernel': draw(2, sizes.width, sizes.hidden) * sizes.width ** -0.5},
@@ -56,7 +62,7 @@ def runs(sizes: Sizes) -> dict[str, Run]:
       return optax.apply_updates(params, updates), state, value
     return jax.jit(step, donate_argnums=(0, 1))
 
-  # Without where=, the last layer stays dense.
+  # Without `where`, the recipe leaves the last layer dense.
   recipe = recipes.magnitude_at_init(adam, SPARSITY, Block((sizes.block, sizes.block)),
                                      allocation=allocation.uniform, where=lambda path, leaf: True)
   state = recipe.init(params)
@@ -65,14 +71,14 @@ def runs(sizes: Sizes) -> dict[str, Run]:
                         masks(params, state))
   values = formats.values(packed)
   of_packed = lambda values: error(formats.with_values(packed, values), block_sparse_matmul)
-  own = lambda tree: jax.tree.map(jnp.copy, tree)  # each run donates its own
+  own = lambda tree: jax.tree.map(jnp.copy, tree)  # Each run donates its own arrays.
   return {'dense': Run(own(params), adam.init(params), stepper(adam, error)),
           'masked': Run(own(pruned), own(state), stepper(recipe, error)),
           'packed': Run(own(values), adam.init(values), stepper(adam, of_packed))}
 
 
 def losses(run: Run, steps: int) -> np.ndarray:
-  """Of the first `steps` steps."""
+  """Returns the losses of the first `steps` steps of a run."""
   params, state, found = run.params, run.state, []
   for _ in range(steps):
     params, state, loss = run.step(params, state)
@@ -81,7 +87,7 @@ def losses(run: Run, steps: int) -> np.ndarray:
 
 
 def run(rounds: int = 20) -> Iterator[timing.Claim]:
-  """One claim, after a comparison of the losses."""
+  """Yields one claim, after a comparison of the losses."""
   learned = {name: losses(one, 10) for name, one in runs(Sizes()).items()}
   np.testing.assert_allclose(learned['packed'], learned['masked'], rtol=1e-4)
   held = {name: [one.params, one.state] for name, one in runs(Sizes()).items()}

@@ -1,4 +1,7 @@
-"""The unstructured mask of a 4096 x 4096 float32 matrix, one weight of ten, against a stable `argsort` and `top_k`."""
+"""Compares the unstructured mask of a 4096 x 4096 float32 matrix, which keeps one weight of ten, with two other ways.
+
+The other ways are a stable `argsort` and `top_k`.
+"""
 
 from collections.abc import Iterator
 
@@ -15,7 +18,7 @@ BARS = {'argsort': 15.0, 'top_k': 7.0}  # at least so many times faster
 
 
 def by_argsort(scores: jax.Array, n: int) -> jax.Array:
-  """The first `n` of all, sorted down; stable, so that ties fall as in `ranking`."""
+  """Returns the mask of the `n` highest scores, by a stable sort, with the ties of `ranking`."""
   return _mask_of(jnp.argsort(-scores.reshape(-1), stable=True)[:n], scores)
 
 
@@ -28,7 +31,10 @@ def _mask_of(places: jax.Array, scores: jax.Array) -> jax.Array:
 
 
 def run(rounds: int = 20) -> Iterator[timing.Claim]:
-  """One claim for each way. The matrix has ties, also at the cut (rounded normals), and all masks have to be equal."""
+  """Yields one claim for each way. All masks have to be equal.
+
+  The matrix has ties, also at the cut, because its normal numbers are rounded.
+  """
   w = jnp.round(jax.random.normal(jax.random.key(0), SHAPE) * 512) / 512
   ways = {'ranking': ranking.top_n, 'argsort': by_argsort, 'top_k': by_top_k}
   chosen = {name: jax.jit(lambda w, way=way: way(jnp.abs(w), KEPT)) for name, way in ways.items()}

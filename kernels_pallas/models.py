@@ -1,41 +1,63 @@
-"""`packed(apply)`: any JAX function of parameters runs on packed ones, without a change to the model.
+"""`packed(apply)` runs any JAX function of parameters on packed ones, without a change to the model.
 
-The function is traced as for dense parameters, so that no layer sees anything new, and then evaluated operation by
-operation. A packed parameter stays packed through casts, reshapes and transposes, and through the programs inside of
-the program, until a product contracts it over the axes that it is packed along: that is one call of the format's op.
-Whatever else touches it gets it unpacked, bit for bit.
+The function is traced as for dense parameters, so that no layer sees anything new, and is then evaluated operation by
+operation (`sparsejax.programs.evaluate`). A packed parameter stays packed through casts, reshapes and transposes until a
+product contracts it over the axes that it is packed along: that product is one call of the format's op. Every other
+operation gets the parameter unpacked, bit for bit.
+
+    small = formats.pack(params, '128x128')
+    logits = packed(model.apply)({'params': small}, x)
+    print(packed(model.apply, explain=True)({'params': small}, x))     # which op each parameter calls, or why none
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core, source_info_util
 
-from kernels_pallas import held
-from kernels_pallas.block_sparse import block_sparse_matmul
-from kernels_pallas.held import Held, Numbers
-from kernels_pallas.n_m import nm_matmul
-from kernels_pallas.sparse24 import sparse24_matmul
-from kernels_pallas.unstructured import unstructured_matmul
-from sparsejax import formats, trees
-from sparsejax.programs.contractions import scanned
+from kernels_pallas import block_sparse, held, n_m, sparse24, unstructured
+from kernels_pallas.held import Fitted, Held, Refusal
+from sparsejax import formats, tables
+from sparsejax.programs import jaxprs
+from sparsejax.programs.evaluate import Here, Rules, evaluate
+from sparsejax.programs.jaxprs import Numbers
 from sparsejax.types import Array
 
-Bind = Callable[[list[Any]], list[Any]]  # the dense results of one operation
-OPS = {  # by kind of format; for others that say which axes are contracted, formats.matmul
-  'block_sparse': block_sparse_matmul, 'csc': unstructured_matmul, 'nm': nm_matmul, 'sparse24': sparse24_matmul}
+
+class Op(NamedTuple):
+  """A product with one kind of packed weight.
+
+  `multiply(x, w, implementation=None, explain=False)` contracts the last axis of `x`; with `explain` it returns what it
+  would run. `refusal(x, w)` returns why it cannot multiply them in any implementation, or `None`; it reads shapes and
+  dtypes only. Every error of `multiply` that `refusal` does not foresee is an error of the model.
+  """
+
+  multiply: Callable[..., Any]
+  refusal: Callable[[Any, Any], str | None]
 
 
-class Row(NamedTuple):
-  """What became of one packed parameter in one place of the program.
+def formats_matmul(x: Array, w: Any, *, implementation: str | None = None, explain: bool = False) -> Any:
+  """Returns `formats.matmul(x, w)`, which unpacks the weight; there is nothing to choose or to explain."""
+  return '' if explain else formats.matmul(x, w)
 
-  `op`: the op that was called, 'unpacked', or 'unused'. `primitive` and `where`: what met it. `why`: of 'unpacked' the
-  reason, of an op what it would run on each platform (a `dispatch.Explanation`, or '').
+
+UNPACKING = Op(formats_matmul, lambda x, w: None)  # for other formats that say which axes are contracted
+OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
+  'block_sparse': Op(block_sparse.block_sparse_matmul, block_sparse.refusal),
+  'csc': Op(unstructured.unstructured_matmul, unstructured.refusal),
+  'nm': Op(n_m.nm_matmul, n_m.refusal),
+  'sparse24': Op(sparse24.sparse24_matmul, sparse24.refusal)}
+
+
+class PackedUse(NamedTuple):
+  """What becomes of one packed parameter in one place of the program.
+
+  `op`: the name of the op that is called, 'unpacked', or 'unused'. `primitive` and `where`: the operation that takes the
+  parameter. `why`: for 'unpacked' the reason; for an op what it would run on each platform, '' if it does not say.
   """
 
   path: str
@@ -47,21 +69,18 @@ class Row(NamedTuple):
   why: Any = ''
 
 
-class Explanation(tuple):
-  """`Row`s in the order of the program; prints as a table."""
+class ProgramExplanation(tuple):
+  """The `PackedUse`s of a program, in its order; prints as a table."""
 
   def __str__(self) -> str:
-    head = ('parameter', 'shape', 'format', 'op', 'by', 'why')
     brief = lambda why: ', '.join(f'{p}: {c.implementation}' for p, c in why.items()) if isinstance(why, dict) else why
-    lines = [head] + [(row.path, 'x'.join(map(str, row.shape)), row.kind, row.op, row.primitive, brief(row.why))
-                      for row in self]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return '\n'.join('  '.join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    rows = [(use.path, 'x'.join(map(str, use.shape)), use.kind, use.op, use.primitive, brief(use.why)) for use in self]
+    return tables.aligned(('parameter', 'shape', 'format', 'op', 'by', 'why'), rows, rule=False)
 
 
 def packed(apply: Callable[..., Any], *, implementation: str | None = None, explain: bool = False
            ) -> Callable[..., Any]:
-  """`apply` for arguments of which any leaves are packed arrays of `sparsejax.formats`; otherwise the same function.
+  """Returns `apply` for arguments of which any leaves are packed arrays of `sparsejax.formats`.
 
       small = formats.pack(params, '128x128')
       logits = packed(model.apply)({'params': small}, x)                                  # Linen
@@ -69,51 +88,40 @@ def packed(apply: Callable[..., Any], *, implementation: str | None = None, expl
       y = packed(lambda m, x: jax.vmap(eqx.combine(m, static))(x))(arrays, x)              # Equinox
 
   A product, or a 1x1 convolution, with a packed weight calls the format's op (`block_sparse_matmul`, ...) with this
-  `implementation`. Weights stay packed in `jit`, `remat`, `cond`, `while`, and in a `scan` over a stack of them; in
-  functions with derivatives of their own too, but the rules of those are for dense weights and get them. All else
-  unpacks them, and so does, for `implementation=None`, a product that the op refuses; that costs what the dense model
-  costs. `explain=True` returns, instead of the result and without computing it, the `Explanation` that says what
-  happens to each weight, and why. A packed leaf that `apply` returns as it came is returned packed.
+  `implementation`. Weights stay packed in `jit`, `remat`, `cond`, `while`, and in a `scan` over a stack of them. They
+  stay packed in functions with derivatives of their own too, but the derivative rules of these take dense weights. All
+  other operations unpack the weights. For `implementation=None`, so does a product that the op refuses. Unpacking costs
+  what the dense model costs.
 
-  Results are the dense model's but for the order of sums. Arguments without shape and dtype (`train=False`, functions)
-  are handed on. `jit`, `vmap` and `grad` go around it; what is trained is `formats.values`:
+  `explain=True` returns the `ProgramExplanation`, without computing the result: what happens to each weight, and why. A
+  packed leaf that `apply` returns as it came is returned packed.
+
+  Results are those of the dense model but for the order of sums. Arguments without shape and dtype (`train=False`,
+  functions) are passed on. `jit`, `vmap` and `grad` go around the returned function; train `formats.values`:
   `jax.grad(lambda v: loss(packed(apply)(formats.with_values(params, v), x)))(formats.values(params))`. Every call
   traces `apply`, so put it under `jit`.
   """
   @functools.wraps(apply)
   def call(*args: Any, **kwargs: Any) -> Any:
-    run, leaves, structure = _program(apply, args, kwargs, implementation)
-    if not explain:
-      return structure().unflatten([_returned(leaf) for leaf in run(leaves, None)])
-    rows: list[Row] = []
-    jax.eval_shape(lambda leaves: [_dense(leaf) for leaf in run(leaves, rows)], leaves)
-    seen = {row.path for row in rows}
-    unused = [Row(h.path, h.packed.shape, h.packed.kind, 'unused') for h in leaves if _held(h) and h.path not in seen]
-    every = [*rows, *unused]
-    return Explanation(row for i, row in enumerate(every) if row not in every[:i])
+    program = jaxprs.trace(apply, args, kwargs, is_leaf=formats.is_packed)
+    values = [held.whole(leaf, path) if formats.is_packed(leaf) else leaf
+              for leaf, path in zip(program.arrays, program.paths)]
+    if explain:
+      return _explained(program, values, implementation)
+    results = evaluate(program, values, PackedProducts(implementation, None).rules())
+    return program.unflatten([_returned(result) for result in results])
 
   return call
 
 
-def _program(apply: Callable[..., Any], args: Any, kwargs: Any, implementation: str | None
-             ) -> tuple[Callable[..., list[Any]], list[Any], Callable[[], Any]]:
-  """The traced program, the leaves it takes, and the structure of its result."""
-  leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=formats.is_packed)
-  paths = [path for part in (*args, kwargs) for path in trees.flatten(part, is_leaf=formats.is_packed)[0]]
-  arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')]
-  result: list[Any] = []
-
-  def flat(*values: Any) -> list[Any]:
-    out = apply_to(treedef.unflatten([dict(zip(arrays, values)).get(i, leaf) for i, leaf in enumerate(leaves)]))
-    out, structure = jax.tree.flatten(out)
-    result[:] = [structure]
-    return out
-
-  apply_to = lambda both: apply(*both[0], **both[1])
-  given = [held.whole(leaves[i], paths[i]) if formats.is_packed(leaves[i]) else leaves[i] for i in arrays]
-  shapes = [jax.ShapeDtypeStruct(h.packed.shape, h.packed.dtype) if _held(h) else h for h in given]
-  jaxpr = jax.make_jaxpr(flat)(*shapes)
-  return (lambda values, rows: Evaluation(implementation, rows)(jaxpr, values)), given, lambda: result[0]
+def _explained(program: jaxprs.Program, values: list[Any], implementation: str | None) -> ProgramExplanation:
+  uses: list[PackedUse] = []
+  rules = PackedProducts(implementation, uses).rules()
+  jax.eval_shape(lambda values: [_dense(result) for result in evaluate(program, values, rules)], values)
+  used = {use.path for use in uses}
+  uses += [PackedUse(value.path, value.packed.shape, value.packed.kind, 'unused')
+           for value in values if _held(value) and value.path not in used]
+  return ProgramExplanation(use for i, use in enumerate(uses) if use not in uses[:i])
 
 
 def _held(value: Any) -> bool:
@@ -125,12 +133,15 @@ def _dense(value: Any) -> Any:
 
 
 def _returned(value: Any) -> Any:
-  """Packed if it is as it came."""
+  """Returns a result packed if it is a parameter as it came, dense otherwise."""
   return value.packed if _held(value) and value.dims == held.whole(value.packed, '').dims else _dense(value)
 
 
-class Product(NamedTuple):
-  """A product of a held operand and `x`: their dimensions, and how the result is put where the program has it."""
+class Contracted(NamedTuple):
+  """The dense operand `x` of a product, the dimensions of the held operand and of `x`, and where the result goes.
+
+  `placed` brings the result of the product into the shape that the program has.
+  """
 
   ours: Numbers
   x: Array
@@ -139,203 +150,123 @@ class Product(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """Evaluates programs on values of which some are `Held`; `rows`, if any, takes what happened to these."""
+class PackedProducts:
+  """The rules by which a program is evaluated with held operands; `uses`, if any, takes what happens to these."""
 
   implementation: str | None
-  rows: list[Row] | None
+  uses: list[PackedUse] | None
 
-  def __call__(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
-    """The results of one jaxpr, closed or without constants."""
-    jaxpr = getattr(program, 'jaxpr', program)
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*getattr(program, 'consts', ()), *arguments)))
-    read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
-    for eqn in jaxpr.eqns:
-      values = [read(v) for v in eqn.invars]
-      bind = functools.partial(_bind, jaxpr, eqn)
-      env.update(zip(eqn.outvars, self._results(eqn, values, bind) if any(map(_held, values)) else bind(values)))
-    return [read(v) for v in jaxpr.outvars]
+  def rules(self) -> Rules:
+    return Rules(self.operation, concerns=lambda eqn, values, address: any(map(_held, values)), dense=self.dense,
+                 unstacked=_unstacked)
 
-  def _results(self, eqn: Any, values: list[Any], bind: Bind) -> list[Any]:
+  def operation(self, eqn: Any, values: list[Any], here: Here) -> list[Any] | None:
     name = eqn.primitive.name
     if name in POINTWISE:
-      new, = bind([values[0].packed.values])
+      new, = here.dense([values[0].packed.values])
       return [dataclasses.replace(values[0], packed=dataclasses.replace(values[0].packed, values=new))]
-    if name in held.MOVES and (found := held.moved(values[0], eqn)) is not None:
-      return [found]
     if name in PRODUCTS:
-      return [self._product(eqn, values, bind)]
-    if name in STRUCTURES:
-      return STRUCTURES[name](self, eqn, values, bind)
-    return bind(self.unpacked(eqn, values, 'no product'))
+      return self._product(eqn, values, here)
+    moved = held.moved(values[0], eqn) if _held(values[0]) else None
+    return None if moved is None else [moved]
 
-  def unpacked(self, eqn: Any, values: Sequence[Any], why: str) -> list[Any]:
-    """All of them dense, and a row for each that was not."""
-    for value in filter(_held, values):
+  def dense(self, eqn: Any, value: Any, why: str) -> Any:
+    if _held(value):
       self._note(eqn, value, 'unpacked', why)
-    return [_dense(value) for value in values]
+    return _dense(value)
 
-  def inside(self, program: Any, eqn: Any, arguments: Sequence[Any]) -> list[Array]:
-    """The results of a program inside of a program, all dense."""
-    return self.unpacked(eqn, self(program, arguments), 'it is one of its results')
+  def _note(self, eqn: Any, value: Held, op: str, why: Any) -> None:
+    if self.uses is not None:
+      self.uses.append(PackedUse(value.path, value.packed.shape, value.packed.kind, op, eqn.primitive.name,
+                                 jaxprs.line(eqn), why))
 
-  def _note(self, eqn: Any, held: Held, op: str, why: Any) -> None:
-    if self.rows is not None:
-      where = source_info_util.summarize(eqn.source_info)
-      self.rows.append(Row(held.path, held.packed.shape, held.packed.kind, op, eqn.primitive.name, where, why))
+  def _product(self, eqn: Any, values: list[Any], here: Here) -> list[Any]:
+    """Multiplies by the op of the second operand if both are packed, and by dense operands if the op refuses."""
+    side = 1 if _held(values[1]) else 0
+    w, x = values[side], self.dense(eqn, values[1 - side], 'the other operand is packed too')
+    product = PRODUCTS[eqn.primitive.name](eqn, side, x)
+    fit = product if isinstance(product, Refusal) else self._fitted(eqn, w, product)
+    if isinstance(fit, Refusal):
+      dense = self.dense(eqn, w, fit.why)
+      return here.dense([x, dense] if side else [dense, x])
+    return [self._multiplied(eqn, fit, product, held_first=side == 0)]
 
-  def _product(self, eqn: Any, values: list[Any], bind: Bind) -> Array:
-    """By the format's op, for the second operand if both are packed; or of dense operands, if there is a reason."""
-    for side in (1, 0):
-      if _held(values[side]):
-        values[1 - side], = self.unpacked(eqn, values[1 - side:2 - side], 'the other operand is packed too')
-        found = PRODUCTS[eqn.primitive.name](eqn, side, values[1 - side])
-        why = found if isinstance(found, str) else self._unable(eqn, values[side], found)
-        if why is None:
-          try:
-            return self._multiplied(eqn, side, values[side], found)
-          except ValueError as refusal:
-            if self.implementation is not None:
-              raise
-            why = str(refusal)
-        values[side], = self.unpacked(eqn, values[side:side + 1], why)
-    return bind(values)[0]
-
-  def _unable(self, eqn: Any, w: Held, found: Product) -> str | None:
-    """Why no op can do this product, or `None`."""
-    dtype, precision = _dtype(eqn), eqn.params['precision']
+  def _fitted(self, eqn: Any, w: Held, product: Contracted) -> Fitted | Refusal:
+    dtype, (precision, sharding) = _dtype(eqn), jaxprs.product_options(eqn)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (2, 4):
-      return f'no op for {dtype}'
-    if eqn.params.get('out_sharding') is not None:
-      return 'an out_sharding is asked for'
+      return Refusal(f'no op for {dtype}')
+    if sharding is not None:
+      return Refusal('an out_sharding is asked for')
     if any(p not in (None, lax.Precision.DEFAULT) for p in precision or ()) and dtype.itemsize > 2:
-      return f'precision {precision} is asked for'
-    return held.misfit(w, found.ours)
+      return Refusal(f'precision {precision} is asked for')
+    fit = held.fitted(w, product.ours)
+    if isinstance(fit, Refusal) or self.implementation is not None:
+      return fit
+    rows = fit.rows(jax.ShapeDtypeStruct(product.x.shape, dtype), product.theirs)
+    why = OPS.get(w.packed.kind, UNPACKING).refusal(rows, fit.matrix)
+    return fit if why is None else Refusal(why)
 
-  def _multiplied(self, eqn: Any, side: int, w: Held, found: Product) -> Array:
-    dtype, notes = _dtype(eqn), []
-    w = dataclasses.replace(w, packed=dataclasses.replace(w.packed, values=w.packed.values.astype(dtype)))
+  def _multiplied(self, eqn: Any, fit: Fitted, product: Contracted, held_first: bool) -> Array:
+    dtype, w, choices = _dtype(eqn), fit.held, []
+    multiply = OPS.get(w.packed.kind, UNPACKING).multiply
+    cast = dataclasses.replace(w.packed, values=w.packed.values.astype(dtype))
 
     def op(x: Array, packed: Any) -> Array:
-      if packed.kind not in OPS:
-        return formats.matmul(x, packed)
-      if self.rows is not None:
-        notes.append(OPS[packed.kind](x, packed, explain=True))
-      return OPS[packed.kind](x, packed, implementation=self.implementation)
+      if self.uses is not None:
+        choices.append(multiply(x, packed, explain=True))
+      return multiply(x, packed, implementation=self.implementation)
 
-    name = OPS[w.packed.kind].__name__ if w.packed.kind in OPS else 'formats.matmul'
-    with jax.named_scope(str(eqn.source_info.name_stack) or name):
-      y = held.product(op, w, found.ours, found.x.astype(dtype), found.theirs, ours_first=side == 0)
-    self._note(eqn, w, name, notes[0] if notes else '')
-    return found.placed(y).astype(eqn.outvars[0].aval.dtype)
+    with jax.named_scope(jaxprs.scope_of(eqn) or multiply.__name__):
+      fit = fit._replace(held=dataclasses.replace(w, packed=cast))
+      y = held.product(op, fit, product.x.astype(dtype), product.theirs, held_first)
+    self._note(eqn, w, multiply.__name__, choices[0] if choices else '')
+    return product.placed(y).astype(eqn.outvars[0].aval.dtype)
 
 
-def _bind(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
-  """The results of one operation of `jaxpr` of dense values."""
-  inputs = {v: value for v, value in zip(eqn.invars, values) if not isinstance(v, core.Literal)}
-  one = jaxpr.replace(constvars=(), invars=list(inputs), outvars=eqn.outvars, eqns=[eqn])
-  return core.jaxpr_as_fun(core.ClosedJaxpr(one, ()))(*inputs.values())
+def _unstacked(value: Any) -> tuple[Any, Callable[[Any], Any]] | str:
+  """Returns the packed stack, of which a scan takes one index at a time, and what makes a stand-in of each."""
+  if not _held(value):
+    return value, lambda array: array
+  if not held.stacked(value):
+    return 'its first axis is not of a stack'
+  return value.packed, lambda packed: Held(packed, value.path, held.sliced(value))
 
 
 # Operations that keep zeros as they are, so that they act on the values alone.
 POINTWISE = {'convert_element_type', 'copy', 'name', 'reduce_precision', 'stop_gradient'}
 
 
-# Products: (equation, which operand is held, the other one) -> a `Product`, or why it is none.
+# Products: (equation, which operand is held, the other operand) -> `Contracted`, or a `Refusal`.
 
 
 def _dtype(eqn: Any) -> jnp.dtype:
-  """In which no operand and no result loses anything."""
+  """Returns the dtype in which no operand and no result loses anything."""
   return functools.reduce(jnp.promote_types, (v.aval.dtype for v in (*eqn.invars, *eqn.outvars)))
 
 
-def _dot_general(eqn: Any, side: int, x: Array) -> Product:
-  contracted, batch = eqn.params['dimension_numbers']
-  ours, theirs = (Numbers(tuple(contracted[i]), tuple(batch[i])) for i in (side, 1 - side))
-  return Product(ours, x, theirs)
+def _dot_general(eqn: Any, side: int, x: Array) -> Contracted:
+  numbers = jaxprs.dot_numbers(eqn)
+  return Contracted(numbers[side], x, numbers[1 - side])
 
 
-def _conv_general_dilated(eqn: Any, side: int, x: Array) -> Product | str:
+def _conv_general_dilated(eqn: Any, side: int, x: Array) -> Contracted | Refusal:
   """A 1x1 convolution is a product of matrices at every place, or, with strides, at every few."""
-  params, numbers, kernel = eqn.params, eqn.params['dimension_numbers'], eqn.invars[1].aval.shape
-  plain = params['feature_group_count'] == params['batch_group_count'] == 1 and set(params['lhs_dilation']) <= {1}
-  if side == 0 or not plain or any(kernel[i] != 1 for i in numbers.rhs_spec[2:]) or any(map(any, params['padding'])):
-    return 'only plain 1x1 convolutions are products of matrices'
+  conv, kernel = jaxprs.convolution(eqn), eqn.invars[1].aval.shape
+  plain = conv.groups == conv.batch_groups == 1 and set(conv.dilation) <= {1}
+  if side == 0 or not plain or any(kernel[i] != 1 for i in conv.rhs[2:]) or any(map(any, conv.padding)):
+    return Refusal('only plain 1x1 convolutions are products of matrices')
   strides = [1] * x.ndim
-  for i, stride in zip(numbers.lhs_spec[2:], params['window_strides']):
+  for i, stride in zip(conv.lhs[2:], conv.strides):
     strides[i] = stride
-  left = [i for i in range(x.ndim) if i != numbers.lhs_spec[1]]
+  left = [i for i in range(x.ndim) if i != conv.lhs[1]]
 
   def placed(y: Array) -> Array:
     y = y.reshape(*y.shape[:len(left)], -1)  # without the taps
-    at = {place: left.index(i) for i, place in zip(numbers.lhs_spec, numbers.out_spec) if i in left}
-    return y.transpose([at.get(place, len(left)) for place in range(y.ndim)])
+    sources = {place: left.index(i) for i, place in zip(conv.lhs, conv.out) if i in left}
+    return y.transpose([sources.get(place, len(left)) for place in range(y.ndim)])
 
   x = lax.slice(x, [0] * x.ndim, x.shape, strides)
-  return Product(Numbers((numbers.rhs_spec[1],), ()), x, Numbers((numbers.lhs_spec[1],), ()), placed)
+  return Contracted(Numbers((conv.rhs[1],), ()), x, Numbers((conv.lhs[1],), ()), placed)
 
 
 PRODUCTS = {'dot_general': _dot_general, 'conv_general_dilated': _conv_general_dilated}
-
-
-# Programs inside of the program.
-
-
-def _entered(ev: Evaluation, eqn: Any, values: list[Any], bind: Bind) -> list[Any]:
-  return ev(next(iter(core.jaxprs_in_params(eqn.params))), values)
-
-
-def _remat(ev: Evaluation, eqn: Any, values: list[Any], bind: Bind) -> list[Any]:
-  body = functools.partial(ev.inside, eqn.params['jaxpr'], eqn)
-  return jax.checkpoint(body, prevent_cse=eqn.params['prevent_cse'], policy=eqn.params['policy'])(values)
-
-
-def _custom_jvp(ev: Evaluation, eqn: Any, values: list[Any], bind: Bind) -> list[Any]:
-  """Its rule is about dense weights, so for derivatives it gets those."""
-  call = jax.custom_jvp(functools.partial(ev.inside, eqn.params['call_jaxpr'], eqn))
-  call.defjvp(lambda primals, tangents: jax.jvp(lambda values: bind(list(map(_dense, values))), primals, tangents))
-  return call(values)
-
-
-def _custom_vjp(ev: Evaluation, eqn: Any, values: list[Any], bind: Bind) -> list[Any]:
-  body = functools.partial(ev.inside, eqn.params['call_jaxpr'], eqn)
-  call = jax.custom_vjp(body)
-  call.defvjp(lambda values: (body(values), values),
-              lambda values, dy: jax.vjp(lambda values: bind(list(map(_dense, values))), values)[1](dy))
-  return call(values)
-
-
-def _cond(ev: Evaluation, eqn: Any, values: list[Any], bind: Bind) -> list[Any]:
-  branches = [functools.partial(ev.inside, branch, eqn) for branch in eqn.params['branches']]
-  return lax.switch(values[0], branches, values[1:])
-
-
-def _while(ev: Evaluation, eqn: Any, values: list[Any], bind: Bind) -> list[Any]:
-  a, b = eqn.params['cond_nconsts'], eqn.params['cond_nconsts'] + eqn.params['body_nconsts']
-  proceed = lambda carry: ev.inside(eqn.params['cond_jaxpr'], eqn, [*values[:a], *carry])[0]
-  body = lambda carry: ev.inside(eqn.params['body_jaxpr'], eqn, [*values[a:b], *carry])
-  return lax.while_loop(proceed, body, ev.unpacked(eqn, values[b:], 'it changes from round to round'))
-
-
-def _scan(ev: Evaluation, eqn: Any, values: list[Any], bind: Bind) -> list[Any]:
-  """A stack that is taken apart stays packed, step by step."""
-  params, (first, last) = eqn.params, scanned(eqn)
-  carry = ev.unpacked(eqn, values[first:last], 'it changes from round to round')
-  split = [_held(value) and held.stacked(value) for value in values[last:]]
-  xs = [value.packed if whole else ev.unpacked(eqn, [value], 'its first axis is not of a stack')[0]
-        for value, whole in zip(values[last:], split)]
-
-  def step(carry: list[Array], xs: list[Any]) -> tuple[list[Array], list[Array]]:
-    slices = [Held(x, value.path, held.sliced(value)) if whole else x
-              for x, value, whole in zip(xs, values[last:], split)]
-    results = ev.inside(params['jaxpr'], eqn, [*values[:first], *carry, *slices])
-    return results[:len(carry)], results[len(carry):]
-
-  carry, ys = lax.scan(step, carry, xs, params['length'], params['reverse'], params['unroll'])
-  return [*carry, *ys]
-
-
-STRUCTURES: dict[str, Callable[[Evaluation, Any, list[Any], Bind], list[Any]]] = {
-  **dict.fromkeys(('jit', 'pjit', 'closed_call', 'core_call'), _entered),
-  **dict.fromkeys(('checkpoint', 'remat', 'remat2'), _remat), 'custom_jvp_call': _custom_jvp,
-  'custom_vjp_call': _custom_vjp, 'cond': _cond, 'while': _while, 'scan': _scan}

@@ -2,9 +2,13 @@
 
 import warnings
 
-from kernels_pallas.models import OPS, Explanation, Row, packed
+from kernels_pallas import models
+from kernels_pallas.models import packed
 
 __all__ = ['OPS', 'Explanation', 'Row', 'packed']
+
+OPS = {kind: op.multiply for kind, op in models.OPS.items()}
+Explanation, Row = models.ProgramExplanation, models.PackedUse
 
 warnings.warn('kernels_pallas.nn is now kernels_pallas.models; the old name goes in the next release.',
               DeprecationWarning, 2)

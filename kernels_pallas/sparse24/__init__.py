@@ -1,9 +1,10 @@
-"""Products with a `Sparse24Array`, 2:4 as the sparse tensor cores of Hopper read it: `sparse24_matmul`."""
+"""Multiplies by a `Sparse24Array`, 2:4 in the layout that the sparse tensor cores of Hopper read: `sparse24_matmul`."""
 
 import importlib
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch, products
@@ -14,19 +15,19 @@ from sparsejax.types import Array
 
 
 def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = None,
-                    explain: bool = False) -> Array | dispatch.Explanation:
-  """`x [..., K]` times the 2:4 weight `w`, over its contracted axes merged: `[..., *outputs]`, in x's dtype.
+                    explain: bool = False) -> Array | dispatch.Choices:
+  """Returns `x [..., K]` times the 2:4 weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  Sums are float32. Differentiable in `x` and `w.values`; both gradients are XLA's, that of `x` of the unpacked weight,
-  that of the values by slabs of outputs of the dense one.
-  `implementation` is 'xla', which unpacks inside of the program, or 'mosaic_gpu'; they run or raise `ValueError`.
-  `None` lets the platform choose when the program is lowered, and `explain=True` returns what it would choose, and why.
-  Where the number of outputs is no multiple of 128, the kernel copies the weight to fill it up.
+  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`, by XLA. The
+  gradient of `x` unpacks the weight. The gradient of the values reads the dense gradient by slabs of outputs.
+
+  `implementation` is 'xla', which unpacks inside of the program, or 'mosaic_gpu', and raises `ValueError` if it cannot
+  run. `None` lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform
+  and its reason instead of the product. Where the number of outputs is no multiple of 128, the kernel pads a copy of
+  the weight. Raises `ValueError` with the `refusal` of `x` and `w`.
   """
-  products.checked('sparse24_matmul', x, w, Sparse24Array, 'Sparse24Array.from_dense packs one')
-  if w.values.ndim != 2:
-    raise ValueError(f'sparse24_matmul: the weight of shape {w.shape} is a stack; take one of it at a time with vmap '
-                     'or scan.')
+  if reason := refusal(x, w):
+    raise ValueError(f'sparse24_matmul: {reason}.')
   flat, length = x.reshape(-1, x.shape[-1]), 2 * w.values.shape[1]
   flat = jnp.pad(flat, ((0, 0), (0, length - flat.shape[1])))
   if explain:
@@ -37,12 +38,18 @@ def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = 
   return PRODUCT(flat, w, implementation)[:, :outputs].reshape(*x.shape[:-1], *w.output_sizes)
 
 
+def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
+  """Returns why `sparse24_matmul` cannot multiply `x` by `w` in any implementation, with the remedy, or `None`."""
+  return products.refusal(x, w, Sparse24Array) or products.refused_stack(w, w.values.ndim != 2)
+
+
 def prefer(*args: Any) -> Choice:
+  """Returns the choice 'xla': only the sparse tensor cores of Hopper are faster at 2:4 than a dense product."""
   return Choice('xla', 'only the sparse tensor cores of Hopper are faster at 2:4 than a dense product')
 
 
 def _load() -> Any:
-  """The kernel, imported when it is first asked: Pallas takes a second."""
+  """Returns the module of the kernel, which is imported at its first use: importing Pallas takes a second."""
   return importlib.import_module('kernels_pallas.sparse24.gpu')
 
 

@@ -37,4 +37,4 @@ def sampled(x: Array, dy: Array, w: Sparse24Array) -> Array:
 
 def _matrix(w: Sparse24Array) -> Array:
   """`[Np, Kp]`."""
-  return neighbours.exactly(sparse24.matrices, w.values, w.positions())
+  return neighbours.exactly(sparse24.dense_transposed, w.values, w.positions())

@@ -1,4 +1,4 @@
-"""Reads JAX programs: which parameter feeds which contraction, and what a compiled program sends between devices."""
+"""Reads JAX programs."""
 
 from sparsejax.programs.contractions import Contractions, contractions
 

@@ -50,7 +50,7 @@ def exact(a, b):
 def test_a_weight_comes_back_bit_for_bit_and_is_listed_row_and_column(name, tmp_path):
   w, mask, packed = weight(name)
   assert packed.problem() is None
-  assert packed.shape == w.shape and packed.dtype == w.dtype and packed.contracted == len(w)
+  assert packed.shape == w.shape and packed.dtype == w.dtype and packed.contracted_size == len(w)
   for dense in (packed.to_dense(), jax.jit(formats.unpack)(packed)):
     np.testing.assert_array_equal(np.asarray(dense).view('u4'), np.asarray(w).view('u4'))
   assert set(np.asarray(packed.rows).tolist()) == set(range(packed.grid[0]))
@@ -79,7 +79,7 @@ def test_what_a_mask_keeps_is_stored_though_it_is_zero_and_nothing_else():
 def test_kernels_of_any_layout_are_one_matrix(shape, axes, k):
   w = np.random.default_rng(0).standard_normal(shape).astype('f4')
   packed = BlockSparseArray.from_dense(w, block=(4, 3), axes=axes)
-  assert packed.contracted == k and packed.problem() is None
+  assert packed.contracted_size == k and packed.problem() is None
   np.testing.assert_array_equal(packed.to_dense(), w)
   x = normal((5, k))
   close(block_sparse_matmul(x, packed, implementation='xla'), formats.matmul(x, packed), k)
@@ -270,7 +270,7 @@ REFUSED = {
     'cannot run here': (lambda: block_sparse_matmul(normal((4, 64)), SQUARE, implementation='mosaic_gpu'),
                         r"'mosaic_gpu' cannot run this: it is for cuda, and the default device is cpu.*'xla'.*can"),
     'length': (lambda: block_sparse_matmul(normal((4, 60)), SQUARE), r'\(4, 60\).*must end in 64.*reshape'),
-    'dtype': (lambda: block_sparse_matmul(jnp.ones((4, 64), jnp.int32), SQUARE), 'int32.*float32, bfloat16'),
+    'dtype': (lambda: block_sparse_matmul(jnp.ones((4, 64), jnp.int32), SQUARE), 'int32; cast x to float32, bfloat16'),
     'dense': (lambda: block_sparse_matmul(normal((4, 64)), jnp.ones((64, 64))), 'must be a formats.BlockSparseArray'),
     'stack': (lambda: block_sparse_matmul(normal((4, 16)), BlockSparseArray.from_dense(
         stack(), block=(8, 8), axes=Axes((1,), (2,), (), (0,)))), r'\(2, 16, 16\) is a stack.*vmap or scan'),

@@ -40,7 +40,7 @@ def test_columns_come_back_bit_for_bit(name, dtype, tmp_path):
     for found, saved in zip(jax.tree.leaves(again), jax.tree.leaves(packed)):
       assert found.dtype == saved.dtype and np.asarray(found).tobytes() == np.asarray(saved).tobytes()
   assert packed.nbytes == packed.values.size * (w.dtype.itemsize + 12) + 4 * (
-      packed.contracted + math.prod(packed.output_sizes) + 2)
+      packed.contracted_size + math.prod(packed.output_sizes) + 2)
 
 
 def test_columns_are_listed_as_documented():

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +12,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from products import blocks, equations, f32, normal, rounded_once
 
-from kernels_pallas import bench, block_sparse_matmul, hopper, nm_matmul
+from kernels_pallas import block_sparse_matmul, hopper, nm_matmul
 from kernels_pallas.attention import gpu as attention
 from kernels_pallas.block_sparse import gpu as block_sparse
 from kernels_pallas.sparse24 import gpu as sparse24
 from kernels_pallas.sparse24 import reference, sparse24_matmul
-from sparsejax import advice
 from sparsejax.formats import NMArray, Sparse24Array
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -367,42 +364,3 @@ def test_a_cuda_that_miscompiles_causal_masks_is_refused(monkeypatch):
   for version, bad in ((12070, False), (12080, True), (12090, True), (12091, False), (13000, False), (None, False)):
     monkeypatch.setattr(attention, '_cuda', lambda version=version: version)
     assert ('12.9.1' in (refusal(causal=True) or '')) == bad and refusal(causal=False) is None
-
-
-# The benchmark.
-
-
-def test_without_a_gpu_the_benchmark_says_so_in_a_sentence(capsys, tmp_path):
-  assert bench.main(['--out', str(tmp_path / 'kernels.csv')]) == 2
-  said = capsys.readouterr().out.removeprefix('kernels_pallas.')
-  assert re.fullmatch('[^.]+no GPU, so nothing was measured[.]\n', said)
-  assert not list(tmp_path.iterdir())
-
-
-def test_a_kernel_that_fails_is_a_row_with_its_error_and_the_rest_is_measured(monkeypatch, tmp_path, capsys):
-  dot, x = bench._dot, jnp.ones((8, 8), F32)
-  good = bench.Case(dot, (x, x), dot, (x, x), lambda: dot(x, x), 1.0, 0.0)
-  def fails():
-    raise RuntimeError('no such\ninstruction')
-  made = {'good': lambda: good, 'wrong': lambda: good._replace(expected=lambda: 2 * x), 'raises': fails}
-  monkeypatch.setattr(bench, '_milliseconds', lambda f, args: f(*args) is None or 1.0)  # which only a GPU tells
-  monkeypatch.setattr(bench, 'cases', lambda: ((name, '', 0.5, make) for name, make in made.items()))
-  found = {row['kernel']: row for row in bench.rows(time.perf_counter())}
-  assert found['good'].keys() <= set(bench.FIELDS)
-  assert 'failure' not in found['good'] and found['good']['holds'] == 'yes'
-  assert 'relative error' in found['wrong']['failure']
-  assert found['raises']['failure'] == 'RuntimeError: no such instruction'
-  some = (block_sparse_matmul, (64, 64)), (sparse24_matmul, (4, 1))
-  monkeypatch.setattr(bench, 'entries', lambda: (bench.Entry(op, 8, 128, 64, block, 0.5) for op, block in some))
-  (tmp_path / 'gpu.json').write_text(json.dumps(list(bench.table(time.perf_counter()))))
-  measured = advice.read_table('gpu', tmp_path)
-  assert [(row.op, row.implementation, row.ratio_forward, row.ratio_train) for row in measured] == [
-      ('block_sparse_matmul', 'mosaic_gpu', 1.0, 1.0), ('sparse24_matmul', 'mosaic_gpu', 1.0, 1.0)]
-  def doubled(x, w, **options):
-    values = 2 * w.values - jax.lax.stop_gradient(w.values)
-    return block_sparse_matmul(x, dataclasses.replace(w, values=values), **options)
-  monkeypatch.setattr(bench, 'entries', lambda: iter([bench.Entry(doubled, 8, 128, 64, (64, 64), 0.5)]))
-  assert not list(bench.table(time.perf_counter()))
-  assert 'doubled [8, 128, 64] (64, 64) 0.5: ValueError: relative error 1' in capsys.readouterr().err
-  late = list(bench.rows(time.perf_counter() - bench.SECONDS - 1))
-  assert [row['failure'] for row in late] == ['left out: 450 seconds had passed'] * 3

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from products import MATRIX, TOKENS, UNSTRUCTURED, WAYS, close, inputs, largest, normal, value_and_gradients
+from products import MATRIX, TOKENS, UNSTRUCTURED, WAYS, blocks, close, inputs, largest, normal, value_and_gradients
 
+from kernels_pallas import active, block_sparse, n_m, sparse24, unstructured
 from kernels_pallas.n_m import nm_matmul
 from kernels_pallas.n_m import reference as n_m_reference
 from kernels_pallas.unstructured import unstructured_matmul
 from sparsejax import formats, patterns
-from sparsejax.formats import CSCArray, NMArray
+from sparsejax.formats import CSCArray, NMArray, Sparse24Array
 from sparsejax.types import Axes
 
 # Products with a packed weight: op, shape of the weight, contracted axes, what is kept of it, and how it is packed.
@@ -214,9 +215,9 @@ REFUSED = {
     'N:M: length': (lambda: nm_matmul(HALF, NM24),
                     r'nm_matmul: x of shape \(4, 16\) must end in 32.*\(32, 31\).*reshape x'),
     'N:M: scalar': (lambda: nm_matmul(jnp.float32(1), NM24), r'x of shape \(\)'),
-    'N:M: dtype': (lambda: nm_matmul(jnp.ones((4, 32), int), NM24), 'x has dtype int32; float32, bfloat16 and float16'),
+    'N:M: dtype': (lambda: nm_matmul(jnp.ones((4, 32), int), NM24), 'x has dtype int32; cast x to float32, bfloat16'),
     'N:M: stack': (lambda: nm_matmul(HALF, NMArray.from_dense(
-        jnp.zeros((3, 16, 4)), 2, 4, Axes((1,), (2,), layer=(0,)), width=2)), r'\(3, 16, 4\).*one of it at a time'),
+        jnp.zeros((3, 16, 4)), 2, 4, Axes((1,), (2,), layer=(0,)), width=2)), r'\(3, 16, 4\) is a stack.*with vmap'),
     'N:M: name': (lambda: nm_matmul(jnp.ones((4, 32)), NM24, implementation='mosaic'),
                   "nm_matmul: unknown implementation 'mosaic'.*dense, mosaic_gpu, mosaic_tpu, xla"),
     'N:M: elsewhere': (lambda: nm_matmul(jnp.ones((4, 32)), NM24, implementation='mosaic_tpu'),
@@ -236,3 +237,25 @@ def test_refusals_say_why_and_what_can(case):
   call, message = REFUSED[case]
   with pytest.raises(ValueError, match=f'(?s){message}'):
     call()
+
+
+OPS = {'nm_matmul': (n_m, NM24), 'unstructured_matmul': (unstructured, CSC),
+       'block_sparse_matmul': (block_sparse, blocks((32, 16), (8, 8), 'float32')),
+       'sparse24_matmul': (sparse24, Sparse24Array.from_dense(jnp.zeros((32, 8)))),
+       'active_matmul': (active, jnp.ones((32, 8)))}
+
+
+@pytest.mark.parametrize('name', OPS)
+def test_an_op_raises_exactly_what_its_refusal_says_of_shapes_alone(name):
+  """So a caller that asks first knows that any other `ValueError` of the op is a fault."""
+  module, w = OPS[name]
+  op = getattr(module, name)
+  length = w.shape[0]
+  given = lambda shape, dtype='float32': (jax.ShapeDtypeStruct(shape, dtype), jnp.ones(shape, dtype))
+  for x, array in (given((4, length + 1)), given(()), given((4, length), 'int32'), given((length, 4), 'bfloat16')):
+    reason = module.refusal(x, w)
+    with pytest.raises(ValueError, match=f'^{re.escape(f"{name}: {reason}.")}$'):
+      op(array, w)
+  for x, array in (given((4, length)), given((length,), 'bfloat16'), given((0, length))):
+    assert module.refusal(x, w) is None
+    op(array, w)

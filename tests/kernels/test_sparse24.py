@@ -83,7 +83,7 @@ def test_the_round_trip_is_bit_for_bit(shape, axes, dtype):
 def test_the_hardware_reads_these_weights(shape, axes, dtype):
   w = weights(shape, axes, dtype)
   packed = Sparse24Array.from_dense(jnp.asarray(w), axes)
-  k = packed.contracted
+  k = packed.contracted_size
   order = [a for a in range(len(shape)) if a not in axes] + list(axes)
   matrix = np.transpose(bits(w), order).reshape(-1, k)
   found = by_thread(bits(packed.values), packed.metadata)
@@ -150,7 +150,7 @@ def test_pack_knows_it_by_name():
   params = {'a': {'kernel': jnp.asarray(weights((2, 36, 10), (0, 1), 'float32')), 'bias': jnp.ones(10)}}
   axes = {'a/kernel': Axes((0, 1), (2,))}
   packed = formats.pack(params, 'sparse24', axes=axes)
-  assert isinstance(packed['a']['kernel'], Sparse24Array) and packed['a']['kernel'].contracted == 72
+  assert isinstance(packed['a']['kernel'], Sparse24Array) and packed['a']['kernel'].contracted_size == 72
   np.testing.assert_array_equal(bits(formats.unpack(packed)['a']['kernel']), bits(params['a']['kernel']))
   assert isinstance(jax.jit(lambda p: formats.pack(p, 'sparse24', axes=axes, check=False))(params)['a']['kernel'],
                     Sparse24Array)
