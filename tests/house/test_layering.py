@@ -26,6 +26,8 @@ SPARSEJAX = (
     ('trees',),
     ('programs',),
     ('ranking', 'neighbours'),
+    ('counts',),
+    ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
      'solvers', 'collectives'),
     ('formats',),
@@ -61,7 +63,7 @@ EXPERIMENTS = (
 INSIDE = {
     'sparsejax.programs': (('hlo', 'views'), ('contractions',)),
     'sparsejax.formats': (('gaps', 'arrays'), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
-    'sparsejax.transforms': (('sparsify',),),
+    'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('rows',),),
     'sparsejax.io': (('orbax',), ('safetensors_files',)),
