@@ -1,11 +1,11 @@
-"""Shows the other operand of each product with a parameter, and takes an answer in place of the product.
+"""Shows what each parameter is multiplied by, and takes an answer in place of the product.
 
-`operands` gives each `Site` to a callback; `walk` stops at each site, so that several batches can go in lock-step and
-return. Loops are walked layer by layer, each layer a site of its own; only what is still needed is kept in memory.
+`operands` gives each `Site` to a callback. `walk` stops at each site, so that several batches can go in lock-step and
+return. Loops are walked layer by layer: each layer is a site. Values are dropped after their last use.
 
     inputs = {}
-    run = operands(model.apply, lambda site: inputs.setdefault((site.path, site.layer), site.x) and None)
-    y = run(variables, x)                  # what `model.apply` returns, and the inputs of each layer in `inputs`
+    run = operands(model.apply, lambda site: inputs.update({(site.path, site.layer): site.x}))
+    y = run(variables, x)                  # the result of `model.apply`; `inputs` has the input of each layer
 
     steps = walk(trace(model.apply, (variables, x)))
     while steps.stopped:
@@ -14,32 +14,34 @@ return. Loops are walked layer by layer, each layer a site of its own; only what
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsejax import errors
-from sparsejax.programs import jaxprs
 from sparsejax.programs.contractions import Use, read
-from sparsejax.programs.evaluate import Here, Rules, Walk, check_reached
-from sparsejax.programs.jaxprs import Address, Program
+from sparsejax.programs.evaluate import Operation, ValueRules, Walk, check_reached
+from sparsejax.programs.jaxprs import Address
 from sparsejax.programs.structures import Outcome, Stop
+from sparsejax.programs.tracing import Program, trace
 from sparsejax.types import Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
-  """One use of the parameter at `path` by a product, in one layer.
+  """A `Site` is one product with the parameter at `path`, in one layer.
 
-  `x`: the other operand. For a convolution, its input; the kernel is the parameter.
-  `weight`: the operand that shows the parameter, as the product sees it.
-  `number`: the number of the use, an index into `Contractions.uses[path]`. A loop's body has the same uses each round.
-  `layer`: the index of each layer axis that a `scan` took apart, outermost first; `()` outside of such a scan.
-  `steps`: the round of each loop around the site, outermost first. It tells the layer where an index picks it.
-  `use`: what `contractions` says of this use: its axes, its place, and how `weight` shows the parameter.
+  `x` is the other operand of the product; for a convolution, its input. `weight` is the operand that is made of the
+  parameter, as the product takes it.
+  `number` is an index into `Contractions.uses[path]`. Every round of a loop has the same numbers.
+  `layer` holds the index of each layer axis that a `scan` sliced, outermost first; it is `()` outside of such a scan.
+  `steps` holds the round of each loop around the site, outermost first. If the program picks a layer by the number of a
+  round (`w[i]`), `steps` tells the layer.
+  `use` holds the axes of this use, its place in the code, and the view from `weight` to the parameter.
 
-  A parameter may reach the product by a detour. After a transpose, a reshape or a slice, `use.view.dims` tells how the
-  dimensions of `weight` run over the parameter's axes. After a cast, a mask or a scale, the numbers in `weight` are not
-  those of the parameter: `product(weight=...)` takes the numbers that the product sees.
+  The program may change a parameter before the product. After a transpose, a reshape or a slice, `use.view.dims` tells
+  how the dimensions of `weight` run over the axes of the parameter. After a cast, a mask or a scale, `weight` has other
+  values than the parameter; `product(weight=...)` takes values as the product does.
   """
 
   path: str
@@ -59,22 +61,22 @@ class Site:
     return self._operands[self.use.operand]
 
   def product(self, x: Array | None = None, weight: Array | None = None) -> Array:
-    """Returns the result of the product, with another `x` or another `weight` if given: an answer to the site."""
+    """Returns the result of the product, with another `x` or another `weight` if given."""
     pair = [self.x if x is None else x, self.weight if weight is None else weight]
     return self._product([*(pair if self.use.operand else pair[::-1]), *self._operands[2:]])[0]
 
 
 def operands(apply: Callable[..., Any], callback: Callable[[Site], Array | None]) -> Callable[..., Any]:
-  """Returns a function like `apply` that calls `callback(site)` at each use of a parameter by a product.
+  """Returns a function like `apply` that calls `callback(site)` at each product with a parameter.
 
-  If `callback` returns an array, the array takes the place of the product; its shape and dtype must be the product's.
-  The first argument holds the parameters. The function runs operation by operation, on concrete values: under `jit` a
-  `cond` or a `while` that leads to a site is refused. Sites inside of `shard_map` are refused. A product of several
-  parameters has a site for each, until one is answered.
+  If `callback` returns an array, the array replaces the product, whose shape and dtype it must have. The first argument
+  of `apply` holds the parameters. A product with several parameters has a site for each, until an answer is given.
+  The function runs operation by operation, on concrete values. Raises `ValueError` for a site inside of `shard_map`
+  and, under `jit`, for a site inside of a `cond` or a `while`.
   """
   @functools.wraps(apply)
   def call(*args: Any, **kwargs: Any) -> Any:
-    program = jaxprs.trace(apply, args, kwargs)
+    program = trace(apply, args, kwargs)
     steps = walk(program)
     while steps.stopped:
       steps.answer(callback(steps.site))
@@ -84,60 +86,65 @@ def operands(apply: Callable[..., Any], callback: Callable[[Site], Array | None]
 
 
 def walk(program: Program, arrays: Iterable[Any] | None = None) -> Walk:
-  """Returns a walk through a traced program that stops at each `Site`; its answers are `None` or the product.
+  """Returns a walk through a traced program that stops at each `Site`; an answer is `None` or the product's result.
 
-  The first argument of the program holds the parameters. `arrays` are the program's inputs, in the order of
-  `program.arrays`, for a batch other than the one it was traced with.
+  The first argument of the traced function holds the parameters. `arrays` are the inputs of the program, in the order
+  of `program.arrays`; by default, the inputs that the function was traced with.
   """
   uses = uses_by_address(program)
-  rules = Rules(lambda eqn, values, here: _stops(eqn, values, here, uses.get(here.address)), keeps=lambda eqn: False,
-                concerns=functools.partial(concerned, prefixes(uses)))
-  names = {address: path for address, ((path, _, _), *_) in uses.items()}
-  check_reached('operands', program, names, rules)
+  rules = ValueRules(lambda eqn, values, here: _stops(eqn, values, here, uses.get(here.address)),
+                     keeps=lambda eqn: False, concerns=functools.partial(concerned, prefixes(uses)))
+  check_reached('operands', program, {address: listed[0].path for address, listed in uses.items()}, rules)
   return Walk(program, program.arrays if arrays is None else arrays, rules)
 
 
-Named = tuple[str, int, Use]  # the path of a parameter, the number of its use, and the use
+class NumberedUse(NamedTuple):
+  """A `NumberedUse` is entry `number` of `Contractions.uses[path]`."""
+
+  path: str
+  number: int
+  use: Use
 
 
-@functools.lru_cache(maxsize=16)
-def uses_by_address(program: Program) -> dict[Address, list[Named]]:
-  """Returns the uses of parameters in each product of a program."""
-  found: dict[Address, list[Named]] = {}
-  for path, uses in read(program).uses.items():
-    for number, use in enumerate(uses):
-      found.setdefault(use.address, []).append((path, number, use))
-  return found
+_USES: weakref.WeakKeyDictionary[Program, dict[Address, list[NumberedUse]]] = weakref.WeakKeyDictionary()
+
+
+def uses_by_address(program: Program) -> dict[Address, list[NumberedUse]]:
+  """Maps the address of each product with parameters to its uses of parameters; read once for each program."""
+  if program not in _USES:
+    _USES[program] = {}
+    for path, uses in read(program).uses.items():
+      for number, use in enumerate(uses):
+        _USES[program].setdefault(use.address, []).append(NumberedUse(path, number, use))
+  return _USES[program]
 
 
 def prefixes(addresses: Iterable[Address]) -> frozenset[Address]:
-  """Returns the addresses of operations, and of all operations around them."""
+  """Returns the addresses, and those of all operations around them."""
   return frozenset(address[:n] for address in addresses for n in range(1, len(address) + 1, 2))
 
 
 def concerned(addresses: frozenset[Address], eqn: Any, values: list[Any], address: Address) -> bool:
-  """Returns whether an operation, or one inside of it, is at one of the addresses; a rule `concerns`."""
+  """Returns whether `address` is among `addresses`; with the first argument bound, a rule `ValueRules.concerns`."""
   return address in addresses
 
 
-def _stops(eqn: Any, values: list[Any], here: Here, uses: list[Named] | None) -> Outcome | None:
+def _stops(eqn: Any, values: list[Any], here: Operation, uses: list[NumberedUse] | None) -> Outcome | None:
   """Stops at the first of the uses; without an answer, at the next."""
   if uses is None:
     return None
   if not uses:
     return here.dense(values)
-  (path, number, use), rest = uses[0], uses[1:]
+  path, number, use = uses[0]
   layer = tuple(here.steps[loop] for loop in use.view.loops)
   site = Site(path, number, layer, here.steps, use, values, here.dense)
+  return Stop(site, lambda answer: _stops(eqn, values, here, uses[1:]) if answer is None else [_checked(
+      answer, site, eqn.outvars[0].aval)])
 
-  def resume(answer: Array | None) -> Outcome:
-    if answer is None:
-      return _stops(eqn, values, here, rest)
-    result = eqn.outvars[0].aval
-    if (answer.shape, answer.dtype) != (result.shape, result.dtype):
-      raise errors.at_leaf('operands', path, site.weight.shape, f'the answer at {use.place} is {answer.dtype}'
-                           f'{list(answer.shape)}, but the product is {result.dtype}{list(result.shape)}; '
-                           'Site.product(x, weight) computes one.')
-    return [answer]
 
-  return Stop(site, resume)
+def _checked(answer: Array, site: Site, result: Any) -> Array:
+  if (answer.shape, answer.dtype) == (result.shape, result.dtype):
+    return answer
+  raise errors.at_leaf('operands', site.path, site.weight.shape, f'the answer at {site.use.place} is {answer.dtype}'
+                       f'{list(answer.shape)}, but the product is {result.dtype}{list(result.shape)}; '
+                       'Site.product(x, weight) computes an answer.')

@@ -1,11 +1,11 @@
-"""Gives other values to intermediates of a program: to those with a name, and to the operands of products.
+"""Gives other values to intermediates of a program: to those with a name, and to what parameters are multiplied by.
 
     def model(params, x):
       h = checkpoint_name(jnp.tanh(x @ params['up']), 'hidden')
       return h @ params['down']
 
-    replace(model, {'hidden': jnp.zeros((8, 64))})(params, x)                  # the value itself
-    replace(model, {('down', 0): lambda h: h * (abs(h) > 0.1)})(params, x)     # what meets the first use of `down`
+    replace(model, {'hidden': jnp.zeros((8, 64))})(params, x)                  # a value
+    replace(model, {('down', 0): lambda h: h * (abs(h) > 0.1)})(params, x)     # a function: first use of `down`
 """
 
 import functools
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 
 from sparsejax import errors
 from sparsejax.programs import jaxprs
-from sparsejax.programs.evaluate import Here, Rules, check_reached, evaluate
-from sparsejax.programs.jaxprs import Address, Program
+from sparsejax.programs.evaluate import Operation, ValueRules, check_reached, evaluate
+from sparsejax.programs.jaxprs import Address
 from sparsejax.programs.operands import concerned, prefixes, uses_by_address
+from sparsejax.programs.tracing import Program, trace
 
 Key = str | tuple[str, int]
 
@@ -26,21 +27,23 @@ Key = str | tuple[str, int]
 def replace(apply: Callable[..., Any], values: Mapping[Key, Any]) -> Callable[..., Any]:
   """Returns a function like `apply` in which some intermediates have other values.
 
-  A key of `values` is a name that `jax.ad_checkpoint.checkpoint_name` gave, or the path of a parameter with the number
-  of its use in `contractions(...).uses`; then the other operand of the product is replaced. A value is an array of the
-  intermediate's shape, or a function of the intermediate. The first argument of `apply` holds the parameters.
+  A key of `values` is a name, as given by `jax.ad_checkpoint.checkpoint_name`, or `(path, number)`. `(path, number)`
+  stands for the other operand of a product with the parameter at `path`; `number` is an index into
+  `contractions(...).uses[path]`. The first argument of `apply` holds the parameters.
+  A value is an array of the intermediate's shape and dtype, or a function that maps the intermediate to such an array.
 
-  Loops stay loops, so that a value inside of a loop is the same in each round. A function with a derivative of its own
-  gets the new values, but its derivative rule takes the old ones. Raises `ValueError` for an unknown key, listing the
-  valid ones, for a value of another shape or dtype, and for a site inside of `shard_map`.
+  Loops stay loops: every round of a loop gets the same value, or calls the same function. A function with a derivative
+  rule of its own computes with the new values, but its derivatives are those of the function without replacements.
+  Raises `ValueError` for an unknown key, with the valid keys, for another shape or dtype, and for an intermediate
+  inside of `shard_map`.
   """
   @functools.wraps(apply)
   def call(*args: Any, **kwargs: Any) -> Any:
-    program = jaxprs.trace(apply, args, kwargs)
+    program = trace(apply, args, kwargs)
     sites = _sites(program, values)
     addresses = prefixes(sites)
-    rules = Rules(lambda eqn, operands, here: _operation(eqn, operands, here, sites.get(here.address, {}), values),
-                  concerns=functools.partial(concerned, addresses))
+    rules = ValueRules(lambda eqn, operands, here: _operation(eqn, operands, here, sites.get(here.address, {}), values),
+                       concerns=functools.partial(concerned, addresses))
     named = {address: str(next(iter(keys))) for address, keys in sites.items()}
     check_reached('replace', program, named, rules)
     return program.unflatten(evaluate(program, program.arrays, rules))
@@ -49,7 +52,7 @@ def replace(apply: Callable[..., Any], values: Mapping[Key, Any]) -> Callable[..
 
 
 def _sites(program: Program, values: Mapping[Key, Any]) -> dict[Address, dict[Key, int]]:
-  """Returns, by address, the keys that are replaced there, and the operand of each."""
+  """Maps the address of each operation with a replaced operand to the keys and the numbers of these operands."""
   sites: dict[Address, dict[Key, int]] = {}
   for address, eqn in jaxprs.equations(program):
     if name := jaxprs.given_name(eqn):
@@ -65,7 +68,7 @@ def _sites(program: Program, values: Mapping[Key, Any]) -> dict[Address, dict[Ke
   return {address: keys for address, keys in sites.items() if keys}
 
 
-def _operation(eqn: Any, operands: list[Any], here: Here, keys: Mapping[Key, int], values: Mapping[Key, Any]
+def _operation(eqn: Any, operands: list[Any], here: Operation, keys: Mapping[Key, int], values: Mapping[Key, Any]
                ) -> list[Any] | None:
   if not keys:
     return None

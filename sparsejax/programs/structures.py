@@ -1,7 +1,7 @@
-"""The structures of programs, run in two ways: *kept* as what they are, or *walked* round by round.
+"""Runs the structures of programs in two ways: a structure is *kept* as what it is, or *walked* round by round.
 
-`KEPT` stages a loop, a branch, `remat` or a function with a derivative of its own again, around a body that the caller
-runs. `WALKED` asks for one body after the other, on concrete values. `evaluate` chooses between both.
+A structure is a loop, a `cond`, `remat`, or a function with a derivative rule of its own. `KEPT` stages the same
+structure again, around a body that the caller runs. `WALKED` runs one body after the other, on concrete values.
 
     outcome = WALKED['scan'](eqn, values)          # Enter(body, arguments of round 0, then, ...)
     outcome = outcome.then(results_of_round_0)     # Enter(body, arguments of round 1, then, ...)
@@ -20,10 +20,10 @@ from sparsejax.types import Array
 
 
 class Enter(NamedTuple):
-  """Asks a walk to run the inner program `number` of an operation; `then(results)` goes on.
+  """`Enter` asks a walk to run the inner program `number` of an operation on `arguments`.
 
-  `then` returns the results of the operation, or another `Enter`. `step` is the index of a loop's round, `None` outside
-  of a loop. In a scan the index is that of the slice, which counts down if the scan is reversed.
+  `then(results)` returns the results of the operation, or another `Enter`. `step` is the number of a loop's round, and
+  `None` outside of a loop. In a scan, `step` is the index of the slice, which counts down if the scan is reversed.
   """
 
   program: Any
@@ -34,7 +34,10 @@ class Enter(NamedTuple):
 
 
 class Stop(NamedTuple):
-  """Asks a walk to stop at `site`, whatever that is to the caller; `resume(answer)` goes on like `Enter.then`."""
+  """`Stop` asks a walk to stop, and to hand out `site`, an object of the caller.
+
+  `resume(answer)` returns the results of the operation, an `Enter`, or another `Stop`.
+  """
 
   site: Any
   resume: Callable[[Any], 'Outcome']
@@ -44,11 +47,11 @@ Outcome = list[Any] | Enter | Stop
 
 
 class Inside(NamedTuple):
-  """How the caller runs what is inside of a structure that is kept.
+  """`Inside` holds the functions by which a caller runs what is inside of a structure that is kept.
 
-  `run(program, arguments, number)` returns the results of the inner program `number`, all of them arrays. `original`
-  returns the results of the whole operation for arrays. `dense(value, why)` returns the array behind a value.
-  `unstacked` is that of `evaluate.Rules`.
+  `run(program, arguments, number)` returns the results of the inner program `number`, all of them arrays.
+  `original(arrays)` returns the results of the operation without the caller's rules. `dense(value, why)` and
+  `unstacked(value)` are those of `ValueRules`.
   """
 
   run: Callable[[Any, Sequence[Any], int], list[Array]]
@@ -60,7 +63,7 @@ class Inside(NamedTuple):
     return [self.dense(value, why) for value in values]
 
   def for_derivatives(self, values: list[Any]) -> list[Any]:
-    """Returns the results of the operation with the derivatives of its own rule, which takes arrays."""
+    """Returns the results of the operation, whose derivatives are those of its own rule for arrays."""
     return self.original(self.all_dense(values, 'a derivative rule takes it'))
 
 
@@ -73,7 +76,7 @@ def _kept_remat(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
 
 
 def _kept_custom_jvp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
-  """Values come from the body as the caller runs it, tangents from the function's own rule at the dense arrays."""
+  """Takes values from the body as the caller runs it, and tangents from the function's own rule for arrays."""
   run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
   call = jax.custom_jvp(run)
   call.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(inside.for_derivatives, primals, tangents)[1]))
@@ -81,7 +84,7 @@ def _kept_custom_jvp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
 
 
 def _kept_custom_vjp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
-  """Values come from the body as the caller runs it, gradients from the function's own rule at the dense arrays."""
+  """Takes values from the body as the caller runs it, and gradients from the function's own rule for arrays."""
   run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
   call = jax.custom_vjp(run)
   call.defvjp(lambda values: (run(values), values),
@@ -104,7 +107,7 @@ def _kept_while(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
 
 
 def _kept_scan(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
-  """A stack that `inside.unstacked` can take apart is a stand-in in each step too."""
+  """Runs a scan over the arrays that `inside.unstacked` returns; each of their slices becomes a stand-in again."""
   scan = jaxprs.scan_parts(eqn)
   constants, carries, stacks = scan.split(values)
   carries, parts = inside.all_dense(carries, CHANGES), []
@@ -128,7 +131,7 @@ KEPT: dict[str, Callable[[Any, list[Any], Inside], list[Any]]] = {
   'custom_vjp_call': _kept_custom_vjp, 'cond': _kept_cond, 'while': _kept_while, 'scan': _kept_scan}
 
 
-# Walked. What decides how often a body runs must be a concrete number.
+# Walked. The number of a branch, and the condition of a loop, must be concrete.
 
 
 def _walked_cond(eqn: Any, values: list[Any]) -> Outcome:
@@ -156,18 +159,30 @@ def _walked_while(eqn: Any, values: list[Any]) -> Outcome:
 def _walked_scan(eqn: Any, values: list[Any]) -> Outcome:
   scan = jaxprs.scan_parts(eqn)
   constants, carries, stacks = scan.split(values)
-  order = range(scan.length)[::-1] if scan.reverse else range(scan.length)
-  outputs = eqn.outvars[scan.carries:]
+  outputs = [v.aval for v in eqn.outvars[scan.carries:]]
+  return _Rounds(scan, constants, stacks, outputs).run(0, carries, ())
 
-  def step(number: int, carries: list[Any], done: tuple[list[Any], ...]) -> Outcome:
+
+class _Rounds(NamedTuple):
+  """The rounds of a scan that is walked; a walk may be copied between rounds, so that nothing here ever changes."""
+
+  scan: jaxprs.Scan
+  constants: list[Any]
+  stacks: list[Any]
+  outputs: list[Any]
+
+  def run(self, number: int, carries: list[Any], done: tuple[list[Any], ...]) -> Outcome:
+    """Returns what comes after `number` rounds, whose stacked outputs are to be made of `done`."""
+    scan, index = self.scan, self.scan.length - 1 - number if self.scan.reverse else number
     if number == scan.length:
-      columns = list(zip(*(done[::-1] if scan.reverse else done))) or [[]] * len(outputs)
-      return carries + [_stacked(column, v.aval) for column, v in zip(columns, outputs)]
-    slices = [lax.index_in_dim(stack, order[number], keepdims=False) for stack in stacks]
-    go_on = lambda results: step(number + 1, results[:scan.carries], (*done, results[scan.carries:]))
-    return Enter(scan.body, constants + carries + slices, go_on, 0, order[number])
+      columns = list(zip(*(done[::-1] if scan.reverse else done))) or [()] * len(self.outputs)
+      return carries + list(map(_stacked, columns, self.outputs))
+    slices = [lax.index_in_dim(stack, index, keepdims=False) for stack in self.stacks]
+    return Enter(scan.body, self.constants + carries + slices, functools.partial(self.after, number, done), 0, index)
 
-  return step(0, carries, ())
+  def after(self, number: int, done: tuple[list[Any], ...], results: list[Any]) -> Outcome:
+    carries = self.scan.carries
+    return self.run(number + 1, results[:carries], (*done, results[carries:]))
 
 
 def _stacked(column: Sequence[Array], aval: Any) -> Array:
@@ -175,7 +190,7 @@ def _stacked(column: Sequence[Array], aval: Any) -> Array:
 
 
 def _concrete(eqn: Any, value: Any) -> Any:
-  """Returns a number that decides what a walk does; under `jit` there is none."""
+  """Returns the value; raises `ValueError` if it is traced, since a walk must know it."""
   if isinstance(value, jax.core.Tracer):
     raise ValueError(f'Walk: {jaxprs.place(eqn)} depends on a traced value; walk outside of jit, vmap and grad, or '
                      'keep the operation as it is.')
