@@ -132,9 +132,9 @@ def convolution(rounds: int) -> Measurement:
   rng = np.random.default_rng(2)
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 14, 14, 512), (1, 1, 512, 512)))
   pattern = patterns.Block((64, 64), 0.85)
-  at = Axes((2,), (3,), (0, 1))
-  w = jnp.where(pattern(jnp.abs(w), None, at), w, 0)
-  sparse = BlockSparseArray.from_dense(w, block=pattern.shape, axes=at)
+  axes = Axes((2,), (3,), (0, 1))
+  w = jnp.where(pattern(jnp.abs(w), None, axes), w, 0)
+  sparse = BlockSparseArray.from_dense(w, block=pattern.shape, axes=axes)
   dense = jax.jit(lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), 'VALID', dimension_numbers=(
       'NHWC', 'HWIO', 'NHWC')))
   product = jax.jit(block_sparse_matmul)

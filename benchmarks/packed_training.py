@@ -80,19 +80,19 @@ def runs(sizes: Sizes) -> dict[str, TrainingRun]:
 
 def losses(run: TrainingRun, steps: int) -> np.ndarray:
   """Returns the losses of the first `steps` steps of a run."""
-  params, state, found = run.params, run.state, []
+  params, state, values = run.params, run.state, []
   for _ in range(steps):
     params, state, loss = run.step(params, state)
-    found.append(float(loss))
-  return np.asarray(found)
+    values.append(float(loss))
+  return np.asarray(values)
 
 
 def run(rounds: int = 20) -> Iterator[Measurement]:
   """Yields one claim, after a comparison of the losses."""
-  learned = {name: losses(one, 10) for name, one in runs(Sizes()).items()}
+  learned = {name: losses(timed, 10) for name, timed in runs(Sizes()).items()}
   np.testing.assert_allclose(learned['packed'], learned['masked'], rtol=1e-4)
-  held = {name: [one.params, one.state] for name, one in runs(Sizes()).items()}
-  steps = {name: one.step for name, one in runs(Sizes()).items()}
+  held = {name: [timed.params, timed.state] for name, timed in runs(Sizes()).items()}
+  steps = {name: timed.step for name, timed in runs(Sizes()).items()}
 
   def step(name):
     *held[name], loss = steps[name](*held[name])

@@ -16,7 +16,6 @@ import jax
 
 from sparsejax import errors, tables
 
-NAMES = ('xla', 'dense', 'mosaic_gpu', 'mosaic_tpu')
 PLATFORMS = {'cpu': None, 'cuda': 'mosaic_gpu', 'tpu': 'mosaic_tpu'}  # the kernel that only this platform can run
 
 

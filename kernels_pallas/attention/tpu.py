@@ -26,11 +26,11 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
   """Returns the attention of `q [batch, Tq, heads, d]` to the blocks of `k` and `v` that `index` lists, shaped like
   `q`.
 
-  `k` and `v` are `[batch, Tk, kv_heads, d]`; neighbouring heads of `q` share a head of `k`. `index` is `int32[heads, Tq
-  / block_q, R]`: the blocks of keys that a block of queries sees, in increasing order. The first `counts`,
-  `int32[heads, Tq / block_q]`, blocks of a list are used, or all. If `causal`, query i sees only listed keys from 0 to
-  i. The result of a query that sees no key is zero. The result is differentiable in q, k and v, by the kernels of
-  splash attention.
+  `k` and `v` are `[batch, Tk, kv_heads, d]`; neighbouring heads of `q` share a head of `k`. `index` is
+  `int32[heads, Tq / block_q, R]`: the blocks of keys that a block of queries sees, in increasing order. The first
+  `counts`, `int32[heads, Tq / block_q]`, blocks of a list are used, or all. If `causal`, query i sees only listed keys
+  from 0 to i. The result of a query that sees no key is zero. The result is differentiable in q, k and v, by the
+  kernels of splash attention.
   """
   fixed = dict(block_sizes=_sizes(block_q, block_k), is_mqa=False, save_residuals=False, attn_logits_soft_cap=None,
                mask_value=splash.DEFAULT_MASK_VALUE, residual_checkpoint_name=None,
@@ -92,10 +92,10 @@ def _infos(index: Array, counts: Array, key_blocks: int, block_q: int, block_k: 
     seen &= index * block_k < (row + 1) * block_q
   last = jnp.maximum(jnp.sum(seen, -1, keepdims=True, dtype=jnp.int32) - 1, 0)
   sequence = jnp.arange(query_blocks * block_q, dtype=jnp.int32) if causal else None
-  named = jnp.take_along_axis(index, jnp.minimum(slot, last), -1, mode='promise_in_bounds')
+  block = jnp.take_along_axis(index, jnp.minimum(slot, last), -1, mode='promise_in_bounds')
   met = jnp.zeros((heads, query_blocks, key_blocks), bool).at[head, row, index].max(seen)
   latest = jax.lax.cummax(jnp.where(met, jax.lax.broadcasted_iota(jnp.int32, met.shape, 1), 0), axis=1)
-  return _info(named, seen, key_blocks, sequence), _info(latest, met, query_blocks, sequence)
+  return _info(block, seen, key_blocks, sequence), _info(latest, met, query_blocks, sequence)
 
 
 def _info(block: Array, visited: Array, n_blocks: int, sequence: Array | None) -> MaskInfo:

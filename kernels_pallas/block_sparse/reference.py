@@ -154,9 +154,9 @@ def _blocks(x: Array, length: int) -> Array:
 def _groups(values: Array, rows: Array, fan: Sequence[int]) -> list[tuple[Array, Array, np.ndarray, np.ndarray]]:
   """Returns a group for each number of blocks that a column can have: `(values, rows, columns, places)`.
 
-  `values`, `[columns, number * length, width]`, holds the blocks of the group's columns, and `rows`, `[columns,
-  number]`, their block rows. `columns` says which columns they are, and `places` where their blocks are among all
-  stored blocks.
+  `values`, `[columns, number * length, width]`, holds the blocks of the group's columns. `rows`, `[columns, number]`,
+  holds their block rows. `columns` says which columns they are, and `places` where their blocks are among all stored
+  blocks.
   """
   fan = np.asarray(fan, np.int32)
   first, groups = np.cumsum(fan) - fan, []

@@ -138,7 +138,7 @@ def test_measuring_on_a_gpu_needs_no_more_than_the_library():
 
 @pytest.fixture
 def timed(monkeypatch):
-  """Times without a GPU: every call takes a millisecond."""
+  """Replaces the timing of the GPU: every call takes a millisecond."""
   monkeypatch.setattr(gpu, '_milliseconds', lambda f, args: f(*args) is None or 1.0)
 
 
