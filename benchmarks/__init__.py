@@ -1,1 +1,1 @@
-"""Measured claims: each in one run, side by side with its baseline, checked for correctness, medians over rounds."""
+"""Measures the claims of the README beside their baselines in one run: medians over rounds, checked for correctness."""

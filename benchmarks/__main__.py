@@ -1,104 +1,118 @@
-"""Runs the benchmarks and writes what came out: `python -m benchmarks [NAME ...] [--rounds 20] [--out FILE]`.
+"""Measures what the README claims, on this CPU or on this GPU, and keeps the numbers in one file.
 
-Each has a section in the file and a picture beside it, written when it ends and replaced when it runs again; what else
-the file says stays.
+    python -m benchmarks [NAME ...] [--rounds 20] [--out FILE]    measures on this CPU, writes a section for each name
+    python -m benchmarks gpu [--out CSV] [--table JSON]           measures the kernels on this GPU, writes a CSV
+    python -m benchmarks record CSV [--out FILE]                  writes the CSV of a GPU as a section
+    python -m benchmarks draw [NAME ...] [--folder docs/pictures] draws the sections as pictures
+
+FILE is `benchmarks/results.md`. Measuring again replaces a section and leaves the rest of the file as it is.
 """
 
 import argparse
+import importlib
 import pathlib
-import re
 import sys
 
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from benchmarks import results, timing
+from sparsejax import errors, tables
 
-from benchmarks import group_selection, kernels, memory, packed_training, selection, timing, training_step
-
-SUITES = {suite.__name__.split('.')[-1]: suite.run for suite in (
-    group_selection, selection, training_step, memory, kernels, packed_training)}
-TITLE = """# Measured by `make bench`
-
-Contestants take turns; ratios are paired by round. `python -m benchmarks NAME` measures one section anew.
-"""
+SUITES = ('group_selection', 'selection', 'training_step', 'memory', 'kernels', 'packed_training')
+OUT = pathlib.Path('benchmarks/results.md')
 
 
-def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__)
-  parser.add_argument('names', nargs='*', metavar='NAME', help=f'which of {", ".join(SUITES)} (default: all)')
-  parser.add_argument('--rounds', type=int, default=20, help='rounds a median is taken of (default 20)')
-  parser.add_argument('--out', default='benchmarks/results.md', type=pathlib.Path,
-                      help='where the tables go, a section for each benchmark, its picture beside it')
-  args = parser.parse_args(argv)
-  if unknown := set(args.names) - set(SUITES):
-    parser.error(f'unknown benchmark {", ".join(sorted(unknown))}; there are {", ".join(SUITES)}')
-  if not args.out.parent.is_dir():
-    parser.error(f'--out {args.out}: there is no folder {args.out.parent}; make it first, or name another')
-  console = Console()
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command that `arguments` name, `measure` by default, and returns its exit status."""
+  arguments = sys.argv[1:] if arguments is None else arguments
+  if not {'-h', '--help', 'measure', 'gpu', 'record', 'draw'} & set(arguments[:1]):
+    arguments = ['measure', *arguments]
+  options = _parser().parse_args(arguments)
+  return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  commands = parser.add_subparsers(required=True)
+
+  def command(name, run, text):
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(run=run)
+    return sub
+
+  sub = command('measure', measure, 'measures on this CPU and writes a section for each benchmark')
+  sub.add_argument('names', nargs='*', type=_suite, metavar='NAME',
+                   help=f'which of {", ".join(SUITES)} (default: all)')
+  sub.add_argument('--rounds', type=int, default=20, help='rounds over which a median is taken (default 20)')
+  sub.add_argument('--out', default=OUT, type=_file, help=f'the file of results (default {OUT})')
+  sub = command('gpu', measure_gpu, 'measures the kernels on this GPU and writes a CSV')
+  sub.add_argument('--out', default='kernels.csv', help='the CSV to write (kernels.csv)')
+  sub.add_argument('--table', help='the JSON to write for `sparsejax advise`: sparsejax/advice/tables/h200.json')
+  sub = command('record', record, 'writes the CSV of a GPU as a section, named like the CSV')
+  sub.add_argument('csv', type=pathlib.Path, help='a CSV that `python -m benchmarks gpu` wrote')
+  sub.add_argument('--out', default=OUT, type=_file, help=f'the file of results (default {OUT})')
+  sub = command('draw', draw, 'draws the sections of the file of results as pictures')
+  sub.add_argument('names', nargs='*', metavar='NAME', help='which sections (default: all)')
+  sub.add_argument('--file', default=OUT, type=pathlib.Path, help=f'the file of results (default {OUT})')
+  sub.add_argument('--folder', default='docs/pictures', type=pathlib.Path, help='where the PNGs go (docs/pictures)')
+  return parser
+
+
+def _suite(name: str) -> str:
+  if name not in SUITES:
+    raise argparse.ArgumentTypeError(str(errors.unknown('benchmarks', 'benchmark', name, SUITES)))
+  return name
+
+
+def _file(name: str) -> pathlib.Path:
+  path = pathlib.Path(name)
+  if not path.parent.is_dir():
+    raise argparse.ArgumentTypeError(f'{path}: there is no folder {path.parent}; make it first, or name another')
+  return path
+
+
+def measure(options: argparse.Namespace) -> int:
+  """Measures the benchmarks `options.names` on this CPU; returns 1 if a claim does not hold, else 0."""
   claims = []
-  with Progress(console=console, transient=True) as progress:
-    for name in args.names or SUITES:
-      task = progress.add_task(name, total=None)
-      found = []
-      for claim in SUITES[name](args.rounds):
-        found.append(claim)
-        progress.console.print(f'{claim.what}: {claim.measured:.3g}')
-      progress.remove_task(task)
-      claims += found
-      write(args.out, name, found)
-  console.print(_table(claims))
-  console.print(f'written to {args.out} and the pictures beside it')
+  for name in options.names or SUITES:
+    print(f'{name} ...', flush=True)
+    section = []
+    for claim in importlib.import_module(f'benchmarks.{name}').run(options.rounds):
+      print(f'{claim.what}: {claim.measured:.3g}', flush=True)
+      section.append(claim)
+    results.write(options.out, name, section, timing.hardware())
+    claims += section
+  print(f'\n{timing.hardware()}\n\n{tables.aligned(results.HEAD, list(map(results.cells, claims)))}\n\n'
+        f'written to {options.out}')
   return 0 if all(claim.holds for claim in claims) else 1
 
 
-def write(out: pathlib.Path, name: str, claims: list[timing.Claim], hardware: str | None = None,
-          spread: str = '10 to 90 %') -> None:
-  """The section of this name instead of the one there is, or at the end; measured here, if not said where."""
-  picture, hardware = out.with_name(f'{out.stem}-{name}.png'), hardware or timing.hardware()
-  _draw(claims, picture, hardware, spread)
-  rows = [(*HEAD[:2], spread, *HEAD[3:]), ('---',) * len(HEAD), *map(_cells, claims)]
-  table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-  section = f'## {name}\n\n{hardware}.\n\n{table}\n\n![{name}]({picture.name})\n\n'
-  text = out.read_text() if out.exists() else TITLE
-  own = re.search(rf'^## {name}\n.*?(?=^## |\Z)', text, re.MULTILINE | re.DOTALL)
-  start, end = own.span() if own else (len(text), len(text))
-  out.write_text(f'{text[:start].rstrip()}\n\n{section}{text[end:]}'.rstrip() + '\n')
+def measure_gpu(options: argparse.Namespace) -> int:
+  """Measures the kernels on this GPU; returns 2 if there is no GPU, else 0."""
+  return importlib.import_module('benchmarks.gpu').main(options.out, options.table)
 
 
-def _cells(claim: timing.Claim) -> tuple[str, ...]:
-  low, high = claim.spread
-  bar = f'{"at least" if claim.at_least else "at most"} {claim.bar:g}'
-  return (claim.what, f'{claim.measured:.4g}', f'{low:.4g} to {high:.4g}', bar, 'yes' if claim.holds else 'NO',
-          str(claim.rounds))
+def record(options: argparse.Namespace) -> int:
+  """Writes the CSV of a GPU as a section; returns 1 if a case of the CSV failed, else 0."""
+  section, failures = results.of_gpu(options.csv)
+  print('\n'.join(failures), end='\n' if failures else '', file=sys.stderr)
+  results.write(options.out, options.csv.stem, section.claims, section.hardware, section.spread)
+  print(f'written to {options.out}')
+  return 1 if failures else 0
 
 
-HEAD = ('what', 'median', '10 to 90 %', 'bar', 'holds', 'rounds')
-
-
-def _table(claims: list[timing.Claim]) -> Table:
-  table = Table(*HEAD, title=timing.hardware())
-  for claim in claims:
-    table.add_row(*_cells(claim))
-  return table
-
-
-def _draw(claims: list[timing.Claim], path: pathlib.Path, hardware: str, spread: str) -> None:
-  """How far above or below its bar each is, and its spread."""
-  figure = Figure(figsize=(11, 1 + 0.28 * len(claims)), layout='constrained')
-  axes = figure.add_subplot()
-  for row, claim in enumerate(claims):
-    color = 'tab:blue' if claim.holds else 'tab:red'
-    axes.plot([end / claim.bar for end in claim.spread], [row, row], color=color, linewidth=2)
-    axes.plot(claim.measured / claim.bar, row, 'o' if claim.at_least else 's', color=color)
-  axes.axvline(1, color='black', linewidth=1)
-  axes.set(xscale='log', ylim=(len(claims) - 0.5, -0.5))
-  figure.suptitle(hardware, fontsize=10)
-  figure.supxlabel(f'measured / bar, {spread}; round is to be right of 1, square left', fontsize=9)
-  for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-    axis('{x:g}')
-  axes.set_yticks(range(len(claims)), [claim.what for claim in claims], fontsize=7)
-  figure.savefig(path, dpi=120)
+def draw(options: argparse.Namespace) -> int:
+  """Draws the sections `options.names` of the file of results, one PNG each; returns 2 for a name without a section."""
+  pictures = importlib.import_module('benchmarks.pictures')  # needs matplotlib, which measuring does not
+  sections = results.read(options.file.read_text())
+  if unknown := set(options.names) - set(sections):
+    print(f'{options.file} has no claims of {", ".join(sorted(unknown))}; it has {", ".join(sections)}',
+          file=sys.stderr)
+    return 2
+  options.folder.mkdir(parents=True, exist_ok=True)
+  for name in options.names or sections:
+    pictures.draw(sections[name], options.folder / f'{name}.png')
+  print(f'{len(options.names or sections)} pictures drawn into {options.folder}')
+  return 0
 
 
 if __name__ == '__main__':

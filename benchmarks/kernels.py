@@ -1,7 +1,8 @@
-"""Products with packed weights against `jnp.dot` of the dense weight on this CPU, forward, and forward with backward.
+"""Compares products with packed weights with `jnp.dot` of the dense weight on this CPU.
 
-Both get the same numbers, and what the packed product gives is compared with the dense one before it is timed. All that
-is measured goes into `sparsejax/advice/tables/cpu.json` as well, which `sparsejax advise` reads.
+Both products get the same numbers, and the packed result is compared with the dense result before either is timed. The
+forward product is timed by itself, and together with its gradients. All ratios are also written to
+`sparsejax/advice/tables/cpu.json`, which `sparsejax advise` reads.
 """
 
 import json
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.timing import Measurement
 from kernels_pallas import block_sparse_matmul, nm_matmul, unstructured_matmul
 from sparsejax import advice, formats, patterns
 from sparsejax.formats import BlockSparseArray, CSCArray, NMArray
@@ -24,10 +26,11 @@ WHAT = {'forward': 'forward', 'train': 'forward and backward'}
 
 
 class Case(NamedTuple):
-  """An op of `tokens` and a weight `[k, n]`, `sparsity` of it zero in groups of `block`.
+  """A `Case` names an op for `tokens` tokens and a weight `[k, n]` of which the fraction `sparsity` is zero in blocks.
 
-  `block` is the lengths of a block, `[1, 1]`, or for N:M `[M, width]`. `forward` and `train` are how many times faster
-  than dense it has to be; `None` is no bar.
+  `block` holds the lengths of a block: `(1, 1)` for unstructured zeros, and `(M, width)` for N:M. `forward` and `train`
+  are the bars: how many times faster than dense the op has to be. `None` means that there is no bar. `balanced` says
+  that each block column keeps equally many blocks.
   """
 
   op: str
@@ -59,7 +62,7 @@ CASES = (
     *_blocks(*LARGE, 128, (0.5, 1.3), (0.9, 3.5), balanced=False),
     *(Case('unstructured_matmul', *shape, (1, 1), *bars) for shape in (SMALL, LARGE)
       for bars in ((0.9, 1.6, 1.0), (0.95, 2.5, 1.0))),
-    # Without bars: where sparse does not win, or nobody asked for a number, for the table.
+    # The cases below have no bar, because sparse does not win or no claim needs a number; they are rows of the table.
     *_blocks(16, 1024, 4096, 128, (0.5,), (0.75,), (0.875,)),
     *_blocks(*LARGE, 64, (0.5,), (0.75,), (0.875,)), *_blocks(*SMALL, 64, (0.5,), (0.75,), (0.875,)),
     *_blocks(*LARGE, 32, (0.5,), (0.75,), (0.875,)), *_blocks(*SMALL, 32, (0.5,), (0.75,), (0.875,)),
@@ -70,7 +73,11 @@ CASES = (
 
 
 def kept(case: Case) -> np.ndarray:
-  """The mask `[k, n]`: of blocks as many in each column and about so in each row, or anywhere."""
+  """Returns the mask, `bool[k, n]`, `True` where a weight is kept.
+
+  If `balanced`, each block column keeps equally many blocks, and each block row about equally many. Otherwise, and for
+  unstructured zeros, positions are random. N:M masks come from `patterns.NM` of random scores.
+  """
   rng = np.random.default_rng(0)
   if case.op == 'nm_matmul':
     pattern = patterns.NM(round((1 - case.sparsity) * case.block[0]), *case.block)
@@ -78,7 +85,7 @@ def kept(case: Case) -> np.ndarray:
   kb, nb = case.k // case.block[0], case.n // case.block[1]
   if not case.balanced or case.op == 'unstructured_matmul':
     grid = rng.permutation(kb * nb).reshape(kb, nb) >= round(case.sparsity * kb * nb)
-  else:  # each column takes the rows that have least so far, among equals at random
+  else:  # Each column takes the rows that have the fewest blocks so far; ties are broken at random.
     grid = np.zeros((kb, nb), bool)
     for column in range(nb):
       grid[np.lexsort((rng.random(kb), grid.sum(1)))[:round((1 - case.sparsity) * kb)], column] = True
@@ -95,7 +102,7 @@ def packed(case: Case, w: np.ndarray, mask: np.ndarray) -> formats.PackedArray:
 
 
 def contestants(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
-  """For 'forward' and 'train': 'dense' and 'packed', checked to give the same."""
+  """Returns, for 'forward' and 'train', a call each for 'dense' and 'packed', after comparing their results."""
   rng, mask, op = np.random.default_rng(1), kept(case), OPS[case.op]
   w = np.where(mask, rng.standard_normal((case.k, case.n)), 0).astype(np.float32)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -120,14 +127,14 @@ def contestants(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
                     'packed': lambda: sparse_train(x, sparse.values, dy, sparse)}}
 
 
-def convolution(rounds: int) -> timing.Claim:
-  """A 1x1 convolution as MobileNets have it, 85 % of its blocks zero, against XLA's."""
+def convolution(rounds: int) -> Measurement:
+  """Returns the claim on a 1x1 convolution of MobileNet's kind, 85 % of its blocks zero, against XLA's convolution."""
   rng = np.random.default_rng(2)
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 14, 14, 512), (1, 1, 512, 512)))
   pattern = patterns.Block((64, 64), 0.85)
-  at = Axes((2,), (3,), (0, 1))
-  w = jnp.where(pattern(jnp.abs(w), None, at), w, 0)
-  sparse = BlockSparseArray.from_dense(w, block=pattern.shape, axes=at)
+  axes = Axes((2,), (3,), (0, 1))
+  w = jnp.where(pattern(jnp.abs(w), None, axes), w, 0)
+  sparse = BlockSparseArray.from_dense(w, block=pattern.shape, axes=axes)
   dense = jax.jit(lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), 'VALID', dimension_numbers=(
       'NHWC', 'HWIO', 'NHWC')))
   product = jax.jit(block_sparse_matmul)
@@ -135,22 +142,22 @@ def convolution(rounds: int) -> timing.Claim:
   seconds = list(timing.take_turns(
       {'dense': lambda: dense(x, w), 'packed': lambda: product(x, sparse)}, rounds, calls=3))
   speed, spread = timing.ratio(seconds, 'dense', 'packed')
-  return timing.Claim('1x1 convolution 512 to 512, 8 x 14 x 14, 85 % zero in blocks of 64x64: times faster than dense',
-                      speed, spread, 1.0, True, rounds)
+  return Measurement('1x1 convolution 512 to 512, 8 x 14 x 14, 85 % zero in blocks of 64x64: times faster than dense',
+                     speed, spread, 1.0, True, rounds)
 
 
-def run(rounds: int = 20) -> Iterator[timing.Claim]:
-  """One claim for each bar; the table is written at the end."""
+def run(rounds: int = 20) -> Iterator[Measurement]:
+  """Yields one claim for each bar, and writes the table at the end."""
   rows = []
   for case in CASES:
     ratios = {}
     for name, ways in contestants(case).items():
-      # Small ones several times in a row, so that the packed weight is in the cache as it is in a loop over tokens.
+      # Small products run several times in a row, so that the packed weight is in the cache, as in a loop over tokens.
       seconds = list(timing.take_turns(ways, rounds, calls=1 + 2048 // (case.tokens + 128)))
       ratios[name], spread = timing.ratio(seconds, 'dense', 'packed')
       bar = getattr(case, name)
       if bar is not None:
-        yield timing.Claim(f'{case}: {WHAT[name]}, times faster than dense', ratios[name], spread, bar, True, rounds)
+        yield Measurement(f'{case}: {WHAT[name]}, times faster than dense', ratios[name], spread, bar, True, rounds)
     if case.balanced:
       rows.append(_row(case, ratios))
   yield convolution(rounds)
@@ -159,13 +166,13 @@ def run(rounds: int = 20) -> Iterator[timing.Claim]:
 
 
 def _row(case: Case, ratios: dict[str, float]) -> dict[str, Any]:
-  """As `sparsejax.advice.Measured` has it."""
+  """Returns the row of the table for a case, as `sparsejax.advice.Measured` reads it."""
   abstract = jax.ShapeDtypeStruct((case.tokens, case.k), jnp.float32)
   mask = kept(case)
   choice = OPS[case.op](jnp.zeros(abstract.shape, abstract.dtype), packed(case, mask.astype(np.float32), mask),
                         explain=True)['cpu']
-  device, jax_version, commit = (part.strip() for part in timing.hardware().rsplit(', ', 2))
+  here = timing.environment()
   return {'op': case.op, 'implementation': choice.implementation, 'm': case.tokens, 'k': case.k, 'n': case.n,
           'block': list(case.block), 'sparsity': case.sparsity, 'ratio_forward': round(ratios['forward'], 3),
-          'ratio_train': round(ratios['train'], 3), 'hardware': device, 'jax': jax_version.removeprefix('jax '),
-          'commit': commit.removeprefix('commit ')}
+          'ratio_train': round(ratios['train'], 3), 'hardware': here['device'], 'jax': here['jax'],
+          'commit': here['commit']}

@@ -1,4 +1,4 @@
-"""Peak memory of a donated AdamW step of a 12-layer, 512-wide transformer, by the compiled program's own analysis."""
+"""Reads the peak memory of a donated AdamW step of a 12-layer, 512-wide transformer from the compiled program."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,15 +6,19 @@ from typing import Any
 import jax
 
 import sparsejax as sj
-from benchmarks import timing, training_step
+from benchmarks import training_step
+from benchmarks.timing import Measurement
 
-# Bytes a sparse weight over dense: a mask of one byte and a float32 master; and where the parameters are bfloat16, so
-# that AdamW's two moments would be, these take two bytes more each, for what the optimizer updates is the master.
+# A bar counts the bytes for each sparse weight over dense: a mask of one byte, and a float32 master of four bytes.
+# With bfloat16 parameters, each of AdamW's two moments takes two bytes more: the optimizer updates the float32 master.
 BARS = {'float32': {'sr_ste': 5.001, 'mdgf': 5.001, 'asp': 1.001}, 'bfloat16': {'sr_ste': 9.001, 'asp': 1.001}}
 
 
-def run(rounds: int = 1) -> Iterator[timing.Claim]:
-  """Claims on bytes, the same in every round: what a recipe holds over dense, and what donation updates in place."""
+def run(rounds: int = 1) -> Iterator[Measurement]:
+  """Yields claims on the bytes that a recipe holds over dense, and on the share that donation updates in place.
+
+  The numbers are the same in every round.
+  """
   del rounds
   for dtype, bars in BARS.items():
     model, params, tokens = training_step.problem(dtype=dtype)
@@ -23,14 +27,14 @@ def run(rounds: int = 1) -> Iterator[timing.Claim]:
     for name, bar in bars.items():
       peak, in_place = measured(model, params, tokens, name)
       extra = (peak - dense) / sparse
-      yield timing.Claim(f'{name} 2:4, {dtype}, extra bytes a sparse weight at the peak of a step', extra, (extra,) * 2,
-                         bar, False, 1)
-      yield timing.Claim(f'{name} 2:4, {dtype}, share of parameters and state updated in place', in_place,
-                         (in_place,) * 2, 1.0, True, 1)
+      yield Measurement(f'{name} 2:4, {dtype}, extra bytes a sparse weight at the peak of a step', extra, (extra,) * 2,
+                        bar, False, 1)
+      yield Measurement(f'{name} 2:4, {dtype}, share of parameters and state updated in place', in_place,
+                        (in_place,) * 2, 1.0, True, 1)
 
 
 def measured(model: Any, params: Any, tokens: jax.Array, name: str) -> tuple[int, float]:
-  """Bytes at the peak of a step, and the share of what it is given to change that it changes in place."""
+  """Returns the bytes at the peak of a step, and the share of parameters and state that are updated in place."""
   compiled, state = training_step.compiled(model, params, tokens, name, abstract=True)
   memory = compiled.memory_analysis()
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -1,7 +1,11 @@
-"""A whole training step of a transformer's MLP, packed in blocks, against the dense one; and that both learn the same.
+"""Compares a training step of a transformer's MLP with packed weights with the dense step: forward, backward and Adam.
 
-Forward, backward and Adam. The packed weights start as what a recipe has pruned, and their losses are compared with
-those of the recipe's own run, whose weights are dense and masked.
+The packed weights start as the weights that a recipe has pruned. The losses of the packed run are compared with the
+losses of the recipe's own run, whose weights are dense and masked.
+
+    timed = runs(Sizes(width=64, hidden=128, tokens=48, block=16))
+    params, state, loss = timed['packed'].step(timed['packed'].params, timed['packed'].state)
+    losses(timed['masked'], steps=10)                                                # float[10]
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +17,7 @@ import numpy as np
 import optax
 
 from benchmarks import timing
+from benchmarks.timing import Measurement
 from kernels_pallas import block_sparse_matmul
 from sparsejax import allocation, formats, masks, project, recipes
 from sparsejax.formats import BlockSparseArray
@@ -22,14 +27,16 @@ WIDTH, HIDDEN, TOKENS, BLOCK, SPARSITY, BAR = 1024, 4096, 1024, 128, 0.875, 2.0
 
 
 class Sizes(NamedTuple):
+  """`Sizes` holds the widths of the MLP, the number of tokens of a batch, and the side of a block."""
+
   width: int = WIDTH
   hidden: int = HIDDEN
   tokens: int = TOKENS
   block: int = BLOCK
 
 
-class Run(NamedTuple):
-  """Parameters, the optimizer's state, and `step(params, state) -> params, state, loss`."""
+class TrainingRun(NamedTuple):
+  """A `TrainingRun` holds the parameters, the optimizer's state, and `step(params, state) -> (params, state, loss)`."""
 
   params: Any
   state: Any
@@ -40,8 +47,8 @@ def mlp(x: jax.Array, params: Any, product: Callable[[jax.Array, Any], jax.Array
   return product(jax.nn.gelu(product(x, params['up']['kernel'])), params['down']['kernel'])
 
 
-def runs(sizes: Sizes) -> dict[str, Run]:
-  """'dense', 'masked' (a recipe's run, mask from the start) and 'packed' (the same weights in blocks)."""
+def runs(sizes: Sizes) -> dict[str, TrainingRun]:
+  """Returns the runs 'dense', 'masked' (a recipe prunes at the start) and 'packed' (the same weights in blocks)."""
   draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
   x, target = draw(0, sizes.tokens, sizes.width), draw(1, sizes.tokens, sizes.width)
   params = {'up': {'kernel': draw(2, sizes.width, sizes.hidden) * sizes.width ** -0.5},
@@ -56,7 +63,7 @@ def runs(sizes: Sizes) -> dict[str, Run]:
       return optax.apply_updates(params, updates), state, value
     return jax.jit(step, donate_argnums=(0, 1))
 
-  # Without where=, the last layer stays dense.
+  # Without `where`, the recipe leaves the last layer dense.
   recipe = recipes.magnitude_at_init(adam, SPARSITY, Block((sizes.block, sizes.block)),
                                      allocation=allocation.uniform, where=lambda path, leaf: True)
   state = recipe.init(params)
@@ -65,27 +72,27 @@ def runs(sizes: Sizes) -> dict[str, Run]:
                         masks(params, state))
   values = formats.values(packed)
   of_packed = lambda values: error(formats.with_values(packed, values), block_sparse_matmul)
-  own = lambda tree: jax.tree.map(jnp.copy, tree)  # each run donates its own
-  return {'dense': Run(own(params), adam.init(params), stepper(adam, error)),
-          'masked': Run(own(pruned), own(state), stepper(recipe, error)),
-          'packed': Run(own(values), adam.init(values), stepper(adam, of_packed))}
+  own = lambda tree: jax.tree.map(jnp.copy, tree)  # Each run donates its own arrays.
+  return {'dense': TrainingRun(own(params), adam.init(params), stepper(adam, error)),
+          'masked': TrainingRun(own(pruned), own(state), stepper(recipe, error)),
+          'packed': TrainingRun(own(values), adam.init(values), stepper(adam, of_packed))}
 
 
-def losses(run: Run, steps: int) -> np.ndarray:
-  """Of the first `steps` steps."""
-  params, state, found = run.params, run.state, []
+def losses(run: TrainingRun, steps: int) -> np.ndarray:
+  """Returns the losses of the first `steps` steps of a run."""
+  params, state, values = run.params, run.state, []
   for _ in range(steps):
     params, state, loss = run.step(params, state)
-    found.append(float(loss))
-  return np.asarray(found)
+    values.append(float(loss))
+  return np.asarray(values)
 
 
-def run(rounds: int = 20) -> Iterator[timing.Claim]:
-  """One claim, after a comparison of the losses."""
-  learned = {name: losses(one, 10) for name, one in runs(Sizes()).items()}
+def run(rounds: int = 20) -> Iterator[Measurement]:
+  """Yields one claim, after a comparison of the losses."""
+  learned = {name: losses(timed, 10) for name, timed in runs(Sizes()).items()}
   np.testing.assert_allclose(learned['packed'], learned['masked'], rtol=1e-4)
-  held = {name: [one.params, one.state] for name, one in runs(Sizes()).items()}
-  steps = {name: one.step for name, one in runs(Sizes()).items()}
+  held = {name: [timed.params, timed.state] for name, timed in runs(Sizes()).items()}
+  steps = {name: timed.step for name, timed in runs(Sizes()).items()}
 
   def step(name):
     *held[name], loss = steps[name](*held[name])
@@ -94,4 +101,4 @@ def run(rounds: int = 20) -> Iterator[timing.Claim]:
   seconds = list(timing.take_turns({name: lambda name=name: step(name) for name in ('dense', 'packed')}, rounds))
   speed, spread = timing.ratio(seconds, 'dense', 'packed')
   what = f'training step of an MLP {WIDTH}, {HIDDEN}, {WIDTH}, {TOKENS} tokens, {SPARSITY:.1%} zero in {BLOCK}-blocks'
-  yield timing.Claim(f'{what}: times faster than dense', speed, spread, BAR, True, rounds)
+  yield Measurement(f'{what}: times faster than dense', speed, spread, BAR, True, rounds)

@@ -1,4 +1,9 @@
-"""Timing that survives a noisy machine: contestants take turns, and what counts is the median of paired ratios."""
+"""Measures on a noisy machine: the contestants take turns, and the result is the median of ratios paired by round.
+
+    seconds = list(take_turns({'dense': lambda: dense(x, w), 'packed': lambda: op(x, sparse)}, rounds=20))
+    speed, spread = ratio(seconds, 'dense', 'packed')
+    claim = Measurement('times faster than dense', speed, spread, bar=1.4, at_least=True, rounds=20)
+"""
 
 import os
 import platform
@@ -11,8 +16,11 @@ import jax
 import numpy as np
 
 
-class Claim(NamedTuple):
-  """One line of the result: `measured` against the `bar`, and whether more or less is better."""
+class Measurement(NamedTuple):
+  """A `Measurement` compares a measured number with a bar.
+
+  A claim holds if `measured` is at least `bar`, or, where `at_least` is `False`, at most `bar`.
+  """
 
   what: str
   measured: float
@@ -27,10 +35,11 @@ class Claim(NamedTuple):
 
 
 def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1) -> Iterator[dict[str, float]]:
-  """Seconds of one call of each, round after round, after one call each to compile and warm up.
+  """Yields, for each round, the seconds of one call of each contestant. A first call of each compiles and warms up.
 
-  The order turns from round to round, so that a slow moment of the machine does not always hit the same one. With
-  `calls`, the median of so many in a row: what is small is then in the cache, as it is not after another's turn.
+  The order of the contestants rotates from round to round, so that a slow moment of the machine does not always hit the
+  same contestant. `calls` is the number of calls in a row, of which the median counts. With several calls, small
+  operands are in the cache, as they are not after another contestant's turn.
   """
   names = list(contestants)
   for call in contestants.values():
@@ -48,21 +57,33 @@ def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, calls:
 
 
 def ratio(rounds: list[dict[str, float]], over: str, under: str) -> tuple[float, tuple[float, float]]:
-  """Median and 10th to 90th percentile of `over / under`, paired by round."""
+  """Returns the median of `over / under`, paired by round, and the 10th and the 90th percentile."""
   ratios = [seconds[over] / seconds[under] for seconds in rounds]
   low, median, high = np.percentile(ratios, [10, 50, 90])
   return float(median), (float(low), float(high))
 
 
-def hardware() -> str:
-  """One line that a number can stand beside: device, cores, versions, commit."""
+def environment() -> dict[str, str]:
+  """Returns where a number was measured: `device` (the CPU with its cores, or the accelerator), `jax`, and `commit`."""
   device = jax.devices()[0]
-  git = lambda *args: subprocess.run(['git', *args], capture_output=True, text=True, check=False)
-  commit = git('rev-parse', '--short', 'HEAD').stdout.strip() or 'unknown'
-  if git('diff', '--quiet', 'HEAD', '--', '*.py').returncode == 1:
-    commit += ' and changes'
-  cpu = f'{_cpu_name()}, {len(os.sched_getaffinity(0))} cores' if device.platform == 'cpu' else device.device_kind
-  return f'{cpu}, jax {jax.__version__}, commit {commit}'
+  name = f'{_cpu_name()}, {len(os.sched_getaffinity(0))} cores' if device.platform == 'cpu' else device.device_kind
+  commit = output('git', 'rev-parse', '--short', 'HEAD')
+  changed = commit != 'unknown' and output('git', 'diff', '--name-only', 'HEAD', '--', '*.py')
+  return {'device': name, 'jax': jax.__version__, 'commit': f'{commit} and changes' if changed else commit}
+
+
+def hardware() -> str:
+  """Returns the line that stands beside a number: device, version of JAX, and commit."""
+  here = environment()
+  return f'{here["device"]}, jax {here["jax"]}, commit {here["commit"]}'
+
+
+def output(*command: str) -> str:
+  """Returns what a command prints, or 'unknown' if the command cannot run or fails."""
+  try:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
 
 
 def _cpu_name() -> str:

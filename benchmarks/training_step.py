@@ -1,5 +1,8 @@
-"""One AdamW step of a 12-layer, 512-wide transformer, batch 8 x 128 tokens: each recipe at 2:4 over dense, and a step
-of dynamic sparse training at 90 % between two updates of the mask over one with a fixed mask."""
+"""Measures an AdamW step of a 12-layer, 512-wide transformer on a batch of 8 x 128 tokens.
+
+A step of each recipe at 2:4 is compared with the dense step. A step of dynamic sparse training at 90 %, between two
+updates of the mask, is compared with a step with a fixed mask.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +13,7 @@ import optax
 
 import sparsejax as sj
 from benchmarks import timing
+from benchmarks.timing import Measurement
 from experiments import models
 from experiments.loop import tasks
 
@@ -21,19 +25,19 @@ OPTIONS = {'static_sparse': {'key': jax.random.key(0)},
            **dict.fromkeys(DYNAMIC, {'key': jax.random.key(0), **RARELY})}
 
 
-def run(rounds: int = 20, width: int = 512, depth: int = 12) -> Iterator[timing.Claim]:
-  """One claim a recipe: how long its step takes, in dense ones or in those of a fixed mask."""
+def run(rounds: int = 20, width: int = 512, depth: int = 12) -> Iterator[Measurement]:
+  """Yields one claim for each recipe: the time of its step over the time of the dense step, or of the fixed mask's."""
   for base, bars, what in (('dense', BARS, '2:4, training step over dense'),
                            ('static_sparse', DYNAMIC, '90 %, training step between mask updates over a fixed mask')):
     steps = {name: _step(*problem(width, depth), name) for name in (base, *bars)}
     seconds = list(timing.take_turns(steps, rounds))
     for name, bar in bars.items():
       slower, spread = timing.ratio(seconds, name, base)
-      yield timing.Claim(f'{name} {what}', slower, spread, bar, False, rounds)
+      yield Measurement(f'{name} {what}', slower, spread, bar, False, rounds)
 
 
 def problem(width: int = 512, depth: int = 12, dtype: str = 'float32') -> tuple[Any, Any, jax.Array]:
-  """The model, its parameters, and tokens `[batch, length + 1]`."""
+  """Returns the model, its parameters, and tokens, `int32[batch, length + 1]`."""
   model = models.make('lm', VOCABULARY, width=width, depth=depth, heads=8)
   tokens = jax.random.randint(jax.random.key(0), (BATCH, LENGTH + 1), 0, VOCABULARY)
   params = model.init(jax.random.key(1), tokens[:, :-1])['params']
@@ -41,7 +45,10 @@ def problem(width: int = 512, depth: int = 12, dtype: str = 'float32') -> tuple[
 
 
 def compiled(model: Any, params: Any, tokens: jax.Array, name: str, abstract: bool = False) -> tuple[Any, Any]:
-  """A step that donates parameters and state, and these; `abstract`: only their shapes."""
+  """Returns the compiled step of the recipe `name`, which donates its arguments, and the arguments.
+
+  If `abstract`, the arguments are shapes only.
+  """
   tx = sj.recipes.TABLE[name](optax.adamw(1e-3), **OPTIONS.get(name, {}))
   start = lambda params: (params, tx.init(params))
   state = jax.eval_shape(start, params) if abstract else start(jax.tree.map(jnp.copy, params))
@@ -58,7 +65,7 @@ def compiled(model: Any, params: Any, tokens: jax.Array, name: str, abstract: bo
 
 
 def _step(model: Any, params: Any, tokens: jax.Array, name: str) -> Any:
-  """A call that makes one more step and returns the loss."""
+  """Returns a function that makes one more step at each call and returns the loss."""
   program, state = compiled(model, params, tokens, name)
 
   def call():

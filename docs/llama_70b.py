@@ -1,11 +1,11 @@
-"""A Llama-like decoder of 70B parameters and one training step of it, to plan with: nothing is allocated.
+"""Defines a training step of a Llama-like decoder of 70B parameters, for `sparsejax plan`, which allocates nothing.
 
     sparsejax plan docs/llama_70b.py --devices 256 --mesh fsdp=256 --set recipe=sr_ste
 
-Parameters and optimizer state are sharded over the mesh axis `fsdp`, sequences over all axes; a second axis, as in
-`--mesh data=8,fsdp=32`, repeats the parameters. Gathering a layer's weights, and summing its gradients into shards, are
-written out in a `shard_map`, so that the collectives of the model are the program's and not a compiler's choice. Those
-of the optimizer, which is under plain `jit`, are the compiler's.
+Parameters and optimizer state are sharded over the mesh axis `fsdp`, and sequences over all axes. A second axis, as in
+`--mesh data=8,fsdp=32`, replicates the parameters. A `shard_map` gathers the weights of each layer and reduces the
+gradients to shards. The collectives of the model are thus written in the program. The optimizer runs under plain `jit`,
+and the compiler chooses the collectives of the optimizer.
 """
 
 import functools
@@ -26,9 +26,10 @@ def program(
     mesh, recipe='sr_ste', pattern='2:4', sparsity=0.5, dtype='bfloat16', layers=80, width=8192, hidden=28672, heads=64,
     kv_heads=8, vocabulary=128256, sequences=256, length=4096,
 ):
-  """`step(params, opt_state, tokens)` and the shapes and shardings of its arguments.
+  """Returns `step(params, opt_state, tokens)`, and the shapes and shardings of its arguments.
 
-  `dtype`: of the parameters; the model computes in bfloat16 either way. `sparsity` is for `st3`, `pattern` for others.
+  `dtype` is that of the parameters; the model computes in bfloat16 for every `dtype`. `sparsity` is for `st3`, and
+  `pattern` is for all other recipes.
   """
   config = {'dense': {}, 'st3': {'sparsity': sparsity}}.get(recipe, {'pattern': pattern})
   own = {} if recipe == 'dense' else {'where': trees.all_but('head')}
@@ -41,7 +42,7 @@ def program(
   copied = tuple(axis for axis in mesh.axis_names if axis != 'fsdp')
 
   def loss(params, tokens):
-    # Copies are made here, before any gather, so that their gradients are summed as shards, and once.
+    # The parameters are replicated before any gather, so that the gradients are summed once, and as shards.
     params = jax.tree.map(lambda w: lax.pcast(w, copied, to='varying'), params) if copied else params
     own = jnp.sum(_cross_entropy(params, tokens, heads, kv_heads))
     return lax.psum(own, mesh.axis_names) / (sequences * length)
@@ -52,13 +53,13 @@ def program(
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value
 
-  lie = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
-  outputs = (lie(params), lie(state), NamedSharding(mesh, P()))
+  shardings = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
+  outputs = (shardings(params), shardings(state), NamedSharding(mesh, P()))
   return jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs), (params, state, tokens)
 
 
 def _params(mesh, dtype, layers, width, hidden, heads, kv_heads, vocabulary):
-  """Specs and abstract parameters: `[layers, in, out]` for the stack, sharded along `in`."""
+  """Returns specs and abstract parameters; the stack of layers is `[layers, in, out]`, sharded along `in`."""
   sizes = {'query': (width, heads * HEAD), 'key': (width, kv_heads * HEAD), 'value': (width, kv_heads * HEAD),
            'attention_out': (heads * HEAD, width), 'gate': (width, hidden), 'up': (width, hidden),
            'down': (hidden, width), 'attention_norm': (width,), 'mlp_norm': (width,)}
@@ -70,12 +71,12 @@ def _params(mesh, dtype, layers, width, hidden, heads, kv_heads, vocabulary):
 
 
 def _gathered(w):
-  """A whole bfloat16 weight from its shards; transposed, the gradient's shards from everybody's whole ones."""
+  """Returns a whole weight in bfloat16 from its shards; the transposed operation sums gradients into shards."""
   return lax.all_gather(w.astype(jnp.bfloat16), 'fsdp', axis=0, tiled=True)
 
 
 def _cross_entropy(params, tokens, heads, kv_heads):
-  """`[sequences, length]` of this device's sequences."""
+  """Returns the cross entropy of the sequences of this device, as `[sequences, length]`."""
   x = _gathered(params['embed'])[tokens[:, :-1]]
   block = jax.checkpoint(functools.partial(_block, heads=heads, kv_heads=kv_heads))
   x, _ = lax.scan(lambda x, weights: (block(x, weights), None), x, params['blocks'])
@@ -100,7 +101,7 @@ def _normed(x, scale):
 
 
 def _rotated(x):
-  """Rotary position embedding over `[sequences, length, heads, head]`."""
+  """Returns `x`, of shape `[sequences, length, heads, head]`, with rotary position embedding."""
   angles = jnp.arange(x.shape[1])[:, None] * 5e5 ** (-jnp.arange(0, HEAD, 2) / HEAD)
   cos, sin = jnp.cos(angles).astype(x.dtype)[None, :, None], jnp.sin(angles).astype(x.dtype)[None, :, None]
   a, b = jnp.split(x, 2, -1)

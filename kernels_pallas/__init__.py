@@ -1,6 +1,10 @@
-"""Products with packed weights: for each op one function, an XLA reference, and Pallas kernels for GPUs and TPUs.
+"""Multiplies by packed weights: each op is one function, with an XLA reference and Pallas kernels for GPUs and TPUs.
 
-`packed(apply)` runs a model on packed parameters by these.
+`packed(apply)` runs a model on packed parameters through these ops.
+
+    y = block_sparse_matmul(x, packed_weight)                                        # x times one packed weight
+    print(block_sparse_matmul(x, packed_weight, explain=True))                       # what each platform would run
+    logits = packed(model.apply)({'params': packed_params}, x)                       # a whole model
 """
 
 from kernels_pallas.active import active_matmul

@@ -1,7 +1,12 @@
-"""Which implementation of an op runs: chosen by the platform when the program is lowered, by name, or explained.
+"""Chooses which implementation of an op runs: by the platform when the program is lowered, or by name.
 
-An op is a table of `Implementation`s by name. `reference.py` of its folder is 'xla' and always there; 'dense' unpacks
-the weight inside of the program; `gpu.py` is 'mosaic_gpu' and `tpu.py` 'mosaic_tpu', both written in Pallas.
+An op is a table that maps names to `Implementation`s. 'xla' is `reference.py` in the folder of the op, and every op has
+it. 'dense' unpacks the weight inside of the program. 'mosaic_gpu' is `gpu.py` and 'mosaic_tpu' is `tpu.py`, both
+written in Pallas.
+
+    table = {'xla': Implementation(reference.matmul), 'mosaic_tpu': Implementation(tpu.matmul, tpu.refusal)}
+    y = run('nm_matmul', (x, w), table, None, prefer)                                # or a name instead of None
+    print(chosen((x, w), table, prefer))                                             # the choice of each platform
 """
 
 from collections.abc import Callable, Mapping
@@ -9,33 +14,33 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sparsejax import errors
+from sparsejax import errors, tables
 
-NAMES = ('xla', 'dense', 'mosaic_gpu', 'mosaic_tpu')
-PLATFORMS = {'cpu': None, 'cuda': 'mosaic_gpu', 'tpu': 'mosaic_tpu'}  # the kernel that a platform alone can run
+PLATFORMS = {'cpu': None, 'cuda': 'mosaic_gpu', 'tpu': 'mosaic_tpu'}  # the kernel that only this platform can run
 
 
 class Implementation(NamedTuple):
-  """`function(*args)` runs it. `refusal(*args)` is why shapes and dtypes keep it from running, and the remedy."""
+  """An `Implementation` runs as `function(*args)`, if its shapes and dtypes allow.
+
+  `refusal(*args)` returns why `function` cannot run these shapes and dtypes, with the remedy, or `None`.
+  """
 
   function: Callable[..., Any]
   refusal: Callable[..., str | None] = lambda *args: None
 
 
 class Choice(NamedTuple):
-  """What runs on a platform, and why that."""
+  """A `Choice` names the implementation that runs on a platform, and says why."""
 
   implementation: str
   reason: str
 
 
-class Explanation(dict):
-  """`Choice`s by platform; prints as a table."""
+class Choices(dict):
+  """`Choices` maps each platform to its `Choice`, and prints as a table."""
 
   def __str__(self) -> str:
-    width = max(map(len, self), default=0)
-    return '\n'.join(f'{platform:{width}}  {choice.implementation:10}  {choice.reason}'
-                     for platform, choice in self.items())
+    return tables.aligned(('platform', *Choice._fields), [(platform, *choice) for platform, choice in self.items()])
 
 
 Prefer = Callable[..., Choice]
@@ -43,55 +48,65 @@ Prefer = Callable[..., Choice]
 
 def run(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], implementation: str | None,
         prefer: Prefer) -> Any:
-  """`args` through the implementation of that name, or, for `None`, through what `chosen` gives for the platform.
+  """Returns the result of `args` by the implementation of that name; `None` takes the choice of each platform.
 
-  Raises `ValueError` for a name that there is not or that cannot run, with why and with those that can.
+  `op` is the name of the op for error messages, and `prefer` is as in `chosen`. Raises `ValueError` for an unknown
+  name, and for an implementation that cannot run, with the reason and the names that can.
   """
   if implementation is not None:
-    return table[named(op, args, table, implementation)].function(*args)
+    return table[runnable(op, args, table, implementation)].function(*args)
   choices = {platform: choice.implementation for platform, choice in chosen(args, table, prefer).items()}
   default = table[choices.pop('cpu')].function
   special = {platform: table[name].function for platform, name in choices.items() if name == PLATFORMS[platform]}
-  # Branches of other platforms are traced, not lowered.
+  # JAX traces the branches of other platforms, but does not lower them.
   return jax.lax.platform_dependent(*args, default=default, **special) if special else default(*args)
 
 
-def chosen(args: tuple[Any, ...], table: Mapping[str, Implementation], prefer: Prefer) -> Explanation:
-  """What `implementation=None` runs on each platform: its own kernel if that can, else what `prefer(*args)` says."""
-  found = Explanation(cpu=prefer(*args))
+def chosen(args: tuple[Any, ...], table: Mapping[str, Implementation], prefer: Prefer) -> Choices:
+  """Returns what `implementation=None` runs on each platform.
+
+  A platform runs its own kernel if the kernel can run `args`, and otherwise the choice of `prefer(*args)`.
+  """
+  choices = Choices(cpu=prefer(*args))
   for platform, kernel in PLATFORMS.items():
     if kernel is None:
       continue
     why = table[kernel].refusal(*args) if kernel in table else 'this op has no kernel for it'
-    found[platform] = (Choice(kernel, 'its own kernel can run this') if why is None
-                       else Choice(found['cpu'].implementation, f'not {kernel}: {why}'))
-  return found
+    choices[platform] = (Choice(kernel, 'its own kernel can run this') if why is None
+                         else Choice(choices['cpu'].implementation, f'not {kernel}: {why}'))
+  return choices
 
 
 def folding(function: Callable[[jax.Array, Any], jax.Array]) -> Callable[[jax.Array, Any], jax.Array]:
-  """`function(x, w)`, x `[M, ...]`, for which `vmap` over x makes M longer: a batched kernel would read w again."""
-  whole = jax.custom_batching.custom_vmap(function)
+  """Returns `function(x, w)`, x `[M, ...]`, with a batching rule: `vmap` over x alone makes M longer.
 
-  @whole.def_vmap
+  A batched kernel would read `w` again for each x of the batch.
+  """
+  folded = jax.custom_batching.custom_vmap(function)
+
+  @folded.def_vmap
   def rule(size, batched, x, w):
     if batched[0] and not any(jax.tree.leaves(batched[1])):
-      y = whole(x.reshape(size * x.shape[1], *x.shape[2:]), w)
+      y = folded(x.reshape(size * x.shape[1], *x.shape[2:]), w)
       return y.reshape(size, -1, *y.shape[1:]), True
-    along = [jax.tree.map(lambda b: 0 if b else None, part) for part in batched]
-    return jax.vmap(function, along, 0, axis_size=size)(x, w), True
+    axes = [jax.tree.map(lambda b: 0 if b else None, part) for part in batched]
+    return jax.vmap(function, axes, 0, axis_size=size)(x, w), True
 
-  return whole
+  return folded
 
 
 def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Within `shard_map`, all of them varying over the devices' axes over which one does; so do then their gradients."""
+  """Returns the arrays, each marked as varying over every mesh axis that any of them varies over.
+
+  Within `shard_map`, the gradients of the arrays then vary over these axes too. Elsewhere, nothing changes.
+  """
   own = [jax.typeof(a).manual_axis_type.varying for a in arrays]
   missing = [frozenset().union(*own) - axes for axes in own]
   return tuple(jax.lax.pcast(a, tuple(axes), to='varying') if axes else a for a, axes in zip(arrays, missing))
 
 
-def named(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], implementation: str) -> str:
-  """The name, if that implementation can run here; raises `ValueError` otherwise."""
+def runnable(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], implementation: str) -> str:
+  """Returns the name `implementation` if it can run `args` here; raises `ValueError` otherwise, with those that can."""
   if implementation not in table:
     raise errors.unknown(op, 'implementation', implementation, ['None', *table])
   if (why := _unable(args, table, implementation)) is not None:
@@ -102,7 +117,7 @@ def named(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], i
 
 
 def _unable(args: tuple[Any, ...], table: Mapping[str, Implementation], name: str) -> str | None:
-  """Why the implementation of this name cannot run these `args` here."""
-  here = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
-  away = [platform for platform, kernel in PLATFORMS.items() if kernel == name and platform != here]
-  return f'it is for {away[0]}, and the default device is {here}' if away else table[name].refusal(*args)
+  """Returns why the implementation `name` cannot run `args` on the default device, or `None`."""
+  backend = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
+  others = [platform for platform, kernel in PLATFORMS.items() if kernel == name and platform != backend]
+  return f'it is for {others[0]}, and the default device is {backend}' if others else table[name].refusal(*args)

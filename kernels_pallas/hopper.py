@@ -1,8 +1,8 @@
-"""What the kernels for Hopper share: what Mosaic takes there, and a ring of tiles that one warpgroup fills.
+"""Holds the parts that the kernels for Hopper share: sizes that Mosaic takes, and a ring of tiles in shared memory.
 
-A kernel runs as one persistent block a multiprocessor, of three warpgroups. The last only copies tiles from global to
-shared memory (TMA), into a ring of `slots`; the other two multiply them (wgmma). The ring runs on from one output tile
-to the next, so that the copies for the next are under way while the last is being written.
+A kernel runs as one persistent thread block a multiprocessor, with three warpgroups. The last warpgroup only copies
+tiles from global to shared memory (TMA), into a ring of `slots`. The other two warpgroups multiply the tiles (wgmma).
+The ring continues from one output tile to the next: copies for the next output tile run while the last is written.
 """
 
 import inspect
@@ -18,15 +18,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsejax.types import Array
 
-SHARED = 232_448  # bytes of shared memory that one block can have on Hopper
-SPARE = 1024  # of these, for barriers
+SHARED = 232_448  # bytes of shared memory that one thread block can have on Hopper
+SPARE = 1024  # bytes of shared memory that are left for barriers
 COMPUTE = 2  # warpgroups that multiply
-CORES = 132  # multiprocessors of an H100 and H200, where the program is lowered without one
-INTERPRETED = 2  # of what a CPU interprets
+CORES = 132  # multiprocessors of an H100 and H200, for programs that are lowered without a GPU
+INTERPRETED = 2  # multiprocessors in interpret mode
 
 
 def refused_dtype(dtype: np.dtype) -> str | None:
-  """Why these kernels do not multiply arrays of `dtype`, with the remedy."""
+  """Returns why these kernels do not multiply arrays of `dtype`, with the remedy, or `None`."""
   if dtype in (jnp.bfloat16, jnp.float16):
     return None
   remedy = ('cast to bfloat16, or leave it to XLA, which has tensor cores for it at jax.default_matmul_precision '
@@ -35,7 +35,7 @@ def refused_dtype(dtype: np.dtype) -> str | None:
 
 
 def cores(interpret: bool = False) -> int:
-  """Multiprocessors of the device that the program is for."""
+  """Returns the number of multiprocessors of the device that the program is lowered for."""
   if interpret:
     return INTERPRETED
   abstract = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
@@ -46,14 +46,14 @@ def cores(interpret: bool = False) -> int:
 
 
 def transforms(length: int, dtype: Any) -> tuple[Any, ...]:
-  """How a tile whose last axis has this length lies in shared memory, so that wgmma can read it."""
+  """Returns the layout in shared memory of a tile whose last axis has this length, so that wgmma can read the tile."""
   size = np.dtype(dtype).itemsize
   swizzle = plgpu.find_swizzle(length * size * 8)
   return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
 def shared(shape: tuple[int, ...], dtype: Any) -> Any:
-  """Scratch in shared memory for tiles, the last two axes."""
+  """Returns the scratch type of tiles in shared memory; the last two axes are those of a tile."""
   return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
 
 
@@ -62,66 +62,72 @@ def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
 
 
 def slots(stage: int, rest: int, most: int) -> int:
-  """How many stages of so many bytes fit beside the rest: at most `most`."""
+  """Returns how many stages of `stage` bytes fit into shared memory beside `rest` bytes, at most `most`."""
   return min(most, (SHARED - SPARE - rest) // stage)
 
 
 def filled(x: Array, multiple: int) -> Array:
-  """`x` with rows of zeros appended, up to a multiple."""
+  """Returns `x` with rows of zeros appended, up to a multiple of `multiple` rows."""
   return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0))) if x.shape[0] % multiple else x
 
 
 def readable(x: Array, multiple: int, interpret: bool = False) -> Array:
-  """`x` with as many rows as copies of `multiple` rows need: beyond the end they read zeros, and write nothing.
+  """Returns `x` with as many rows as copies of `multiple` rows need.
 
-  But Mosaic wants eights, unless there are fewer, and interpret mode copies nothing from beyond the end.
+  Beyond the end of an array, copies read zeros and write nothing, so rows need no padding to `multiple`. Mosaic
+  requires a multiple of eight rows, unless there are at most eight. Interpret mode copies nothing from beyond the end,
+  so there rows are padded to `multiple`.
   """
   return filled(x, multiple if interpret else 8 if x.shape[0] > 8 else 1)
 
 
 def banded(i: Array, rows: int, columns: int, width: int) -> tuple[Array, Array]:
-  """The row and column of the i-th tile, if `width` rows at a time go through all columns before the next do.
+  """Returns the row and the column of the i-th tile, where `width` rows go through all columns before the next rows.
 
-  So tiles that are computed at about the same time share what they read.
+  Tiles that are computed at about the same time then share the data that they read.
   """
   first = lax.div(i, jnp.int32(width * columns)) * width
-  here, within = lax.min(jnp.int32(width), rows - first), i - first * columns
-  return first + lax.rem(within, here), lax.div(within, here)
+  height, within = lax.min(jnp.int32(width), rows - first), i - first * columns
+  return first + lax.rem(within, height), lax.div(within, height)
 
 
 def scheduled(lengths: np.ndarray, blocks: int) -> np.ndarray:
-  """An order of tiles of these lengths in which each block, with one in `blocks` of them, has about equally much to do.
+  """Returns an order of tiles, `int32`, that gives each of `blocks` thread blocks about equally much to do.
 
-  Only tiles that are computed at about the same time change places: those of one round of the blocks, the longest of
-  which goes to the block with the least so far. The last round, which is not for all of them, is counted first.
+  `lengths[i]` is the work of tile i. Thread block b computes the tiles b, b + `blocks`, and so on, of the order. A
+  round is one tile of each thread block. Only tiles of one round change places, so they are computed at about the same
+  time as before. The longest tile of a round goes to the thread block with the least work so far. The last round, which
+  may have fewer tiles than thread blocks, is counted first.
   """
   order, load = np.arange(len(lengths)), np.zeros(blocks)
   rounds = [order[first:first + blocks] for first in range(0, len(order), blocks)]
-  for here in (rounds[-1], *rounds[:-1]):
-    least = np.argsort(load[:len(here)], kind='stable')
-    longest = here[np.argsort(-lengths[here], kind='stable')]
-    order[here[0] + least] = longest
+  for tiles in (rounds[-1], *rounds[:-1]):
+    least = np.argsort(load[:len(tiles)], kind='stable')
+    longest = tiles[np.argsort(-lengths[tiles], kind='stable')]
+    order[tiles[0] + least] = longest
     load[least] += lengths[longest]
   return order.astype(np.int32)
 
 
 def load(ref: Any, layout: Any) -> Array:
-  """All of `ref`, in this layout; until JAX 0.10 that took an index."""
+  """Returns the array of `ref` in this layout. Up to JAX 0.10, `plgpu.load` takes an index."""
   index = [()] if 'idx' in inspect.signature(plgpu.load).parameters else []
   return plgpu.load(ref, *index, layout=layout)
 
 
 def transposed(ref: Any) -> Any:
-  """A reference to the transpose of a tile; from JAX 0.12 on a method."""
+  """Returns a reference to the transpose of a tile. From JAX 0.12 on, the transpose is a method."""
   return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 12) else plgpu.transpose_ref(ref, (1, 0))
 
 
 def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, operands: tuple[Array, ...], *, blocks: int,
            scratch: dict[str, Any], cluster: int = 1, lanes: bool = False, approximate: bool = False,
            interpret: bool = False) -> Array:
-  """`body(*operands, out, **scratch)` as `blocks` blocks, or clusters of blocks, of three warpgroups.
+  """Runs `body(*operands, out, **scratch)` as a kernel and returns the array `out`.
 
-  Axes: 'sm', 'cluster' (if there are clusters) and 'wg'. `lanes`: the body has code for single threads.
+  `blocks` is the number of thread blocks of three warpgroups, or, if `cluster` is more than 1, of clusters of `cluster`
+  thread blocks. The axes are 'sm', 'cluster' (if there are clusters) and 'wg'. `lanes` says that the body has code for
+  single threads. `approximate` allows approximate functions such as exp2. `interpret` runs the kernel on a CPU.
   """
   semantics = plgpu.LoweringSemantics.Lane if lanes else plgpu.LoweringSemantics.Warpgroup
   clusters = {'cluster': (cluster,), 'cluster_names': ('cluster',)} if cluster > 1 else {}
@@ -134,7 +140,7 @@ def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, operands: tuple
 
 
 def _interpreter() -> Any:
-  """What runs a kernel on a CPU. Public from JAX 0.11 on."""
+  """Returns the parameters that run a kernel on a CPU. The class is public from JAX 0.11 on."""
   if hasattr(plgpu, 'InterpretGPUParams'):
     return plgpu.InterpretGPUParams()
   from jax._src.pallas.mosaic_gpu.interpret import params
@@ -142,38 +148,41 @@ def _interpreter() -> Any:
 
 
 def _varying(y: Array, operands: tuple[Array, ...]) -> Array:
-  """`y`, under `shard_map` varying over the axes that `operands` vary over, which `plgpu.kernel` forgets."""
+  """Returns `y`, marked under `shard_map` as varying over the mesh axes that `operands` vary over.
+
+  `plgpu.kernel` does not mark its result.
+  """
   varying = lambda a: jax.typeof(a).manual_axis_type.varying
   missing = frozenset().union(*map(varying, operands)) - varying(y)
   return lax.pcast(y, tuple(sorted(missing)), to='varying') if missing else y
 
 
-# The ring. `count` is the number of tiles that went through it, and so where it stands.
+# The ring of tiles: `count` is the number of tiles that went through the ring, and gives the current slot.
 
 
 def barriers(slots: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
-  """`full`, on which the copies of a slot arrive, and `free`, on which those that have read it do."""
+  """Returns the barriers `full`, on which the copies of a slot arrive, and `free`, on which its readers arrive."""
   free = (plgpu.ClusterBarrier(collective_axes=('cluster',), num_arrivals=COMPUTE, num_barriers=slots)
           if cluster > 1 else plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots))
   return plgpu.Barrier(num_arrivals=copies, num_barriers=slots), free
 
 
 def share(n: Any, blocks: int, tile: Callable[[Array], Any]) -> Callable[..., Any]:
-  """A block's share of `n` output tiles, the i-th of which is called `tile(i)`: a loop over `f(tile, count)`.
+  """Returns a loop over a thread block's share of `n` output tiles.
 
-  Of so many `blocks`, b does the tiles b, b + blocks, and so on. `f` gives the count behind a tile, 0 before the first,
-  and the loop that behind the last; or, with `loop(f, start)`, anything else that is carried. What a tile is called is
-  asked one tile ahead, so that what that reads is there in time. It is numbers of tiles, not offsets: Mosaic would not
-  know any more what those are multiples of.
+  `tile(i)` describes the i-th output tile. `loop(f, start)` calls `f(tile, carry)` for each tile of the share, and
+  returns the last carry; `start`, by default the count 0, is the first carry. Thread block b has the tiles b,
+  b + `blocks`, and so on. `tile` is called one tile ahead, so that the values it reads from memory arrive in time. The
+  descriptions hold numbers of tiles, not offsets, because Mosaic would no longer know what an offset is a multiple of.
   """
-  called = lambda i: tile(lax.min(i, jnp.int32(n - 1)))
+  described = lambda i: tile(lax.min(i, jnp.int32(n - 1)))
 
   def loop(f, start=None):
     def each(info, carry):
-      count, here = carry
-      following = called(info.index[0] + blocks)
-      return f(here, count), following
-    begin = jnp.int32(0) if start is None else start, called(lax.axis_index('sm'))
+      count, current = carry
+      following = described(info.index[0] + blocks)
+      return f(current, count), following
+    begin = jnp.int32(0) if start is None else start, described(lax.axis_index('sm'))
     return plgpu.nd_loop((n,), collective_axes='sm', init_carry=begin)(each)[0]
 
   return loop
@@ -181,10 +190,10 @@ def share(n: Any, blocks: int, tile: Callable[[Array], Any]) -> Callable[..., An
 
 def ring(loop: Callable[..., Array], trips: Callable[[Any], Array], copy: Callable[..., None],
          compute: Callable[[Any, Array], Array], free: Any, slots: int) -> None:
-  """What a block does: its `share` of the tiles, which this loop goes through, through one ring.
+  """Runs the loop of a thread block, as `share` returns it, with one ring of `slots` slots.
 
-  The memory warpgroup does `copy(tile, step, slot)` for `trips(tile)` steps of each, the others `compute(tile, count)`,
-  which gives the count behind it.
+  The memory warpgroup calls `copy(tile, step, slot)` for the `trips(tile)` steps of each tile. The other warpgroups
+  call `compute(tile, count)`, which returns the count after the tile.
   """
 
   @pl.when(lax.axis_index('wg') == COMPUTE)
@@ -211,12 +220,12 @@ def _copies(loop: Callable[..., Any], trips: Callable[[Any], Array], copy: Calla
     return lax.fori_loop(jnp.int32(0), trips(tile), step, count)
 
   count = loop(fill)
-  # A block must outlive what arrives on its barriers.
+  # A thread block must not end before the last arrivals on its barriers.
   lax.fori_loop(0, slots, lambda i, _: plgpu.barrier_wait(free.at[lax.rem(count + i, jnp.int32(slots))]), None)
 
 
 def start(free: tuple[Any, ...], slots: int) -> None:
-  """What a compute warpgroup does first: says that all slots of these rings are free."""
+  """Begins a compute warpgroup: reserves its registers, and marks all slots of the rings `free` as free."""
   plgpu.set_max_registers(232, action='increase')
   for slot in range(slots):
     for ring in free:
@@ -225,39 +234,39 @@ def start(free: tuple[Any, ...], slots: int) -> None:
 
 def accumulate(multiply: Callable[[Array], None], trips: Array, count: Array, full: Any, free: Any,
                slots: int) -> Array:
-  """`multiply(slot)`, which issues a wgmma, for each of `trips` steps; the count behind them.
+  """Calls `multiply(slot)`, which issues a wgmma, for each of `trips` steps, and returns the count after the steps.
 
-  One wgmma stays in flight, so a slot is free one step later.
+  A wgmma stays in flight, so a slot is free one step later.
   """
-  at = lambda count: lax.rem(count, jnp.int32(slots))
+  slot = lambda count: lax.rem(count, jnp.int32(slots))
 
   def step(i, count):
-    plgpu.barrier_wait(full.at[at(count)])
-    multiply(at(count))
+    plgpu.barrier_wait(full.at[slot(count)])
+    multiply(slot(count))
     plgpu.wgmma_wait(1)
-    pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[at(count + slots - 1)]))
+    pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[slot(count + slots - 1)]))
     return count + 1
 
   count = lax.fori_loop(jnp.int32(0), trips, step, count)
   plgpu.wgmma_wait(0)
-  plgpu.barrier_arrive(free.at[at(count + slots - 1)])
+  plgpu.barrier_arrive(free.at[slot(count + slots - 1)])
   return count
 
 
 def store(value: Array, staging: Any, target: Callable[[int, int], Any], turned: bool = False) -> None:
-  """Write `value` to `target(row, column)`, by pieces of the size of `staging [n, rows, columns]`, n at a time.
+  """Writes `value` to `target(row, column)`, in pieces of the size of `staging [n, rows, columns]`, n at a time.
 
-  If `turned`, staging and target have the transpose of a piece.
+  If `turned`, staging and target hold the transpose of a piece.
   """
   together, *size = staging.shape
   rows, columns = reversed(size) if turned else size
   pieces = [(r, c) for r in range(0, value.shape[0], rows) for c in range(0, value.shape[1], columns)]
   for first in range(0, len(pieces), together):
-    here = pieces[first:first + together]
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what is still read of staging is in the way
-    for i, (row, column) in enumerate(here):
-      there = transposed(staging.at[i]) if turned else staging.at[i]
-      there[...] = value[row:row + rows, column:column + columns]
+    batch = pieces[first:first + together]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # Earlier copies may still read `staging`.
+    for i, (row, column) in enumerate(batch):
+      piece = transposed(staging.at[i]) if turned else staging.at[i]
+      piece[...] = value[row:row + rows, column:column + columns]
     plgpu.commit_smem()
-    for i, at in enumerate(here):
-      plgpu.copy_smem_to_gmem(staging.at[i], target(*at))
+    for i, place in enumerate(batch):
+      plgpu.copy_smem_to_gmem(staging.at[i], target(*place))

@@ -1,4 +1,9 @@
-"""Products with a packed weight, differentiable in `x` and in the stored values, from a table for each direction."""
+"""Builds the differentiable product with a packed weight from a table of implementations for each direction.
+
+    product = TrainableProduct('nm_matmul', {'xla': Implementation(matmul)}, {'xla': Implementation(gradients)}, prefer)
+    y = product(x, w, None)                                                          # [M, N], in x's dtype
+    print(product.explained(x, w))                                                   # what each platform would run
+"""
 
 import dataclasses
 import functools
@@ -19,12 +24,15 @@ Table = Mapping[str, Implementation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Product:
-  """`x [M, K]` times `w`, forward and back: what the implementations of both directions take and give.
+class TrainableProduct:
+  """A `TrainableProduct` multiplies `x [M, K]` by a packed `w`, and differentiates in `x` and in `w.values`.
 
-  `forward(x, w)` is `[M, N]` in x's dtype. `gradients(x, dy, w)` are dy times the transpose of `w`, like x, and what
-  x^T dy has where `w` stores values, like these. `prefer(x, w)` and `prefer(x, dy, w)` choose where the platform has no
-  kernel. An implementation that only goes forward leaves the way back to that choice.
+  `forward` holds implementations of `(x, w)`, which return `[M, N]` in x's dtype. `gradients` holds implementations of
+  `(x, dy, w)`, which return two gradients. The first gradient is `dy` times the transpose of `w`, with the shape of
+  `x`. The second gradient is `x^T dy`, sampled at the stored positions; it has the shape of `w.values`.
+
+  `prefer(x, w)` and `prefer(x, dy, w)` choose where the platform has no kernel. If the implementation that runs forward
+  has no entry in `gradients`, `prefer` chooses the implementation of the gradients.
   """
 
   name: str
@@ -33,13 +41,14 @@ class Product:
   prefer: Callable[..., Choice]
 
   def __call__(self, x: Array, w: PackedArray, implementation: str | None) -> Array:
-    """`[M, N]`; raises `ValueError` for an implementation that cannot run."""
+    """Returns the product, `[M, N]`; raises `ValueError` for an `implementation` that cannot run."""
     if implementation is not None:
-      dispatch.named(self.name, (x, w), self.forward, implementation)
+      dispatch.runnable(self.name, (x, w), self.forward, implementation)
     arrays, static = jax.tree.flatten(w)
     return _compiled(self, implementation, static, *dispatch.varying_alike(x, *arrays))
 
-  def explained(self, x: Array, w: PackedArray) -> dispatch.Explanation:
+  def explained(self, x: Array, w: PackedArray) -> dispatch.Choices:
+    """Returns the implementation that each platform would run forward."""
     return dispatch.chosen((x, w), self.forward, self.prefer)
 
 
@@ -74,12 +83,12 @@ def refused_stack(w: PackedArray, stacked: bool) -> str | None:
 
 
 def dot(a: Array, b: Array, i: int, j: int) -> Array:
-  """The product over axis `i` of `a` and axis `j` of `b`, two matrices, in float32."""
+  """Returns the product of two matrices over axis `i` of `a` and axis `j` of `b`, in float32."""
   return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(product: Product, implementation: str | None, static: Any, x: Array, *arrays: Array) -> Array:
+def _product(product: TrainableProduct, implementation: str | None, static: Any, x: Array, *arrays: Array) -> Array:
   w = _cast(jax.tree.unflatten(static, arrays), x.dtype)
   return dispatch.run(product.name, (x, w), product.forward, implementation, product.prefer)
 
@@ -88,21 +97,24 @@ def _forward(product, implementation, static, x, *arrays):
   return _product(product, implementation, static, x, *arrays), (x, arrays)
 
 
-def _backward(product, implementation, static, kept, dy):
-  x, arrays = kept
+def _backward(product, implementation, static, residuals, dy):
+  x, arrays = residuals
   w = jax.tree.unflatten(static, arrays)
-  way = implementation if implementation in product.gradients else None
-  dx, dw = dispatch.run(product.name, (x, dy, w), product.gradients, way, product.prefer)
+  name = implementation if implementation in product.gradients else None
+  dx, dw = dispatch.run(product.name, (x, dy, w), product.gradients, name, product.prefer)
   floats = jnp.issubdtype(w.dtype, jnp.floating)
   return dx, *(dw if a is w.values and floats else None for a in arrays)
 
 
 _product.defvjp(_forward, _backward)
-_compiled = jax.jit(_product, static_argnums=(0, 1, 2))  # for calls outside of `jit`
+_compiled = jax.jit(_product, static_argnums=(0, 1, 2))  # Calls outside of `jit` run as one program too.
 
 
 def both(transposed: Callable[..., Array], sampled: Callable[..., Array]) -> Callable[..., tuple[Array, Array]]:
-  """`gradients` of two products: `transposed(dy, w)`, `w` in dy's dtype, and `sampled(x, dy, w)`."""
+  """Returns an implementation of both gradients, `transposed(dy, w)` and `sampled(x, dy, w)`.
+
+  `w` is cast to dy's dtype for `transposed`.
+  """
   return lambda x, dy, w: (transposed(dy, _cast(w, dy.dtype)), sampled(x, dy, w))
 
 

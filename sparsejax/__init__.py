@@ -1,8 +1,22 @@
-"""Sparsity for JAX as pure functions over parameter pytrees.
+"""Trains, prunes, checks, packs and stores sparse models in JAX, by pure functions over parameter pytrees.
 
-Train: `recipes` wrap an optimizer. Look: `report`, `check`, `masks`, `metrics`; ahead: `advise`. Store: `formats`,
-`io`. The words of which recipes are sentences: `trees` (where), `patterns`, `scores`, `allocation`, `schedules`,
-`flows`, `updates`, and, of all leaves at once, `selections` and `starts`.
+    tx = sparsejax.recipes.sr_ste(optax.adamw(1e-3), sparsejax.NM(2, 4))     # instead of optax.adamw(1e-3)
+    print(sparsejax.report(params, opt_state))                               # asked and achieved sparsity
+    sparsejax.io.save('model.safetensors', sparsejax.formats.pack(params, sparsejax.NM(2, 4)))
+
+Modules import only from the lines above their own:
+
+- The ground: `types` holds the shared types and signatures, `errors` the texts of refusals, `tables` the printing of
+  tables. `trees` names the leaves of a pytree. `ranking` selects an exact number of the largest scores.
+- `programs` reads JAX programs: the axes that each product contracts, and the collectives of a compiled step.
+- The words, one module each: `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`, `starts`, `metrics`.
+- `formats` packs pruned parameters into smaller arrays.
+- `states` holds masks and master weights in the optimizer state. `selections` chooses the masks of all leaves.
+- `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
+- The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, and the
+  command line (`sparsejax --help`) offers the tools on checkpoints.
+
+`docs/words.md` explains every noun of the library in one line.
 """
 
 from sparsejax import (

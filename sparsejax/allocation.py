@@ -1,8 +1,13 @@
-"""Allocations: how a sparsity asked of the whole is shared out among the leaves.
+"""Allocations divide the sparsity of a whole model among its leaves.
 
-An allocation is `allocation(leaves, sparsity, axes) -> sparsities`, mappings by path over the sparse leaves; it looks
-at shapes only, so that shares are known before anything runs. What shares out by scores is a `Ranked`: there the leaves
-compete, and how many each one keeps is counted when its mask is chosen.
+An allocation is a function `allocation(leaves, sparsity, axes) -> sparsities`. `leaves` maps the paths of all sparse
+leaves to the leaves, and the result maps the same paths to sparsities. An allocation reads only shapes, so that the
+sparsity of each leaf is known before the program runs. A `Ranked` allocation ranks the scores of all leaves together;
+the number of weights that a leaf keeps is then counted at each mask update.
+
+    allocation.erk({'a': a, 'b': b}, 0.9)                              # {'a': ..., 'b': ...}
+    tx = recipes.rigl(optax.adamw(1e-3), 0.9, allocation=allocation.erk, total_steps=10_000, key=key)
+    tx = recipes.magnitude_at_init(optax.adamw(1e-3), 0.9, allocation=allocation.global_())
 """
 
 import math
@@ -16,11 +21,12 @@ from sparsejax.types import Allocation, Array, Axes, Score
 
 
 class Ranked(NamedTuple):
-  """All leaves ranked together: how many each of them keeps. Which ones is up to the pattern and its own scores.
+  """A `Ranked` allocation ranks all leaves together, and thereby counts how many weights each leaf keeps.
 
-  `normalise(scores)` makes the scores of different leaves comparable. `score`: what is ranked, where it is not the
-  recipe's own score. Exact over all leaves together; ties keep the earlier leaf. With N:M, which fixes the count of
-  every group, and with units of different size (channels of unequal layers) it is refused.
+  The pattern and the score of the recipe choose the weights that a leaf keeps. `normalise(scores)` makes the scores of
+  different leaves comparable. `score` is the score that is ranked, if not that of the recipe. The count over all leaves
+  together is exact; among equal scores, those of the earlier leaf are kept. N:M patterns, which fix the count of every
+  group, are refused, and so are units of different sizes, such as channels of unequal layers.
   """
 
   normalise: Callable[[Array], Array] | None = None
@@ -28,47 +34,52 @@ class Ranked(NamedTuple):
 
 
 def uniform(leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] | None = None) -> dict[str, float]:
-  """Every leaf gets the same sparsity."""
+  """Returns the same sparsity for every leaf."""
   del axes
   return dict.fromkeys(leaves, sparsity)
 
 
 def erdos_renyi(
     leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] | None = None) -> dict[str, float]:
-  """ER: densities in the ratio of (n_in + n_out) / (n_in n_out) (Mocanu et al. 2018, SET, equation 3).
+  """Returns Erdos-Renyi (ER) sparsities, with densities proportional to `(n_in + n_out) / (n_in * n_out)`.
 
-  `n_in` are the contracted and `n_out` the output axes of `axes` (default: the naming conventions), taps and layers do
-  not count. A leaf that would be denser than dense is dense, and the others share what is left (Evci et al. 2020,
-  RigL, section 3 (1)). The RigL code rounds each leaf's zeros down before it shares out; this does not.
+  The formula is equation 3 of SET (Mocanu et al. 2018). `n_in` is the length of the contracted axes and `n_out` that of
+  the output axes, by `axes` or else by the naming conventions. Taps and layers do not count. A leaf whose density would
+  exceed 1 is dense, and the other leaves share the remaining weights (Evci et al. 2020, RigL, section 3 (1)).
+  Deviation: the code of RigL first rounds the number of zeros of each leaf down.
   """
   return _by_dimensions(leaves, sparsity, axes, lambda inner, outer, taps: (inner, outer))
 
 
 def erk(leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] | None = None) -> dict[str, float]:
-  """ERK: as `erdos_renyi`, with the taps: (n_in + n_out + w + h) / (n_in n_out w h) (Evci et al. 2020, section 3 (1)).
+  """Returns Erdos-Renyi-Kernel (ERK) sparsities: like `erdos_renyi`, with the taps of convolutions.
 
-  Deviates as that does.
+  Densities are proportional to `(n_in + n_out + w + h) / (n_in * n_out * w * h)` for kernels of `w` by `h`
+  taps (Evci et al. 2020, section 3 (1)). The deviation is that of `erdos_renyi`.
   """
   return _by_dimensions(leaves, sparsity, axes, lambda inner, outer, taps: (inner, outer, *taps))
 
 
 def uniform_plus(first: str | None = None, last: str | None = None, least: float = 0.2) -> Allocation:
-  """Uniform+: the leaf at glob `first` dense, the one at `last` at least `least` dense, the rest uniform (Gale 2019).
+  """Returns the allocation Uniform+ (Gale et al. 2019, The State of Sparsity, section 5.2).
 
-  Gale et al. 2019, The State of Sparsity, section 5.2. A pytree does not say which layer comes first, so both go by
-  name, and either may be left out. The rest is so sparse that all together are as asked; the code of Liu et al. 2022
-  divides by the size of all leaves there, and is denser than asked. Raises `ValueError` where nothing is left for it.
+  Leaves that match the glob `first` are dense. Leaves that match the glob `last` have at least the density `least`. All
+  other leaves share one sparsity, with which the whole model has the sparsity that is asked for. A pytree does not tell
+  its first and last layer: both are given by name, and either may be left out. Deviation: the code of Liu et al. 2022
+  divides by the size of all leaves, which gives a model that is denser than asked for.
+
+  The allocation raises `ValueError` for a glob without a leaf, and if the other leaves cannot hold enough zeros.
   """
   def allocate(leaves, sparsity, axes=None):
     del axes
     fixed = {}
     for glob, most in ((first, 0.0), (last, min(sparsity, 1 - least))):
-      found = [path for path in leaves if glob is not None and trees.matches(glob, path)]
-      if glob is not None and not found:
+      paths = [path for path in leaves if glob is not None and trees.matches(glob, path)]
+      if glob is not None and not paths:
         raise errors.unknown('allocation.uniform_plus', 'path', glob, leaves)
-      fixed |= dict.fromkeys(found, most)
+      fixed |= dict.fromkeys(paths, most)
     sizes = {path: math.prod(w.shape) for path, w in leaves.items()}
-    zeros = sparsity * sum(sizes.values()) - sum(sizes[path] * share for path, share in fixed.items())
+    zeros = sparsity * sum(sizes.values()) - sum(sizes[path] * own for path, own in fixed.items())
     others = sum(sizes.values()) - sum(sizes[path] for path in fixed)
     if zeros > others:
       raise ValueError(
@@ -80,9 +91,10 @@ def uniform_plus(first: str | None = None, last: str | None = None, least: float
 
 
 def custom(sparsities: Mapping[str, float]) -> Allocation:
-  """Sparsities by glob: `custom({'block_0/**': 0.5, '**': 0.9})`; the first glob that matches decides.
+  """Returns the allocation with the sparsities of a dict by globs, such as `{'block_0/**': 0.5, '**': 0.9}`.
 
-  Raises `ValueError` for a leaf that no glob covers, and for a glob that covers none.
+  The first glob that matches a leaf decides. The allocation raises `ValueError` for a leaf that no glob matches, and
+  for a glob that matches no leaf.
   """
   def allocate(leaves, sparsity, axes=None):
     del sparsity, axes
@@ -92,22 +104,24 @@ def custom(sparsities: Mapping[str, float]) -> Allocation:
 
 
 def global_() -> Ranked:
-  """All leaves ranked together by the recipe's own score."""
+  """Returns the allocation that ranks all leaves together by the score of the recipe."""
   return Ranked()
 
 
 def from_scores(score: Score) -> Ranked:
-  """As many as `score` would keep in each leaf, ranked over all; which ones is up to the recipe's own score.
+  """Returns the allocation in which each leaf keeps as many weights as if `score` ranked all leaves together.
 
-  With `scores.snip` and random masks: the SNIP ratios of Liu et al. 2022, section 3.1.
+  The score of the recipe chooses the weights that a leaf keeps. `scores.snip`, together with random masks, gives the
+  SNIP ratios of Liu et al. 2022, section 3.1.
   """
   return Ranked(score=score)
 
 
 def lamp() -> Ranked:
-  """LAMP: w^2 over the sum of the squares that are as large, ranked over all (Lee et al. 2021, equation 1).
+  """Returns the allocation LAMP, which ranks all leaves together by normalised squares (Lee et al. 2021, equation 1).
 
-  Of the recipe's score instead of |w|, where that is another. Sorts each leaf: for masks that are chosen now and then.
+  The normalised square of a weight is w^2 divided by the sum of all squares of the leaf that are at least as large. The
+  score of the recipe stands in place of |w|. LAMP sorts each leaf, and so suits masks that are seldom updated.
   """
   return Ranked(normalise=_lamp)
 
@@ -121,8 +135,11 @@ def _lamp(scores: Array) -> Array:
 
 
 def named(name: Any) -> Allocation | Ranked:
-  """An allocation by its name, for configurations: `'erk'`, `{'name': 'uniform_plus', 'last': 'head/*'}`, or, for
-  `custom`, `{'head/*': 0.5, '**': 0.9}`."""
+  """Returns the allocation that a configuration gives by `name`; raises `ValueError` for an unknown name.
+
+  `name` is a name such as 'erk', the dict `{'name': 'uniform_plus', 'last': 'head/*'}`, a dict by globs for `custom`,
+  or an allocation, which is returned as it is.
+  """
   if isinstance(name, Mapping) and name.get('name') == 'uniform_plus':
     return uniform_plus(**{key: value for key, value in name.items() if key != 'name'})
   if isinstance(name, Mapping):
@@ -138,12 +155,15 @@ def named(name: Any) -> Allocation | Ranked:
 def _by_dimensions(
     leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] | None, lengths: Callable[..., Any],
 ) -> dict[str, float]:
-  """Densities in the ratio of the sum of `lengths(inner, outer, taps)` to their product, none above 1."""
+  """Returns sparsities whose densities, at most 1, are proportional to a ratio of the dimensions of each leaf.
+
+  The ratio is the sum of the numbers `lengths(n_in, n_out, taps)` divided by their product.
+  """
   size, ratio = {}, {}
   for path, w in leaves.items():
-    at = trees.axes_of('allocation', axes, path, w.shape)
-    of = lambda group, shape=w.shape: math.prod(shape[a] for a in group)
-    parts = lengths(of(at.contracted), of(at.output), [w.shape[a] for a in at.spatial])
+    own = trees.axes_of('allocation', axes, path, w.shape)
+    inner, outer = (math.prod(w.shape[a] for a in group) for group in (own.contracted, own.output))
+    parts = lengths(inner, outer, [w.shape[a] for a in own.spatial])
     size[path], ratio[path] = math.prod(w.shape), sum(parts) / math.prod(parts)
   full: set[str] = set()
   while True:

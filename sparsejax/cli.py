@@ -1,8 +1,11 @@
-"""The command `sparsejax`: look at checkpoints, check a pattern, pack and unpack, say whether it will help; plan for
-devices that are not here.
+"""Defines the command `sparsejax`, which reports on checkpoints, checks, packs and unpacks them, advises and plans.
 
-Exit status 0: done, and all is well. 1: `check` found parameters that do not keep the pattern. 2: the command could not
-be carried out; one line on the standard error says why.
+    sparsejax report CKPT                                  # the sparsity and pattern of each parameter
+    sparsejax pack CKPT OUT --pattern 2:4                  # one safetensors file without the zeros
+    sparsejax advise CKPT --pattern '128x128 0.9'          # whether packing makes it smaller and faster
+
+The exit status is 0 if the command succeeded, and 1 if `check` found parameters that do not keep the pattern. The exit
+status is 2 if the command could not be carried out; one line on the standard error says why.
 """
 
 import argparse
@@ -22,14 +25,14 @@ from sparsejax.types import Axes, Pattern, Predicate, PyTree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Run one command and return its exit status. Without `argv`, the process's own arguments, on the CPU."""
+  """Runs one command and returns its exit status. Without `argv`, reads the process's arguments and runs on the CPU."""
   if argv is None and 'JAX_PLATFORMS' not in os.environ:
-    jax.config.update('jax_platforms', 'cpu')  # looking at a file needs no accelerator, and one may be busy training
+    jax.config.update('jax_platforms', 'cpu')  # Files need no accelerator, which may be busy training.
   try:
     args = _parser().parse_args(argv)
-    with jax.enable_x64(True):  # 64-bit leaves come through whole
+    with jax.enable_x64(True):  # keeps 64-bit leaves whole
       return args.run(args)
-  except SystemExit as e:  # argparse has said what there is to say
+  except SystemExit as e:  # argparse has printed the error, or the help
     return int(e.code or 0)
   except (ValueError, OSError, MemoryError) as e:
     reason = getattr(e, 'strerror', None) or str(e) or type(e).__name__
@@ -41,23 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-  """Print the table of `sparsejax.report`."""
+  """Prints the table of `sparsejax.report`."""
   print(_report(args))
   return 0
 
 
 def check(args: argparse.Namespace) -> int:
-  """One line for each parameter that does not keep the pattern."""
-  found = _report(args)
-  for row in found.violations:
+  """Prints one line for each parameter that does not keep the pattern, and returns 1 if there is any."""
+  checked = _report(args)
+  for row in checked.violations:
     print(f'{row.path} {"x".join(map(str, row.shape))}: {row.problem}')
-  if not found.violations:
-    print(f'ok: {len(found.rows)} parameters keep {" ".join(args.pattern)}')
-  return 1 if found.violations else 0
+  if not checked.violations:
+    print(f'ok: {len(checked.rows)} parameters keep {" ".join(args.pattern)}')
+  return 1 if checked.violations else 0
 
 
 def pack(args: argparse.Namespace) -> int:
-  """Write packed parameters, and say how much smaller they are."""
+  """Writes the packed parameters, and prints the bytes before and after."""
   _refuse_to_overwrite(args)
   params = formats.unpack(io.read(args.checkpoint, args.item))
   where = _where(args)
@@ -71,7 +74,7 @@ def pack(args: argparse.Namespace) -> int:
 
 
 def unpack(args: argparse.Namespace) -> int:
-  """Write dense parameters, bit for bit those that were packed."""
+  """Writes the dense parameters, bit for bit, and prints the bytes before and after."""
   _refuse_to_overwrite(args)
   packed = io.load(args.file)
   io.save(args.out, formats.unpack(packed), metadata=_metadata(args.file))
@@ -80,7 +83,7 @@ def unpack(args: argparse.Namespace) -> int:
 
 
 def advise(args: argparse.Namespace) -> int:
-  """Print the table of `sparsejax.advise`, of which the last line says what to do."""
+  """Prints the table of `sparsejax.advise`, whose last line says what to do."""
   params, where = formats.unpack(io.read(args.checkpoint, args.item)), _where(args)
   print(advice.advise(params, _pattern(args, str), device=args.device, tokens=args.tokens, where=where,
                       axes=_axes(args, params, where)))
@@ -88,7 +91,7 @@ def advise(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-  """Print the table of `planning.budget`, made in a process of its own: one has as many devices as it began with."""
+  """Prints the table of `planning.budget`, made in a new process: the number of devices of a process cannot change."""
   asked = {'path': args.program, 'devices': args.devices, 'options': dict(map(_option, args.set))}
   if args.mesh:
     asked['mesh'] = _mesh(args.mesh)
@@ -97,47 +100,50 @@ def plan(args: argparse.Namespace) -> int:
   done = subprocess.run([sys.executable, '-m', 'sparsejax.planning', json.dumps(asked)], env=env, text=True,
                         capture_output=True, check=False)
   if done.returncode:
-    said = done.stderr.strip().splitlines()[-1:]
-    ended = [] if done.returncode == 2 and said else [f'plan: compiling ended with status {done.returncode}']
-    raise ValueError(': '.join([*ended, *said]).removeprefix('sparsejax: '))
+    reason = done.stderr.strip().splitlines()[-1:]
+    ended = [] if done.returncode == 2 and reason else [f'plan: compiling ended with status {done.returncode}']
+    raise ValueError(': '.join([*ended, *reason]).removeprefix('sparsejax: '))
   print(done.stdout, end='')
   return 0
 
 
 class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line."""
+  """A `_Parser` reports an error in one line."""
 
   def error(self, message: str) -> Any:
     self.exit(2, f'sparsejax: {message} (see {self.prog} --help)\n')
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser('sparsejax', description='Sparse checkpoints: look at them, check them, pack and unpack them. '
-                   'Plan for devices that are not here.')
+  parser = _Parser('sparsejax', description='Reports on sparse checkpoints, checks, packs and unpacks '
+                   'them, advises on patterns, and plans training on devices that are not here.')
   commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
-  command = _command(commands, 'report', report, 'a table of the sparsity and pattern of each parameter')
+  command = _command(commands, 'report', report, 'print a table of the sparsity and pattern of each parameter')
   _selection(command, pattern_required=False)
-  command = _command(commands, 'check', check, 'exit status 1, and a line for each parameter, if some lack the pattern')
+  command = _command(commands, 'check', check, 'print a line for each parameter that does not keep the pattern; exit '
+                     'status 1 if any')
   _selection(command, pattern_required=True)
-  command = _command(commands, 'pack', pack, 'write one safetensors file that stores only what is not zero')
+  command = _command(commands, 'pack', pack, 'write one safetensors file that stores only nonzero weights')
   _selection(command, pattern_required=True)
   _output(command)
   command = _command(commands, 'unpack', unpack, 'write the dense parameters of a packed file, bit for bit')
   command.add_argument('file', metavar='FILE', help='a file written by pack, or by sparsejax.io.save')
   _output(command)
-  command = _command(commands, 'advise', advise, 'whether a pattern, 2:4 or "128x128 0.9" or "unstructured 0.9" or '
-                     '"channel 0.5", makes it smaller, and faster on a device')
+  command = _command(commands, 'advise', advise, 'print whether packing a pattern makes the parameters smaller, and '
+                     'faster on a device: 2:4, "128x128 0.9", "unstructured 0.9" or "channel 0.5"')
   _selection(command, pattern_required=True)
-  command.add_argument('--device', default='cpu', help='cpu, h200, tpu, or another that was measured; default cpu')
-  command.add_argument('--tokens', type=_positive, default=1024, metavar='N', help='how many rows a weight meets in '
-                       'one call, batch times length; default 1024')
-  command = _command(commands, 'plan', plan, 'bytes of state and traffic of a step, on devices that are not here')
+  command.add_argument('--device', default='cpu', help='cpu, h200, tpu, or another measured device; default cpu')
+  command.add_argument('--tokens', type=_positive, default=1024, metavar='N', help='the number of rows that a '
+                       'weight multiplies in one call, batch times length; default 1024')
+  command = _command(commands, 'plan', plan, 'print the state, memory and communication of a step on devices that are '
+                     'not here')
   command.add_argument('program', metavar='PROGRAM.py', help='a file with a function program(mesh, ...) that returns '
                        '(step, arguments): a function, and a tuple of pytrees of jax.ShapeDtypeStruct with shardings')
-  command.add_argument('--devices', type=_positive, required=True, metavar='N', help='how many; none has to be here')
-  command.add_argument('--mesh', metavar='AXIS=N,...', help='the lengths of its axes; default data=N')
-  command.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='an argument of program, '
-                       'repeatable')
+  command.add_argument('--devices', type=_positive, required=True, metavar='N', help='the number of devices; '
+                       'none has to be here')
+  command.add_argument('--mesh', metavar='AXIS=N,...', help='the lengths of the mesh axes; default data=N')
+  command.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='an argument of the '
+                       'function program; repeatable')
   return parser
 
 
@@ -149,20 +155,22 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 
 def _selection(command: argparse.ArgumentParser, pattern_required: bool) -> None:
   command.add_argument('checkpoint', metavar='CKPT', help='a safetensors file, or the folder of an Orbax checkpoint')
-  command.add_argument('--pattern', action='append', required=pattern_required, metavar='[GLOB=]N:M',
-                       help="N:M as in 2:4, or 'bitmask' or (smaller above 88 %% sparsity) 'relative_index' for zeros "
-                       'anywhere; GLOB=N:M for some parameters, repeatable')
-  command.add_argument('--where', nargs='+', metavar='GLOB', help='these parameters, as in mlp/*/kernel; '
-                       'default: all matrices and convolutions, no embeddings, norms and biases')
-  command.add_argument('--except', nargs='+', metavar='GLOB', default=[], dest='but', help='but not these')
+  command.add_argument('--pattern', action='append', required=pattern_required, metavar='[GLOB=]PATTERN',
+                       help='a pattern, as in 2:4 or 128x128, or the name of a format: '
+                       f'{", ".join(_formats())}. bitmask and relative_index (smaller above 88 %% sparsity) store '
+                       'zeros anywhere. GLOB=PATTERN for some parameters; repeatable')
+  command.add_argument('--where', nargs='+', metavar='GLOB', help='the parameters to read, as in '
+                       'mlp/*/kernel; default: all matrices and convolutions, no embeddings, norms and biases')
+  command.add_argument('--except', nargs='+', metavar='GLOB', default=[], dest='but', help='leave these '
+                       'parameters out')
   command.add_argument('--axis', action='append', default=[], metavar='GLOB=AXIS', help='the contraction axis of some '
-                       'parameters (several with commas), where the conventions do not hold; repeatable')
-  command.add_argument('--item', help='which item of a checkpoint with several, or which key of its tree')
+                       'parameters (several with commas) to which the conventions do not apply; repeatable')
+  command.add_argument('--item', help='the item of a checkpoint with several items, or the key of its tree')
 
 
 def _output(command: argparse.ArgumentParser) -> None:
   command.add_argument('out', metavar='OUT', help='the safetensors file to write')
-  command.add_argument('--force', action='store_true', help='replace OUT if it is there')
+  command.add_argument('--force', action='store_true', help='replace OUT if it exists')
 
 
 def _report(args: argparse.Namespace) -> reports.Report:
@@ -175,22 +183,31 @@ def _where(args: argparse.Namespace) -> Predicate:
   return trees.all_but(*args.but, where=where) if args.but else where
 
 
+def _formats() -> list[str]:
+  """Returns the formats that `--pattern` takes by name."""
+  return [kind for kind, each in formats.TABLE.items() if each.default_pattern is not None]
+
+
 def _one_pattern(text: str) -> Pattern:
-  return patterns.Unstructured() if text in formats.ANYWHERE else patterns.parse(text)
+  """Returns the pattern that `text` spells, or the pattern that the format of this name stands for."""
+  return formats.TABLE[text].default_pattern if text in _formats() else patterns.parse(text)
 
 
-def _pattern(args: argparse.Namespace, meant: Callable[[str], Any] = _one_pattern) -> Any:
-  """What each text means: one pattern, or one per glob with the one for all others last."""
-  given = [text.rpartition('=') for text in args.pattern or ()]
-  asked = {glob if equals else '**': meant(text) for glob, equals, text in given}
-  if len(asked) != len(given):
+def _pattern(args: argparse.Namespace, read: Callable[[str], Any] = _one_pattern) -> Any:
+  """Returns the pattern that `--pattern` asks for, or a dict from globs to patterns with `**`, if given, last.
+
+  `read` turns the text of a pattern into the value to return.
+  """
+  texts = [text.rpartition('=') for text in args.pattern or ()]
+  asked = {glob if equals else '**': read(text) for glob, equals, text in texts}
+  if len(asked) != len(texts):
     raise ValueError('--pattern: two are for the same parameters; give one for each GLOB, and at most one without.')
   everywhere = asked.pop('**', None)
   return {**asked, '**': everywhere} if asked and everywhere else asked or everywhere
 
 
 def _axes(args: argparse.Namespace, params: PyTree, where: Predicate) -> dict[str, Axes] | None:
-  """The axes of the parameters that `where` picks, if --axis says something about them."""
+  """Returns the axes of the parameters that `where` picks, or `None` without `--axis`."""
   if not args.axis:
     return None
   names, leaves, _ = trees.flatten(params)
@@ -229,7 +246,7 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def _option(text: str) -> tuple[str, object]:
-  """`name=value`, the value a Python literal or else the text itself."""
+  """Returns the name and the value of `name=value`: the value is a Python literal or else the text itself."""
   name, equals, value = text.partition('=')
   if not equals:
     raise ValueError(f'--set {text}: give NAME=VALUE.')

@@ -1,38 +1,59 @@
-"""Metrics: what can be said of a sparse model in numbers. Pure functions, by path, all but `flops` fit for `jit`."""
+"""Measures sparse models: densities, mask changes, exploration, the loss between two models, and FLOPs.
 
-from collections.abc import Callable, Mapping
+All functions are pure, and all but `flops` can run under `jit`. Most results are dicts by path.
+
+    before = sj.masks(params, state)
+    ...                                                     # some training steps
+    metrics.sad(before, sj.masks(params, state))['mlp/kernel'].fraction
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import errors, trees
 from sparsejax.types import Array, PyTree
 
 
 class Change(NamedTuple):
-  """`count`: mask entries that differ, float32 (int32 would overflow). `fraction`: of all entries."""
+  """A `Change` says how many entries of a mask differ, as `count`, and which `fraction` of all entries, as `float32[]`.
+
+  Counts of all metrics are `float32`, because `int32` would overflow.
+  """
 
   count: Array
   fraction: Array
 
 
 class Variance(NamedTuple):
-  """Var(|g|) over the kept and over the pruned weights of one leaf, float32; NaN over none."""
+  """A `Variance` is the variance of |g| over the `kept` and over the `pruned` weights of one leaf, as `float32[]`.
+
+  The variance of no weights is NaN.
+  """
 
   kept: Array
   pruned: Array
 
 
 class Exploration(NamedTuple):
-  """The share of weights kept at any time so far, float32: of all leaves together, and `layers` of each, by path."""
+  """An `Exploration` is the fraction of weights that were kept at any time, as `float32[]`.
+
+  `pooled` is the fraction of all leaves together. `layers` is the fraction of each leaf, by path.
+  """
 
   pooled: Array
   layers: dict[str, Array]
 
 
 class Overlap(NamedTuple):
-  """What two masks of one leaf both keep, float32: how many, what chance gives, their ratio, and the Jaccard index."""
+  """An `Overlap` compares two masks of one leaf, in `float32[]`.
+
+  `count` is the number of weights that both masks keep. `chance` is the number that two independent masks would both
+  keep on average. `ratio` is count / chance. `jaccard` is the Jaccard index.
+  """
 
   count: Array
   chance: Array
@@ -41,7 +62,11 @@ class Overlap(NamedTuple):
 
 
 class Barrier(NamedTuple):
-  """`height`: the barrier. `alpha`: where it is, 0 at `a`, 1 at `b`. `losses`: `[points]`, from `a` to `b`. float32."""
+  """A `Barrier` is the loss barrier between two models, in `float32`.
+
+  `height` is the barrier, and `alpha` its place on the line, which is 0 at `a` and 1 at `b`. `losses`, of shape
+  `[points]`, holds the losses on the line from `a` to `b`.
+  """
 
   height: Array
   alpha: Array
@@ -49,7 +74,10 @@ class Barrier(NamedTuple):
 
 
 class Flops(NamedTuple):
-  """Operations of one call of the program (a multiply-add is two), and what they would be if all were dense."""
+  """A `Flops` counts the operations of one call of a program, with sparse and with dense parameters.
+
+  A multiply-add counts as two operations. `training` is the forward and the backward pass.
+  """
 
   inference: float
   training: float
@@ -58,51 +86,54 @@ class Flops(NamedTuple):
 
 
 def density(params: PyTree) -> dict[str, Array]:
-  """The fraction of each leaf that is not zero, `float32[]` by path. NaN is not zero, -0.0 is."""
+  """Returns the fraction of each leaf that is not zero, as `float32[]` by path; -0.0 is zero, and NaN is not."""
   paths, leaves, _ = trees.flatten(params)
   return {path: jnp.mean(leaf != 0, dtype=jnp.float32) for path, leaf in zip(paths, leaves)}
 
 
 def kept(tree: PyTree) -> dict[str, Array]:
-  """How many entries of each leaf are not zero, `float32[]` by path; NaN is not zero.
+  """Returns the number of entries of each leaf that are not zero, as `float32[]` by path; NaN is not zero.
 
-  `tree` are masks, of which leaves of rank 0 (dense ones, in `sparsejax.masks`) are left out; or parameters, of which
-  `trees.matrices` count, since a bias may well be zero.
+  `tree` holds masks or parameters. Masks of rank 0, which `sparsejax.masks` gives for dense leaves, are left out. Of
+  parameters, only `trees.matrices` are counted, since a bias may well be zero.
   """
   return {path: jnp.sum(mask, dtype=jnp.float32) for path, mask in _prunable(tree).items()}
 
 
 def collapsed(tree: PyTree) -> dict[str, Array]:
-  """Does the leaf keep nothing at all, `bool[]` by path, of the leaves of `kept`.
+  """Returns whether a leaf keeps no weight at all, as `bool[]` by path, for the same leaves as `kept`.
 
-  Layer collapse (Tanaka et al. 2020, section 3): such a layer lets no signal and no gradient through, however dense the
-  others are. A stack of layers in one leaf counts as one. `[path for path, none in collapsed(masks).items() if none]`.
+  A leaf that keeps no weight is a collapsed layer (Tanaka et al. 2020, section 3). No signal and no gradient flows
+  through a collapsed layer, however dense the other layers are. A stack of layers in one leaf counts as one layer.
+
+      [path for path, empty in metrics.collapsed(masks).items() if empty]
   """
   return {path: ~jnp.any(mask) for path, mask in _prunable(tree).items()}
 
 
 def _prunable(tree: PyTree) -> dict[str, Array]:
-  """What is kept of the leaves that could be pruned."""
+  """Maps the path of each leaf that can be pruned to the mask of its nonzero entries; see `kept`."""
   paths, leaves, _ = trees.flatten(tree)
   picked = lambda path, leaf: leaf.ndim if leaf.dtype == bool else trees.matrices(path, leaf)
   return {path: leaf.astype(bool) for path, leaf in zip(paths, leaves) if jnp.ndim(leaf) and picked(path, leaf)}
 
 
 def _pairs(function: str, a: PyTree, b: PyTree) -> list[tuple[str, Array, Array]]:
-  """Path and both leaves. Raises `ValueError` for leaves of different shapes, which would broadcast."""
+  """Returns path, leaf of `a` and leaf of `b` for all leaves; raises `ValueError` for leaves of different shapes."""
   paths, old, treedef = trees.flatten(a)
   pairs = list(zip(paths, old, treedef.flatten_up_to(b)))
   for path, x, y in pairs:
-    if jnp.shape(x) != jnp.shape(y):
+    if jnp.shape(x) != jnp.shape(y):  # different shapes could broadcast in silence
       raise errors.at_leaf(f'metrics.{function}', path, jnp.shape(x), f'the other tree has shape {jnp.shape(y)} there; '
                            'give two trees of one model.')
   return pairs
 
 
 def sad(before: PyTree, after: PyTree) -> dict[str, Change]:
-  """Sum of absolute mask differences, by path: `||after - before||_1`, raw and as a fraction of the leaf (flip rate).
+  """Returns the sum of absolute mask differences, `||after - before||_1`, as a `Change` by path.
 
-  Zhou et al. 2021, section 3.2, give the raw count. Leaves of rank 0 (dense ones, in `sparsejax.masks`) are left out.
+  `Change.count` is the sum of Zhou et al. 2021, section 3.2; `Change.fraction` is the flip rate of the leaf. Masks of
+  rank 0, which `sparsejax.masks` gives for dense leaves, are left out.
   """
   pairs = [pair for pair in _pairs('sad', before, after) if jnp.ndim(pair[1])]
   flips = {path: jnp.sum(a != b, dtype=jnp.float32) for path, a, b in pairs}
@@ -110,14 +141,19 @@ def sad(before: PyTree, after: PyTree) -> dict[str, Change]:
 
 
 def overlap(a: PyTree, b: PyTree) -> dict[str, Overlap]:
-  """How alike two trees of masks are, by path: what both keep, beside what chance would give.
+  """Returns how similar two trees of masks are, as an `Overlap` by path.
 
-  `count` is |A and B|. `chance` is |A| |B| / n, what two independent masks, uniformly random among those that keep as
-  many of the n weights, have in common on average (the mean of the hypergeometric distribution; tickets are held
-  against chance by Grosse & Backes 2020, arXiv 2006.07014). `ratio` is count / chance: 1 for unrelated masks, n / |A|
-  for equal ones. `jaccard` is |A and B| / |A or B|, the standard index of similar sets (Jaccard 1912), which knows no
-  chance. `ratio` is NaN if either keeps nothing, `jaccard` if both do. Leaves of rank 0 (dense ones, in
-  `sparsejax.masks`) are left out.
+  `a` holds masks A and `b` masks B, of n weights each.
+
+  - `count` is |A and B|.
+  - `chance` is |A| |B| / n. Two independent masks that keep |A| and |B| weights uniformly at random share that many on
+    average (the mean of the hypergeometric distribution). Grosse & Backes 2020, arXiv 2006.07014, compare tickets to
+    chance.
+  - `ratio` is count / chance: 1 for unrelated masks, and n / |A| for equal masks; NaN if A or B keeps nothing.
+  - `jaccard` is |A and B| / |A or B|, the standard index of similar sets (Jaccard 1912), which ignores chance. The
+    index is NaN if both masks keep nothing.
+
+  Masks of rank 0, which `sparsejax.masks` gives for dense leaves, are left out.
   """
   return {path: _overlap(x, y) for path, x, y in _pairs('overlap', a, b) if jnp.ndim(x)}
 
@@ -129,16 +165,19 @@ def _overlap(a: Array, b: Array) -> Overlap:
 
 
 def union(seen: PyTree, masks: PyTree) -> PyTree:
-  """The masks of what was kept at any time: `seen`, which begins as the first masks, and now `masks`."""
+  """Returns the masks of all weights that were kept at any time: `seen or masks`.
+
+  `seen` is the previous result, and the first masks at the beginning.
+  """
   return jax.tree.structure(seen).unflatten([a | b for _, a, b in _pairs('union', seen, masks)])
 
 
 def itop_rate(seen: PyTree) -> Exploration:
-  """In-time over-parametrisation rate R_s: the share of weights that were ever kept, of `union`'s masks.
+  """Returns the in-time over-parametrisation rate R_s of all leaves together and of each leaf.
 
-  Liu et al. 2021, section 3 (arXiv 2102.02887): 1 if training has tried every weight, the density if masks never
-  changed. Of all maskable weights together and of each leaf; leaves of rank 0 (dense ones, in `sparsejax.masks`) are
-  left out of both. NaN where there are no weights.
+  R_s is the fraction of weights that were kept at any time (Liu et al. 2021, section 3, arXiv 2102.02887). `seen` is
+  the result of `union`. R_s is 1 if every weight was kept at least once, and the density if masks never changed. Masks
+  of rank 0, which `sparsejax.masks` gives for dense leaves, are left out. The rate of no weights is NaN.
   """
   counts, sizes = kept(seen), {path: jnp.float32(mask.size) for path, mask in _prunable(seen).items()}
   total = lambda numbers: sum(numbers.values(), jnp.float32(0))
@@ -146,32 +185,36 @@ def itop_rate(seen: PyTree) -> Exploration:
 
 
 def gradient_variance(grads: PyTree, masks: PyTree) -> dict[str, Variance]:
-  """Variance of the absolute gradient over kept and over pruned weights, by path, for leaves whose mask has a rank.
+  """Returns the variance of the absolute gradient over kept and over pruned weights, as a `Variance` by path.
 
-  The noise that progressive gradient flow (arXiv 2402.04744) sets out to lower at high sparsity; give it gradients
-  before clipping.
+  Progressive gradient flow (arXiv 2402.04744) aims to lower this variance at high sparsity. `grads` should be gradients
+  before clipping. Leaves whose mask has rank 0, which are dense, are left out.
   """
   paths, leaves, treedef = trees.flatten(grads)
   pairs = zip(paths, leaves, treedef.flatten_up_to(masks))
   return {path: Variance(_variance(jnp.abs(g), m), _variance(jnp.abs(g), ~m)) for path, g, m in pairs if jnp.ndim(m)}
 
 
-def _variance(x: Array, among: Array) -> Array:
-  x, count = x.astype(jnp.float32), jnp.sum(among, dtype=jnp.float32)
-  mean = jnp.sum(jnp.where(among, x, 0)) / count
-  return jnp.sum(jnp.where(among, jnp.square(x - mean), 0)) / count
+def _variance(x: Array, mask: Array) -> Array:
+  x, count = x.astype(jnp.float32), jnp.sum(mask, dtype=jnp.float32)
+  mean = jnp.sum(jnp.where(mask, x, 0)) / count
+  return jnp.sum(jnp.where(mask, jnp.square(x - mean), 0)) / count
 
 
 def barrier(loss: Callable[[PyTree], Array], a: PyTree, b: PyTree, points: int = 11) -> Barrier:
-  """The highest that `loss` rises above the chord on the straight line from parameters `a` to `b`.
+  """Returns how far `loss` rises above the chord, at most, on the straight line from parameters `a` to `b`.
 
-  max over alpha of loss((1 - alpha) a + alpha b) - ((1 - alpha) loss(a) + alpha loss(b)), over `points` values of alpha
-  evenly spaced from 0 to 1: at least 0, and 0 if `loss` is convex there. Linear mode connectivity (Frankle et al. 2020)
-  is a barrier of about 0; they take away the mean of both ends' losses, this the chord (Entezari et al. 2022), which is
-  the same between equal losses. The first of equal heights; NaN if any loss is, or if an end's is infinite.
+  The height is the maximum, over alpha, of
 
-  A weight is zero on the way only where it is zero in both: between different masks, models keep the union of what `a`
-  and `b` keep, and are denser than either. Losses are taken one by one, in the memory of one more model.
+      loss((1 - alpha) a + alpha b) - ((1 - alpha) loss(a) + alpha loss(b))
+
+  for `points` values of alpha, evenly spaced from 0 to 1. The height is at least 0, and is 0 if `loss` is convex on the
+  line. A barrier of about 0 is called linear mode connectivity (Frankle et al. 2020). Frankle et al. subtract the mean
+  of the two end losses; `barrier` subtracts the chord (Entezari et al. 2022), which is the same for equal end losses.
+  Among equal heights `alpha` is the first. The height is NaN if any loss is NaN, or if the loss of an end is infinite.
+
+  A weight is zero on the line only if it is zero in both `a` and `b`. Models between two different masks are therefore
+  denser than both ends. Losses are computed one after the other, in the memory of one more model.
   """
   if points < 2:
     raise ValueError(f'metrics.barrier: points={points}; the two ends alone are 2 points, and a barrier takes more.')
@@ -190,25 +233,30 @@ def barrier(loss: Callable[[PyTree], Array], a: PyTree, b: PyTree, points: int =
   alphas = jnp.linspace(0, 1, points, dtype=jnp.float32)
   losses = jax.lax.map(between, alphas)
   heights = losses - ((1 - alphas) * losses[0] + alphas * losses[-1])
-  at = jnp.argmax(heights)
-  return Barrier(heights[at], alphas[at], losses)
+  highest = jnp.argmax(heights)
+  return Barrier(heights[highest], alphas[highest], losses)
 
 
 def _between(alpha: Array, x: Array, y: Array) -> Array:
-  wide = x.dtype if x.dtype.itemsize >= 4 else jnp.float32  # bfloat16 would round alpha to 8 bits
+  wide = x.dtype if x.dtype.itemsize >= 4 else jnp.float32  # bfloat16 rounds alpha to 8 bits
   alpha = alpha.astype(wide)
   return ((1 - alpha) * x.astype(wide) + alpha * y.astype(wide)).astype(x.dtype)
 
 
 def flops(contractions: Any, densities: Mapping[str, Any] | None = None, *, input_gradient: str = 'sparse') -> Flops:
-  """Operations in contractions, by `sparsejax.contractions`' multiply-adds and the densities of the parameters.
+  """Returns the operations of all contractions of a program, from `sparsejax.contractions` and the densities.
 
-  A product with a parameter of density r costs r of its dense self forward, r for the gradient of its input
-  (`input_gradient='dense'`: 1, where hardware cannot use the transposed pattern) and 1 for the gradient of the
-  parameter, which dense-master methods need whole: training is (2 r + 1) / 3 of dense on that product, inference r.
-  A mask that decays is dense until it is 0. Products of activations cost 1. A density stands for its parameter and for
-  paths of which it is the tail; a parameter without one is dense. A product of two parameters counts for both. Where
-  `contractions.unbounded` or `.unread` is not empty these are lower bounds.
+  `densities` maps paths to densities; a path also stands for all paths of which it is a tail. A parameter without a
+  density is dense. A product with a parameter of density r costs, as fractions of the dense product:
+
+  - r in the forward pass.
+  - r for the gradient of the input, or 1 if `input_gradient='dense'`, for hardware that cannot use the transposed
+    pattern.
+  - 1 for the gradient of the parameter, which methods with a dense master need whole.
+
+  Inference thus costs r and training (2 r + 1) / 3 of the dense product. A mask that decays counts as dense until the
+  decay is 0. Products of two activations cost 1. A product of two parameters counts for both parameters. The results
+  are lower bounds if `contractions.unbounded` or `contractions.unread` is not empty.
   """
   if input_gradient not in ('sparse', 'dense'):
     raise ValueError(f"metrics.flops: input_gradient is 'sparse' or 'dense', not {input_gradient!r}.")
@@ -216,8 +264,47 @@ def flops(contractions: Any, densities: Mapping[str, Any] | None = None, *, inpu
   inference = training = 0.0
   dense = sum(contractions.macs.values()) + other
   for path, macs in contractions.macs.items():
-    found = trees.tails(path, densities or {})
-    r = float(densities[found[0]]) if found else 1.0
+    names = trees.tails(path, densities or {})
+    r = float(densities[names[0]]) if names else 1.0
     inference += macs * r
     training += macs * (r + (r if input_gradient == 'sparse' else 1.0) + 1.0)
   return Flops(2 * (inference + other), 2 * (training + 3 * other), 2.0 * dense, 6.0 * dense)
+
+
+def model_soup(members: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:
+  """Returns the average of models that were retrained from one pruned model (Zimmer et al. 2023, Sparse Model Soups).
+
+  2306.16788, algorithm 1. `weights` sum to 1, default equal. A weight is zero where it is in all members, so the soup
+  is as sparse as they are. Floating leaves are averaged in float32, and other leaves are those of the last member.
+  Statistics of batch norm are averaged too and need to be recomputed. Raises `ValueError` if members do not have the
+  same zeros: their average would be less sparse.
+  """
+  if not members:
+    raise ValueError('metrics.model_soup: there are no members to average.')
+  weights = [1 / len(members)] * len(members) if weights is None else list(weights)
+  if len(weights) != len(members) or abs(sum(weights) - 1) > 1e-6:
+    raise ValueError(f'metrics.model_soup: weights={weights} are to be one for each of {len(members)} members and sum '
+                     'to 1.')
+  paths, _, treedef = trees.flatten(members[0])
+  columns = zip(*(treedef.flatten_up_to(member) for member in members))
+  soup = []
+  for path, leaves in zip(paths, columns):
+    if trees.matrices(path, leaves[0]):
+      _refuse_other_zeros(path, leaves)
+    dtype = leaves[0].dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+      soup.append(sum(a * leaf.astype(jnp.float32) for a, leaf in zip(weights, leaves)).astype(dtype))
+    else:
+      soup.append(leaves[-1])
+  return treedef.unflatten(soup)
+
+
+def _refuse_other_zeros(path: str, leaves: Sequence[Any]) -> None:
+  """Raises `ValueError` if the members of a soup differ in the zeros of one leaf."""
+  zeros = [leaf == 0 for leaf in leaves]
+  if any(isinstance(zero, jax.core.Tracer) for zero in zeros):
+    return
+  for i, other in enumerate(zeros[1:], 1):
+    if (odd := int(np.sum(np.asarray(zeros[0] != other)))) > 0:
+      raise errors.at_leaf('metrics.model_soup', path, leaves[0].shape, f'members 0 and {i} differ in {odd} zeros, so '
+                           'that their average is less sparse. Retrain all of them from one pruned model.')

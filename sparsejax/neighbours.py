@@ -1,7 +1,11 @@
-"""Groups of neighbours along one axis: picking entries out of them, putting them back, and positions in few bits.
+"""Handles groups of neighbours along one axis: takes entries out, puts entries back, and stores positions in few bits.
 
-The array code beneath `formats.NMArray`, and the tiles of `patterns`. Axes are counted from the front; every other axis
-stays as it is, so that arrays sharded or batched along those need no communication.
+The packed formats and the tiles of `patterns` are built on these functions. `axis` is counted from the front. All other
+axes stay as they are, so that arrays that are sharded or batched along other axes need no communication.
+
+    groups = neighbours.split(w, 4, axis=0)                            # [K, N] -> [K / 4, 4, N]
+    positions = neighbours.first_nonzeros(groups != 0, 2, axis=1)      # [K / 4, 2, N], uint8
+    values = neighbours.take(groups, positions, axis=1)                # [K / 4, 2, N]
 """
 
 import functools
@@ -15,48 +19,55 @@ import numpy as np
 
 from sparsejax.types import Array
 
-# Up to this many entries a group, a chain of selects (which XLA fuses) beats gathers.
+# In groups of at most 32 entries, a chain of selects, which XLA fuses, is faster than gathers.
 _UNROLLED = 32
 
 
 def undivided(w: Array, axes: tuple[int, ...], m: int) -> Array:
-  """`w` with every group of `m` along `axes` on one device, so that it can be reshaped to groups.
+  """Returns `w` sharded so that every group of `m` along `axes` is on one device, and `w` can be reshaped to groups.
 
-  For meshes with Explicit axes, where a reshape that moves data is an error: `w` is gathered along `axes`, if groups
-  are divided there, and stays as it is otherwise. With Auto axes the compiler sees to it, and `w` stays as it is.
+  On meshes with Explicit axes, a reshape that needs communication is an error. `w` is therefore gathered along `axes`
+  if the sharding divides a group, and returned unchanged otherwise. With Auto axes the compiler inserts the
+  communication, and `w` is returned unchanged.
   """
   sharding = jax.typeof(w).sharding
-  cut = [a for a in axes if sharding.spec[a] is not None]
-  if not cut:
+  sharded = [a for a in axes if sharding.spec[a] is not None]
+  if not sharded:
     return w
   local = sharding.shard_shape(w.shape)
-  if cut == [axes[0]] and math.prod(local[a] for a in axes) % m == 0:
+  if sharded == [axes[0]] and math.prod(local[a] for a in axes) % m == 0:
     return w
   spec = [None if a in axes else names for a, names in enumerate(sharding.spec)]
   return jax.sharding.reshard(w, sharding.update(spec=spec))
 
 
 def everywhere(w: Array) -> Array:
-  """`True` everywhere, computed from `w`: under `jit` a constant would lie on every device, whatever `w`'s sharding."""
+  """Returns a mask that is `True` everywhere, with the shape and the sharding of `w`.
+
+  The mask is computed from `w`: under `jit`, a constant would be replicated on all devices.
+  """
   return (w == w) | (w != w)
 
 
 def alike(mask: Array, other: Array) -> Array:
-  """`mask` lying on the devices as `other` of its shape does, whatever the mesh."""
+  """Returns `mask` with the sharding of `other`, which has the same shape, on meshes of Auto and of Explicit axes."""
   sharding = jax.typeof(other).sharding
-  if jax.typeof(mask).sharding.spec != sharding.spec:  # only where the mesh has Explicit axes
+  if jax.typeof(mask).sharding.spec != sharding.spec:  # happens on Explicit axes only
     return jax.sharding.reshard(mask, sharding)
-  return mask & everywhere(other)  # with Auto axes, an operation of both is what makes the compiler lay them alike
+  return mask & everywhere(other)  # with Auto axes, an operation of both makes the compiler shard both alike
 
 
 def merged(w: Array, axes: tuple[int, ...], m: int) -> Array:
-  """`w` with `axes`, in their order, as one axis in the place of the first of them, `undivided` for groups of `m`."""
+  """Returns `w` with `axes` merged, in the given order, into one axis at the place of the lowest of `axes`.
+
+  `undivided` keeps every group of `m` along the merged axis on one device.
+  """
   first, w = min(axes), jnp.transpose(undivided(w, axes, m), _order(w.ndim, axes))
   return w.reshape(*w.shape[:first], math.prod(w.shape[first:first + len(axes)]), *w.shape[first + len(axes):])
 
 
 def unmerged(w: Array, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Array:
-  """The inverse of `merged`, for `axes` of these lengths."""
+  """Returns `w` with its merged axis split into `axes` of these `sizes`: the inverse of `merged`."""
   first = min(axes)
   w = w.reshape(*w.shape[:first], *sizes, *w.shape[first + 1:])
   return jnp.transpose(w, np.argsort(_order(w.ndim, axes)))
@@ -68,26 +79,27 @@ def _order(rank: int, axes: tuple[int, ...]) -> list[int]:
 
 
 def split(w: Array, m: int, axis: int) -> Array:
-  """`[..., K, ...]` as `[..., K / m, m, ...]`; the new axis is `axis + 1`, counted from the front."""
+  """Returns `w`, of shape `[..., K, ...]` with K at `axis`, reshaped to `[..., K / m, m, ...]`."""
   return w.reshape(*w.shape[:axis], w.shape[axis] // m, m, *w.shape[axis + 1:])
 
 
 def joined(w: Array, axis: int) -> Array:
-  """`[..., G, n, ...]` as `[..., G n, ...]`, where `axis` is that of n, counted from the front."""
+  """Returns `w`, of shape `[..., G, n, ...]` with n at `axis`, reshaped to `[..., G * n, ...]`."""
   return w.reshape(*w.shape[:axis - 1], w.shape[axis - 1] * w.shape[axis], *w.shape[axis + 1:])
 
 
 def tiled(w: Array, contracted: tuple[int, ...], output: tuple[int, ...],
           tile: tuple[int, int]) -> tuple[Array, Callable[[Array], Array]]:
-  """`w` as `[..., K / k, k, N / n, n]`, all other axes in front, for a `tile` of `(k, n)`, and the way back from it.
+  """Returns `w` as tiles `[..., K / k, k, N / n, n]`, and the function that maps such tiles back to the shape of `w`.
 
-  K is the contracted axes merged in their order and N the output axes in theirs, `undivided` for the tiles.
+  `tile` is `(k, n)`. K merges the `contracted` axes and N the `output` axes, each in the given order; all other axes
+  come first. `undivided` keeps every tile on one device.
   """
   along = (*contracted, *output)
   order = [*(a for a in range(w.ndim) if a not in along), *along]
   moved = jnp.transpose(undivided(undivided(w, contracted, tile[0]), output, tile[1]), order)
   front, inner, outer = np.split(moved.shape, [w.ndim - len(along), w.ndim - len(output)])
-  # One axis after another: on a mesh with explicit axes no reshape may do more at once.
+  # Each reshape merges one group of axes: on a mesh with Explicit axes, a reshape may not merge two groups.
   rows = moved.reshape(*front, *inner, math.prod(outer)).reshape(*front, math.prod(inner), math.prod(outer))
   tiles = split(split(rows, tile[1], rows.ndim - 1), tile[0], rows.ndim - 2)
 
@@ -99,21 +111,22 @@ def tiled(w: Array, contracted: tuple[int, ...], output: tuple[int, ...],
 
 
 def bits(w: Array) -> Array:
-  """`w` as unsigned integers of its width."""
+  """Returns the bits of `w` as unsigned integers of the same width; `bool` becomes `uint8`."""
   if w.dtype == jnp.bool_:
     return w.astype(jnp.uint8)
   return jax.lax.bitcast_convert_type(w, jnp.dtype(f'uint{8 * w.dtype.itemsize}'))
 
 
 def from_bits(integers: Array, dtype: np.dtype) -> Array:
-  """The inverse of `bits`."""
+  """Returns the array of type `dtype` that has the bits `integers`: the inverse of `bits`."""
   return integers != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(integers, dtype)
 
 
 def exactly(move: Callable[..., Array], values: Array | tuple[Array, ...], places: Any, *static: int) -> Array:
-  """`move` on the bits of `values`, an array or a tuple of arrays of one dtype.
+  """Returns `move(values, places, *static)`, computed on the bits of `values`, so that no bit of a value changes.
 
-  Bits have no derivative, so tangents are moved as the numbers that they are.
+  `values` is an array or a tuple of arrays of one dtype. Bits have no derivative: `move` is applied to the tangents of
+  floating `values` directly.
   """
   dtype = jax.tree.leaves(values)[0].dtype
   on_bits = lambda v, p: from_bits(move(jax.tree.map(bits, v), p, *static), dtype)
@@ -124,48 +137,56 @@ def exactly(move: Callable[..., Array], values: Array | tuple[Array, ...], place
   return moved(values, places)
 
 
-def filled(values: Array, slots: Array, stored: Array, base: Array) -> Array:
-  """`values` at `slots` where `stored`, and `base` elsewhere."""
-  filled = jnp.where(stored, values.at[slots].get(mode='clip'), base)
+def expanded(values: Array, slots: Array, stored: Array, base: Array) -> Array:
+  """Returns `values[slots]` where `stored` is `True`, and `base` elsewhere."""
+  result = jnp.where(stored, values.at[slots].get(mode='clip'), base)
   if values.size == 1 and jnp.issubdtype(values.dtype, jnp.unsignedinteger):
-    # LLVM would select between one value and zero as bfloat16, which may flush subnormals; not if a bit could yet flip.
-    return filled ^ (~jnp.any(stored)).astype(values.dtype)
-  return filled
+    # LLVM would select between a single value and zero as bfloat16, which may flush subnormals. An operation behind it
+    # that could flip a bit prevents this.
+    return result ^ (~jnp.any(stored)).astype(values.dtype)
+  return result
 
 
 def first_nonzeros(nonzero: Array, n: int, axis: int) -> Array:
-  """Positions of the first `n` nonzeros along `axis`, filled up with the first zeros, increasing: `[..., n, ...]`."""
+  """Returns the positions of the first `n` nonzeros along `axis`, in increasing order, `[..., n, ...]`.
+
+  `nonzero` is a mask. Where there are fewer than `n` nonzeros, the first zeros along `axis` fill the missing places.
+  Positions are `uint8` up to a length of 256, and `uint16` above.
+  """
   m = nonzero.shape[axis]
   before = jnp.cumsum(nonzero, axis=axis, dtype=jnp.int16) - nonzero.astype(jnp.int16)  # nonzeros to the left
-  zeros_before = _ramp(m, axis, nonzero.ndim) - before
+  zeros_before = _indices_along(m, axis, nonzero.ndim) - before
   spare = n - jnp.sum(nonzero, axis=axis, keepdims=True, dtype=jnp.int16)
   keep = jnp.where(nonzero, before < n, zeros_before < spare)
   kept = jnp.cumsum(keep, axis=axis, dtype=jnp.int16)
-  return _below(kept, _ramp(n, axis, nonzero.ndim) + 1, axis).astype(_position_dtype(m))
+  return _below(kept, _indices_along(n, axis, nonzero.ndim) + 1, axis).astype(_position_dtype(m))
 
 
 def take(w: Array, positions: Array, axis: int) -> Array:
-  """The entries of `w` at `positions` along `axis`; both have the same other axes."""
-  # XLA aborts the process over gathers of a sharded array by narrower integers ("Unsupported indices type: U8").
+  """Returns the entries of `w` at `positions` along `axis`; `w` and `positions` agree in all other axes."""
+  # XLA aborts the process if a sharded array is gathered by narrower integers ("Unsupported indices type: U8").
   return jnp.take_along_axis(w, positions.astype(jnp.int32), axis=axis, mode='promise_in_bounds')
 
 
 def placed(values: Array, positions: Array, m: int, axis: int) -> Array:
-  """Groups of `m` along `axis` with `values` at `positions` and zeros elsewhere."""
+  """Returns groups of `m` along `axis` that hold `values` at `positions` and zeros elsewhere: the inverse of `take`."""
   n = values.shape[axis]
-  ramp = _ramp(m, axis, values.ndim, positions.dtype)
+  indices = _indices_along(m, axis, values.ndim, positions.dtype)
   if n <= _UNROLLED:
     out = jnp.zeros([m if a == axis else length for a, length in enumerate(values.shape)], values.dtype)
     for i in range(n):
       value, position = (jax.lax.slice_in_dim(a, i, i + 1, axis=axis) for a in (values, positions))
-      out = jnp.where(position == ramp, value, out)
+      out = jnp.where(position == indices, value, out)
     return out
-  slots = jnp.minimum(_below(positions, ramp, axis), n - 1)
-  return jnp.where(take(positions, slots, axis) == ramp, take(values, slots, axis), jnp.zeros((), values.dtype))
+  slots = jnp.minimum(_below(positions, indices, axis), n - 1)
+  return jnp.where(take(positions, slots, axis) == indices, take(values, slots, axis), jnp.zeros((), values.dtype))
 
 
 def _below(ordered: Array, queries: Array, axis: int) -> Array:
-  """How many of `ordered`, which does not decrease along `axis`, are smaller than each of `queries`; `int16`."""
+  """Returns how many entries of `ordered` are smaller than each entry of `queries`, as `int16`.
+
+  `ordered` does not decrease along `axis`. `queries` may have another length along `axis`.
+  """
   length, shape = ordered.shape[axis], list(ordered.shape)
   shape[axis] = queries.shape[axis]
   count = jnp.zeros(shape, jnp.int16)
@@ -173,7 +194,7 @@ def _below(ordered: Array, queries: Array, axis: int) -> Array:
     entries = (jax.lax.slice_in_dim(ordered, i, i + 1, axis=axis) for i in range(length))
     return sum(((entry < queries).astype(jnp.int16) for entry in entries), count)
 
-  def settle_bit(i, count):  # bisection from the highest bit; a loop, so that its steps share their buffers
+  def settle_bit(i, count):  # bisects from the highest bit; the steps of a loop share their buffers
     step = jnp.left_shift(1, length.bit_length() - 1 - i).astype(jnp.int16)
     probed = take(ordered, jnp.minimum(count + step - 1, length - 1), axis)
     return count + jnp.where((probed < queries) & (count <= length - step), step, 0).astype(jnp.int16)
@@ -181,8 +202,8 @@ def _below(ordered: Array, queries: Array, axis: int) -> Array:
   return jax.lax.fori_loop(0, length.bit_length(), settle_bit, count)
 
 
-def _ramp(length: int, axis: int, rank: int, dtype: Any = jnp.int16) -> Array:
-  """0, 1, 2, ... along `axis`, length one along the others."""
+def _indices_along(length: int, axis: int, rank: int, dtype: Any = jnp.int16) -> Array:
+  """Returns the indices 0, 1, 2, ... along `axis`; all other axes have length 1."""
   return jnp.arange(length, dtype=dtype).reshape([length if a == axis else 1 for a in range(rank)])
 
 
@@ -191,27 +212,30 @@ def _position_dtype(m: int) -> Any:
 
 
 def width(m: int) -> int:
-  """Bits that hold the positions 0 ... m - 1: ceil(log2 m)."""
+  """Returns the number of bits that hold the positions 0 to m - 1, which is ceil(log2(m))."""
   return (m - 1).bit_length()
 
 
 def encoded(positions: Array, m: int, axis: int) -> Array:
-  """Every 8 positions along `axis` as `width(m)` bytes: byte p holds bit p of the 8, the first in its lowest bit."""
+  """Returns `positions` below `m` with every 8 positions along `axis` encoded as `width(m)` bytes.
+
+  Byte p holds bit p of each of the 8 positions; the first position is in the lowest bit.
+  """
   pads = [(0, -positions.shape[a] % 8 if a == axis else 0) for a in range(positions.ndim)]
   eights = split(jnp.pad(positions, pads), 8, axis)
-  shifts = _ramp(8, axis + 1, eights.ndim, jnp.uint8)
+  shifts = _indices_along(8, axis + 1, eights.ndim, jnp.uint8)
   planes = [((eights >> p) & 1).astype(jnp.uint8) << shifts for p in range(width(m))]
   octets = [jnp.sum(plane, axis=axis + 1, keepdims=True, dtype=jnp.uint8) for plane in planes]
-  none = jax.lax.slice_in_dim(eights, 0, 0, axis=axis + 1).astype(jnp.uint8)  # m = 1: no bits at all
+  none = jax.lax.slice_in_dim(eights, 0, 0, axis=axis + 1).astype(jnp.uint8)  # no bits if m = 1
   return joined(jnp.concatenate([none, *octets], axis=axis + 1), axis + 1)
 
 
 def decoded(indices: Array, length: int, m: int, axis: int) -> Array:
-  """The inverse of `encoded`, `length` positions of it."""
+  """Returns the first `length` positions along `axis` that `indices` encodes: the inverse of `encoded`."""
   if width(m) == 0:
     return jnp.zeros([length if a == axis else size for a, size in enumerate(indices.shape)], jnp.uint8)
   octets = split(indices, width(m), axis)
-  shifts, dtype = _ramp(8, axis + 1, octets.ndim, jnp.uint8), _position_dtype(m)
+  shifts, dtype = _indices_along(8, axis + 1, octets.ndim, jnp.uint8), _position_dtype(m)
   planes = (jax.lax.slice_in_dim(octets, p, p + 1, axis=axis + 1) for p in range(width(m)))
   parts = [((plane >> shifts) & 1).astype(dtype) << p for p, plane in enumerate(planes)]
   eights = joined(functools.reduce(jnp.bitwise_or, parts), axis + 1)

@@ -1,10 +1,18 @@
-"""What a program costs each device, read from the program compiled and not run: state, memory and traffic.
+"""Plans a training step without running it: state, memory and communication of each device.
 
-State comes from shapes and shardings, exactly. Memory is XLA's own analysis and traffic the collectives of the compiled
-text (`hlo`); both are those of the backend that compiled it. Compiled on many fake CPU devices they show what a mesh
-that nobody has here would hold and send; `docs/scale.md` says what of that carries over to other hardware.
+    plan = planning.budget(jax.jit(step), (params, opt_state, batch))   # `jax.ShapeDtypeStruct`s with shardings
+    print(plan)                                                         # tables
+    plan.sent                                                           # bytes that one device sends in a step
 
-    python -m sparsejax.planning '{"path": "docs/llama_70b.py", "devices": 256}'   # what `sparsejax plan` starts
+State is exact, from shapes and shardings. Memory is XLA's own analysis, and communication is read from the
+collectives of the compiled program (`programs.hlo`). Both belong to the backend that compiled the program.
+
+Compiled for many fake CPU devices, the numbers show what a mesh that is not here would hold and send. `docs/scale.md`
+says which numbers carry over to other hardware. The command `sparsejax plan` starts this module in a new process:
+
+    python -m sparsejax.planning '{"path": "docs/llama_70b.py", "devices": 256}'
+
+The process prints the tables and exits with status 0, or prints one line and exits with status 2.
 """
 
 import dataclasses
@@ -15,6 +23,7 @@ import os
 import runpy
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,15 +35,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sparsejax import errors, trees
 from sparsejax.programs import hlo
 from sparsejax.states import SparseState
+from sparsejax.tables import aligned
 from sparsejax.types import PyTree
 
-# On a CPU. XLA may drop a rounding to bfloat16 between two float32, the only sign of what was widened to be sent. And
-# machine code that never runs need not be fast: without this, the same program text takes twice as long.
+# These options of XLA are for programs on a CPU that are only read. A CPU widens bfloat16 to float32 to send it. Only a
+# rounding to bfloat16 between two float32 values shows this, and the first option keeps XLA from dropping the rounding.
+# The second option leaves machine code unoptimized, because it never runs: optimizing doubles the time for one text.
 _FOR_READING = {'xla_allow_excess_precision': False, 'xla_backend_optimization_level': 0}
 
 
-class Row(NamedTuple):
-  """One part of the arguments: bytes on each device, and of the whole arrays."""
+class ArgumentBytes(NamedTuple):
+  """An `ArgumentBytes` says how many bytes one part of the arguments takes: `each` device, and the `whole` arrays."""
 
   part: str
   each: int
@@ -43,32 +54,36 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """What one step takes. `memory` is XLA's, in bytes a device, empty where the backend gives none. Prints as tables."""
+  """A `Budget` says what one step takes. Prints as tables.
+
+  `state` has one row for each part of the arguments. `memory` is XLA's analysis in bytes a device; it is empty where
+  the backend gives none. `collectives` is all communication of the step.
+  """
 
   devices: int
   backend: str
-  state: tuple[Row, ...]
+  state: tuple[ArgumentBytes, ...]
   memory: Mapping[str, int]
   collectives: tuple[hlo.Collective, ...]
 
   @property
   def sent(self) -> int:
-    """Bytes that one device sends a step, without loops of unknown length; conditional ones as if they always ran."""
+    """Bytes that one device sends in a step, without loops of unknown length, and as if every branch always ran."""
     return sum(each.sent * (each.times or 0) for each in self.collectives)
 
   @property
   def sent_values(self) -> int:
-    """The same on a machine that sends narrow floats as they are, where this backend widened them."""
+    """Bytes as in `sent`, on hardware that sends narrow floats without widening them as this backend does."""
     return sum(each.sent_values * (each.times or 0) for each in self.collectives)
 
   def __str__(self) -> str:
-    total = Row('together', sum(row.each for row in self.state), sum(row.whole for row in self.state))
+    total = ArgumentBytes('together', sum(row.each for row in self.state), sum(row.whole for row in self.state))
     state = [(row.part, f'{row.each:,}', f'{row.whole:,}') for row in (*self.state, total)]
     head = (f'arguments on {self.devices} devices', 'bytes each', 'bytes of the whole')
-    blocks = [_table(head, state)]
+    blocks = [aligned(head, state, right=(1, 2))]
     if self.memory:
       memory = [(part, f'{size:,}') for part, size in self.memory.items()]
-      blocks.append(_table((f"XLA's memory analysis, {self.backend}", 'bytes each'), memory))
+      blocks.append(aligned((f"XLA's memory analysis, {self.backend}", 'bytes each'), memory, right=(1,)))
     return '\n\n'.join([*blocks, self._traffic()])
 
   def _traffic(self) -> str:
@@ -85,20 +100,21 @@ class Budget:
       notes.append('?: in a loop whose length the compiler does not know, not in the sum.')
     if any(each.branch for each in alike):
       notes.append('at most: in a branch of a conditional, counted as if it always ran.')
-    return '\n'.join([_table(head, lines, left=3), *notes])
+    return '\n'.join([aligned(head, lines, right=(3, 4, 5, 6)), *notes])
 
 
 def budget(step: Any, arguments: Sequence[PyTree], names: Sequence[str] = ()) -> Budget:
-  """What `step(*arguments)` takes on each device; nothing is allocated and nothing runs.
+  """Returns what `step(*arguments)` takes on each device. Nothing is allocated and nothing runs.
 
-  `step`: a jitted function, or what its `lower` or `lower(...).compile()` returned for these arguments.
-  `arguments`: pytrees of arrays or `jax.ShapeDtypeStruct`s with shardings. `names`: of the arguments, for the table;
-  default the function's own. Raises `ValueError` for a leaf without a sharding.
+  `step`: a jitted function, or the result of its `lower(...)` or `lower(...).compile()` for these arguments.
+  `arguments`: pytrees of arrays or `jax.ShapeDtypeStruct`s with shardings.
+  `names`: the names of the arguments in the table, by default those in the function's signature.
+  Raises `ValueError` for a leaf without a sharding, and for arguments on meshes of different sizes.
   """
   state = parts(arguments, names or _names(step, len(arguments)))
   meshes = {leaf.sharding.num_devices for leaf in jax.tree.leaves(tuple(arguments))}
   if len(meshes) > 1:
-    raise ValueError(f'planning.budget: the arguments lie on meshes of {errors.some(sorted(meshes))} devices; place '
+    raise ValueError(f'planning.budget: the arguments are on meshes of {errors.some(sorted(meshes))} devices; place '
                      'them all on one mesh.')
   step = step.lower(*arguments) if not isinstance(step, (jax.stages.Lowered, jax.stages.Compiled)) else step
   backend = next(iter(jax.tree.leaves(tuple(arguments))[0].sharding.device_set)).platform
@@ -107,12 +123,13 @@ def budget(step: Any, arguments: Sequence[PyTree], names: Sequence[str] = ()) ->
   return Budget(meshes.pop(), backend, state, _memory(step), hlo.collectives(step.as_text()))
 
 
-def parts(arguments: Sequence[PyTree], names: Sequence[str]) -> tuple[Row, ...]:
-  """One row for each argument, those that hold a `SparseState` by what it keeps; exact, from shapes and shardings.
+def parts(arguments: Sequence[PyTree], names: Sequence[str]) -> tuple[ArgumentBytes, ...]:
+  """Returns one row for each argument, and one for each field of a `SparseState` in it.
 
-  Raises `ValueError` for a leaf without a sharding and for one that does not divide its shape.
+  The bytes are exact, from shapes and shardings. Raises `ValueError` for a leaf without a sharding, and for a sharding
+  that does not divide the leaf's shape.
   """
-  rows: dict[str, Row] = {}
+  rows: dict[str, ArgumentBytes] = {}
 
   def add(part: str, tree: PyTree) -> None:
     is_state = lambda node: isinstance(node, SparseState)
@@ -124,8 +141,8 @@ def parts(arguments: Sequence[PyTree], names: Sequence[str]) -> tuple[Row, ...]:
         continue
       each, whole = (math.prod(shape) * leaf.dtype.itemsize for shape in (
           _shard(leaf, '/'.join(filter(None, (part, path)))), leaf.shape))
-      before = rows.get(part, Row(part, 0, 0))
-      rows[part] = Row(part, before.each + each, before.whole + whole)
+      before = rows.get(part, ArgumentBytes(part, 0, 0))
+      rows[part] = ArgumentBytes(part, before.each + each, before.whole + whole)
 
   for name, argument in zip(names, arguments):
     add(name, argument)
@@ -133,7 +150,7 @@ def parts(arguments: Sequence[PyTree], names: Sequence[str]) -> tuple[Row, ...]:
 
 
 def _shard(leaf: Any, path: str) -> tuple[int, ...]:
-  """The shape that lies on each device."""
+  """Returns the shape of the shard on each device."""
   if getattr(leaf, 'sharding', None) is None:
     raise errors.at_leaf('planning', path, getattr(leaf, 'shape', ()), 'it has no sharding; give '
                          'jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)).')
@@ -145,30 +162,31 @@ def _shard(leaf: Any, path: str) -> tuple[int, ...]:
 
 
 def abstract_state(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
-  """`tx.init(params)` as `jax.ShapeDtypeStruct`s: what is like a parameter lies as it does, the rest on every device.
+  """Returns `tx.init(params)` as `jax.ShapeDtypeStruct`s with shardings.
 
-  `params`: `jax.ShapeDtypeStruct`s with shardings, on one mesh. A leaf of the state is like a parameter if it has its
-  shape and its path ends in the parameter's.
+  `params` are `jax.ShapeDtypeStruct`s with shardings on one mesh. A leaf of the state is sharded like the parameter
+  that has its shape and whose path ends its path. All other leaves are replicated on every device.
   """
   paths, leaves, _ = trees.flatten(params)
-  everywhere = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
-  given = dict(zip(paths, leaves))
+  replicated = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+  by_path = dict(zip(paths, leaves))
 
-  def lies(path: str, leaf: Any) -> Any:
-    ends = [end for end in given if (path == end or path.endswith(f'/{end}')) and given[end].shape == leaf.shape]
-    return given[max(ends, key=len)].sharding if ends else everywhere
+  def sharding(path: str, leaf: Any) -> Any:
+    ends = [end for end in by_path if (path == end or path.endswith(f'/{end}')) and by_path[end].shape == leaf.shape]
+    return by_path[max(ends, key=len)].sharding if ends else replicated
 
   names, state, treedef = trees.flatten(jax.eval_shape(tx.init, params))
   return treedef.unflatten([
-      jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies(name, leaf)) for name, leaf in zip(names, state)])
+      jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(name, leaf)) for name, leaf in zip(names, state)])
 
 
 def of_program(path: str, devices: int, mesh: Mapping[str, int] | None = None, **options: Any) -> Budget:
-  """The budget of the step that the file at `path` defines, over this process's `devices` devices.
+  """Returns the budget of the step that the file at `path` defines, over `devices` devices of this process.
 
-  The file has a function `program(mesh, **options)` that returns `step, arguments` as `budget` takes them. `mesh`:
-  lengths by axis name, in order; default one axis `data`. Its axes are `Auto`; a program may make its own from
-  `mesh.devices`. Raises `ValueError` if the file is not such a program, and if there are not so many devices.
+  The file has a function `program(mesh, **options)` that returns `(step, arguments)`, the first two arguments of
+  `budget`. `mesh` holds the lengths of the mesh axes by name, in order; the default is one axis `data`. The mesh axes
+  are `Auto`; a program may make another mesh from `mesh.devices`. Raises `ValueError` if the file has no such function,
+  and if the process has fewer devices.
   """
   mesh = {'data': devices} if mesh is None else dict(mesh)
   if math.prod(mesh.values()) != devices:
@@ -199,7 +217,7 @@ def _program(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def _names(step: Any, count: int) -> list[str]:
-  """The function's own names for its arguments, where it still tells them."""
+  """Returns the names of the arguments in the function's signature, or `argument i` where there is no signature."""
   try:
     own = list(inspect.signature(step).parameters)
   except (TypeError, ValueError):
@@ -208,18 +226,19 @@ def _names(step: Any, count: int) -> list[str]:
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-  found = compiled.memory_analysis()
+  """Returns XLA's memory analysis in bytes a device, or nothing if the backend has none."""
+  analysis = compiled.memory_analysis()
   parts = {'arguments': 'argument', 'outputs': 'output', 'outputs in place of arguments': 'alias',
            'temporaries': 'temp'}
-  return {part: getattr(found, f'{name}_size_in_bytes') for part, name in parts.items()} if found else {}
+  return {part: getattr(analysis, f'{name}_size_in_bytes') for part, name in parts.items()} if analysis else {}
 
 
 def _types(collective: hlo.Collective) -> tuple[str, str]:
-  """The operands, the largest one for many, and the dtype that they were widened to."""
+  """Returns the operands as text, of more than two kinds only the largest, and the dtype to which they were widened."""
   own = Counter(collective.values)
   text = ' '.join(f'{n} x {each}' if n > 1 else each for each, n in own.items())
   if len(own) > 2:
-    text = f'{len(collective.values)} up to {max(own, key=hlo.nbytes)}'
+    text = f'{len(collective.values)} up to {max(own, key=hlo.type_bytes)}'
   dtypes = lambda types: {each.partition('[')[0] for each in types}
   return text, '' if own == Counter(collective.operands) else ' '.join(sorted(dtypes(collective.operands)))
 
@@ -233,16 +252,17 @@ def _or_unknown(collective: hlo.Collective, sent: int) -> str:
   return f'{sent:,} x ?' if collective.times is None else f'{sent * collective.times:,}'
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-  """Columns under a head, the first `left` of them aligned left; a rule before the last line if it is a sum."""
-  widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-  aligned = ['  '.join(cell.ljust(width) if i < left else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in (head, *lines)]
-  return '\n'.join([aligned[0], '-' * max(map(len, aligned)), *aligned[1:]])
+def __getattr__(name: str) -> Any:
+  """Returns `ArgumentBytes` by its former name `Row`, with a warning."""
+  if name != 'Row':
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  warnings.warn('planning.Row is now planning.ArgumentBytes; the old name goes in the next release.',
+                DeprecationWarning, stacklevel=2)
+  return ArgumentBytes
 
 
 def _where(path: str, problem: BaseException) -> str:
-  """The line of the program file that the error passed through last."""
+  """Returns the last line of the program file that the error passed through, as text."""
   if isinstance(problem, SyntaxError):
     return f'{path}, line {problem.lineno}: '
   lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == path]
@@ -250,12 +270,15 @@ def _where(path: str, problem: BaseException) -> str:
 
 
 def _main(asked: Mapping[str, Any]) -> int:
-  """Print the budget, or one line that says why there is none: exit status 0 or 2."""
-  sys.path.insert(0, os.path.dirname(os.path.abspath(asked['path'])))  # as `python PATH` has it
+  """Prints the budget and returns 0, or prints one line that says why there is none and returns 2.
+
+  `asked` holds the arguments of `of_program`; its `options` are keyword arguments of the program.
+  """
+  sys.path.insert(0, os.path.dirname(os.path.abspath(asked['path'])))  # as `python PATH` does
   try:
     print(of_program(asked['path'], asked['devices'], asked.get('mesh'), **asked.get('options', {})))
     return 0
-  except Exception as problem:  # whatever the user's program raises is one line, with its place
+  except Exception as problem:  # An error of the user's program becomes one line with its place.
     kind = '' if isinstance(problem, (ValueError, OSError)) else f'{type(problem).__name__}: '
     reason = str(problem) or type(problem).__name__
     if getattr(problem, 'strerror', None):

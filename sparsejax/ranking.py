@@ -1,10 +1,16 @@
-"""Exact-count selection: the only place where ties, NaN and rounding are decided.
+"""Selects an exact number of the largest scores: the only module that decides about ties, NaN and rounding.
 
-Every function keeps exactly the asked number. Equal scores are kept from the lower index up (row-major within the
-group or the leaf), -0.0 equals 0.0, and NaN ranks below everything, -inf included. There is no sort: small groups count
-for each element how many beat it, everything else settles the bits of the least kept score, which needs compares and
-sums only. Counts of a leaf are scalars, so that they add up across shards, and have two words, so that they are exact
-beyond 2^31 elements.
+Every function keeps exactly the number of entries that its argument `n` gives. Among equal scores the entry of lower
+index is kept first, in row-major order within the group or the leaf. -0.0 equals 0.0. NaN ranks below every number,
+-inf included.
+
+    ranking.top_n_in_groups(scores, 2, 4, axis=0)            # 2:4 along axis 0
+    ranking.top_n(scores, ranking.count(scores.size // 10))  # 10 % of a leaf
+    ranking.top_n_of_leaves([a, b], 1000)                    # 1000 of two leaves together
+
+No function sorts. In a small group each entry counts the entries that precede it. In large groups, and in whole leaves,
+bisection settles the bits of the least score that is kept, by comparisons and sums only. The counts of a leaf are
+scalars, which add up across shards. A `Count` has two words, so that counts above 2^31 are exact.
 """
 
 import functools
@@ -19,25 +25,31 @@ from jax import lax
 
 from sparsejax.types import Array
 
-# Counting who beats whom costs m compares an element, bisection about 31 passes over memory. Measured on a 2-core
-# CPU, 4096 x 4096 float32: counting takes half the time of bisection at m = 64, twice at m = 128.
+# Counting costs m comparisons for each entry of a group of m; bisection costs about 31 passes over memory. On a 2-core
+# CPU, for 4096 x 4096 float32, counting takes half the time of bisection at m = 64, and twice the time at m = 128.
 _COUNT_MOST = 64
-_WORD = 31  # bits of a count's low word; a sum is split into words before it has more than one bit more
+_WORD = 31  # bits of the low word of a `Count`; a sum is split into two words before it needs more than 32 bits
 
 
 class Count(NamedTuple):
-  """The number `high * 2^31 + low`, both `int32`, `0 <= low < 2^31`: 64 bits without `jax_enable_x64`."""
+  """A `Count` is the number `high * 2^31 + low`, with `int32` words and `0 <= low < 2^31`.
+
+  Counts are exact up to 2^62 without `jax_enable_x64`. `ranking.count(10**10)` makes a `Count`.
+  """
 
   high: Any
   low: Any
 
 
 def count(n: Any) -> Count:
-  """`n` in two words: an integer of any size, an integer array, a whole `float32`, or a `Count` as it is."""
+  """Returns `n` as a `Count`; `n` is an integer of any size, an integer array, a whole `float32` or a `Count`.
+
+  Negative integers become -1, which keeps nothing; integers that are too large for a `Count` become the largest `high`.
+  """
   if isinstance(n, Count):
     return n
   if isinstance(n, (int, np.integer)):
-    n = max(int(n), -1)  # whatever is below zero keeps as little
+    n = max(int(n), -1)  # a negative number keeps nothing, whatever its size
     return Count(np.int32(min(n >> _WORD, 2**31 - 1)), np.int32(n & ((1 << _WORD) - 1)))
   n = jnp.asarray(n)
   if jnp.issubdtype(n.dtype, jnp.floating):
@@ -48,44 +60,48 @@ def count(n: Any) -> Count:
 
 
 def plus(a: Count, b: Count) -> Count:
-  """`a + b`."""
+  """Returns `a + b`."""
   carried = _words(jnp.add(a.low, b.low))
   return Count(a.high + b.high + carried.high, carried.low)
 
 
 def minus(a: Count, b: Count) -> Count:
-  """`a - b`; a negative difference has a negative `high`."""
+  """Returns `a - b`; the `high` of a negative difference is negative."""
   low = a.low - b.low
   return Count(a.high - b.high + (low >> _WORD), low & ((1 << _WORD) - 1))
 
 
 def at_least(a: Count, b: Count) -> Array:
-  """`a >= b`, `bool`."""
+  """Returns whether `a >= b`, as `bool[]`."""
   return (a.high > b.high) | ((a.high == b.high) & (a.low >= b.low))
 
 
 def _words(total: Any) -> Count:
-  """An `int32` sum that may have filled its sign bit too, in two words."""
+  """Returns an `int32` sum as a `Count`; the sign bit of `total` is read as the bit of value 2^31."""
   return Count(lax.shift_right_logical(total, np.int32(_WORD)), total & ((1 << _WORD) - 1))
 
 
 def _totals(masks: Sequence[Sequence[Array]]) -> list[Count]:
-  """How many are `True` in `masks[0][i]`, `masks[1][i]` ... together, for each `i`; `masks[j]` are of one shape."""
+  """Returns, for each `i`, the number of `True` entries of `masks[0][i]`, `masks[1][i]`, ... together.
+
+  `masks[j]` holds the masks of leaf `j`, all of the same shape.
+  """
   most = (2 << _WORD) - 1
-  totals, sums, held = [count(0)] * len(masks[0]), [np.int32(0)] * len(masks[0]), 0
+  totals, sums, entries = [count(0)] * len(masks[0]), [np.int32(0)] * len(masks[0]), 0
   for leaf in masks:
     for size, slab in _slabs(leaf[0].shape, most):
-      if held + size > most:
-        totals, sums, held = [plus(t, _words(s)) for t, s in zip(totals, sums)], [np.int32(0)] * len(sums), 0
+      if entries + size > most:
+        totals, sums, entries = [plus(t, _words(s)) for t, s in zip(totals, sums)], [np.int32(0)] * len(sums), 0
       more = _sums(leaf if slab is None else [mask & slab for mask in leaf])
-      sums, held = [s + m for s, m in zip(sums, more)], held + size
+      sums, entries = [s + m for s, m in zip(sums, more)], entries + size
   return [plus(t, _words(s)) for t, s in zip(totals, sums)]
 
 
 def _slabs(shape: tuple[int, ...], most: int) -> list[tuple[int, Array | None]]:
-  """Parts of a leaf that have at most `most` elements: the size and the mask of each, `None` for the whole leaf.
+  """Returns the parts into which a leaf is split so that each part has at most `most` entries.
 
-  By a mask, not by slices or a reshape: those would move what is sharded.
+  A part is its size and its mask; the mask is `None` if one part is the whole leaf. Masks need no communication, but
+  slices or a reshape of a sharded leaf would. Raises `ValueError` if an axis or one slice is too long to be counted.
   """
   size = math.prod(shape)
   axis = int(np.argmax(shape)) if shape else 0
@@ -101,14 +117,14 @@ def _slabs(shape: tuple[int, ...], most: int) -> list[tuple[int, Array | None]]:
 
 
 def _along(axis: int, shape: tuple[int, ...]) -> Array:
-  """`int32`, 0, 1, 2 ... along one axis of a leaf of this shape, length one along the others."""
+  """Returns `int32` indices 0, 1, 2, ... along `axis` of a leaf of this shape; all other axes have length 1."""
   return lax.broadcasted_iota(jnp.int32, [n if a == axis else 1 for a, n in enumerate(shape)], axis)
 
 
 def _sums(masks: Sequence[Array]) -> list[Array]:
-  """How many are `True` in each of the masks, `int32[]`."""
-  # One reduction of several arrays is a single loop in XLA:CPU, ten times as fast as the tree of windows, each with a
-  # copy of its mask, that it makes of sums. But between shards only a sum becomes an all-reduce, the other a gather.
+  """Returns the number of `True` entries of each mask, as `int32[]`."""
+  # XLA:CPU compiles one `reduce` of several arrays to a single loop. Sums become a tree of windows, each with a copy of
+  # its mask, which takes ten times as long. Between shards, however, sums become all-reduces, and `reduce` a gather.
   if _one_cpu():
     ones = [mask.astype(jnp.int32) for mask in masks]
     return lax.reduce(ones, [np.int32(0)] * len(masks), _added, tuple(range(masks[0].ndim)))
@@ -124,30 +140,33 @@ def _added(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
 
 
 def order_keys(scores: Array, dtype: Any = jnp.float32) -> Array:
-  """Integers like `scores`, ordered as the scores are: `a > b` for keys is `a` before `b`. NaN becomes the least.
+  """Returns integer keys, shaped like `scores`, that are ordered as the scores are; NaN gets the least key.
 
-  `int32` of the scores as `float32`: exact for float32, bfloat16, float16 and float8; a float64 score is compared as
-  float32. With a `dtype` of two bytes, `int16` of the scores as that.
+  The score with the larger key ranks first. Keys are the `int32` of the scores as `float32`: exact for float32,
+  bfloat16, float16 and float8; a float64 score is compared as float32. If `dtype` has two bytes, the scores are cast to
+  `dtype`, and keys are `int16`.
   """
-  # On the bits alone: comparing the floats as well costs a third more in a group of four, where this is most of it.
+  # The keys are computed from the bits alone. In groups of four the keys are most of the work, and comparing the floats
+  # as well would take a third longer.
   kind = jnp.int32 if jnp.dtype(dtype).itemsize == 4 else jnp.int16
   infinity, most, least = np.array(np.inf, dtype).view(kind), jnp.iinfo(kind).max, kind(jnp.iinfo(kind).min)
   bits = lax.bitcast_convert_type(scores.astype(dtype), kind)
-  # `least` has the bits of -0.0, and is below the key of -inf.
+  # `least` has the bits of -0.0, and is less than the key of -inf.
   ordered = jnp.where(bits == least, kind(0), bits ^ ((bits >> (jnp.iinfo(kind).bits - 1)) & kind(most)))
   return jnp.where((bits & kind(most)) > infinity, least, ordered)
 
 
 def key_scores(keys: Array) -> Array:
-  """The `float32` scores of `order_keys`; the least key comes back as NaN."""
+  """Returns the `float32` scores that have these `int32` keys; the least key gives NaN."""
   return lax.bitcast_convert_type(jnp.where(keys < 0, keys ^ jnp.int32(0x7FFFFFFF), keys), jnp.float32)
 
 
 def largest_key(enough: Callable[[list[Array]], list[Array]], like: Array, bits: int = 2) -> Array:
-  """The largest key for which `enough` holds, elementwise in the shape and dtype of `like`; the least if for none.
+  """Returns the largest key for which `enough` is `True`, elementwise, in the shape and dtype of `like`.
 
-  `enough` is asked about `2^bits - 1` increasing keys a pass, to settle as many bits, and must not hold again above a
-  key for which it does not. With "at least n are as large", that is the `n`-th largest key, counting from 1.
+  If `enough` is `True` for no key, the result is the least key. `enough` maps a list of `2^bits - 1` increasing keys to
+  a list of bools; each call settles `bits` bits. `enough` must be `False` above every key for which it is `False`. If
+  `enough` says that at least `n` entries are as large as the key, the result is the `n`-th largest key, counted from 1.
   """
   info = jnp.iinfo(like.dtype)
 
@@ -155,39 +174,49 @@ def largest_key(enough: Callable[[list[Array]], list[Array]], like: Array, bits:
     step = jnp.left_shift(like.dtype.type(1), jnp.asarray(info.bits - bits - bits * i, like.dtype))
     return t + step * sum(hold.astype(like.dtype) for hold in enough([t + k * step for k in range(1, 2**bits)]))
 
-  # The first ones outside the loop: within shard_map what goes round must vary between devices from the start.
+  # The first bits are settled outside the loop: within `shard_map` the carry must vary between devices from the start.
   start = settle_bits(0, jnp.full_like(like, info.min))
   return lax.fori_loop(1, info.bits // bits, settle_bits, start)
 
 
 def top_n_in_groups(scores: Array, n: Any, m: int, axis: int) -> Array:
-  """Mask of the `n` largest in each group of `m` neighbours along `axis`. `n` may be traced; `m` divides the axis."""
+  """Returns the mask of the `n` largest scores in each group of `m` neighbours along `axis`.
+
+  `n` may be traced. The caller must make sure that `m` divides the length of the axis.
+  """
   axis = axis % scores.ndim
   shape = scores.shape
   keys = order_keys(scores).reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
   place = lax.broadcasted_iota(jnp.int32, (m,) + (1,) * (scores.ndim - axis - 1), 0)
   place = place.reshape((1,) * (axis + 1) + place.shape)
-  pick = _count_those_ahead if m <= _COUNT_MOST else _bisect_groups
+  pick = _count_in_groups if m <= _COUNT_MOST else _bisect_groups
   return pick(keys, jnp.asarray(n, jnp.int32), place, axis + 1).reshape(shape)
 
 
-def _count_those_ahead(keys: Array, n: Array, place: Array, axis: int) -> Array:
-  """Keeps an element if fewer than `n` of its group are ahead of it: larger, or equal and earlier."""
+def _count_in_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
+  """Returns the mask of `top_n_in_groups`, by counting.
+
+  An entry is kept if fewer than `n` entries of its group are larger, or equal and of lower index.
+  """
   m = keys.shape[axis]
-  if axis == keys.ndim - 1 and 8 <= m <= 32:  # groups along the minor axis: XLA vectorizes the reduction instead
+  if axis == keys.ndim - 1 and 8 <= m <= 32:  # XLA vectorizes the reduction along the minor axis
     other, i = jnp.expand_dims(keys, axis), jnp.expand_dims(place, axis)
     earlier = (i < jnp.swapaxes(i, axis, axis + 1)).astype(jnp.int32)
     return jnp.sum(other + earlier > jnp.expand_dims(keys, axis + 1), axis + 1, dtype=jnp.int32) < n
   ahead = jnp.zeros_like(keys)
   for j in range(m):
-    # An earlier one wins ties: adding one to an integer key turns > into >=. The largest key is +inf's, no overflow.
+    # Among equal keys the lower index ranks first: adding 1 to an integer key turns > into >=. The addition does not
+    # overflow, because the largest key is that of +inf.
     other = lax.slice_in_dim(keys, j, j + 1, axis=axis) + (j < place).astype(jnp.int32)
     ahead += (other > keys).astype(jnp.int32)
   return ahead < n
 
 
 def _bisect_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
-  """Keeps what is above the `n`-th largest key, and of its equals the first ones, found by bisecting the place."""
+  """Returns the mask of `top_n_in_groups`, by bisection.
+
+  The mask keeps every key above the `n`-th largest key, and the first entries whose key equals the `n`-th largest.
+  """
   count = lambda kept: jnp.sum(kept, axis, keepdims=True, dtype=jnp.int32)
   like = lax.slice_in_dim(keys, 0, 1, axis=axis)
   least = largest_key(lambda ts: [count(keys >= t) >= n for t in ts], like, bits=1)
@@ -201,20 +230,21 @@ def _bisect_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
 
 
 def top_n(scores: Array, n: Any) -> Array:
-  """Mask of the `n` largest of the whole leaf. `n` is whatever `count` takes, traced or not."""
+  """Returns the mask of the `n` largest scores of the whole leaf; `n` is any argument of `count`, and may be traced."""
   return top_n_of_leaves([scores], n)[0]
 
 
 def top_n_of_leaves(leaves: Sequence[Array], n: Any) -> list[Array]:
-  """Masks of the `n` largest of all leaves taken as one; equals are kept from the earlier leaf first.
+  """Returns one mask for each leaf, which together keep the `n` largest scores of all leaves.
 
-  `n` is whatever `count` takes, traced or not. Nothing is concatenated, and of a sharded leaf only counts are shared.
+  Among equal scores those of the earlier leaf are kept first. `n` is any argument of `count`, and may be traced. Leaves
+  are not concatenated, and devices exchange only the counts of a sharded leaf.
   """
   return _top_n_of_leaves(list(leaves), count(n))
 
 
-# One program outside of `jit` too: each sum of a sharded leaf waits for all devices, and many such programs in flight
-# have deadlocked XLA:CPU with more devices than cores.
+# The selection is a single program outside of `jit` too. Each sum of a sharded leaf waits for all devices. Many such
+# programs in flight have deadlocked XLA:CPU with more devices than cores.
 @functools.partial(jax.jit, inline=True)
 def _top_n_of_leaves(leaves: list[Array], n: Count) -> list[Array]:
   keys = _keys(leaves)
@@ -230,23 +260,23 @@ def _top_n_of_leaves(leaves: list[Array], n: Count) -> list[Array]:
 
 
 def _keys(leaves: Sequence[Array]) -> list[Array]:
-  """Keys of one dtype for all leaves: of two bytes if all are of one such dtype."""
-  kinds = {leaf.dtype for leaf in leaves}
-  narrow = len(kinds) == 1 and kinds <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
+  """Returns the keys of all leaves in one dtype: `int16` if all are bfloat16 or all are float16, else `int32`."""
+  dtypes = {leaf.dtype for leaf in leaves}
+  narrow = len(dtypes) == 1 and dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
   return [order_keys(leaf, leaf.dtype if narrow else jnp.float32) for leaf in leaves]
 
 
 def _first(mask: Array, n: Count, total: Count) -> Array:
-  """Mask of the first `n` of the `total` that are `True` in `mask`, in row-major order.
+  """Returns the mask of the first `n` entries, in row-major order, of the `total` entries that are `True` in `mask`.
 
-  Settles, axis after axis, the index before which they lie: no place in the flattened leaf, which would need two words.
+  Bisection settles, axis by axis, the multi-index at which the mask stops. An index into the flattened leaf would need
+  two words.
   """
   fits = at_least(n, total)
-  digits = [(axis, shift) for axis, length in enumerate(mask.shape)
-            for shift in reversed(range(0, length.bit_length(), 2))]
-  if not digits:
+  steps = [[1 << shift if a == axis else 0 for a in range(mask.ndim)]
+           for axis, length in enumerate(mask.shape) for shift in reversed(range(0, length.bit_length(), 2))]
+  if not steps:
     return mask & fits
-  axis_of, shift_of = jnp.asarray(digits, jnp.int32).T
 
   def before(stop):
     earlier = fits
@@ -256,29 +286,30 @@ def _first(mask: Array, n: Count, total: Count) -> Array:
     return mask & earlier
 
   def settle_digit(i, stop):
-    step = jnp.where(jnp.arange(mask.ndim) == axis_of[i], jnp.left_shift(jnp.int32(1), shift_of[i]), 0)
+    step = jnp.asarray(steps, jnp.int32)[i]
     stops = [stop + digit * step for digit in (1, 2, 3)]
-    found = zip(stops, _totals([[before(s) for s in stops]]))
-    return stop + step * sum((at_least(n, c) & jnp.all(s >= 0)).astype(jnp.int32) for s, c in found)
+    counts = _totals([[before(s) for s in stops]])
+    return stop + step * sum((at_least(n, c) & jnp.all(s >= 0)).astype(jnp.int32) for s, c in zip(stops, counts))
 
-  settled = fits | ~at_least(n, count(1))
+  decided = fits | ~at_least(n, count(1))
   stop = jnp.where(fits, jnp.asarray(mask.shape, jnp.int32), 0)
-  return before(lax.fori_loop(jnp.where(settled, len(digits), 0), len(digits), settle_digit, stop))
+  return before(lax.fori_loop(jnp.where(decided, len(steps), 0), len(steps), settle_digit, stop))
 
 
 def quantile(leaves: Sequence[Array], q: Any) -> Array:
-  """The `q`-quantile, `float32[]`, of all leaves taken as one, with linear interpolation at `(size - 1) * q`.
+  """Returns the `q`-quantile of all leaves together, as `float32[]`, like `jnp.quantile` of their concatenation.
 
-  `jnp.quantile` of the concatenation, without making it. `q` may be traced; NaN counts as the least. The place is a
-  `float32`, off by up to 2^-24 of the size.
+  The leaves are not concatenated. The quantile is interpolated linearly at the place `(size - 1) * q` of the increasing
+  order. `q` may be traced. NaN counts as the least value. The place is a `float32`, and is off by up to 2^-24 of the
+  size.
   """
   keys, size = [order_keys(leaf) for leaf in leaves], sum(leaf.size for leaf in leaves)
   place = jnp.float32(size - 1) * jnp.asarray(q, jnp.float32)
   last = at_least(count(jnp.floor(place)), count(size - 1))
   below = jax.tree.map(functools.partial(jnp.where, last), count(size - 1), count(jnp.floor(place)))
-  rank = minus(count(size), below)  # from the largest, counting from 1
+  rank = minus(count(size), below)  # of the lower neighbour; the largest value has rank 1
   low = largest_key(lambda ts: [at_least(c, rank) for c in _totals([[k >= t for t in ts] for k in keys])], jnp.int32(0))
-  # The next larger one: the least key above `low`, unless `low` itself fills that place too.
+  # `high` is the next key in increasing order: `low` again if the key occurs there as well, else the least key above.
   most = jnp.int32(jnp.iinfo(jnp.int32).max)
   above = functools.reduce(jnp.minimum, [jnp.min(k, initial=most, where=k > low) for k in keys])
   larger, _ = _totals([[k > low, k == low] for k in keys])

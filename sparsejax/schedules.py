@@ -1,7 +1,12 @@
-"""Schedules: how a number changes over the steps. `schedule(step) -> scalar`, pure, so that a resumed run goes on.
+"""Schedules say how a number changes over the optimizer steps: `schedule(step) -> scalar`.
 
-Steps are optimizer steps, whole numbers; `begin` and `end` are absolute within the schedule's own clock. Each function
-here returns a `Bound`, which compares and prints by value. Any function of the step is a schedule too.
+A schedule is a pure function of the step, so that a resumed run continues it exactly. Steps are whole numbers.
+`begin` and `end` are step numbers, not durations. Each function of this
+module returns a `Bound`, which compares and prints by value. Any other function of the step is a schedule as well.
+
+    decay = schedules.linear(1.0, 0.0, begin=100, end=300)
+    decay(200)                                             # 0.5
+    recipes.mdgf(optax.adamw(1e-3), decay=decay)
 """
 
 import inspect
@@ -11,31 +16,39 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparsejax import errors
-from sparsejax.types import Bound, Schedule, Step
+from sparsejax.types import ALWAYS, AT_ZERO, Bound, Schedule, Step
 
 
 def constant(value: float) -> Schedule:
-  """`value` at every step."""
+  """Returns the schedule that is `value` at every step."""
   return Bound(_constant, (value,))
 
 
 def linear(init_value: float = 1.0, end_value: float = 0.0, *, begin: int = 0, end: int) -> Schedule:
-  """`init_value` up to `begin`, `end_value` from `end` on, a straight line between."""
+  """Returns a straight line from `init_value`, up to step `begin`, to exactly `end_value`, from step `end` on."""
   return Bound(_polynomial, (init_value, end_value, begin, _after('linear', begin, end), 1))
 
 
 def cubic(init_value: float = 0.0, end_value: float = 1.0, *, begin: int = 0, end: int) -> Schedule:
-  """Fast first, then ever slower: `end + (init - end) (1 - progress)^3` (Zhu and Gupta 2017, equation 1)."""
+  """Returns the cubic ramp of gradual pruning, which is fast at first and then ever slower.
+
+  The value is `end_value + (init_value - end_value) * (1 - progress)^3` (Zhu and Gupta 2017, equation 1). `progress`
+  rises from 0 at `begin` to 1 at `end`.
+  """
   return Bound(_polynomial, (init_value, end_value, begin, _after('cubic', begin, end), 3))
 
 
 def cosine(init_value: float = 1.0, end_value: float = 0.0, *, begin: int = 0, end: int) -> Schedule:
-  """Half a cosine from `init_value` at `begin` to `end_value` from `end` on, exactly `end_value` there."""
+  """Returns half a cosine wave from `init_value`, up to step `begin`, to exactly `end_value`, from step `end` on."""
   return Bound(_cosine, (init_value, end_value, begin, _after('cosine', begin, end)))
 
 
 def exponential(rate: float | None = None, *, half_life: float | None = None, begin: int = 0) -> Schedule:
-  """`exp(-rate * (step - begin))`, 1 before `begin`; or the same by its `half_life` in steps. It never reaches 0."""
+  """Returns the schedule `exp(-rate * (step - begin))`, which is 1 before `begin`.
+
+  `rate` is per step; `half_life`, in steps, may be given in its place. The schedule never reaches 0.
+  Raises `ValueError` unless exactly one of `rate` and `half_life` is given, and unless the given number is positive.
+  """
   if (rate is None) == (half_life is None):
     raise ValueError('schedules.exponential: give exactly one of `rate` (per step) and `half_life` (in steps).')
   name, value = ('half_life', half_life) if rate is None else ('rate', rate)
@@ -45,7 +58,10 @@ def exponential(rate: float | None = None, *, half_life: float | None = None, be
 
 
 def stepwise(values: Sequence[Any], boundaries: Sequence[int]) -> Schedule:
-  """`values[i]` from step `boundaries[i]` on; `values[0]` also before. Boundaries rise."""
+  """Returns the schedule that is `values[i]` from step `boundaries[i]` on, and `values[0]` before all boundaries.
+
+  Raises `ValueError` unless `boundaries` holds one step for each value, in increasing order.
+  """
   values, boundaries = tuple(values), tuple(int(b) for b in boundaries)
   if len(values) != len(boundaries) or not values or list(boundaries) != sorted(set(boundaries)):
     raise ValueError(f'schedules.stepwise: needs one rising boundary for each value, got {len(values)} values and '
@@ -54,39 +70,47 @@ def stepwise(values: Sequence[Any], boundaries: Sequence[int]) -> Schedule:
 
 
 def polynomial(init_value: float = 1.0, end_value: float = 0.0, *, power: float, begin: int = 0, end: int) -> Schedule:
-  """`end + (init - end) (1 - progress)^power`: `linear` with power 1, `cubic` with 3."""
+  """Returns the ramp `end_value + (init_value - end_value) * (1 - progress)^power`.
+
+  `progress` rises from 0 at `begin` to 1 at `end`. Power 1 gives `linear`, and power 3 gives `cubic`.
+  """
   return Bound(_polynomial, (init_value, end_value, begin, _after('polynomial', begin, end), power))
 
 
 def every(steps: int, *, begin: int = 0, end: int | None = None) -> Schedule:
-  """`True` at `begin` and every `steps` steps from there; with an `end` also there, on the grid or not, and not after.
+  """Returns the schedule that is `True` at step `begin` and at every `steps`-th step after `begin`.
 
-  So whatever has to be reached at `end` is: a grid that misses it leaves a ramp unfinished.
+  If `end` is given, the schedule is also `True` at step `end`, and `False` after `end`. Step `end` is included even if
+  it is no multiple of `steps` after `begin`: otherwise a ramp that ends there would remain unfinished.
   """
   if steps < 1:
     raise ValueError(f'schedules.every: `steps` must be at least 1, not {steps}.')
-  return Bound(_every, (steps, begin) if end is None else (steps, begin, _after('every', begin, end)))
+  facts = (ALWAYS,) if (steps, begin, end) == (1, 0, None) else ()
+  return Bound(_every, (steps, begin) if end is None else (steps, begin, _after('every', begin, end)), facts)
 
 
 def before(schedule: Schedule, end: int) -> Schedule:
-  """A schedule of bools, and `False` from `end` on."""
+  """Returns the `schedule` of bools up to step `end - 1`, and `False` from step `end` on."""
   return Bound(_before, (schedule, end))
 
 
 def density_decay(sparsity: float, *, end: int) -> Schedule:
-  """From 0 to 1 at `end`, the part of `sparsity` at which the density is `(1 - sparsity)^(step / end)`."""
+  """Returns a ramp from 0 to 1, reached at step `end`, under which the density decays exponentially.
+
+  A sparsity of `ramp(step) * sparsity` leaves a density of `(1 - sparsity)^(step / end)`.
+  """
   return Bound(_density_decay, (sparsity, _after('density_decay', 0, end)))
 
 
 def once(at: int) -> Schedule:
-  """`True` at step `at` only."""
-  return Bound(_once, (at,))
+  """Returns the schedule that is `True` at step `at` only."""
+  return Bound(_once, (at,), (AT_ZERO,) if at == 0 else ())
 
 
 def named(name: str, **arguments: Any) -> Schedule:
-  """A schedule by its name, for configurations.
+  """Returns the schedule that a configuration gives by its `name` and the arguments of the function of that name.
 
-  Raises `ValueError` with the closest names for an unknown schedule or argument, and for an argument that is missing.
+  Raises `ValueError` for a missing argument, and, with the most similar names, for an unknown schedule or argument.
   """
   known = {f.__name__: f for f in (
       constant, linear, cubic, polynomial, cosine, exponential, density_decay, stepwise, every, once)}
@@ -110,7 +134,7 @@ def _after(name: str, begin: int, end: int) -> int:
 
 def _progress(step: Step, begin: int, end: int) -> Any:
   step = jnp.asarray(step, jnp.float32)
-  # XLA divides by a constant by multiplying with its reciprocal: 41 / 41 is not 1 then, and the end has to be exact.
+  # XLA multiplies by the reciprocal of a constant divisor. 41 / 41 is then not 1, but the last value must be exact.
   return jnp.where(step < end, jnp.clip((step - begin) / (end - begin), 0.0, 1.0), 1.0)
 
 
@@ -125,7 +149,7 @@ def _polynomial(step: Step, init_value: float, end_value: float, begin: int, end
 
 def _cosine(step: Step, init_value: float, end_value: float, begin: int, end: int) -> Any:
   progress = _progress(step, begin, end)
-  # cos(pi) in float32 is not -1 to the last bit on every backend, and the end has to be exact: a mask decays to 0.
+  # On some backends cos(pi) in float32 differs from -1 in the last bit, but a decaying mask must end at exactly 0.
   height = jnp.where(progress < 1.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)), 0.0)
   return end_value + (init_value - end_value) * height
 

@@ -1,7 +1,13 @@
-"""Scores: how much a weight is worth keeping, one number each, larger is better.
+"""Scores say how much each weight is worth keeping: `score(w, signals) -> scores`, `float32` shaped like `w`.
 
-A score is `score(w, signals) -> float32 like w`. It looks at one leaf and knows nothing of masks or counts. One that
-misses a signal raises `ValueError` and says which. What it needs to remember from one update to the next is a `Memory`.
+The weights of the largest scores are kept. A score reads one leaf, and no masks or counts. A score that needs a signal
+which the caller does not have raises `ValueError` and names the signal. A score that accumulates statistics over
+updates reads them from a `Memory`. The first mask is chosen in `init`, which has no gradient, unless `dense_steps` are
+given.
+
+    score = lambda w, signals: jnp.abs(w * signals.grad)               # any function with this signature is a score
+    tx = recipes.gradual_magnitude(optax.adamw(1e-3), 0.9, score=score, dense_steps=100, total_steps=10_000)
+    tx = recipes.movement_pruning(optax.adamw(1e-3), 0.9, total_steps=10_000)   # has the memory `accumulated_movement`
 """
 
 from collections.abc import Callable
@@ -16,15 +22,15 @@ from sparsejax.types import Array, Schedule, Signals
 
 
 def magnitude(w: Array, signals: Signals = Signals()) -> Array:
-  """`|w|`. NaN stays NaN, which `ranking` puts last."""
+  """Returns `|w|`; NaN stays NaN, which `ranking` ranks last."""
   del signals
   return jnp.abs(w).astype(jnp.float32)
 
 
 def random(w: Array, signals: Signals) -> Array:
-  """Uniform in [0, 1), drawn in float32 whatever the weight's dtype: bfloat16 has too few levels to rank a matrix.
+  """Returns random scores, uniform in [0, 1); needs `signals.key`.
 
-  Needs `signals.key`.
+  Scores are drawn in `float32` for weights of any dtype, because bfloat16 has too few levels to rank a matrix.
   """
   if signals.key is None:
     raise ValueError('scores.random: needs a PRNG key; pass `key=jax.random.key(seed)` to the recipe.')
@@ -32,73 +38,85 @@ def random(w: Array, signals: Signals) -> Array:
 
 
 def value(w: Array, signals: Signals) -> Array:
-  """The weight itself, signed: where the master is a score (`flows.searched`)."""
+  """Returns the weight itself, with its sign; for flows whose master is a score, such as `flows.searched`."""
   del signals
   return w.astype(jnp.float32)
 
 
 def gradient(w: Array, signals: Signals) -> Array:
-  """`|dL/dw|`. Needs `signals.grad`."""
+  """Returns `|dL/dw|`; needs `signals.grad`."""
   return jnp.abs(_needed('gradient', signals.grad, _GRADIENT)).astype(jnp.float32)
 
 
 def snip(w: Array, signals: Signals) -> Array:
-  """`|w dL/dw|`, connection sensitivity (Lee et al. 2019, SNIP, equation 6, not divided by its sum).
+  """Returns the connection sensitivity `|w dL/dw|`; needs `signals.grad`.
 
-  At weights that are trained already the first-order Taylor score of Molchanov et al. 2017, and what GSM ranks by
-  (Ding et al. 2019, equation 5). Needs `signals.grad`.
+  The formula is equation 6 of SNIP (Lee et al. 2019), without the division by the sum. At trained weights the same
+  formula is the first-order Taylor score (Molchanov et al. 2017), and the score of GSM (Ding et al. 2019, equation 5).
   """
   return jnp.abs(_product('snip', w, signals))
 
 
 def grasp(w: Array, signals: Signals) -> Array:
-  """`w (H g)`, signed: the highest are kept (Wang et al. 2020, GraSP, equation 8, with the other sign).
+  """Returns `w (H g)`, with its sign, for the Hessian H and the gradient g of the loss.
 
-  Needs `signals.grad` to be H g, as `starts.hessian_gradient` makes it.
+  The score needs H g as `signals.grad`, which `starts.hessian_gradient` computes. The largest scores are kept: the sign
+  is opposite to that of GraSP (Wang et al. 2020, equation 8).
   """
   return _product('grasp', w, signals)
 
 
 def synflow(w: Array, signals: Signals) -> Array:
-  """`|w| dR/d|w|` (Tanaka et al. 2020, SynFlow, section 6). Needs `signals.grad` of `starts.synaptic_flow`."""
+  """Returns the synaptic flow `|w| dR/d|w|` (Tanaka et al. 2020, SynFlow, section 6).
+
+  R is the sum of the outputs of the network of absolute weights. The score needs dR/d|w| as `signals.grad`, which
+  `starts.synaptic_flow` computes.
+  """
   return _product('synflow', jnp.abs(w), signals)
 
 
 def movement(w: Array, signals: Signals) -> Array:
-  """The accumulated score itself (Sanh et al. 2020). Needs the memory `accumulated_movement`."""
+  """Returns the accumulated score S (Sanh et al. 2020); needs the memory `accumulated_movement`."""
   return _needed('movement', signals.stats, 'the memory scores.accumulated_movement').score
 
 
 def soft_movement(w: Array, signals: Signals) -> Array:
-  """`sigmoid` of the accumulated score: what soft movement pruning compares to its threshold."""
+  """Returns `sigmoid(S)` of the accumulated score S; needs the memory `accumulated_movement`.
+
+  Soft movement pruning compares this score to its threshold.
+  """
   return jax.nn.sigmoid(movement(w, signals))
 
 
 def momentum(w: Array, signals: Signals) -> Array:
-  """`|EMA of dL/dw|` (Dettmers and Zettlemoyer 2019). Needs the memory `gradient_average`."""
+  """Returns `|average of dL/dw|` (Dettmers and Zettlemoyer 2019); needs the memory `gradient_average`."""
   return jnp.abs(_needed('momentum', signals.stats, 'the memory scores.gradient_average'))
 
 
 def fisher(w: Array, signals: Signals) -> Array:
-  """`w^2 E[(dL/dw)^2] / 2`: the loss of removing a weight by the diagonal empirical Fisher (Theis et al. 2018, eq. 6).
+  """Returns `w^2 E[(dL/dw)^2] / 2`; needs the memory `squared_gradient_average`.
 
-  The gradients are those of batches, not of single examples. Needs the memory `squared_gradient_average`.
+  The score estimates how much the loss rises if the weight is removed, by the diagonal empirical Fisher information
+  (Theis et al. 2018, equation 6). Gradients are those of batches, not of single examples.
   """
   average = _needed('fisher', signals.stats, 'the memory scores.squared_gradient_average')
   return 0.5 * jnp.square(w.astype(jnp.float32)) * average
 
 
 class Memory(NamedTuple):
-  """What a score remembers of each leaf. `start(w) -> stat`; `observe(stat, w, signals) -> stat` once an update, with
-  the weight that the gradient was taken at (the master, where there is one). A stat is any pytree, its arrays float32
-  and shaped like `w`, or scalars."""
+  """A `Memory` is a statistic of each leaf that a score accumulates over updates.
+
+  `start(w)` returns the first statistic. `observe(stat, w, signals)` returns the next one, and is called once per
+  update. `w` is then the weight at which the gradient was taken: the master, if the flow has one. A statistic is any
+  pytree of scalars and of `float32` arrays shaped like `w`.
+  """
 
   start: Callable[[Array], Any]
   observe: Callable[[Any, Array, Signals], Any]
 
 
 class Movement(NamedTuple):
-  """`score`, `float32` like the weight, and the state of the optimizer that trains it."""
+  """A `Movement` is the accumulated score, `float32` shaped like the weight, and the state of the score's optimizer."""
 
   score: Array
   state: Any
@@ -106,12 +124,14 @@ class Movement(NamedTuple):
 
 def accumulated_movement(
     optimizer: optax.GradientTransformation = optax.sgd(1.0), penalty: Schedule = lambda step: 0.0) -> Memory:
-  """S from 0, trained by `optimizer` on dL/dS = w dL/dw' (Sanh et al. 2020, section 4.1, equation 2).
+  """Returns the memory of a score S that starts at 0 and that `optimizer` trains by the gradient dL/dS = w dL/dw'.
 
-  `penalty(step)`: lambda of `lambda mean(sigmoid(S))`, the mean over the leaf (soft movement pruning, section 4.2).
+  The gradient is equation 2 of Sanh et al. 2020, section 4.1, where w' is the sparse weight. `penalty(step)` is the
+  factor lambda of the penalty `lambda mean(sigmoid(S))` of soft movement pruning (section 4.2). The mean is taken over
+  the leaf.
   """
   def start(w: Array) -> Movement:
-    score = nothing(w)
+    score = _zeros(w)
     return Movement(score, optimizer.init(score))
 
   def observe(stat: Movement, w: Array, signals: Signals) -> Movement:
@@ -124,17 +144,23 @@ def accumulated_movement(
 
 
 def gradient_average(decay: float = 0.9) -> Memory:
-  """EMA of the gradient, from 0, not debiased: ranks do not change by that."""
-  return Memory(nothing, lambda stat, w, s: decay * stat + (1 - decay) * s.grad.astype(jnp.float32))
+  """Returns the memory of an exponential moving average of the gradient, which starts at 0.
+
+  The average is not debiased, because a common factor does not change the ranks.
+  """
+  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * s.grad.astype(jnp.float32))
 
 
 def squared_gradient_average(decay: float = 0.99) -> Memory:
-  """EMA of the squared gradient, from 0, not debiased."""
-  return Memory(nothing, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(s.grad.astype(jnp.float32)))
+  """Returns the memory of an exponential moving average of the squared gradient, which starts at 0, not debiased."""
+  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(s.grad.astype(jnp.float32)))
 
 
-def nothing(w: Array) -> Array:
-  """`float32` zeros like `w`, computed from it: a constant would lie on every device, whatever `w`'s sharding."""
+def _zeros(w: Array) -> Array:
+  """Returns `float32` zeros with the shape and the sharding of `w`.
+
+  The zeros are computed from `w`: a constant would be replicated on all devices.
+  """
   return jnp.where(neighbours.everywhere(w), 0.0, w.astype(jnp.float32))
 
 
@@ -144,7 +170,8 @@ _GRADIENT = 'the gradient of this leaf'
 def _needed(score: str, signal: Any, what: str) -> Any:
   if signal is None or trees.is_dense(signal):
     remedy = ('(there is none in `init`): pass `loss=`, params -> scalar, to a recipe that scores at initialisation, '
-              'or score with magnitude or random instead') if what == _GRADIENT else '(`memory=` of the selection)'
+              'choose the first mask later with `dense_steps=1`, or score with magnitude or random instead'
+              ) if what == _GRADIENT else '(pass it as `memory=`)'
     raise ValueError(f'scores.{score}: needs {what}, and the caller has none here {remedy}.')
   return signal
 

@@ -1,13 +1,16 @@
-"""Aligns the rows of a table that is printed as plain text: every report of the library prints through `aligned`."""
+"""Aligns the columns of a table that is printed as plain text; every report of the library prints through `aligned`.
+
+    aligned(('path', 'zeros'), [('mlp/kernel', '50 %'), ('head/kernel', '0 %')], right=[1])
+"""
 
 from collections.abc import Sequence
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), rule: bool = True) -> str:
-  """Returns the table as text: columns under their heads, two spaces between columns, no space at the end of a line.
+  """Returns the table as text, with two spaces between columns and no spaces at the end of a line.
 
-  `right` holds the columns, counted from 0, that are aligned on the right, as numbers are. `rule` draws a line of
-  dashes under the head.
+  `head` holds the title of each column. `right` holds the indices, counted from 0, of the columns that are aligned on
+  the right, for example columns of numbers. `rule` draws a line of dashes under the head.
   """
   lines = [tuple(map(str, line)) for line in (head, *rows)]
   widths = [max(map(len, column)) for column in zip(*lines)]

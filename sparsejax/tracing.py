@@ -1,4 +1,4 @@
-"""The former name of `sparsejax.programs`, for one release."""
+"""Keeps `sparsejax.tracing`, the former name of `sparsejax.programs`, for one release; importing it warns."""
 
 import warnings
 
@@ -6,5 +6,5 @@ from sparsejax.programs import Contractions, contractions
 
 __all__ = ['Contractions', 'contractions']
 
-warnings.warn('sparsejax.tracing is now sparsejax.programs; the old name goes in the next release.',
+warnings.warn('sparsejax.tracing is now sparsejax.programs; the old name is removed in the next release.',
               DeprecationWarning, 2)

@@ -1,8 +1,13 @@
-"""Where: the paths, predicates and axes of a pytree's leaves. The only module that knows a leaf can stay dense.
+"""Names the leaves of a pytree by paths, says which leaves are sparse (`where`), and finds the axes of a leaf.
 
-A path is the leaf's keys joined by `/`, the same string for dicts, NNX States, Equinox modules, NamedTuples and lists:
-`blocks_0/mlp/Dense_0/kernel`, `layers/3/weight`. A dense leaf's place in masks and masters is held by
-`optax.MaskedNode()`, a node without leaves, so that it costs nothing and every optax tool knows it.
+A path joins the keys of a leaf by `/`, for example `blocks_0/mlp/Dense_0/kernel` or `layers/3/weight`. Dicts, NNX
+States, Equinox modules, NamedTuples and lists all give such paths. In trees of masks and masters, `DENSE` holds the
+place of a leaf that stays dense. `DENSE` is `optax.MaskedNode()`, a node without leaves, which takes no memory and
+which every tool of optax understands.
+
+    where = trees.all_but('head/kernel')                             # the default, without the last layer
+    where = trees.named('mlp/*/kernel')                              # by globs
+    where = lambda path, leaf: leaf.ndim == 2 and leaf.size > 10_000
 """
 
 import functools
@@ -20,25 +25,26 @@ from sparsejax.types import Array, Axes, Predicate, PyTree
 
 DENSE = optax.MaskedNode()
 
-# Parameters of rank two and more that are no matrices: biases of DenseGeneral, stacked norms, lookup tables.
+# The pattern matches parameters of rank two and more that are no matrices: biases of DenseGeneral, stacked norms and
+# embeddings.
 _NOT_MATRICES = re.compile(
     r'(^|.*/)(bias\w*|b|scale|offset|gamma|beta)$|.*(embed|norm|pos_enc|cls_token).*', re.IGNORECASE)
 
 
 def is_dense(node: Any) -> bool:
-  """Is this the placeholder of a leaf that stays dense?"""
+  """Returns whether `node` is the placeholder of a leaf that stays dense."""
   return isinstance(node, optax.MaskedNode)
 
 
 def path_name(keys: tuple[Any, ...]) -> str:
-  """The keys of `jax.tree_util`'s paths as `a/b/0/kernel`. NNX's closing `.value` says nothing and is left out."""
+  """Returns the path, such as `a/b/0/kernel`, for `keys` of `jax.tree_util`; the last `.value` of NNX is left out."""
   if len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in ('value', 'raw_value'):
     keys = keys[:-1]
   return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in keys)
 
 
 def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[str], list[Any], Any]:
-  """Paths, leaves and treedef of `tree`, in `jax.tree` order."""
+  """Returns the paths, the leaves and the treedef of `tree`, in the order of `jax.tree`."""
   with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   return [path_name(keys) for keys, _ in with_paths], [leaf for _, leaf in with_paths], treedef
 
@@ -51,33 +57,47 @@ def _regex(glob: str) -> re.Pattern[str]:
 
 
 def matches(glob: str, path: str) -> bool:
-  """Does `glob` match `path` or its tail? `*` stays within one key, `**` crosses keys, `?` is one character."""
+  """Returns whether `glob` matches `path` or a tail of `path` that begins at a key.
+
+  `*` matches any characters of one key, `**` any number of keys, and `?` one character of a key.
+  """
   return _regex(glob).fullmatch(path) is not None
 
 
 def named(*globs: str) -> Predicate:
-  """Leaves whose path, or the tail of it, matches one of `globs`: `named('mlp/*/kernel')`."""
+  """Returns the predicate of all leaves whose path, or a tail of the path, matches one of `globs`; see `matches`."""
   return lambda path, leaf: any(matches(glob, path) for glob in globs)
 
 
 def matrices(path: str, leaf: Array) -> bool:
-  """The default: floating leaves of rank two and more, except biases, norms and embeddings by their names."""
+  """Returns whether a leaf is sparse by default.
+
+  Floating leaves of rank two and more are sparse, except biases, norms and embeddings, which are known by their names.
+  """
   return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not _NOT_MATRICES.fullmatch(path)
 
 
 def all_but(*globs: str, where: Predicate = matrices) -> Predicate:
-  """The leaves of `where` except those that match: `all_but('patch/kernel', 'head/kernel')` for first and last."""
+  """Returns the predicate of the leaves of `where` without the leaves whose path matches one of `globs`.
+
+  `all_but('patch/kernel', 'head/kernel')` keeps the first and the last layer dense.
+  """
   dense = named(*globs)
   return lambda path, leaf: where(path, leaf) and not dense(path, leaf)
 
 
 def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]:
-  """Which leaves `where` picks: a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`.
+  """Returns one bool for each leaf of `tree`: whether `where` picks the leaf.
 
-  Raises `ValueError` if it picks none, naming the paths there are, and if it is neither predicate nor such a prefix.
+  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. `function` is the name
+  of the caller, for messages. Raises `ValueError` if `where` picks no leaf, with the paths of `tree`. Raises
+  `ValueError` if `where` picks a leaf that is not floating, or if `where` is neither a predicate nor a prefix.
   """
   names, leaves, _ = flatten(tree)
-  picked = [bool(where(*at)) for at in zip(names, leaves)] if callable(where) else _prefixed(function, where, tree)
+  if callable(where):
+    picked = [bool(where(name, leaf)) for name, leaf in zip(names, leaves)]
+  else:
+    picked = _prefixed(function, where, tree)
   if not any(picked):
     raise ValueError(f'{function}: `where` picks no parameter. Paths look like {errors.some(names)}; '
                      "match them with trees.named('tail/of/path'), * for one key and ** for several.")
@@ -88,8 +108,8 @@ def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]
 
 
 def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:
-  """One bool for each leaf of `tree`, from a prefix of it. A glob is refused: it would count as true everywhere."""
-  for value in jax.tree.leaves(where):
+  """Returns one bool for each leaf of `tree` from `where`, a prefix of `tree`; raises `ValueError` for other values."""
+  for value in jax.tree.leaves(where):  # a glob would count as `True` everywhere
     if not isinstance(value, (bool, np.bool_)):
       raise ValueError(f'{function}: `where` holds {value!r}, which is no bool; '
                        f'match paths with trees.named({value!r}).')
@@ -101,9 +121,10 @@ def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:
 
 
 def per_leaf(function: str, what: str, value: Any, paths: list[str]) -> list[Any]:
-  """One value per path: `value` itself, or, from a dict of globs, that of the first glob that matches.
+  """Returns one value for each path: `value` itself, or, if `value` is a dict, the value of the first matching glob.
 
-  Raises `ValueError` for a path that no glob covers and for a glob that covers no path.
+  `what` is the name of the argument, for messages. Raises `ValueError` for a path that no glob of the dict matches, and
+  for a glob that matches no path.
   """
   if not isinstance(value, Mapping):
     return [value] * len(paths)
@@ -118,12 +139,13 @@ def per_leaf(function: str, what: str, value: Any, paths: list[str]) -> list[Any
 
 
 def conventional_axes(path: str, shape: tuple[int, ...]) -> Axes:
-  """The axes of a leaf by the conventions of Flax, Haiku and Equinox, for when no program has been traced.
+  """Returns the `Axes` of a leaf by the naming conventions of Flax, Haiku and Equinox, if no program has been traced.
 
-  `weight` (Equinox) is `[out, in, *spatial]`. `query|key|value/kernel` is `[*layer, in, heads, head_dim]` and
-  `out/kernel` with three axes and more `[*layer, heads, head_dim, out]` (Flax attention). Everything else is
-  `[*leading, in, out]`, where the leading axes are taps under a name with `conv` in it or with rank four or five, and
-  layers otherwise. N:M groups come out the same either way.
+  - `weight` (Equinox) is `[out, in, *spatial]`.
+  - `query/kernel`, `key/kernel` and `value/kernel` (attention in Flax) are `[*layer, in, heads, head_dim]`.
+  - `out/kernel` of rank three and more (attention in Flax) is `[*layer, heads, head_dim, out]`.
+  - Every other leaf is `[*leading, in, out]`. Leading axes are taps if the path contains `conv` or if the rank is four
+    or five, and layers otherwise. The N:M groups are the same for taps and for layers.
   """
   rank, keys = len(shape), path.split('/')
   parent = keys[-2].lower() if len(keys) > 1 else ''
@@ -141,31 +163,30 @@ def conventional_axes(path: str, shape: tuple[int, ...]) -> Axes:
 
 
 def tails(path: str, names: Iterable[str]) -> list[str]:
-  """Those of `names` that name the same leaf as `path`: itself, or else those of which one is the other's tail."""
-  found = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
-  return [path] if path in found else found
+  """Returns the `names` that can mean the leaf at `path`.
+
+  The result is `path` alone if `names` has it. Otherwise it is every name that is a tail of `path`, or of which `path`
+  is a tail.
+  """
+  matching = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
+  return [path] if path in matching else matching
 
 
 def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tuple[int, ...]) -> Axes:
-  """The axes of one leaf: from the traced program if there is one, else by `conventional_axes`.
+  """Returns the `Axes` of one leaf: from `axes`, read from a traced program, or else by `conventional_axes`.
 
-  The traced tree and the optimizer's may differ in what is above the parameters (`params/...`), so paths match if one
-  is the tail of the other. Raises `ValueError` if the program does not contract the leaf, or if two traced paths fit.
+  The traced tree and the tree of the optimizer may have different first keys, such as `params/...`. A leaf therefore
+  takes the axes of the traced path of which its path is a tail, or vice versa. Raises `ValueError` if no traced path or
+  several traced paths match, and if the traced axes are of another shape.
   """
   if axes is None:
     return conventional_axes(path, shape)
-  found = tails(path, axes)
-  if len(found) != 1:
-    problem = f'fits {errors.some(found)}' if found else f'is none of {errors.some(axes)}'
+  names = tails(path, axes)
+  if len(names) != 1:
+    problem = f'fits {errors.some(names)}' if names else f'is none of {errors.some(axes)}'
     raise errors.at_leaf(function, path, shape, f'its axes are not in `axes`: the path {problem}. '
                          'Trace a program that uses it in one contraction, or leave it out of `where`.')
-  found_axes = Axes(*axes[found[0]])
-  if sorted(sum(found_axes[:4], ())) != list(range(len(shape))):
-    raise errors.at_leaf(function, path, shape, f'the traced axes {found_axes} are of another shape; trace again.')
-  return found_axes
-
-
-def fill_dense(tree: PyTree, other: PyTree) -> PyTree:
-  """`tree` with `other`'s leaves in its dense places."""
-  leaves, treedef = jax.tree.flatten(tree, is_leaf=is_dense)
-  return treedef.unflatten([o if is_dense(leaf) else leaf for leaf, o in zip(leaves, treedef.flatten_up_to(other))])
+  traced = Axes(*axes[names[0]])
+  if sorted(sum(traced[:4], ())) != list(range(len(shape))):
+    raise errors.at_leaf(function, path, shape, f'the traced axes {traced} are of another shape; trace again.')
+  return traced

@@ -1,4 +1,9 @@
-"""Scikit-learn's handwritten digits as a TFDS builder: embedded data, so that nothing is ever downloaded."""
+"""Builds a TFDS set of scikit-learn's handwritten digits, which are part of that package and need no download.
+
+    builder = digits.prepared('/tmp/data')
+    source = builder.as_data_source(split='train')
+    source[0]['image']  # uint8[8, 8, 1], values 0 to 16
+"""
 
 import contextlib
 import fcntl
@@ -16,11 +21,12 @@ import tensorflow_datasets as tfds
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-  """1,797 grey images of 8 x 8 pixels, values 0 to 16, of ten digits: 1,437 for training and 360 for test.
+  """The `Digits` are 1,797 grey images of 8 x 8 pixels, values 0 to 16: 1,437 for training and 360 for test.
 
-  The test split is every fifth image of the list sorted by label (stable), so that both splits hold every class in the
-  same share, and the writers in about the same. The customary last 360 are a harder test and not comparable: a support
-  vector machine (`gamma=0.001`, `C=10`) is right on 96.4 % of those and on 99.2 % of these.
+  The test split is every fifth image of the list that is sorted by label (stable). Both splits therefore have the same
+  share of every class, and about the same share of every writer. The customary test split, the last 360 images, is
+  harder and not comparable. A support vector machine (`gamma=0.001`, `C=10`) classifies 96.4 % of the customary test
+  split correctly, and 99.2 % of the test split here.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -39,8 +45,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-    del dl_manager  # the images are part of scikit-learn
-    from sklearn import datasets  # here, because it costs every later start a second and is needed once
+    del dl_manager  # The images are part of scikit-learn.
+    from sklearn import datasets  # An import at the top would cost every later start a second, and is needed once.
 
     digits = datasets.load_digits()
     test = np.sort(np.argsort(digits.target, kind='stable')[::5])
@@ -49,14 +55,14 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, digits, rows: np.ndarray) -> Iterator[tuple[int, dict]]:
     for row in map(int, rows):
-      # A PIL image: TFDS encodes an array with TensorFlow, which is not there.
+      # TFDS would encode an array with TensorFlow, which is not installed, and encodes a PIL image without.
       yield row, {'image': PIL.Image.fromarray(digits.images[row].astype(np.uint8)), 'label': int(digits.target[row])}
 
 
 def prepared(root: str | os.PathLike) -> Digits:
-  """The builder, its records written under `root` if they are not there or not whole. Safe in concurrent processes.
+  """Returns the builder, after writing the records under `root` if any record is missing or damaged.
 
-  Raises `ValueError` if `root` cannot be written to.
+  Concurrent processes may call `prepared` with the same `root`. Raises `ValueError` if `root` cannot be written to.
   """
   root = pathlib.Path(root)
   if (builder := _whole(root)) is not None:
@@ -70,10 +76,11 @@ def prepared(root: str | os.PathLike) -> Digits:
 
 
 def _whole(root: pathlib.Path) -> Digits | None:
-  """The builder if every record of both splits can be read, else `None`.
+  """Returns the builder if every record of both splits can be read, else `None`.
 
-  The format checks the hash of each chunk, so this finds truncated and altered files too, in 20 ms. Whatever is wrong
-  (no file, no JSON, no such hash: each library has its own exception), the remedy is to prepare again.
+  The format checks the hash of each chunk, so that truncated and altered files are detected too, in 20 ms. Any
+  exception means that the records are to be prepared again: a missing file, broken JSON and a wrong hash each raise the
+  exception of another library.
   """
   try:
     builder = Digits(data_dir=root, file_format='array_record')
@@ -88,7 +95,7 @@ def _whole(root: pathlib.Path) -> Digits | None:
 def _prepare(root: pathlib.Path) -> Digits:
   shutil.rmtree(root / Digits.name / str(Digits.VERSION), ignore_errors=True)
   builder = Digits(data_dir=root, file_format='array_record')
-  # TFDS makes a download directory though nothing is downloaded, and draws bars for a tenth of a second of work.
+  # TFDS makes a download directory though nothing is downloaded, and shows progress bars for a tenth of a second.
   with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(io.StringIO()), \
       contextlib.redirect_stderr(io.StringIO()):
     builder.download_and_prepare(download_dir=empty)
@@ -99,5 +106,5 @@ def _prepare(root: pathlib.Path) -> Digits:
 def _locked(root: pathlib.Path) -> Iterator[None]:
   root.mkdir(parents=True, exist_ok=True)
   with open(root / '.digits.lock', 'w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go when the process ends, however it ends
+    fcntl.flock(file, fcntl.LOCK_EX)  # The kernel releases the lock when the process ends, even if it is killed.
     yield

@@ -1,11 +1,19 @@
-"""SST-2 by sentences: labelled lines of a folder's files as arrays of tokens, for `data.load`."""
+"""Reads SST-2 by sentences: the labelled lines of three files, tokenised for the pretrained encoder.
+
+    splits = sst2.load(root, length=32)
+    splits['train']['inputs']  # int32[N, 32]
+    splits['train']['labels']  # int32[N], 0 negative, 1 positive
+"""
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import grain
 import numpy as np
 
+from experiments.data.batches import Batch, Data, from_datasets, in_order
+from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder
 from experiments.models import encoders
 
 NAME = 'sst2_sentences'
@@ -13,15 +21,26 @@ CLASSES = 2  # 0 negative, 1 positive
 LENGTH = 32  # tokens; a fifth of the sentences have more
 FILES = {'train': 'train.tsv', 'valid': 'dev.tsv', 'test': 'test.tsv'}
 
-Arrays = Mapping[str, np.ndarray]
+
+def sentence_batches(splits: Mapping[str, Batch], part: BatchPart, seed: int) -> Data:
+  """Returns the batches of sentences from the splits that `load` returns."""
+  def dataset(split: str, order: Callable[[int], ShuffledOrder | SequentialOrder]) -> grain.MapDataset:
+    arrays, count = splits[split], len(splits[split]['labels'])
+    return in_order(order(count), lambda rows: {key: value[rows] for key, value in arrays.items()}, np.arange(count))
+
+  train = dataset('train', lambda count: ShuffledOrder(count, part, seed))
+  valid, test = (dataset(split, lambda count: SequentialOrder(count, part)) for split in ('valid', 'test'))
+  return from_datasets(train, valid, test, CLASSES, part.batch_size)
 
 
-def load(root: pathlib.Path, length: int) -> Mapping[str, Arrays]:
-  """Of `train`, `valid` and `test`: `inputs` `int32[N, length]` and `labels` `int32[N]`, in the order of the files.
+def load(root: pathlib.Path, length: int) -> Mapping[str, Batch]:
+  """Returns `inputs` `int32[N, length]` and `labels` `int32[N]` of `train`, `valid` and `test`, in the files' order.
 
-  The files `train.tsv`, `dev.tsv` and `test.tsv` in `root / NAME` hold `sentence<TAB>label` lines. A sentence is
-  tokenised by the pretrained encoder's own tokenizer, `[CLS]` and `[SEP]` included, cut after `length` tokens and
-  filled up with `encoders.PADDING`. Raises `ValueError` for a missing file, a line that is none, and a missing package.
+  The files are `train.tsv`, `dev.tsv` and `test.tsv` in `root / NAME`; each line is `sentence<TAB>label`. The tokenizer
+  of the pretrained encoder tokenises each sentence and adds `[CLS]` and `[SEP]`. Sentences of more than `length` tokens
+  are cut, and shorter sentences are filled up with `encoders.PADDING`.
+
+  Raises `ValueError` for a missing file, for a line of another form, for a missing package and for `length < 3`.
   """
   if length < 3:
     raise ValueError(f'data.load: sequence_length={length} has no room for [CLS], a token and [SEP]; take 3 or more.')
@@ -42,8 +61,9 @@ def _read(path: pathlib.Path) -> str:
                      'convert it first.') from error
 
 
-@functools.lru_cache(maxsize=8)  # the sets of several seeds share the arrays
-def _tokenised(text: str, path: str, length: int) -> Arrays:
+@functools.lru_cache(maxsize=8)  # The sets of several seeds share the arrays.
+def _tokenised(text: str, path: str, length: int) -> Batch:
+  """Returns the read-only arrays `inputs` and `labels` of the lines of `text`, which comes from the file `path`."""
   examples = []
   for number, line in enumerate(text.removesuffix('\n').split('\n'), 1):
     sentence, _, label = line.removesuffix('\r').rpartition('\t')

@@ -1,7 +1,11 @@
-"""Checkpoints through Orbax: asynchronous, atomic, and either the very bits that were saved or refused.
+"""Saves and restores checkpoints through Orbax: asynchronous, atomic, and bit for bit or refused.
 
-A checkpoint holds the items `params`, `opt_state` and `meta`; the arrays of all seeds have a leading seed axis. Orbax
-notices a file that is missing or cut, but not a flipped bit, so `meta` holds a fingerprint of the arrays.
+    with checkpoints.open_(directory) as manager:
+      checkpoints.save(manager, step, State(params, opt_state), seconds=12.5)
+      step, state, meta = checkpoints.restore(manager, like, say=print)
+
+A checkpoint holds the items `params`, `opt_state` and `meta`. All arrays have a leading seed axis. Orbax detects a
+missing or truncated file, but not a flipped bit. Therefore `meta` also holds a fingerprint of the arrays.
 """
 
 import contextlib
@@ -27,21 +31,24 @@ from experiments.loop import hosts
 from sparsejax import errors, trees
 from sparsejax.types import Array, PyTree
 
-KEEP = 2
+KEEP = 2  # checkpoints of a run
 
 
 class State(NamedTuple):
-  """What training changes, and all that a checkpoint has to hold."""
+  """A `State` holds the arrays that training changes, which are all that a checkpoint has to contain."""
 
   params: PyTree
   opt_state: PyTree
 
 
 def open_(directory: str | os.PathLike) -> ocp.CheckpointManager:
-  """The checkpoints of one run, the newest two of them. Half-written ones that a kill left behind are removed."""
+  """Returns Orbax's manager of the checkpoints of one run, which keeps the newest `KEEP`.
+
+  Unfinished checkpoints of a process that was killed are removed.
+  """
   directory = pathlib.Path(directory).absolute()
-  sys.unraisablehook, threading.excepthook = map(_without_late_ends, (sys.unraisablehook, threading.excepthook))
-  # Orbax's own `cleanup_tmp_directories` deletes in the background, and may hit the new files of the same step.
+  sys.unraisablehook, threading.excepthook = map(_without_late_errors, (sys.unraisablehook, threading.excepthook))
+  # Orbax's own `cleanup_tmp_directories` deletes in the background, and may delete the new files of the same step.
   for unfinished in directory.glob('*.orbax-checkpoint-tmp*') if hosts.leads() else ():
     shutil.rmtree(unfinished)
   hosts.agreed(0)
@@ -52,13 +59,14 @@ def open_(directory: str | os.PathLike) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: State, **meta: Any) -> None:
-  """Starts to write the checkpoint of `step`, which counts once it is whole. Does nothing if it is there already.
+  """Starts to write the checkpoint of `step` in the background. If the checkpoint exists, `save` does nothing.
 
-  Raises `OSError` if the disk has no room for it.
+  A checkpoint that is not written completely is never restored. `meta` are further values for JSON. Raises `OSError` if
+  the disk has no room for the checkpoint.
   """
   if step in checkpoints.all_steps():
     return
-  # Before, not when it fails: the writers in the background would each print a traceback.
+  # The room is checked beforehand, because each background writer that fails would print a traceback.
   needed = max(sum(leaf.nbytes for leaf in jax.tree.leaves(state)), _on_disk(checkpoints))
   free = shutil.disk_usage(checkpoints.directory).free
   if hosts.agreed(free < needed):
@@ -71,21 +79,23 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: State, **meta: An
 
 def restore(checkpoints: ocp.CheckpointManager, like: State,
             say: Callable[[str], None]) -> tuple[int, State, dict[str, Any]] | None:
-  """Step, state and meta of the newest whole checkpoint, or `None` if none was ever saved.
+  """Returns step, state and meta of the newest undamaged checkpoint, or `None` if no checkpoint was ever saved.
 
-  `like` has the shapes, dtypes and shardings of the state. A damaged checkpoint is told to `say`, moved to a directory
-  `damaged` beside the others, and the one before is taken. Raises `ValueError` if the checkpoint is of another model,
-  and if there are checkpoints but all are damaged, for a run of days should not start again unasked.
+  `like` has the shapes, dtypes and shardings of the state. A damaged checkpoint is reported to `say`, then moved to a
+  directory `damaged` beside `checkpoints.directory`, and the checkpoint before it is read.
+
+  Raises `ValueError` if the checkpoint belongs to another model. Also raises `ValueError` if all checkpoints are
+  damaged, because a run of days should not start again by itself.
   """
   steps = sorted(checkpoints.all_steps(), reverse=True)
   for i, step in enumerate(steps):
     damage = refusal = None
-    with _unfinished_reads_unmentioned():
+    with _abandoned_reads_suppressed():
       try:
         saved = _saved_shapes(checkpoints, step)
-        refusal = _another(saved, like, checkpoints.directory)
+        refusal = _mismatch(saved, like, checkpoints.directory)
         state, meta = _read(checkpoints, step, like) if refusal is None else (None, None)
-      except Exception as error:  # Orbax and TensorStore raise all sorts, plain `Exception` among them
+      except Exception as error:  # Orbax and TensorStore raise many types, plain `Exception` among them.
         if hosts.lost(error):
           raise
         damage = _first_line(error)
@@ -104,28 +114,31 @@ def restore(checkpoints: ocp.CheckpointManager, like: State,
 
 
 def check(directory: str | os.PathLike, like: State) -> None:
-  """Raises `ValueError` if the newest checkpoint in `directory` is of another model, or recipe, than `like`."""
+  """Raises `ValueError` if the newest checkpoint in `directory` belongs to another model or recipe than `like`."""
   if not pathlib.Path(directory).exists():
     return
   with open_(directory) as checkpoints:
     try:
       saved = _saved_shapes(checkpoints, checkpoints.latest_step())
-    except Exception:  # there is none, or it is damaged, which is `restore`'s business
+    except Exception:  # No checkpoint exists, or the newest is damaged, which `restore` handles.
       return
-    if refusal := _another(saved, like, checkpoints.directory):
+    if refusal := _mismatch(saved, like, checkpoints.directory):
       raise refusal
 
 
 def fingerprint(tree: PyTree) -> int:
-  """32 bits that any flipped bit and any swap of elements or arrays changes, the same under any sharding."""
-  # One after the other: many collectives under way at once can block each other, and on a CPU then abort.
+  """Returns 32 bits that any flipped bit and any swap of elements or arrays changes, and that no sharding changes."""
+  # Each hash is awaited before the next, because concurrent collectives can block each other, and abort on a CPU.
   hashes = [jax.device_get(_hash(leaf)) for leaf in jax.tree.leaves(tree)]
   return zlib.crc32(np.array(hashes, np.uint32).tobytes())
 
 
 @jax.jit
 def _hash(leaf: Array) -> Array:
-  """`uint32[]`: a sum of hashes of the elements with their places, exact in any order. Compiled once a shape."""
+  """Returns the sum, `uint32[]`, of a hash of each element with its position. The sum is exact in any order.
+
+  The function is compiled once per shape.
+  """
   words = _words(leaf)
   place = jnp.uint32(0)
   for axis, size in enumerate(words.shape):
@@ -137,7 +150,7 @@ def _hash(leaf: Array) -> Array:
 
 
 def _words(leaf: Array) -> Array:
-  """The bits of `leaf` as `uint32`, with a last axis of two for 64-bit types."""
+  """Returns the bits of `leaf` as `uint32`, with a last axis of two for 64-bit types."""
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
   if leaf.dtype == jnp.bool_ or leaf.dtype.itemsize >= 4:
@@ -146,8 +159,8 @@ def _words(leaf: Array) -> Array:
 
 
 @contextlib.contextmanager
-def _unfinished_reads_unmentioned() -> Iterator[None]:
-  """When a read fails Orbax drops the others, and Python would print a page on each as it is collected."""
+def _abandoned_reads_suppressed() -> Iterator[None]:
+  """Suppresses what Python prints about each read that Orbax abandons when another read fails."""
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:
     yield
@@ -157,27 +170,27 @@ def _unfinished_reads_unmentioned() -> Iterator[None]:
 
 
 def no_room(error: BaseException | None) -> bool:
-  """Did a write fail because the disk is full, or a quota or a limit reached?"""
+  """Returns whether a write failed because the disk is full, or because a quota or a limit is reached."""
   return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or bool(
       re.search('No space left on device|Disk quota exceeded|File too large', str(error)))
 
 
-def _without_late_ends(hook: Callable[[Any], None]) -> Callable[[Any], None]:
-  """`hook` without the pages that threads print on what the main thread says in a line.
+def _without_late_errors(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+  """Returns `hook` without the tracebacks of background threads for errors that the main thread reports in a line.
 
-  A thread of TensorStore may end a dropped read or write late and find the event loop closed; TensorBoard's meets the
-  full disk by itself, and its own end.
+  A thread of TensorStore may finish an abandoned read or write after the event loop was closed. A thread of TensorBoard
+  raises its own error for a full disk, and for its own handle that was closed.
   """
-  def without(late: Any) -> None:
-    if str(late.exc_value) not in ('Event loop is closed', 'handle is closed') and not no_room(late.exc_value):
-      hook(late)
+  def filtered(report: Any) -> None:
+    if str(report.exc_value) not in ('Event loop is closed', 'handle is closed') and not no_room(report.exc_value):
+      hook(report)
 
-  without.late_ends = True
-  return hook if hasattr(hook, 'late_ends') else without
+  filtered.without_late_errors = True
+  return hook if hasattr(hook, 'without_late_errors') else filtered
 
 
 def _on_disk(checkpoints: ocp.CheckpointManager) -> int:
-  """Bytes of the newest checkpoint, 0 if there is none: many small files take more room than their arrays."""
+  """Returns the bytes of the newest checkpoint on disk, or 0. Many small files take more room than their arrays."""
   place = checkpoints.directory / str(checkpoints.latest_step())
   return sum(path.lstat().st_blocks * 512 for path in pathlib.Path(place).rglob('*'))
 
@@ -188,7 +201,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _set_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
-  """Moves a checkpoint where no manager looks, so that its step can be saved again and nothing is lost."""
+  """Moves a checkpoint to the directory `damaged`, so that its step can be saved again and nothing is lost."""
   aside = checkpoints.directory.parent / 'damaged' / str(step)
   if hosts.leads():
     shutil.rmtree(aside, ignore_errors=True)
@@ -200,11 +213,11 @@ def _set_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
 
 def _read(checkpoints: ocp.CheckpointManager, step: int, like: State) -> tuple[State, dict[str, Any]]:
   items = {item: ocp.args.StandardRestore(tree) for item, tree in like._asdict().items()}
-  found = checkpoints.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
-  state = State(*(found[item] for item in State._fields))
-  if fingerprint(state) != found['meta']['fingerprint']:
+  contents = checkpoints.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+  state = State(*(contents[item] for item in State._fields))
+  if fingerprint(state) != contents['meta']['fingerprint']:
     raise ValueError('the arrays are not those that were saved')
-  return state, found['meta']
+  return state, contents['meta']
 
 
 def _saved_shapes(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -213,20 +226,20 @@ def _saved_shapes(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, ja
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in zip(names, leaves)}
 
 
-def _another(saved: dict[str, jax.ShapeDtypeStruct], like: State, directory: os.PathLike) -> ValueError | None:
-  """Why a checkpoint with the arrays `saved` is not one of this run, if so."""
+def _mismatch(saved: dict[str, jax.ShapeDtypeStruct], like: State, directory: os.PathLike) -> ValueError | None:
+  """Returns the error that refuses a checkpoint with the arrays `saved`, or `None` if the arrays match `like`."""
   names, leaves, _ = trees.flatten(jax.eval_shape(_keys_as_data, like._asdict()))
-  asked = dict(zip(names, leaves))
+  expected = dict(zip(names, leaves))
   remedy = f'Give another --workdir, or undo the change: {directory} belongs to another configuration.'
-  for name, leaf in asked.items():
-    there = saved.get(name)
-    if there is None:
+  for name, leaf in expected.items():
+    stored = saved.get(name)
+    if stored is None:
       return ValueError(f'checkpoints.restore: {name!r} of shape {leaf.shape} is not in the checkpoint. {remedy}')
-    if (tuple(there.shape), there.dtype) != (leaf.shape, leaf.dtype):
+    if (tuple(stored.shape), stored.dtype) != (leaf.shape, leaf.dtype):
       return errors.at_leaf('checkpoints.restore', name, leaf.shape,
-                            f'the checkpoint has {there.dtype}{list(there.shape)}, the run {leaf.dtype}'
+                            f'the checkpoint has {stored.dtype}{list(stored.shape)}, the run {leaf.dtype}'
                             f'{list(leaf.shape)}. {remedy}')
-  more = sorted(saved.keys() - asked.keys())
+  more = sorted(saved.keys() - expected.keys())
   return ValueError(f'checkpoints.restore: the checkpoint also holds {errors.some(more)}. {remedy}') if more else None
 
 

@@ -1,6 +1,7 @@
-"""Several processes that train as one, through `jax.distributed`: joining, agreeing, and plain words when one is lost.
+"""Connects several processes that train as one through `jax.distributed`, and reports in a line when a process is lost.
 
-Alone, each function here answers at once. Otherwise all processes call `agreed`, `first` and `gathered` in one order.
+A single process needs no connection, and each function returns at once. Several processes must call `agreed`, `first`
+and `gathered` in the same order, because each call waits for all processes.
 """
 
 import ctypes
@@ -23,25 +24,26 @@ from jax.experimental import multihost_utils
 
 from experiments import configs
 
-JOIN = 300  # seconds that a process waits for the others, at the start and at the end
-SILENCE = 60  # seconds without a sign of life after which a process counts as gone
-LEAVE = 10  # seconds that a process which refuses waits for the others to refuse too
-LOST = 1  # exit status
+JOIN = 300  # seconds that a process waits for the other processes, at the start and at the end
+SILENCE = 60  # seconds without a heartbeat after which a process counts as lost
+LEAVE = 10  # seconds that a process which refuses waits for the other processes to refuse too
+LOST = 1  # the exit status after another process was lost
 
 
 def join(where: str, directory: pathlib.Path) -> None:
-  """Becomes one of several processes: `HOST:PORT,PROCESS,COUNT`, or `auto` where JAX can find that out by itself.
+  """Joins this process to the others. `where` is `HOST:PORT,PROCESS,COUNT`, or `auto` for a cluster that JAX detects.
 
-  From here on the output of C++ goes to a file in `directory`: when others are lost, JAX aborts with a page of it.
-  Raises `ValueError` if `where` is neither, and if process 0 cannot listen at HOST:PORT.
+  After `join`, the output of C++ goes to a file in `directory`. JAX writes a page of such output and aborts when
+  another process is lost. Raises `ValueError` for another `where`, and if process 0 cannot listen at HOST:PORT.
   """
   place = _place(where)
   log = _redirect_cpp(directory)
-  _on_abort(f'error: the other processes were not there within {JOIN} seconds. Is each of them started, with a number '
-            f'of its own and the same address and count? Details: {log}')
-  jax.config.update('jax_enable_preemption_service', False)  # its handler of SIGTERM would replace ours
+  _on_abort(f'error: the other processes did not join within {JOIN} seconds. Start every process, each with its own '
+            f'number and all with the same address and count. Details: {log}')
+  # JAX's preemption service would replace the handler of SIGTERM in `stopping`.
+  jax.config.update('jax_enable_preemption_service', False)
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # JAX waits in C++, where Python's handler would never run
+  ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # JAX waits in C++, where Python's handler never runs.
   try:
     jax.distributed.initialize(**place, initialization_timeout=JOIN, heartbeat_timeout_seconds=SILENCE,
                                shutdown_timeout_seconds=JOIN)
@@ -51,34 +53,35 @@ def join(where: str, directory: pathlib.Path) -> None:
                      'give --distributed HOST:PORT,PROCESS,COUNT.') from error
   except RuntimeError as error:
     raise ValueError(f'--distributed: process 0 cannot listen at {where.partition(",")[0]} ({_one_line(error)}). '
-                     'If the port is in use, give all processes another one.') from error
+                     'If the port is in use, give all processes another port.') from error
   finally:
     signal.signal(signal.SIGINT, ctrl_c)
-  _on_abort(f'error: process {jax.process_index()} stops, because another process is gone. What follows the last '
-            f'checkpoint is lost; to go on from there, give every process its command again. Details: {log}')
+  _on_abort(f'error: process {jax.process_index()} stops, because another process is gone. The steps after the last '
+            f'checkpoint are lost; to go on from there, give every process its command again. Details: {log}')
 
 
 def alone() -> bool:
+  """Returns whether this process trains by itself."""
   return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def leads() -> bool:
-  """Is this the process that prints and writes?"""
+  """Returns whether this process prints and writes, as process 0 and a single process do."""
   return alone() or jax.process_index() == 0
 
 
 def agreed(value: int) -> int:
-  """The largest `value`, an `int32`, of all processes, which thereby have all come here."""
+  """Returns the largest `value`, an `int32`, among all processes, after every process has called `agreed`."""
   return int(value) if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def first(value: int) -> int:
-  """The `value` of process 0."""
+  """Returns the `value`, an `int32`, of process 0."""
   return agreed(value if leads() else np.iinfo(np.int32).min)
 
 
 def gathered(text: str) -> list[str]:
-  """The `text` of each process."""
+  """Returns the `text` of each process, in the order of the processes."""
   if alone():
     return [text]
   content = np.frombuffer(text.encode(), np.uint8)
@@ -91,7 +94,7 @@ def check(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
   """Raises `ValueError` unless all processes have the same config and see the same files in `workdir`."""
   leaders, *others = map(json.loads, gathered(json.dumps(config)))
   for process, other in enumerate(others, 1):
-    # Where the data lie is each host's own affair.
+    # Each host may have its data in another directory.
     changes = [line for line in configs.differences(leaders, other) if not line.startswith('data.data_dir: ')]
     if changes:
       raise ValueError(f'--distributed: process {process} has another config than process 0 ({changes[0]}); '
@@ -109,21 +112,24 @@ def check(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
 
 
 def lost(error: BaseException) -> bool:
-  """Is this how JAX, Gloo and NCCL say that another process is gone?"""
-  said = r'Gloo|NCCL|UNAVAILABLE:|ABORTED:|CANCELLED:|DEADLINE_EXCEEDED:|[Cc]oordination service'
-  return not alone() and re.search(said, str(error)) is not None
+  """Returns whether JAX, Gloo or NCCL reports by `error` that another process is lost."""
+  pattern = r'Gloo|NCCL|UNAVAILABLE:|ABORTED:|CANCELLED:|DEADLINE_EXCEEDED:|[Cc]oordination service'
+  return not alone() and re.search(pattern, str(error)) is not None
 
 
 def say(line: str) -> None:
-  """One line on standard error, unless another process has just said the same."""
+  """Prints one line on standard error, unless another process has printed the same line."""
   if alone():
     print(line, file=sys.stderr)
-  elif _nobody_said(line):
+  elif _is_first_to_say(line):
     print(f'{line} (process {jax.process_index()})', file=sys.stderr)
 
 
 def leave(status: int, patience: int) -> int:
-  """Returns `status` once all are about to leave. If they are not in `patience` seconds, ends the process with it."""
+  """Returns `status` when all processes have called `leave`; after `patience` seconds, exits with `status` instead.
+
+  A `patience` of 0 exits at once. A single process returns at once.
+  """
   if alone():
     return status
   try:
@@ -134,12 +140,12 @@ def leave(status: int, patience: int) -> int:
   except (RuntimeError, ValueError, TimeoutError):
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # an ordinary end would wait for the others in C++, and then abort
+    os._exit(status)  # An ordinary exit would wait for the other processes in C++, and then abort.
   return status
 
 
 def _place(where: str) -> dict[str, Any]:
-  """The arguments of `jax.distributed.initialize`."""
+  """Returns the arguments of `jax.distributed.initialize` for `where`. Raises `ValueError` for another form."""
   if where == 'auto':
     return {}
   match = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', where)
@@ -151,7 +157,10 @@ def _place(where: str) -> dict[str, Any]:
 
 
 def _redirect_cpp(directory: pathlib.Path) -> pathlib.Path:
-  """Points the file descriptors of standard output and error at a file, and Python's streams at what they were."""
+  """Points the file descriptors of standard output and error at a log file, and returns the path of this file.
+
+  Python's streams `sys.stdout` and `sys.stderr` keep their former targets.
+  """
   directory.mkdir(parents=True, exist_ok=True)
   log = directory / f'process_on_{socket.gethostname()}_{os.getpid()}.log'
   file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
@@ -170,10 +179,10 @@ _dying = threading.Lock()
 
 
 def end() -> None:
-  """Says that the others are gone, and ends this process. Also called, from any thread, when C++ aborts."""
+  """Prints that another process is lost, and exits with `LOST`. An abort in C++ also calls `end`, from any thread."""
   if not _dying.acquire(blocking=False):
-    time.sleep(LEAVE)  # another thread is at it
-  cursor = b'\r\x1b[K\x1b[?25h' if os.isatty(sys.stderr.fileno()) and leads() else b''  # a live bar hides it
+    time.sleep(LEAVE)  # Another thread is ending this process.
+  cursor = b'\r\x1b[K\x1b[?25h' if os.isatty(sys.stderr.fileno()) and leads() else b''  # A live bar hides the cursor.
   os.write(sys.stderr.fileno(), cursor + _last_words)
   os._exit(LOST)
 
@@ -184,13 +193,13 @@ def _abort(_: int) -> None:
 
 
 def _on_abort(words: str) -> None:
-  """From now on an abort, which nothing in Python could catch, says `words` and exits with status `LOST`."""
+  """Makes an abort in C++, which Python cannot catch, print `words` and exit with status `LOST`."""
   global _last_words
   _last_words = f'{words}\n'.encode()
   ctypes.CDLL(None).signal(signal.SIGABRT, _abort)
 
 
-def _nobody_said(line: str) -> bool:
+def _is_first_to_say(line: str) -> bool:
   try:
     _client().key_value_set(f'said/{line}', '')
   except RuntimeError as error:
@@ -199,7 +208,8 @@ def _nobody_said(line: str) -> bool:
 
 
 def _client() -> Any:
-  from jax._src import distributed  # as Orbax does: there is no public way to the service that joins the processes
+  # JAX has no public access to the service that joins the processes. Orbax imports the same module.
+  from jax._src import distributed
   return distributed.global_state.client
 
 

@@ -1,4 +1,9 @@
-"""What training says while it lasts: a live bar on a terminal, now and then a plain line anywhere else."""
+"""Shows the progress of training: a live bar on a terminal, and a plain line every few seconds elsewhere.
+
+    with Progress(runs=2, steps=100, console=rich.console.Console()) as progress:
+      progress.start('SR-STE', done=0)
+      progress.advance(10, {'loss': [0.7, 0.8], 'sparsity': 0.5})  # SR-STE 10/100  loss 0.750  sparse 50.0%  ... left
+"""
 
 import datetime
 import time
@@ -11,23 +16,23 @@ import rich.progress
 
 from experiments.loop.tasks import TASKS
 
-QUIET = 5.0  # seconds from one plain line to the next
+QUIET = 5.0  # seconds between two plain lines
 SHOWN = {'loss': 'loss {:.3f}', **{f'valid_{task.name}': f'valid {task.short}' for task in TASKS.values()},
          'sparsity': 'sparse {:.1%}', 'flips': 'flips {:.2%}'}
 
 
 class Progress:
-  """Steps done and time left over all `runs` of `steps` each, and the newest numbers of the one under way.
+  """A `Progress` shows the finished steps, the time left over all `runs` of `steps` each, and the newest numbers.
 
-  A context manager; `say` works outside of it too.
+  `Progress` is a context manager; `say` also works outside of the context.
   """
 
   def __init__(self, runs: int, steps: int, console: rich.console.Console):
-    self._console, self._steps, self._left = console, steps, runs * steps
-    self._worked, self._seconds, self._said = 0, 0.0, -QUIET
+    self._console, self._steps, self._steps_left = console, steps, runs * steps
+    self._timed_steps, self._seconds, self._last_line = 0, 0.0, -QUIET
     columns = (rich.progress.BarColumn(bar_width=10), rich.progress.TextColumn('{task.description}', markup=False))
     self._bar = rich.progress.Progress(*columns, console=console, transient=True)
-    self._task = self._bar.add_task('', total=max(self._left, 1))
+    self._task = self._bar.add_task('', total=max(self._steps_left, 1))
 
   def __enter__(self) -> 'Progress':
     if self._console.is_terminal:
@@ -39,30 +44,30 @@ class Progress:
       self._bar.stop()
 
   def say(self, line: str) -> None:
-    """One line that stays."""
+    """Prints a line that stays on the screen."""
     self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-  def doing(self, what: str) -> None:
-    """What takes a while before or after the steps; shown where there is a bar."""
-    self._bar.update(self._task, description=what)
+  def doing(self, work: str) -> None:
+    """Describes, beside the bar, the work before or after the steps. Without a terminal, nothing is shown."""
+    self._bar.update(self._task, description=work)
 
   def start(self, run: str, done: int) -> None:
-    """A run begins, or goes on after `done` steps: from here on time counts."""
-    self._run, self._done, self._numbers, self._at = run, done, {}, time.monotonic()
-    self._left -= done
+    """Starts the clock of the run `run`, of which `done` steps were finished before."""
+    self._run, self._done, self._numbers, self._clock = run, done, {}, time.monotonic()
+    self._steps_left -= done
     self._bar.update(self._task, advance=done, description=run)
 
   def advance(self, done: int, numbers: Mapping[str, Any]) -> None:
-    """The run has done so many steps, with these numbers, single ones or one a seed."""
+    """Notes that the run has finished `done` steps, with the newest `numbers`: a scalar each, or one value per seed."""
     steps, now = done - self._done, time.monotonic()
-    self._worked, self._seconds = self._worked + steps, self._seconds + now - self._at
-    self._done, self._at, self._left = done, now, self._left - steps
+    self._timed_steps, self._seconds = self._timed_steps + steps, self._seconds + now - self._clock
+    self._done, self._clock, self._steps_left = done, now, self._steps_left - steps
     self._numbers |= {key: np.mean(value) for key, value in numbers.items() if key in SHOWN}
-    left = datetime.timedelta(seconds=round(self._left * self._seconds / self._worked))
+    left = datetime.timedelta(seconds=round(self._steps_left * self._seconds / self._timed_steps))
     parts = [f'{self._run} {done}/{self._steps}']
     parts += [text.format(self._numbers[key]) for key, text in SHOWN.items() if key in self._numbers]
     line = '  '.join([*parts, f'{left} left'])
     self._bar.update(self._task, advance=steps, description=line)
-    if not self._console.is_terminal and (now - self._said >= QUIET or done == self._steps):
-      self._said = now
+    if not self._console.is_terminal and (now - self._last_line >= QUIET or done == self._steps):
+      self._last_line = now
       self.say(line)

@@ -1,4 +1,9 @@
-"""How a run lies on the devices of all processes: the batch is split over them, the state copied or split too."""
+"""Places a run on the devices of all processes: the batch is sharded, and the state is replicated or sharded too.
+
+    layout = sharding.layout(config)
+    state = jax.device_put(state, sharding.state_shardings(layout, state))
+    batch = sharding.global_batch(layout.batch, rows)  # from the rows of each process
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -13,12 +18,15 @@ from experiments.loop import hosts
 from sparsejax import errors
 from sparsejax.types import PyTree
 
-AXIS = 'data'
+AXIS = 'data'  # the one axis of the mesh
 SHARDS = ('replicated', 'fully')
 
 
 class Layout(NamedTuple):
-  """The devices in a row, those of one process side by side, and whether the state is split over them."""
+  """A `Layout` is a mesh of one axis, and whether the state is fully sharded over this axis or replicated.
+
+  The devices of one process are adjacent in the mesh.
+  """
 
   mesh: Mesh
   fully: bool
@@ -29,17 +37,21 @@ class Layout(NamedTuple):
 
   @property
   def batch(self) -> NamedSharding:
-    """Of arrays `[B, ...]`."""
+    """The sharding of a batch, for arrays of shape `[B, ...]`."""
     return NamedSharding(self.mesh, P(AXIS))
 
   @property
   def batches(self) -> NamedSharding:
-    """Of arrays `[seeds, B, ...]`."""
+    """The sharding of the batches of all seeds, for arrays of shape `[seeds, B, ...]`."""
     return NamedSharding(self.mesh, P(None, AXIS))
 
 
 def layout(config: ConfigDict) -> Layout:
-  """Raises `ValueError` for devices that are not there, and for a batch that they cannot share evenly."""
+  """Returns the layout on the first `config.mesh.data` devices, or on all for -1. `config.shard` is one of `SHARDS`.
+
+  Raises `ValueError` for more devices than exist, for the devices of only some processes, and for an unknown
+  `config.shard`. Also raises `ValueError` for a batch size that the number of devices does not divide.
+  """
   devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
   count = len(devices) if config.mesh.data == -1 else config.mesh.data
   if not isinstance(count, int) or not 1 <= count <= len(devices):
@@ -57,13 +69,14 @@ def layout(config: ConfigDict) -> Layout:
   return Layout(Mesh(np.array(devices[:count]), (AXIS,)), config.shard == 'fully')
 
 
-def of_state(layout: Layout, state: PyTree) -> PyTree:
-  """The sharding of each array of a state, by its shape alone, so that masks and moments lie as their parameter does.
+def state_shardings(layout: Layout, state: PyTree) -> PyTree:
+  """Returns the sharding of each array of `state`, which depends only on the shape.
 
-  Arrays have a leading seed axis. Of those of rank two and more without it, the largest axis that the devices divide is
-  split, the last among equals; the others are copied.
+  Masks and moments are therefore sharded like their parameter. Arrays have a leading seed axis, which is not sharded.
+  If the layout is fully sharded, arrays with two or more further axes are sharded. The sharded axis is the largest that
+  the number of devices divides, and the last of equal axes. All other arrays are replicated.
   """
-  def one(leaf: Any) -> NamedSharding:
+  def of_leaf(leaf: Any) -> NamedSharding:
     sizes = leaf.shape[1:]
     fits = [axis for axis, size in enumerate(sizes) if size % layout.mesh.size == 0]
     if not layout.fully or len(sizes) < 2 or not fits:
@@ -71,40 +84,43 @@ def of_state(layout: Layout, state: PyTree) -> PyTree:
     widest = max(fits, key=lambda axis: (sizes[axis], axis))
     return NamedSharding(layout.mesh, P(*[None] * (widest + 1), AXIS))
 
-  return jax.tree.map(one, state)
+  return jax.tree.map(of_leaf, state)
 
 
-def like(shapes: PyTree, layout: Layout) -> PyTree:
-  """The same shapes, with the shardings of a state."""
-  return jax.tree.map(lambda leaf, its: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=its),
-                      shapes, of_state(layout, shapes))
+def with_shardings(shapes: PyTree, layout: Layout) -> PyTree:
+  """Returns `shapes` as `jax.ShapeDtypeStruct`, with the shardings that `state_shardings` gives."""
+  return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                      shapes, state_shardings(layout, shapes))
 
 
-def rows(layout: Layout, batch_size: int) -> slice:
-  """Which rows of each batch are on the devices of this process."""
+def local_rows(layout: Layout, batch_size: int) -> slice:
+  """Returns the range of rows of each batch that the devices of this process hold."""
   places = layout.batch.addressable_devices_indices_map((batch_size,)).values()
   ranges = [place[0].indices(batch_size)[:2] for place in places]
   return slice(min(start for start, _ in ranges), max(stop for _, stop in ranges))
 
 
-def put(sharding: NamedSharding, batch: PyTree) -> PyTree:
-  """Arrays of the whole batch, of which each process gives its own rows."""
+def global_batch(sharding: NamedSharding, batch: PyTree) -> PyTree:
+  """Returns the global batch with `sharding`, from the rows in `batch` that each process holds."""
   return jax.tree.map(lambda local: jax.make_array_from_process_local_data(sharding, local), batch)
 
 
-def whole(tree: PyTree) -> PyTree:
-  """The arrays of all processes with all of their elements on this one."""
-  def one(leaf: Any) -> Any:
+def gathered(tree: PyTree) -> PyTree:
+  """Returns `tree` with each array fully addressable in this process, all elements included.
+
+  All processes must call `gathered`, because arrays that are not replicated are gathered by communication.
+  """
+  def gather(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
       return leaf
     if not leaf.is_fully_replicated:
       leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(leaf)
-    return leaf.addressable_data(0).block_until_ready()  # one collective at a time
+    return leaf.addressable_data(0).block_until_ready()  # Only one collective runs at a time.
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(gather, tree)
 
 
-def placed(tree: PyTree, like: PyTree) -> PyTree:
-  """Arrays that every process has whole, with the shardings of `like`."""
+def sharded(tree: PyTree, like: PyTree) -> PyTree:
+  """Returns the arrays of `tree` with the shardings of `like`. Every process must hold all elements of `tree`."""
   return jax.tree.map(lambda leaf, other: jax.make_array_from_callback(
       leaf.shape, other.sharding, lambda place: leaf[place]), tree, like)

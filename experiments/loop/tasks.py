@@ -1,4 +1,9 @@
-"""What a model is trained for and what it is judged by: one loss, one score and their units for each task."""
+"""Defines the tasks that a model can be trained for: the loss, the score and the units of each.
+
+    task = tasks.named('classification')
+    task.loss(logits, labels, weight)   # scalar, in nats
+    task.score(logits, labels, weight)  # scalar, the accuracy in [0, 1]
+"""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,11 +17,14 @@ from sparsejax import errors
 Array = jax.Array
 Measure = Callable[[Array, Array, Array | None], Array]  # (outputs, labels, weight) -> the weighted mean, a scalar
 
-FAINTEST = 1e-10  # mean squared error: a PSNR of at most 100 dB, so that a perfect image has a finite one
+SMALLEST_ERROR = 1e-10  # mean squared error; the PSNR is then at most 100 dB, and finite for a perfect image
 
 
 class Task(NamedTuple):
-  """`score` is written as `name` in records and results; times `scale` it is in `unit`, and larger is better."""
+  """A `Task` says what is minimised, `loss`, and what is reported, `score`, of which a larger value is better.
+
+  Records and results contain the score as `name`. `score` times `scale` is in `unit`.
+  """
 
   loss: Measure
   score: Measure
@@ -25,28 +33,34 @@ class Task(NamedTuple):
   unit: str
   difference: str  # the unit of a difference of two scores
   loss_unit: str
-  short: str  # a score in one word, as `str.format` does it
+  short: str  # the format string of a score in one word
 
 
 def cross_entropy(logits: Array, labels: Array, weight: Array | None = None) -> Array:
-  """Mean softmax cross-entropy in nats of `logits` `[..., classes]` against `labels` `int[...]`, weighted."""
+  """Returns the weighted mean softmax cross-entropy of `logits` `[..., classes]`, in nats.
+
+  `labels` `int[...]` are the classes, and `weight` `[...]` is the weight of each label.
+  """
   return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), weight)
 
 
 def accuracy(logits: Array, labels: Array, weight: Array | None = None) -> Array:
-  """Fraction of `labels` that are the largest logit, weighted. Ties go to the lower class."""
+  """Returns the weighted fraction of `labels` `int[...]` that have the largest logit. Ties go to the lower class."""
   return _mean((logits.argmax(-1) == labels).astype(jnp.float32), weight)
 
 
 def absolute_error(images: Array, targets: Array, weight: Array | None = None) -> Array:
-  """Mean absolute error (L1) of `images` `[B, H, W, C]`, each image by its `weight` `[B]`."""
+  """Returns the mean absolute error (L1) of `images` `[B, H, W, C]`, weighted by `weight` `[B]` for each image."""
   return _mean(jnp.abs(images - targets).mean((1, 2, 3)), weight)
 
 
 def psnr(images: Array, targets: Array, weight: Array | None = None) -> Array:
-  """Peak signal-to-noise ratio in dB, 100 at most, of `images` `[B, H, W, C]` cut to [0, 1]: the images' mean."""
+  """Returns the weighted mean over `images` `[B, H, W, C]` of the peak signal-to-noise ratio in dB, 100 at most.
+
+  Pixels are clipped to [0, 1], the range of `targets`.
+  """
   squared = ((images.clip(0, 1) - targets)**2).mean((1, 2, 3))
-  return _mean(-10 * jnp.log10(jnp.maximum(squared, FAINTEST)), weight)
+  return _mean(-10 * jnp.log10(jnp.maximum(squared, SMALLEST_ERROR)), weight)
 
 
 TASKS: Mapping[str, Task] = {
@@ -56,14 +70,14 @@ TASKS: Mapping[str, Task] = {
 
 
 def named(name: str) -> Task:
-  """The task `name` of `TASKS`. Raises `ValueError` with the closest for one that is not there."""
+  """Returns the task `name` of `TASKS`. Raises `ValueError` with the closest names for an unknown name."""
   if name not in TASKS:
     raise errors.unknown('tasks.named', 'task', name, TASKS)
   return TASKS[name]
 
 
 def _mean(values: Array, weight: Array | None) -> Array:
-  """The weighted mean; 0 where all weights are 0, as in a batch of padding."""
+  """Returns the weighted mean, a scalar. If all weights are 0, as in a batch of padding, the mean is 0."""
   if weight is None:
     return values.mean()
   return (values * weight).sum() / jnp.maximum(weight.sum(), jnp.finfo(values.dtype).tiny)

@@ -1,6 +1,10 @@
-"""Small image models in Flax Linen besides the Vision Transformer: a perceptron and two convolutional networks.
+"""Defines small image models in Flax Linen: a perceptron and two convolutional networks.
 
-All compute in `dtype` and keep their parameters in float32. Every kernel of a convolution has `conv` in its path.
+    model = CNN(num_classes=10)
+    params = model.init(jax.random.key(0), images)['params']  # images: float[B, H, W, C]
+    model.apply({'params': params}, images)                   # float32[B, 10]
+
+The path of every convolution kernel contains `conv`.
 """
 
 from typing import Any
@@ -13,10 +17,11 @@ Array = jax.Array
 
 
 class Perceptron(nn.Module):
-  """Fully connected with ReLU: `float[B, ...]` to `float32[B, num_classes]` logits; as it is, LeNet-300-100.
+  """A `Perceptron` maps `float[B, ...]` to logits `float32[B, num_classes]` by dense layers with ReLU.
 
-  Reference: LeCun et al. 1998, Gradient-based learning applied to document recognition, with ReLU for the sigmoid.
-  `gain`: the initial E[fan_in w^2] of the hidden layers; at 2, the edge of chaos, signals neither fade nor explode.
+  The default is LeNet-300-100. Reference: LeCun et al. 1998, Gradient-based learning applied to document recognition.
+  The activation is ReLU, unlike the paper's sigmoid. `gain` is the initial `E[fan_in w^2]` of the hidden layers. At 2,
+  the edge of chaos, activations neither vanish nor explode.
   """
 
   num_classes: int
@@ -34,9 +39,10 @@ class Perceptron(nn.Module):
 
 
 class CNN(nn.Module):
-  """3 x 3 convolutions with ReLU, all but the first with stride 2, then the mean over all places.
+  """A `CNN` maps images `float[B, H, W, C]` to logits `float32[B, num_classes]`.
 
-  `float[B, H, W, C]` images to `float32[B, num_classes]` logits, without normalization.
+  The network has 3 x 3 convolutions with ReLU and no normalization, then the mean over all positions. All convolutions
+  but the first have stride 2.
   """
 
   num_classes: int
@@ -53,11 +59,12 @@ class CNN(nn.Module):
 
 
 class SuperResolution(nn.Module):
-  """Images twice as large: `float[B, H, W, channels]` to `float32[B, 2H, 2W, channels]`.
+  """A `SuperResolution` maps images `float[B, H, W, channels]` to twice their size, `float32[B, 2H, 2W, channels]`.
 
-  The baseline of EDSR, made small: residual blocks of two 3 x 3 convolutions without normalization, a skip around all
-  of them, then a pixel shuffle. Reference: Lim et al. 2017, arXiv:1707.02921; unlike it, the network is added to the
-  bicubic image, so that it starts at, and is measured from, what interpolation gives.
+  The network is a small EDSR baseline. Each residual block has two 3 x 3 convolutions without normalization. A skip
+  connection spans all blocks, and a pixel shuffle follows. Reference: Lim et al. 2017, arXiv:1707.02921. Unlike in the
+  paper, the output is added to the bicubic image, so that training starts from interpolation and is measured against
+  it.
   """
 
   channels: int
@@ -77,7 +84,7 @@ class SuperResolution(nn.Module):
 
 
 def pixel_shuffle(x: Array) -> Array:
-  """`[B, H, W, 4C] -> [B, 2H, 2W, C]`: channel `(2i + j) C + c` is pixel `(i, j)` of each square of four."""
+  """Maps `[B, H, W, 4C]` to `[B, 2H, 2W, C]`: channel `(2i + j) C + c` becomes pixel `(i, j)` of a 2 x 2 square."""
   batch, height, width, features = x.shape
   squares = x.reshape(batch, height, width, 2, 2, features // 4)
   return squares.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, features // 4)

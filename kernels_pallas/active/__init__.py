@@ -1,4 +1,4 @@
-"""Products with few nonzero inputs and a dense weight, for decoding: `active_matmul`."""
+"""Multiplies few nonzero inputs by a dense weight, for decoding: `active_matmul`."""
 
 import functools
 import importlib
@@ -14,25 +14,29 @@ from sparsejax.types import Array
 
 _MOST_TOKENS = 16
 _LEAST_BYTES = 2**24
-_CAPACITY = 0.75  # of the blocks
+_CAPACITY = 0.75  # default capacity, as a fraction of the blocks
 
 
 def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | None = None, block: int = 16,
                   capacity: int | None = None, implementation: str | None = None,
-                  explain: bool = False) -> Array | dispatch.Explanation:
-  """`x [..., K]`, without what is skipped of it, times the dense `w [K, N]`: `[..., N]` in x's dtype.
+                  explain: bool = False) -> Array | dispatch.Choices:
+  """Returns `x [..., K]`, with small or masked entries set to zero, times the dense `w [K, N]`: `[..., N]` in x's
+  dtype.
 
-  Skipped is an x whose magnitude is below `threshold` (a number, or `[K]`; TEAL, Liu et al. 2024, arXiv 2408.14690),
-  and one where `mask`, bool `[K]` or like `x`, is `False`; NaN is below nothing. The product is that of dense arrays
-  with zeros there, summed in float32, but rows of `w` are read in blocks of `block`, which must divide K, and only
-  blocks in which one token has a nonzero. Differentiable in `w`, whose gradient is dense, and in `x` in these blocks,
-  where it is not skipped.
+  `threshold` is a number or `[K]`: entries of `x` whose magnitude is below `threshold` are skipped (TEAL, Liu et al.
+  2024, arXiv 2408.14690). NaN is not below any threshold. `mask` is bool, `[K]` or of the shape of `x`: entries where
+  `mask` is `False` are skipped. The result is the product of the dense arrays with zeros for skipped entries, summed in
+  float32.
 
-  If more than `capacity` blocks (by default three quarters of all) are active, the dense product is computed instead,
-  which is faster then. `implementation` is 'xla', 'dense' or 'mosaic_tpu' (not yet run on a TPU); they run or raise
-  `ValueError`. `None` chooses, where there is no kernel by what was measured on a CPU, and `explain=True` returns what
-  it would choose, and why. There is no kernel for GPUs. Under `vmap` over `x` 'xla' computes both the sparse and the
-  dense product; give all tokens at once instead.
+  `block` must divide K. A block of `block` rows of `w` is active if any token has a nonzero in the block, and only
+  active blocks are read. If more than `capacity` blocks (by default three quarters of all) are active, the dense
+  product is computed instead, which is then faster. The result is differentiable in `w`, with a dense gradient, and in
+  the entries of `x` that lie in active blocks and are not skipped.
+
+  `implementation` is 'xla', 'dense' or 'mosaic_tpu' (not yet run on a TPU), and raises `ValueError` if it cannot run.
+  `None` takes the kernel where the platform has one, and elsewhere the choice of `prefer`. There is no kernel for GPUs.
+  `explain=True` returns the choice of each platform and its reason instead of the product. Under `vmap` over `x`, 'xla'
+  computes both the sparse and the dense product; pass all tokens in one call instead.
   """
   _check(x, w, mask, block, capacity)
   kept = _kept(x, threshold, mask).reshape(-1, x.shape[-1])
@@ -42,7 +46,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   if explain:
     return dispatch.chosen((kept, w), table, prefer)
   if implementation is not None:
-    dispatch.named('active_matmul', (kept, w), table, implementation)
+    dispatch.runnable('active_matmul', (kept, w), table, implementation)
   shape = (*x.shape[:-1], w.shape[1])
   if 0 in kept.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
@@ -60,7 +64,7 @@ def refusal(x: Array | jax.ShapeDtypeStruct, w: Array | jax.ShapeDtypeStruct) ->
 
 
 def prefer(x: Array, w: Array) -> Choice:
-  """'xla' or 'dense', by what was measured on a CPU."""
+  """Returns the choice between 'xla' and 'dense' that was faster on a CPU."""
   if x.shape[0] > _MOST_TOKENS:
     return Choice('dense', f'{x.shape[0]} tokens: nearly every block is active for one of them; up to {_MOST_TOKENS}')
   if w.nbytes < _LEAST_BYTES:
@@ -73,7 +77,7 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
     raise ValueError(f'active_matmul: {reason}.')
   if not isinstance(block, int) or block < 1 or x.shape[-1] % block:
     raise ValueError(f'active_matmul: block {block!r} must be a whole number that divides K = {x.shape[-1]}; take one '
-                     'that does, or fill x and w up with zeros.')
+                     'that does, or pad x and w with zeros.')
   if mask is not None and (mask.dtype != bool or tuple(mask.shape) not in (tuple(x.shape), x.shape[-1:])):
     raise ValueError(f'active_matmul: mask of shape {mask.shape} and dtype {mask.dtype} must be bool and like x, '
                      f'{x.shape}, or [K], {x.shape[-1:]}; True is kept.')
@@ -82,7 +86,7 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
 
 
 def _kept(x: Array, threshold: Any, mask: Array | None) -> Array:
-  """`x` with zeros where it is skipped."""
+  """Returns `x` with zeros for skipped entries."""
   alike = lambda a: jnp.broadcast_to(jax.lax.stop_gradient(a), x.shape)
   skipped = jnp.zeros(x.shape, bool) if threshold is None else jnp.abs(x) < alike(threshold)
   skipped = skipped if mask is None else skipped | ~alike(mask)
@@ -91,7 +95,8 @@ def _kept(x: Array, threshold: Any, mask: Array | None) -> Array:
 
 def _table(block: int, capacity: int) -> products.Table:
   run = functools.partial(reference.matmul, block=block, capacity=capacity)
-  kernel = lambda: importlib.import_module('kernels_pallas.active.tpu')  # when first asked for: Pallas takes a second
+  # The module is imported at its first use, because importing Pallas takes a second.
+  kernel = lambda: importlib.import_module('kernels_pallas.active.tpu')
   return {'xla': Implementation(lambda x, w: run(x, w.astype(x.dtype))),
           'dense': Implementation(lambda x, w: reference.dense(x, w.astype(x.dtype))),
           'mosaic_tpu': Implementation(
@@ -108,8 +113,8 @@ def _forward(block, capacity, implementation, x, w):
   return _product(block, capacity, implementation, x, w), (x, w)
 
 
-def _backward(block, capacity, implementation, kept, dy):
-  x, w = kept
+def _backward(block, capacity, implementation, residuals, dy):
+  x, w = residuals
   name = implementation or prefer(x, w).implementation
   cast = w.astype(dy.dtype)
   dx = (products.dot(dy, cast, 1, 1).astype(dy.dtype) if name == 'dense'
@@ -118,4 +123,4 @@ def _backward(block, capacity, implementation, kept, dy):
 
 
 _product.defvjp(_forward, _backward)
-_compiled = jax.jit(_product, static_argnums=(0, 1, 2))  # outside of jit too, as one program
+_compiled = jax.jit(_product, static_argnums=(0, 1, 2))  # Calls outside of `jit` run as one program too.

@@ -1,4 +1,9 @@
-"""Attention to listed blocks of keys: `block_sparse_attention`."""
+"""Computes attention to the blocks of keys that an index lists: `block_sparse_attention`.
+
+    index = jnp.asarray([[[0, 2], [1, 2]]], jnp.int32)                               # [heads, blocks of queries, R]
+    y = block_sparse_attention(q, k, v, index, causal=True)                          # like q, `[..., Tq, heads, d]`
+    options = Options(block_q=128, block_k=128, causal=True, scale=0.125, queries=256, keys=384)
+"""
 
 import functools
 import importlib
@@ -17,18 +22,21 @@ from sparsejax.types import Array
 def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *,
                            block_q: int = 128, block_k: int = 128, causal: bool = False, scale: float | None = None,
                            implementation: str | None = None,
-                           explain: bool = False) -> Array | dispatch.Explanation:
-  """Attention of `q [..., Tq, heads, d]` to blocks of `k`, `v` `[..., Tk, kv_heads, d]`: like `q`, d that of `v`.
+                           explain: bool = False) -> Array | dispatch.Choices:
+  """Returns the attention of `q [..., Tq, heads, d]` to blocks of `k` and `v`: the shape of `q`, with d of `v`.
 
-  The axes are those of `jax.nn.dot_product_attention`, and so is `scale`, by default `1 / sqrt(d)`; `kv_heads` divides
-  `heads`. `index`, `int32[heads, Tq / block_q, R]`, rounded up, lists for each block of queries the blocks of keys that
-  it sees, increasing; the first `counts`, `int32[heads, Tq / block_q]`, count, by default all R. Both may be traced and
-  are the same for all of a batch. `causal`: query i sees, of these, keys 0 to i. A query that sees no key gives zeros.
+  `k` and `v` are `[..., Tk, kv_heads, d]`, and `kv_heads` divides `heads`. The axes and `scale`, by default
+  `1 / sqrt(d)`, are those of `jax.nn.dot_product_attention`. `index` is `int32[heads, ceil(Tq / block_q), R]`. For each
+  block of queries, `index` lists the blocks of keys that its queries see, in increasing order. `counts` is
+  `int32[heads, ceil(Tq / block_q)]`: the first `counts` blocks of a list are used, by default all R. `index` and
+  `counts` may be traced, and are the same for all examples of a batch. If `causal`, query i sees only listed keys from
+  0 to i. The result of a query that sees no key is zero.
 
-  Differentiable in q, k and v; nothing of Tq x Tk is made, in none of the implementations but 'dense'. Those are
-  'xla', 'dense', 'mosaic_gpu' and 'mosaic_tpu', which run or raise `ValueError`; `None` lets the platform choose when
-  the program is lowered, and `explain=True` returns what it would choose, and why. The gradient is that of 'xla', after
-  'dense' that of 'dense'.
+  The result is differentiable in q, k and v. Only the implementation 'dense' makes an array of Tq x Tk.
+  `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. `None`
+  lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform and its
+  reason instead of the result. Gradients are computed by 'dense' if `implementation` is 'dense', and by 'xla'
+  otherwise.
   """
   lists = (index,) if counts is None else (index, counts)
   _check(q, k, v, *lists, block_q=block_q, block_k=block_k)
@@ -39,14 +47,14 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   if explain:
     return dispatch.chosen(args, _table(options), options.prefer)
   if implementation is not None:
-    dispatch.named('block_sparse_attention', args, _table(options), implementation)
+    dispatch.runnable('block_sparse_attention', args, _table(options), implementation)
   if 0 in shape or 0 in k.shape or 0 in index.shape:
     return jnp.zeros(shape, q.dtype)
   return _compiled(options, implementation, *dispatch.varying_alike(*args))[:, :options.queries].reshape(shape)
 
 
 class Options(NamedTuple):
-  """What is known at trace time; `queries` and `keys` are the lengths before they were filled up."""
+  """`Options` holds the arguments that are known at trace time; `queries` and `keys` are the lengths before padding."""
 
   block_q: int
   block_k: int
@@ -57,12 +65,13 @@ class Options(NamedTuple):
 
   @property
   def plain(self) -> dict[str, Any]:
-    """Those that every implementation takes."""
+    """The keyword arguments that every implementation takes."""
     return {name: getattr(self, name) for name in ('block_q', 'block_k', 'causal', 'scale')}
 
   def prefer(self, q: Array, k: Array, v: Array, index: Array, counts: Array | None = None) -> Choice:
-    listed, there = index.shape[-1], -(-self.keys // self.block_k)
-    return Choice('xla', f'at most {listed} of {there} blocks of keys for each block of queries')
+    """Returns the choice 'xla', for platforms without a kernel that can run."""
+    listed, blocks = index.shape[-1], -(-self.keys // self.block_k)
+    return Choice('xla', f'at most {listed} of {blocks} blocks of keys for each block of queries')
 
 
 def _check(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int,
@@ -89,22 +98,22 @@ def _check(q: Array, k: Array, v: Array, index: Array, counts: Array | None = No
 
 
 def _filled(a: Array, block: int) -> Array:
-  """`[batch, T, heads, d]`, T filled up to whole blocks: what implementations take, with lists for one of a batch."""
+  """Returns `a` as `[batch, T, heads, d]`, with T padded to whole blocks, as implementations take it."""
   flat = a.reshape(-1, *a.shape[-3:])
   return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0), (0, 0)))
 
 
 def _dense(options: Options, q: Array, k: Array, v: Array, index: Array, counts: Array) -> Array:
-  """All of Tq x Tk, and a mask, heads first."""
+  """Returns the attention of `q [heads, Tq, d]` by the scores of all keys and a mask, `[heads, Tq, d]`."""
   (n, rows, most), blocks = index.shape, k.shape[1] // options.block_k
   listed = jnp.where(jnp.arange(most)[None, None] < counts[..., None], index, blocks)
   seen = jnp.zeros((n, rows, blocks), bool)
   seen = seen.at[jnp.arange(n)[:, None, None], jnp.arange(rows)[None, :, None], listed].set(True, mode='drop')
   seen = jnp.repeat(jnp.repeat(seen, options.block_q, 1), options.block_k, 2)
-  at = jnp.arange(k.shape[1])[None, None]
-  seen &= at < options.keys
+  key = jnp.arange(k.shape[1])[None, None]
+  seen &= key < options.keys
   if options.causal:
-    seen &= at <= jnp.arange(q.shape[1])[None, :, None]
+    seen &= key <= jnp.arange(q.shape[1])[None, :, None]
   k, v = (jnp.repeat(a, len(q) // len(a), 0) for a in (k, v))
   scores = jnp.einsum('hqd,hkd->hqk', q, k, preferred_element_type=jnp.float32) * options.scale
   weights = reference.softmax(scores, seen)
@@ -112,11 +121,11 @@ def _dense(options: Options, q: Array, k: Array, v: Array, index: Array, counts:
 
 
 def _kernel(module: str, options: Options) -> Implementation:
-  """Imported when it is first asked: Pallas takes a second."""
+  """Returns the implementation of a module, which is imported at its first use: importing Pallas takes a second."""
   load = lambda: importlib.import_module(f'kernels_pallas.attention.{module}')
 
   def refusal(*args):
-    hidden = options.causal and options.queries <= options.keys  # what fills up the keys comes after every query
+    hidden = options.causal and options.queries <= options.keys  # Padding keys come after every query.
     if options.keys % options.block_k and not hidden:
       return f'{options.keys} keys do not divide into blocks of {options.block_k}; take blocks that divide them'
     return load().refusal(*args, **options.plain)
@@ -146,10 +155,10 @@ def _backward(options, implementation, args, dy):
   if implementation == 'dense':
     dense = heads.first(functools.partial(_dense, options))
     return *jax.vjp(lambda *qkv: dense(*qkv, *lists), q, k, v)[1](dy), *none
-  found = reference.gradient(*map(heads.merged, (dy, q, k, v)), *heads.lists(len(q), *lists), **options.plain,
-                             length=options.keys)
-  return *(heads.split(d, a.shape[2]) for d, a in zip(found, (q, k, v))), *none
+  gradients = reference.gradients(*map(heads.heads_first, (dy, q, k, v)), *heads.lists(len(q), *lists),
+                                  **options.plain, length=options.keys)
+  return *(heads.heads_last(d, a.shape[2]) for d, a in zip(gradients, (q, k, v))), *none
 
 
 _attention.defvjp(_forward, _backward)
-_compiled = jax.jit(_attention, static_argnums=(0, 1))  # outside of jit too, as one program
+_compiled = jax.jit(_attention, static_argnums=(0, 1))  # Calls outside of `jit` run as one program too.

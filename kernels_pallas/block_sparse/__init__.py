@@ -1,6 +1,6 @@
-"""Products with a `BlockSparseArray`: `block_sparse_matmul`, and `sampled_matmul` for its gradient.
+"""Multiplies by a `BlockSparseArray`: `block_sparse_matmul`, and `sampled_matmul` for the gradient of its values.
 
-Neither makes the dense weight or its dense gradient, in none of the implementations but 'dense'.
+Only the implementation 'dense' makes the dense weight or its dense gradient.
 """
 
 import importlib
@@ -19,13 +19,16 @@ from sparsejax.types import Array
 
 
 def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | None = None,
-                        explain: bool = False) -> Array | dispatch.Explanation:
-  """`x [..., K]` times the block-sparse `w`, over its contracted axes merged: `[..., *outputs]`, in x's dtype.
+                        explain: bool = False) -> Array | dispatch.Choices:
+  """Returns `x [..., K]` times the block-sparse `w`: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  Sums are float32. Differentiable in `x` and `w.values`; the gradient of the values is computed at the stored blocks
-  only. Lengths that the blocks do not divide are filled up. NaN and infinity in `x` do not reach what is not stored.
-  `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', which run or raise `ValueError`; `None` lets the
-  platform choose when the program is lowered, and `explain=True` returns what it would choose, and why.
+  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`; the
+  gradient of the values is computed at the stored blocks only. Lengths that the blocks do not divide are padded with
+  zeros. NaN and infinity in `x` do not spread through blocks that are not stored.
+
+  `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. `None`
+  lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform and its
+  reason instead of the product. Raises `ValueError` with the `refusal` of `x` and `w`.
   """
   if reason := refusal(x, w):
     raise ValueError(f'block_sparse_matmul: {reason}.')
@@ -39,11 +42,12 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
 
 
 def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementation: str | None = None,
-                   explain: bool = False) -> Array | dispatch.Explanation:
-  """`x^T dy` at the stored blocks of `like` only: its `values`, `[nnz, bk, bn]`, in their dtype, summed in float32.
+                   explain: bool = False) -> Array | dispatch.Choices:
+  """Returns `x^T dy`, summed in float32, at the stored blocks of `like`: the shape and dtype of `like.values`.
 
-  `x` is `[..., K]`, `dy [..., *outputs]`: the gradient of `block_sparse_matmul` with respect to the values. Not
-  differentiable itself. What fills up blocks, and blocks that fill up rows and columns, are zero.
+  `x` is `[..., K]` and `dy` is `[..., *outputs]`. The result, `[nnz, bk, bn]`, is the gradient of `block_sparse_matmul`
+  with respect to the values; it is not differentiable itself. Entries that only pad a block are zero, and so are blocks
+  that are stored only to pad a row or a column. `implementation` and `explain` are those of `block_sparse_matmul`.
   """
   if reason := refusal(x, like):
     raise ValueError(f'sampled_matmul: {reason}.')
@@ -66,7 +70,7 @@ def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
 
 
 def prefer(*args: Any) -> Choice:
-  """'xla' or 'dense', by what was measured on a CPU (`make bench`)."""
+  """Returns the choice between 'xla' and 'dense' that was faster on a CPU (`make bench`)."""
   w = args[-1]
   share = 1 - w.density
   if min(w.block) < 16:
@@ -81,14 +85,14 @@ def _filled(x: Array, length: int) -> Array:
   return jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) if x.shape[1] < length else x
 
 
-# 'dense': the weight unpacked inside of the program.
+# The implementation 'dense' unpacks the weight inside of the program.
 
 
 def _dense(w: BlockSparseArray) -> Array:
-  """`[Kb bk, Nb bn]`."""
+  """Returns the dense weight, padded to whole blocks, `[Kb bk, Nb bn]`."""
   (kb, nb), (bk, bn) = w.grid, w.block
-  whole = jnp.zeros((kb, nb, bk, bn), w.dtype).at[w.rows, w.cols].set(w.values, mode='promise_in_bounds')
-  return whole.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
+  blocks = jnp.zeros((kb, nb, bk, bn), w.dtype).at[w.rows, w.cols].set(w.values, mode='promise_in_bounds')
+  return blocks.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
 
 
 def _dense_sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
@@ -98,14 +102,15 @@ def _dense_sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
 
 
 def _trained(sampled: Callable[..., Array]) -> Callable[..., Array]:
-  """`sampled(x, dy, w)` without the blocks that are stored only to fill up a row or column."""
+  """Returns `sampled(x, dy, w)` with zeros for the blocks that are stored only to pad a row or a column."""
   return lambda x, dy, w: reference.trained(sampled(x, dy, w), w)
 
 
 def _table(xla: Any, dense: Any, kernel: Callable[[Any], Any]) -> products.Table:
-  """The implementations of one direction.
+  """Returns the implementations of one direction.
 
-  `kernel` takes it from the module `gpu` or `tpu`, which is imported when first asked for: Pallas takes a second.
+  `kernel(module)` returns the function of the module `gpu` or `tpu`. A module is imported at its first use, because
+  importing Pallas takes a second.
   """
   def of(name: str) -> Implementation:
     module = lambda: importlib.import_module(f'kernels_pallas.block_sparse.{name}')
@@ -115,7 +120,7 @@ def _table(xla: Any, dense: Any, kernel: Callable[[Any], Any]) -> products.Table
 
 
 SAMPLED = _table(reference.sampled, _trained(_dense_sampled), lambda pallas: _trained(pallas.sampled))
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'block_sparse_matmul',
     _table(reference.matmul, lambda x, w: products.dot(x, _dense(w), 1, 0).astype(x.dtype),
            lambda pallas: dispatch.folding(pallas.matmul)),

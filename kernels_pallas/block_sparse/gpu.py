@@ -1,12 +1,18 @@
-"""Block-sparse products on Hopper, through Mosaic GPU.
+"""Computes block-sparse products on Hopper, through Mosaic GPU.
 
-A block of the grid computes two tiles of tokens of one block column, one in each compute warpgroup, over the blocks
-that the column stores; of few tokens, one tile, half of its outputs in each. Within a tile the tensor cores are as busy
-as in a dense product. What is lost is lost between tiles, while the last is being written, so the more the fewer blocks
-a column has (`benchmarks/results.md`, H200).
+A thread block of the grid computes two tiles of tokens of one block column, one tile in each compute warpgroup. The
+tiles are summed over the blocks that the column stores. With few tokens, there is one tile, and each compute warpgroup
+has half of its outputs. Within a tile the tensor cores are as busy as in a dense product. Time is lost between tiles,
+while the last tile is being written, so the loss is larger the fewer blocks a column has (`benchmarks/results.md`,
+H200).
+
+    t = tiles(tokens, length, 128, jnp.bfloat16, columns)
+    y = matmul(x, w, sizes=dataclasses.replace(t, slots=4))                          # [tokens, outputs]
+    y = matmul(x, w, interpret=True)                                                 # on a CPU
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,40 +26,42 @@ from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
 BLOCKS = ((64, 64), (128, 128), (64, 256), (128, 256))
-STAGE = 64  # of an output tile is written at a time, a square of this side
-BETWEEN = 3  # blocks of 128 x 128 that an H200 could multiply in the time that it loses between two tiles, about
-SWEEP = 16 * 2**20  # bytes of activations that go through all columns before the next do: they stay in the L2 cache
+STAGE = 64  # side of the square of an output tile that is written at a time
+BETWEEN = 3  # blocks of 128 x 128, about, that an H200 could multiply in the time that it loses between two tiles
+SWEEP = 16 * 2**20  # bytes of activations that go through all columns before the next do, as they stay in the L2 cache
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
-  """Sizes: tokens of a warpgroup, depth of a step, steps in shared memory, blocks that share a weight tile."""
+class BlockTiles:
+  """A `BlockTiles` holds the sizes that the kernel for block-sparse products is built with."""
 
-  tokens: int
-  depth: int
-  slots: int
-  cluster: int
+  tokens: int  # of a warpgroup
+  depth: int  # contracted length of a step
+  slots: int  # steps in shared memory
+  cluster: int  # thread blocks that share a weight tile
   sweep: int  # clusters, along the tokens, that go through all columns together
   together: bool = False  # whether the two warpgroups have the same tokens, and half of the outputs each
 
   @property
   def both(self) -> int:
-    """Tokens of the two warpgroups."""
+    """Tokens of the two compute warpgroups."""
     return self.tokens if self.together else hopper.COMPUTE * self.tokens
 
   @property
   def multiple(self) -> int:
-    """Tokens of the blocks that share a weight tile."""
+    """Tokens of the thread blocks that share a weight tile."""
     return self.both * self.cluster
 
 
-def tiles(tokens: int, length: int, width: int, dtype: np.dtype, columns: int) -> Tiles:
-  """For that many tokens of `length` each, and so many columns of blocks with outputs of this width."""
-  few = lambda rows: -(-tokens // (hopper.COMPUTE * rows)) * columns * 2 <= hopper.cores()  # too few tiles to go round
-  rows = 128 if width <= 128 and tokens > 128 and not few(128) else 64  # 128 registers of sums a thread, at most
+def tiles(tokens: int, length: int, width: int, dtype: np.dtype, columns: int) -> BlockTiles:
+  """Returns the sizes for `tokens` tokens of `length` inputs, and `columns` block columns of `width` outputs."""
+  # `few(rows)` says that tiles of `rows` tokens would leave multiprocessors idle.
+  few = lambda rows: -(-tokens // (hopper.COMPUTE * rows)) * columns * 2 <= hopper.cores()
+  rows = 128 if width <= 128 and tokens > 128 and not few(128) else 64  # at most 128 registers of sums a thread
   together = tokens <= rows and width >= hopper.COMPUTE * STAGE
-  cluster = 2 if width > 128 and tokens > hopper.COMPUTE * rows and not few(rows) else 1  # else not worth the waiting
-  t = Tiles(rows, 64, 8 if together else 6, cluster, 1, together)
+  # Elsewhere, a cluster is not worth its waiting.
+  cluster = 2 if width > 128 and tokens > hopper.COMPUTE * rows and not few(rows) else 1
+  t = BlockTiles(rows, 64, 8 if together else 6, cluster, 1, together)
   stage = hopper.nbytes((t.both + width, t.depth), dtype)
   reserved = hopper.nbytes((hopper.COMPUTE, 2, STAGE, STAGE), dtype)
   return dataclasses.replace(t, slots=hopper.slots(stage, reserved, t.slots),
@@ -61,38 +69,39 @@ def tiles(tokens: int, length: int, width: int, dtype: np.dtype, columns: int) -
 
 
 def refusal(x: Array, w: BlockSparseArray) -> str | None:
-  """Why these kernels cannot take these shapes and dtypes, and the remedy."""
+  """Returns why these kernels cannot multiply `x` by `w`, with the remedy, or `None`. Dtypes and blocks are read."""
   if w.block not in BLOCKS:
-    return (f'blocks of {w.block} do not fit wgmma as it is used here; pack with one of '
-            f'{", ".join(map(str, BLOCKS))}')
+    return f'blocks of {w.block} do not fit wgmma; pack with blocks of {" or ".join(map(str, BLOCKS))}'
   return hopper.refused_dtype(x.dtype)
 
 
-def matmul(x: Array, w: BlockSparseArray, *, sizes: Tiles | None = None, interpret: bool = False) -> Array:
-  """`x [M, Kb bk]` times `w`: `[M, Nb bn]` in x's dtype, summed in float32."""
+def matmul(x: Array, w: BlockSparseArray, *, sizes: BlockTiles | None = None, interpret: bool = False) -> Array:
+  """Returns `x [M, Kb bk]` times `w`, `[M, Nb bn]` in x's dtype, summed in float32."""
   starts = _starts(w.fan_in, w.cols, w.grid[1])
   return _product(x, w.values.astype(x.dtype), starts, w.rows, None, w.fan_in, sizes, interpret)
 
 
-def matmul_transposed(dy: Array, w: BlockSparseArray, *, sizes: Tiles | None = None, interpret: bool = False) -> Array:
-  """`dy [M, Nb bn]` times the transpose of `w`: `[M, Kb bk]` in dy's dtype, summed in float32."""
+def matmul_transposed(dy: Array, w: BlockSparseArray, *, sizes: BlockTiles | None = None,
+                      interpret: bool = False) -> Array:
+  """Returns `dy [M, Nb bn]` times the transpose of `w`, `[M, Kb bk]` in dy's dtype, summed in float32."""
   starts = _starts(w.fan_out, jnp.sort(w.rows) if w.fan_out is None else w.rows, w.grid[0])
   places = w.cols.at[w.order].get(mode='promise_in_bounds')
   return _product(dy, w.values.astype(dy.dtype), starts, places, w.order, w.fan_out, sizes, interpret)
 
 
 def _starts(fan: tuple[int, ...] | None, column: Array, n: int) -> Array:
-  """Where the blocks of each of `n` columns begin, and where the last ends: `int32[n + 1]`."""
+  """Returns where the blocks of each of `n` columns begin, and where the last column ends: `int32[n + 1]`."""
   if fan is not None:
     return jnp.asarray(np.concatenate([[0], np.cumsum(fan)]).astype(np.int32))
   return jnp.searchsorted(column, jnp.arange(n + 1, dtype=jnp.int32)).astype(jnp.int32)
 
 
 def _order(fan: tuple[int, ...] | None, rows: int, columns: int, sweep: int, blocks: int) -> np.ndarray:
-  """The tiles `row * columns + column` in the order in which they are taken, `sweep` rows through all columns at once.
+  """Returns the output tiles, numbered `row * columns + column`, in the order in which the kernel computes them.
 
-  Columns with many blocks come first, and the multiprocessors have equally much to do; but where it is not known at
-  trace time how many blocks a column has, to find that out would take longer than it saves.
+  `sweep` rows of tiles go through all columns before the next rows do. Columns with many blocks come first, and the
+  multiprocessors have equally much to do. If `fan` is `None`, the numbers of blocks are only known at run time,
+  where computing an order would take longer than the order saves.
   """
   ranked = np.arange(columns) if fan is None else np.argsort(-np.asarray(fan), kind='stable')
   row = np.arange(rows)
@@ -104,16 +113,17 @@ def _order(fan: tuple[int, ...] | None, rows: int, columns: int, sweep: int, blo
 
 
 def _product(x: Array, values: Array, starts: Array, places: Array, order: Array | None, fan: tuple[int, ...] | None,
-             sizes: Tiles | None, interpret: bool) -> Array:
-  """Column n of the product: the sum over i from `starts[n]` of block column `places[i]` of `x` times a block.
+             sizes: BlockTiles | None, interpret: bool) -> Array:
+  """Returns the product whose block column n is a sum over i from `starts[n]` to `starts[n + 1]`.
 
-  That is `values[i]`; with `order`, it is `values[order[i]]` transposed.
+  A term of the sum is block column `places[i]` of `x` times the block `values[i]`. If `order` is given, the block is
+  the transpose of `values[order[i]]`.
   """
   transposed, (bk, bn) = order is not None, values.shape[1:]
   length, width = (bn, bk) if transposed else (bk, bn)
   tokens, columns = x.shape[0], starts.shape[0] - 1
   t = sizes or tiles(*x.shape, width, x.dtype, columns)
-  if interpret:  # which has no clusters
+  if interpret:  # Interpret mode does not support clusters.
     t = dataclasses.replace(t, cluster=1)
   x = hopper.readable(x, t.multiple, interpret)
   parts, rows = length // t.depth, -(-tokens // t.multiple)
@@ -123,16 +133,16 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
   def body(turns, starts, places, order, x, values, y, tile, block, staging, full, free):
     wg = lax.axis_index('wg')
 
-    def named(i):
-      """Row and column of the tile of this block."""
+    def target(i):
+      """Returns the row and the column of the i-th output tile."""
       row, column = lax.div(turns[i], jnp.int32(columns)), lax.rem(turns[i], jnp.int32(columns))
       return row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row, column
 
-    trips = lambda at: (starts[at[1] + 1] - starts[at[1]]) * parts
+    trips = lambda target: (starts[target[1] + 1] - starts[target[1]]) * parts
     first, across = (0, wg * outputs) if t.together else (wg * t.tokens, 0)  # token and output of this warpgroup
 
-    def copy(at, step, slot):
-      row, column = at
+    def copy(target, step, slot):
+      row, column = target
       i, part = starts[column] + step // parts, lax.rem(step, jnp.int32(parts)) * t.depth
       along = pl.ds(part, t.depth)
       weight = values.at[order[i], :, along] if transposed else values.at[i, along]
@@ -141,15 +151,15 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
       plgpu.copy_gmem_to_smem(weight, block.at[slot], full.at[slot],
                               collective_axes='cluster' if t.cluster > 1 else None)
 
-    def compute(at, count):
-      row, column = at
+    def compute(target, count):
+      row, column = target
 
       def summed(acc):
         def multiply(slot):
-          here = pl.ds(across, outputs)
-          weight = hopper.transposed(block.at[slot, here]) if transposed else block.at[slot, :, here]
+          own = pl.ds(across, outputs)
+          weight = hopper.transposed(block.at[slot, own]) if transposed else block.at[slot, :, own]
           plgpu.wgmma(acc, tile.at[slot, pl.ds(first, t.tokens)], weight)
-        after = hopper.accumulate(multiply, trips(at), count, full, free, t.slots)
+        after = hopper.accumulate(multiply, trips(target), count, full, free, t.slots)
         return after, acc[...].astype(y.dtype)
 
       count, value = pl.run_scoped(summed, plgpu.ACC((t.tokens, outputs), jnp.float32))
@@ -157,25 +167,31 @@ def _product(x: Array, values: Array, starts: Array, places: Array, order: Array
           pl.ds(row * t.both + first + r, STAGE), pl.ds(column * width + across + c, STAGE)])
       return count
 
-    hopper.ring(hopper.share(rows * columns, blocks, named), trips, copy, compute, free, t.slots)
+    hopper.ring(hopper.share(rows * columns, blocks, target), trips, copy, compute, free, t.slots)
 
-  full, free = hopper.barriers(t.slots, 2, t.cluster)
-  scratch = {
-      'tile': hopper.shared((t.slots, t.both, t.depth), x.dtype),
-      'block': hopper.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), x.dtype),
-      'staging': hopper.shared((hopper.COMPUTE, 2, STAGE, STAGE), x.dtype), 'full': full, 'free': free}
   out = jax.ShapeDtypeStruct((x.shape[0], columns * width), x.dtype)
   turns = jnp.asarray(_order(fan, rows, columns, t.sweep, blocks))
   operands = (turns, starts, places, starts if order is None else order, x, values)
-  y = hopper.kernel(body, out, operands, blocks=blocks, scratch=scratch, cluster=t.cluster, interpret=interpret)
+  y = hopper.kernel(body, out, operands, blocks=blocks, scratch=_scratch(t, width, x.dtype, transposed),
+                    cluster=t.cluster, interpret=interpret)
   return y[:tokens]
 
 
-def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False) -> Array:
-  """The stored blocks of `x^T dy`, `x [M, Kb bk]`, `dy [M, Nb bn]`: shape and dtype of `w.values`.
+def _scratch(t: BlockTiles, width: int, dtype: np.dtype, transposed: bool) -> dict[str, Any]:
+  """Returns the shared memory and the barriers: a ring of tiles of tokens and of blocks, and staging for outputs."""
+  full, free = hopper.barriers(t.slots, 2, t.cluster)
+  return {
+      'tile': hopper.shared((t.slots, t.both, t.depth), dtype),
+      'block': hopper.shared((t.slots, width, t.depth) if transposed else (t.slots, t.depth, width), dtype),
+      'staging': hopper.shared((hopper.COMPUTE, 2, STAGE, STAGE), dtype), 'full': full, 'free': free}
 
-  Each compute warpgroup has one block, two of a column at a time, so that they share what is read of `dy`; or, where
-  sums of a whole block would not fit its registers, half of a block.
+
+def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False) -> Array:
+  """Returns the stored blocks of `x^T dy`, with the shape and the dtype of `w.values`.
+
+  `x` is `[M, Kb bk]` and `dy` is `[M, Nb bn]`. Each compute warpgroup has one block. The two blocks belong to one
+  column, so the warpgroups share the tiles of `dy`. Where the sums of a whole block do not fit the registers of a
+  warpgroup, each warpgroup has half of one block.
   """
   bk, bn = w.block
   halves = bk * bn > 128 * 128
@@ -208,7 +224,7 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
       count, value = pl.run_scoped(summed, plgpu.ACC((rows, bn), jnp.float32))
       begin = wg * rows if halves else 0
 
-      @pl.when((wg == 0) | halves | (first[pair] != second[pair]))  # the last of a column may be alone
+      @pl.when((wg == 0) | halves | (first[pair] != second[pair]))  # A column of odd length ends in one block.
       def _():
         hopper.store(value, staging.at[wg], lambda row, col: values.at[
             block, pl.ds(begin + row, STAGE), pl.ds(col, STAGE)])
@@ -227,9 +243,10 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: bool = False
 
 
 def _pairs(w: BlockSparseArray, together: int) -> tuple[Array, Array, Array]:
-  """Blocks that are computed together, at most two, of one column: the first, the second or the first again, how many.
+  """Returns the pairs of blocks of one column that are computed together: `first`, `second`, and the number of pairs.
 
-  The two are `int32[n]`, of which only that many count where the columns' lengths are not known at trace time.
+  `together` is 2, or 1 if every block is computed alone. `first` and `second` are `int32[n]`; a block without a partner
+  is both. The number is `int32[1]`; where the lengths of columns are not known at trace time, it can be less than n.
   """
   nnz, columns = w.rows.shape[0], w.grid[1]
   if w.fan_in is not None:
@@ -239,8 +256,7 @@ def _pairs(w: BlockSparseArray, together: int) -> tuple[Array, Array, Array]:
     second = np.where(first + together - 1 < ends[first], first + together - 1, first).astype(np.int32)
     return jnp.asarray(first), jnp.asarray(second), jnp.full(1, len(first), jnp.int32)
   starts = _starts(None, w.cols, columns)
-  at = jnp.arange(nnz, dtype=jnp.int32)
-  leads = (at - starts[w.cols]) % together == 0
+  leads = (jnp.arange(nnz, dtype=jnp.int32) - starts[w.cols]) % together == 0
   first = jnp.nonzero(leads, size=min(nnz, (nnz + columns) // together), fill_value=0)[0].astype(jnp.int32)
   last = starts[w.cols[first] + 1] - 1
   return first, jnp.minimum(first + together - 1, last), jnp.sum(leads, dtype=jnp.int32)[None]

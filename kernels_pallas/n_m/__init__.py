@@ -1,4 +1,4 @@
-"""Products with an `NMArray`, N of every M neighbours along the contraction: `nm_matmul`."""
+"""Multiplies by an `NMArray`, which keeps N of every M neighbours along the contraction: `nm_matmul`."""
 
 import dataclasses
 import importlib
@@ -15,24 +15,27 @@ from kernels_pallas.n_m import reference
 from sparsejax.formats import NMArray, n_m
 from sparsejax.types import Array
 
-# From here on 'xla' is faster on a CPU than unpacking, by 1.3 to 5 times, and with many tokens than a weight that was
-# never packed (one core, float32, 1024 x 1024).
+# From this width and this sparsity on, 'xla' is faster on a CPU than unpacking, by 1.3 to 5 times. With many tokens,
+# 'xla' is also faster than a weight that was never packed (one core, float32, 1024 x 1024).
 _WIDTH, _LEAST = 32, 0.4
 
 
 def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
-              explain: bool = False) -> Array | dispatch.Explanation:
-  """`x [..., K]` times the N:M weight `w`, over its contracted axes merged: `[..., *outputs]`, in x's dtype.
+              explain: bool = False) -> Array | dispatch.Choices:
+  """Returns `x [..., K]` times the N:M weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  Sums are float32. Differentiable in `x` and `w.values`; of the dense gradient no more than a slab is made at a time.
-  `implementation` is 'xla', one dot for the outputs that share their positions, 'dense', which unpacks `w` inside of
-  the program, or 'mosaic_tpu'; they run or raise `ValueError`. `None` lets the platform choose when the program is
-  lowered, and `explain=True` returns what it would choose, and why: on CPUs N:M is not faster than dense but for
-  vectors (`NM(n, m, width)`) of 32 and more.
+  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`; at most a
+  slab of the dense gradient exists at a time.
+
+  `implementation` is 'xla', 'dense' or 'mosaic_tpu', and raises `ValueError` if it cannot run. 'xla' computes one dot
+  for the outputs that share their positions, and 'dense' unpacks `w` inside of the program. `None` lets the platform
+  choose when the program is lowered. `explain=True` returns the choice of each platform and its reason instead of the
+  product. On CPUs N:M is faster than dense only for vectors (`NM(n, m, width)`) of 32 and more. Raises `ValueError`
+  with the `refusal` of `x` and `w`.
   """
   if reason := refusal(x, w):
     raise ValueError(f'nm_matmul: {reason}.')
-  _, _, places = w.places()
+  _, _, places = w.value_axes()
   flat, matrix = x.reshape(-1, x.shape[-1]), _matrix(w)
   if explain:
     return PRODUCT.explained(flat, matrix)
@@ -48,37 +51,37 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
   """Returns why `nm_matmul` cannot multiply `x` by `w` in any implementation, with the remedy, or `None`."""
-  return products.refusal(x, w, NMArray) or products.refused_stack(w, bool(w.places()[0]))
+  return products.refusal(x, w, NMArray) or products.refused_stack(w, bool(w.value_axes()[0]))
 
 
 def prefer(*args: Any) -> Choice:
-  """'xla' or 'dense', by what was measured on a CPU (`make bench`)."""
+  """Returns the choice between 'xla' and 'dense' that was faster on a CPU (`make bench`)."""
   w, zeros = args[-1], 1 - args[-1].n / args[-1].m
   if w.width < _WIDTH:
-    return Choice('dense', f'{w.width} outputs share their positions: unpacked. On CPUs N:M is not faster than dense '
-                           f'but in vectors of {_WIDTH} and more')
+    return Choice('dense', f'{w.width} outputs share their positions: unpacked. On CPUs N:M is faster than dense '
+                           f'only in vectors of {_WIDTH} and more')
   if zeros < _LEAST:
     return Choice('dense', f'{zeros:.0%} are zero, and vectors pay from {_LEAST:.0%} on')
   return Choice('xla', f'{zeros:.0%} are zero, in vectors of {w.width}: one dot for each')
 
 
 def _matrix(w: NMArray) -> NMArray:
-  """`w` as `[K, N]`, outputs in the order in which vectors lie along them."""
-  _, at, outputs = w.places()
-  flat = lambda a: a.transpose(at, *outputs).reshape(a.shape[at], -1)
+  """Returns `w` as `[K, N]`, with the outputs of a vector next to each other."""
+  _, contracted, outputs = w.value_axes()
+  flat = lambda a: a.transpose(contracted, *outputs).reshape(a.shape[contracted], -1)
   indices = flat(w.indices) if w.width == 1 else w.indices
   return dataclasses.replace(w, values=flat(w.values), indices=indices, axes=(-2,), sizes=(math.prod(w.sizes),),
                              outputs=(-1,) if w.width > 1 else ())
 
 
 def _kernel(module: str) -> Implementation:
-  """Imported when it is first asked: Pallas takes a second."""
+  """Returns the implementation of a module, which is imported at its first use: importing Pallas takes a second."""
   load = lambda: importlib.import_module(f'kernels_pallas.n_m.{module}')
   return Implementation(lambda x, w: load().matmul(x, w), lambda x, w: load().refusal(x, w))
 
 
 def _none_for_hopper(x: Array, w: NMArray) -> str:
-  """Why there is no kernel for Hopper, and the remedy: always one, so that what stands beside it never runs."""
+  """Returns why there is no kernel for Hopper, with the remedy, so that the function in its entry never runs."""
   del x
   if (w.n, w.m, w.width) == (2, 4, 1):
     return ("Hopper's sparse tensor cores read 2:4 in an order of their own; pack it as 'sparse24', a "
@@ -87,11 +90,11 @@ def _none_for_hopper(x: Array, w: NMArray) -> str:
           f'{f" in vectors of {w.width}" if w.width > 1 else ""}; prune to 2:4, or leave it to XLA')
 
 
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'nm_matmul',
     {'xla': Implementation(reference.matmul),
-     'dense': Implementation(lambda x, w: products.dot(x, n_m.merged(w), 1, 0).astype(x.dtype)),
+     'dense': Implementation(lambda x, w: products.dot(x, n_m.to_merged(w), 1, 0).astype(x.dtype)),
      'mosaic_gpu': Implementation(reference.matmul, _none_for_hopper), 'mosaic_tpu': _kernel('tpu')},
     {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
      'dense': Implementation(products.both(
-         lambda dy, w: products.dot(dy, n_m.merged(w), 1, 1).astype(dy.dtype), reference.sampled_by_slab))}, prefer)
+         lambda dy, w: products.dot(dy, n_m.to_merged(w), 1, 1).astype(dy.dtype), reference.sampled_by_slab))}, prefer)

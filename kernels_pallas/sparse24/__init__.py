@@ -1,4 +1,4 @@
-"""Products with a `Sparse24Array`, 2:4 as the sparse tensor cores of Hopper read it: `sparse24_matmul`."""
+"""Multiplies by a `Sparse24Array`, 2:4 in the layout that the sparse tensor cores of Hopper read: `sparse24_matmul`."""
 
 import importlib
 import math
@@ -15,14 +15,16 @@ from sparsejax.types import Array
 
 
 def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = None,
-                    explain: bool = False) -> Array | dispatch.Explanation:
-  """`x [..., K]` times the 2:4 weight `w`, over its contracted axes merged: `[..., *outputs]`, in x's dtype.
+                    explain: bool = False) -> Array | dispatch.Choices:
+  """Returns `x [..., K]` times the 2:4 weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  Sums are float32. Differentiable in `x` and `w.values`; both gradients are XLA's, that of `x` of the unpacked weight,
-  that of the values by slabs of outputs of the dense one.
-  `implementation` is 'xla', which unpacks inside of the program, or 'mosaic_gpu'; they run or raise `ValueError`.
-  `None` lets the platform choose when the program is lowered, and `explain=True` returns what it would choose, and why.
-  Where the number of outputs is no multiple of 128, the kernel copies the weight to fill it up.
+  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`, by XLA. The
+  gradient of `x` unpacks the weight. The gradient of the values reads the dense gradient by slabs of outputs.
+
+  `implementation` is 'xla', which unpacks inside of the program, or 'mosaic_gpu', and raises `ValueError` if it cannot
+  run. `None` lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform
+  and its reason instead of the product. Where the number of outputs is no multiple of 128, the kernel pads a copy of
+  the weight. Raises `ValueError` with the `refusal` of `x` and `w`.
   """
   if reason := refusal(x, w):
     raise ValueError(f'sparse24_matmul: {reason}.')
@@ -42,15 +44,16 @@ def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
 
 
 def prefer(*args: Any) -> Choice:
+  """Returns the choice 'xla': only the sparse tensor cores of Hopper are faster at 2:4 than a dense product."""
   return Choice('xla', 'only the sparse tensor cores of Hopper are faster at 2:4 than a dense product')
 
 
 def _load() -> Any:
-  """The kernel, imported when it is first asked: Pallas takes a second."""
+  """Returns the module of the kernel, which is imported at its first use: importing Pallas takes a second."""
   return importlib.import_module('kernels_pallas.sparse24.gpu')
 
 
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'sparse24_matmul',
     {'xla': Implementation(reference.matmul),
      'mosaic_gpu': Implementation(lambda x, w: _load().matmul(x, w), lambda x, w: _load().refusal(x, w))},

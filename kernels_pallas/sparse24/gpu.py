@@ -1,11 +1,15 @@
-"""The product with a 2:4 weight on Hopper's sparse tensor cores: `wgmma.mma_async.sp`, which Mosaic has no name for.
+"""Computes the product with a 2:4 weight on Hopper's sparse tensor cores.
 
-Interpret mode does not cover it: that its numbers are right is known from an H200, at commit 363dbf3 (`python -m
-kernels_pallas.bench` compares them). Optional: nothing else depends on this module, which uses parts of Mosaic that
-change.
+The instruction is `wgmma.mma_async.sp`, which Mosaic has no name for. Interpret mode does not cover the instruction. On
+an H200, at commit 363dbf3, the numbers were right (`python -m benchmarks gpu` compares them). No other module depends
+on this one, which uses parts of Mosaic that change.
 
-The sparse operand must be the first, so what is computed is `y^T = w^T x^T`: outputs are rows. With few tokens the
-product waits for the weight's bytes, nine sixteenths of the dense ones; there K is divided among multiprocessors.
+The sparse operand must be the first, so the kernel computes `y^T = w^T x^T`: outputs are rows. With few tokens the
+product waits for the bytes of the weight, nine sixteenths of the dense bytes, so K is divided among multiprocessors.
+
+    t = tiles(tokens, outputs, steps, jnp.bfloat16)
+    y = matmul(x, w, sizes=dataclasses.replace(t, splits=1))                         # [tokens, outputs]
+    y = matmul(x, w)                                                                 # sizes chosen by `tiles`
 """
 
 import dataclasses
@@ -26,42 +30,43 @@ from kernels_pallas import hopper
 from sparsejax.formats import Sparse24Array
 from sparsejax.types import Array
 
-_dense = importlib.import_module('jax.experimental.mosaic.gpu.wgmma')  # there also the name of a function
+_dense = importlib.import_module('jax.experimental.mosaic.gpu.wgmma')  # The package binds this name to a function.
 
-ROWS, WORDS, INSTRUCTION = 64, 128, 32  # outputs of a warpgroup, depth of two words of metadata, of an instruction
+ROWS = 64  # outputs of a warpgroup
+WORDS = 128  # depth of two words of metadata
+INSTRUCTION = 32  # depth of an instruction
 OUTPUTS = hopper.COMPUTE * ROWS
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
-  """Sizes: tokens of an output tile, parts that K is divided into, depth of a step, steps in shared memory, blocks that
-  share a tile of tokens."""
+class SparseTiles:
+  """A `SparseTiles` holds the sizes that the kernel for 2:4 products is built with."""
 
-  tokens: int
-  splits: int
-  depth: int
-  slots: int
-  cluster: int = 1
+  tokens: int  # of an output tile
+  splits: int  # parts that K is divided into
+  depth: int  # contracted length of a step
+  slots: int  # steps in shared memory
+  cluster: int = 1  # thread blocks that share a tile of tokens
 
   @property
   def turned(self) -> bool:
-    """Whether the kernel writes the product as it is wanted; if not, transposed, in float32."""
+    """Whether the kernel writes the product itself. If not, it writes parts of the transposed product in float32."""
     return self.splits == 1
 
 
-def tiles(tokens: int, outputs: int, steps: int, dtype: np.dtype) -> Tiles:
-  """For that many tokens, outputs, and pairs of words of metadata along K."""
+def tiles(tokens: int, outputs: int, steps: int, dtype: np.dtype) -> SparseTiles:
+  """Returns the sizes for `tokens` tokens, `outputs` outputs, and `steps` pairs of words of metadata along K."""
   wide = next(n for n in (8, 16, 32, 64, 128, 256) if n >= min(tokens, 256))
   units = lambda wide: -(-outputs // OUTPUTS) * -(-tokens // wide)
-  while wide > 64 and 2 * units(wide) <= hopper.cores():  # smaller tiles keep more multiprocessors busy
+  while wide > 64 and 2 * units(wide) <= hopper.cores():  # Smaller tiles keep more multiprocessors busy.
     wide //= 2
   splits = max(1, min(hopper.cores() // (2 * units(wide)), steps // 4))
   cluster = 2 if wide == 256 and outputs % (2 * OUTPUTS) == 0 else 1
-  return fitted(Tiles(wide, splits, 64 if wide == 256 else 128, 8, cluster), dtype)
+  return fitted(SparseTiles(wide, splits, 64 if wide == 256 else 128, 8, cluster), dtype)
 
 
-def fitted(t: Tiles, dtype: np.dtype) -> Tiles:
-  """With as many slots as fit, up to `t.slots`."""
+def fitted(t: SparseTiles, dtype: np.dtype) -> SparseTiles:
+  """Returns `t` with as many slots as fit into shared memory, at most `t.slots`."""
   stage = hopper.nbytes((OUTPUTS, t.depth // 2), dtype) + hopper.nbytes((hopper.COMPUTE, WORDS, 2), 'int32')
   stage += hopper.nbytes((t.tokens, t.depth), dtype)
   staging = hopper.nbytes((OUTPUTS, 2, min(t.tokens, 64)), dtype if t.turned else 'float32')
@@ -69,13 +74,13 @@ def fitted(t: Tiles, dtype: np.dtype) -> Tiles:
 
 
 def refusal(x: Array, w: Sparse24Array) -> str | None:
-  """Why this kernel cannot take these shapes and dtypes, and the remedy."""
+  """Returns why this kernel cannot multiply `x` by `w`, with the remedy, or `None`. Only the dtype of `x` is read."""
   del w
   return hopper.refused_dtype(x.dtype)
 
 
-def matmul(x: Array, w: Sparse24Array, *, sizes: Tiles | None = None) -> Array:
-  """`x [M, Kp]`, filled up as `w` is, times `w`: `[M, Np]` in x's dtype, summed in float32."""
+def matmul(x: Array, w: Sparse24Array, *, sizes: SparseTiles | None = None) -> Array:
+  """Returns `x [M, Kp]` times `w`, `[M, Np]` in x's dtype, summed in float32. `x` is padded to Kp like `w`."""
   count = x.shape[0]
   values, metadata = w.values.astype(x.dtype), w.metadata.reshape(*w.metadata.shape[:2], 2, 128)
   outputs = values.shape[0]
@@ -89,8 +94,8 @@ def matmul(x: Array, w: Sparse24Array, *, sizes: Tiles | None = None) -> Array:
   return jnp.sum(y, axis=0)[:outputs, :count].T.astype(x.dtype)
 
 
-def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
-  """`[M, N]`, or, not `turned`, `[splits, N, M]`: the parts that the transposed product is the sum of."""
+def _product(x: Array, values: Array, metadata: Array, t: SparseTiles) -> Array:
+  """Returns the product, `[M, N]`, or, if not `t.turned`, parts `[splits, N, M]` whose sum is its transpose."""
   (rows, steps), columns = metadata.shape[:2], -(-x.shape[0] // t.tokens)
   rows //= hopper.COMPUTE * t.cluster
   dtype = x.dtype if t.turned else np.dtype(np.float32)
@@ -101,16 +106,11 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
   def body(values, metadata, x, y, weight, meta, tile, staging, full, free):
     wg = lax.axis_index('wg')
 
-    def named(i):  # 16 rows go through all columns together: they stay in the L2 cache
-      row, rest = hopper.banded(i, rows, columns * t.splits, 16 // t.cluster)
-      row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
-      return row, lax.rem(rest, jnp.int32(t.splits)), lax.div(rest, jnp.int32(t.splits))
-
     begin = lambda split: lax.div(split * steps, jnp.int32(t.splits))
-    trips = lambda at: begin(at[1] + 1) - begin(at[1])
+    trips = lambda place: begin(place[1] + 1) - begin(place[1])
 
-    def copy(at, step, slot):
-      row, split, column = at
+    def copy(place, step, slot):
+      row, split, column = place
       depth, half = begin(split) * halves + step, t.depth // 2
       plgpu.copy_gmem_to_smem(values.at[pl.ds(row * OUTPUTS, OUTPUTS), pl.ds(depth * half, half)], weight.at[slot],
                               full.at[slot])
@@ -120,7 +120,7 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
       plgpu.copy_gmem_to_smem(x.at[pl.ds(column * t.tokens, t.tokens), pl.ds(depth * t.depth, t.depth)], tile.at[slot],
                               full.at[slot], collective_axes='cluster' if t.cluster > 1 else None)
 
-    def compute(at, count):
+    def compute(place, count):
       def step(i, carry):
         count, acc = carry
         for half in range(halves):
@@ -132,9 +132,9 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
         return count, acc
 
       zero = plgpu.layout_cast(jnp.zeros((ROWS, t.tokens), jnp.float32), sums)
-      count, acc = lax.fori_loop(jnp.int32(0), trips(at), step, (count, zero))
+      count, acc = lax.fori_loop(jnp.int32(0), trips(place), step, (count, zero))
       value = plgpu.layout_cast(acc, plgpu.Layout.WGMMA).astype(dtype)
-      row, split, column = at
+      row, split, column = place
       row, column = row * OUTPUTS + wg * ROWS, column * t.tokens
       if t.turned:
         value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -144,25 +144,40 @@ def _product(x: Array, values: Array, metadata: Array, t: Tiles) -> Array:
       hopper.store(value, staging.at[wg], target, turned=t.turned)
       return count
 
-    tiles = hopper.share(columns * t.splits * rows, blocks, named)
-    hopper.ring(tiles, lambda at: trips(at) * halves, copy, compute, free, t.slots)
+    tiles = hopper.share(columns * t.splits * rows, blocks, lambda i: _place(i, t, rows, columns))
+    hopper.ring(tiles, lambda place: trips(place) * halves, copy, compute, free, t.slots)
 
-  full, free = hopper.barriers(t.slots, 3, t.cluster)
-  scratch = {'weight': hopper.shared((t.slots, OUTPUTS, t.depth // 2), x.dtype),
-             'meta': plgpu.SMEM((t.slots, hopper.COMPUTE, 2, 128), jnp.int32),
-             'tile': hopper.shared((t.slots, t.tokens, t.depth), x.dtype),
-             'staging': hopper.shared((hopper.COMPUTE, 2, *((piece, ROWS) if t.turned else (ROWS, piece))), dtype),
-             'full': full, 'free': free}
   outputs = rows * t.cluster * OUTPUTS
   shape = (x.shape[0], outputs) if t.turned else (t.splits, outputs, columns * t.tokens)
-  return hopper.kernel(body, jax.ShapeDtypeStruct(shape, dtype), (values, metadata, x), blocks=blocks, scratch=scratch,
-                    cluster=t.cluster, lanes=True)
+  return hopper.kernel(body, jax.ShapeDtypeStruct(shape, dtype), (values, metadata, x), blocks=blocks,
+                       scratch=_scratch(t, x.dtype, dtype), cluster=t.cluster, lanes=True)
+
+
+def _place(i: Array, t: SparseTiles, rows: int, columns: int) -> tuple[Array, Array, Array]:
+  """Returns the row, the part of K, and the column of the i-th output tile.
+
+  16 rows go through all columns together, so that their weights stay in the L2 cache.
+  """
+  row, rest = hopper.banded(i, rows, columns * t.splits, 16 // t.cluster)
+  row = row * t.cluster + lax.axis_index('cluster') if t.cluster > 1 else row
+  return row, lax.rem(rest, jnp.int32(t.splits)), lax.div(rest, jnp.int32(t.splits))
+
+
+def _scratch(t: SparseTiles, dtype: np.dtype, out_dtype: np.dtype) -> dict[str, Any]:
+  """Returns the shared memory and the barriers: a ring of weights, metadata and tokens, and staging for outputs."""
+  full, free = hopper.barriers(t.slots, 3, t.cluster)
+  piece = min(t.tokens, 64)
+  return {'weight': hopper.shared((t.slots, OUTPUTS, t.depth // 2), dtype),
+          'meta': plgpu.SMEM((t.slots, hopper.COMPUTE, 2, 128), jnp.int32),
+          'tile': hopper.shared((t.slots, t.tokens, t.depth), dtype),
+          'staging': hopper.shared((hopper.COMPUTE, 2, *((piece, ROWS) if t.turned else (ROWS, piece))), out_dtype),
+          'full': full, 'free': free}
 
 
 def _multiply(acc: Array, weight: Any, meta: Any, tokens: Any, half: int) -> Array:
-  """`acc [64, n]` plus the sparse `weight [64, depth]` times the transpose of `tokens [n, depth]`.
+  """Returns `acc [64, n]` plus the sparse `weight [64, depth]` times the transpose of `tokens [n, depth]`.
 
-  `half` says which of the words of metadata comes first.
+  `half` is the index of the word of metadata that comes first.
   """
   sums = plgpu.Layout._WGMMA_ACC_32BIT
   registers = plgpu.Layout.WG_STRIDED((2, 128), vec_size=2)
@@ -176,14 +191,14 @@ def _multiply(acc: Array, weight: Any, meta: Any, tokens: Any, half: int) -> Arr
   return product(acc, weight, tokens, hopper.load(meta, registers))
 
 
-# Below, MLIR: the instructions themselves.
+# The instructions themselves, in MLIR.
 
 
 def _instructions(acc: Any, weight: Any, tokens: Any, meta: Any, half: int) -> Any:
-  """Instructions of depth 32, and the wait for them. `weight` is compressed, `tokens` `[depth, n]`.
+  """Emits instructions of depth 32, waits for them, and returns the sums. `weight` is compressed; `tokens [depth, n]`.
 
-  None stays under way: ptxas does not know that an instruction under way still reads its metadata, and gives their
-  registers to what comes next. The other warpgroup multiplies meanwhile.
+  No instruction stays in flight: ptxas does not know that an instruction in flight still reads its metadata, and would
+  give the registers of the metadata to the next operation. The other warpgroup multiplies meanwhile.
   """
   (depth, n), element = mma_utils.tiled_memref_shape(tokens)
   first, second = (dict(swizzle=size, logical_k_major=major) for size, major in ((depth, False), (128, True)))
@@ -192,7 +207,7 @@ def _instructions(acc: Any, weight: Any, tokens: Any, meta: Any, half: int) -> A
       tokens, group_size=(depth, n), mma_bytewidth_k=2 * INSTRUCTION, **second)
   acc = _dense.wgmma_fence(acc)
   sums, i32 = list(acc.registers.flat), ir.IntegerType.get_signless(32)
-  (pair,) = meta.registers.flat  # of this thread; each register is that of two instructions
+  (pair,) = meta.registers.flat  # the registers of this thread, each for two instructions
   for i in range(depth // INSTRUCTION):
     word = llvm.extractelement(pair, utils.c(half + i // 2, i32))
     at_b = sum(j * stride for j, stride in zip(np.unravel_index(i, (depth, *b_inner)), b_strides))
@@ -209,7 +224,7 @@ def _moved(descriptor: Any, nbytes: int) -> Any:
 
 
 def _instruction(sums: list[Any], a: Any, b: Any, word: Any, selector: int, n: int, element: Any) -> list[Any]:
-  """One `wgmma.mma_async.sp.m64n{n}k32`; `selector` says which half of the threads has its metadata."""
+  """Emits one `wgmma.mma_async.sp.m64n{n}k32`, returns the sums; `selector` says which half of threads has metadata."""
   count, single = n // 2, ir.VectorType.get((1,), ir.F32Type.get())
   i32 = ir.IntegerType.get_signless(32)
   constraints = ','.join([*['=f'] * count, *map(str, range(count)), 'l', 'l', 'r', 'n'])
@@ -220,6 +235,6 @@ def _instruction(sums: list[Any], a: Any, b: Any, word: Any, selector: int, n: i
           f'wgmma.mma_async.sp.sync.aligned.m64n{n}k{INSTRUCTION}.f32.{kind}.{kind} '
           f'{registers}, {a_at}, {b_at}, {word_at}, {selector}, p, 1, 1, 0, 0; }}\n')
   add = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 1)).result
-  found = llvm.inline_asm(llvm.StructType.get_literal([single] * count), [*sums, a, b, word, add], text, constraints,
-                          asm_dialect=0, has_side_effects=True)
-  return [llvm.extractvalue(single, found, [i]) for i in range(count)]
+  results = llvm.inline_asm(llvm.StructType.get_literal([single] * count), [*sums, a, b, word, add], text, constraints,
+                            asm_dialect=0, has_side_effects=True)
+  return [llvm.extractvalue(single, results, [i]) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Products with a `CSCArray`, zeros anywhere: `unstructured_matmul`."""
+"""Multiplies by a `CSCArray`, which has zeros anywhere: `unstructured_matmul`."""
 
 from typing import Any
 
@@ -11,21 +11,24 @@ from kernels_pallas.unstructured import reference
 from sparsejax.formats import CSCArray
 from sparsejax.types import Array
 
-_LEAST_TOKENS, _LEAST_SPARSITY = 64, 0.85  # from here on faster than a weight that was never packed
-# One CPU core, float32, 1024 x 1024, of 50 to 90 % sparsity: a value and a token take the sparse routine 0.085 ns, a
-# dense weight and a token 0.02 ns, and unpacking a value 6 ns, as long as 70 tokens.
+# From these tokens and this sparsity on, the sparse routine is faster than a weight that was never packed.
+_LEAST_TOKENS, _LEAST_SPARSITY = 64, 0.85
+# Measured on one CPU core, float32, 1024 x 1024, 50 to 90 % sparsity: the sparse routine takes 0.085 ns for a value and
+# a token. The dense product takes 0.02 ns for a weight and a token. Unpacking a value takes 6 ns, as long as 70 tokens.
 _UNPACKED, _DENSE = 70, 0.02 / 0.085
 
 
 def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = None,
-                        explain: bool = False) -> Array | dispatch.Explanation:
-  """`x [..., K]` times `w` with zeros anywhere, over its contracted axes merged: `[..., *outputs]`, in x's dtype.
+                        explain: bool = False) -> Array | dispatch.Choices:
+  """Returns `x [..., K]` times `w` with zeros anywhere: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  Sums are float32. Differentiable in `x` and `w.values`; the gradient of the values is of their shape, but the dense
-  product that it is read from is made on the way. `implementation` is 'xla', the sparse routine of XLA's CPU client
-  (elsewhere what `jax.experimental.sparse` has), or 'dense', which unpacks `w` inside of the program; they run or raise
-  `ValueError`. `None` chooses, and `explain=True` returns what it would choose, and why. There are no kernels for GPUs
-  and TPUs.
+  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`. The
+  gradient of the values has the shape of the values, but the dense gradient is computed on the way.
+
+  `implementation` is 'xla' or 'dense', and raises `ValueError` if it cannot run. 'xla' is the sparse routine of XLA's
+  CPU client, and on other platforms `jax.experimental.sparse`. 'dense' unpacks `w` inside of the program. There are no
+  kernels for GPUs and TPUs. `None` chooses by `prefer`. `explain=True` returns the choice of each platform and its
+  reason instead of the product. Raises `ValueError` with the `refusal` of `x` and `w`.
   """
   if reason := refusal(x, w):
     raise ValueError(f'unstructured_matmul: {reason}.')
@@ -44,7 +47,10 @@ def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
 
 
 def prefer(*args: Array | CSCArray) -> Choice:
-  """'xla' or 'dense', by what was measured on a CPU (`make bench`): a weight is unpacked anew in each call."""
+  """Returns the choice between 'xla' and 'dense' that was faster on a CPU (`make bench`).
+
+  'dense' unpacks the weight again in each call.
+  """
   tokens, density = args[0].shape[0], args[-1].density
   pays = tokens >= _LEAST_TOKENS and 1 - density >= _LEAST_SPARSITY
   slower = '' if pays else (f'; sparse pays from {_LEAST_SPARSITY:.0%} and {_LEAST_TOKENS} tokens on, and a weight '
@@ -54,7 +60,7 @@ def prefer(*args: Array | CSCArray) -> Choice:
   return Choice('xla', f'{1 - density:.0%} are zero, {tokens} tokens: the sparse routine of XLA on CPUs{slower}')
 
 
-# 'dense': the weight unpacked inside of the program.
+# The implementation 'dense' unpacks the weight inside of the program.
 
 
 def _matrix(w: CSCArray) -> Array:
@@ -62,7 +68,7 @@ def _matrix(w: CSCArray) -> Array:
   return empty.at[w.rows, w.cols].set(w.values, mode='promise_in_bounds')
 
 
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'unstructured_matmul',
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, _matrix(w), 1, 0).astype(x.dtype))},

@@ -1,13 +1,22 @@
-"""Packed parameters: arrays that store what is not zero, and dense again bit for bit.
+"""Packs parameters: arrays that store only what is not zero, and become dense again bit for bit.
 
-Packed arrays are pytrees, so that `jit`, `vmap`, `scan`, sharding and Orbax take them as they take any parameter. All
-the moving is done on the bits, as unsigned integers, because floating units may flush subnormals and quieten NaNs.
-`NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern; `BitmaskArray` and `RelativeIndexArray` are for
-files of zeros anywhere, `CSCArray` for products with such.
+    packed = formats.pack(params, '2:4')     # matrices become `NMArray`s, other leaves stay as they are
+    io.save('model.safetensors', packed)     # values and indices are plain tensors of the file
+    params = formats.unpack(packed)          # bit for bit what was packed
+
+Packed arrays are pytrees: `jit`, `vmap`, `scan`, sharding and Orbax take them like any parameter. Packing moves the
+bits of the weights as unsigned integers, because floating-point units may flush subnormals and quieten NaNs.
+
+`TABLE` holds the formats by name. `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern. `BitmaskArray`
+and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` does for products. A format of one's own is a
+registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and the
+command line then use it.
 """
 
+import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,84 +25,117 @@ import jax.numpy as jnp
 
 from sparsejax import errors, patterns, trees
 from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
-from sparsejax.formats.arrays import Misfit, PackedArray, nbytes, of_kind
+from sparsejax.formats.arrays import Misfit, PackedArray, nbytes
 from sparsejax.formats.blocks import BlockSparseArray
 from sparsejax.formats.columns import CSCArray
 from sparsejax.formats.n_m import NMArray
 from sparsejax.formats.sparse24 import Sparse24Array
-from sparsejax.types import Array, Axes, PyTree
+from sparsejax.types import Array, Axes, Pattern, PyTree
 
 __all__ = [
-    'ANYWHERE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'Misfit', 'NMArray', 'PackedArray',
-    'RelativeIndexArray', 'Sparse24Array', 'is_packed', 'matmul', 'nbytes', 'of_kind', 'pack', 'unpack', 'values',
-    'with_values',
+    'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'Misfit', 'NMArray', 'PackedArray', 'RelativeIndexArray',
+    'Sparse24Array', 'fitting', 'is_packed', 'matmul', 'nbytes', 'pack', 'unpack', 'values', 'with_values',
 ]
 
-ANYWHERE = {'bitmask': BitmaskArray, 'relative_index': RelativeIndexArray}  # the formats for zeros anywhere, by name
-_BY_NAME = (Sparse24Array.kind, CSCArray.kind)  # formats of matrices that no pattern stands for
+# The formats by name. `pack` takes the first format that fits a pattern, so the order says which one is preferred.
+TABLE: dict[str, type[PackedArray]] = {each.kind: each for each in (
+    NMArray, BlockSparseArray, BitmaskArray, RelativeIndexArray, CSCArray, Sparse24Array)}
 
 
 def is_packed(node: Any) -> bool:
-  """Is this a packed array? For `is_leaf`."""
+  """Returns whether `node` is a packed array. For the argument `is_leaf` of `jax.tree` functions."""
   return isinstance(node, PackedArray)
+
+
+def fitting(pattern: Any) -> list[type[PackedArray]]:
+  """Returns the formats of `TABLE` that are made for `pattern`, the preferred one first."""
+  return [each for each in TABLE.values() if each.fits(pattern)]
 
 
 def pack(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Mapping[str, Axes] | None = None,
          check: bool = True) -> PyTree:
-  """Replace the leaves that `where` picks by packed arrays.
+  """Returns `params` with the leaves that `where` picks replaced by packed arrays.
 
-  `pattern` is an `NM`, a `Block` for a `BlockSparseArray`, `Unstructured()` for a `BitmaskArray`, or as a string '2:4',
-  'bitmask', 'relative_index' for a `RelativeIndexArray`, 'csc' for a `CSCArray`, or 'sparse24' for a `Sparse24Array`;
-  or a dict from globs to these. `axes` says which axes are contracted (by default `trees.conventional_axes`); `check`
-  is that of `NMArray.from_dense`. Raises `ValueError` for a leaf whose nonzeros do not fit the pattern.
+  `pattern` is a pattern, which is packed in the first format of `TABLE` that fits it: `NM` in an `NMArray`, `Block` in
+  a `BlockSparseArray`, `Unstructured()` in a `BitmaskArray`. A string is a pattern, as in '2:4', or the name of a
+  format: 'bitmask', 'relative_index', 'csc', 'sparse24'. A dict maps globs to patterns and strings.
+
+  `axes` says which axes of each leaf are contracted; the default is `trees.conventional_axes`. `check=False` is for
+  traced leaves, see `NMArray.from_dense`. Raises `ValueError` for a leaf that is packed already or whose nonzeros
+  do not keep the pattern, and for a pattern that no format fits.
   """
   names, leaves, treedef = trees.flatten(params, is_leaf=is_packed)
   already = [name for name, leaf in zip(names, leaves) if is_packed(leaf)]
   if already:
     raise ValueError(f'pack: {errors.some(already)} already packed; call unpack first.')
-  picked = trees.select('pack', where, params)
-  chosen = [name for name, pick in zip(names, picked) if pick]
-  asked = dict(zip(chosen, trees.per_leaf('pack', 'pattern', pattern, chosen)))
-  kinds = {name: _kind(kind) for name, kind in asked.items()}
-  return treedef.unflatten([_pack_leaf(name, leaf, kinds[name], axes, check) if name in kinds else leaf
+  chosen = [name for name, pick in zip(names, trees.select('pack', where, params)) if pick]
+  plans = {name: _format_and_pattern(asked)
+           for name, asked in zip(chosen, trees.per_leaf('pack', 'pattern', pattern, chosen))}
+  return treedef.unflatten([_pack_leaf(name, leaf, *plans[name], axes, check) if name in plans else leaf
                             for name, leaf in zip(names, leaves)])
 
 
-def unpack(tree: PyTree, base: PyTree | None = None) -> PyTree:
-  """The dense tree, bit for bit: the inverse of `pack`. Works under `jit` and `vmap`.
+def _format_and_pattern(asked: Any) -> tuple[type[PackedArray], Pattern]:
+  """Returns the format and the pattern that `asked` means, an entry of `pack`'s argument `pattern`."""
+  format_ = TABLE.get(asked) if isinstance(asked, str) else None
+  if format_ and format_.default_pattern is not None:
+    return format_, format_.default_pattern
+  formats = []
+  with contextlib.suppress(ValueError):  # A string may spell no pattern.
+    formats = fitting(pattern := patterns.parse(asked))
+  if formats:
+    return formats[0], pattern
+  named = [kind for kind, each in TABLE.items() if each.default_pattern is not None]
+  spelled = [example for each in patterns.TABLE.values() if fitting(patterns.parse(each.examples[0]))
+             for example in each.examples]
+  raise errors.unknown('pack', 'pattern', asked, [*spelled, *named])
 
-  `base`, a dense tree of this structure, is what stands where a `RelativeIndexArray` stores nothing, instead of zeros:
-  for `recipes.freeze_net` the parameters that the seed gives.
+
+def _pack_leaf(path: str, leaf: Array, format_: type[PackedArray], pattern: Pattern, axes: Mapping[str, Axes] | None,
+               check: bool) -> PackedArray:
+  try:
+    own_axes = trees.axes_of('pack', axes, path, leaf.shape) if format_.takes_axes else None
+    return format_.from_pattern(leaf, pattern, own_axes, check)
+  except Misfit as misfit:
+    raise errors.at_leaf('pack', path, leaf.shape, misfit.why) from None
+
+
+def unpack(tree: PyTree, base: PyTree | None = None) -> PyTree:
+  """Returns the dense tree, bit for bit: the inverse of `pack`. Works under `jit` and `vmap`.
+
+  `base` is a dense tree of the same structure. Its entries replace those that a `RelativeIndexArray` does not store,
+  instead of zeros. For `recipes.freeze_net`, `base` holds the parameters that the seed gives.
   """
   if base is None:
     return jax.tree.map(lambda leaf: leaf.to_dense() if is_packed(leaf) else leaf, tree, is_leaf=is_packed)
-  whole = lambda leaf, old: leaf.to_dense(old) if isinstance(leaf, RelativeIndexArray) else leaf
-  return unpack(jax.tree.map(whole, tree, base, is_leaf=is_packed))
+  dense = lambda leaf, base: leaf.to_dense_over(base) if is_packed(leaf) else leaf
+  return jax.tree.map(dense, tree, base, is_leaf=is_packed)
 
 
 def values(tree: PyTree) -> PyTree:
-  """What can be trained of `tree`: each packed leaf replaced by its `values`, a float array.
+  """Returns `tree` with each packed leaf replaced by its `values`, the float array that can be trained.
 
-  For `jax.grad` and optax, which refuse the indices beside them; gradients and moments then have the packed size. Back
-  with `with_values`: `loss(formats.with_values(params, values))`.
+  `jax.grad` and optax refuse the indices of packed leaves and take `values`; gradients and moments then have the packed
+  size. `with_values` is the way back: `loss(formats.with_values(params, values))`.
   """
   return jax.tree.map(lambda leaf: leaf.values if is_packed(leaf) else leaf, tree, is_leaf=is_packed)
 
 
 def with_values(tree: PyTree, values: PyTree) -> PyTree:
-  """`tree` with these `values`, as `values(tree)` gives them. Differentiable in `values`."""
+  """Returns `tree` with `values` in its leaves, as `formats.values(tree)` gives them. Differentiable in `values`."""
   put = lambda leaf, v: dataclasses.replace(leaf, values=v) if is_packed(leaf) else v
   return jax.tree.map(put, tree, values, is_leaf=is_packed)
 
 
 @jax.jit
 def matmul(x: Array, packed: PackedArray) -> Array:
-  """`x[..., K]` times the packed `w` over its contracted axes, merged: `[..., *other axes of w]`, in `x`'s dtype.
+  """Returns `x[..., K]` times the weight in `packed`: `[..., *other axes of the weight]`, in `x`'s dtype.
 
-  The weights are unpacked inside the program and cast to `x`'s dtype; products are summed in float32 at least. Any
-  format that knows which axes are contracted; `kernels_pallas` has what is faster.
+  The contracted axes of the weight, merged, have length K. The program unpacks the weight and casts it to `x`'s dtype;
+  products are summed in float32 or wider. Takes any format that knows its contracted axes; `kernels_pallas` has faster
+  products. Raises `ValueError` for another format, and if `x` does not end in K.
   """
-  if not hasattr(packed, 'axes'):
+  if not packed.axes:
     raise ValueError(f'formats.matmul: {type(packed).__name__} does not say which axes are contracted; unpack it.')
   axes = tuple(a + packed.ndim for a in packed.axes)
   sizes = tuple(packed.shape[a] for a in axes)
@@ -107,32 +149,11 @@ def matmul(x: Array, packed: PackedArray) -> Array:
   return jax.lax.dot_general(x, w, contraction, preferred_element_type=sums).astype(x.dtype)
 
 
-# One leaf: which format, and whether it fits.
-
-
-def _kind(pattern: Any) -> Any:
-  """An `NM`, a `Block`, or the name of a format."""
-  if isinstance(pattern, str) and pattern not in (*ANYWHERE, *_BY_NAME):
-    pattern = patterns.parse(pattern)
-  if isinstance(pattern, patterns.Unstructured):
-    return 'bitmask'
-  if isinstance(pattern, (patterns.NM, patterns.Block, str)):
-    return pattern
-  valid = ['NM(n, m)', 'Block((bk, bn))', 'Unstructured()', "'n:m'", *map(repr, (*_BY_NAME, *ANYWHERE))]
-  raise errors.unknown('pack', 'pattern', pattern, valid)
-
-
-def _pack_leaf(path: str, leaf: Array, kind: Any, axes: Mapping[str, Axes] | None, check: bool) -> PackedArray:
-  try:
-    if kind in ANYWHERE:
-      return ANYWHERE[kind].from_dense(leaf)
-    at = trees.axes_of('pack', axes, path, leaf.shape)
-    if kind == Sparse24Array.kind:
-      return Sparse24Array.from_dense(leaf, at, check)
-    if kind == CSCArray.kind:
-      return CSCArray.from_dense(leaf, axes=at)
-    if isinstance(kind, patterns.NM):
-      return NMArray.from_dense(leaf, kind.n, kind.m, at, check, kind.width)
-    return BlockSparseArray.from_dense(leaf, block=kind.shape, axes=at)
-  except Misfit as misfit:
-    raise errors.at_leaf('pack', path, leaf.shape, misfit.why) from None
+def __getattr__(name: str) -> Any:
+  """Returns what had these names until this release, with a warning."""
+  former = {'ANYWHERE': lambda: {kind: TABLE[kind] for kind in ('bitmask', 'relative_index')},
+            'of_kind': lambda: TABLE.get}
+  if name not in former:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  warnings.warn(f'formats.{name} goes in the next release; read formats.TABLE.', DeprecationWarning, stacklevel=2)
+  return former[name]()

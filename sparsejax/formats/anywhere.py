@@ -1,4 +1,11 @@
-"""Zeros anywhere: `BitmaskArray` with a bit a weight, `RelativeIndexArray` with a byte a stored value. For files."""
+"""Packs arrays with zeros anywhere: `BitmaskArray` takes one bit a weight, `RelativeIndexArray` one byte a value.
+
+    packed = formats.BitmaskArray.from_dense(w)         # on the host: the number of values depends on `w`
+    packed.values, packed.mask                          # the nonzeros in row-major order; `uint8[ceil(size / 8)]`
+    formats.RelativeIndexArray.from_dense(w, mask)      # smaller at 88 % sparsity and more
+
+Both formats are for files, and become dense again bit for bit.
+"""
 
 import dataclasses
 import math
@@ -7,19 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import neighbours
+from sparsejax import neighbours, patterns
 from sparsejax.formats import arrays, gaps
 from sparsejax.types import Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BitmaskArray(arrays.PackedArray, kind='bitmask'):
-  """An array with zeros anywhere: its other `values` in row-major order, and `mask` with one bit a weight.
+class BitmaskArray(arrays.PackedArray):
+  """A `BitmaskArray` stores the nonzero `values` of an array in row-major order, and in `mask` one bit a weight.
 
-  `mask` is `uint8[ceil(size / 8)]`, the first weight in the lowest bit, 1 = stored; bits behind the last are zero. The
-  number of values depends on the data, so packing happens on concrete arrays and leading axes cannot be added.
+  `mask` is `uint8[ceil(size / 8)]` with the first weight in the lowest bit; 1 means stored. Bits behind the last weight
+  are zero. The number of values depends on the data: only concrete arrays can be packed, and leading axes cannot be
+  added.
   """
+
+  kind = 'bitmask'
+  default_pattern = patterns.Unstructured()
 
   values: Array
   mask: Array
@@ -27,30 +38,47 @@ class BitmaskArray(arrays.PackedArray, kind='bitmask'):
 
   @classmethod
   def from_dense(cls, w: Array) -> 'BitmaskArray':
-    """Pack the concrete array `w`, on the host. Raises `ValueError` for a traced one."""
+    """Packs the concrete array `w` on the host. Raises `ValueError` if `w` is traced."""
     if misfit := arrays.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
     return _bitmask_packed(w)
 
+  @classmethod
+  def fits(cls, pattern):
+    return isinstance(pattern, patterns.Unstructured)
+
+  @classmethod
+  def from_pattern(cls, w, pattern, axes, check=True):
+    return cls.from_dense(w)
+
+  @classmethod
+  def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):
+    size = math.prod(shape)
+    return (size - round(sparsity * size)) * np.dtype(dtype).itemsize + -(-size // 8)
+
   def to_dense(self) -> Array:
-    """The dense array, bit for bit. Differentiable in `values`."""
     return _bitmask_dense(self)
 
   def problem(self) -> str | None:
-    return _bitmask_invalid(self)
+    return _bitmask_problem(self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class RelativeIndexArray(arrays.PackedArray, kind='relative_index'):
-  """An array of which few entries are stored: these `values` in row-major order, and the `gaps` between their places.
+class RelativeIndexArray(arrays.PackedArray):
+  """A `RelativeIndexArray` stores the `values` of few entries, in row-major order, and the `gaps` between positions.
 
-  For 88 % sparsity and more, where a byte a value is less than a bit a weight. A gap is the number of entries skipped
-  since the last stored one, in `uint8`: a byte below 255 ends it, 255 says to skip 255 and read on (the relative index
-  of Han et al. 2016, arXiv 1510.00149, which stores a filler zero there). So gaps take a byte a value, and at most one
-  more for every 255 entries: at 99 % sparsity float32 has at most 1.35 % of the dense bytes, 1.27 % where places are
-  random, and bfloat16 1.70 % and 1.54 %. Packed on concrete arrays, as `BitmaskArray` is.
+  The format is for 88 % sparsity and more, where one byte a value is less than one bit a weight. A gap is the number of
+  entries skipped since the last stored entry, in `uint8`. A byte below 255 ends the gap; 255 skips 255 entries and
+  continues the gap. The relative index of Han et al. 2016 (arXiv 1510.00149) stores a filler zero there instead.
+
+  Gaps take one byte a value, and at most one more byte for every 255 entries. At 99 % sparsity float32 takes at most
+  1.35 % of the dense bytes, and 1.27 % where positions are random; bfloat16 takes 1.70 % and 1.54 %. Only concrete
+  arrays can be packed, as for `BitmaskArray`.
   """
+
+  kind = 'relative_index'
+  default_pattern = patterns.Unstructured()
 
   values: Array
   gaps: Array
@@ -58,27 +86,45 @@ class RelativeIndexArray(arrays.PackedArray, kind='relative_index'):
 
   @classmethod
   def from_dense(cls, w: Array, mask: Array | None = None) -> 'RelativeIndexArray':
-    """Pack what is not zero of the concrete array `w`, or what it has where `mask` is `True`, zero or not, on the host.
+    """Packs the concrete array `w` on the host: its nonzeros or, with `mask`, its entries where `mask` is `True`.
 
-    With `mask`, a bool array of `w`'s shape, what is elsewhere is not stored: give it to `to_dense` again, from
-    wherever it came (FreezeNet draws it from a seed). Raises `ValueError` for traced arrays and for another mask.
+    `mask` is a bool array of `w`'s shape; entries where it is `True` are stored even if they are zero. The other
+    entries of `w` are not stored: give them to `to_dense` as `base`. FreezeNet, for example, draws them from a seed.
+    Raises `ValueError` if an argument is traced, and if `mask` has another shape or dtype.
     """
-    if misfit := arrays.host_misfit(w) or (None if mask is None else _mask_misfit(w, mask)):
+    if misfit := arrays.host_misfit(w) or arrays.mask_misfit(w, mask):
       raise arrays.Misfit('RelativeIndexArray.from_dense', w.shape, misfit)
     return _relative_packed(w, mask)
 
-  def to_dense(self, base: Array | None = None) -> Array:
-    """The dense array, bit for bit: what is not stored is zero, or that of `base`, an array of this shape and dtype.
+  @classmethod
+  def fits(cls, pattern):
+    return isinstance(pattern, patterns.Unstructured)
 
-    Differentiable in `values` and `base`.
+  @classmethod
+  def from_pattern(cls, w, pattern, axes, check=True):
+    return cls.from_dense(w)
+
+  @classmethod
+  def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):
+    """Returns an upper bound: positions may need one more byte of gaps for every 255 entries."""
+    size = math.prod(shape)
+    return (size - round(sparsity * size)) * (np.dtype(dtype).itemsize + 1) + size // 255
+
+  def to_dense(self, base: Array | None = None) -> Array:
+    """Returns the dense array, bit for bit; entries that are not stored are zero or, with `base`, those of `base`.
+
+    `base` has the shape and dtype of the packed array. Differentiable in `values` and `base`.
     """
     if base is not None and (tuple(base.shape), base.dtype) != (self.shape, self.dtype):
       raise ValueError(f'RelativeIndexArray.to_dense: base of shape {tuple(base.shape)} and dtype {base.dtype} must '
                        f'have the shape {self.shape} and dtype {self.dtype} of the packed array.')
     return _relative_dense(self, base)
 
+  def to_dense_over(self, base: Array) -> Array:
+    return self.to_dense(base)
+
   def problem(self) -> str | None:
-    return _relative_invalid(self)
+    return _relative_problem(self)
 
 
 # Bitmask.
@@ -91,7 +137,7 @@ def _bitmask_packed(w: Array) -> BitmaskArray:
 
 
 def _spread(values: Array, mask: Array, size: int) -> Array:
-  """`values` in the order of the set bits of `mask`, zeros elsewhere: `[size]`."""
+  """Returns `[size]`: `values` in the order of the set bits of `mask`, zeros elsewhere."""
   if not values.size:
     return jnp.zeros(size, values.dtype)
   ones = jax.lax.population_count(mask).astype(jnp.int32)
@@ -99,7 +145,7 @@ def _spread(values: Array, mask: Array, size: int) -> Array:
   below = mask[:, None] & ((jnp.uint8(1) << shifts) - jnp.uint8(1))
   slots = (jnp.cumsum(ones) - ones)[:, None] + jax.lax.population_count(below).astype(jnp.int32)
   stored = ((mask[:, None] >> shifts) & 1).astype(bool).reshape(-1)[:size]
-  return neighbours.filled(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
+  return neighbours.expanded(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
 
 
 @jax.jit
@@ -107,7 +153,7 @@ def _bitmask_dense(packed: BitmaskArray) -> Array:
   return neighbours.exactly(_spread, packed.values, packed.mask, math.prod(packed.shape)).reshape(packed.shape)
 
 
-def _bitmask_invalid(packed: BitmaskArray) -> str | None:
+def _bitmask_problem(packed: BitmaskArray) -> str | None:
   size = math.prod(packed.shape)
   if packed.mask.dtype != jnp.uint8 or packed.mask.shape != (-(-size // 8),) or packed.values.ndim != 1:
     return (f'mask {packed.mask.dtype}{list(packed.mask.shape)} and values {list(packed.values.shape)} do not '
@@ -121,12 +167,6 @@ def _bitmask_invalid(packed: BitmaskArray) -> str | None:
 # Relative indices.
 
 
-def _mask_misfit(w: Array, mask: Array) -> str | None:
-  if tuple(mask.shape) != tuple(w.shape) or mask.dtype != bool:
-    return f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} must be bool of the same shape.'
-  return None if arrays.concrete(mask) else 'its mask has no values here (traced, or a shape). Pack outside of jit.'
-
-
 def _relative_packed(w: Array, mask: Array | None) -> RelativeIndexArray:
   flat = np.asarray(w).reshape(-1)
   kept = flat.view(f'u{flat.dtype.itemsize}') != 0 if mask is None else np.asarray(mask).reshape(-1)
@@ -135,12 +175,12 @@ def _relative_packed(w: Array, mask: Array | None) -> RelativeIndexArray:
 
 
 def _put(entries: tuple[Array, ...], code: Array, size: int) -> Array:
-  """The first of `entries` at the places of `code`; elsewhere the second, `[size]`, or zeros if there is none."""
+  """Returns `[size]`: the first of `entries` at the positions of `code`; elsewhere the second, or zeros without it."""
   values, base = entries if len(entries) == 2 else (*entries, jnp.zeros(size, entries[0].dtype))
   if not values.size:
     return base
   stored = gaps.stored(code, size)
-  return neighbours.filled(values, jnp.cumsum(stored, dtype=jnp.int32) - 1, stored, base)
+  return neighbours.expanded(values, jnp.cumsum(stored, dtype=jnp.int32) - 1, stored, base)
 
 
 @jax.jit
@@ -149,7 +189,7 @@ def _relative_dense(packed: RelativeIndexArray, base: Array | None) -> Array:
   return neighbours.exactly(_put, entries, packed.gaps, math.prod(packed.shape)).reshape(packed.shape)
 
 
-def _relative_invalid(packed: RelativeIndexArray) -> str | None:
+def _relative_problem(packed: RelativeIndexArray) -> str | None:
   if packed.gaps.dtype != jnp.uint8 or packed.gaps.ndim != 1 or packed.values.ndim != 1:
     return (f'gaps {packed.gaps.dtype}{list(packed.gaps.shape)} and values {list(packed.values.shape)} do not belong '
             'together: that takes one axis of each, and uint8 gaps.')

@@ -1,6 +1,12 @@
-"""What all packed arrays share: the interface that `pack`, `io` and the kernels rely on, and what refuses a weight.
+"""Defines what all packed arrays share: the interface that `pack`, `io` and the kernels read, and the refusals.
 
-What counts as zero is the bit pattern of `+0.0`: `-0.0`, NaN payloads and subnormals are values and survive.
+A format of one's own is a registered dataclass of `PackedArray` and one line in `formats.TABLE`:
+
+    packed = formats.NMArray.from_dense(w, 2, 4, axes=0)
+    packed.shape, packed.axes, packed.leading   # the dense shape, the contracted axes, how many axes are a stack
+    packed.to_dense()                           # `w`, bit for bit
+
+A weight counts as zero if all its bits are those of `+0.0`. `-0.0`, NaN payloads and subnormals are values and survive.
 """
 
 import dataclasses
@@ -14,14 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours
-from sparsejax.types import Array, Axes
+from sparsejax.types import Array, Axes, Pattern
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
-BY_KIND: dict[str, type['PackedArray']] = {}
 
 
 class Misfit(ValueError):
-  """An array that cannot be stored in a format: `why`, with the remedy."""
+  """A `Misfit` says that a format cannot store an array; its `why` ends in the remedy."""
 
   def __init__(self, function: str, shape: tuple[int, ...], why: str):
     super().__init__(f'{function}: array of shape {tuple(shape)}: {why}')
@@ -29,18 +34,23 @@ class Misfit(ValueError):
 
 
 class PackedArray:
-  """A dense array stored as several plain ones; a pytree, of which `values` is the part that gradients flow to.
+  """A `PackedArray` stores a dense array as several plain arrays; gradients flow to its `values`.
 
-  A format is a registered dataclass of this class: its fields that are not static are arrays, and a file stores each
-  of them under its name. `kind` is the format's name there. `described` is what the file has to say beside the arrays
-  and the dense shape, in JSON; `restored` is the way back.
+  A format is a registered dataclass of this class. Its fields that are not static are arrays, and a file stores each
+  array under the name of its field. Each format says four facts about itself:
+
+  `kind`: the name of the format in files and in `formats.TABLE`.
+  `product`: the function of `kernels_pallas` that multiplies with the format; empty if there is none.
+  `default_pattern`: the pattern that `kind` alone stands for in `pack`; `None` if `kind` alone says too little.
+  `takes_axes`: whether packing needs to know the contracted axes of the array.
   """
 
   kind: ClassVar[str]
+  product: ClassVar[str] = ''
+  default_pattern: ClassVar[Pattern | None] = None
+  takes_axes: ClassVar[bool] = False
 
-  def __init_subclass__(cls, kind: str | None = None) -> None:
-    if kind is not None:  # as it is for what several formats share
-      cls.kind, BY_KIND[kind] = kind, cls
+  axes: tuple[int, ...] = ()  # The contracted axes, counted from the end; empty where the format does not know them.
 
   @property
   def ndim(self) -> int:
@@ -52,85 +62,128 @@ class PackedArray:
 
   @property
   def nbytes(self) -> int:
-    """The bytes of all its arrays."""
+    """The bytes of all arrays of the format together."""
     return nbytes(self)
 
+  @property
+  def leading(self) -> int:
+    """The number of leading dense axes of which each index is a packed array of its own, as in a stack of layers."""
+    return 0
+
   def arrays(self) -> dict[str, Array]:
-    """The arrays it consists of, by the names of the fields."""
+    """Returns the arrays of the format, by the names of their fields."""
     return {name: getattr(self, name) for name in self.names()}
 
   @classmethod
   def names(cls) -> list[str]:
-    """The fields that are arrays."""
+    """Returns the names of the fields that are arrays."""
     return [field.name for field in dataclasses.fields(cls) if not field.metadata.get('static')]
 
+  @classmethod
+  def fits(cls, pattern: Any) -> bool:
+    """Returns whether the format is made for `pattern`: `pack` takes the first format of `formats.TABLE` that fits."""
+    return False
+
+  @classmethod
+  def from_pattern(cls, w: Array, pattern: Pattern, axes: Axes | None, check: bool = True) -> Self:
+    """Packs `w`, whose zeros keep `pattern`; `axes` is `None` if the format takes none.
+
+    `check=False` packs traced arrays in formats that can; other formats ignore `check`. Raises `Misfit` if `w` cannot
+    be packed.
+    """
+    raise NotImplementedError
+
+  @classmethod
+  def expected_nbytes(cls, shape: tuple[int, ...], dtype: Any, pattern: Pattern, axes: Axes | None,
+                      sparsity: float) -> int:
+    """Returns the bytes that a packed array will take, before there are values: `sparsity` is the fraction of zeros.
+
+    The default is for formats whose size depends on the pattern alone.
+    """
+    w = jax.ShapeDtypeStruct(shape, dtype)
+    return nbytes(jax.eval_shape(lambda w: cls.from_pattern(w, pattern, axes, check=False), w))
+
   def described(self) -> dict[str, Any]:
+    """Returns what a file must say beside the arrays and the dense shape, as JSON; `restored` reads it."""
     return {}
 
   @classmethod
   def restored(cls, parts: Mapping[str, Array], shape: tuple[int, ...], about: Mapping[str, Any]) -> Self:
-    """The packed array of these `arrays()`; `about` has what `described` gave. `ValueError` if that is absurd."""
+    """Returns the packed array of the arrays `parts`, of which `about` holds the entries of `described`.
+
+    Raises `ValueError` if `about` cannot describe any array of this shape.
+    """
     return cls(**parts, shape=shape)
 
   def to_dense(self) -> Array:
-    """The dense array, bit for bit. Differentiable in `values`."""
+    """Returns the dense array, bit for bit. Differentiable in `values`."""
     raise NotImplementedError
 
+  def to_dense_over(self, base: Array) -> Array:
+    """Returns the dense array with the entries of `base` where the format stores none.
+
+    Formats whose unstored entries mean zero ignore `base`.
+    """
+    return self.to_dense()
+
   def problem(self) -> str | None:
-    """Why this concrete packed array is not one that `from_dense` makes, or `None`. For arrays of untrusted files."""
+    """Returns why this concrete packed array is none that packing makes, or `None`. Checks arrays of untrusted files.
+    """
     raise NotImplementedError
 
 
 class MatrixArray(PackedArray):
-  """A matrix `[K, N]`, or a stack of such, `[..., K, N]`, with `stored` axes of `values` for each matrix.
+  """A `MatrixArray` packs a matrix `[K, N]`, or a stack of matrices, `[..., K, N]`.
 
-  Every format of it has two static fields. `sizes` is the dense shape without the leading axes of a stack, which may
-  come and go (`vmap`, `scan`); `axes` are those of its axes, counted from the end, that are contracted and, in this
-  order, make up K. The others make up N.
+  Each format has two static fields. `sizes` is the dense shape without the leading axes of a stack: `vmap` and `scan`
+  add and remove leading axes. `axes` lists the contracted axes, counted from the end; merged in this order they make K.
+  The remaining axes make N. `matrix_rank` is the number of axes of `values` for each matrix.
   """
 
-  stored: ClassVar[int]
-
-  def __init_subclass__(cls, kind: str | None = None, stored: int = 0) -> None:
-    super().__init_subclass__(kind)
-    cls.stored = stored
+  matrix_rank: ClassVar[int]
+  takes_axes: ClassVar[bool] = True
 
   @property
   def shape(self) -> tuple[int, ...]:
     """The dense shape."""
-    return (*self.values.shape[:-self.stored], *self.sizes)
+    return (*self.values.shape[:-self.matrix_rank], *self.sizes)
 
   @property
-  def contracted(self) -> int:
+  def leading(self) -> int:
+    return self.values.ndim - self.matrix_rank
+
+  @property
+  def contracted_size(self) -> int:
     """K, the length of the contraction."""
     return math.prod(self.sizes[a] for a in self.axes)
 
   @property
   def output_sizes(self) -> tuple[int, ...]:
-    """The lengths of the axes that are not contracted; N is their product."""
+    """The lengths of the axes that are not contracted; their product is N."""
     return tuple(n for a, n in enumerate(self.sizes) if a - len(self.sizes) not in self.axes)
 
   def to_dense(self) -> Array:
     return _dense(self)
 
-  def places(self) -> Any:
-    """Where each of its values is, for `placed`."""
+  def coordinates(self) -> Any:
+    """Returns where each of the `values` belongs in its matrix, in the form that `scattered` reads."""
     raise NotImplementedError
 
-  def placed(self, values: Array, places: Any) -> Array:
-    """`[..., K, N]` of these `values`, or of their bits, at these `places`; of itself it looks at no array."""
+  def scattered(self, values: Array, coordinates: Any) -> Array:
+    """Returns `[..., K, N]`: `values`, or their bits, at `coordinates`, and zeros elsewhere. Reads no array of `self`.
+    """
     raise NotImplementedError
 
   def described(self) -> dict[str, Any]:
-    return {'axes': [a + self.ndim for a in self.axes], 'stacked': self.values.ndim - self.stored}
+    return {'axes': [a + self.ndim for a in self.axes], 'stacked': self.leading}
 
   @classmethod
   def restored(cls, parts, shape, about):
-    return cls(**parts, **cls.matrix_of(shape, about))
+    return cls(**parts, **cls.matrix_fields(shape, about))
 
   @classmethod
-  def matrix_of(cls, shape: tuple[int, ...], about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The fields `axes` and `sizes` that `described` told of in `about`."""
+  def matrix_fields(cls, shape: tuple[int, ...], about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the fields `axes` and `sizes` from the entries of `described` in `about`. Raises `ValueError`."""
     axes, lead = about['axes'], about['stacked']
     if lead < 0 or not axes or not set(axes) < set(range(lead, len(shape))) or len(set(axes)) < len(axes):
       raise ValueError(f'cannot be {cls.kind} along the axes {axes} of shape {shape}, of which {lead} are of a stack')
@@ -139,30 +192,24 @@ class MatrixArray(PackedArray):
 
 @jax.jit
 def _dense(packed: MatrixArray) -> Array:
-  sizes, lead = packed.sizes, packed.values.ndim - packed.stored
-  whole = neighbours.exactly(packed.placed, packed.values, packed.places())
-  whole = whole.reshape(*whole.shape[:lead], *(sizes[a] for a in packed.axes), *packed.output_sizes)
+  sizes, lead = packed.sizes, packed.leading
+  dense = neighbours.exactly(packed.scattered, packed.values, packed.coordinates())
+  dense = dense.reshape(*dense.shape[:lead], *(sizes[a] for a in packed.axes), *packed.output_sizes)
   outputs = [a for a in range(-len(sizes), 0) if a not in packed.axes]
-  back = np.argsort([a + len(sizes) for a in (*packed.axes, *outputs)])
-  return jnp.transpose(whole, (*range(lead), *(lead + back)))
-
-
-def of_kind(kind: str) -> type[PackedArray] | None:
-  """The format of this name, or `None`."""
-  return BY_KIND.get(kind)
+  order = np.argsort([a + len(sizes) for a in (*packed.axes, *outputs)])
+  return jnp.transpose(dense, (*range(lead), *(lead + order)))
 
 
 def nbytes(tree: Any) -> int:
-  """Bytes of all arrays in `tree`, packed or not."""
+  """Returns the bytes of all arrays in `tree`, packed or not."""
   return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-TRACED = ('its values are not known here (traced, or a mere shape), so its zeros cannot be counted. Pack outside of '
-           'jit, vmap and grad, or, for N:M, with check=False: then each group keeps its first N nonzeros only.')
+# Axes of an array that is used as a matrix.
 
 
-def contracted(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> tuple[int, ...]:
-  """The contracted axes, counted from the front."""
+def contracted_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the contracted axes of `w`, counted from the front. Raises `ValueError` if `w` has no such axes."""
   axes = axes.contracted if isinstance(axes, Axes) else (axes,) if isinstance(axes, int) else tuple(axes)
   if not all(-w.ndim <= a < w.ndim for a in axes) or len({a % w.ndim for a in axes}) != len(axes):
     raise ValueError(f'{function}: axes {axes} are not different axes of an array of shape {tuple(w.shape)}.')
@@ -170,34 +217,55 @@ def contracted(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> t
 
 
 def matrix_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> Axes:
-  """Contracted, output and layer axes of an array that is used as a matrix, counted from the front."""
+  """Returns the contracted, output and layer axes of `w`, counted from the front.
+
+  Spatial axes of length one, as of a 1x1 convolution, become contracted axes. If `axes` are not `Axes`, all axes that
+  are not contracted are outputs.
+  """
   if isinstance(axes, Axes):
-    taps = tuple(a for a in axes.spatial if w.shape[a] == 1)  # of a 1x1 convolution
-    front = lambda group: contracted(function, w, tuple(group))
+    taps = tuple(a for a in axes.spatial if w.shape[a] == 1)
+    front = lambda group: contracted_axes(function, w, tuple(group))
     return Axes(front((*taps, *axes.contracted)), front(axes.output), front(a for a in axes.spatial if a not in taps),
                 front(axes.layer))
-  picked = contracted(function, w, axes)
-  return Axes(picked, tuple(a for a in range(w.ndim) if a not in picked))
+  contracted = contracted_axes(function, w, axes)
+  return Axes(contracted, tuple(a for a in range(w.ndim) if a not in contracted))
 
 
-def matrices(w: np.ndarray, at: Axes) -> np.ndarray:
-  """`[layers, K, N]` of an array with the `matrix_axes` `at`."""
-  lengths = [math.prod(w.shape[a] for a in axes) for axes in (at.layer, at.contracted, at.output)]
-  return np.transpose(w, (*at.layer, *at.contracted, *sorted(at.output))).reshape(lengths)
+def from_end(axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
+  """Returns `axes`, counted from the front of `rank` axes, counted from the end."""
+  return tuple(a - rank for a in axes)
 
 
-def matrix_misfit(at: Axes) -> str | None:
-  """Why axes, those of `matrix_axes`, do not make a matrix or a stack of such."""
-  if at.spatial:
-    return f'its spatial axes {at.spatial} are not of length one; only 1x1 convolutions are products of matrices.'
-  if sorted(at.layer) != list(range(len(at.layer))):
-    return f'its axes {at.layer} of a stack must come first; move them there.'
-  if not at.contracted or not at.output:
+def matrix_sizes(shape: tuple[int, ...], axes: Axes) -> tuple[int, int, int]:
+  """Returns the number of layers, K and N of an array of `shape`."""
+  layers, k, n = (math.prod(shape[a] for a in group) for group in (axes.layer, axes.contracted, axes.output))
+  return layers, k, n
+
+
+def as_matrices(w: np.ndarray, axes: Axes) -> np.ndarray:
+  """Returns `w` as `[layers, K, N]`, for `axes` of `matrix_axes`."""
+  return np.transpose(w, (*axes.layer, *axes.contracted, *sorted(axes.output))).reshape(matrix_sizes(w.shape, axes))
+
+
+# Refusals: each returns why an array cannot be packed, with the remedy, or `None`.
+
+TRACED = ('its values are not known here (traced, or a mere shape), so its zeros cannot be counted. Pack outside of '
+          'jit, vmap and grad, or, for N:M, with check=False: then each group keeps its first N nonzeros only.')
+
+
+def matrix_misfit(axes: Axes) -> str | None:
+  """Returns why `axes` of `matrix_axes` describe neither a matrix nor a stack of matrices, or `None`."""
+  if axes.spatial:
+    return f'its spatial axes {axes.spatial} are not of length one; only 1x1 convolutions are products of matrices.'
+  if sorted(axes.layer) != list(range(len(axes.layer))):
+    return f'its axes {axes.layer} of a stack must come first; move them there.'
+  if not axes.contracted or not axes.output:
     return 'a matrix has both contracted and output axes; leave it out of `where`.'
   return None
 
 
 def dtype_misfit(dtype: np.dtype) -> str | None:
+  """Returns why arrays of `dtype` cannot be packed, or `None`."""
   bits = 8 if jnp.issubdtype(dtype, jnp.bool_) else None
   if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer):
     bits = (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
@@ -209,16 +277,21 @@ def dtype_misfit(dtype: np.dtype) -> str | None:
 
 
 def mask_misfit(w: Array, mask: Array | None) -> str | None:
+  """Returns why `mask` cannot choose the stored entries of `w`, or `None`."""
   if mask is not None and (tuple(mask.shape) != tuple(w.shape) or mask.dtype != bool):
     return f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} must be bool of the same shape.'
-  return None if mask is None or concrete(mask) else TRACED
+  if mask is not None and not concrete(mask):
+    return 'its mask has no values here (traced, or a mere shape). Pack outside of jit, vmap and grad.'
+  return None
 
 
 def host_misfit(w: Array) -> str | None:
+  """Returns why `w` cannot be packed on the host, or `None`."""
   if w.size >= 2**31:
     return 'it has 2^31 weights or more; leave it out of `where`.'
   return dtype_misfit(w.dtype) or (None if concrete(w) else TRACED)
 
 
 def concrete(w: Array) -> bool:
+  """Returns whether `w` has values, and is neither traced nor a mere shape."""
   return not isinstance(w, (jax.core.Tracer, jax.ShapeDtypeStruct))

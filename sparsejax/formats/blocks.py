@@ -1,4 +1,11 @@
-"""`BlockSparseArray`: dense blocks of a matrix, the others zero; the format of the block-sparse kernels."""
+"""Defines `BlockSparseArray`, a matrix of dense blocks and zero blocks.
+
+    packed = formats.BlockSparseArray.from_dense(w, block=(128, 128), axes=0)    # `w` is `[K, N]`
+    packed.values, packed.rows, packed.cols       # `[nnz, 128, 128]`, and the block row and block column of each
+    packed.grid, packed.density                   # (ceil(K / 128), ceil(N / 128)), the fraction of blocks stored
+
+`kernels_pallas.block_sparse_matmul` multiplies with the format.
+"""
 
 import dataclasses
 import math
@@ -7,26 +14,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors
+from sparsejax import errors, patterns
 from sparsejax.formats import arrays
 from sparsejax.types import Array, Axes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BlockSparseArray(arrays.MatrixArray, kind='block_sparse', stored=3):
-  """A matrix `[K, N]` of which blocks of `[bk, bn]` are stored, or are zero; or a stack of such, `[..., K, N]`.
+class BlockSparseArray(arrays.MatrixArray):
+  """A `BlockSparseArray` packs a matrix `[K, N]` whose blocks `[bk, bn]` are stored or zero, or a stack `[..., K, N]`.
 
-  `values` is `[..., nnz, bk, bn]`, the blocks of one output column after another, in each by row; block i lies in block
-  row `rows[i]` and block column `cols[i]`. `order` lists the blocks the other way round, by row and then by column, for
-  the product with the transpose; all three are `int32[..., nnz]`. Every row and every column of blocks has at least one
-  that is stored, because a kernel does not visit what is not listed: if need be one of zeros, for which `kept`,
-  `bool[..., nnz]`, is `False`, and whose gradient is zero; `full` says that there is none. Where `bk` does not divide K
-  or `bn` not N, the last blocks are filled up with zeros.
+  `values` is `[..., nnz, bk, bn]`: the blocks of one block column after another, sorted by block row within a column.
+  Block i lies in block row `rows[i]` and block column `cols[i]`. `order`, for the product with the transpose, lists the
+  blocks by row and then by column. All three index arrays are `int32[..., nnz]`.
 
-  `fan_in` is the number of blocks of each column and `fan_out` that of each row, as tuples known at trace time, so that
-  a new mask compiles anew unless it is balanced; `None` where the matrices of a stack differ in it.
+  Every block row and every block column stores at least one block: a kernel does not visit a row or column that is not
+  listed. A row or column without nonzeros stores a block of zeros. `kept`, `bool[..., nnz]`, is `False` for this
+  block, and its gradient is zero. `full` says that there is no such block. If `bk` does not divide K, or `bn` not N,
+  zeros fill up the last blocks.
+
+  `fan_in` is the number of stored blocks of each block column, `fan_out` that of each block row, as tuples known at
+  trace time: a new mask compiles anew unless it is balanced. Both are `None` if the matrices of a stack differ in them.
   """
+
+  kind = 'block_sparse'
+  product = 'block_sparse_matmul'
+  matrix_rank = 3
 
   values: Array
   rows: Array
@@ -42,23 +55,41 @@ class BlockSparseArray(arrays.MatrixArray, kind='block_sparse', stored=3):
   @classmethod
   def from_dense(cls, w: Array, mask: Array | None = None, block: tuple[int, int] = (128, 128),
                  axes: Axes | int | tuple[int, ...] = -2) -> 'BlockSparseArray':
-    """Pack the concrete array `w`, on the host: the blocks that have a nonzero, or those in which `mask` has a `True`.
+    """Packs the concrete array `w` on the host: blocks with a nonzero or, with `mask`, blocks in which it has a `True`.
 
-    `block` is the lengths along the contraction and along the output. `mask` is a bool array like `w`, `True` is kept:
-    what it does not keep is stored as zero. Matrices of a stack (`axes.layer`, which must lead) must store equally
-    many blocks. Raises `ValueError` for that, for traced arrays, and for an `axes`, `mask` or dtype that does not fit.
+    `block` holds the lengths of a block along the contraction and along the output. `mask` is a bool array of `w`'s
+    shape, `True` means kept; weights where it is `False` are stored as zero. The matrices of a stack must store equally
+    many blocks, and the stack's axes `axes.layer` must come first. Raises `ValueError` for another stack, for traced
+    arrays, and for `axes`, a `mask` or a dtype that does not fit.
     """
-    at = arrays.matrix_axes('BlockSparseArray.from_dense', w, axes)
-    if why := arrays.host_misfit(w) or arrays.matrix_misfit(at) or _misfit(w, mask, block):
+    axes = arrays.matrix_axes('BlockSparseArray.from_dense', w, axes)
+    if why := arrays.host_misfit(w) or arrays.matrix_misfit(axes) or _misfit(w, mask, block):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, why)
     w, mask = np.asarray(w), None if mask is None else np.asarray(mask)
-    blocks = _split(w if mask is None else np.where(mask, w, np.zeros((), w.dtype)), at, block)
-    stored = _any(blocks.view(f'u{w.dtype.itemsize}') != 0) if mask is None else _any(_split(mask, at, block))
-    kept, stored = stored, np.stack([_everywhere(one) for one in stored])
-    if len(counts := {str(one.sum()) for one in stored}) > 1:
+    blocks = _split(w if mask is None else np.where(mask, w, np.zeros((), w.dtype)), axes, block)
+    kept = _any(blocks.view(f'u{w.dtype.itemsize}') != 0) if mask is None else _any(_split(mask, axes, block))
+    stored = np.stack([_in_every_row_and_column(matrix) for matrix in kept])
+    if len(counts := {str(matrix.sum()) for matrix in stored}) > 1:
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, 'the matrices of the stack have different numbers of '
                           f'blocks, {errors.some(sorted(counts))}; pack them one by one, or prune all to the same.')
-    return _packed(blocks, stored, kept, at, w.shape)
+    return _packed(blocks, stored, kept, axes, w.shape)
+
+  @classmethod
+  def fits(cls, pattern):
+    return isinstance(pattern, patterns.Block)
+
+  @classmethod
+  def from_pattern(cls, w, pattern, axes, check=True):
+    return cls.from_dense(w, block=pattern.shape, axes=axes)
+
+  @classmethod
+  def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):
+    """Returns the bytes if no block row and no block column is empty, or if as few as possible are."""
+    layers, *sizes = arrays.matrix_sizes(shape, axes)
+    grid = [-(-size // length) for size, length in zip(sizes, pattern.shape)]
+    stored = max(math.prod(grid) - round(sparsity * math.prod(grid)), *grid)
+    indices = 3 * 4 + 1  # rows, cols and order, and kept
+    return layers * stored * (math.prod(pattern.shape) * np.dtype(dtype).itemsize + indices)
 
   @property
   def block(self) -> tuple[int, int]:
@@ -67,42 +98,42 @@ class BlockSparseArray(arrays.MatrixArray, kind='block_sparse', stored=3):
 
   @property
   def grid(self) -> tuple[int, int]:
-    """How many blocks there are along the contraction and along the output, stored or not."""
+    """The numbers of blocks along the contraction and along the output, stored or not."""
     bk, bn = self.block
-    return -(-self.contracted // bk), -(-math.prod(self.output_sizes) // bn)
+    return -(-self.contracted_size // bk), -(-math.prod(self.output_sizes) // bn)
 
   @property
   def density(self) -> float:
-    """The share of blocks that are stored."""
+    """The fraction of blocks that are stored."""
     return self.values.shape[-3] / math.prod(self.grid)
 
-  def places(self):
+  def coordinates(self):
     return self.rows, self.cols
 
-  def placed(self, values, places):
+  def scattered(self, values, coordinates):
     (kb, nb), (bk, bn) = self.grid, values.shape[-2:]
 
-    def matrix(values, places):
-      whole = jnp.zeros((kb, nb, bk, bn), values.dtype)
-      whole = whole.at[places].set(values, mode='promise_in_bounds', unique_indices=True)
-      return whole.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
+    def matrix(values, coordinates):
+      zeros = jnp.zeros((kb, nb, bk, bn), values.dtype)
+      blocks = zeros.at[coordinates].set(values, mode='promise_in_bounds', unique_indices=True)
+      return blocks.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
 
     for _ in values.shape[:-3]:
       matrix = jax.vmap(matrix)
-    return matrix(values, places)[..., :self.contracted, :math.prod(self.output_sizes)]
+    return matrix(values, coordinates)[..., :self.contracted_size, :math.prod(self.output_sizes)]
 
   @classmethod
   def restored(cls, parts, shape, about):
-    matrix, lead = cls.matrix_of(shape, about), about['stacked']
+    fields, lead = cls.matrix_fields(shape, about), about['stacked']
     if parts['values'].ndim != lead + 3 or parts['rows'].shape != parts['values'].shape[:-2]:
       raise ValueError(f'values {list(parts["values"].shape)} and rows {list(parts["rows"].shape)} are of no stack of '
                        f'{lead} axes')
-    whole = cls(**parts, fan_in=None, fan_out=None, full=bool(np.all(parts['kept'])), **matrix)
-    fans = [_fan(np.asarray(index), n) for index, n in zip((whole.cols, whole.rows), reversed(whole.grid))]
-    return dataclasses.replace(whole, fan_in=fans[0], fan_out=fans[1])
+    packed = cls(**parts, fan_in=None, fan_out=None, full=bool(np.all(parts['kept'])), **fields)
+    fans = [_fan(np.asarray(index), n) for index, n in zip((packed.cols, packed.rows), reversed(packed.grid))]
+    return dataclasses.replace(packed, fan_in=fans[0], fan_out=fans[1])
 
   def problem(self) -> str | None:
-    return _invalid(self)
+    return _problem(self)
 
 
 def _misfit(w: Array, mask: Array | None, block: tuple[int, int]) -> str | None:
@@ -111,9 +142,9 @@ def _misfit(w: Array, mask: Array | None, block: tuple[int, int]) -> str | None:
   return arrays.mask_misfit(w, mask)
 
 
-def _split(w: np.ndarray, at: Axes, block: tuple[int, int]) -> np.ndarray:
-  """`[layers, K / bk, N / bn, bk, bn]`, filled up with zeros."""
-  matrices = arrays.matrices(w, at)
+def _split(w: np.ndarray, axes: Axes, block: tuple[int, int]) -> np.ndarray:
+  """Returns `w` as `[layers, K / bk, N / bn, bk, bn]`, filled up with zeros."""
+  matrices = arrays.as_matrices(w, axes)
   padded = np.pad(matrices, [(0, 0), *((0, -n % b) for n, b in zip(matrices.shape[1:], block))])
   layers, k, n = padded.shape
   return padded.reshape(layers, k // block[0], block[0], n // block[1], block[1]).transpose(0, 1, 3, 2, 4)
@@ -123,65 +154,65 @@ def _any(blocks: np.ndarray) -> np.ndarray:
   return blocks.any((-2, -1))
 
 
-def _everywhere(stored: np.ndarray) -> np.ndarray:
-  """`stored`, bool `[Kb, Nb]`, and what it takes for one block at least in every row and column."""
+def _in_every_row_and_column(stored: np.ndarray) -> np.ndarray:
+  """Returns `stored`, bool `[Kb, Nb]`, with at least one `True` in every row and column."""
   stored = stored.copy()
   for column in np.flatnonzero(~stored.any(0)):
-    stored[np.argmin(stored.sum(1)), column] = True  # where there are fewest, so that rows stay as equal as they are
+    stored[np.argmin(stored.sum(1)), column] = True  # The row with the fewest blocks keeps the rows balanced.
   for row in np.flatnonzero(~stored.any(1)):
     stored[row, np.argmin(stored.sum(0))] = True
   return stored
 
 
-def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, at: Axes, shape: tuple[int, ...]
+def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, axes: Axes, shape: tuple[int, ...]
             ) -> BlockSparseArray:
-  lead = [shape[a] for a in at.layer]
-  index = [np.nonzero(one.T)[::-1] for one in stored]  # by column, then by row
-  rows, cols = (np.stack(each).astype(np.int32) for each in zip(*index))
-  order = np.stack([np.lexsort(each) for each in zip(cols, rows)]).astype(np.int32)
-  values, kept = (np.stack([one[r, c] for one, r, c in zip(of, rows, cols)]) for of in (blocks, kept))
+  lead = [shape[a] for a in axes.layer]
+  coordinates = [np.nonzero(matrix.T)[::-1] for matrix in stored]  # by column, then by row
+  rows, cols = (np.stack(index).astype(np.int32) for index in zip(*coordinates))
+  order = np.stack([np.lexsort(index) for index in zip(cols, rows)]).astype(np.int32)
+  values, kept = (np.stack([a[r, c] for a, r, c in zip(stack, rows, cols)]) for stack in (blocks, kept))
   stacked = lambda a: jnp.asarray(a.reshape(*lead, *a.shape[1:]))
   return BlockSparseArray(
       stacked(values), stacked(rows), stacked(cols), stacked(order), stacked(kept), _fan(cols, stored.shape[2]),
-      _fan(rows, stored.shape[1]), bool(kept.all()), tuple(a - len(shape) for a in at.contracted),
+      _fan(rows, stored.shape[1]), bool(kept.all()), arrays.from_end(axes.contracted, len(shape)),
       tuple(shape[len(lead):]))
 
 
 def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
-  """How often each of `n` is in the last axis of `index`, if that is the same all over its other axes."""
-  counts = {tuple(np.bincount(one, minlength=n).tolist()) for one in index.reshape(-1, index.shape[-1])}
+  """Returns how often each of `n` numbers is in the last axis of `index`, or `None` if its rows differ in this."""
+  counts = {tuple(np.bincount(row, minlength=n).tolist()) for row in index.reshape(-1, index.shape[-1])}
   return counts.pop() if len(counts) == 1 else None
 
 
-def _invalid(packed: BlockSparseArray) -> str | None:
-  index = [np.asarray(a) for a in (packed.rows, packed.cols, packed.order)]
-  if any(a.shape != packed.values.shape[:-2] or a.dtype != np.int32 for a in index):
+def _problem(packed: BlockSparseArray) -> str | None:
+  indices = [np.asarray(a) for a in (packed.rows, packed.cols, packed.order)]
+  if any(a.shape != packed.values.shape[:-2] or a.dtype != np.int32 for a in indices):
     return (f'values {list(packed.values.shape)} take rows, cols and order int32{list(packed.values.shape[:-2])}, not '
-            f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in index)}.')
+            f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in indices)}.')
   if packed.kept.shape != packed.rows.shape or packed.kept.dtype != bool or packed.full != packed.kept.all():
     return f'its kept must be bool{list(packed.rows.shape)}, and its full say whether all are.'
-  for rows, cols, order in zip(*(a.reshape(-1, a.shape[-1]) for a in index)):
-    for name, where, n in zip(('rows', 'cols'), (rows, cols), packed.grid):
-      if set(where.tolist()) != set(range(n)):
+  for rows, cols, order in zip(*(a.reshape(-1, a.shape[-1]) for a in indices)):
+    for name, index, n in zip(('rows', 'cols'), (rows, cols), packed.grid):
+      if set(index.tolist()) != set(range(n)):
         return f'its {name} must be all of 0 to {n - 1}, each at least once.'
     if (np.diff(cols.astype(np.int64) * packed.grid[0] + rows) <= 0).any():
       return 'its blocks are not in the order of their columns and rows, each once.'
     if not np.array_equal(order, np.lexsort((cols, rows))):
       return 'its order is not that of the rows, then the columns, of its blocks.'
-  fans = [_fan(a, n) for a, n in zip((index[1], index[0]), reversed(packed.grid))]
+  fans = [_fan(a, n) for a, n in zip((indices[1], indices[0]), reversed(packed.grid))]
   if fans != [packed.fan_in, packed.fan_out]:
     return 'its fan_in and fan_out are not the numbers of blocks in its columns and rows.'
-  return _padding(packed, index)
+  return _padding_problem(packed, indices)
 
 
-def _padding(packed: BlockSparseArray, index: list[np.ndarray]) -> str | None:
-  """Whether what fills up the last blocks is zero."""
+def _padding_problem(packed: BlockSparseArray, indices: list[np.ndarray]) -> str | None:
+  """Returns why the padding of the last blocks is wrong: a value in it is not zero; or `None`."""
   values = np.asarray(packed.values)
   bits = values.view(f'u{values.dtype.itemsize}') != 0
-  sizes = packed.contracted, math.prod(packed.output_sizes)
-  for axis, where, length, size in zip((-2, -1), index, packed.block, sizes):
+  sizes = packed.contracted_size, math.prod(packed.output_sizes)
+  for axis, index, length, size in zip((-2, -1), indices, packed.block, sizes):
     if size % length:
-      filled = np.take(bits, range(size % length, length), axis).any((-2, -1))
-      if (filled & (where == size // length)).any():
+      nonzero = np.take(bits, range(size % length, length), axis).any((-2, -1))
+      if (nonzero & (index == size // length)).any():
         return 'what fills up its last blocks is not zero.'
   return None

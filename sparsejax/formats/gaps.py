@@ -1,7 +1,10 @@
-"""Increasing places in a row as the gaps between them, a byte each.
+"""Encodes increasing positions as the gaps between them, one byte each.
 
-The array code beneath `formats.RelativeIndexArray`. A gap is the number of places skipped since the last one, or since
-the beginning. A byte below 255 ends a gap; 255 says: skip 255 places and read on. So every row of places has one code.
+    gaps.encoded(np.array([0, 2, 300]))   # [0, 1, 255, 42]
+
+`formats.RelativeIndexArray` stores the code. A gap is the number of positions skipped since the last position, or since
+the beginning. A byte below 255 ends a gap. A byte of 255 skips 255 positions, and the next byte continues the same gap.
+Every list of positions has one code.
 """
 
 import jax.numpy as jnp
@@ -12,9 +15,9 @@ from sparsejax.types import Array
 _ON = 255
 
 
-def encoded(places: np.ndarray) -> np.ndarray:
-  """The code of increasing `places`, `uint8`, on the host."""
-  escapes, last = np.divmod(np.diff(places, prepend=-1) - 1, _ON)
+def encoded(positions: np.ndarray) -> np.ndarray:
+  """Returns the code of increasing `positions`, `uint8`, computed on the host."""
+  escapes, last = np.divmod(np.diff(positions, prepend=-1) - 1, _ON)
   ends = np.cumsum(escapes + 1) - 1
   code = np.full(ends[-1] + 1 if len(ends) else 0, _ON, np.uint8)
   code[ends] = last
@@ -22,14 +25,14 @@ def encoded(places: np.ndarray) -> np.ndarray:
 
 
 def stored(code: Array, size: int) -> Array:
-  """Which of `size` places are in `code`: `bool[size]`."""
+  """Returns `bool[size]`, `True` at the positions that `code` encodes."""
   ends = code != _ON
-  places = jnp.cumsum(code.astype(jnp.int32) + ends.astype(jnp.int32)) - 1
-  return jnp.zeros(size, bool).at[jnp.where(ends, places, size)].set(True, mode='drop')
+  positions = jnp.cumsum(code.astype(jnp.int32) + ends.astype(jnp.int32)) - 1
+  return jnp.zeros(size, bool).at[jnp.where(ends, positions, size)].set(True, mode='drop')
 
 
 def misfit(code: np.ndarray, count: int, size: int) -> str | None:
-  """Why `code` is none of `count` places below `size`."""
+  """Returns why `code` does not encode `count` positions below `size`, or `None`."""
   ends = int(np.count_nonzero(code != _ON))
   reach = int(np.sum(code, dtype=np.int64)) + ends
   if ends != count or len(code) and code[-1] == _ON or reach > size:

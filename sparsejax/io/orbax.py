@@ -1,6 +1,6 @@
-"""Reading Orbax checkpoints whose structure nobody says, on any number of devices: as NumPy arrays.
+"""Reads Orbax checkpoints of unknown structure as NumPy arrays, whatever the number of devices that saved them.
 
-The folder may be a tree (`StandardCheckpointer`, `PyTreeCheckpointer`), several items (`Composite`), or the steps of a
+A folder holds a tree (`StandardCheckpointer`, `PyTreeCheckpointer`), several items (`Composite`), or the steps of a
 `CheckpointManager`.
 """
 
@@ -18,11 +18,13 @@ from sparsejax.types import PyTree
 
 
 def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
-  """The parameters of the newest complete step: the item `params`, or the only one; of it what `chosen` takes.
+  """Returns the parameters of the newest complete step: the item `params`, or the only item, or `item`.
 
-  Only that part is read from the disk. Raises `ValueError` if there is no checkpoint, or none or several items fit.
+  `item` may also be a key at the top of the tree. If the tree has `params` beside an optimizer's state, only `params`
+  is read from the disk. Raises `ValueError` if there is no checkpoint, if it is damaged, and if no item fits or several
+  items do.
   """
-  import orbax.checkpoint as ocp  # takes seconds, which callers that read no checkpoint should not wait
+  import orbax.checkpoint as ocp  # The import takes seconds; callers that read no checkpoint should not wait.
 
   step = _step(pathlib.Path(path).absolute(), ocp)
   items = _items(step)
@@ -44,7 +46,7 @@ def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
 
 @contextlib.contextmanager
 def _readable(folder: pathlib.Path) -> Iterator[None]:
-  """Whatever Orbax raises over damaged files, as a `ValueError` that names the folder."""
+  """Turns whatever Orbax raises over damaged files into a `ValueError` that names the folder."""
   try:
     yield
   except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
@@ -53,7 +55,7 @@ def _readable(folder: pathlib.Path) -> Iterator[None]:
 
 
 def at_top(path: Any, tree: PyTree, key: str, others: Iterable[str] = ()) -> Any:
-  """What is under `key` at the top of the tree. Raises `ValueError` with the names that there are."""
+  """Returns `tree[key]`. If there is no such key, raises `ValueError` listing the keys that there are, and `others`."""
   keys = list(tree) if isinstance(tree, dict) else []
   if key not in keys:
     raise errors.unknown('io.read', f'item of {path}', key, {*others, *map(str, keys)})
@@ -61,7 +63,7 @@ def at_top(path: Any, tree: PyTree, key: str, others: Iterable[str] = ()) -> Any
 
 
 def _step(path: pathlib.Path, ocp: Any) -> pathlib.Path:
-  """The newest complete step of a `CheckpointManager`'s folder; any other folder itself."""
+  """Returns the newest complete step of a `CheckpointManager`'s folder, and any other folder itself."""
   if _items(path) and (path / '_CHECKPOINT_METADATA').exists() or (path / '_METADATA').exists():
     return path
   steps = [pathlib.Path(step) for step in ocp.utils.checkpoint_steps_paths(path)]
@@ -70,14 +72,14 @@ def _step(path: pathlib.Path, ocp: Any) -> pathlib.Path:
 
 
 def _items(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The trees in the folder of one step, by name; a folder that is itself a tree has the name ''."""
+  """Returns the folders of the trees in one step, by name; a folder that is itself a tree has the name ''."""
   if (folder / '_METADATA').exists():
     return {'': folder}
   return {entry.name: entry for entry in sorted(folder.iterdir()) if (entry / '_METADATA').exists()}
 
 
 def _item(path: Any, items: dict[str, pathlib.Path], item: str | None) -> tuple[str, str | None]:
-  """The item to open, and the key of its tree to take."""
+  """Returns the item to open, and the key of its tree to read, or `None` for the whole tree."""
   if item in items:
     return item, None
   usual = [name for name in ('params', 'default') if name in items] or list(items)
@@ -87,14 +89,14 @@ def _item(path: Any, items: dict[str, pathlib.Path], item: str | None) -> tuple[
 
 
 def _wanted(path: Any, tree: PyTree, key: str | None, items: Iterable[str]) -> tuple[PyTree, str | None]:
-  """The part of the tree to restore, and the key it is under: `params` where an optimizer's state is beside it."""
+  """Returns the part of the tree to restore, and its key: `params` if an optimizer's state is beside it."""
   if key is None and isinstance(tree, dict) and 'params' in tree and any(str(k).startswith('opt') for k in tree):
     key = 'params'
   return (tree, None) if key is None else ({key: at_top(path, tree, key, filter(None, items))}, key)
 
 
 def _plain(tree: PyTree) -> PyTree:
-  """Numbers as arrays, and the box `{'value': ...}` that NNX puts around each parameter removed."""
+  """Returns `tree` with numbers as arrays, and without the box `{'value': ...}` that NNX puts around each parameter."""
   if isinstance(tree, dict):
     return _plain(tree['value']) if list(tree) == ['value'] else {key: _plain(child) for key, child in tree.items()}
   if isinstance(tree, (list, tuple)):

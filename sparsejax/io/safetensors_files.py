@@ -1,9 +1,13 @@
-"""Files: packed and dense parameters in one safetensors file, verified in full; and reading Orbax checkpoints.
+"""Writes packed and dense parameters to one safetensors file, and reads them back with every byte verified.
 
-In the file every tensor is a plain one that any safetensors reader opens: a dense leaf under its path `a/b/kernel`, a
-packed one as `a/b/kernel.values` with the other arrays of its format, such as `.indices` (`NMArray`) or `.mask`
-(`BitmaskArray`). The header's `__metadata__` says in JSON what belongs together and has the SHA-256 of every
-tensor; one more, of the header itself, covers it all.
+    save('model.safetensors', packed, metadata={'run': 'seed 0'})
+    load('model.safetensors')        # the tree as nested dicts and lists, packed leaves packed
+    read('anything')                 # the same for files and Orbax checkpoints that others wrote
+
+Every tensor of the file is a plain tensor that any safetensors reader opens. A dense leaf has the name of its path,
+`a/b/kernel`. A packed leaf is `a/b/kernel.values` and the other arrays of its format, such as `.indices` (`NMArray`) or
+`.mask` (`BitmaskArray`). The header's `__metadata__` says in JSON which tensors belong together, and holds the SHA-256
+of every tensor and of the header itself.
 """
 
 import contextlib
@@ -32,17 +36,17 @@ _CODES = {
   'float8_e4m3fnuz': 'F8_E4M3FNUZ', 'float8_e5m2fnuz': 'F8_E5M2FNUZ'}
 _DTYPES = {code: name for name, code in _CODES.items()}
 
-_OWN = ('sparsejax', 'sha256')  # the keys of `__metadata__` that are ours
+_OWN = ('sparsejax', 'sha256')  # These keys of `__metadata__` belong to this module.
 _UNKNOWN = '0' * 64  # stands for a digest until it is known
-_DIGEST = b'"sha256":"'  # where the header's own digest begins: no other quote in JSON text is unescaped
+_DIGEST = b'"sha256":"'  # The header's own digest begins behind this text: other quotes in JSON text are escaped.
 
 
 def save(path: str | os.PathLike, params: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
-  """Write `params`, packed leaves or dense, to one safetensors file, or leave nothing behind.
+  """Writes `params`, whose leaves may be packed or dense, to one safetensors file, or leaves nothing behind.
 
-  `metadata` are strings of your own, to be read back by `io.metadata`. A file at `path` is replaced in one step, after
-  the new one has reached the disk. Raises `ValueError` for leaves, keys and dtypes that the format cannot hold, and
-  `OSError` if the file cannot be written.
+  `metadata` holds strings of the caller, which `io.metadata` reads back. A file at `path` is replaced in one step,
+  after the new file has reached the disk. Raises `ValueError` for leaves, keys and dtypes that the file format cannot
+  hold, and `OSError` if the file cannot be written.
   """
   metadata = dict(metadata or {})
   wrong = [k for k, v in metadata.items() if k in _OWN or not isinstance(k, str) or not isinstance(v, str)]
@@ -50,7 +54,7 @@ def save(path: str | os.PathLike, params: PyTree, *, metadata: Mapping[str, str]
     raise ValueError(f'io.save: metadata {errors.some(map(str, wrong))}: keys and values must be strings, and the keys '
                      f'not {errors.some(_OWN)}.')
   leaves, tensors = _described(params)
-  order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))  # keeps all of them aligned
+  order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))  # aligns every tensor
   tensors = {name: tensors[name] for name in order}
   with _replacing(path) as file:
     file.write(_header(leaves, tensors, dict.fromkeys(tensors, _UNKNOWN), metadata))
@@ -64,11 +68,12 @@ def save(path: str | os.PathLike, params: PyTree, *, metadata: Mapping[str, str]
 
 
 def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
-  """Read a file of `save`, every byte verified first. Leaves are NumPy arrays and packed arrays of them.
+  """Returns the tree in a file that `save` wrote, after every byte is verified.
 
-  The tree comes back as nested dicts and lists, or in the structure of `like`, whose leaves (arrays or mere shapes,
-  packed or dense) must have the dense shapes and dtypes of the file's. Raises `ValueError` naming file and tensor if
-  anything is missing, altered or malformed, and returns nothing then.
+  Leaves are NumPy arrays, and packed arrays of NumPy arrays. The tree consists of nested dicts and lists or, with
+  `like`, has the structure of `like`. Leaves of `like` are arrays or mere shapes, packed or dense, and must have the
+  dense shapes and dtypes of the file's leaves. Raises `ValueError` naming the file and the tensor if anything is
+  missing, altered or malformed.
   """
   file = _contents(path)
   if not file.ours:
@@ -83,17 +88,19 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
-  """The strings that were given to `save`, or those of anybody's safetensors file."""
+  """Returns the strings that were given to `save`, or the metadata of any other safetensors file."""
   return {key: value for key, value in _contents(path).metadata.items() if key not in _OWN}
 
 
 def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
-  """The parameters in whatever `path` is, without knowing their structure, as NumPy arrays on this host.
+  """Returns the parameters in a file or checkpoint of unknown structure, as NumPy arrays on this host.
 
-  A file of `save`; any other safetensors file (its names split at `/`, or else at `.`); or an Orbax checkpoint: of a
-  `CheckpointManager` the newest complete step, of several items `item` (by default `params`, or the only one), of a
-  tree with `params` beside an optimizer's state the former. `item` can also name a key at the top of the tree.
-  Raises `ValueError` for anything else, and for a damaged or ambiguous one, with the items there are.
+  `path` is a file that `save` wrote, any other safetensors file, or an Orbax checkpoint. The names of another
+  safetensors file are split at `/`, or else at `.`. Of a `CheckpointManager`'s folder the newest complete step is read.
+  Of several items `item` is read, by default `params` or the only item. Of a tree with `params` beside an optimizer's
+  state `params` is read. `item` can also name a key at the top of the tree.
+
+  Raises `ValueError` for anything else, and for a damaged or ambiguous checkpoint, listing the items that it has.
   """
   if os.path.isdir(path):
     return orbax.read(path, item)
@@ -108,7 +115,7 @@ def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
 
 
 def _described(params: PyTree) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-  """What `__metadata__` says of each leaf, and the tensors by name, not yet on the host."""
+  """Returns the entry of `__metadata__` for each leaf, and the tensors by name, not yet on the host."""
   entries, tensors = [], {}
   for keys, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=formats.is_packed)[0]:
     path = trees.path_name(keys)
@@ -116,7 +123,7 @@ def _described(params: PyTree) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     taken = sorted(tensors.keys() & parts.keys()) or [e['path'] for e in entries if e['path'] == path]
     if taken:
       raise ValueError(f'io.save: two leaves of the tree have the path {taken[0]!r}; rename one.')
-    keys = keys[:-1] if trees.path_name(keys[:-1]) == path else keys  # NNX's closing `.value`
+    keys = keys[:-1] if trees.path_name(keys[:-1]) == path else keys  # NNX paths end in `.value`.
     entries.append({'path': path, 'keys': [_key(path, key) for key in keys], **entry})
     tensors |= parts
   return entries, tensors
@@ -138,7 +145,7 @@ def _entry(path: str, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _refuse(path: str, part: Any) -> None:
-  """Raises `ValueError` for a leaf that has no bytes to be written."""
+  """Raises `ValueError` if `part`, an array of a leaf, has no bytes that can be written."""
   problem = None
   if isinstance(part, (jax.core.Tracer, jax.ShapeDtypeStruct)):
     problem = 'it has no values here (traced, or a mere shape); save concrete arrays.'
@@ -153,7 +160,7 @@ def _refuse(path: str, part: Any) -> None:
 
 
 def _key(path: str, key: Any) -> list[Any]:
-  """One step of a path: `['dict', key]` or `['list', index]`; attributes become keys of a dict."""
+  """Returns one step of a path: `['dict', key]` or `['list', index]`; attributes become keys of a dict."""
   if isinstance(key, (jax.tree_util.SequenceKey, jax.tree_util.FlattenedIndexKey)):
     return ['list', getattr(key, 'idx', getattr(key, 'key', None))]
   name = getattr(key, 'key', getattr(key, 'name', None))
@@ -163,7 +170,7 @@ def _key(path: str, key: Any) -> list[Any]:
 
 
 def _header(leaves: list[Any], tensors: dict[str, Any], digests: dict[str, str], metadata: dict[str, str]) -> bytes:
-  """The length of the header and the header; as long whatever the digests are."""
+  """Returns the length of the header, and the header; the length does not depend on the digests."""
   about = json.dumps({'version': VERSION, 'leaves': leaves, 'tensors': digests})
   header: dict[str, Any] = {'__metadata__': {**metadata, 'sparsejax': about, 'sha256': _UNKNOWN}}
   end = 0
@@ -179,7 +186,7 @@ def _header(leaves: list[Any], tensors: dict[str, Any], digests: dict[str, str],
 
 
 def _bytes(tensor: Any) -> memoryview:
-  """The bytes of one tensor, row-major and little-endian; only this one is brought to the host."""
+  """Returns the bytes of one tensor, row-major and little-endian. Copies only this tensor to the host."""
   array = np.asarray(tensor, order='C')
   if array.dtype.byteorder == '>':
     array = array.astype(array.dtype.newbyteorder('<'))
@@ -188,7 +195,7 @@ def _bytes(tensor: Any) -> memoryview:
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-  """A new file that takes the place of `path` once it is whole and on the disk; gone if anything goes wrong."""
+  """Opens a new file that replaces `path` once it is complete and on the disk. An error removes the new file."""
   target = os.path.realpath(path)
   if os.path.exists(target) and not os.path.isfile(target):
     raise ValueError(f'io.save: {path} is a folder or a device; give the name of a file.')
@@ -211,7 +218,7 @@ def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 class _File(NamedTuple):
-  """A safetensors file in memory. `tensors` are views of one buffer."""
+  """A `_File` is a safetensors file in memory, whose `tensors` are views of one buffer."""
 
   metadata: dict[str, str]
   header: bytes
@@ -227,7 +234,7 @@ def _bad(path: Any, what: str) -> ValueError:
 
 
 def _contents(path: str | os.PathLike) -> _File:
-  """Everything in the file. That the header is sound and the file has its length is checked by safetensors."""
+  """Returns the contents of the file. The safetensors package checks that the header is sound and the file complete."""
   try:
     buffer = np.fromfile(path, np.uint8)
     with safetensors.safe_open(os.fspath(path), framework='numpy') as opened:
@@ -250,7 +257,7 @@ def _contents(path: str | os.PathLike) -> _File:
 
 
 def _verified(path: Any, file: _File) -> dict[str, Any]:
-  """The file's own account of itself, once version, header and every tensor have been found to be what was saved."""
+  """Returns the entry `sparsejax` of `__metadata__`, after version, header and every tensor are verified."""
   try:
     about = json.loads(file.metadata['sparsejax'])
     version, digests = about['version'], dict(about['tensors'])
@@ -273,18 +280,18 @@ def _verified(path: Any, file: _File) -> dict[str, Any]:
 
 
 def _leaf(path: Any, entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
-  """One leaf, from its tensors and what the metadata say of it."""
+  """Returns one leaf, made of its tensors and its entry of `__metadata__`."""
   name, shape, kind = entry['path'], tuple(entry['shape']), entry['kind']
   if kind == 'dense':
     leaf = tensors[name]
-  elif packed := formats.of_kind(kind):
-    parts = {part: tensors[f'{name}.{part}'] for part in packed.names()}
+  elif format_ := formats.TABLE.get(kind):
+    parts = {part: tensors[f'{name}.{part}'] for part in format_.names()}
     try:
-      leaf = packed.restored(parts, shape, entry)
+      leaf = format_.restored(parts, shape, entry)
     except ValueError as e:
       raise _bad(path, f'{name!r} {e}') from e
   else:
-    raise _bad(path, f'{name!r} is of an unknown kind, {kind!r}')
+    raise _bad(path, f'{name!r} is of an unknown kind, {kind!r}: none of {", ".join(formats.TABLE)} in formats.TABLE')
   problem = leaf.problem() if formats.is_packed(leaf) else None
   if problem or leaf.shape != shape or leaf.dtype.name != entry['dtype']:
     raise _bad(path, f'{name!r}: {problem or f"has shape {leaf.shape} and dtype {leaf.dtype}, not those saved"}')
@@ -292,7 +299,7 @@ def _leaf(path: Any, entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> A
 
 
 def _nested(leaves: list[tuple[list[Any], Any]]) -> PyTree:
-  """The tree of `(keys, leaf)` pairs, in dicts and lists."""
+  """Returns the tree of `(keys, leaf)` pairs, in dicts and lists."""
   if len(leaves) == 1 and not leaves[0][0]:
     return leaves[0][1]
   branches: dict[tuple[str, Any], list[Any]] = {}
@@ -305,22 +312,22 @@ def _nested(leaves: list[tuple[list[Any], Any]]) -> PyTree:
 
 
 def _like(path: Any, leaves: dict[str, Any], like: PyTree) -> PyTree:
-  """`leaves` in the structure of `like`."""
+  """Returns `leaves` in the structure of `like`."""
   names, models, treedef = trees.flatten(like, is_leaf=formats.is_packed)
   absent, extra = [name for name in names if name not in leaves], [name for name in leaves if name not in names]
   if absent or extra:
     raise ValueError(f'io.load: {path} holds another tree than `like`. Missing in the file: '
                      f'{errors.some(absent) or "none"}; missing in `like`: {errors.some(extra) or "none"}.')
   for name, model in zip(names, models):
-    found, model = leaves[name], model if hasattr(model, 'dtype') else np.asarray(model)
-    if tuple(model.shape) != found.shape or model.dtype.name != found.dtype.name:
+    leaf, model = leaves[name], model if hasattr(model, 'dtype') else np.asarray(model)
+    if tuple(model.shape) != leaf.shape or model.dtype.name != leaf.dtype.name:
       raise errors.at_leaf('io.load', name, model.shape, f'`like` has dtype {model.dtype} there, but {path} has shape '
-                           f'{found.shape} and dtype {found.dtype}; give the `like` of this file, or none.')
+                           f'{leaf.shape} and dtype {leaf.dtype}; give the `like` of this file, or none.')
   return treedef.unflatten([leaves[name] for name in names])
 
 
 def _split_names(tensors: dict[str, np.ndarray]) -> PyTree:
-  """Anybody's names as nested dicts; as they are where one name is the beginning of another."""
+  """Returns the tensors as nested dicts by the parts of their names; flat if one name is the beginning of another."""
   mark = '/' if any('/' in name for name in tensors) else '.'
   parents = {name[:i] for name in tensors for i, letter in enumerate(name) if letter == mark}
   if parents & tensors.keys():

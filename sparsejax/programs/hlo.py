@@ -1,7 +1,10 @@
-"""Reads the text of a compiled program (HLO): which collectives it runs, how often, and what they move.
+"""Reads the collectives of a compiled program, their runs per step and their bytes from the text of the program (HLO).
 
-A pure function of text, with nothing assumed: a loop whose trip count the compiler does not print makes `times` `None`,
-and what stands in a branch is marked, because which branch runs is known only when it does.
+    for collective in hlo.collectives(jax.jit(step).lower(*arguments).compile().as_text()):
+      print(collective.kind, collective.operands, collective.times, collective.sent)
+
+The functions are pure functions of the text and assume nothing. `times` is `None` in a loop whose trip count the
+compiler does not print. A collective in a branch is marked, because the text does not say which branch runs.
 """
 
 import dataclasses
@@ -10,13 +13,14 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Bytes that one device sends (and, around a ring, receives) for an operand of b bytes in a group of g.
+# The table maps a collective to the bytes that one device sends for an operand of b bytes in a group of g devices. On a
+# ring, each device receives as many.
 SENT = {
     'all-gather': lambda b, g: (g - 1) * b,  # (g - 1) / g of the result
     'reduce-scatter': lambda b, g: -(-(g - 1) * b // g),
     'all-reduce': lambda b, g: -(-2 * (g - 1) * b // g),  # a reduce-scatter, then an all-gather
     'all-to-all': lambda b, g: -(-(g - 1) * b // g),
-    'ragged-all-to-all': lambda b, g: b,  # at most: how much stays is in the data
+    'ragged-all-to-all': lambda b, g: b,  # an upper bound: the number depends on the data
     'collective-permute': lambda b, g: b,
     'collective-broadcast': lambda b, g: b,
 }
@@ -31,12 +35,15 @@ _CALLED = re.compile(r'\b(condition|body|calls|to_apply|true_computation|false_c
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of the program, as one device sees it.
+  """A `Collective` is one communication operation of a program, as one device runs it.
 
-  `operands` and `values`: types such as `f32[4,8]`; `values` has the narrowest float type that the operand was widened
-  from, as where a CPU, which has no bfloat16, sends float32. `group`: devices in it. `times`: runs a step, `None` if
-  in a loop of unknown length. `branch`: in a branch of a conditional, so that `times` is the most. `name`: where in the
-  user's program.
+  - `operands` holds the types of the operands, such as `f32[4,8]`.
+  - `values` holds the same types with the narrowest float type from which each operand was widened. A CPU, which has no
+    bfloat16, sends float32 in its place.
+  - `group` is the number of devices that communicate with each other.
+  - `times` is the number of runs per step, or `None` in a loop of unknown length.
+  - `branch` says that a conditional may skip the collective, so that `times` is an upper bound.
+  - `name` is the place in the user's program.
   """
 
   kind: str
@@ -49,29 +56,30 @@ class Collective:
 
   @property
   def sent(self) -> int:
-    """Bytes that one device sends each time; it receives as many."""
-    return SENT[self.kind](sum(map(nbytes, self.operands)), self.group)
+    """Returns the bytes that one device sends at each run; the device receives as many."""
+    return SENT[self.kind](sum(map(type_bytes, self.operands)), self.group)
 
   @property
   def sent_values(self) -> int:
-    """The same for a machine that sends `values` as they are."""
-    return SENT[self.kind](sum(map(nbytes, self.values)), self.group)
+    """Returns the bytes that one device sends at each run on a machine that sends `values` without widening them."""
+    return SENT[self.kind](sum(map(type_bytes, self.values)), self.group)
 
 
 class _Instruction(NamedTuple):
   type: str
   opcode: str
-  operands: list[str]  # names; of a parameter, its number
+  operands: list[str]  # names, or the number of a parameter
   attributes: str
 
 
-_Computation = dict[str, _Instruction]  # by name; the root is last
+_Computation = dict[str, _Instruction]  # by name; the last is the root
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-  """The collectives of `compiled.as_text()`, in the program's order, those in loops once each with their `times`.
+  """Returns the collectives of `text`, which `compiled.as_text()` gives, in the order of the program.
 
-  Raises `ValueError` for a text that is not whole and for replica groups in a form that is not known here.
+  A collective in a loop is listed once, with its `times`. Raises `ValueError` if the text is incomplete, and for
+  replica groups of unknown form.
   """
   computations, entry = _read(text)
   header = text[:text.index('\n') + 1]
@@ -98,22 +106,23 @@ def collectives(text: str) -> tuple[Collective, ...]:
   return tuple(walk(entry, 1, False)) if has_any(entry) else ()
 
 
-def nbytes(type_: str) -> int:
-  """Bytes of `f32[4,8]`; of a tuple of them, all together. Four bits and less are counted packed."""
+def type_bytes(type_: str) -> int:
+  """Returns the bytes of a type such as `f32[4,8]`, or of a tuple of types; types of up to 4 bits count as packed."""
   bits = 0
   for dtype, shape in re.findall(r'([a-z]\w*)\[([\d,<=]*)\]', type_):
     width = re.match(r'[a-z]+(\d+)', dtype)
     each = _BITS[dtype] if dtype in _BITS else int(width[1]) if width else None
     if each is None:
-      raise ValueError(f'hlo.nbytes: {dtype!r} in {type_!r} is a type of unknown width.')
+      raise ValueError(f'hlo.type_bytes: {dtype!r} in {type_!r} is a type of unknown width.')
     bits += each * math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)
   return -(-bits // 8)
 
 
 def group_size(groups: str, devices: int) -> int:
-  """How many devices are in a group: of `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=2,'b'=4] {'b'}`, or `{}` for all.
+  """Returns the number of devices in a replica group; `groups` is the HLO text of all groups.
 
-  Raises `ValueError` for another form, and for groups of several sizes.
+  The forms are `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=2,'b'=4] {'b'}`, and `{}` for one group of all `devices`.
+  Raises `ValueError` for other forms, and for groups of different sizes.
   """
   if groups in ('', '{}', '{{}}'):
     return devices
@@ -121,7 +130,7 @@ def group_size(groups: str, devices: int) -> int:
     return int(iota[1])
   if mesh := re.match(r"mesh\[(.*?)\].*?\{([^}]*)\}", groups):
     sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
-    axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])  # 'b':(1)2 is a part of an axis, of size 2
+    axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])  # 'b':(1)2 is a part of an axis, of length 2
     if all(part or axis in sizes for axis, part in axes):
       return math.prod(int(part or sizes[axis]) for axis, part in axes)
   listed = re.findall(r'\{([\d,]+)\}', groups) if re.fullmatch(r'\{[\d,{}]*\}', groups) else []
@@ -133,7 +142,7 @@ def group_size(groups: str, devices: int) -> int:
 
 
 def _read(text: str) -> tuple[dict[str, _Computation], str]:
-  """The computations by name, and the entry's name."""
+  """Returns the computations of the text by name, and the name of the entry computation."""
   computations: dict[str, _Computation] = {}
   entry, current = '', None
   for line in text.splitlines():
@@ -148,7 +157,7 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _instruction(text: str) -> _Instruction:
-  """`TYPE opcode(operands), attributes`; the type may be a tuple, and a layout may have parentheses."""
+  """Parses `TYPE opcode(operands), attributes`; the type may be a tuple, and a layout may contain parentheses."""
   end = _closing(text, 0) if text.startswith('(') else text.index(' ')
   opening = text.index('(', end)
   closing = _closing(text, opening)
@@ -158,12 +167,12 @@ def _instruction(text: str) -> _Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-  """The place after the parenthesis that closes the one at `opening`."""
+  """Returns the index behind the parenthesis that closes the parenthesis at index `opening`."""
   depth = 0
-  for found in re.compile(r'[()]').finditer(text, opening):
-    depth += 1 if found[0] == '(' else -1
+  for parenthesis in re.compile(r'[()]').finditer(text, opening):
+    depth += 1 if parenthesis[0] == '(' else -1
     if not depth:
-      return found.end()
+      return parenthesis.end()
   return len(text)
 
 
@@ -177,15 +186,15 @@ def _called(instruction: _Instruction) -> list[str]:
 
 
 def _runs(instruction: _Instruction) -> Iterator[tuple[str, int | None, bool]]:
-  """The computations that an instruction runs: how often each, and whether it is one branch of several."""
-  if instruction.opcode in ('async-update', 'async-done'):  # these name again what async-start runs
+  """Yields each computation that an instruction runs, its number of runs, and whether a conditional may skip it."""
+  if instruction.opcode in ('async-update', 'async-done'):  # both name the computation of async-start again
     return
   count = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes)
   trips = int(count[1]) if count else None
-  # Without metadata, where a user's own names could look like attributes.
+  # Metadata is removed, because names of the user could look like attributes.
   attributes = re.sub(r'metadata=\{(?:"[^"]*"|[^}"])*\}', '', instruction.attributes)
-  for role, one, several in _CALLED.findall(attributes):
-    for callee in [one] if one else re.findall(r'[\w.\-]+', several):
+  for role, single, several in _CALLED.findall(attributes):
+    for callee in [single] if single else re.findall(r'[\w.\-]+', several):
       if instruction.opcode == 'while':
         yield callee, trips + (role == 'condition') if trips is not None else None, False
       else:
@@ -206,18 +215,18 @@ def _collective(kind, instruction, inside, computations, devices, times, branch)
 
 
 def _plain(type_: str) -> str:
-  """The type without layouts."""
+  """Returns the type without layouts and comments."""
   return re.sub(r'\{[^}]*\}|/\*.*?\*/', '', type_)
 
 
 def _narrowest(name: str, inside: str, computations: dict[str, _Computation]) -> str:
-  """The operand's type, with the narrowest float on the way back to where its values were computed."""
+  """Returns the type of an operand, with the narrowest float between the operand and the computation of its values."""
   own = narrowest = _plain(computations[inside][name].type)
-  outer: list[tuple[str, _Instruction]] = []  # the fusions that the way leads into
+  outer: list[tuple[str, _Instruction]] = []  # fusions that the search has entered
   while True:
     instruction = computations[inside][name]
     dtype = _plain(instruction.type).partition('[')[0]
-    if _FLOATS.fullmatch(dtype) and nbytes(f'{dtype}[]') < nbytes(f'{narrowest.partition("[")[0]}[]'):
+    if _FLOATS.fullmatch(dtype) and type_bytes(f'{dtype}[]') < type_bytes(f'{narrowest.partition("[")[0]}[]'):
       narrowest = dtype + own[own.index('['):]
     if instruction.opcode in _VALUE_KEPT and _FLOATS.fullmatch(dtype):
       name = instruction.operands[0]

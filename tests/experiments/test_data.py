@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step); every example is where it belongs; what is not there is refused."""
+"""Checks that batches are a pure function of (seed, step), that every example is in its place, and all refusals."""
 
 import collections
 import json
@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from sklearn import datasets
 
 from experiments import data
-from experiments.data import batches, digits
+from experiments.data import digits, images
+from experiments.data.order import BatchPart, ShuffledOrder
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 STEPS = (0, 7, 1000, 10, 123_456_789)
-# Run here and in other processes, which start together after their imports: equal hashes of batches of every kind.
+# The program prints a hash of batches of every kind. The test runs it in this process and in two others, which start
+# together after their imports, and expects equal hashes.
 FINGERPRINT = """
 import hashlib, pathlib, sys, time
 from experiments import data
@@ -45,7 +47,7 @@ if __name__ == '__main__':
 
 
 class Boxes(tfds.core.GeneratorBasedBuilder):
-  """A colour set with a validation split of its own: each pixel tells its split and its number."""
+  """The `Boxes` are a set of colour images that has its own validation split. Each pixel encodes split and number."""
 
   VERSION = tfds.core.Version('1.0.0')
   SIZES = {'train': 20, 'validation': 6, 'test': 5}
@@ -66,14 +68,14 @@ class Boxes(tfds.core.GeneratorBasedBuilder):
 
 
 class RaggedBoxes(Boxes):
-  """The same without one shape for all."""
+  """The `RaggedBoxes` are declared without one shape for all images."""
 
   SHAPE = (None, None, 3)
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  """A data directory with `digits`, two sets of ours, and one of them in TensorFlow's own format."""
+  """Returns a data directory with `digits`, the two sets above, and one of the two in TensorFlow's own format."""
   path = tmp_path_factory.mktemp('data')
   digits.prepared(path)
   for builder in (Boxes, RaggedBoxes):
@@ -91,7 +93,7 @@ def load(root, name='digits', batch_size=64, seed=3, **arguments):
 
 
 def rows(batches, raw=False):
-  """The multiset of images with their labels, without padding; `raw`: pixels back in 0 ... 16."""
+  """Counts the images with their labels, without padding. `raw` is the range of pixels to map back to 0 ... 16."""
   counted = collections.Counter()
   for batch in batches:
     images = batch['inputs']
@@ -103,7 +105,7 @@ def rows(batches, raw=False):
 
 
 def epoch(one, number, count, batch_size):
-  """The inputs and labels of one epoch, cut out of the endless train batches."""
+  """Returns the inputs and labels of epoch `number`, cut out of the endless training batches."""
   first, last = number * count, (number + 1) * count
   steps = [one.train[step] for step in range(first // batch_size, -(-last // batch_size))]
   cut = slice(first % batch_size, first % batch_size + count)
@@ -180,10 +182,10 @@ def test_two_processes_prepare_at_once_and_see_the_same_batches(root, tmp_path):
   outputs = [process.communicate(timeout=120) for process in both]
   assert [process.returncode for process in both] == [0, 0], outputs
   assert {out.strip() for out, _ in outputs} == {namespace['fingerprint'](root, STEPS)}
-  assert [err for _, err in outputs] == ['', '']  # no bars, no advice to install OpenCV
+  assert [err for _, err in outputs] == ['', '']  # TFDS shows no bars and no advice to install OpenCV.
 
 
-# Which examples, when.
+# The order of examples.
 
 
 def test_a_batch_does_not_depend_on_what_was_asked_before(root):
@@ -197,7 +199,7 @@ def test_a_batch_does_not_depend_on_what_was_asked_before(root):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 10**12))
 def test_every_position_once_an_epoch(count, batch_size, seed, number):
-  positions = batches._Shuffled(count, batches._Part(batch_size, slice(None)), seed)
+  positions = ShuffledOrder(count, BatchPart(batch_size, slice(None)), seed)
   first, last = number * count, (number + 1) * count
   steps = [positions[step] for step in range(first // batch_size, -(-last // batch_size))]
   index, epochs = (np.concatenate([step[key] for step in steps]) for key in ('index', 'epoch'))
@@ -256,7 +258,7 @@ def test_standardised_by_the_training_images(root):
   assert abs(images.mean()) < 1e-5 and abs(images.std() - 1) < 1e-5
   channels = load(root, 'boxes', batch_size=20).train[0]['inputs']
   np.testing.assert_allclose(channels.mean((0, 1, 2)), 0, atol=1e-6)
-  np.testing.assert_allclose(channels.std((0, 1, 2)), [1, 1, 0], atol=1e-5)  # a constant channel is no NaN
+  np.testing.assert_allclose(channels.std((0, 1, 2)), [1, 1, 0], atol=1e-5)  # A constant channel gives no NaN.
 
 
 def test_super_resolution_is_from_images_at_half_the_size(root):
@@ -268,7 +270,7 @@ def test_super_resolution_is_from_images_at_half_the_size(root):
     half = jax.image.resize(batch['labels'], (9, 4, 4, 1), 'bicubic')
     np.testing.assert_allclose(batch['inputs'], half, atol=1e-6)
   labels = one.train[3]['labels']
-  assert labels.min() == 0 and labels.max() == 1  # of 16 in digits
+  assert labels.min() == 0 and labels.max() == 1  # The largest pixel of digits is 16.
   standardised = plain.train[3]['inputs']
   np.testing.assert_allclose((labels - labels.mean()) / labels.std(),
                              (standardised - standardised.mean()) / standardised.std(), atol=1e-5)
@@ -279,7 +281,7 @@ def test_super_resolution_is_from_images_at_half_the_size(root):
 def test_images_without_a_half_are_refused():
   part = (lambda rows: {'inputs': np.ones((len(rows), 4, 5, 1), np.uint8)}, np.arange(3))
   with pytest.raises(ValueError, match='4 x 5 have no half'):
-    data.PREPARED['super_resolution'](batches._Images(part, part, part, 10))
+    data.PREPARATIONS['super_resolution'](images.ImageSplits(part, part, part, 10))
 
 
 def test_a_set_keeps_its_own_validation_split(root):
@@ -288,12 +290,12 @@ def test_a_set_keeps_its_own_validation_split(root):
   first = epoch(one, 0, 20, 4)['inputs'][..., 0].max((1, 2))
   assert len(set(first)) == 20
   valid = np.concatenate([batch['inputs'][batch['weight'] > 0][:, 0, 0, 0] for batch in one.valid])
-  assert valid.min() > first.max()  # the first channel is 100 and more there
+  assert valid.min() > first.max()  # The first channel of the validation split is at least 100.
 
 
 def test_from_records_as_from_memory(root, monkeypatch):
   fast = load(root, batch_size=50, augment=True)
-  monkeypatch.setattr(batches, 'IN_MEMORY', 1000)
+  monkeypatch.setattr(images, 'IN_MEMORY', 1000)
   slow = load(root, batch_size=50, augment=True)
   for a, b in zip((fast.train[3], *fast.valid), (slow.train[3], *slow.valid)):
     assert all((a[key] == b[key]).all() and a[key].dtype == b[key].dtype for key in a)
@@ -301,7 +303,7 @@ def test_from_records_as_from_memory(root, monkeypatch):
 
 def test_sets_for_several_seeds_share_the_images(root, monkeypatch):
   one = load(root, seed=0)
-  monkeypatch.setattr(batches, '_remembered', lambda *_: pytest.fail('decoded again'))
+  monkeypatch.setattr(images, '_with_memory', lambda *_: pytest.fail('decoded again'))
   assert (load(root, seed=1).test[0]['inputs'] == one.test[0]['inputs']).all()
 
 
@@ -311,7 +313,7 @@ def test_augmented_images_are_shifts(root):
   padded = np.pad(plain['inputs'], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=black)
   candidates = np.stack([padded[:, y:y + 8, x:x + 8] for y in range(3) for x in range(3)])
   same = (candidates == shifted['inputs']).all((2, 3, 4))
-  assert same.any(0).all() and (same.sum(1) > 0).all()  # each image is one of the nine, and all nine occur
+  assert same.any(0).all() and (same.sum(1) > 0).all()  # Each image is one of nine shifts, and all nine occur.
   assert (plain['labels'] == shifted['labels']).all()
 
 
@@ -339,15 +341,15 @@ def test_the_parts_of_a_batch_are_together_the_batch(root, text, arguments):
 
 
 def test_only_the_own_rows_are_read(root, monkeypatch):
-  """Every row read twice and more is counted, as from a set too large to remember."""
-  monkeypatch.setattr(batches, 'IN_MEMORY', 0)
-  read, reader = collections.Counter(), batches._reader
+  """Counts each access to a row, with a set that is too large for memory."""
+  monkeypatch.setattr(images, 'IN_MEMORY', 0)
+  read, reader = collections.Counter(), images._reader
 
   def counting(builder, split, *keys):
     get = reader(builder, split, *keys)
     return lambda rows: (read.update((split, int(row)) for row in rows), get(rows))[1]
 
-  monkeypatch.setattr(batches, '_reader', counting)
+  monkeypatch.setattr(images, '_reader', counting)
   whole = load(root, batch_size=12)
   parts = [load(root, batch_size=12, rows=rows) for rows in PARTS]
   for split in ('train', 'valid', 'test'):
@@ -361,7 +363,7 @@ def test_only_the_own_rows_are_read(root, monkeypatch):
 
 def test_what_fits_in_memory_is_read_once(monkeypatch):
   read = []
-  get = batches._remembered(lambda rows: (read.extend(rows), {'inputs': rows * 2})[1], 3000)
+  get = images._with_memory(lambda rows: (read.extend(rows), {'inputs': rows * 2})[1], 3000)
   for rows in ([5, 1, 5], [1, 2], np.arange(3000), [2999, 0]):
     assert (get(np.array(rows))['inputs'] == np.array(rows) * 2).all()
   assert sorted(read) == list(range(3000))
@@ -372,14 +374,14 @@ def test_what_fits_in_memory_is_read_once(monkeypatch):
 
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
-  """Numbers, so that eight bytes tell their place, between characters of two and three bytes."""
+  """Returns a file of numbers, so that eight bytes tell their position, between characters of two and three bytes."""
   path = tmp_path_factory.mktemp('text') / 'numbers.txt'
   path.write_text(''.join(f'{i:06d}é€' for i in range(300)))
   return path
 
 
 def split_texts(one):
-  """Validation and test text: the labels of weight 1 with the first input in front."""
+  """Returns the validation and the test text: the first input, then the labels of weight 1."""
   texts = []
   for split in (one.valid, one.test):
     labels = np.concatenate([batch['labels'][batch['weight'] > 0] for batch in split])
@@ -456,7 +458,7 @@ def test_the_cache_directory(monkeypatch, variable, expected):
   assert data.cache_directory() == pathlib.Path(expected).expanduser()
 
 
-# Sets from elsewhere, where somebody has them.
+# Sets of TFDS, if a directory has them.
 
 
 @pytest.mark.skipif('SPARSEJAX_DATA_DIR' not in os.environ, reason='SPARSEJAX_DATA_DIR names no prepared TFDS sets')

@@ -1,4 +1,4 @@
-"""The encoder against BERT written out in NumPy and against the published embeddings; its laws and refusals."""
+"""Compares the encoder with BERT written out in NumPy and with the published embeddings, and checks its refusals."""
 
 import json
 import math
@@ -26,7 +26,7 @@ MATRICES = [f'block_{layer}/{matrix}/kernel' for layer in range(2) for matrix in
 
 
 def bert(rng, vocabulary, width, depth, heads, mlp_ratio, positions):
-  """A random BERT as PyTorch names and lays it out: matrices are [out, in]."""
+  """Returns the parameters of a random BERT with PyTorch's names and layout: matrices are `[out, in]`."""
   hidden = mlp_ratio * width
   norms = {name: (width,) for layer in range(depth) for name in (
       f'encoder.layer.{layer}.attention.output.LayerNorm', f'encoder.layer.{layer}.output.LayerNorm')}
@@ -43,7 +43,10 @@ def bert(rng, vocabulary, width, depth, heads, mlp_ratio, positions):
 
 
 def oracle(tensors, tokens, mask, heads, depth):
-  """The normalised mean of BERT's last layer, one sentence and head at a time, padding left out instead of masked."""
+  """Returns the normalised mean of BERT's last layer, from one sentence and head at a time.
+
+  Padding is left out instead of masked.
+  """
   def norm(x, name):
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
     return x * tensors[f'{name}.weight'] + tensors[f'{name}.bias']
@@ -72,7 +75,7 @@ def oracle(tensors, tokens, mask, heads, depth):
 
 
 def stored(directory, tensors, heads=3, **config):
-  """The files of a pretrained encoder in `directory`."""
+  """Writes the files of a pretrained encoder into `directory`, and returns `directory`."""
   directory.mkdir(exist_ok=True)
   safetensors.numpy.save_file(tensors, directory / 'model.safetensors')
   config = {'model_type': 'bert', 'hidden_act': 'gelu', 'num_attention_heads': heads, **config}
@@ -88,7 +91,7 @@ def tensors():
 
 @pytest.fixture(scope='module')
 def body(tensors, tmp_path_factory):
-  """A random encoder's parameters, as read from its file."""
+  """Returns the parameters of a random encoder, read from a file."""
   return encoders.load_pretrained(stored(tmp_path_factory.mktemp('bert'), tensors))
 
 
@@ -109,13 +112,13 @@ def leaves(params):
 
 def test_is_bert_written_out(tensors, body):
   mask = np.int32(TOKENS != 0)
-  mask[0, 2] = 0  # not only at the end
+  mask[0, 2] = 0  # inside of a sentence
   expected = oracle(tensors, TOKENS, mask, SIZES['heads'], SIZES['depth'])
   np.testing.assert_allclose(encoders.embed(body, TOKENS, mask), expected, atol=2e-6)
 
 
 def test_the_published_embeddings():
-  """One run of the real encoder: its embeddings as the authors' own software computes them, see the file."""
+  """Runs the real encoder once. The golden file says how the authors' own software computed the embeddings."""
   sentences = GOLDEN['sentences']
   tokens = np.int32([sentence['tokens'] for sentence in sentences])
   embeddings = np.asarray(jax.jit(encoders.embed)(encoders.load_pretrained(), tokens, tokens != 0), np.float64)
@@ -138,7 +141,7 @@ def test_parameter_names(body):
       path: leaf.shape for path, leaf in leaves(body).items()}
   pick = lambda where: sorted(path for path, leaf in params.items() if where(path, leaf))
   assert pick(trees.named('attention/*/kernel', 'mlp/*/kernel')) == MATRICES
-  assert pick(trees.matrices) == [*MATRICES, 'head/kernel']  # no embedding, no norm
+  assert pick(trees.matrices) == [*MATRICES, 'head/kernel']  # No embedding and no norm is a matrix.
 
 
 def test_padding_changes_nothing(body):

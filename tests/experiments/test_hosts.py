@@ -1,4 +1,4 @@
-"""Several processes train as one: killed, stopped and resumed, they end in the same bits; one that is lost is said."""
+"""Checks that several processes train as one: killed, stopped and resumed, they end in the same bits."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def started(folder, workdir, count, *arguments, others=None):
-  """`count` jobs that train in `workdir` as one, or, with `others`, that should be one but are not."""
+  """Starts `count` jobs that train in `workdir` as one. `others` maps the number of a job to arguments of its own."""
   port, same = jobs.port(), ('--config', folder / 'config.py', '--workdir', folder / workdir,
                              '--data_dir', folder / 'data', *arguments)
   return jobs.together(*(
@@ -52,7 +52,7 @@ def bits(folder, workdir, step=STEPS):
 
 @pytest.fixture(scope='module')
 def undisturbed(folder):
-  """What two processes said that trained to the end as one."""
+  """Returns status, output and errors of two processes that trained to the end as one."""
   with started(folder, 'alone', 2) as both:
     return [job.wait() for job in both]
 
@@ -64,7 +64,7 @@ def test_only_the_first_process_speaks(folder, undisturbed):
 
 
 def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_promotion):
-  """The same batches, each row once: what differs is the order in which floating-point numbers are added."""
+  """Compares losses and scores up to the order in which floating-point numbers are added."""
   arguments = [f'data.data_dir={folder / "data"}', 'mesh.data=1']
   setup = runs.prepare(configs.load(folder / 'config.py', arguments))
   run = runs.build(setup, {RUN: folder / 'alone' / RUN})[RUN]
@@ -81,7 +81,7 @@ def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_
 def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed):
   for victim, moment in ((1, trained_on), (0, writing)):
     with started(folder, 'killed', 2) as both:
-      # On from where it was: what was cut off before lies there until it is resumed.
+      # The file still has the lines after the last checkpoint of the killed run, until training resumes.
       jobs.until(functools.partial(moment, folder, lines(folder, 'killed') + 3), *both)
       both[victim].signal(signal.SIGKILL)
       code, _, err = both[1 - victim].wait()
@@ -90,7 +90,7 @@ def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undistu
       assert 'another process is gone' in err and 'give every process its command again' in err
   with started(folder, 'killed', 2) as both:
     jobs.until(functools.partial(trained_on, folder, lines(folder, 'killed') + 2), *both)
-    both[1].signal(signal.SIGTERM)  # the one that does not print
+    both[1].signal(signal.SIGTERM)  # Process 1 does not print.
     (code, out, err), other = [job.wait() for job in both]
     assert (code, err) == (128 + signal.SIGTERM, '') and other == (code, '', ''), (out, err, other)
     assert 'Stopped by SIGTERM' in out and 'resumed at step' in out
@@ -101,7 +101,7 @@ def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undistu
 
 
 def test_four_processes(folder):
-  """They train, and what they save four processes and one read alike."""
+  """Checks that four processes train, and that a single process resumes their checkpoint."""
   with started(folder, 'four', 4, '--set', 'steps=4') as four:
     assert [job.wait()[::2] for job in four] == [(0, '')] * 4
   with jobs.together(jobs.Job(folder / 'one', *four[0].arguments[:-2], '--set', 'steps=6', cache=folder / 'cache')) as (

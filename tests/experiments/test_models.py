@@ -1,4 +1,4 @@
-"""The models' names, precision, symmetries and refusals; a stack of blocks is the same function as a row of them."""
+"""Checks the models' names, precision, symmetries and refusals, and that scanned blocks equal unrolled blocks."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import sparsejax
 from experiments import models
 from experiments.loop import evaluate
-from experiments.models import convolutional, vit
+from experiments.models import convolutional, transformer
 from sparsejax import trees
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -23,7 +23,7 @@ TOKENS = np.random.default_rng(1).integers(0, 11, (3, 12)).astype(np.int32)
 DEPTH = 2
 SMALL = dict(width=16, depth=DEPTH, heads=2)
 CASES = [
-    # model, number of classes, its inputs, the shape of its logits
+    # model, classes, inputs, shape of logits
     ('vit', 10, IMAGES, (3, 10)),
     ('lm', 11, TOKENS, (3, 12, 11)),
 ]
@@ -33,12 +33,12 @@ both = pytest.mark.parametrize('name, classes, inputs, shape', CASES, ids=['vit'
 @functools.cache
 def _initial(name, classes, batch_shape, dtype, config):
   model = models.make(name, classes, **{**SMALL, **dict(config)})
-  # The seed is an argument, because XLA would spend seconds on folding weights drawn from constants.
+  # The seed is an argument, because XLA would spend seconds on folding weights that are drawn from a constant seed.
   return model, jax.jit(lambda seed: model.init(jax.random.key(seed), jnp.zeros(batch_shape, dtype))['params'])
 
 
 def made(name, classes, inputs, seed=0, **config):
-  """The model and its parameters, or their shapes alone where `seed` is `None`."""
+  """Returns the model and its parameters, or only the shapes of the parameters if `seed` is `None`."""
   model, init = _initial(name, classes, inputs.shape, inputs.dtype, tuple(config.items()))
   return model, jax.eval_shape(init, 0) if seed is None else init(seed)
 
@@ -54,7 +54,7 @@ def paths(params):
 
 
 def stacked(params):
-  """The unrolled model's parameters in the scanned model's tree."""
+  """Returns the parameters of an unrolled model in the tree of the scanned model."""
   rest = {key: value for key, value in params.items() if not key.startswith('block_')}
   blocks = [params[f'block_{layer}'] for layer in range(DEPTH)]
   return {**rest, 'blocks': jax.tree.map(lambda *layers: jnp.stack(layers), *blocks)}
@@ -153,7 +153,7 @@ def test_any_length(lm):
 
 def test_rotation_keeps_lengths_and_sees_only_distances():
   query, key = np.random.default_rng(2).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
-  rotate = lambda x: vit.rotated(jnp.broadcast_to(x, (1, 20, 2, 8)))
+  rotate = lambda x: transformer.rotated(jnp.broadcast_to(x, (1, 20, 2, 8)))
   products = jnp.einsum('bthd,bshd->hts', rotate(query), rotate(key))
   np.testing.assert_allclose(products[:, 3:15, 1:13], products[:, 5:17, 3:15], rtol=1e-4, atol=1e-4)
   assert not np.allclose(products[:, 3, 3:10], products[:, 3, 4:11], atol=1e-2)
@@ -182,7 +182,7 @@ def test_patches_are_squares_and_only_positions_tell_them_apart():
 
 
 SHARED = [
-    # model, its fields, number of outputs, the shape of its outputs, paths of its matrices and convolution kernels
+    # model, fields, outputs, output shape, kernels
     ('mlp', {'widths': (7, 5)}, 4, (3, 4), ['fc0/kernel', 'fc1/kernel', 'head/kernel']),
     ('cnn', {'widths': (4, 6)}, 4, (3, 4), ['conv0/kernel', 'conv1/kernel', 'head/kernel']),
     ('sr', {'width': 4, 'depth': 1}, 1, (3, 16, 16, 1),
@@ -192,7 +192,7 @@ SHARED = [
 
 @pytest.mark.parametrize('name, config, outputs, shape, kernels', SHARED, ids=[case[0] for case in SHARED])
 def test_image_models(name, config, outputs, shape, kernels):
-  """The axes that a name tells are those that the program has, and all seeds at once are seeds one by one."""
+  """Compares the axes of the naming convention with the traced ones, and all seeds at once with one seed at a time."""
   model = models.make(name, outputs, **config)
   seeds = jax.jit(jax.vmap(lambda seed: model.init(jax.random.key(seed), IMAGES)['params']))(jnp.arange(2))
   first = jax.tree.map(lambda leaf: leaf[0], seeds)

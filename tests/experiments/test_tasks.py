@@ -1,4 +1,4 @@
-"""Losses and scores against NumPy, with weights, padding and the edges of their range."""
+"""Compares losses and scores with NumPy, with weights, with padding and at the edges of the range."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def test_super_resolution_against_numpy():
 
 
 def agree(name, outputs, labels, losses, scores):
-  """The task's loss and score of these outputs are the means of `losses` and `scores`, however they are weighted."""
+  """Asserts that the loss and the score of `outputs` are the means of `losses` and `scores`, weighted or not."""
   task = tasks.named(name)
   weight = np.random.default_rng(4).integers(0, 3, losses.shape).astype(np.float32)
   for function, values in ((task.loss, losses), (task.score, scores)):

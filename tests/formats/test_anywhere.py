@@ -1,4 +1,4 @@
-"""Zeros anywhere: `BitmaskArray` and `RelativeIndexArray` come back bit for bit, as documented and as small."""
+"""Tests that `BitmaskArray` and `RelativeIndexArray` are laid out as documented, small, and dense again bit for bit."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from sparsejax.formats import BitmaskArray, RelativeIndexArray
 
 
 def gaps_between(places):
-  """Straight from the documentation of `RelativeIndexArray`, one place after the other."""
+  """Returns the code of the positions by the words of `RelativeIndexArray`, one position after another."""
   code, reached = [], 0
   for place in places:
     while place - reached >= 255:
@@ -20,7 +20,7 @@ def gaps_between(places):
   return code
 
 
-PLACES = {  # what each format has beside its values, for which entries are stored
+PLACES = {  # maps each format to its index array, as a function of which entries are stored
     BitmaskArray: lambda stored: np.packbits(stored, bitorder='little').tolist(),
     RelativeIndexArray: lambda stored: gaps_between(np.flatnonzero(stored).tolist()),
 }
@@ -47,7 +47,7 @@ def test_every_bit_is_kept_of_zeros_anywhere(kind, shape, dtype, share):
 @pytest.mark.parametrize('shape', [(24,), (8, 3), (2, 3, 4)])
 @pytest.mark.parametrize('kind', PLACES)
 def test_one_subnormal_alone_is_kept(kind, shape):
-  """Compilers broadcast a single value, and flush it if they then choose to see it as a number."""
+  """Tests a single value: compilers broadcast it, and flush a subnormal if they then treat the bits as a number."""
   w = (np.arange(24, dtype=np.uint16) == 5).astype(np.uint16).reshape(shape).view('bfloat16')
   assert bits(kind.from_dense(w).to_dense()) == bits(w)
 
@@ -90,7 +90,7 @@ def test_one_value_in_a_hundred_is_as_small_as_promised(size, spread):
     ((), 0.5), ((0, 2), 0.5), ((30, 50), 0.0), ((30, 50), 1.0), ((3, 5, 7, 11), 0.99)])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float8_e4m3fn', 'bool'])
 def test_what_a_mask_leaves_out_comes_from_the_base(shape, share, dtype):
-  """FreezeNet: few entries were trained, the others are those of the beginning, all of any bits at all."""
+  """Tests the case of FreezeNet: few entries were trained, all others keep their initial values, of any bits."""
   before, after = anything(shape, dtype, 3), anything(shape, dtype, 4)
   mask = np.asarray(np.random.default_rng(5).random(shape) >= share)
   trained = np.where(mask, after, before)

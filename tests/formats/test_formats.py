@@ -1,4 +1,4 @@
-"""Packed arrays: dense again bit for bit, laid out as documented, through every transformation, or refused."""
+"""Tests that packed arrays become dense again bit for bit, pass every transformation, and refuse what does not fit."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from raw import anything, bits, only
+from raw import ANYWHERE, anything, bits, only
 
 import sparsejax as sj
 from sparsejax import formats
 from sparsejax.formats import BitmaskArray, NMArray, RelativeIndexArray
 from sparsejax.types import Axes
 
-# n, m, shape, contracted axes, dtype, and, for vectors, their width and the output axes in their order. All group sizes
-# that the code treats differently, every axis order.
+# Each case holds n, m, shape, contracted axes and dtype. Cases of vectors also hold the width and the output axes in
+# their order. The cases cover all group sizes that the code treats differently, and every order of axes.
 CASES = {
     '2:4 Dense': (2, 4, (16, 6), (0,), 'bfloat16'),
     '1:8 Dense float32': (1, 8, (24, 5), (0,), 'float32'),
@@ -57,7 +57,7 @@ cases = pytest.mark.parametrize(
 
 
 def along(shape, axes, outputs):
-  """What says which axes are what."""
+  """Returns the argument `axes` of `from_dense`: `Axes` for vectors, else the contracted axes."""
   return Axes(axes, outputs, tuple(a for a in range(len(shape)) if a not in (*axes, *outputs))) if outputs else axes
 
 
@@ -67,7 +67,7 @@ def order(rank, axes):
 
 
 def grouped(w, m, axes):
-  """`[groups and everything else, m]` and how the groups lie: `[..., K / m, ...]` without the group's own axis."""
+  """Returns `w` as `[..., K / m, ..., m]`: the contracted axes are merged, and the members of a group are last."""
   moved = np.transpose(w, order(w.ndim, axes))
   first, last = min(axes), min(axes) + len(axes)
   split = moved.reshape(*moved.shape[:first], math.prod(moved.shape[first:last]) // m, m, *moved.shape[last:])
@@ -75,7 +75,7 @@ def grouped(w, m, axes):
 
 
 def weights(n, m, shape, axes, dtype, seed=0):
-  """Any bits at all (NaN, subnormal, -0.0) in at most n places of each group, +0.0 elsewhere."""
+  """Returns weights with any bits (NaN, subnormal, -0.0) at n or fewer positions of each group, +0.0 elsewhere."""
   rng = np.random.default_rng(seed)
   scores = grouped(rng.random(shape), m, axes)
   place = np.argsort(np.argsort(scores, axis=-1), axis=-1)
@@ -85,7 +85,7 @@ def weights(n, m, shape, axes, dtype, seed=0):
 
 
 def vectors(n, m, shape, axes, dtype, width, outputs):
-  """The same in at most n vectors of `width` outputs of each group, some of whose entries are zero."""
+  """Returns weights with any bits in n or fewer vectors of `width` outputs of each group; some entries are zero."""
   if not outputs:
     return weights(n, m, shape, axes, dtype)
   front = [a for a in range(len(shape)) if a not in (*axes, *outputs)]
@@ -98,7 +98,7 @@ def vectors(n, m, shape, axes, dtype, width, outputs):
 
 
 def vector_layout(w, n, m, axes, width, outputs):
-  """Values where they always are, and indices, `[..., bytes, vectors]`, of vectors in the place of numbers."""
+  """Returns the values in their usual layout, and the indices `[..., bytes, vectors]` of the vectors."""
   if not outputs:
     return layout(w, n, m, axes)[:2]
   front = [a for a in range(w.ndim) if a not in (*axes, *outputs)]
@@ -115,7 +115,7 @@ def vector_layout(w, n, m, axes, width, outputs):
 
 
 def layout(w, n, m, axes):
-  """Values, indices and positions, straight from the documentation of `NMArray`, one group after the other."""
+  """Returns values, indices and positions by the words of `NMArray`, one group after another."""
   groups = grouped(w, m, axes)
   positions = np.zeros((*groups.shape[:-1], n), np.int64)
   for at in np.ndindex(groups.shape[:-1]):
@@ -135,7 +135,7 @@ def layout(w, n, m, axes):
   return values, np.moveaxis(indices, -1, first), positions
 
 
-# N:M: the round trip, the layout and the size.
+# Tests of N:M cover round trips, layout and size.
 
 
 @cases
@@ -166,7 +166,7 @@ def test_the_layout_is_the_documented_one(n, m, shape, axes, dtype, width, outpu
 
 
 def test_what_is_not_of_vectors_is_described_as_before_there_were_any():
-  """Files of plain N:M are the same bytes as ever, and those that were written before are read."""
+  """Tests that files of plain N:M have the same bytes as before vectors existed, and that older files are read."""
   packed = NMArray.from_dense(weights(2, 4, (8, 6), (0,), 'float32'), 2, 4, 0)
   assert packed.described() == {'n': 2, 'm': 4, 'axes': [0]}
   assert same(NMArray.restored(packed.arrays(), packed.shape, packed.described()), packed)
@@ -189,9 +189,9 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize('dtype', SPECIAL)
-@pytest.mark.parametrize('pattern', ['1:4', '40:160', *formats.ANYWHERE])
+@pytest.mark.parametrize('pattern', ['1:4', '40:160', *ANYWHERE])
 def test_negative_zeros_subnormals_and_nan_payloads_survive(dtype, pattern):
-  """-0.0, quiet and signalling NaN, infinities, subnormals: where arithmetic would change them."""
+  """Tests -0.0, quiet and signalling NaN, infinities and subnormals, which arithmetic would change."""
   w = np.zeros((320, 7), f'u{np.dtype(dtype).itemsize}')
   w[::160] = SPECIAL[dtype]
   w = w.view(dtype)
@@ -211,7 +211,7 @@ def test_any_bits_are_packed_or_refused(integers):
       NMArray.from_dense(w, 2, 4, 0)
   else:
     assert bits(NMArray.from_dense(w, 2, 4, 0).to_dense()) == bits(w)
-  for packed in formats.ANYWHERE.values():
+  for packed in ANYWHERE.values():
     assert bits(packed.from_dense(w).to_dense()) == bits(w)
 
 
@@ -220,7 +220,7 @@ def test_any_bits_are_packed_or_refused(integers):
 
 @pytest.mark.parametrize('width', [1, 5])
 def test_leading_axes_come_and_go(width):
-  """A stack of layers packed at once is the layers packed one by one, under vmap, scan and stacking."""
+  """Tests that a stack of layers packed at once equals the layers packed one by one, under vmap, scan and stacking."""
   w = jnp.asarray(vectors(2, 4, (3, 8, 5), (1,), 'float32', width, (2,)))
   stack = NMArray.from_dense(w, 2, 4, Axes((1,), (2,), layer=(0,)), width=width)
   each = [NMArray.from_dense(layer, 2, 4, 0, width=width) for layer in w]
@@ -235,7 +235,7 @@ def test_leading_axes_come_and_go(width):
 
 @pytest.mark.parametrize('n, m, width', [(2, 4, 1), (40, 64, 1), (2, 4, 3)])
 def test_gradients_reach_the_values(n, m, width):
-  """The derivative moves as the numbers do, through the bits that have none."""
+  """Tests that gradients pass through packing, although the weights move as integers, which have no gradient."""
   w = jnp.asarray(np.random.default_rng(0).standard_normal((128, 3)), jnp.float32)
   w = jnp.where(sj.NM(n, m, width)(w, axes=Axes((0,), (1,))), w, 0)
   packed = NMArray.from_dense(w, n, m, 0, width=width)
@@ -249,7 +249,7 @@ def test_gradients_reach_the_values(n, m, width):
   np.testing.assert_allclose(through(lambda p: formats.matmul(x, p)), expected, rtol=1e-5, atol=1e-5)
   packing = jax.jit(jax.grad(lambda w: jnp.sum(NMArray.from_dense(w, n, m, 0, False, width).values ** 2)))(w)
   np.testing.assert_allclose(packing, 2 * w, rtol=1e-6)
-  for packed in (kind.from_dense(w) for kind in formats.ANYWHERE.values()):
+  for packed in (kind.from_dense(w) for kind in ANYWHERE.values()):
     values, places = jax.tree.leaves(packed)
     again = jax.tree.structure(packed).unflatten
     flat = jax.grad(lambda v, again=again, at=places: jnp.sum(again([v, at]).to_dense() * dense_gradient))(values)
@@ -277,12 +277,12 @@ def test_matmul_is_that_of_the_dense_array(n, m, shape, axes, dtype):
 
 
 def test_bfloat16_products_are_summed_in_float32():
-  """256 ones and 1024 terms of 2^-8: a bfloat16 sum loses the small ones, whatever its order."""
+  """Tests a sum of 256 ones and 1024 terms of 2^-8: a bfloat16 sum loses the small terms, whatever its order."""
   w = np.zeros((4096, 1), 'bfloat16')
   w[::16], w[1::4] = 1, 2**-8
   x, packed = jnp.ones((1, 4096), jnp.bfloat16), NMArray.from_dense(w, 2, 4, 0)
   assert float(formats.matmul(x, packed)[0, 0]) == 256 + 4
-  assert 'preferred_element_type=float32' in str(jax.make_jaxpr(formats.matmul)(x, packed))  # no CPU sums in bfloat16
+  assert 'preferred_element_type=float32' in str(jax.make_jaxpr(formats.matmul)(x, packed))  # No CPU sums in bfloat16.
 
 
 @pytest.mark.parametrize('mode', [AxisType.Auto, AxisType.Explicit])
@@ -303,7 +303,7 @@ def test_sharded_weights_are_packed_and_unpacked_where_they_are(mode, spec, widt
 
 @pytest.mark.parametrize('n, m, most', [(2, 4, 0.5), (16, 32, 1.5), (64, 128, 6.5), (512, 1024, 6.5)])
 def test_unpacking_takes_little_extra_memory(n, m, most):
-  """Temporary bytes for each byte of the dense leaf, from XLA's own account; a one-hot of the positions takes m.
+  """Compares temporary bytes, as XLA counts them, with the bytes of the dense leaf; a one-hot of the positions takes m.
 
   Gathers, which only n above 32 needs, have indices of three int16 (JAX 0.10) or int32 (0.11) a weight.
   """
@@ -353,7 +353,7 @@ def test_pack_replaces_what_where_picks(pattern, kinds):
 
 
 def test_pack_groups_along_the_axes_it_is_given():
-  """Packed along the axis that the weights are sparse along, whatever the conventions say."""
+  """Tests that `axes` decides the axis of the groups, whatever the conventions say."""
   w = weights(1, 4, (3, 8), (1,), 'float32')
   axes = {'a/kernel': Axes((1,), (0,), source='traced')}
   packed = formats.pack({'a': {'kernel': w}}, '1:4', axes=axes)
@@ -380,7 +380,7 @@ def test_orbax_saves_and_restores_a_packed_tree(tmp_path):
   kinds = (sj.patterns.Block((4, 4)), sj.NM(2, 4, width=4), 'csc', 'sparse24')
   packed = [packed, *(formats.pack({'kernel': w}, kind) for kind in kinds)]
   assert {leaf.kind for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed)
-          if formats.is_packed(leaf)} == set(formats.arrays.BY_KIND)
+          if formats.is_packed(leaf)} == set(formats.TABLE)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'packed', packed)
     checkpointer.wait_until_finished()
@@ -394,10 +394,10 @@ def test_without_a_check_each_group_keeps_its_first_nonzeros():
   assert kept.tolist() == [[0, 5, 6, 0, 1, 0, 0, 0]]
 
 
-# Refusals: each says where and what to do.
+# Each refusal names the place and the remedy.
 
 CROWDED = np.ones((8, 3), np.float32)
-CROWDED[:5, 1] = CROWDED[:, [0, 2]] = 0  # the second group of column 1 has three
+CROWDED[:5, 1] = CROWDED[:, [0, 2]] = 0  # The second group of column 1 has three nonzeros.
 NEGATIVE_ZERO = np.copysign(np.zeros((4, 2), np.float32), -1)
 
 
@@ -448,7 +448,7 @@ def test_what_cannot_be_done_is_refused_with_the_remedy(call, message):
 @pytest.mark.parametrize('positions, valid', [
     ([0, 1, 2, 3], True), ([0, 4, 1, 3], True), ([1, 0, 2, 3], False), ([2, 2, 0, 1], False), ([0, 5, 0, 1], False)])
 def test_indices_that_packing_never_makes_are_a_problem(positions, valid):
-  """2:5 in three bits: positions may be out of order, twice the same, or 5 to 7."""
+  """Tests 2:5 in three bits, where positions can be out of order, equal, or from 5 to 7."""
   planes = [sum((position >> p & 1) << i for i, position in enumerate(positions)) for p in range(3)]
   packed = NMArray(jnp.zeros(4), jnp.asarray(planes, jnp.uint8), 2, 5, (-1,), (10,))
   assert (packed.problem() is None) == valid

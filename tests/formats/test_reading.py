@@ -1,4 +1,4 @@
-"""Files and checkpoints that others wrote: read whatever their structure, or refused by name."""
+"""Tests that files and checkpoints of other programs are read whatever their structure, or refused by name."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from sparsejax import io
 
 
 def test_anybodys_safetensors_file_is_read(tmp_path):
-  """Names are split at slashes, or else at dots; bfloat16 and float8 come through."""
+  """Tests that names are split at slashes, or else at dots, and that bfloat16 and float8 are read."""
   for mark in '/.':
     weight, bias = sparse(4, 4, dtype='bfloat16'), np.ones(2, 'float32')
     tensors = {f'model{mark}0{mark}weight': weight, f'head{mark}bias': bias}
@@ -53,7 +53,7 @@ def managed(folder, steps, **items):
 
 
 def interrupted(folder, **items):
-  """Two whole steps, and what a third leaves when it is killed."""
+  """Writes two complete steps, and the folders that a killed third step leaves behind."""
   managed(folder, (2, 10), **items)
   (folder / '11.orbax-checkpoint-tmp-1' / 'default').mkdir(parents=True)
   (folder / '12' / 'default').mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_orbax_checkpoints_are_read_without_their_structure(save, item, expected
   assert same(tree, expected())
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # TensorStore's reads, given up
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # TensorStore gives up its reads.
 @pytest.mark.parametrize('save, item, message', [
     (lambda f: managed(f, (10,), ema=weights(), state=weights()), None, "several items.*'ema', 'state'"),
     (lambda f: managed(f, (10,), params=weights()), 'ema', "unknown item.*'ema'.*Valid: a, b, params"),

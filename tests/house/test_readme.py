@@ -1,32 +1,81 @@
-"""The README's Python blocks run in order, and its commands exist."""
+"""Runs the Python blocks of the README and of its pages, and checks commands, paths, links, length and sentences."""
 
 import pathlib
 import re
 
+import prose
 import pytest
 
+import sparsejax
+
 ROOT = pathlib.Path(__file__).parents[2]
-BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+README = ROOT / 'README.md'
+# The pages continue the README, and each other, in this order: a block may use the names of the blocks before it.
+PAGES = [ROOT / 'docs' / f'{name}.md' for name in ('training', 'recipes', 'packed', 'experiments', 'measured', 'words',
+                                               'scale')]
+TEXTS = {path: path.read_text() for path in (README, *PAGES)}
+
+
+def blocks(language):
+  return [body for text in TEXTS.values() for body in re.findall(rf'```{language}\n(.*?)```', text, re.DOTALL)]
+
+
+def headings(text):
+  """Returns the anchors that GitHub gives to the headings of a page."""
+  titles = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+  return [re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles]
+
+
+def sentences(text):
+  """Returns the prose of a page: without blocks, tables, headings, targets of links and emphasis."""
+  text = re.sub(r'```.*?```', '', text, flags=re.DOTALL)
+  text = re.sub(r'\]\([^)]*\)', ']', text)
+  return '\n'.join('' if line.startswith(('|', '#')) else line.replace('**', '') for line in text.split('\n'))
 
 
 def test_python_blocks_run(tmp_path, monkeypatch, standard_promotion):
   monkeypatch.chdir(tmp_path)
-  code = [body for language, body in BLOCKS if language == 'python']
-  assert len(code) >= 5
+  code = blocks('python')
+  assert len(code) >= 9
   namespace = {}
   for body in code:
-    exec(compile(body, 'README.md', 'exec'), namespace)
+    exec(compile(body, 'a Python block of the README or of docs/', 'exec'), namespace)
 
 
-SHELL = '\n'.join(body for language, body in BLOCKS if language == 'bash')
-
-
-@pytest.mark.parametrize('target', sorted(set(re.findall(r'^make (\w+)', SHELL, re.MULTILINE))))
+@pytest.mark.parametrize('target', sorted(set(re.findall(r'^make ([\w-]+)', '\n'.join(blocks('bash')), re.MULTILINE))))
 def test_make_targets_exist(target):
   assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
 
 
-def test_files_that_the_readme_names_exist():
-  text = (ROOT / 'README.md').read_text()
-  paths = set(re.findall(r'(?:experiments|notebooks|benchmarks|tests|docs)/[\w/.]*\w', text))
-  assert paths and not [path for path in paths if not (ROOT / path).exists()]
+@pytest.mark.parametrize('path', TEXTS, ids=lambda path: path.stem)
+def test_files_that_a_page_names_exist(path):
+  named = set(re.findall(r'\b(?:experiments|notebooks|benchmarks|tests|docs|kernels_pallas)/[\w/.]*\w', TEXTS[path]))
+  assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize('path', TEXTS, ids=lambda path: path.stem)
+def test_links_lead_to_files_and_headings(path):
+  for link in re.findall(r'\]\(([^)]*)\)', TEXTS[path]):
+    name, _, anchor = link.partition('#')
+    target = path.parent / name if name else path
+    assert target.exists(), link
+    assert not anchor or anchor in headings(target.read_text()), link
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.stem)
+def test_every_page_is_linked_from_the_readme(page):
+  assert f'](docs/{page.name})' in TEXTS[README]
+
+
+def test_the_readme_is_short():
+  assert len(TEXTS[README].splitlines()) <= 150
+
+
+@pytest.mark.parametrize('path', TEXTS, ids=lambda path: path.stem)
+def test_sentences_can_be_read_by_a_newcomer(path):
+  assert list(prose.of_text(sentences(TEXTS[path]))) == []
+
+
+def test_every_recipe_has_its_row():
+  rows = re.findall(r'^\| `(\w+)` \|', (ROOT / 'docs' / 'recipes.md').read_text(), re.MULTILINE)
+  assert sorted(rows) == sorted(sparsejax.recipes.TABLE)

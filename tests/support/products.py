@@ -1,4 +1,4 @@
-"""What the tests of `kernels_pallas` share: inputs, packed blocks, and how near to the exact numbers is near."""
+"""Makes inputs and packed blocks for the tests of `kernels_pallas`, and compares products within their rounding."""
 
 import math
 
@@ -11,10 +11,10 @@ from jax.extend import core
 from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Axes
 
-WAYS = ('xla', 'dense')  # the others do not run on CPUs, and have tests of their own
+WAYS = ('xla', 'dense')  # Other implementations do not run on CPUs, and have tests of their own.
 ROUNDING = {'float32': 1e-6, 'bfloat16': 8e-3, 'float16': 1e-3}
 TOKENS = {'none': (0,), 'a vector': (), 'one': (1,), 'odd': (3, 7), 'many': (70,)}
-# All numbers of tokens in one dtype, and all dtypes for one of them.
+# The inputs have all numbers of tokens in one dtype, and all dtypes for one number of tokens.
 inputs = pytest.mark.parametrize('tokens, dtype', [
     *((tokens, 'float32') for tokens in TOKENS), ('odd', 'bfloat16'), ('odd', 'float16')])
 
@@ -26,13 +26,13 @@ def share(kept):
 
 
 def holes(shape, axes):
-  """Empty rows and columns, the first and the last among them."""
+  """Returns a mask with empty rows and columns, the first and the last among them."""
   mask = np.random.default_rng(2).random(shape) < 0.3
   mask[[0, 7, -1]] = mask[:, [0, 9, -1]] = False
   return mask
 
 
-# Weights with zeros anywhere: what is kept, the shape, and the axes.
+# Each case of weights with zeros anywhere has a function that returns the mask, a shape, and axes.
 UNSTRUCTURED = {
     'csc 90 %': (share(0.1), (45, 31), MATRIX), 'csc 50 %': (share(0.5), (17, 40), MATRIX),
     'csc with holes': (holes, (20, 24), MATRIX), 'csc, nothing': (share(0.0), (8, 6), MATRIX),
@@ -48,7 +48,7 @@ def normal(shape, dtype='float32', seed=0):
 
 
 def blocks(shape, block, dtype, stored=0.5, seed=0):
-  """A packed weight of which about `stored` of the blocks are not zero, of the first column none."""
+  """Returns a packed weight: about the fraction `stored` of blocks is nonzero, and none in the first column."""
   grid = [-(-n // b) for n, b in zip(shape, block)]
   keep = np.random.default_rng(seed).random(grid) < stored
   keep[:, 0] = grid == [1, 1]
@@ -57,13 +57,13 @@ def blocks(shape, block, dtype, stored=0.5, seed=0):
 
 
 def close(found, expected, k, dtype='float32'):
-  """Up to rounding of a sum of `k` products, wherever it is rounded."""
+  """Asserts that both are equal up to the rounding of a sum of `k` products, wherever the sum is rounded."""
   atol = 4 * ROUNDING[dtype] * math.sqrt(k)
   np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected, np.float64), atol=atol, rtol=atol)
 
 
 def rounded_once(found, expected, k, sums=1e-5):
-  """A sum of `k` products of normal numbers in float32, off by `sums` sqrt(k), rounded to its dtype in the end."""
+  """Asserts that `found` is a float32 sum of `k` normal products, off by `sums` sqrt(k), rounded once to its dtype."""
   rounding = 0.51 * float(jnp.finfo(found.dtype).eps)
   np.testing.assert_allclose(f32(found), f32(expected), rtol=rounding, atol=sums * k ** 0.5)
 
@@ -73,7 +73,7 @@ def f32(a):
 
 
 def value_and_gradients(f, dy, *args):
-  """In one program: `f(*args)`, and its gradients for the cotangent `dy`."""
+  """Returns `f(*args)` and its gradients for the cotangent `dy`, computed in one program."""
   def both(dy, *args):
     y, back = jax.vjp(f, *args)
     return y, back(dy)
@@ -82,13 +82,13 @@ def value_and_gradients(f, dy, *args):
 
 
 def equations(jaxpr):
-  """Those of a program, and of the programs inside of it."""
+  """Yields the equations of a program, and of the programs inside of it."""
   for eqn in jaxpr.eqns:
     yield eqn
-    for one in core.jaxprs_in_params(eqn.params):
-      yield from equations(getattr(one, 'jaxpr', one))
+    for inner in core.jaxprs_in_params(eqn.params):
+      yield from equations(getattr(inner, 'jaxpr', inner))
 
 
 def largest(jaxpr):
-  """Entries of the largest array that a program makes."""
+  """Returns the number of entries of the largest array that a program makes."""
   return max((math.prod(v.aval.shape) for eqn in equations(jaxpr) for v in eqn.outvars), default=0)

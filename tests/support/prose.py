@@ -14,7 +14,7 @@ MOST_WORDS = 25  # of a sentence
 SHORT = 6  # words of a comment behind code that need not be a sentence: `# bytes`, `# [tokens, K]`
 
 # Pronouns that point at a noun of another sentence when a sentence begins with them.
-POINTING = re.compile(r'^(it|they|them|one|ones|what|whatever|such|those|others|here|there|so|and that|else|which|who)\b',
+POINTING = re.compile(r'^(it|they|them|one|ones|what|whatever|such|those|others|here|there|so|else|which|who)\b',
                       re.IGNORECASE)
 POINTING_BEFORE_A_VERB = re.compile(r'^(this|these|that)\s+(\w+)', re.IGNORECASE)
 
@@ -47,12 +47,7 @@ are have can cannot may must will would should do was were
 def sentences(text):
   """The sentences of prose: without code blocks, examples and list markers; code in backticks counts as one word."""
   text = re.sub(r'``.*?``|`[^`]*`', 'code', text)
-  kept, in_block = [], False
-  for line in text.split('\n'):
-    indented = line.startswith('    ') and line.strip()
-    in_block = bool(indented) if not line.strip() or indented else False
-    kept.append('' if indented else line)
-  text = '\n'.join(kept)
+  text = '\n'.join('' if line.startswith('    ') else line for line in text.split('\n'))
   text = re.sub(r'\([^()]*\)', '', text)  # what stands in parentheses does not lengthen the sentence around it
   text = re.sub(r'(?<=[\d\s])\.(?=\d)|(?<=\d)\.(?=\d)', ',', text)
   text = re.sub(r'\b(e\.g|i\.e|et al|vs|cf|eq|fig|sec|arXiv|no)\.', r'\1', text, flags=re.IGNORECASE)

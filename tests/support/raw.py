@@ -1,10 +1,12 @@
-"""Arrays of any bits at all, NaN, subnormals and negative zeros among them; trees; what compares and refuses both."""
+"""Makes arrays of any bits, with NaN, subnormals and negative zeros, and compares trees of them bit for bit."""
 
 import jax
 import numpy as np
 import pytest
 
-from sparsejax import io
+from sparsejax import formats, io
+
+ANYWHERE = {kind: formats.TABLE[kind] for kind in ('bitmask', 'relative_index')}  # for zeros anywhere, in files
 
 
 def anything(shape, dtype, seed=0):
@@ -14,7 +16,7 @@ def anything(shape, dtype, seed=0):
 
 
 def only(w, kept):
-  """`w` where it is kept, +0.0 elsewhere."""
+  """Returns `w` where `kept` is `True`, and +0.0 elsewhere."""
   integers = np.asarray(w).view(f'u{w.dtype.itemsize}')
   return np.where(kept, integers, np.zeros_like(integers)).view(w.dtype).reshape(w.shape)
 
@@ -24,7 +26,7 @@ def bits(w):
 
 
 def sparse(*shape, dtype='float32', seed=0):
-  """Every other pair of rows is zero, which is 2:4 along the rows."""
+  """Returns weights of which every other pair of rows is zero, which is 2:4 along the rows."""
   w = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
   w[..., 2::4, :] = w[..., 3::4, :] = 0
   return w

@@ -1,4 +1,4 @@
-"""The command: what it prints and writes, its exit status, and one line for every error."""
+"""Tests the output, the files, the exit status and the one-line errors of the command `sparsejax`."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from sparsejax import cli, formats, io, planning
 
 
 def sparse(*shape, dtype='float32', axis=-2):
-  """2:4 along `axis`: the third and fourth of every four are zero."""
+  """Returns weights that are 2:4 along `axis`: the third and fourth of every four are zero."""
   w = np.moveaxis(np.random.default_rng(0).standard_normal(shape).astype(dtype), axis, 0).copy()
   w[2::4] = w[3::4] = 0
   return np.ascontiguousarray(np.moveaxis(w, 0, axis))
@@ -45,7 +45,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def ckpt(run):
-  """A dense file of ours, with a bad group in `down` if asked for."""
+  """Returns a function that writes a dense file of a tree and returns its name."""
 
   def written(tree=None):
     io.save('ckpt.safetensors', params() if tree is None else tree, metadata={'step': '7'})
@@ -70,7 +70,7 @@ def test_report_is_a_table(run, ckpt):
   assert (status, err) == (0, '')
   assert out == f'{sj.report(params(), pattern=sj.NM(2, 4))}\n'
   assert re.search(r'mlp/up/kernel +8 x 16 +2:4', out) and 'embed' not in out
-  assert re.search('kernel .* (2:4|4:8)', run('report', 'ckpt.safetensors')[1])  # found without being asked for
+  assert re.search('kernel .* (2:4|4:8)', run('report', 'ckpt.safetensors')[1])  # without --pattern
 
 
 @pytest.mark.parametrize('arguments, status, lines', [
@@ -111,7 +111,7 @@ def test_pack_and_unpack_give_back_every_bit(run, ckpt, pattern, kind, ratio):
 
 
 def test_pack_takes_axes_patterns_and_64_bits(run, ckpt):
-  """A contraction axis that conventions get wrong; another pattern for some; nothing is truncated."""
+  """Tests an axis that differs from the convention, a pattern for some parameters, and leaves of 64 bits."""
   tree = {'a': {'kernel': sparse(3, 8, dtype='float64', axis=1)}, 'b': {'kernel': sparse(8, 3, dtype='float64')}}
   assert run('pack', ckpt(tree), 'out', '--pattern', '2:4')[0] == 2
   arguments = ['--pattern', '2:4', '--pattern', 'b/*=4:8', '--axis', 'a/kernel=1']
@@ -242,7 +242,7 @@ def test_what_plan_is_given_is_checked_first(run, program, arguments, message):
     ('program.py --set wrong=error', '^sparsejax: program.py, line 9: ZeroDivisionError: division by zero$'),
 ])
 def test_what_is_wrong_with_a_program_is_one_line(run, program, monkeypatch, arguments, message):
-  """In this process, which has eight devices: what the process that `plan` starts would print."""
+  """Runs in this process, which has eight devices, the function that the process of `plan` runs."""
   monkeypatch.syspath_prepend('.')
   name, *rest = arguments.split()
   asked = {'path': name, 'devices': 8}
@@ -262,7 +262,7 @@ def test_plan_hands_on_what_its_process_says(run, program, name, message):
   assert err.startswith('sparsejax: ') and err.count('\n') == 1 and re.search(message, err)
 
 
-# In a process of its own, as a user has it: one device, no JAX configured.
+# A process of its own runs the command as a user does, with one device and without a configuration of JAX.
 
 
 def process(folder, shell):
@@ -280,7 +280,7 @@ def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
-  """The limit of a file's length stands for the disk: the write fails in the middle."""
+  """Limits the length of a file, in place of a full disk: the write fails in the middle."""
   io.save(tmp_path / 'ckpt', {'kernel': sparse(256, 64)})
   (tmp_path / 'out').write_text('precious')
   status, out, err = process(tmp_path, 'ulimit -f 8; sparsejax pack ckpt out --pattern 2:4 --force')

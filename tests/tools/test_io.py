@@ -1,4 +1,4 @@
-"""Files: what is saved comes back bit for bit, what was altered is refused, nothing is half-written or half-read."""
+"""Tests that saved files are read bit for bit, altered files are refused, and nothing is written or read by halves."""
 
 import errno
 import hashlib
@@ -15,7 +15,7 @@ import optax
 import pytest
 import safetensors
 import safetensors.numpy
-from raw import refused, same, sparse
+from raw import ANYWHERE, refused, same, sparse
 
 import sparsejax as sj
 from sparsejax import formats, io
@@ -37,7 +37,7 @@ def packed():
 
 @pytest.fixture
 def path(tmp_path):
-  """A file with every kind of leaf in it."""
+  """Returns the path of a file with every kind of leaf in it."""
   io.save(tmp_path / 'model.safetensors', packed(), metadata={'run': 'a "quoted" name'})
   return tmp_path / 'model.safetensors'
 
@@ -68,7 +68,7 @@ def test_a_tree_comes_back_as_it_was(tree, tmp_path):
 
 
 @pytest.mark.parametrize('dtype', sorted(safetensors_files._CODES))
-@pytest.mark.parametrize('pattern', [None, '2:4', *formats.ANYWHERE])
+@pytest.mark.parametrize('pattern', [None, '2:4', *ANYWHERE])
 def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):
   raw = np.random.default_rng(0).integers(0, 2 if dtype == 'bool' else 256, (8, 3, np.dtype(dtype).itemsize), np.uint8)
   raw[2::4] = raw[3::4] = 0
@@ -77,7 +77,7 @@ def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):
     if pattern and dtype == 'complex64':
       return
     kinds = {None: lambda: w, '2:4': lambda: formats.NMArray.from_dense(w, 2, 4, 0)}
-    io.save(tmp_path / 'f', {'w': kinds[pattern]() if pattern in kinds else formats.ANYWHERE[pattern].from_dense(w)})
+    io.save(tmp_path / 'f', {'w': kinds[pattern]() if pattern in kinds else ANYWHERE[pattern].from_dense(w)})
     back = formats.unpack(io.load(tmp_path / 'f'))['w']
   assert back.dtype == w.dtype and np.asarray(back).tobytes() == w.tobytes()
 
@@ -86,7 +86,7 @@ def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):
     Pair(sparse(4, 2), jnp.ones(2)), {'a': (sparse(4, 2), [jnp.ones(2)])}, Layer(jnp.ones((2, 4)))],
     ids=['NamedTuple', 'tuple', 'Equinox'])
 def test_like_gives_back_any_structure(tree, tmp_path):
-  """Dicts and lists without `like`; with it, the very structure, whether `like` is dense, packed or mere shapes."""
+  """Tests dicts and lists without `like`, and the structure of `like` with it, which is dense, packed or shapes."""
   io.save(tmp_path / 'f', formats.pack(tree, 'bitmask'))
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
   for like in (tree, formats.pack(tree, 'bitmask'), shapes):
@@ -118,7 +118,7 @@ def test_any_reader_opens_the_file(path):
 
 
 def test_the_file_is_small(path, tmp_path):
-  """The tensors' bytes, and a header; two files of the same tree are the same file."""
+  """Tests that a file has the tensors' bytes and a header, and that equal trees give equal files."""
   with open(path, 'rb') as file:
     header = int.from_bytes(file.read(8), 'little')
   assert os.path.getsize(path) == 8 + header + formats.nbytes(packed())
@@ -130,14 +130,14 @@ def test_the_file_is_small(path, tmp_path):
 
 
 def test_a_byte_altered_anywhere_is_refused(path):
-  """Two kinds of change, in the length, the header, its padding and every tensor; `read` is not fooled either."""
+  """Tests two kinds of change in the length, the header, its padding and every tensor, for `load` and `read`."""
   whole = path.read_bytes()
   header = 8 + int.from_bytes(whole[:8], 'little')
   marks = [whole.index(mark) for mark in (b'__metadata__', b'sparsejax', b'"sha256"', b'version')]
   offsets = {*range(9), *range(9, header, 131), *range(header - 9, header), *range(header, len(whole), 41),
              *(mark + i for mark in marks for i in range(10)), len(whole) - 1}
   for offset in sorted(offsets):
-    for flip in (0x01, 0x29):  # 0x29 makes a space a tab, which JSON reads all the same
+    for flip in (0x01, 0x29):  # 0x29 makes a space a tab, which JSON accepts.
       altered = bytearray(whole)
       altered[offset] ^= flip
       path.write_bytes(altered)
@@ -171,7 +171,7 @@ def test_a_longer_file_is_refused(path):
 
 
 def test_a_tensor_taken_out_or_put_in_is_named(path):
-  """By another program, which keeps the metadata."""
+  """Writes the file again by another program, which keeps the metadata."""
   file = safetensors_files._contents(path)
   for change, message in ((lambda t: t.pop('free/kernel.mask'), "missing tensors: 'free/kernel.mask'"),
                           (lambda t: t.update(more=np.ones(2)), "not saved: 'more'")):
@@ -183,7 +183,7 @@ def test_a_tensor_taken_out_or_put_in_is_named(path):
 
 
 def forge(path, change):
-  """A file whose digests are right although `change(account, tensors)` made its contents wrong."""
+  """Writes a file with correct digests of contents that `change(about, tensors)` made wrong."""
   file = safetensors_files._contents(path)
   about, tensors = json.loads(file.metadata['sparsejax']), dict(file.tensors)
   change(about, tensors)
@@ -270,7 +270,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
     io.load(tmp_path)
 
 
-# What cannot be saved.
+# Some leaves cannot be saved.
 
 
 @pytest.mark.parametrize('tree, message', [
@@ -299,7 +299,7 @@ def test_metadata_are_strings_under_keys_of_their_own(metadata, tmp_path):
 
 @pytest.mark.parametrize('moment', ['first write', 'last write', 'sync', 'replace', 'interrupt'])
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch, moment):
-  """A full disk at any moment, or Ctrl-C."""
+  """Tests a full disk at any moment, and Ctrl-C."""
   before, calls = path.read_bytes(), []
   full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -336,7 +336,7 @@ def below_a_file(tmp_path):
 
 
 def a_device(tmp_path):
-  os.mkfifo(tmp_path / 'file')  # as little a regular file as /dev/null, and nobody misses it if it is replaced
+  os.mkfifo(tmp_path / 'file')  # no regular file, like /dev/null, but harmless to replace
   return tmp_path / 'file'
 
 
@@ -367,7 +367,7 @@ def test_a_link_is_written_through_and_others_may_read(tmp_path):
 
 @pytest.mark.usefixtures('standard_promotion')  # optax's AdamW needs it
 def test_the_file_of_a_frozen_network_is_a_fiftieth_and_the_seed_gives_the_rest(tmp_path):
-  """99 % frozen, float32 and bfloat16, with a weight decay that would move what is frozen if it could."""
+  """Tests 99 % frozen weights in float32 and bfloat16, with a weight decay that would move frozen weights."""
   def first(seed):
     draw = np.random.default_rng(seed).standard_normal
     return {'a': {'kernel': jnp.asarray(draw((784, 300)), jnp.float32), 'bias': jnp.zeros(300)},
@@ -381,7 +381,7 @@ def test_the_file_of_a_frozen_network_is_a_fiftieth_and_the_seed_gives_the_rest(
     held = optax.apply_updates(held, moves)
   mask = sj.masks(held, state)['a']['kernel']
   assert 0.5 < np.mean(held['a']['kernel'][mask] != start['a']['kernel'][mask])
-  io.save(tmp_path / 'frozen.safetensors', sj.recipes.freeze_net_trained(held, state))
+  io.save(tmp_path / 'frozen.safetensors', sj.states.freeze_net_trained(held, state))
   assert (tmp_path / 'frozen.safetensors').stat().st_size < 0.02 * formats.nbytes(held)
   again = formats.unpack(io.load(tmp_path / 'frozen.safetensors'), first(3))
   assert jax.tree.structure(again) == jax.tree.structure(held)

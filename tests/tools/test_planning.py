@@ -1,4 +1,4 @@
-"""Budgets of compiled programs against numbers worked out by hand, and the page of the docs that is made of them."""
+"""Compares budgets of compiled programs with numbers computed by hand, and with the page `docs/scale.md`."""
 
 import collections
 import functools
@@ -34,7 +34,7 @@ def abstract(shape, dtype, at, *spec):
 
 
 def test_traffic_of_every_collective_by_hand():
-  """Groups of 4 and of 2, and a scan of 5 that sums 8 numbers each time."""
+  """Tests groups of 4 and of 2 devices, and a scan of 5 steps that each sum 8 numbers."""
   at = mesh(a=2, b=4)
 
   def f(x):  # float32[8, 2] on each device, 64 bytes
@@ -96,7 +96,7 @@ def sparse_step(recipe, at, dtype=jnp.bfloat16):
     (sj.recipes.dense, {}, 2), (sj.recipes.asp, {'masks': 128}, 2),
     (sj.recipes.sr_ste, {'masks': 128, 'master': 512}, 4)])
 def test_state_by_hand_and_no_collective(recipe, extra, width):
-  """`[64, 16]` in 8 shards of 8 rows, 128 weights each; the bias of 16 lies on every device."""
+  """Tests `[64, 16]` in 8 shards of 8 rows, 128 weights each, and a bias of 16 that is replicated on every device."""
   step, arguments = sparse_step(recipe, mesh(a=8))
   found = planning.budget(jax.jit(step), arguments)
   rows = {row.part: row.each for row in found.state}
@@ -129,7 +129,7 @@ def test_a_jitted_a_lowered_and_a_compiled_step_are_one():
 
 @pytest.mark.parametrize('recipe', [sj.recipes.asp, sj.recipes.sr_ste])
 def test_the_abstract_state_is_what_init_makes(recipe):
-  """Shapes and dtypes, and on an Explicit mesh, where JAX itself tells, the shardings."""
+  """Compares shapes and dtypes, and the shardings of an Explicit mesh, which JAX itself propagates."""
   at = jax.make_mesh((8,), ('a',), axis_types=(AxisType.Explicit,))
   _, (params, state, _) = sparse_step(recipe, at)
   with jax.set_mesh(at):
@@ -166,7 +166,7 @@ def times_by_kind(found):
 
 
 def test_n_m_sends_what_dense_sends_and_no_byte_more():
-  """The whole step, masks chosen anew, with the parameters in four shards, twice."""
+  """Tests the complete step, with a new mask, and parameters in four shards on two replicas."""
   dense, sparse = llama('dense'), llama('sr_ste')
   assert times_by_kind(dense) == times_by_kind(sparse) and dense.sent == sparse.sent > 0
   rows = {row.part: row for row in sparse.state}
@@ -179,13 +179,13 @@ def test_a_global_threshold_sends_counts_and_channel_sums_only():
   added = _operands(llama('st3')) - _operands(llama('dense'))
   assert not _operands(llama('dense')) - _operands(llama('st3'))
   assert added and {kind for kind, _ in added} == {'all-reduce'}
-  # Some sums of one number a layer and output channel, some counters for each bit of a score and each leaf.
+  # A threshold sums one number a layer and output channel, and some counters for each bit of a score and each leaf.
   channels, counters = 3 * (4 * 128 + 3 * 256), 32 * 7
-  assert sum(hlo.nbytes(type_) * times for (_, type_), times in added.items()) <= 4 * (3 * channels + 4 * counters)
+  assert sum(hlo.type_bytes(type_) * times for (_, type_), times in added.items()) <= 4 * (3 * channels + 4 * counters)
 
 
 def _operands(found):
-  """How often each operand is sent, however the compiler combined them."""
+  """Returns how often each operand is sent, however the compiler combined the operands."""
   counts = collections.Counter()
   for each in found.collectives:
     for value in each.values:
@@ -194,7 +194,8 @@ def _operands(found):
 
 
 def test_the_model_gathers_each_weight_twice_and_scatters_its_gradient_once():
-  """In bfloat16, whatever the CPU makes of it: forward, again in the backward of the checkpointed stack, gradients."""
+  """Counts bfloat16 values, which a CPU widens: gathers of the forward and of the checkpointed backward, and gradients.
+  """
   found = llama('dense')
   stack, ends = MATRICES + 3 * 2 * 128, 2 * 64 * 128 + 128
   sent = {kind: sum(each.sent_values * each.times for each in found.collectives if (each.kind, each.group) == kind)
@@ -213,7 +214,7 @@ def test_the_page_has_its_commands():
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_state_on_the_page_is_that_of_its_command(command):
-  """The 70B program itself, on a mesh without devices: shapes and shardings need none."""
+  """Tests the program of 70B parameters on a mesh without devices: shapes and shardings need none."""
   axes = {axis: int(n) for axis, n in re.findall(r'(\w+)=(\d+)', re.search(r'--mesh (\S+)', command)[1])}
   options = dict(re.findall(r'--set (\w+)=(\S+)', command))
   program = runpy.run_path(str(DOCS / 'llama_70b.py'))['program']

@@ -146,7 +146,8 @@ def test_an_average_of_parameters_is_sparse_again_by_the_masks(recipe):
 
 def test_schedule_frees_average_is_had_from_the_master():
   *_, (params, state) = run(lambda: recipes.sr_ste(contrib.schedule_free_adamw(0.3)))
-  master = sparsejax.trees.fill_dense(state.master, params)
+  is_dense = sparsejax.trees.is_dense
+  master = jax.tree.map(lambda w, p: p if is_dense(w) else w, state.master, params, is_leaf=is_dense)
   average = contrib.schedule_free_eval_params(state.inner, master)
   assert sparsejax.check(sparsejax.apply_masks(average, state), state).achieved == 0.5
 
@@ -268,7 +269,7 @@ def test_matrices_of_a_transformer_are_sparse_and_nothing_else(traced):
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
   axes = sparsejax.contractions(model.apply, variables, tokens) if traced else None
   state = jax.eval_shape(recipes.ste(optax.sgd(0.1), axes=axes).init, variables)
-  found = {leaf.path: leaf.axes for leaf in states.plans(state)[0].leaves}
+  found = {leaf.path: leaf.axes for leaf in states.find(state)[0].plan.leaves}
   expected = {'params/conv/kernel': (1,), 'params/head/kernel': (0,)}
   expected |= {f'params/block/{path}': contracted for path, contracted in IN_A_BLOCK.items()}
   expected |= {f'params/blocks/{path}': tuple(a + 1 for a in contracted) for path, contracted in IN_A_BLOCK.items()}

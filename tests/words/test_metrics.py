@@ -1,4 +1,4 @@
-"""Metrics against numpy, and operations counted from a traced program against the formulas by hand."""
+"""Compares metrics with numpy, and operations counted from a traced program with formulas by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_sad_counts_differing_bits_and_their_share():
   before, after = rng.random((2, 2, 12, 5)) < 0.5
   masks = lambda m: {'x': jnp.asarray(m[0]), 'y': [jnp.asarray(m[1, :3])], 'dense': jnp.ones((), bool)}
   found = jax.jit(metrics.sad)(masks(before), masks(after))
-  assert set(found) == {'x', 'y/0'}  # what is dense has no mask
+  assert set(found) == {'x', 'y/0'}  # a dense leaf has no mask
   np.testing.assert_array_equal(found['x'].count, np.sum(before[0] != after[0]))
   np.testing.assert_allclose(found['x'].fraction, np.mean(before[0] != after[0]), rtol=1e-6)
   np.testing.assert_array_equal(found['y/0'].count, np.abs(before[1, :3].astype(int) - after[1, :3].astype(int)).sum())
@@ -54,7 +54,7 @@ def test_gradient_variance_is_numpys_over_kept_and_pruned():
   grads = {'w': jnp.asarray(g), 'b': jnp.ones(3)}
   found = jax.jit(metrics.gradient_variance)(grads, {'w': jnp.asarray(m), 'b': jnp.ones((), bool)})
   assert set(found) == {'w'}
-  # Two passes: one pass in float32 would lose a variance of 1e-6 beside a mean of 1.
+  # Two passes are needed: a single pass in float32 loses a variance of 1e-6 beside a mean of 1.
   expected = [np.abs(part).var(dtype=np.float64) for part in (g[m], g[~m])]
   np.testing.assert_allclose(found['w'], expected, rtol=1e-4)
   everything = metrics.gradient_variance(grads, {'w': jnp.ones((8, 6), bool), 'b': jnp.ones((), bool)})['w']
@@ -99,7 +99,7 @@ def test_overlap_is_the_formula(a, b, count, chance, ratio, jaccard):
   found = metrics.overlap(tree(a), tree(b))
   assert set(found) == {'w'}
   np.testing.assert_allclose(found['w'], [count, chance, ratio, jaccard], rtol=1e-6)
-  jitted = jax.jit(metrics.overlap)(tree(b), tree(a))['w']  # it is symmetric, too
+  jitted = jax.jit(metrics.overlap)(tree(b), tree(a))['w']  # overlap is symmetric
   np.testing.assert_allclose(jitted, found['w'], rtol=1e-6)
   assert {x.dtype for x in jitted} == {jnp.dtype('float32')}
 
@@ -122,7 +122,7 @@ def test_the_itop_rate_starts_as_the_density_and_only_grows():
 
 
 def test_the_itop_rate_is_that_of_the_authors_code():
-  """Masks of two layers, as they begin and after two updates by ITOP's gradient growth: it prints 13/18, then 16/18."""
+  """Has the masks of two layers at the start and after two updates by ITOP's code, which prints 13/18, then 16/18."""
   rows = lambda *strings: jnp.asarray([[c == '1' for c in row] for row in strings])
   first, *later = [{'w1': rows(*w1), 'w2': rows(*w2)} for w1, w2 in (
       (('1101', '0110', '1001'), ('101', '011')), (('1110', '1110', '1000'), ('101', '011')),
@@ -154,7 +154,10 @@ def test_a_convex_loss_has_no_barrier(points):
 
 @pytest.mark.parametrize('jit', [False, True])
 def test_the_barrier_of_a_double_well_is_known(jit):
-  """(x^2 - 1)^2 + tilt x from -1 to 1: 1 above the chord in the middle, whatever the tilt; concave: quadratic's gap."""
+  """Checks that `(x^2 - 1)^2 + tilt x` rises by 1 above the chord from -1 to 1, in the middle, for any tilt.
+
+  The barrier of a concave quadratic is the gap between the quadratic and its chord.
+  """
   wrap = jax.jit if jit else lambda f: f
   well = lambda p, tilt=0.0: jnp.sum(jnp.square(jnp.square(p['x']) - 1)) + tilt * jnp.sum(p['x'])
   ends = ({'x': jnp.asarray([-1.0])}, {'x': jnp.asarray([1.0])})
@@ -196,7 +199,7 @@ def test_a_barrier_without_a_line_is_refused(loss, a, b, points, message):
 
 
 def mlp(params, x):
-  """`[4, 8] -> [4, 16] -> [4, 2]`, and a product of activations with themselves."""
+  """Maps `[4, 8]` to `[4, 16]` and to `[4, 2]`, with a product of activations with themselves."""
   hidden = jnp.maximum(x @ params['up']['kernel'], 0)
   attended = (hidden @ hidden.T) @ hidden
   return attended @ params['down']['kernel']

@@ -38,7 +38,7 @@ def collectives(compiled):
 
 
 def most_moved(compiled):
-  """The number of elements that the largest result of a collective has."""
+  """Returns the number of elements of the largest result of a collective."""
   results = re.findall(rf'= (.*?) (?:{"|".join(COLLECTIVES)})(?:-start)?\(', compiled.as_text())
   shapes = [dimensions for result in results for dimensions in re.findall(r'\w+\[([\d,]*)\]', result)]
   return max(math.prod(int(n) for n in dimensions.split(',') if n) for dimensions in shapes)
@@ -88,7 +88,7 @@ def test_groups_equal_the_oracle_for_any_scores_and_dtype(scores, group):
     np.testing.assert_array_equal(mask, oracle.n_of_m(scores, n, m, (axis,)))
 
 
-# (shapes and dtypes of the leaves, the way): one leaf or several, of one dtype or of several, counted either way.
+# (shapes and dtypes of the leaves, the way of counting); leaves have equal dtypes or several.
 # Words of three bits carry after 15 elements: leaves are counted in slabs, and leaves together in several sums.
 LEAVES = {
     'one': ([((41,), jnp.float32)], 'as it is'),
@@ -240,7 +240,7 @@ def test_keys_order_as_the_scores_do_and_come_back():
 
 
 def selections():
-  """Every way to choose, as functions of `[16, 72]` scores."""
+  """Returns every way to select, as functions of `[16, 72]` scores."""
   return {
       '2:4': lambda s: ranking.top_n_in_groups(s, 2, 4, 1),
       '5:72': lambda s: ranking.top_n_in_groups(s, 5, 72, 1),
@@ -304,7 +304,7 @@ def test_sharded_heads_are_merged_with_head_dim_without_another_device(kind):
 @pytest.mark.usefixtures('traced_anew')
 @pytest.mark.parametrize('kind, word', [(AxisType.Auto, 31), (AxisType.Explicit, 31), (AxisType.Auto, 8)])
 def test_sharded_leaves_sum_counts_and_gather_nothing(kind, word, monkeypatch):
-  """One leaf by rows and columns, one by rows alone; in words of 8 bits the first is counted in four slabs."""
+  """Ranks a leaf sharded by rows and columns, and a leaf sharded by rows; words of 8 bits need four slabs."""
   mesh = jax.make_mesh((4, 2), ('rows', 'columns'), axis_types=(kind,) * 2)
   leaves, specs = [awkward((64, 32), seed=5), awkward((8, 5), seed=6)], [P('rows', 'columns'), P('rows', None)]
   held = [jax.device_put(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, specs)]

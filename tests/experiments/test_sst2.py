@@ -1,4 +1,4 @@
-"""SST-2 by sentences: the tokens are the tokenizer's, every sentence is in its place, what does not fit is refused."""
+"""Checks that SST-2 has the tokenizer's tokens and every sentence in its place, and that other files are refused."""
 
 import collections
 import json
@@ -20,7 +20,7 @@ PARTS = [slice(0, 2), slice(2, 3), slice(3, 6)]
 
 
 def lines(file):
-  """Different sentences of 1 to 14 words, each beginning with its file and number, with both labels."""
+  """Returns different sentences with their labels. Each has up to 14 words after the name of the file and a number."""
   count = COUNTS[file]
   return [(f'{file[:-4]} {number} ' + ' '.join(WORDS[:number % 15]), number % 2) for number in range(count)]
 
@@ -45,7 +45,7 @@ def load(root, batch_size=6, seed=3, **arguments):
 
 
 def decoded(batches):
-  """The multiset of sentences with their labels, without padding."""
+  """Counts the sentences with their labels, without padding."""
   tokenizer = sst2._tokenizer(32)
   counted = collections.Counter()
   for batch in batches:
@@ -71,10 +71,10 @@ def test_sentences_are_cut_and_filled_up(root, length):
   for full, short in zip(whole, cut):
     full, kept = full[full != encoders.PADDING], short[short != encoders.PADDING]
     assert (short[:len(kept)] == kept).all() and len(kept) == min(len(full), length)
-    assert (kept[:-1] == full[:len(kept) - 1]).all() and kept[-1] == full[-1]  # [SEP] ends what is cut, too
+    assert (kept[:-1] == full[:len(kept) - 1]).all() and kept[-1] == full[-1]  # [SEP] also ends a sentence that is cut.
 
 
-# Which examples, when.
+# The order of examples.
 
 
 def test_splits_are_the_files(root):

@@ -1,0 +1,199 @@
+"""Makes the cases that are measured on a GPU.
+
+A `GpuCase` compares a kernel with a dense product. An `Entry` becomes a row of a table for `sparsejax advise`.
+
+    for kernel, shape, sparsity, make in cases():
+      case = make()
+      jax.jit(case.sparse)(*case.args), case.expected()                            # equal but for rounding
+"""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import block_sparse_matmul, sampled_matmul
+from kernels_pallas.attention import block_sparse_attention
+from kernels_pallas.sparse24 import sparse24_matmul
+from sparsejax.formats import BlockSparseArray, Sparse24Array
+from sparsejax.types import Array
+
+LAYERS = 4  # weights that a decoded token passes: a single weight would stay in the L2 cache in part
+
+
+class GpuCase(NamedTuple):
+  """A `GpuCase` compares `sparse(*args)`, a kernel, with `dense(*others)`.
+
+  `expected()` is the result of `sparse`, computed by XLA. `ideal` is how many times faster than dense sparse could be,
+  by the products or by the bytes that it saves. `bar` is how many times faster sparse has to be.
+  """
+
+  sparse: Callable[..., Array]
+  args: tuple[Any, ...]
+  dense: Callable[..., Array]
+  others: tuple[Any, ...]
+  expected: Callable[[], Array]
+  ideal: float
+  bar: float
+
+
+def cases() -> Iterator[tuple[str, str, float, Callable[[], GpuCase]]]:
+  """Yields the kernel's name, the shape, the sparsity, and a function that makes the case.
+
+  A case is made as late as possible, because its arrays are large.
+  """
+  size = '8192 x 8192 x 8192'
+  for block in ((128, 128), (64, 256), (128, 256)):
+    for sparsity, share in ((0.7, 0.8), (0.8, 0.8), (0.9, 0.7)):
+      label = f'{size}, blocks of {block[0]} x {block[1]}'
+      make = functools.partial(_blocks, block, sparsity)
+      yield 'block-sparse', label, sparsity, functools.partial(make, share, 'forward')
+      if block == (128, 128):
+        yield 'block-sparse, dx', label, sparsity, functools.partial(make, share, 'dx')
+        yield 'block-sparse, dw', label, sparsity, functools.partial(make, 0.7, 'dw')
+  for sparsity in (0.5, 0.75, 0.9):
+    label = f'16 x 8192 x 8192, {LAYERS} times, blocks of 128 x 128'
+    yield 'block-sparse, decode', label, sparsity, functools.partial(_decoded, 16, 8192, sparsity)
+  for n in (4096, 8192):
+    yield '2:4', f'{n} x {n} x {n}', 0.5, functools.partial(_two_of_four, n, n, 1, 2.0, 1.2)
+  for tokens in (1, 8, 16):
+    label = f'{tokens} x 8192 x 8192, {LAYERS} times'
+    yield '2:4, decode', label, 0.5, functools.partial(_two_of_four, tokens, 8192, LAYERS, 16 / 9, 1.4)
+  for n in (8192, 16384):
+    for sparsity in (0.75, 0.9):
+      yield 'attention', f'{n} x {n}, 8 heads of 128', sparsity, functools.partial(_attention, n, sparsity)
+
+
+def _random(seed: int, *shape: int) -> Array:
+  return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def dot(a: Array, b: Array, i: int = 1, j: int = 0) -> Array:
+  """Returns the dense product by XLA over axis `i` of `a` and axis `j` of `b`, summed in float32, in a's dtype."""
+  return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+def _listed(rows: int, columns: int, sparsity: float, seed: int = 0) -> np.ndarray:
+  """Returns a random `bool[rows, columns]` that is `True` equally often in every column."""
+  keep = max(1, round((1 - sparsity) * rows))
+  return np.argsort(np.argsort(np.random.default_rng(seed).random((rows, columns)), axis=0), axis=0) < keep
+
+
+def _blocks(block: tuple[int, int], sparsity: float, share: float, which: str) -> GpuCase:
+  n = 8192
+  w = _packed(block, sparsity, n, n)
+  dense, x, ideal = w.to_dense(), _random(1, n, n), 1 / w.density
+  if which == 'dw':
+    run = lambda x, dy, w: sampled_matmul(x, dy, w, implementation='mosaic_gpu').reshape(-1, block[1])
+    blocks = lambda: dot(x, dense, 0, 0).reshape(n // block[0], block[0], n // block[1], block[1])
+    expected = lambda: blocks()[w.rows, :, w.cols].reshape(-1, block[1])
+    return GpuCase(run, (x, dense, w), functools.partial(dot, i=0, j=0), (x, dense), expected, ideal, share * ideal)
+  product = functools.partial(block_sparse_matmul, implementation='mosaic_gpu')
+  if which == 'dx':
+    back = functools.partial(dot, i=1, j=1)
+    kernel = importlib.import_module('kernels_pallas.block_sparse.gpu').matmul_transposed
+    return GpuCase(kernel, (x, w), back, (x, dense), lambda: back(x, dense), ideal, share * ideal)
+  return GpuCase(product, (x, w), dot, (x, dense), lambda: dot(x, dense), ideal, share * ideal)
+
+
+def _packed(block: tuple[int, int], sparsity: float, k: int, n: int, seed: int = 0) -> BlockSparseArray:
+  mask = _listed(k // block[0], n // block[1], sparsity, seed)
+  return BlockSparseArray.from_dense(_random(seed, k, n), np.repeat(np.repeat(mask, block[0], 0), block[1], 1), block)
+
+
+def _half(seed: int, k: int, n: int) -> Array:
+  """Returns a 2:4 weight `[k, n]`, scaled so that a product with it keeps the variance of its input."""
+  groups = _random(seed, k // 4, 4, n) / jnp.bfloat16(k / 2) ** 0.5
+  place = jnp.argsort(jnp.argsort(jnp.abs(groups.astype(jnp.float32)), axis=1), axis=1)
+  return jnp.where(place >= 2, groups, jnp.zeros((), groups.dtype)).reshape(k, n)
+
+
+def _two_of_four(tokens: int, n: int, layers: int, ideal: float, bar: float) -> GpuCase:
+  dense = [_half(seed, n, n) for seed in range(layers)]
+  packed = [Sparse24Array.from_dense(w, check=False) for w in dense]
+  return _through(sparse24_matmul, _random(layers, tokens, n), packed, dense, ideal, bar)
+
+
+def _decoded(tokens: int, n: int, sparsity: float) -> GpuCase:
+  packed = [_packed((128, 128), sparsity, n, n, seed) for seed in range(LAYERS)]
+  dense = [w.to_dense() for w in packed]
+  return _through(block_sparse_matmul, _random(LAYERS, tokens, n), packed, dense, 1 / packed[0].density, 1.0)
+
+
+def _through(op: Callable[..., Any], x: Array, packed: list[Any], dense: list[Array], ideal: float,
+             bar: float) -> GpuCase:
+  """Returns the case that multiplies `x` by one weight after the other."""
+  kernel = functools.partial(op, implementation='mosaic_gpu')
+  through = lambda product: lambda x, weights: functools.reduce(product, weights, x)
+  return GpuCase(through(kernel), (x, packed), through(dot), (x, dense), lambda: through(dot)(x, dense), ideal, bar)
+
+
+def _attention(length: int, sparsity: float) -> GpuCase:
+  heads, d, block = 8, 128, 128
+  q, k, v = (_random(seed, length, heads, d) for seed in range(3))
+  seen = np.stack([_listed(length // block, length // block, sparsity, head).T for head in range(heads)])
+  index = jnp.asarray(np.stack([[np.flatnonzero(row) for row in head] for head in seen]), jnp.int32)
+  attend = lambda how, q, k, v, index: block_sparse_attention(q, k, v, index, implementation=how)
+  ideal = 1 / seen.mean()
+  return GpuCase(functools.partial(attend, 'mosaic_gpu'), (q, k, v, index), _best_attention(q, k, v), (q, k, v),
+              lambda: attend('xla', q, k, v, index), ideal, 0.8 * ideal)
+
+
+def _best_attention(q: Array, k: Array, v: Array) -> Callable[..., Array]:
+  """Returns the dense attention of cuDNN, or of XLA where cuDNN cannot run."""
+  cudnn = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+  try:
+    jax.block_until_ready(jax.jit(cudnn)(q, k, v))
+  except Exception as error:  # The type of the error depends on what is missing.
+    print(f'benchmarks gpu: no cuDNN attention ({line(error)}); dense attention is XLA\'s.', file=sys.stderr)
+    return functools.partial(jax.nn.dot_product_attention, implementation='xla')
+  return cudnn
+
+
+class Entry(NamedTuple):
+  """An `Entry` names an op for `m` tokens and a weight `[k, n]` of which the fraction `sparsity` is zero, in blocks.
+
+  `block` `(4, 1)` stands for 2:4. `sparsejax advise` reads the measured rows: the op runs as `implementation=None` runs
+  it, forward, and with its gradients.
+  """
+
+  op: Callable[..., Any]
+  m: int
+  k: int
+  n: int
+  block: tuple[int, int]
+  sparsity: float
+
+
+def entries() -> Iterator[Entry]:
+  k = n = 4096
+  for m in (16, 256, 1024, 4096, 16384):
+    for sparsity in (0.5, 0.75, 0.9):
+      yield Entry(block_sparse_matmul, m, k, n, (128, 128), sparsity)
+    if m <= 4096:
+      yield Entry(sparse24_matmul, m, k, n, (4, 1), 0.5)
+  for block in ((64, 64), (64, 256), (128, 256)):
+    for sparsity in (0.5, 0.75, 0.9):
+      yield Entry(block_sparse_matmul, 4096, k, n, block, sparsity)
+
+
+def operands(entry: Entry) -> tuple[Array, Any, Array, Array]:
+  """Returns the input, the packed weight, the dense weight and a cotangent of the product."""
+  _, m, k, n, block, sparsity = entry
+  if block == (4, 1):
+    dense = _half(0, k, n)
+    packed = Sparse24Array.from_dense(dense, check=False)
+  else:
+    packed = _packed(block, sparsity, k, n)
+    dense = packed.to_dense()
+  return _random(1, m, k), packed, dense, _random(2, m, n)
+
+
+def line(error: Exception) -> str:
+  """Returns the type and the message of an error on one line of at most 300 characters."""
+  return f'{type(error).__name__}: {" ".join(str(error).split())}'[:300]

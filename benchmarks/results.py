@@ -1,0 +1,99 @@
+"""Writes and reads the file of results, which has one section for each benchmark.
+
+    write('benchmarks/results.md', 'memory', [Measurement('extra bytes', 5.0, (5.0, 5.0), 5.001, False, 1)], 'an H200')
+    section = read(pathlib.Path('benchmarks/results.md').read_text())['memory']
+    section.claims[0].holds                                                          # True
+"""
+
+import csv
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from benchmarks.timing import Measurement
+
+HEAD = ('what', 'median', '10 to 90 %', 'bar', 'holds', 'rounds')
+TITLE = """# Measured by `make bench`
+
+Contestants take turns; ratios are paired by round. `python -m benchmarks NAME` measures one section anew.
+`python -m benchmarks draw` draws the sections as pictures.
+"""
+
+
+class Section(NamedTuple):
+  """A `Section` holds the claims of one benchmark, the hardware line above the table, and what the spread means."""
+
+  hardware: str
+  spread: str
+  claims: tuple[Measurement, ...]
+
+
+def write(out: pathlib.Path, name: str, claims: Sequence[Measurement], hardware: str, spread: str = HEAD[2]) -> None:
+  """Writes the section `name` of the file `out`: in place of the section of that name, or at the end.
+
+  The rest of the file stays as it is. `hardware` says where the claims were measured, and `spread` which rounds the
+  spread of a claim covers.
+  """
+  rows = [(*HEAD[:2], spread, *HEAD[3:]), ('---',) * len(HEAD), *map(cells, claims)]
+  table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+  text = out.read_text() if out.exists() else TITLE
+  own = re.search(rf'^## {name}\n.*?(?=^## |\Z)', text, re.MULTILINE | re.DOTALL)
+  start, end = own.span() if own else (len(text), len(text))
+  out.write_text(f'{text[:start].rstrip()}\n\n## {name}\n\n{hardware}.\n\n{table}\n\n{text[end:]}'.rstrip() + '\n')
+
+
+def cells(claim: Measurement) -> tuple[str, ...]:
+  """Returns the row of a claim, as text, under `HEAD`."""
+  low, high = claim.spread
+  bar = f'{"at least" if claim.at_least else "at most"} {claim.bar:g}'
+  return (claim.what, f'{claim.measured:.4g}', f'{low:.4g} to {high:.4g}', bar, 'yes' if claim.holds else 'NO',
+          str(claim.rounds))
+
+
+def read(text: str) -> dict[str, Section]:
+  """Returns the sections of a file that `write` wrote, by name. Sections of prose and of other tables are left out."""
+  return {name: section for name, section in map(_section, re.split(r'^## ', text, flags=re.MULTILINE)[1:]) if section}
+
+
+def _section(text: str) -> tuple[str, Section | None]:
+  """Returns the name of a section and its claims, or `None` where the section has no table of claims."""
+  name, *rest = text.split('\n')
+  table = [[cell.strip() for cell in line.strip('|').split(' | ')] for line in rest if line.startswith('|')]
+  if not table or (*table[0][:2], *table[0][3:]) != (*HEAD[:2], *HEAD[3:]):
+    return name, None
+  return name, Section(rest[1].removesuffix('.'), table[0][2], tuple(map(_claim, table[2:])))
+
+
+def _claim(row: Sequence[str]) -> Measurement:
+  what, measured, spread, bar, _, rounds = row
+  low, high = spread.split(' to ')
+  direction, number = bar.rsplit(' ', 1)
+  return Measurement(what, float(measured), (float(low), float(high)), float(number), direction == 'at least',
+                     int(rounds))
+
+
+def of_gpu(path: pathlib.Path) -> tuple[Section, list[str]]:
+  """Returns the section for a CSV of `python -m benchmarks gpu`, and a line for each case that failed.
+
+  The spread of a claim goes from its least to its most ratio over the rounds.
+  """
+  with open(path, newline='') as file:
+    rows = list(csv.DictReader(file))
+  here = rows[0]
+  hardware = (f'{here["device"]}, driver {here["driver"]}, jax {here["jax"]}, bfloat16, commit {here["commit"]}: '
+              'times faster than dense')
+  failures = [f'not measured: {row["kernel"]}, {row["shape"]}, {row["sparsity"]}: {row["failure"]}'
+              for row in rows if row['failure']]
+  return Section(hardware, 'least to most', tuple(_claims_of_gpu(rows))), failures
+
+
+def _claims_of_gpu(rows: Sequence[dict[str, str]]) -> Iterator[Measurement]:
+  for row in rows:
+    if row['failure']:
+      continue
+    number = {name: float(row[name]) for name in (
+        'sparse_us', 'dense_us', 'ideal', 'speedup', 'least', 'most', 'bar')}
+    yield Measurement(f'{row["kernel"]}, {row["shape"]}, {row["sparsity"].replace("%", " %")} zero: '
+                f'{number["sparse_us"]:,.0f} us, dense {number["dense_us"]:,.0f}, ideal {number["ideal"]:.3g}',
+                number['speedup'], (number['least'], number['most']), number['bar'], True, int(row['rounds']))

@@ -1,0 +1,99 @@
+"""Reads text as bytes: the three splits of a file or of a TFDS set, in windows for a language model.
+
+    splits = file_splits(pathlib.Path('book.txt'), valid_fraction=0.1)
+    data = text_batches('book.txt', splits, BatchPart(32, slice(None)), seed=3, length=128)
+    data.train[0]['labels']  # int32[32, 128], the byte after each byte of `inputs`
+"""
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from experiments.data.batches import Batch, Data, from_datasets
+from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder, philox
+
+BYTES = 256  # the size of the vocabulary
+LENGTH = 128  # bytes of a window if `sequence_length` is not given
+
+
+class TextSplits(NamedTuple):
+  """A `TextSplits` holds the bytes of each split, `uint8[...]`."""
+
+  train: np.ndarray
+  valid: np.ndarray
+  test: np.ndarray
+
+
+def text_batches(name: str, splits: TextSplits, part: BatchPart, seed: int, length: int) -> Data:
+  """Returns the batches of windows of `length` bytes. Raises `ValueError` if a split is too short."""
+  for split, text in splits._asdict().items():
+    if len(text) < (needed := 2 * length if split == 'train' else 2):
+      raise ValueError(f'data.load: {name!r} has {len(text)} bytes of {split} text, and a sequence length of {length} '
+                       f'needs {needed}; use a longer text or shorter sequences.')
+  # There is one window less than fits, so that an epoch can start at any byte of the first window.
+  order = ShuffledOrder((len(splits.train) - length) // length, part, seed)
+  train = grain.MapDataset.source(order).map(functools.partial(_training_windows, splits.train, length, seed))
+  valid, test = (grain.MapDataset.source(SequentialOrder(-(-(len(text) - 1) // length), part))
+                 .map(functools.partial(_evaluation_windows, text, length)) for text in (splits.valid, splits.test))
+  return from_datasets(train, valid, test, BYTES, part.batch_size)
+
+
+def _training_windows(text: np.ndarray, length: int, seed: int, positions: Batch) -> Batch:
+  """Returns adjacent windows. Each epoch starts at another byte, so that the text is cut at other positions."""
+  epochs, inverse = np.unique(positions['epoch'], return_inverse=True)
+  offsets = np.array([_offset(seed, int(epoch), length) for epoch in epochs])[inverse]
+  windows = text[(offsets + positions['index'] * length)[:, None] + np.arange(length + 1)].astype(np.int32)
+  return {'inputs': windows[:, :-1], 'labels': windows[:, 1:]}
+
+
+def _offset(seed: int, epoch: int, length: int) -> int:
+  return int(philox(seed, epoch).jumped().random_raw() % length)  # The jump avoids the bits that `permutation` uses.
+
+
+def _evaluation_windows(text: np.ndarray, length: int, positions: Batch) -> Batch:
+  """Returns adjacent windows from the first byte on. Every byte but the first is a label with weight 1 once."""
+  places = positions['index'][:, None] * length + np.arange(length)
+  inside = np.minimum(places, len(text) - 2)
+  weight = positions['weight'][:, None] * (places == inside).astype(np.float32)
+  return {'inputs': text[inside].astype(np.int32), 'labels': text[inside + 1].astype(np.int32), 'weight': weight}
+
+
+# Splits.
+
+
+def builder_splits(builder: tfds.core.DatasetBuilder) -> TextSplits:
+  """Returns the joined texts of the splits `train`, `validation` and `test` of a TFDS set."""
+  return TextSplits(*(_joined(builder.as_data_source(split=split)) for split in ('train', 'validation', 'test')))
+
+
+def _joined(source: Any) -> np.ndarray:
+  return np.frombuffer(b''.join(example['text'] for example in source), np.uint8)
+
+
+def file_splits(path: pathlib.Path, valid_fraction: float) -> TextSplits:
+  """Returns the bytes of a UTF-8 file, cut between characters.
+
+  Half of the last `valid_fraction` is `valid`, the other half `test`, and all before is `train`. Raises `ValueError`
+  for a file that cannot be read, and for a file that is not UTF-8.
+  """
+  try:
+    content = path.read_bytes()
+    content.decode('utf-8')
+  except OSError as error:
+    raise ValueError(f'data.load: cannot read the text file {str(path)!r}: {error.strerror}.') from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f'data.load: {str(path)!r} is not UTF-8 text: byte {error.start} is not; '
+                     'convert it first.') from error
+  text = np.frombuffer(content, np.uint8)
+  cuts = [_next_character(text, round(len(text) * (1 - part))) for part in (valid_fraction, valid_fraction / 2)]
+  return TextSplits(*np.split(text, cuts))
+
+
+def _next_character(text: np.ndarray, position: int) -> int:
+  while position < len(text) and text[position] & 0xC0 == 0x80:  # a UTF-8 continuation byte
+    position += 1
+  return position

@@ -1,0 +1,38 @@
+"""Defines the decoder-only language model.
+
+    model = LM(vocabulary=256)
+    params = model.init(jax.random.key(0), tokens)['params']  # tokens: int[B, T]
+    model.apply({'params': params}, tokens)                   # float32[B, T, 256]
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.models import transformer
+
+Array = jax.Array
+
+
+class LM(nn.Module):
+  """An `LM` maps tokens `int[B, T]` to logits of each next token, `float32[B, T, vocabulary]`.
+
+  The decoder has causal pre-norm blocks, rotary positions and an untied head, and accepts any length. `scan` stacks the
+  blocks and recomputes each in the backward pass. Raises `ValueError` if the width is no multiple of twice `heads`.
+  """
+
+  vocabulary: int
+  width: int = 128
+  depth: int = 4
+  heads: int = 4
+  mlp_ratio: int = 4
+  dtype: Any = jnp.float32
+  scan: bool = False
+
+  @nn.compact
+  def __call__(self, tokens: Array) -> Array:
+    x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name='embed')(tokens)
+    x = transformer.stack(x, self, causal=True)
+    return nn.Dense(self.vocabulary, dtype=self.dtype, name='head')(x).astype(jnp.float32)

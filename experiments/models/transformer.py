@@ -1,0 +1,113 @@
+"""Defines the transformer layers that `vit`, `lm` and `encoders` build their models from.
+
+    layer = PreNormBlock(heads=4, ratio=4, causal=False, dtype=jnp.float32)
+    params = layer.init(jax.random.key(0), x)['params']  # x: float[B, T, width]
+    y, _ = layer.apply({'params': params}, x)            # float32[B, T, width]
+
+Parameters are named so that `trees.named('mlp/*/kernel')` selects every feed-forward kernel, `block_0/mlp/fc1/kernel`
+among them. With `scan=True` the blocks are one stack, `blocks/mlp/fc1/kernel`, whose leading axis is the layer.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def rotated(x: Array) -> Array:
+  """Returns `x` `[B, T, heads, D]` with the rotary position embedding applied.
+
+  The pair `(i, i + D/2)` of features at position `t` is rotated by `t / 10000^(2i/D)` radians. Reference: Su et al.
+  2021, arXiv:2104.09864. The two halves of the features are paired, as in GPT-NeoX, while the paper pairs neighbours.
+  """
+  half = x.shape[-1] // 2
+  frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies[None, :]
+  cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+
+
+def causal_attention(query: Array, key: Array, value: Array) -> Array:
+  """Returns causal dot-product attention, `[B, T, heads, D]`, with queries and keys rotated by `rotated`."""
+  return jax.nn.dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
+
+
+class MLP(nn.Module):
+  """An `MLP` computes two dense layers with a GELU between them: `width -> ratio * width -> width`.
+
+  The GELU is exact if `exact`, else its tanh approximation.
+  """
+
+  ratio: int
+  dtype: Any
+  exact: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    hidden = nn.Dense(self.ratio * x.shape[-1], dtype=self.dtype, name='fc1')(x)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(nn.gelu(hidden, approximate=not self.exact))
+
+
+class PreNormBlock(nn.Module):
+  """A `PreNormBlock` is a transformer layer with a layer norm before attention and one before the `MLP`.
+
+  `__call__` maps `x` `[B, T, width]` to `(x, None)`, the form that `nn.scan` requires.
+  """
+
+  heads: int
+  ratio: int
+  causal: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, _: None = None) -> tuple[Array, None]:
+    norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
+    attend = causal_attention if self.causal else jax.nn.dot_product_attention
+    attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, attention_fn=attend, name='attention')
+    x = x + attention(norm('norm1')(x))
+    return x + MLP(self.ratio, self.dtype, name='mlp')(norm('norm2')(x)), None
+
+
+class PostNormBlock(nn.Module):
+  """A `PostNormBlock` is BERT's transformer layer, with a layer norm after attention and one after the exact `MLP`.
+
+  `__call__` maps `x` `[B, T, width]` to the same shape. Each token attends to the tokens where `mask` is true; the mask
+  is `bool[B, 1, 1, T]`.
+  """
+
+  heads: int
+  ratio: int
+  epsilon: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array) -> Array:
+    norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
+    attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, name='attention')(x, mask=mask)
+    x = norm('norm1')(x + attention)
+    return norm('norm2')(x + MLP(self.ratio, self.dtype, exact=True, name='mlp')(x))
+
+
+def stack(x: Array, model: nn.Module, causal: bool) -> Array:
+  """Returns `x` `[B, T, width]` after `model.depth` blocks and a last layer norm, inside the model's `__call__`.
+
+  `model` has the fields of `ViT` and `LM`. If `model.scan`, the blocks are one `nn.scan`, and the backward pass
+  recomputes each block. Raises `ValueError` if the width is no multiple of the heads, or, if `causal`, of twice the
+  heads.
+  """
+  if x.shape[-1] % (2 * model.heads if causal else model.heads):
+    raise ValueError(f'models.{type(model).__name__}: width {x.shape[-1]} is no multiple of '
+                     f'{"twice " if causal else ""}the {model.heads} heads; change either.')
+  arguments = (model.heads, model.mlp_ratio, causal, model.dtype)
+  if model.scan:
+    scanned = nn.scan(nn.remat(PreNormBlock), variable_axes={'params': 0}, split_rngs={'params': True},
+                      length=model.depth)
+    x, _ = scanned(*arguments, name='blocks')(x, None)
+  else:
+    for layer in range(model.depth):
+      x, _ = PreNormBlock(*arguments, name=f'block_{layer}')(x)
+  return nn.LayerNorm(dtype=model.dtype, name='norm')(x)
