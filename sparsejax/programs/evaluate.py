@@ -233,7 +233,10 @@ def check_reached(function: str, program: Any, sites: Mapping[Address, str], rul
 
 
 def _bind(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
-  """Returns the results of one operation of `jaxpr` on arrays."""
-  inputs = {v: value for v, value in zip(eqn.invars, values) if not isinstance(v, core.Literal)}
-  alone = jaxpr.replace(constvars=(), invars=list(inputs), outvars=eqn.outvars, eqns=[eqn])
-  return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*inputs.values())
+  """Returns the results of one operation of `jaxpr` on arrays.
+
+  Each operand gets a variable of its own: one variable may be both operands of a product, of which a rule changes one.
+  """
+  inputs = [core.Var(v.aval) for v in eqn.invars]
+  alone = jaxpr.replace(constvars=(), invars=inputs, outvars=eqn.outvars, eqns=[eqn.replace(invars=inputs)])
+  return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*values)

@@ -34,6 +34,13 @@ def test_an_operand_is_named_by_the_parameter_and_the_number_of_its_use():
   np.testing.assert_allclose(both(P, X), 6 * mlp(P, X), rtol=1e-5)
 
 
+def test_an_array_that_is_both_operands_of_a_product_is_replaced_in_one():
+  w, ones = P['up'][:, :4], jnp.ones((4, 4))
+  square = lambda p, x: x @ (p['w'] @ p['w'])
+  np.testing.assert_allclose(replace(square, {('w', 0): ones})({'w': w}, X), X @ (w @ ones), rtol=1e-4)
+  np.testing.assert_allclose(replace(square, {('w', 1): ones})({'w': w}, X), X @ (ones @ w), rtol=1e-4)
+
+
 @jax.custom_jvp
 def _mlp(p, x):
   return mlp(p, x)
