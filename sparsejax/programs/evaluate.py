@@ -235,7 +235,7 @@ def check_reached(function: str, program: Any, sites: Mapping[Address, str], rul
 def _bind(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
   """Returns the results of one operation of `jaxpr` on arrays.
 
-  Each operand gets a variable of its own: one variable may be both operands of a product, of which a rule changes one.
+  Each operand gets a variable of its own, since a variable may be both operands of a product and a rule may change one.
   """
   inputs = [core.Var(v.aval) for v in eqn.invars]
   alone = jaxpr.replace(constvars=(), invars=inputs, outvars=eqn.outvars, eqns=[eqn.replace(invars=inputs)])
