@@ -1,1 +1,1 @@
-"""Runs that measure the library: one training loop, data, models and configs. Nothing in `sparsejax` imports this."""
+"""Measures the library in experiments: training, data, models and configs. `sparsejax` imports nothing of this."""

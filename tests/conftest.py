@@ -1,15 +1,15 @@
-"""Eight CPU devices for everybody, and JAX at its strictest, so that a silent promotion is an error here first."""
+"""Gives every test eight CPU devices, and makes JAX strict, so that a silent promotion is an error in the tests."""
 
 import collections
 import importlib.metadata
 import os
 import pathlib
 
-# Most of what tests do is to compile, which takes half as long without what makes programs fast. They pass for programs
-# as users compile them too: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
+# Most of the time of a test is compilation, which takes half as long without XLA's optimizations. The tests also pass
+# with the optimizations that users have: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
 os.environ.setdefault('XLA_FLAGS', ' '.join([
     '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
-    # Later versions end a process that gives them this.
+    # Later versions of XLA end a process that has this flag.
     *['--xla_cpu_use_fusion_emitters=false'] * importlib.metadata.version('jaxlib').startswith('0.10.')]))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -18,7 +18,7 @@ import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# And many compile the same, so that it is kept, for all processes and for the next run.
+# Many tests compile the same programs, so all processes share a cache, which the next run reads too.
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
@@ -26,24 +26,24 @@ jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 @pytest.fixture
 def standard_promotion():
-  """For code outside this library that needs JAX's ordinary promotion (models, some optimizers)."""
+  """Restores JAX's ordinary promotion, for code outside of this library (models, some optimizers)."""
   with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
     yield
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Of all jobs of a module."""
+  """Returns the folder of all jobs of a module."""
   return tmp_path_factory.mktemp('jobs')
 
 
 def pytest_addoption(parser):
   parser.addoption('--cells', default='126', help='how many cells of the conformance table to run, or `all`')
-  parser.addoption('--table', default=None, help='write what they gave to this file')
+  parser.addoption('--table', default=None, help='write the results of the cells to this file')
 
 
 def pytest_collection_modifyitems(items):
-  """Modules that train in processes of their own come first: they take minutes, and the last one is waited for."""
+  """Moves modules that start training processes to the front, so that no worker begins one of these minutes last."""
   items.sort(key=lambda item: item.path.stem not in ('test_crash', 'test_hosts', 'test_train'))
 
 
@@ -64,6 +64,6 @@ def pytest_terminal_summary(terminalreporter, config):
   for family, spent in seconds.most_common():
     terminalreporter.write_line(f'{spent / 60:6.2f}  {family}')
   if config.getoption('--table'):
-    import conformance_page  # not before JAX is configured
+    import conformance_page  # This module imports JAX, which must be configured before.
 
     conformance_page.write(config.getoption('--table'), cells)

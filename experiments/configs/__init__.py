@@ -1,4 +1,8 @@
-"""Configs: Python files with `get_config()`, changed by `key=value` from the command line, strict about every name."""
+"""Loads configs: Python files with `get_config()`, changed by `key=value` from the command line, strict about names.
+
+    config = load('experiments/configs/n_m/demo_vit_digits.py', ['steps=100', 'optimizer.learning_rate=3e-4'])
+    config.steps    # 100
+"""
 
 import ast
 import importlib.util
@@ -6,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,25 +19,17 @@ from ml_collections import ConfigDict
 from experiments.configs import default
 from sparsejax import errors
 
-# Sections whose keys belong to somebody else, who checks them: see `configs/default.py`.
+# The keys of these sections are the arguments of a function, which checks them: see `configs/default.py`.
 OPEN = ('model', 'models', 'optimizer.options', 'recipes')
 
 
 def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
-  """The config of the Python file at `path` with `overrides` (`'optimizer.learning_rate=3e-4'`) applied, locked.
+  """Returns the config of the Python file at `path`, locked, after `overrides` (`'optimizer.learning_rate=3e-4'`).
 
-  What the file leaves out is as in `configs/default.py`.
-  Raises `ValueError` for a file that is no config, an unknown key, and a value that its key cannot have.
+  A key that the file leaves out has its value in `configs/default.py`. Raises `ValueError` for a file that is no
+  config, an unknown key, and a value that its key cannot have.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise ValueError(f'configs.load: there is no file {str(path)!r}; see experiments/configs for those that exist.')
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
-    raise ValueError(f'configs.load: {str(path)!r} has no function get_config(); see experiments/configs/default.py.')
-  config = ConfigDict(module.get_config(), type_safe=False)
+  config = ConfigDict(module(path).get_config(), type_safe=False)
   _fill(config, default.get_config(), '')
   for override in overrides:
     _override(config, override)
@@ -40,8 +37,21 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
   return config.lock()
 
 
+def module(path: str | os.PathLike) -> types.ModuleType:
+  """Returns the Python file at `path` as a module. Raises `ValueError` without a file or without its `get_config()`."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise ValueError(f'configs.load: there is no file {str(path)!r}; see experiments/configs for those that exist.')
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  loaded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loaded)
+  if not hasattr(loaded, 'get_config'):
+    raise ValueError(f'configs.load: {str(path)!r} has no function get_config(); see experiments/configs/default.py.')
+  return loaded
+
+
 def check(config: Mapping[str, Any]) -> None:
-  """Raises `ValueError` for a key that `configs/default.py` has not, and for a value that no run could use."""
+  """Raises `ValueError` for a key that is not in `configs/default.py`, and for a value that no run could use."""
   _check_names(config, default.get_config(), '')
   seeds, runs = config['seeds'], list(config['recipes'])
   whole = isinstance(seeds, tuple) and all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
@@ -63,17 +73,17 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
-  """`config` as JSON would give it back, its keys as they were written: a ConfigDict sorts those that it shows."""
+  """Returns `config` as JSON gives it back, its keys in the order of writing: a ConfigDict sorts the keys it shows."""
   return json.loads(config.to_json())
 
 
 def runs(config: ConfigDict) -> list[str]:
-  """The names of the runs in the order in which they were written: the first is the baseline."""
+  """Returns the names of the runs in the order of writing: the first run is the baseline."""
   return list(plain(config)['recipes'])
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """One `key: old -> new` for each value that is not the same."""
+  """Returns one text `key: old -> new` for each value that differs."""
   old, new = dict(_flat(old)), dict(_flat(new))
   return [f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
           for key in sorted(old | new) if old.get(key, _flat) != new.get(key, _flat)]
@@ -99,7 +109,7 @@ def _check_names(config: Mapping[str, Any], known: Mapping[str, Any], prefix: st
 
 
 def _fill(config: ConfigDict, known: Mapping[str, Any], prefix: str) -> None:
-  """Adds the keys that are missing, except in sections whose keys belong to somebody else."""
+  """Adds the missing keys, except in the sections of `OPEN`."""
   for key, value in known.items():
     if key not in config:
       config[key] = value
@@ -108,7 +118,7 @@ def _fill(config: ConfigDict, known: Mapping[str, Any], prefix: str) -> None:
 
 
 def _override(config: ConfigDict, override: str) -> None:
-  """Sets one `key=value`. The value is a Python literal, or else a string."""
+  """Sets one `key=value`. The value is read as a Python literal, or else as a string."""
   name, equals, text = override.partition('=')
   *sections, key = name.strip().split('.')
   if not equals:

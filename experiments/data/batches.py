@@ -17,7 +17,7 @@ import numpy as np
 from experiments.data.order import SequentialOrder, ShuffledOrder
 
 Batch = Mapping[str, np.ndarray]
-Read = Callable[[np.ndarray], Batch]  # rows of a split -> their `inputs` and `labels`
+Reader = Callable[[np.ndarray], Batch]  # rows of a split -> their `inputs` and `labels`
 
 
 class Batches(collections.abc.Sequence):
@@ -40,8 +40,8 @@ class Data(NamedTuple):
   """A `Data` holds the training, validation and test batches of one data set.
 
   `train[step]` has `inputs` and `labels`, for every `step >= 0`. Each epoch contains every example once, in an order
-  that depends on the seed and the epoch. `valid` and `test` contain every example once, in a fixed order. Their batches
-  also have a `weight`, which is 0 where the last batch is padded.
+  that depends on the seed and the epoch. `valid` and `test` contain every example once, in a fixed order. A `weight` in
+  their batches is 0 where the last batch is padded, and 1 elsewhere.
 
   `num_classes` is how many numbers a model returns for each label. For text it is the size of the vocabulary, for
   super-resolution the number of channels. `example` is one training batch of the whole batch size, as
@@ -62,8 +62,8 @@ def from_datasets(train: grain.MapDataset, valid: grain.MapDataset, test: grain.
   return Data(Batches(train), Batches(valid), Batches(test), num_classes, example)
 
 
-def in_order(order: ShuffledOrder | SequentialOrder, read: Read, rows: np.ndarray) -> grain.MapDataset:
-  """Returns the data set whose batches are `read(rows[index])` for each `index` of `order`, with its weight if any."""
+def in_order(order: ShuffledOrder | SequentialOrder, read: Reader, rows: np.ndarray) -> grain.MapDataset:
+  """Returns the data set of the batches `read(rows[index])` for each `index` of `order`, with its `weight` if any."""
   def batch(positions: Batch) -> Batch:
     weight = {'weight': positions['weight']} if 'weight' in positions else {}
     return {**read(rows[positions['index']]), **weight}

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.data.batches import Batch, Data, Read, from_datasets, in_order
+from experiments.data.batches import Batch, Data, Reader, from_datasets, in_order
 from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder
 from sparsejax import errors
 
-IN_MEMORY = 2**30  # bytes; images of sets up to this size are decoded once, those of larger ones at each access
+IN_MEMORY = 2**30  # bytes; a split up to this size is decoded once, and a larger split at each access
 STATISTICS = 10_000  # images that the standardisation constants are computed from
 
 
@@ -28,9 +28,9 @@ class ImageSplits(NamedTuple):
   A reader maps rows to `{'inputs': uint8[B, H, W, C], 'labels': int32[B]}`.
   """
 
-  train: tuple[Read, np.ndarray]
-  valid: tuple[Read, np.ndarray]
-  test: tuple[Read, np.ndarray]
+  train: tuple[Reader, np.ndarray]
+  valid: tuple[Reader, np.ndarray]
+  test: tuple[Reader, np.ndarray]
   num_classes: int
 
 
@@ -86,10 +86,10 @@ def _held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
   return np.flatnonzero(~valid), np.flatnonzero(valid)
 
 
-_READERS = weakref.WeakValueDictionary()  # (directory, split) -> Read: sets for several seeds share the images
+_READERS = weakref.WeakValueDictionary()  # (directory, split) -> Reader: sets for several seeds share the images
 
 
-def _reader(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> Read:
+def _reader(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> Reader:
   """Returns the reader of a split. Each image is decoded once if the split fits `IN_MEMORY`, else at each access."""
   source = builder.as_data_source(split=split)
 
@@ -106,7 +106,7 @@ def _reader(builder: tfds.core.DatasetBuilder, split: str, image: str, label: st
   return reader
 
 
-def _with_memory(read: Read, count: int) -> Read:
+def _with_memory(read: Reader, count: int) -> Reader:
   """Returns a reader of the same `count` rows that calls `read` once for each row, for at most 1000 rows at a time."""
   known, whole = np.zeros(count, bool), {}
 
@@ -124,7 +124,7 @@ def _with_memory(read: Read, count: int) -> Read:
 # Preparation of each batch.
 
 
-def _sample(read: Read, rows: np.ndarray) -> Iterator[np.ndarray]:
+def _sample(read: Reader, rows: np.ndarray) -> Iterator[np.ndarray]:
   """Returns chunks of at most `STATISTICS` of the images, evenly spaced; a chunk has at most 1000 images."""
   rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), STATISTICS)).astype(int)]
   return (read(rows[start:start + 1000])['inputs'] for start in range(0, len(rows), 1000))
@@ -133,8 +133,8 @@ def _sample(read: Read, rows: np.ndarray) -> Iterator[np.ndarray]:
 def standardisation(splits: ImageSplits) -> tuple[Callable[[Batch], Batch], int]:
   """Returns a function that standardises `inputs` per channel, and the number of classes.
 
-  The function subtracts each channel's mean and divides by its standard deviation. Both come from a sample of at most
-  `STATISTICS` training images. A constant channel is divided by 1.
+  The function subtracts the mean of each channel and divides by the standard deviation of the channel. The mean and the
+  deviation come from a sample of at most `STATISTICS` training images. A constant channel is divided by 1.
   """
   sums, squares, count = 0, 0, 0
   for images in _sample(*splits.train):
@@ -152,8 +152,8 @@ def standardisation(splits: ImageSplits) -> tuple[Callable[[Batch], Batch], int]
 def halving(splits: ImageSplits) -> tuple[Callable[[Batch], Batch], int]:
   """Returns a function that makes images the labels and halved images the inputs, and the number of channels.
 
-  Labels are divided by the largest value in a sample of the training images, which is 16 in `digits`, so that they
-  are in [0, 1]. Inputs are the labels at half the height and width. Raises `ValueError` for an odd height or width.
+  Labels are images in [0, 1], divided by the largest value in a sample of the training images (16 in `digits`). Inputs
+  are the labels at half the height and width. Raises `ValueError` for an odd height or width.
   """
   largest = max(int(images.max()) for images in _sample(*splits.train))
   *_, height, width, channels = next(_sample(*splits.train)).shape

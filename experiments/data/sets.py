@@ -42,8 +42,8 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
   - `sst2_sentences`: `inputs` `int32[B, T]`, tokens filled up with 0, and `labels` `int32[B]`. `T` is
     `sequence_length`, or 32. The files are `data_dir/sst2_sentences/{train,dev,test}.tsv`; see `sst2.load`.
 
-  The validation split is the set's own if there is one, else `valid_fraction` of the training split, evenly spaced. Of
-  a text file, half of the last `valid_fraction` is the validation split, the other half the test split.
+  A set of images without a validation split gets `valid_fraction` of its training split, evenly spaced. The last
+  `valid_fraction` of a text file is cut in half: the validation split, then the test split.
 
   `rows` selects rows of each batch, for one of several processes, and only these rows are read. `example` always has
   the shapes of the whole batch.
@@ -98,7 +98,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _splits(name: str, root: pathlib.Path, valid_fraction: float) -> images.ImageSplits | text.TextSplits:
-  """Returns the splits of `digits`, of the text file `name`, or of the TFDS set `name` under `root`, in this order."""
+  """Returns the splits of `digits`, else of the text file `name`, else of the TFDS set `name` under `root`."""
   path = pathlib.Path(name).expanduser()
   if name != 'digits' and (path.suffix == '.txt' or path.is_file()):
     return text.file_splits(path, valid_fraction)

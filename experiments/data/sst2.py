@@ -38,7 +38,7 @@ def load(root: pathlib.Path, length: int) -> Mapping[str, Batch]:
 
   The files are `train.tsv`, `dev.tsv` and `test.tsv` in `root / NAME`; each line is `sentence<TAB>label`. The tokenizer
   of the pretrained encoder tokenises each sentence and adds `[CLS]` and `[SEP]`. Sentences of more than `length` tokens
-  are cut, shorter ones are filled up with `encoders.PADDING`.
+  are cut, and shorter sentences are filled up with `encoders.PADDING`.
 
   Raises `ValueError` for a missing file, for a line of another form, for a missing package and for `length < 3`.
   """

@@ -43,7 +43,7 @@ def text_batches(name: str, splits: TextSplits, part: BatchPart, seed: int, leng
 
 
 def _training_windows(text: np.ndarray, length: int, seed: int, positions: Batch) -> Batch:
-  """Returns adjacent windows. Their first byte differs from epoch to epoch, so that the text is cut at other places."""
+  """Returns adjacent windows. Each epoch starts at another byte, so that the text is cut at other positions."""
   epochs, inverse = np.unique(positions['epoch'], return_inverse=True)
   offsets = np.array([_offset(seed, int(epoch), length) for epoch in epochs])[inverse]
   windows = text[(offsets + positions['index'] * length)[:, None] + np.arange(length + 1)].astype(np.int32)
@@ -78,7 +78,7 @@ def file_splits(path: pathlib.Path, valid_fraction: float) -> TextSplits:
   """Returns the bytes of a UTF-8 file, cut between characters.
 
   Half of the last `valid_fraction` is `valid`, the other half `test`, and all before is `train`. Raises `ValueError`
-  for a file that cannot be read and for one that is not UTF-8.
+  for a file that cannot be read, and for a file that is not UTF-8.
   """
   try:
     content = path.read_bytes()

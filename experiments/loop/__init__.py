@@ -1,1 +1,1 @@
-"""Contains the parts of the training loop: sharding, checkpoints, measurements, stop requests and several hosts."""
+"""Trains and tests the runs of a config: the step, checkpoints, measurements, stopping, and several hosts."""

@@ -61,8 +61,8 @@ def open_(directory: str | os.PathLike) -> ocp.CheckpointManager:
 def save(checkpoints: ocp.CheckpointManager, step: int, state: State, **meta: Any) -> None:
   """Starts to write the checkpoint of `step` in the background. If the checkpoint exists, `save` does nothing.
 
-  A checkpoint that is not written completely is never restored. `meta` are further values for JSON. Raises `OSError`
-  if the disk has no room for the checkpoint.
+  A checkpoint that is not written completely is never restored. `meta` are further values for JSON. Raises `OSError` if
+  the disk has no room for the checkpoint.
   """
   if step in checkpoints.all_steps():
     return
@@ -178,8 +178,8 @@ def no_room(error: BaseException | None) -> bool:
 def _without_late_errors(hook: Callable[[Any], None]) -> Callable[[Any], None]:
   """Returns `hook` without the tracebacks of background threads for errors that the main thread reports in a line.
 
-  A thread of TensorStore may finish an abandoned read or write after the event loop was closed. A thread of
-  TensorBoard raises its own error for a full disk, and for its own handle that was closed.
+  A thread of TensorStore may finish an abandoned read or write after the event loop was closed. A thread of TensorBoard
+  raises its own error for a full disk, and for its own handle that was closed.
   """
   def filtered(report: Any) -> None:
     if str(report.exc_value) not in ('Event loop is closed', 'handle is closed') and not no_room(report.exc_value):

@@ -1,4 +1,9 @@
-"""Predictions and scores of all seeds' parameters on a split, batch by batch: memory does not grow with the set."""
+"""Predicts and scores a split batch by batch, for the parameters of all seeds: memory does not grow with the split.
+
+    predict = predictor(model.apply)
+    test = scores(tasks.named('classification'), predict, params, runs.split(setup, 'test'))
+    test['accuracy']    # float64[seeds]
+"""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -17,15 +22,19 @@ Predict = Callable[[PyTree, Array], Array]  # (params of all seeds, inputs) -> o
 
 
 def predictor(apply: Callable[[PyTree, Array], Array]) -> Predict:
-  """The outputs of `apply(params, inputs)` for all seeds at once, compiled once per shape."""
+  """Returns `apply(params, inputs)` mapped over the seeds of `params`, compiled once per shape."""
   return jax.jit(jax.vmap(apply, in_axes=(0, None)))
 
 
 def scores(task: Task, predict: Predict, params: PyTree, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
-  """The task's score by its name, and `loss`, `float64[seeds]` each, over every label of `batches` by its weight."""
+  """Returns the task's score, under the score's name, and `loss`: each `float64[seeds]`.
+
+  Both are means over all labels of `batches`, each label with its weight.
+  """
   total, sums = 0.0, 0.0
   for batch in batches:
-    of_batch, weight = sharding.whole(_sums(task, predict(params, batch['inputs']), batch['labels'], batch['weight']))
+    outputs = predict(params, batch['inputs'])
+    of_batch, weight = sharding.gathered(_sums(task, outputs, batch['labels'], batch['weight']))
     sums += np.asarray(of_batch, np.float64)
     total += np.float64(weight)
   score, loss = sums / total
@@ -33,17 +42,17 @@ def scores(task: Task, predict: Predict, params: PyTree, batches: Iterable[Batch
 
 
 def same_predictions(predict: Predict, params: PyTree, others: PyTree, batches: Iterable[Batch]) -> bool:
-  """Are the outputs of both parameters equal bit for bit on all of `batches`?"""
-  same = jax.jit(lambda one, other: (_bits(one) == _bits(other)).all())
+  """Returns whether the outputs of `params` and of `others` have equal bits on all of `batches`."""
+  same = jax.jit(lambda outputs, other: (_bits(outputs) == _bits(other)).all())
   alike = lambda inputs: same(predict(params, inputs), predict(others, inputs))
-  return all(bool(sharding.whole(alike(batch['inputs']))) for batch in batches)
+  return all(bool(sharding.gathered(alike(batch['inputs']))) for batch in batches)
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-  """`function`, which `jax.vmap` calls for each index by itself, so that convolutions stay what they are.
+  """Returns `function` with a batching rule of its own: `jax.vmap` calls `function` once for each index.
 
-  Under `vmap` the convolutions of several models become one grouped convolution. On two CPU cores a training step of
-  five small CNNs takes three times as long so, and ten times in `jax.lax.map`.
+  Under an ordinary `vmap` the convolutions of several models become one grouped convolution. On two CPU cores a
+  training step of five small CNNs then takes three times as long, and ten times as long in `jax.lax.map`.
   """
   called = jax.custom_batching.custom_vmap(function)
 
@@ -62,7 +71,7 @@ def _bits(outputs: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(task: Task, outputs: Array, labels: Array, weight: Array) -> tuple[Array, Array]:
-  """Over one batch: what the task's score and loss are the means of, summed, `[2, seeds]`; the weight."""
-  means = lambda one: jnp.stack([task.score(one, labels, weight), task.loss(one, labels, weight)])
+  """Returns the weighted sums of score and loss over one batch, `[2, seeds]`, and the sum of the weights."""
+  means = lambda of_seed: jnp.stack([task.score(of_seed, labels, weight), task.loss(of_seed, labels, weight)])
   total = weight.sum()
   return jax.vmap(means, out_axes=1)(outputs) * total, total

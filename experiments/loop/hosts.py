@@ -1,4 +1,4 @@
-"""Connects several processes that train as one through `jax.distributed`, and reports in a line when one is lost.
+"""Connects several processes that train as one through `jax.distributed`, and reports in a line when a process is lost.
 
 A single process needs no connection, and each function returns at once. Several processes must call `agreed`, `first`
 and `gathered` in the same order, because each call waits for all processes.
@@ -33,7 +33,7 @@ LOST = 1  # the exit status after another process was lost
 def join(where: str, directory: pathlib.Path) -> None:
   """Joins this process to the others. `where` is `HOST:PORT,PROCESS,COUNT`, or `auto` for a cluster that JAX detects.
 
-  From then on, the output of C++ goes to a file in `directory`. JAX writes a page of such output and aborts when
+  After `join`, the output of C++ goes to a file in `directory`. JAX writes a page of such output and aborts when
   another process is lost. Raises `ValueError` for another `where`, and if process 0 cannot listen at HOST:PORT.
   """
   place = _place(where)
@@ -66,7 +66,7 @@ def alone() -> bool:
 
 
 def leads() -> bool:
-  """Returns whether this process is the one that prints and writes: the only one, or process 0."""
+  """Returns whether this process prints and writes, as process 0 and a single process do."""
   return alone() or jax.process_index() == 0
 
 
@@ -112,7 +112,7 @@ def check(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
 
 
 def lost(error: BaseException) -> bool:
-  """Returns whether `error` is one by which JAX, Gloo or NCCL reports that another process is lost."""
+  """Returns whether JAX, Gloo or NCCL reports by `error` that another process is lost."""
   pattern = r'Gloo|NCCL|UNAVAILABLE:|ABORTED:|CANCELLED:|DEADLINE_EXCEEDED:|[Cc]oordination service'
   return not alone() and re.search(pattern, str(error)) is not None
 

@@ -13,7 +13,12 @@ import optax
 from sparsejax import errors
 
 TABLE = {'adamw': optax.adamw, 'lion': optax.lion, 'sgd': optax.sgd}
-DECAYS = ('constant', 'cosine', 'linear')
+# Each decay maps the peak of the learning rate and a number of steps to a schedule.
+DECAYS = {
+    'constant': lambda peak, steps: optax.constant_schedule(peak),
+    'cosine': optax.cosine_decay_schedule,
+    'linear': lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+}
 
 
 def make(name: str, *, total_steps: int, learning_rate: float, warmup: float, decay: str, weight_decay: float,
@@ -44,14 +49,10 @@ def learning_rates(peak: float, decay: str, warmup: int, total_steps: int) -> op
 
   `'cosine'` and `'linear'` reach 0 at step `total_steps`. Raises `ValueError` if `decay` is not one of `DECAYS`.
   """
-  rest = max(1, total_steps - warmup)
-  after = {'constant': lambda: optax.constant_schedule(peak),
-           'cosine': lambda: optax.cosine_decay_schedule(peak, rest),
-           'linear': lambda: optax.linear_schedule(peak, 0.0, rest)}
-  if decay not in after:
+  if decay not in DECAYS:
     raise errors.unknown('optimizers.make', 'decay', decay, DECAYS)
-  up = optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup))
-  return optax.join_schedules([up, after[decay]()], [warmup])
+  rise = optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup))
+  return optax.join_schedules([rise, DECAYS[decay](peak, max(1, total_steps - warmup))], [warmup])
 
 
 def in_steps(value: int | float, total_steps: int) -> int:

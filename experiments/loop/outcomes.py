@@ -1,11 +1,16 @@
-"""The end of one run: the checkpoint on disk tested, packed, unpacked and compared, and all of it in `outcome.json`."""
+"""Ends one run: tests the checkpoint on disk, packs and unpacks it, compares predictions, writes `outcome.json`.
+
+    write(run, setup, say=print)
+    outcome = read(run.directory, setup.config)
+    outcome['test']['accuracy'], parameters(outcome)    # a number for each seed; arrays [seeds, ...]
+"""
 
 import json
 import math
 import os
 import pathlib
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,17 +27,33 @@ from sparsejax.types import PyTree
 FILE = 'outcome.json'
 PACKED = 'packed.safetensors'
 
+Outcome = Mapping[str, Any]  # of one run, as `write` writes it
+Outcomes = Mapping[str, Outcome]  # by run name, the baseline first
+
 
 def read(directory: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
-  """The outcome of a finished run, `None` if it is not finished, or was with other steps or seeds."""
+  """Returns the outcome of a finished run with its `directory`, or `None` unless steps and seeds are `config`'s."""
   path = directory / FILE
   outcome = json.loads(path.read_text()) if path.exists() else {}
   same = (outcome.get('steps'), outcome.get('seeds')) == (config.steps, list(config.seeds))
   return {**outcome, 'directory': directory} if same else None
 
 
+def parameters(outcome: Outcome) -> PyTree:
+  """Returns the tested parameters of a finished run, NumPy arrays `[seeds, ...]`.
+
+  Raises `ValueError` if the checkpoint on disk no longer holds the very bits that were tested.
+  """
+  place = outcome['directory'] / outcome['checkpoint']['path']
+  params = io.read(place, 'params')
+  if checkpoints.fingerprint(params) != outcome['checkpoint'].get('fingerprint'):
+    raise ValueError(f'{outcome["name"]}: the parameters in {place} are not those that were tested. Remove '
+                     f'{outcome["directory"]} to train the run again.')
+  return params
+
+
 def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
-  """Tests the newest checkpoint, as it is on disk, on the test split, once; packs it if its pattern is N:M.
+  """Tests the newest checkpoint, as it is on disk, once on the test split; packs it if a pattern is N:M.
 
   Raises `ValueError` if the packed file gives other predictions than the checkpoint, in any bit.
   """
@@ -40,40 +61,43 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
     step, state, meta = checkpoints.restore(saved, run.state, say)
     place = saved.directory / str(step)
   test = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, 'test'))
-  sharded, state = state.params, sharding.whole(state)
+  fingerprint = checkpoints.fingerprint(state.params)
+  sharded, state = state.params, sharding.gathered(state)
   report = sparsejax.report(state.params, state.opt_state)
   packed = _packed(run, setup, sharded, state, report)
   if not hosts.leads():
     return
-  outcome = {
+  records.write_whole(run.directory / 'report.txt', f'{report}\n')
+  records.write_json(run.directory / FILE, {
       'name': run.name, 'steps': step, 'seeds': list(setup.config.seeds), 'seconds': meta['seconds'],
       'task': setup.config.data.task, 'test': {key: value.tolist() for key, value in test.items()},
       'empty': _empty(run, state.params),
       'asked': report.asked, 'achieved': report.achieved if report.rows else None,
       'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, state),
       'checkpoint': {'path': f'checkpoints/{step}', 'bytes': _size(place / 'params'),
-                     'dense_bytes': formats.nbytes(state.params)},
+                     'dense_bytes': formats.nbytes(state.params), 'fingerprint': fingerprint},
       'packed': packed, 'environment': environment(),
-  }
-  records.write_whole(run.directory / 'report.txt', f'{report}\n')
-  records.write_whole(run.directory / FILE, json.dumps(outcome, indent=2) + '\n')
+  })
 
 
 def environment() -> dict[str, Any]:
-  """What the numbers were measured on and with."""
+  """Returns the platform, the device, the number of CPUs, the version of JAX and the commit of this process."""
   device = jax.devices()[0]
   command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
   try:
-    asked = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
-    commit = asked.stdout.strip() or None
-  except OSError:  # no git
+    described = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+    commit = described.stdout.strip() or None
+  except OSError:  # Git is not installed.
     commit = None
   return {'platform': device.platform, 'device': device.device_kind, 'cpus': len(os.sched_getaffinity(0)),
           'jax': jax.__version__, 'commit': commit}
 
 
 def _training_flops(run: Run) -> float:
-  """The mean over all steps, relative to dense: what is recorded at a step stands for those since the one before."""
+  """Returns the mean FLOPs of a training step over those of a dense step.
+
+  The FLOPs recorded at a step stand for all steps since the record before.
+  """
   lines = [line for line in records.read(run.directory) if 'training_flops' in line]
   spans = [line['step'] - before for before, line in zip([0, *(line['step'] for line in lines)], lines)]
   return sum(span * line['training_flops'] for span, line in zip(spans, lines)) / sum(spans)
@@ -86,14 +110,17 @@ def _inference_flops(run: Run, state: State) -> float:
 
 
 def _empty(run: Run, params: PyTree) -> list[int]:
-  """How many of the sparse leaves have no weight left, for each seed."""
+  """Returns, for each seed, how many of the sparse leaves have no weight left."""
   names, leaves, _ = trees.flatten(params)
   weights = [leaf for name, leaf in zip(names, leaves) if name in run.sparse]
   return sum((leaf == 0).reshape(len(leaf), -1).all(1).astype(int) for leaf in weights).tolist()
 
 
 def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparsejax.Report) -> dict[str, Any] | None:
-  """Writes the parameters packed, reads them back, and compares predictions. `None` if no pattern is N:M."""
+  """Writes the parameters packed, reads the file back, and compares predictions. Returns `None` if no pattern is N:M.
+
+  `params` are sharded; `state` holds the same parameters whole.
+  """
   rows = {row.path: row for row in report.rows if isinstance(row.pattern, NM)}
   if not rows:
     return None
@@ -103,7 +130,7 @@ def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparse
   if hosts.leads():
     io.save(path, packed)
   hosts.agreed(0)
-  unpacked = sharding.placed(formats.unpack(io.load(path)), params)
+  unpacked = sharding.sharded(formats.unpack(io.load(path)), params)
   if not evaluate.same_predictions(run.model.predict, params, unpacked, split(setup, 'test')):
     raise ValueError(f'{run.name}: the predictions of {path} are not those of the checkpoint; please report it.')
   small = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]

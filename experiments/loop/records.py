@@ -1,4 +1,9 @@
-"""What a run measured: JSON lines that survive a kill and a resume, and the same numbers for TensorBoard."""
+"""Records what a run measures: JSON lines that survive a kill and a resume, and the same numbers for TensorBoard.
+
+    with Records(directory, step=0) as record:
+      record.write(10, {'loss': np.array([2.3, 2.2]), 'learning_rate': 1e-3})
+    next(read(directory))    # {'step': 10, 'loss': [2.3, 2.2], 'learning_rate': 0.001}
+"""
 
 import json
 import math
@@ -14,10 +19,11 @@ FILE = 'metrics.jsonl'
 
 
 class Records:
-  """Appends one line a step to `metrics.jsonl` and the means over seeds to a TensorBoard event file.
+  """A `Records` is a context manager that appends one line a step to `metrics.jsonl`.
 
-  `step` is where training resumes: lines beyond it, and a last one cut by a kill, are removed, for they will be written
-  again. A context manager. A number that is not finite becomes `null`.
+  `step` is the step at which training resumes. Lines of later steps, and a last line that a kill cut, are removed: the
+  resumed run writes them again. A number that is not finite becomes `null`. The means over the seeds also go to a
+  TensorBoard event file.
   """
 
   def __init__(self, directory: str | os.PathLike, step: int):
@@ -35,7 +41,7 @@ class Records:
     self._board.close()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """One line: `step` and `values`, numbers or arrays `[seeds]`."""
+    """Appends one line: `step` and `values`, which are numbers or arrays `[seeds]`."""
     self._lines.write(json.dumps({'step': step, **{key: _plain(value) for key, value in values.items()}}) + '\n')
     self._lines.flush()
     for key, value in values.items():
@@ -44,17 +50,17 @@ class Records:
 
 
 def read(directory: str | os.PathLike) -> Iterator[dict[str, Any]]:
-  """The whole lines of a run, in order."""
+  """Yields the records of a run in order, up to the first line that a kill cut."""
   path = pathlib.Path(directory) / FILE
   for line in path.read_text().splitlines() if path.exists() else ():
     try:
       yield json.loads(line)
-    except json.JSONDecodeError:  # cut by a kill
+    except json.JSONDecodeError:  # A kill cut the line.
       return
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-  """Writes the file so that nobody, not even after a kill, sees half of it."""
+  """Writes `text` to the file `path` atomically: no reader, even after a kill, sees half of it."""
   path = pathlib.Path(path)
   part = path.with_name(path.name + '.part')
   with part.open('w') as file:
@@ -64,7 +70,18 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
   part.replace(path)
 
 
+def write_json(path: str | os.PathLike, tree: Any) -> None:
+  """Writes `tree` as indented JSON, atomically. A float that is not finite becomes `null`: JSON has no NaN."""
+  write_whole(path, json.dumps(_strict(tree), indent=2) + '\n')
+
+
+def _strict(tree: Any) -> Any:
+  if isinstance(tree, Mapping):
+    return {key: _strict(value) for key, value in tree.items()}
+  if isinstance(tree, list | tuple):
+    return [_strict(value) for value in tree]
+  return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def _plain(value: Any) -> Any:
-  value = np.asarray(value).tolist()
-  finite = lambda x: x if not isinstance(x, float) or math.isfinite(x) else None
-  return [finite(x) for x in value] if isinstance(value, list) else finite(value)
+  return _strict(np.asarray(value).tolist())

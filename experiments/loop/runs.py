@@ -1,9 +1,15 @@
-"""A config made concrete: the data, the models and, for each recipe, a compiled-to-be training step for all seeds."""
+"""Makes a config concrete: the data, the models and, for each recipe, one optimizer and one training step of all seeds.
+
+    setup = prepare(config)
+    run = build(setup, {'SR-STE': workdir / 'SR-STE'})['SR-STE']
+    state, loss, numbers = run.step.compile()(run.start(), batch(setup, 0), np.int32(0))
+"""
 
 import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,50 +23,64 @@ import sparsejax
 from experiments import configs, data, models
 from experiments.loop import evaluate, measurements, optimizers, sharding, tasks
 from experiments.loop.checkpoints import State
-from sparsejax import trees
+from sparsejax import recipes, starts, transforms, trees
 from sparsejax.types import Array, Axes, PyTree, Schedule
 
-SCORED = 10  # training examples a class that a recipe scores weights by at initialisation
+SCORED = 10  # training examples of each class on which a recipe scores weights at initialisation
+VALUES = ('loss', 'outputs', 'key', 'ticket')  # The arguments of a recipe that exist only where `init` is called.
+
+Optimizer = optax.GradientTransformationExtraArgs
+Step = Callable[[State, data.Batch, Array], tuple[State, Array, Mapping[str, Array]]]
 
 
 class Model(NamedTuple):
-  """What is trained, for all seeds."""
+  """A `Model` holds the function that is trained and the initial parameters of all seeds."""
 
-  apply: Callable[[PyTree, Array], Array]  # of one seed: (params, inputs) -> outputs
+  apply: Callable[[PyTree, Array], Array]  # (params of one seed, inputs) -> outputs
   initial: Callable[[], PyTree]
   predict: evaluate.Predict
   contractions: Mapping[str, Axes]
-  by_seed: Callable[..., Any]  # wraps a function of one seed's params so that `jax.vmap` of it is fast
-  signals: Callable[[], Mapping[str, PyTree]] = lambda: {}  # further ones for the first sparse point, of all seeds
+  by_seed: Callable[..., Any]  # Wraps a function of one seed's parameters so that `jax.vmap` of the function is fast.
+
+
+class Ticket(NamedTuple):
+  """A `Ticket` says where a run starts if not at the model's initial weights. Both trees hold all seeds.
+
+  The magnitudes of `trained` choose the mask, see `sparsejax.recipes.iterative_magnitude`; `weights` are then trained.
+  Both are read when the run starts, because an earlier run of the same config may have to produce them.
+  """
+
+  weights: Callable[[], PyTree]
+  trained: Callable[[], PyTree]
 
 
 class Setup(NamedTuple):
-  """What the runs share: everything but the recipe."""
+  """A `Setup` holds what the runs of a config share: everything but the recipe."""
 
   config: ConfigDict
   layout: sharding.Layout
   task: tasks.Task
-  data: Sequence[data.Data]  # one per seed: the same examples, each in its own order; of a batch, this process's rows
-  models: Mapping[str, Model]  # by run; equal ones are one
+  data: Sequence[data.Data]  # A `Data` for each seed, in the seed's order. A batch holds the rows of this process.
+  models: Mapping[str, Model]  # Keyed by run name. Runs whose model configs are equal share one `Model`.
 
 
 class Run(NamedTuple):
-  """One entry of `config.recipes`, for all seeds at once: every array has a leading seed axis."""
+  """A `Run` is one entry of `config.recipes`, for all seeds at once: every array has a leading seed axis."""
 
   name: str
   directory: pathlib.Path
   model: Model
   start: Callable[[], State]
-  state: State  # its shapes and shardings
-  step: jax.stages.Lowered  # (State, batch, number of the step) -> State, loss `[seeds]`, measurements
+  state: State  # shapes and shardings
+  step: jax.stages.Lowered  # (state, batch, number of the step) -> state, loss `[seeds]`, measurements
   learning_rate: Schedule
-  sparse: list[str]  # paths of the leaves that are measured
+  sparse: list[str]  # paths of the measured leaves
 
 
 def prepare(config: ConfigDict) -> Setup:
-  """Reads the data, makes each model, traces it once. Raises `ValueError` for whatever the config has wrong there."""
+  """Reads the data, makes each model and traces the model once. Raises `ValueError` for a wrong value of the config."""
   layout = sharding.layout(config)
-  rows = sharding.rows(layout, config.batch_size)
+  rows = sharding.local_rows(layout, config.batch_size)
   sets = [data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows) for seed in config.seeds]
   written, made = configs.plain(config), {}
   sections = {run: {**written['model'], **written['models'].get(run, {})} for run in written['recipes']}
@@ -71,36 +91,41 @@ def prepare(config: ConfigDict) -> Setup:
   return Setup(config, layout, tasks.named(config.data.task), sets, {run: made[key] for run, key in keys.items()})
 
 
-def build(setup: Setup, directories: Mapping[str, pathlib.Path]) -> dict[str, Run]:
-  """Every run of the config, its step traced, so that what one refuses is refused before the first trains."""
+def build(setup: Setup, directories: Mapping[str, pathlib.Path],
+          tickets: Mapping[str, Ticket] = MappingProxyType({})) -> dict[str, Run]:
+  """Returns the `Run` of each name in `directories`, its step traced. Raises `ValueError` for what a run refuses.
+
+  `tickets` holds, by run name, where a run starts if not at the model's initial weights.
+  """
   scored = _scored(setup)
-  starts = {name: _start(setup, name, scored) for name in directories}
-  states = {name: sharding.like(jax.eval_shape(start), setup.layout) for name, start in starts.items()}
-  sparse = {name: measurements.sparse_paths(sparsejax.masks(*state), state.params) for name, state in states.items()}
+  rate, inner = optimizers.make(total_steps=setup.config.steps, **setup.config.optimizer)
+  made = {name: _optimizer(setup, name, inner, name in tickets) for name in directories}
+  begun = {name: _start(setup, setup.models[name], tx, scored, tickets.get(name)) for name, tx in made.items()}
+  sparse = {name: measurements.sparse_paths(sparsejax.masks(*state), state.params)
+            for name, (_, state) in begun.items()}
   anywhere = list(dict.fromkeys(path for paths in sparse.values() for path in paths))
   runs = {}
-  for name, state in states.items():
+  for name, (start, state) in begun.items():
     model = setup.models[name]
-    # A run that prunes nothing is measured where the others prune, or else on all that is contracted.
-    own = [path for path in anywhere if path in trees.flatten(state.params)[0]]
-    paths = sparse[name] or own or list(model.contractions)
-    kept, seen = sharding.of_state(setup.layout, state), setup.layout.replicated
-    jitted = jax.jit(_step(setup, name, paths), out_shardings=(kept, seen, seen), donate_argnums=0)
+    # A run that prunes nothing is measured where the other runs prune, or else on all contracted parameters.
+    names = trees.flatten(state.params)[0]
+    paths = sparse[name] or [path for path in anywhere if path in names] or list(model.contractions)
+    kept, seen = sharding.state_shardings(setup.layout, state), setup.layout.replicated
+    jitted = jax.jit(_step(setup, model, made[name], paths), out_shardings=(kept, seen, seen), donate_argnums=0)
     lowered = jitted.lower(state, batch(setup, 0), np.int32(0))
-    rate, _ = optimizers.make(total_steps=setup.config.steps, **setup.config.optimizer)
-    runs[name] = Run(name, directories[name], model, starts[name], state, lowered, rate, paths)
+    runs[name] = Run(name, directories[name], model, start, state, lowered, rate, paths)
   return runs
 
 
 def batch(setup: Setup, step: int) -> data.Batch:
-  """The batch of `step` for all seeds: `inputs` and `labels`, `[seeds, B, ...]`, on the devices of all processes."""
-  rows = jax.tree.map(lambda *seeds: np.stack(seeds), *(one.train[step] for one in setup.data))
-  return sharding.put(setup.layout.batches, rows)
+  """Returns the training batch of `step`: `inputs` and `labels`, `[seeds, B, ...]`, on the devices of all processes."""
+  rows = jax.tree.map(lambda *seeds: np.stack(seeds), *(of_seed.train[step] for of_seed in setup.data))
+  return sharding.global_batch(setup.layout.batches, rows)
 
 
 def split(setup: Setup, name: str) -> Iterator[data.Batch]:
-  """The batches of `valid` or `test`, `[B, ...]`, on the devices of all processes."""
-  return (sharding.put(setup.layout.batch, rows) for rows in getattr(setup.data[0], name))
+  """Yields the batches of the split `valid` or `test`, `[B, ...]`, on the devices of all processes."""
+  return (sharding.global_batch(setup.layout.batch, rows) for rows in getattr(setup.data[0], name))
 
 
 def _model(section: Mapping[str, Any], first: data.Data, seeds: Sequence[int], layout: sharding.Layout) -> Model:
@@ -115,68 +140,74 @@ def _model(section: Mapping[str, Any], first: data.Data, seeds: Sequence[int], l
   return Model(apply, _initial(module, seeds, example, layout), predict, contractions, by_seed)
 
 
-def _transform(setup: Setup, name: str, signals: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-  config, axes = setup.config, setup.models[name].contractions
-  _, inner = optimizers.make(total_steps=config.steps, **config.optimizer)
-  recipe = configs.plain(config)['recipes'][name]
-  return sparsejax.recipes.from_config(inner, recipe, total_steps=config.steps, signals={'axes': axes, **signals})
-
-
-def _scored(setup: Setup) -> data.Batch:
-  """The first training batches of each seed as one `[seeds, B, ...]`: at least `SCORED` labels for each output."""
-  labels = math.prod(setup.data[0].example['labels'].shape)
-  count = -(-SCORED * setup.data[0].num_classes // labels)
-  of_seed = lambda one: jax.tree.map(lambda *parts: np.concatenate(parts), *(one.train[step] for step in range(count)))
-  return sharding.put(setup.layout.batches, jax.tree.map(lambda *seeds: np.stack(seeds), *map(of_seed, setup.data)))
-
-
-def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStruct, layout: sharding.Layout) -> Any:
-  """`() -> params` of all seeds: weights that depend on the seed alone, or are the same pretrained ones for all."""
+def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStruct,
+             layout: sharding.Layout) -> Callable[[], PyTree]:
+  """Returns `() -> params` of all seeds. The weights depend on the seed alone; pretrained weights are equal for all."""
   drawn = lambda seed: model.init(jax.random.key(seed), jnp.zeros(example.shape, example.dtype))['params']
   given = model.initial(jax.eval_shape(drawn, 0)) if hasattr(model, 'initial') else {}
   init = jax.vmap(lambda seed, given: {**drawn(seed), **given}, in_axes=(0, None))
   # The seeds are an argument: XLA would spend seconds on folding weights that are drawn from constants.
   seeds = np.array(seeds, np.uint32)
-  compiled = jax.jit(init, out_shardings=sharding.of_state(layout, jax.eval_shape(init, seeds, given)))
+  compiled = jax.jit(init, out_shardings=sharding.state_shardings(layout, jax.eval_shape(init, seeds, given)))
   return lambda: compiled(seeds, given)
 
 
-def _start(setup: Setup, name: str, scored: data.Batch) -> Callable[[], State]:
-  """`() -> State`: the recipe's first sparse point of the initial weights.
+def _optimizer(setup: Setup, name: str, inner: optax.GradientTransformation, ticket: bool) -> Optimizer:
+  """Returns the recipe of the run `name` around `inner`, with placeholders for the values that `_values` fills in."""
+  placeholders = {value: starts.given(value) for value in VALUES if ticket or value != 'ticket'}
+  recipe = configs.plain(setup.config)['recipes'][name]
+  return recipes.from_config(inner, recipe, total_steps=setup.config.steps, axes=setup.models[name].contractions,
+                             signals=placeholders)
 
-  What it may choose that by: the loss on `scored`, the outputs on an input of ones, a key of the seed, and what the
-  model has as `signals`.
-  """
-  model, seeds = setup.models[name], np.array(setup.config.seeds, np.uint32)
 
-  def sparse(seed: Array, params: PyTree, batch: data.Batch, given: Mapping[str, PyTree]) -> State:
-    tx = _transform(setup, name, {
-        'loss': lambda params, temperature=1.0: setup.task.loss(
-            model.apply(params, batch['inputs']) / temperature, batch['labels']),
-        'outputs': lambda params: model.apply(params, jnp.ones_like(batch['inputs'][:1])),
-        'key': _key(seed),
-        **given,
-    })
-    opt_state = tx.init(params)
+def _scored(setup: Setup) -> data.Batch:
+  """Returns the first training batches of each seed as one batch `[seeds, B, ...]`: `SCORED` labels a class or more."""
+  labels = math.prod(setup.data[0].example['labels'].shape)
+  count = -(-SCORED * setup.data[0].num_classes // labels)
+  of_seeds = [jax.tree.map(lambda *parts: np.concatenate(parts), *(of_seed.train[step] for step in range(count)))
+              for of_seed in setup.data]
+  return sharding.global_batch(setup.layout.batches, jax.tree.map(lambda *seeds: np.stack(seeds), *of_seeds))
+
+
+def _start(setup: Setup, model: Model, tx: Optimizer, scored: data.Batch,
+           ticket: Ticket | None) -> tuple[Callable[[], State], State]:
+  """Returns `() -> State`, the recipe's first sparse point of the initial weights, and the shapes of the state."""
+  seeds = np.array(setup.config.seeds, np.uint32)
+
+  def sparse(seed: Array, params: PyTree, batch: data.Batch, trained: PyTree) -> State:
+    values = _values(setup, model, seed, batch, trained)
+    opt_state = tx.init(params, **{name: values[name] for name in transforms.placeholders(tx)})
     return State(sparsejax.project(params, opt_state), opt_state)
 
-  every = jax.vmap(sparse)
-  shapes = jax.eval_shape(every, seeds, *jax.eval_shape(lambda: (model.initial(), scored, model.signals())))
-  compiled = jax.jit(every, out_shardings=sharding.of_state(setup.layout, shapes))
-  return lambda: compiled(seeds, model.initial(), scored, model.signals())
+  every, params = jax.vmap(sparse), jax.eval_shape(model.initial)
+  shapes = jax.eval_shape(every, seeds, params, scored, ticket and params)
+  compiled = jax.jit(every, out_shardings=sharding.state_shardings(setup.layout, shapes))
+  weights, trained = ticket or (model.initial, lambda: None)
+  return lambda: compiled(seeds, weights(), scored, trained()), sharding.with_shardings(shapes, setup.layout)
 
 
-def _key(seed: Array) -> Array:
-  """Not the one that the weights are drawn from."""
-  return jax.random.fold_in(jax.random.key(seed), 1)
+def _values(setup: Setup, model: Model, seed: Array, batch: data.Batch, ticket: PyTree | None) -> dict[str, Any]:
+  """Returns the `VALUES` of one seed, by which a recipe chooses its first masks.
 
-
-def _step(setup: Setup, name: str, paths: list[str]) -> Callable[..., tuple[State, Array, Mapping[str, Array]]]:
-  """One update of all seeds. Measured every `measure_every` steps and at the last; in between the numbers are zeros.
-
-  The loss is NaN if it or any parameter after the update is not finite.
+  `loss` maps parameters to the loss on `batch`. `outputs` maps parameters to the outputs for an input of ones.
   """
-  config, task, model = setup.config, setup.task, setup.models[name]
+  def loss(params: PyTree, temperature: float = 1.0) -> Array:
+    return setup.task.loss(model.apply(params, batch['inputs']) / temperature, batch['labels'])
+
+  def outputs(params: PyTree) -> Array:
+    return model.apply(params, jnp.ones_like(batch['inputs'][:1]))
+
+  key = jax.random.fold_in(jax.random.key(seed), 1)  # not the key that the weights are drawn from
+  return {'loss': loss, 'outputs': outputs, 'key': key, 'ticket': ticket}
+
+
+def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
+  """Returns one update of all seeds: `(state, batch, number) -> state, loss, measurements`.
+
+  The measurements are taken every `measure_every` steps and at the last step, and are zeros at the other steps. The
+  loss is NaN if the loss, or any parameter after the update, is not finite.
+  """
+  config, task = setup.config, setup.task
 
   def loss(params: PyTree, batch: data.Batch) -> tuple[Array, Array]:
     outputs = model.apply(params, batch['inputs'])
@@ -184,21 +215,26 @@ def _step(setup: Setup, name: str, paths: list[str]) -> Callable[..., tuple[Stat
 
   gradients = model.by_seed(jax.value_and_grad(loss, has_aux=True))
 
-  def only_at_start(params: PyTree) -> Array:
-    raise ValueError(f'{name}: `loss` and `outputs` are for the scores at initialisation; an update has the gradient.')
-
-  def step(state: State, batch: data.Batch, seed: Array, number: Array) -> tuple[State, Array, Mapping[str, Array]]:
-    tx = _transform(setup, name, {'loss': only_at_start, 'outputs': only_at_start, 'key': _key(seed)})
+  def step(state: State, batch: data.Batch, number: Array) -> tuple[State, Array, Mapping[str, Array]]:
     (value, outputs), grads = gradients(state.params, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = State(optax.apply_updates(state.params, updates), opt_state)
-    measure = lambda: {task.name: task.score(outputs, batch['labels'], None), **measurements.of_step(
-        paths, grads, new.params, sparsejax.masks(*state), sparsejax.masks(*new))}
-    nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
-    due = ((number + 1) % config.measure_every == 0) | (number + 1 == config.steps)
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
-    return new, jnp.where(finite & jnp.isfinite(value), value, jnp.nan), jax.lax.cond(due, measure, nothing)
 
-  seeds = np.array(config.seeds, np.uint32)
-  every = jax.vmap(step, in_axes=(0, 0, 0, None))
-  return lambda state, batch, number: every(state, batch, seeds, number)
+    def measure() -> Mapping[str, Array]:
+      score = task.score(outputs, batch['labels'], None)
+      return {task.name: score, **measurements.of_step(paths, grads, state, new)}
+
+    due = ((number + 1) % config.measure_every == 0) | (number + 1 == config.steps)
+    return new, _nan_unless_finite(value, new.params), jax.lax.cond(due, measure, lambda: _zeros(measure))
+
+  return jax.vmap(step, in_axes=(0, 0, None))
+
+
+def _nan_unless_finite(loss: Array, params: PyTree) -> Array:
+  finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+  return jnp.where(finite & jnp.isfinite(loss), loss, jnp.nan)
+
+
+def _zeros(function: Callable[[], PyTree]) -> PyTree:
+  """Returns zeros in the shapes of what `function` returns."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))

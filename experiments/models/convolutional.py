@@ -20,8 +20,8 @@ class Perceptron(nn.Module):
   """A `Perceptron` maps `float[B, ...]` to logits `float32[B, num_classes]` by dense layers with ReLU.
 
   The default is LeNet-300-100. Reference: LeCun et al. 1998, Gradient-based learning applied to document recognition.
-  Unlike there, the activation is ReLU instead of the sigmoid. `gain` is the initial `E[fan_in w^2]` of the hidden
-  layers. At 2, the edge of chaos, activations neither vanish nor explode.
+  The activation is ReLU, unlike the paper's sigmoid. `gain` is the initial `E[fan_in w^2]` of the hidden layers. At 2,
+  the edge of chaos, activations neither vanish nor explode.
   """
 
   num_classes: int
@@ -62,8 +62,9 @@ class SuperResolution(nn.Module):
   """A `SuperResolution` maps images `float[B, H, W, channels]` to twice their size, `float32[B, 2H, 2W, channels]`.
 
   The network is a small EDSR baseline. Each residual block has two 3 x 3 convolutions without normalization. A skip
-  connection spans all blocks, and a pixel shuffle follows. Reference: Lim et al. 2017, arXiv:1707.02921. Unlike there,
-  the output is added to the bicubic image, so that training starts near the quality of interpolation.
+  connection spans all blocks, and a pixel shuffle follows. Reference: Lim et al. 2017, arXiv:1707.02921. Unlike in the
+  paper, the output is added to the bicubic image, so that training starts from interpolation and is measured against
+  it.
   """
 
   channels: int

@@ -2,11 +2,11 @@
 
     params = load_pretrained()
     embed(params, tokens, tokens != PADDING)  # float32[B, 384], of norm 1
-    MiniLM(num_classes=2, pretrained=True)    # starts at these parameters, except for the head
+    MiniLM(num_classes=2, pretrained=True)    # starts at `params`, except for the head
 
 Parameters are named so that `trees.named('attention/*/kernel', 'mlp/*/kernel')` selects every matrix of the encoder
-layers, such as `block_0/attention/query/kernel` `[in, heads, head_dim]`. The names of the embedding tables
-contain `embed`; by default the recipes leave such parameters dense.
+layers, such as `block_0/attention/query/kernel` `[in, heads, head_dim]`. By default, recipes leave the embedding tables
+dense, because the names of these tables contain `embed`.
 """
 
 import importlib.resources
@@ -42,7 +42,7 @@ class MiniLM(nn.Module):
   `num_classes` is `None`, the mean itself, `float32[B, width]`, is the result.
 
   If `pretrained`, the encoder starts at `load_pretrained()`, and only the head depends on the seed. The other fields
-  must then be those of the pretrained encoder, which are the defaults. References: Devlin et al. 2019,
+  must then have their defaults, which describe the pretrained encoder. References: Devlin et al. 2019,
   arXiv:1810.04805; Wang et al. 2020, arXiv:2002.10957.
 
   Raises `ValueError` for more tokens than positions and for a width that is no multiple of `heads`.

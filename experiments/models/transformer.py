@@ -21,7 +21,7 @@ def rotated(x: Array) -> Array:
   """Returns `x` `[B, T, heads, D]` with the rotary position embedding applied.
 
   The pair `(i, i + D/2)` of features at position `t` is rotated by `t / 10000^(2i/D)` radians. Reference: Su et al.
-  2021, arXiv:2104.09864. Unlike there, the two halves are paired instead of neighbours, as in GPT-NeoX.
+  2021, arXiv:2104.09864. The two halves of the features are paired, as in GPT-NeoX, while the paper pairs neighbours.
   """
   half = x.shape[-1] // 2
   frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -75,8 +75,8 @@ class PreNormBlock(nn.Module):
 class PostNormBlock(nn.Module):
   """A `PostNormBlock` is BERT's transformer layer, with a layer norm after attention and one after the exact `MLP`.
 
-  `__call__` maps `x` `[B, T, width]` to the same shape. Each token attends to the tokens where `mask`
-  `bool[B, 1, 1, T]` is true.
+  `__call__` maps `x` `[B, T, width]` to the same shape. Each token attends to the tokens where `mask` is true; the mask
+  is `bool[B, 1, 1, T]`.
   """
 
   heads: int
@@ -96,8 +96,8 @@ def stack(x: Array, model: nn.Module, causal: bool) -> Array:
   """Returns `x` `[B, T, width]` after `model.depth` blocks and a last layer norm, inside the model's `__call__`.
 
   `model` has the fields of `ViT` and `LM`. If `model.scan`, the blocks are one `nn.scan`, and the backward pass
-  recomputes each block. Raises `ValueError` if the width is no multiple of the heads, or, if `causal`,
-  of twice the heads.
+  recomputes each block. Raises `ValueError` if the width is no multiple of the heads, or, if `causal`, of twice the
+  heads.
   """
   if x.shape[-1] % (2 * model.heads if causal else model.heads):
     raise ValueError(f'models.{type(model).__name__}: width {x.shape[-1]} is no multiple of '

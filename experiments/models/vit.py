@@ -20,8 +20,9 @@ class ViT(nn.Module):
   """A `ViT` maps images `float[B, H, W, C]` to logits `float32[B, num_classes]`.
 
   The Vision Transformer has pre-norm blocks, learned positions and mean pooling. Reference: Dosovitskiy et al. 2021,
-  arXiv:2010.11929. Unlike there, the model has no class token. `scan` stacks the blocks and recomputes each in the
-  backward pass. Raises `ValueError` if `patch` does not divide the image or `heads` does not divide the width.
+  arXiv:2010.11929. Unlike the paper's model, this model has no class token. `scan` stacks the blocks and recomputes
+  each in the backward pass. Raises `ValueError` if `patch` does not divide the image or `heads` does not divide the
+  width.
   """
 
   num_classes: int

@@ -1,4 +1,4 @@
-"""Every config is strict, says how it is run and what came out, and trains at toy size."""
+"""Tests that each config is strict, says its command and its measurements, and trains at toy size."""
 
 import pathlib
 import re
@@ -19,7 +19,7 @@ CONFIGS = sorted(path for path in (ROOT / 'experiments/configs').rglob('*.py')
 CLAIMS = [path for path in CONFIGS if path.parent.name == 'claims']
 JOBS = [path for path in CONFIGS if path.parent.name != 'claims']
 
-SMALLER = {  # by model: what makes it small
+SMALLER = {  # by model: the changes that make the model small
     'vit': ['model.depth=1', 'model.patch=4'], 'lm': ['model.depth=1', 'data.sequence_length=8'],
     'cnn': ['model.widths=(4, 8)'], 'mlp': ['model.widths=(8, 8)'], 'sr': ['model.depth=1', 'model.width=4'],
     'minilm': ['model.depth=1', 'model.width=8', 'model.heads=2', 'model.pretrained=False', 'data.sequence_length=8'],
@@ -34,13 +34,13 @@ def text(tmp_path_factory):
 
 
 def smaller(path, text, directory):
-  """Changes that train the config's last run alone, at toy size. The others are made here."""
+  """Returns changes that train the config's last run alone, at toy size. The other recipes are made here."""
   config = configs.load(path)
   *others, last = configs.plain(config)['recipes'].items()
   signals = {'loss': jnp.sum, 'outputs': jnp.sum, 'key': jax.random.key(0)}
   for _, recipe in others:
     recipes.from_config(optax.sgd(0.1), recipe, total_steps=config.steps, signals=signals)
-  # Nothing is downloaded: images are digits, text is a file, sentences are made up.
+  # Nothing is downloaded: the images are digits, the text is a file, the sentences are made up.
   names = {'lm': text, 'minilm': sst2.NAME}
   if config.model.name == 'minilm':
     (directory / sst2.NAME).mkdir(parents=True)
@@ -62,7 +62,7 @@ def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
 
 @pytest.mark.parametrize('path', CLAIMS, ids=lambda path: path.stem)
 def test_a_claim_is_traced_at_toy_size(path, text, tmp_path, standard_promotion):
-  """Each of them trained would cost minutes; `test_claims` trains one."""
+  """Traces each claim's last run, because training all claims would take minutes; `test_claims` trains one claim."""
   config = configs.load(path, smaller(path, text, tmp_path / 'data'))
   run, = runs.build(runs.prepare(config), dict.fromkeys(configs.runs(config), tmp_path)).values()
   assert run.sparse

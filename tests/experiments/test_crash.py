@@ -1,4 +1,4 @@
-"""A run that is killed, stopped, out of room, and resumed each time, ends bit for bit as one that was left alone."""
+"""Tests that a run that was killed, stopped or out of room, and resumed, ends with the bits of an undisturbed run."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ from sparsejax import io
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN, STEPS = 'MdGf', 80
-KILLS = 15  # a run; there are two of them, and half of their kills hit a checkpoint that is being written
+KILLS = 15  # of each of two runs; half of the kills hit a checkpoint that is being written
 CONFIG = jobs.config(RUN, STEPS, validate_every=40)
 
 
@@ -37,7 +37,7 @@ def started(folder, workdir, **options):
 
 @pytest.fixture(scope='module')
 def alone(folder):
-  """The run that nothing disturbs."""
+  """Returns the workdir of the run that nothing disturbs."""
   with jobs.together(started(folder, 'alone')) as (job,):
     code, _, err = job.wait()
   assert (code, err) == (0, '')
@@ -54,12 +54,12 @@ def unfinished(workdir):
 
 
 def whole(workdir):
-  """The newest checkpoint that is complete, 0 if there is none."""
+  """Returns the step of the newest complete checkpoint, 0 if there is none."""
   return max((int(path.name) for path in (workdir / RUN / 'checkpoints').glob('*') if path.name.isdigit()), default=0)
 
 
 def bits(workdir):
-  """Every array of the last checkpoint as bytes, by item."""
+  """Returns every array of the last checkpoint as bytes, by item."""
   place = workdir / RUN / 'checkpoints' / str(STEPS)
   return {item: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(io.read(place, item))]
           for item in ('params', 'opt_state')}
@@ -72,17 +72,17 @@ def same(workdir, alone):
 
 
 class Victim:
-  """A run that is killed again and again, at moments that are drawn. `step` must be called until `done`."""
+  """A `Victim` is a run that is killed again and again, at random moments. Call `step` until `done`."""
 
   def __init__(self, folder, name, seed):
     self.folder, self.workdir, self.name, self.chance = folder, folder / name, name, random.Random(seed)
     self.job, self.kills, self.during, self.done = None, 0, 0, False
 
   def step(self):
-    """Starts a life, kills it if its moment has come, or sees that it has ended; never waits."""
+    """Starts a process, kills the process if its moment has come, or notes its end. Never waits."""
     if self.job is None:
       self.before, self.at, self.job = whole(self.workdir), None, started(self.folder, self.name)
-      self.writing = self.kills % 2  # every second one while a checkpoint is written
+      self.writing = self.kills % 2  # every second kill while a checkpoint is written
       self.steps, self.delay = self.chance.randint(0, 2), self.chance.uniform(0, 0.05)
       return
     if not self.job.running():
@@ -101,7 +101,7 @@ class Victim:
     code, out, _ = self.job.wait()
     assert code == -signal.SIGKILL
     if self.before:
-      assert f'resumed at step {self.before}' in out  # nothing that was whole was lost
+      assert f'resumed at step {self.before}' in out  # No complete checkpoint was lost.
     assert whole(self.workdir) >= self.before
     self.kills, self.during, self.job = self.kills + 1, self.during + bool(unfinished(self.workdir)), None
 
@@ -143,11 +143,12 @@ def test_stopped(folder, alone, number, name):
   same(workdir, alone)
 
 
-# A disk that is really full.
+# A full disk.
 
 
 def small_files():
-  """From now on no file of this process grows beyond 12,000 bytes: the kernel refuses the write, whoever makes it."""
+  """Limits every file of this process to 12,000 bytes: the kernel refuses a larger write, whichever library makes it.
+  """
   resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 
 
@@ -177,7 +178,8 @@ cp -r "$0"/run "$0"-run
 
 
 def test_a_full_disk_is_said_in_a_line_and_loses_nothing(folder, alone):
-  """In a namespace of its own an ordinary user may mount a small disk, where the kernel allows that."""
+  """Mounts a small disk in a namespace of its own; where the kernel forbids it to ordinary users, the test is skipped.
+  """
   disk = folder / 'disk'
   disk.mkdir()
   mounting = ['unshare', '--user', '--map-root-user', '--mount', 'sh', '-c']

@@ -1,4 +1,4 @@
-"""The parts of the experiment loop by themselves: checkpoints, records, results, optimizers, progress."""
+"""Tests the parts of the experiment loop by themselves: checkpoints, records, pages, optimizers, progress."""
 
 import io
 import json
@@ -21,13 +21,14 @@ from experiments.loop import checkpoints, optimizers, records, sharding
 from experiments.loop.checkpoints import State
 from experiments.loop.progress import Progress
 from experiments.loop.stopping import StopRequest
-from experiments.tables import results
+from experiments.tables import pages
+from experiments.tables import runs as tables
 
 # Checkpoints.
 
 
 def state(scale=1.0):
-  """One with every kind of array that an optimizer's state may hold, large enough to fill files."""
+  """Returns a state with every kind of array that an optimizer's state may hold, large enough to fill files."""
   weights = {'w': scale * jax.random.normal(jax.random.key(0), (3, 200, 100)), 'b': jnp.arange(5, dtype=jnp.bfloat16)}
   return State(weights, (optax.MaskedNode(), jnp.int32(7), jax.random.key(3), weights['w'] > 0, [weights['w'] * 2]))
 
@@ -60,7 +61,7 @@ def test_the_newest_two_checkpoints_are_kept_and_come_back_bit_for_bit(tmp_path)
 @pytest.mark.parametrize('shard', sharding.SHARDS)
 def test_a_checkpoint_of_four_devices_comes_back_on_any_number(tmp_path, shard):
   layout = lambda devices: sharding.layout(ConfigDict({'mesh': {'data': devices}, 'shard': shard, 'batch_size': 8}))
-  like = {devices: sharding.like(jax.eval_shape(state), layout(devices)) for devices in (1, 2, 4, 8)}
+  like = {devices: sharding.with_shardings(jax.eval_shape(state), layout(devices)) for devices in (1, 2, 4, 8)}
   with checkpoints.open_(tmp_path / 'run') as manager:
     four = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), state(), like[4])
     checkpoints.save(manager, 1, four)
@@ -97,7 +98,7 @@ def garbled(place):
 
 
 @pytest.mark.parametrize('damage', [cut, flipped, missing, garbled])
-@pytest.mark.filterwarnings('error')  # Orbax must not fill the screen with its unfinished business
+@pytest.mark.filterwarnings('error')  # Orbax must not fill the screen with warnings about unfinished reads.
 def test_a_damaged_checkpoint_is_never_restored(tmp_path, damage):
   saved(tmp_path / 'run', 1, 2)
   damage(tmp_path / 'run/2')
@@ -106,7 +107,7 @@ def test_a_damaged_checkpoint_is_never_restored(tmp_path, damage):
   assert step == 1 and equal(found, state(1.0))
   assert len(said) == 1 and 'step 2' in said[0] and 'damaged' in said[0]
   assert (tmp_path / 'damaged/2').is_dir() and not (tmp_path / 'run/2').exists()
-  saved(tmp_path / 'run', 2)  # its step can be saved again
+  saved(tmp_path / 'run', 2)  # The damaged step can be saved again.
   assert restored(tmp_path / 'run')[0] == 2
   for step in (1, 2):
     damage(tmp_path / 'run' / str(step))
@@ -115,7 +116,7 @@ def test_a_damaged_checkpoint_is_never_restored(tmp_path, damage):
 
 
 def test_the_late_end_of_a_read_given_up_is_not_printed(tmp_path, monkeypatch):
-  """A race in a thread of TensorStore, so it is played here, not waited for."""
+  """Plays a race in a thread of TensorStore, because waiting for the race would take too long."""
   said = []
   monkeypatch.setattr(sys, 'unraisablehook', said.append)
   saved(tmp_path / 'run', 1)
@@ -190,24 +191,56 @@ def test_records_beyond_the_restored_step_and_a_line_cut_by_a_kill_are_written_a
   assert json.loads(whole.splitlines()[0]) == {'step': 1, 'loss': [1.0, None], 'rate': 0.5}
 
 
-# Results.
+def test_json_has_no_nan(tmp_path):
+  records.write_json(tmp_path / 'a.json', {'a': [float('nan'), (1.5, float('inf'))], 'b': {'c': 2}, 'd': 'x'})
+  assert json.loads((tmp_path / 'a.json').read_text()) == {'a': [None, [1.5, None]], 'b': {'c': 2}, 'd': 'x'}
+  assert not list(tmp_path.glob('*.part'))
+
+
+# Pages.
+
+
+def test_a_page_goes_to_the_terminal_and_to_files(tmp_path):
+  def draw(path):
+    assert not (tmp_path / 'results.json').exists()  # The JSON is last.
+    with pages.figure(path, 1, 2, figsize=(4, 2)) as axes:
+      assert axes.shape == (1, 2)
+
+  lines = [{'run': 'a', 'loss': 0.25}, {'run': 'b', 'loss': float('nan')}]
+  columns = {'run': lambda line: line['run'], 'test\nloss': lambda line: f'{line["loss"]:.4f}'}
+  console = rich.console.Console(file=io.StringIO(), width=80)
+  notes = ['[Note].', 'Another.']
+  pages.show(pages.Page('results', [pages.table(columns, lines)], notes, {'rows': lines}, draw, rows=lines), tmp_path,
+             console)
+  read = lambda suffix: (tmp_path / f'results.{suffix}').read_text()
+  out = console.file.getvalue()
+  assert out.endswith('\n[Note].\nAnother.\n') and 'test' in out.splitlines()[1] and '0.2500' in out
+  assert read('md') == '| run | test loss |\n| --- | --- |\n| a | 0.2500 |\n| b | nan |\n\n- [Note].\n- Another.\n'
+  assert json.loads(read('json')) == {'rows': [{'run': 'a', 'loss': 0.25}, {'run': 'b', 'loss': None}]}
+  assert read('csv').split() == ['run,loss', 'a,0.25', 'b,nan']
+  assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_spread_has_no_interval_where_there_is_none():
+  assert pages.spread(0.5, 0.125, 100) == '50.00 ± 12.50'
+  assert pages.spread(0.5, float('nan'), sign='+') == '+0.50'
 
 
 def test_intervals_are_students(tmp_path):
   values = [0.91, 0.94, 0.92, 0.95]
-  mean, half = results.interval(values)
+  mean, half = pages.interval(values)
   assert mean == pytest.approx(0.93)
   assert half == pytest.approx(3.182446 * np.std(values, ddof=1) / 2)  # t(0.975, 3 degrees of freedom), from a table
-  assert np.isnan(results.interval([0.5])[1])
+  assert np.isnan(pages.interval([0.5])[1])
 
 
 def test_differences_are_paired_by_seed():
   outcome = lambda name, accuracy: {
       'name': name, 'test': {'accuracy': accuracy, 'loss': [1.0, 1.0, 1.0]}, 'asked': None, 'achieved': None,
       'training_flops': 1.0, 'inference_flops': 1.0, 'seconds': 1.0}
-  base, other = results.rows([outcome('a', [0.1, 0.5, 0.9]), outcome('b', [0.2, 0.6, 1.0])])
+  base, other = tables.rows([outcome('a', [0.1, 0.5, 0.9]), outcome('b', [0.2, 0.6, 1.0])])
   assert base['difference'] == base['difference_ci95'] == 0
-  # The seeds differ widely, the difference between the runs does not.
+  # The seeds differ widely; the difference between the runs does not vary.
   assert other['difference'] == pytest.approx(0.1) and other['difference_ci95'] < 1e-6 < other['accuracy_ci95']
 
 
@@ -264,7 +297,7 @@ def test_progress_is_a_bar_on_a_terminal_and_fits_80_columns():
 
 
 def test_a_signal_is_remembered_and_a_second_ctrl_c_interrupts():
-  before = signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background of a shell
+  before = signal.getsignal(signal.SIGINT)  # A shell ignores the signal for tests in its background.
   with StopRequest() as signals:
     assert signals.received is None
     os.kill(os.getpid(), signal.SIGTERM)

@@ -81,7 +81,7 @@ def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_
 def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed):
   for victim, moment in ((1, trained_on), (0, writing)):
     with started(folder, 'killed', 2) as both:
-      # The run continues from its last checkpoint. Lines after that checkpoint stay in the file until then.
+      # The file still has the lines after the last checkpoint of the killed run, until training resumes.
       jobs.until(functools.partial(moment, folder, lines(folder, 'killed') + 3), *both)
       both[victim].signal(signal.SIGKILL)
       code, _, err = both[1 - victim].wait()

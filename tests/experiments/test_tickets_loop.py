@@ -1,8 +1,7 @@
-"""The loop over rounds at toy size: the masks and the points that it goes on from, soups, and what it survives."""
+"""Tests the rounds of pruning at toy size: masks, starting points, soups, resuming and refusals."""
 
 import json
 import os
-import pathlib
 import shutil
 
 import jax
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import claims, configs, tickets, train
-from experiments.loop import runs
+from experiments.loop import outcomes, runs
+from experiments.tables import claims as tables
 from sparsejax import io, trees
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -41,21 +41,21 @@ def folder(folder):
 
 
 def call(folder, workdir, *changes):
-  """Runs the command and returns its exit status."""
+  """Returns the exit status of the command."""
   given = ['--config', folder / 'config.py', '--workdir', workdir, '--data_dir', folder / 'data']
   return tickets.main([*map(str, given), *(part for change in changes for part in ('--set', change))])
 
 
 @pytest.fixture(scope='module')
 def whole(folder):
-  """A job of two rounds with two members that nothing disturbed."""
+  """Returns the workdir of a job of two rounds with two members that nothing disturbed."""
   with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
     assert call(folder, folder / 'whole') == 0
   return folder / 'whole'
 
 
 def params(workdir, run):
-  """The last parameters of a run, by path, `[rows, ...]`."""
+  """Returns the last parameters of a run by path, `[rows, ...]`."""
   return dict(zip(*trees.flatten(io.read(workdir / run / 'checkpoints', 'params'))[:2]))
 
 
@@ -68,12 +68,12 @@ def matrices(params):
 
 
 def together(params, row):
-  """The weights of one row in one array."""
+  """Returns the weights of one row in one array."""
   return np.concatenate([leaf[row].ravel() for leaf in matrices(params).values()])
 
 
 def bits(workdir):
-  """What is in the checkpoints of all runs."""
+  """Returns the arrays in the checkpoints of all runs as bytes."""
   steps = sorted(workdir.glob('*/checkpoints/[0-9]*'))
   return {str(step.relative_to(workdir)): [np.asarray(leaf).tobytes() for item in ('params', 'opt_state')
                                            for leaf in jax.tree.leaves(io.read(step, item))] for step in steps}
@@ -83,7 +83,7 @@ def test_masks_are_the_largest_of_the_trained_weights_and_nested(whole):
   dense, soup = params(whole, 'dense'), None
   for number, sparsity in SPARSITIES.items():
     found = params(whole, f'round-{number}')
-    for row in range(4):  # members 0 and 1 of seed 0 and 7: 0-0, 0-7, 1-0, 1-7
+    for row in range(4):  # member-seed: 0-0, 0-7, 1-0, 1-7
       ticket = np.abs(together(dense if soup is None else soup, row % 2))
       kept = together(found, row) != 0
       assert kept.sum() == round(len(kept) * (1 - sparsity))
@@ -100,7 +100,7 @@ def test_a_soup_is_the_average_of_its_members_under_their_mask(whole):
     for path, leaf in soup.items():
       first, second = members[path][:2], members[path][2:]
       np.testing.assert_allclose(leaf, (first + second) / 2, rtol=1e-6, atol=1e-8)
-      assert not np.array_equal(first, second)  # they saw their batches in another order
+      assert not np.array_equal(first, second)  # The members saw their batches in different orders.
     for seed in range(2):
       np.testing.assert_array_equal(together(soup, seed) == 0, together(members, seed) == 0)
 
@@ -119,21 +119,21 @@ def test_results_have_each_seed_of_dense_members_and_soup(whole, capsys):
   np.testing.assert_allclose(ends, [found[name]['test']['loss'] for name in each[:2]], rtol=1e-5)
   assert '| soup | 2 |' in (whole / 'results.md').read_text()
   assert (whole / 'results.png').read_bytes()[:4] == b'\x89PNG'
-  comparison, = claims.soups(found)
+  comparison, = configs.module(claims.collected()['soup_vit_digits']).comparisons(tables.scored(found))
   mean = np.mean([found[name]['test']['accuracy'] for name in each[:2]], axis=0)
   np.testing.assert_allclose(np.subtract(comparison.more, comparison.less),
                              100 * (np.array(found['soup']['test']['accuracy']) - mean))
 
 
 def test_a_finished_job_is_shown_again_and_one_of_another_config_refused(folder, whole, monkeypatch, capsys):
-  monkeypatch.setattr(tickets, 'prepare', None)  # nothing is left to prepare for
+  monkeypatch.setattr(runs, 'prepare', None)  # Nothing is left to prepare for.
   assert call(folder, whole) == 0 and 'member-1' in capsys.readouterr().out
   assert call(folder, whole, 'tickets.sparsity=0.8') == 2
   assert 'tickets.sparsity: 0.75 -> 0.8' in said(capsys)
 
 
 def test_resumes_after_a_finished_round_bit_for_bit(folder, whole, tmp_path):
-  """Inside of a round it is `train.train` that resumes, and `test_train` that says so."""
+  """Removes the second round and the results; `test_train` tests the resuming inside a round."""
   shutil.copytree(whole, copy := tmp_path / 'copy')
   (copy / 'results.json').unlink()
   shutil.rmtree(copy / 'round-2')
@@ -144,22 +144,34 @@ def test_resumes_after_a_finished_round_bit_for_bit(folder, whole, tmp_path):
   assert found['barriers'] == wanted['barriers']
 
 
-def test_a_signal_stops_it_between_two_steps(folder, tmp_path, monkeypatch, capsys):
-  def batch(setup, step):
-    if 'dense' not in setup.config.recipes:
-      os.kill(os.getpid(), 15)
-    return runs.batch(setup, step)
+def test_parameters_that_were_changed_after_the_test_are_refused(folder, whole, tmp_path, capsys):
+  shutil.copytree(whole, copy := tmp_path / 'copy')
+  (copy / 'results.json').unlink()
+  outcome = json.loads((path := copy / 'round-1' / outcomes.FILE).read_text())
+  outcome['checkpoint']['fingerprint'] ^= 1
+  path.write_text(json.dumps(outcome))
+  assert call(folder, copy) == 2
+  assert 'round-1: the parameters in' in (heard := said(capsys)) and f'Remove {copy}/round-1 to train' in heard
 
-  monkeypatch.setattr(train, 'batch', batch)
+
+def test_a_signal_stops_it_between_two_steps(folder, tmp_path, monkeypatch, capsys):
+  whole_batch = runs.batch
+
+  def batch(setup, step):
+    if 'dense' not in setup.config.recipes and step == 1:
+      os.kill(os.getpid(), 15)
+    return whole_batch(setup, step)
+
+  monkeypatch.setattr(runs, 'batch', batch)
   assert call(folder, tmp_path, 'tickets.rounds=1', 'steps=2') == 128 + 15
   heard = said(capsys)
   assert 'round-1 is saved. Resume with: ' in heard and '-m experiments.tickets --config' in heard
-  assert [path.name for path in (tmp_path / 'round-1/checkpoints').iterdir()] == ['1']
+  assert sorted(path.name for path in (tmp_path / 'round-1/checkpoints').iterdir()) == ['1', '2']
 
 
 @pytest.mark.parametrize('rewind', ['weights', 'learning_rate'])
 def test_goes_on_from_the_weights_that_it_says(folder, tmp_path, monkeypatch, rewind):
-  """A retraining at a learning rate of zero leaves what it started from."""
+  """Retrains at a learning rate of zero, which leaves the weights that the round started from."""
   monkeypatch.setattr(tickets, 'rates', lambda optimizer, rewind: {**optimizer, 'learning_rate': 0.0})
   changes = (f'tickets.rewind={rewind}', 'tickets.rewind_step=3', 'tickets.members=1', 'tickets.rounds=1')
   assert call(folder, tmp_path, *changes) == 0
@@ -167,7 +179,7 @@ def test_goes_on_from_the_weights_that_it_says(folder, tmp_path, monkeypatch, re
   start = dense
   if rewind == 'weights':
     start = params(tmp_path, 'early')
-    at_step = io.read(tmp_path / 'dense/checkpoints/3', 'params')  # the dense run saves the newest two
+    at_step = io.read(tmp_path / 'dense/checkpoints/3', 'params')  # The dense run keeps its newest two checkpoints.
     assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(at_step)] == [x.tobytes() for x in start.values()]
   for path, leaf in found.items():
     kept = leaf != 0 if path in matrices(found) else True
@@ -191,14 +203,14 @@ def test_refusals_say_why(folder, tmp_path, capsys, change, reason):
 
 def test_each_program_refuses_the_configs_of_the_other(folder, tmp_path, capsys):
   assert train.main(['--config', str(folder / 'config.py'), '--workdir', str(tmp_path)]) == 2
-  other = pathlib.Path(claims.CONFIGS / 'dynamic_vit_digits.py')
+  other = claims.collected()['dynamic_vit_digits']
   assert tickets.main(['--config', str(other), '--workdir', str(tmp_path)]) == 2
   heard = said(capsys)
   assert 'python -m experiments.tickets' in heard and 'tickets is None' in heard
 
 
 def test_the_learning_rate_of_a_retraining():
-  optimizer = configs.load(claims.CONFIGS / 'soup_vit_digits.py').optimizer
+  optimizer = configs.load(claims.collected()['soup_vit_digits']).optimizer
   assert tickets.rates(optimizer, 'weights') == tickets.rates(optimizer, 'learning_rate') == optimizer
   fine = tickets.rates(optimizer, None)
   assert (fine.learning_rate, fine.decay, fine.warmup) == (0.01 * optimizer.learning_rate, 'constant', 0)

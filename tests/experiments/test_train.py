@@ -1,4 +1,4 @@
-"""The experiment loop at toy size: the main job from end to end, what it refuses, and what it survives."""
+"""Tests the command `train` at toy size: the main job from end to end, its refusals, and resuming."""
 
 import csv
 import json
@@ -26,22 +26,22 @@ TOY = ('mesh.data=1', 'steps=8', 'seeds=(0, 7)', 'batch_size=8', 'model.width=16
 
 
 def call(folder, workdir, *changes, config=DEMO, toy=TOY):
-  """Runs the command and returns its exit status."""
+  """Returns the exit status of the command."""
   overrides = [f'data.data_dir={folder / "data"}', *toy, *changes]
   return train.main(['--config', str(config), '--workdir', str(workdir), *(x for o in overrides for x in ('--set', o))])
 
 
 @pytest.fixture(scope='module')
 def demo(folder):
-  """The workdir of the whole main job, run once."""
+  """Returns the workdir of the whole main job, run once."""
   with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
-    assert call(folder, os.path.relpath(folder / 'demo')) == 0  # as users give it
+    assert call(folder, os.path.relpath(folder / 'demo')) == 0  # Users give relative paths.
   return folder / 'demo'
 
 
 @pytest.fixture
 def unfinished(demo, tmp_path):
-  """A copy of the job in which SR-STE has come to step 6 of 8."""
+  """Returns a copy of the job in which SR-STE has come to step 6 of 8."""
   shutil.copytree(demo, tmp_path / 'copy')
   (tmp_path / 'copy/SR-STE' / outcomes.FILE).unlink()
   shutil.rmtree(tmp_path / 'copy/SR-STE/checkpoints/8')
@@ -115,7 +115,8 @@ def test_all_runs_start_from_the_same_weights_and_each_seed_has_its_own_order(fo
 
 
 ONE = {'sparsity': 0.5, 'where': ['mlp/fc1/kernel']}
-SCORED = {  # recipe, and what it chooses the mask by: the second seed's own batches, its own weights alone, its own key
+# Each recipe, and the value that it chooses the mask by: the second seed's batches, its weights alone, its key.
+SCORED = {
     'snip': ({'name': 'snip', **ONE}, lambda apply, inputs, labels: {
         'loss': lambda p: tasks.cross_entropy(apply(p, inputs), labels)}),
     'synflow': ({'name': 'synflow', 'rounds': 2, **ONE}, lambda apply, inputs, labels: {
@@ -130,16 +131,17 @@ def test_each_seed_is_scored_by_its_own_weights_batches_and_key(folder):
   config = configs.load(DEMO, [f'data.data_dir={folder / "data"}', *TOY, f'recipes={recipe}'])
   setup = runs.prepare(config)
   model, = {id(model): model for model in setup.models.values()}.values()  # traced once
-  first = [setup.data[1].train[step] for step in range(13)]  # 104 labels: ten of each class, in batches of eight
+  first = [setup.data[1].train[step] for step in range(13)]  # 104 labels, ten a class, in batches of eight
   inputs, labels = (np.concatenate([batch[key] for batch in first]) for key in ('inputs', 'labels'))
   params = jax.tree.map(lambda leaf: leaf[1], model.initial())
+  built = runs.build(setup, dict.fromkeys(SCORED, folder))
   for name, (recipe, given) in SCORED.items():
-    pruned = runs._start(setup, name, runs._scored(setup))().params['block_0']['mlp']['fc1']['kernel'] == 0
+    pruned = built[name].start().params['block_0']['mlp']['fc1']['kernel'] == 0
     assert pruned.sum((1, 2)).tolist() == [512, 512] and not np.array_equal(*pruned)
     tx = recipes.from_config(optax.sgd(0.1), recipe, total_steps=8, signals={
         'axes': model.contractions, **given(model.apply, inputs, labels)})
     by_hand = sparsejax.project(params, jax.jit(tx.init)(params))['block_0']['mlp']['fc1']['kernel'] == 0
-    assert (by_hand == pruned[1]).mean() > 0.99, name  # vmap adds in another order
+    assert (by_hand == pruned[1]).mean() > 0.99, name  # `vmap` adds in another order.
 
 
 def test_every_run_has_its_own_model_and_its_own_sparse_leaves(folder):
@@ -175,7 +177,7 @@ def test_super_resolution_in_its_own_metrics_and_bit_for_bit_after_a_kill(folder
 
 
 def test_a_finished_job_prints_its_results_again(folder, demo, monkeypatch, capsys):
-  monkeypatch.setattr(train, 'prepare', None)  # nothing is left to prepare for
+  monkeypatch.setattr(runs, 'prepare', None)  # Nothing is left to prepare for.
   before = (demo / 'results.json').read_bytes()
   assert call(folder, demo) == 0
   out = capsys.readouterr().out
@@ -196,7 +198,7 @@ def test_other_predictions_of_the_packed_file_are_refused(folder, unfinished, mo
   assert 'SR-STE: the predictions of' in capsys.readouterr().err
 
 
-# What it survives.
+# Resuming.
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(folder, demo, unfinished, capsys):
@@ -239,7 +241,7 @@ def test_training_goes_on_with_another_number_of_devices(folder, tmp_path, capsy
   assert [line['step'] for line in lines] == [2, 4, 6] and lines[-1]['sparsity'] == pytest.approx([0.75, 0.75])
 
 
-# What it refuses, in one line and with status 2.
+# Refusals in one line, status 2.
 
 
 @pytest.mark.parametrize('where', ['localhost', 'localhost:1234', 'localhost:1234,2,2', 'localhost,0,2', ':1,0,2'])
@@ -325,7 +327,7 @@ def test_what_a_config_file_leaves_out_is_as_in_the_default(tmp_path):
 
 
 def test_a_workdir_that_cannot_be_written(folder, tmp_path, capsys):
-  (tmp_path / 'file').write_text('')  # not a matter of permissions: the superuser has them all
+  (tmp_path / 'file').write_text('')  # A file as the parent refuses the superuser too, whom permissions do not.
   assert call(folder, tmp_path / 'file' / 'run') == 2
   err = capsys.readouterr().err
   assert err.count('\n') == 1 and str(tmp_path / 'file') in err

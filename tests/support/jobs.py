@@ -1,6 +1,10 @@
-"""The training program in processes of its own that start in a second: forks of one that has imported everything.
+"""Starts `experiments.train` in processes of its own, within a second: forks of a process that has imported everything.
 
-They are real processes, with real signals and exit statuses; only their imports were done before.
+The forks are real processes, with real signals and exit statuses; only their imports were done before.
+
+    with together(Job(tmp_path / 'job', '--config', path, '--workdir', tmp_path / 'run')) as (job,):
+      job.signal(signal.SIGTERM)
+      status, out, err = job.wait()
 """
 
 import contextlib
@@ -15,11 +19,11 @@ import time
 from experiments.data import digits
 
 FORKS = multiprocessing.get_context('forkserver')
-PATIENCE = 300  # seconds, for a loaded machine; nothing waits so long unless something is broken
+PATIENCE = 300  # seconds, for a loaded machine; only a broken test waits so long
 
 
 def config(run, steps, **changes):
-  """The text of a config: one small run of two seeds, measured at every step and saved at every second."""
+  """Returns the text of a config of a small run: two seeds, measured every step and saved every second step."""
   lines = [f'  config.{key} = {value!r}\n' for key, value in changes.items()]
   return f"""
 from experiments.configs import default
@@ -39,14 +43,15 @@ def get_config():
 
 
 def folder(place, config):
-  """`place`, with the config and the data that jobs train on."""
+  """Returns `place` after writing the config and the data that jobs train on."""
   (place / 'config.py').write_text(config)
   digits.prepared(place / 'data')
   return place
 
 
 class Job:
-  """One process of `python -m experiments.train`. What it says goes to files beside `place`."""
+  """A `Job` is one process of `python -m experiments.train`. Its output goes to the files `place.out` and `place.err`.
+  """
 
   def __init__(self, place, *arguments, devices=1, cache=None, before=None):
     FORKS.set_forkserver_preload(['experiments.train'])
@@ -64,7 +69,7 @@ class Job:
     return self._process.exitcode is None
 
   def wait(self):
-    """Exit status, standard output and standard error."""
+    """Returns the exit status, the standard output and the standard error."""
     self._process.join(PATIENCE)
     assert not self.running(), (self._out.read_text(), self._err.read_text())
     return self._process.exitcode, self._out.read_text(), self._err.read_text()
@@ -75,13 +80,13 @@ class Job:
 
 
 def flags(devices=1):
-  """What tests give XLA, for so many devices: programs that are to give the same bits are compiled alike."""
+  """Returns the XLA flags of the tests for `devices` devices: programs compared bit for bit are compiled alike."""
   return os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
 
 
 @contextlib.contextmanager
 def together(*jobs):
-  """The jobs; none is left behind."""
+  """Yields the jobs, and kills those that still run at the end."""
   try:
     yield jobs
   finally:
@@ -90,7 +95,7 @@ def together(*jobs):
 
 
 def until(condition, *jobs):
-  """Waits for `condition()`, or for the end of any of `jobs`."""
+  """Waits until `condition()` is true, or one of `jobs` has ended."""
   end = time.monotonic() + PATIENCE
   while not condition() and all(job.running() for job in jobs) and time.monotonic() < end:
     time.sleep(0.001)

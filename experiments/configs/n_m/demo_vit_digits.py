@@ -1,11 +1,12 @@
-r"""The main job: dense, SR-STE and MdGf-Linear at 1:8 on the feed-forward layers of a small ViT, digits, eight seeds.
+r"""Runs the main job: dense, SR-STE and MdGf-Linear at 1:8 on the feed-forward layers of a small ViT, digits, 8 seeds.
 
-  python -m experiments.train --config experiments/configs/n_m/demo_vit_digits.py --workdir runs/demo
+    python -m experiments.train --config experiments/configs/n_m/demo_vit_digits.py --workdir runs/demo
 
-`make demo` runs it. The digits are scikit-learn's, written as a TFDS set at the first use; nothing is downloaded.
+`make demo` runs the same command. The digits are scikit-learn's, written as a TFDS data set at the first use; nothing
+is downloaded.
 
-Measured on two shared CPU cores, jax 0.10.2, in about five minutes of a busy machine: test accuracy 97.81 +- 0.50 %
-dense, 97.47 +- 0.57 % SR-STE, 97.36 +- 0.71 % MdGf-Linear; paired differences to dense -0.35 +- 0.60 and -0.45 +- 0.48.
+Measured on two shared CPU cores, jax 0.10.2, in about five minutes of a busy machine. Test accuracy: 97.81 +- 0.50 %
+dense, 97.47 +- 0.57 % SR-STE, 97.36 +- 0.71 % MdGf-Linear. Paired differences to dense: -0.35 +- 0.60, -0.45 +- 0.48.
 """
 
 from experiments.configs import default

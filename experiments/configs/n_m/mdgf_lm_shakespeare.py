@@ -1,9 +1,9 @@
-r"""MdGf with linear, cosine and exponential decay at 1:8: a language model on Tiny Shakespeare, read by TFDS.
+r"""Compares the decays of MdGf at 1:8: linear, cosine, exponential. A language model on Tiny Shakespeare, read by TFDS.
 
-  .venv/bin/python -m experiments.train --config experiments/configs/n_m/mdgf_lm_shakespeare.py --workdir runs/text \
-      --set data.data_dir=/where/tfds/prepared/it
+    .venv/bin/python -m experiments.train --config experiments/configs/n_m/mdgf_lm_shakespeare.py --workdir runs/text \
+        --set data.data_dir=/where/tfds/prepared/it
 
-Any UTF-8 text file does too: --set data.name=book.txt. Not yet run at this size.
+Any UTF-8 text file can replace the data set: `--set data.name=book.txt`. Not yet run at this size.
 """
 
 from experiments.configs import default

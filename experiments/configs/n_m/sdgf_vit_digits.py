@@ -1,6 +1,6 @@
-"""Structure decay in stages, stepwise and geometric, against SR-STE: ViT on digits at 1:8.
+"""Compares structure decay in stages, stepwise and geometric, with SR-STE: ViT on digits at 1:8.
 
-  .venv/bin/python -m experiments.train --config experiments/configs/n_m/sdgf_vit_digits.py --workdir runs/sdgf
+    .venv/bin/python -m experiments.train --config experiments/configs/n_m/sdgf_vit_digits.py --workdir runs/sdgf
 
 Not yet run at this size.
 """
@@ -19,6 +19,6 @@ def get_config():
       'dense': {'name': 'dense'},
       'SR-STE': {'name': 'sr_ste', **sparse},
       'SdGf-Stepwise': {'name': 'sdgf_stepwise', **sparse},
-      'SdGf-Geometric': {'name': 'sdgf_geometric', **sparse, 'k': 8},  # 8:64 first: 64 divides width and hidden width
+      'SdGf-Geometric': {'name': 'sdgf_geometric', **sparse, 'k': 8},  # first 8:64; 64 divides both widths
   }
   return config

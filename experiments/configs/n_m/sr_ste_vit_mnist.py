@@ -1,7 +1,7 @@
-r"""SR-STE as published and decoupled, and one-shot magnitude, at 2:4: ViT on MNIST, read by TFDS from a folder.
+r"""Compares SR-STE as published, SR-STE decoupled and one-shot magnitude at 2:4: ViT on MNIST, read by TFDS.
 
-  .venv/bin/python -m experiments.train --config experiments/configs/n_m/sr_ste_vit_mnist.py --workdir runs/mnist \
-      --set data.data_dir=/where/tfds/prepared/it
+    .venv/bin/python -m experiments.train --config experiments/configs/n_m/sr_ste_vit_mnist.py --workdir runs/mnist \
+        --set data.data_dir=/where/tfds/prepared/it
 
 Not yet run at this size.
 """

@@ -1,0 +1,182 @@
+"""Trains and tests every run of a config: the one function under the commands `train`, `tickets` and `claims`.
+
+    with StopRequest() as request:
+      outcomes = run(configs.load(path), pathlib.Path('runs/demo'), request)
+    outcomes['SR-STE']['test']['accuracy']    # a number for each seed
+"""
+
+import contextlib
+import io
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import rich.console
+from ml_collections import ConfigDict
+
+from experiments import configs
+from experiments.loop import checkpoints, evaluate, hosts, outcomes, records, runs
+from experiments.loop.checkpoints import State
+from experiments.loop.outcomes import Outcomes
+from experiments.loop.progress import Progress
+from experiments.loop.runs import Run, Setup, Ticket
+from experiments.loop.stopping import StopRequest
+from sparsejax import metrics
+from sparsejax.types import Array
+
+
+class Stopped(Exception):
+  """`Stopped` is raised when a signal has stopped the run `name`, after its checkpoint is saved."""
+
+  def __init__(self, name: str, request: StopRequest):
+    super().__init__(f'Stopped by {request.name}, {name} is saved.')
+    self.status = 128 + request.received
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
+        tickets: Mapping[str, Ticket] = MappingProxyType({}), until: int | None = None,
+        keeps_config: bool = True) -> Outcomes:
+  """Trains and tests each run of `config` that is not finished in `workdir`; returns the outcomes of all runs.
+
+  The runs are trained one after the other, each in `workdir/<run>`, from its newest checkpoint if there is one. All
+  runs are traced before the first one trains, so a config is refused at once (`ValueError`). `tickets` holds, by run
+  name, where a run starts if not at the model's initial weights. `until` ends every run after that many steps; the
+  schedules remain those of `config.steps` steps. With `keeps_config` the config is written to `config.json`, after its
+  differences to the former `config.json` are printed.
+
+  Raises `Stopped` if `request` stopped a run, and `FloatingPointError` if a loss or a parameter is not finite.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  hosts.check(configs.plain(config), workdir)
+  ended = _ending(config, until)
+  directories = {name: workdir / name for name in configs.runs(config)}
+  todo = [name for name, directory in directories.items() if hosts.first(outcomes.read(directory, ended) is None)]
+  with Progress(len(todo), ended.steps, console()) as progress:
+    if keeps_config:
+      _say_what_changed(config, workdir, progress)
+    progress.doing('reading data, tracing')
+    setup = runs.prepare(config) if todo else None
+    built = runs.build(setup, directories, tickets) if todo else {}
+    for of_name in built.values():
+      checkpoints.check(of_name.directory / 'checkpoints', of_name.state)
+    if keeps_config and hosts.leads():
+      records.write_whole(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
+    for name in todo:
+      _finish(built[name], setup._replace(config=ended), request, progress)
+  hosts.agreed(0)  # The leading process has written all outcomes.
+  return {name: outcomes.read(directory, ended) for name, directory in directories.items()}
+
+
+def console() -> rich.console.Console:
+  """Returns the console of the leading process; the output of other processes is dropped."""
+  return rich.console.Console(file=None if hosts.leads() else io.StringIO())
+
+
+def train(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> None:
+  """Trains one run to its last step, from its newest checkpoint if there is one, and saves the state.
+
+  Raises `Stopped` if `request` stopped the run, after saving. Raises `FloatingPointError` where the loss or a parameter
+  is no longer finite; every saved checkpoint is older.
+  """
+  config = setup.config
+  with checkpoints.open_(run.directory / 'checkpoints') as saved:
+    done, state, seconds = _resumed(run, saved, config, progress)
+    progress.doing(f'compiling {run.name}')
+    stopped = request.agreed()
+    step = run.step.compile() if done < config.steps and not stopped else None
+    progress.start(run.name, done)
+    losses, began = {}, time.monotonic() - seconds
+    with records.Records(run.directory, done) if hosts.leads() else contextlib.nullcontext() as record:
+      while done < config.steps and not stopped:
+        state, loss, measured = step(state, runs.batch(setup, done), np.int32(done))
+        done += 1
+        losses[done] = loss
+        measures, validates, saves = (done % every == 0 or done == config.steps for every in (
+            config.measure_every, config.validate_every, config.checkpoint_every))
+        waits = measures or validates or saves
+        if waits:
+          losses = _refuse_infinite(run, config, losses, saved.latest_step())
+        numbers = _numbers(run, done, loss, measured) if measures else {}
+        if validates:
+          numbers |= _validation(run, setup, state)
+        if numbers and record:
+          record.write(done, numbers)
+          progress.advance(done, numbers)
+        if saves:
+          _save(saved, done, state, config, time.monotonic() - began)
+        stopped = request.agreed() if waits or hosts.alone() else False
+    _refuse_infinite(run, config, losses, saved.latest_step())
+    _save(saved, done, state, config, time.monotonic() - began)  # A signal may have come between two checkpoints.
+  if done < config.steps:
+    raise Stopped(run.name, request)
+
+
+def _ending(config: ConfigDict, until: int | None) -> ConfigDict:
+  """Returns `config` with its number of steps replaced by `until`, if `until` is given."""
+  if until is None:
+    return config
+  ended = config.copy_and_resolve_references().unlock()
+  ended.steps = until
+  return ended.lock()
+
+
+def _finish(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> None:
+  train(run, setup, request, progress)
+  progress.doing(f'testing {run.name}')
+  outcomes.write(run, setup, progress.say)
+
+
+def _resumed(run: Run, saved: Any, config: ConfigDict, progress: Progress) -> tuple[int, State, float]:
+  """Returns the number of steps done, the state after these steps, and the seconds that the steps took."""
+  restored = checkpoints.restore(saved, run.state, progress.say)
+  if restored is None:
+    return 0, run.start(), 0.0
+  done, state, meta = restored
+  if tuple(meta['seeds']) != tuple(config.seeds) or done > config.steps:
+    raise ValueError(f'train: {saved.directory} holds step {done} of seeds {meta["seeds"]}; the config asks for '
+                     f'{config.steps} steps of seeds {list(config.seeds)}. Give another --workdir.')
+  progress.say(f'{run.name}: resumed at step {done}.')
+  return done, state, meta['seconds']
+
+
+def _save(saved: Any, done: int, state: State, config: ConfigDict, seconds: float) -> None:
+  checkpoints.save(saved, done, state, seconds=seconds, seeds=list(config.seeds))
+
+
+def _refuse_infinite(run: Run, config: ConfigDict, losses: Mapping[int, Array], good: int | None) -> dict[int, Array]:
+  """Returns an empty dict if all `losses`, by step, are finite. Raises `FloatingPointError` otherwise.
+
+  `good` is the step of the newest checkpoint, or `None` if nothing is saved yet.
+  """
+  for step, loss in losses.items():
+    bad = np.flatnonzero(~np.isfinite(loss))
+    if len(bad):
+      kept = 'nothing is saved yet' if good is None else f'the last good checkpoint, of step {good}, is kept'
+      raise FloatingPointError(f'{run.name}: loss or parameters of seed {config.seeds[bad[0]]} are not finite at step '
+                               f'{step}; {kept}. A lower optimizer.learning_rate or a clip may help.')
+  return {}
+
+
+def _numbers(run: Run, done: int, loss: Array, measured: Mapping[str, Array]) -> dict[str, Any]:
+  """Returns the record of a measured step: numbers per seed, and the step's FLOPs relative to those of a dense step."""
+  numbers = {'loss': loss, **measured}
+  densities = np.mean(numbers.pop('densities'), axis=0)
+  flops = metrics.flops(run.model.contractions, dict(zip(run.sparse, densities)))
+  return {**numbers, 'training_flops': flops.training / flops.dense_training,
+          'learning_rate': float(run.learning_rate(done - 1))}
+
+
+def _validation(run: Run, setup: Setup, state: State) -> dict[str, Any]:
+  scores = evaluate.scores(setup.task, run.model.predict, state.params, runs.split(setup, 'valid'))
+  return {f'valid_{key}': value for key, value in scores.items()}
+
+
+def _say_what_changed(config: ConfigDict, workdir: pathlib.Path, progress: Progress) -> None:
+  path = workdir / 'config.json'
+  if path.exists():
+    for difference in configs.differences(json.loads(path.read_text()), configs.plain(config)):
+      progress.say(f'Not as the last time: {difference}')

@@ -1,0 +1,121 @@
+"""Shows the page of a job: its tables and notes on the terminal, and the same as Markdown, JSON, CSV and a picture.
+
+    columns = {'run': lambda row: row['run'], 'loss': lambda row: f'{row["loss"]:.4f}'}
+    page = Page('results', [table(columns, rows)], notes=['Loss: in nats.'], data={'rows': rows}, draw=draw)
+    show(page, workdir, rich.console.Console())
+"""
+
+import contextlib
+import csv
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+import scipy.stats
+
+from experiments.loop import records
+
+Cell = Callable[[Any], str]  # the text of one row in one column
+Columns = Mapping[str, Cell]  # by the head of the column
+
+
+class Table(NamedTuple):
+  """A `Table` holds the heads of its columns and, row by row, its cells, all as text."""
+
+  head: Sequence[str]
+  cells: Sequence[Sequence[str]]
+
+
+class Page(NamedTuple):
+  """A `Page` says what a job found and where the findings go: `<stem>.md`, `.json`, `.png` and, with `rows`, `.csv`.
+
+  `tables` and `notes` go to the terminal, and to the Markdown file unless `markdown` is given. `data` is the JSON.
+  `draw(path)` draws the picture.
+  """
+
+  stem: str
+  tables: Sequence[Table]
+  notes: Sequence[str]
+  data: Any
+  draw: Callable[[pathlib.Path], None]
+  markdown: str | None = None
+  rows: Sequence[Mapping[str, Any]] = ()
+
+
+def show(page: Page, workdir: pathlib.Path, console: rich.console.Console) -> None:
+  """Prints the tables and notes of `page`, and writes its files in `workdir`.
+
+  The JSON file is written last, because a job counts as finished once it exists.
+  """
+  for printed in page.tables:
+    console.print('', _drawn(printed))
+  console.print('\n' + '\n'.join(page.notes), markup=False, highlight=False, soft_wrap=True)
+  place = lambda suffix: workdir / f'{page.stem}.{suffix}'
+  listed = '\n'.join(f'- {note}' for note in page.notes)
+  text = page.markdown or '\n\n'.join([*map(markdown, page.tables), listed])
+  records.write_whole(place('md'), text + '\n')
+  if page.rows:
+    with place('csv').open('w', newline='') as file:
+      writer = csv.DictWriter(file, page.rows[0])
+      writer.writeheader()
+      writer.writerows(page.rows)
+  page.draw(place('png'))
+  records.write_json(place('json'), page.data)
+
+
+def table(columns: Columns, rows: Sequence[Any]) -> Table:
+  """Returns the table that has a column for each entry of `columns` and a line for each of `rows`."""
+  return Table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
+def markdown(table: Table) -> str:
+  """Returns `table` as Markdown."""
+  head = [name.replace('\n', ' ') for name in table.head]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in (head, ['---'] * len(head), *table.cells))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """Returns the mean and half the 95 % confidence interval, by Student's t over the seeds; NaN for fewer than two."""
+  values = np.asarray(values, np.float64)
+  if len(values) < 2:
+    return float(values.mean()), float('nan')
+  half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+  return float(values.mean()), float(half)
+
+
+def spread(mean: float, half: float, scale: float = 1, sign: str = '') -> str:
+  """Returns `scale` times a mean and half its interval as text; the mean alone if `half` is NaN."""
+  return f'{scale * mean:{sign}.2f}' + ('' if np.isnan(half) else f' ± {scale * half:.2f}')
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+  """Returns the `environment` of an outcome in words: platform, device, CPUs, version of JAX, commit."""
+  return (f'{environment["platform"]} ({environment["device"]}), {environment["cpus"]} CPUs, '
+          f'jax {environment["jax"]}, commit {environment["commit"] or "unknown"}')
+
+
+@contextlib.contextmanager
+def figure(path: pathlib.Path, rows: int, columns: int, **options: Any) -> Iterator[np.ndarray]:
+  """Yields the axes of a figure, `[rows, columns]`, each with a grid, and then saves the figure at `path`."""
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  canvas, axes = plt.subplots(rows, columns, squeeze=False, layout='constrained', **options)
+  for axis in axes.flat:
+    axis.grid(alpha=0.3)
+  yield axes
+  canvas.savefig(path, dpi=120)
+  plt.close(canvas)
+
+
+def _drawn(table: Table) -> rich.table.Table:
+  drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False)
+  for i, name in enumerate(table.head):
+    drawn.add_column(name, justify='right' if i else 'left', no_wrap=True)
+  for line in table.cells:
+    drawn.add_row(*line)
+  return drawn
