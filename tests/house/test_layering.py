@@ -65,7 +65,7 @@ INSIDE = {
     'sparsejax.formats': (('gaps', 'arrays'), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
-    'sparsejax.advice': (('rows',),),
+    'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('orbax',), ('safetensors_files',)),
 }
 LAYERS = {'sparsejax': SPARSEJAX, 'kernels_pallas': KERNELS, 'experiments': EXPERIMENTS}
