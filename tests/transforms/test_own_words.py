@@ -1,4 +1,4 @@
-"""A user's own word behaves as the built-in word that it equals, in every path: same masks, weights and reports."""
+"""Checks that a user's own word behaves as the built-in word that it equals: same masks, weights and reports."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ def loss(params):
 
 @dataclasses.dataclass(frozen=True)
 class OwnPattern:
-  """A pattern of a user's own type, with the methods of `types.Pattern` and no more."""
+  """An `OwnPattern` is a pattern of a user's own type: it has the methods of `types.Pattern` and no more."""
 
   like: Any
   static = True
