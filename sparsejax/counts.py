@@ -85,7 +85,7 @@ def units(pattern: Pattern, shape: tuple[int, ...], axes: Axes | None) -> tuple[
 
   The units are those of one layer of the leaf; of N:M, the `m` vectors of `width` weights of one group.
   """
-  pooled, layers = (_pooled_once if pattern.static else _pooled)(pattern, shape, axes)
+  pooled, layers = _pooled(pattern, shape, axes)
   return (math.prod(n for a, n in enumerate(pooled) if a not in layers),
           math.prod(shape) // max(math.prod(pooled), 1))
 
@@ -96,7 +96,15 @@ def competes(pattern: Pattern, shape: tuple[int, ...], axes: Axes) -> bool:
 
 
 def _pooled(pattern: Pattern, shape: tuple[int, ...], axes: Axes | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns the shape of the pooled scores of a leaf and their layers, without computing them."""
+  """Returns the shape of the pooled scores of a leaf and their layers, without computing them.
+
+  Leaves of one shape are looked up once. A pattern with a traced number does not hash.
+  """
+  return (_pooled_once if pattern.static else _pooled_once.__wrapped__)(pattern, shape, axes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pooled_once(pattern: Pattern, shape: tuple[int, ...], axes: Axes | None) -> Any:
   layers = []
 
   def scores(w: Array) -> Array:
@@ -105,9 +113,6 @@ def _pooled(pattern: Pattern, shape: tuple[int, ...], axes: Axes | None) -> tupl
     return pool.scores
 
   return jax.eval_shape(scores, jax.ShapeDtypeStruct(shape, jnp.float32)).shape, layers[0]
-
-
-_pooled_once = functools.lru_cache(maxsize=4096)(_pooled)
 
 
 def count_of(pattern: Pattern, sparsity: Any, shape: tuple[int, ...], axes: Axes | None, progress: Any = None) -> Any:
