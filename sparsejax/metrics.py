@@ -274,10 +274,10 @@ def flops(contractions: Any, densities: Mapping[str, Any] | None = None, *, inpu
 def model_soup(members: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:
   """Returns the average of models that were retrained from one pruned model (Zimmer et al. 2023, Sparse Model Soups).
 
-  2306.16788, algorithm 1. `weights` sum to 1, default equal. A weight is zero where it is in all members, so the soup
-  is as sparse as they are. Floating leaves are averaged in float32, and other leaves are those of the last member.
-  Statistics of batch norm are averaged too and need to be recomputed. Raises `ValueError` if members do not have the
-  same zeros: their average would be less sparse.
+  The average is algorithm 1 of arXiv 2306.16788. `weights`, which sum to 1, are equal by default. A weight of the soup
+  is zero if the weight is zero in all members, so that the soup is as sparse as the members. Floating leaves are
+  averaged in float32; other leaves are those of the last member. Statistics of batch norm are averaged too, and need
+  to be recomputed. Raises `ValueError` if members do not have the same zeros: their average would be less sparse.
   """
   if not members:
     raise ValueError('metrics.model_soup: there are no members to average.')

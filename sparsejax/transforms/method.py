@@ -5,7 +5,9 @@
     method.until_freeze    # the flow, which is `hard` from the fine-tune phase on
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,8 +66,7 @@ class Method:
       return True
     if self.freeze is None:
       return False
-    with jax.ensure_compile_time_eval():
-      return not bool(jnp.any(jax.jit(jax.vmap(self.refresh))(jnp.arange(1, self.freeze + 1))))
+    return not _ever_due(self.refresh, self.freeze)
 
   def due(self, step: Array) -> Array:
     """Returns whether masks are chosen at `step`, `bool[]`."""
@@ -82,3 +83,12 @@ class Method:
   def filled(self, values: Mapping[str, Any]) -> 'Method':
     """Returns the method with the placeholders replaced by their values."""
     return dataclasses.replace(self, start=starts.fill(self.start, values), key=starts.fill(self.key, values))
+
+
+@functools.lru_cache(maxsize=256)
+def _ever_due(refresh: Schedule, last: int) -> bool:
+  """Returns whether `refresh` is `True` at any step from 1 to `last`."""
+  evaluate = lambda: bool(jnp.any(jax.jit(jax.vmap(refresh))(jnp.arange(1, last + 1))))
+  # A thread of its own has neither a trace nor a mesh: inside of `jit` and `shard_map` numbers cannot be computed.
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    return pool.submit(evaluate).result()

@@ -1,7 +1,7 @@
-"""What the conformance tests run: recipes by name with what they promise, small parameters of every kind, and a loop.
+"""Defines the cases of the conformance tests: recipes with their promises, small parameters of every kind, and a loop.
 
-A recipe that lands in `recipes.TABLE` is a case at once, by itself and between a dense and a fine-tune phase. What it
-promises beyond that (patterns on the way, zeros before the end) is one entry in `PROMISES`.
+A recipe in `recipes.TABLE` is a case at once, by itself and between a dense and a fine-tune phase. Further promises
+(patterns on the way, zeros before the end) are an entry in `PROMISES`.
 """
 
 import functools
@@ -24,16 +24,17 @@ SHAPES = {
     'norm': {'scale': F32((8,))},
     'embed': {'embedding': F32((7, 8))},
 }
-SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants: they differ in time, not in space
+SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants, which differ in time and not in space
 PATTERNS = {'2:4': sparsejax.NM(2, 4), 'block': sparsejax.Block((8, 2), 0.5), 'channel': sparsejax.Channel(0.5)}
 CONTRACTED = {'attention/out/kernel': (0, 1), 'stack/kernel': (1,)}
 
 
 class Promise(NamedTuple):
-  """`stages`: the (N, M) that the masks go through. `zeros_from`: updates until pruned weights are zero, if ever.
+  """A `Promise` says what the tests may expect of a recipe.
 
-  `fixed`: the mask never changes. `counts`: as many are kept at every update. `memory`: bytes a sparse weight, besides
-  those of the optimizer. `trained`: everything else goes where the optimizer alone takes it.
+  `stages`: the (N, M) that the masks go through. `zeros_from`: updates until pruned weights are zero, if ever. `fixed`:
+  the mask never changes. `counts`: the number of kept weights is the same at every update. `memory`: bytes per sparse
+  weight, besides those of the optimizer. `trained`: all other parameters move as under the optimizer alone.
   """
 
   stages: tuple[tuple[int, int], ...] = ()
@@ -45,7 +46,7 @@ class Promise(NamedTuple):
 
 
 class Case(NamedTuple):
-  """A recipe with its options, the phases included, and what it promises."""
+  """A `Case` is a recipe with its options, the phases included, and its promise."""
 
   recipe: str
   options: dict[str, Any]
@@ -63,7 +64,7 @@ class Case(NamedTuple):
     return self.options.get('fine_tune_steps', 0)
 
   def make(self, inner: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, made from scratch every time, as users do inside of a step."""
+    """Returns the optimizer, made from scratch every time, as users do inside of a step."""
     recipe = recipes.TABLE[self.recipe]
     valid = {*recipes.arguments(recipe)} - ({'key'} if self.recipe not in RANDOM else set())
     signals = {key: value for key, value in SIGNALS.items() if key in valid}
@@ -94,7 +95,7 @@ PROMISES = {
     'iterative_soft_shrinkage': Promise(zeros_from=None),
     'lottery_jackpot': Promise(counts=True, memory=9, trained=False),
 }
-# What a recipe cannot do without, or by default would not do within a dozen updates.
+# The options that a recipe needs, or without which it would do nothing within a dozen updates.
 OPTIONS = {
     **dict.fromkeys(('set_', 'rigl', 'snfs'), {'every': 2, 'fraction': 0.4}),
     'gradual_magnitude': {'every': 2}, 'soft_movement_pruning': {'score_optimizer': optax.sgd(5.0)},
@@ -160,7 +161,7 @@ BY_NAME = [name for name, case in CASES.items() if name.removesuffix('-phases') 
 
 
 def random(seed: int, lead: tuple[int, ...] = (), like: Any = SHAPES) -> Any:
-  """Normal numbers `[*lead, *shape]` for each leaf of `like`."""
+  """Returns normal numbers `[*lead, *shape]` for each leaf of `like`."""
   draw = np.random.default_rng(seed).normal
   return jax.tree.map(lambda s: jnp.asarray(draw(size=lead + s.shape), s.dtype), like)
 
@@ -171,23 +172,23 @@ def _all_gradients(seed: int, name: str) -> Any:
 
 
 def start(name: str, seed: int = 0) -> Any:
-  """The parameters with which `run` begins."""
+  """Returns the parameters with which `run` begins."""
   return random(seed, like=CASES[name].shapes)
 
 
 def gradients(name: str, t: int | slice = slice(None), seed: int = 0) -> Any:
-  """Those of update `t` in `run`, or all of them, stacked."""
+  """Returns the gradients of update `t` in `run`, or the gradients of all updates, stacked."""
   return jax.tree.map(lambda x: x[t], _all_gradients(seed, name))
 
 
 def step(tx, params, state, grads, **extra):
-  """What every training loop does. The gradients are given, so that nothing but the recipe decides where this goes."""
+  """Returns parameters and state after one update of a training loop, for given gradients."""
   updates, state = tx.update(grads, state, params, **extra)
   return optax.apply_updates(params, updates), state
 
 
 def scanned(make, params, grads, watch=True, **extra):
-  """All updates in one program: the last parameters and state; and after each update parameters, point and masks."""
+  """Runs all updates in one program: returns the last parameters and state, and all parameters, points and masks."""
   def body(carry, grads):
     params, state = step(make(), *carry, grads, **extra)
     seen = (params, sparsejax.project(params, state), sparsejax.masks(params, state)) if watch else None
@@ -198,19 +199,19 @@ def scanned(make, params, grads, watch=True, **extra):
 
 @functools.cache
 def program(name: str) -> Any:
-  """A case from the first update to the last, as a compiled function of parameters and gradients."""
+  """Returns a case from the first update to the last, as a compiled function of parameters and gradients."""
   return jax.jit(functools.partial(scanned, CASES[name].make))
 
 
 @functools.cache
 def run(name: str, seed: int = 0) -> tuple[Any, Any, Any]:
-  """What `program` returns, as numpy; kept, because several tests look at it."""
+  """Returns the result of `program` as numpy, cached for several tests."""
   return jax.tree.map(np.asarray, program(name)(start(name, seed), gradients(name, seed=seed)))
 
 
 @functools.cache
 def stepper(name: str) -> tuple[Any, list[int]]:
-  """One update of a case, compiled, that donates what it is given; and a list that grows with every trace."""
+  """Returns a compiled update of a case, which donates its arguments, and a list that grows with every trace."""
   traced = []
 
   def update(params, state, grads):
@@ -221,7 +222,7 @@ def stepper(name: str) -> tuple[Any, list[int]]:
 
 
 def stepped(name, params, state, times):
-  """`stepper`'s updates at `times`, with the gradients of `run`."""
+  """Returns parameters and state after the updates of `stepper` at `times`, with the gradients of `run`."""
   for t in times:
     params, state = stepper(name)[0](params, state, gradients(name, t))
   return params, state
@@ -233,7 +234,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def assert_same(a: Any, b: Any, rounding: float = 0.0) -> None:
-  """Bit for bit, dtypes and structure included; floats up to `rounding` of their leaf's largest."""
+  """Asserts that two trees are the same bits, dtypes and structure; floats up to `rounding` of their leaf's largest."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (path, x), y in zip(by_path(a).items(), jax.tree.leaves(b)):
     assert x.dtype == y.dtype, path
@@ -245,15 +246,15 @@ def assert_same(a: Any, b: Any, rounding: float = 0.0) -> None:
 
 
 def rounding(name: str) -> float:
-  """For `assert_same`: what a score remembers sums up products, which XLA rounds once or twice, as it fuses."""
+  """Returns the tolerance of `assert_same`: memories sum up products, which XLA rounds once or twice, as it fuses."""
   return 1e-6 if CASES[name].promise.memory > Promise().memory else 0.0
 
 
 def assert_at_the_point(before: Any, params: Any, point: Any, of_the_largest: bool = False) -> None:
-  """Zeros are exactly zero, and the rest is there up to the rounding of `p + (q - p)` in the parameters' dtype.
+  """Asserts that zeros are exactly zero, and all else is right up to the rounding of `p + (q - p)` in its dtype.
 
-  `of_the_largest`: up to that of the leaf's largest weight, for XLA may compute the same q twice, once with a fused
-  multiplication and addition and once without, and then a small q is off by the rounding of what it is a difference of.
+  `of_the_largest`: up to the rounding of the leaf's largest weight. XLA may compute the same q twice, with and without
+  a fused multiplication and addition. A small q is then off by the rounding of the terms of its difference.
   """
   for (path, p), old, q in zip(by_path(params).items(), jax.tree.leaves(before), jax.tree.leaves(point)):
     eps = float(jnp.finfo(p.dtype).eps)
@@ -265,7 +266,7 @@ def assert_at_the_point(before: Any, params: Any, point: Any, of_the_largest: bo
 
 
 def assert_always_at_the_point(start: Any, seen: Any, points: Any, of_the_largest: bool = False) -> None:
-  """The same after every update of `scanned`."""
+  """Asserts `assert_at_the_point` after every update of `scanned`."""
   before, times = start, len(jax.tree.leaves(seen)[0])
   for t in range(times):
     params, point = (jax.tree.map(lambda x, t=t: x[t], tree) for tree in (seen, points))

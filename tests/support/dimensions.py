@@ -1,8 +1,7 @@
-"""What a recipe has to go with: every optimizer and wrapper of optax, every container of parameters, every mesh.
+"""Lists all partners of a recipe: every optimizer and wrapper of optax, every container of parameters, every mesh.
 
-The product of these with `recipes.TABLE` is the conformance table (`test_product`). An optimizer that a new optax
-brings is in it at once, if a learning rate is all that it needs; if not, `test_every_name_of_optax_is_in_the_table`
-asks for it.
+The product of the lists with `recipes.TABLE` is the conformance table (`test_product`). An optimizer of a new optax is
+listed at once if it needs nothing but a learning rate. `test_every_name_of_optax_is_in_the_table` asks for all others.
 """
 
 import functools
@@ -39,7 +38,7 @@ def _inside(*members: optax.GradientTransformation) -> Callable[[Wrap], optax.Gr
 
 
 def public() -> dict[str, Any]:
-  """Every public name of optax that returns a transform."""
+  """Returns every public name of optax that returns a transform."""
   found = {}
   for module in (optax, contrib):
     for name in (name for name in dir(module) if not name.startswith('_') and name not in found):
@@ -60,7 +59,7 @@ LEFT_OUT = {
 
 
 def _automatic() -> dict[str, Callable[[Wrap], optax.GradientTransformation]]:
-  """Those that need nothing or a learning rate: optimizers by themselves, their parts before a step."""
+  """Returns the transforms that need nothing or a learning rate: optimizers alone, their parts before a step."""
   made = {}
   for name, function in public().items():
     if name in LEFT_OUT:
@@ -201,11 +200,11 @@ CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-# Meshes: of eight devices, and how the kernel lies on them, `[in, out]`.
+# The meshes have eight devices. A mesh says how the kernel, `[in, out]`, is sharded.
 
 
 class Mesh(NamedTuple):
-  """`kernel` is its partition; `None` for no mesh. `manual`: inside of `jax.shard_map`."""
+  """A `Mesh` says how the kernel is sharded, `None` for no mesh. `manual`: inside of `jax.shard_map`."""
 
   kernel: P | None
   kind: AxisType = AxisType.Auto
@@ -215,7 +214,7 @@ class Mesh(NamedTuple):
     return jax.make_mesh((2, 4), ('data', 'model'), axis_types=(self.kind,) * 2)
 
   def shardings(self, mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """One for each leaf: the kernel's, and replicated for the rest."""
+    """Returns a sharding for each leaf: that of the kernel, and replicated for all other leaves."""
     paths, leaves, treedef = trees.flatten(tree)
     lead = lambda leaf: (None,) * (np.ndim(leaf) - 2)
     return treedef.unflatten([NamedSharding(mesh, P(*lead(leaf), *self.kernel) if path.endswith('kernel') else P())

@@ -1,10 +1,10 @@
-"""Selection written out in numpy with sorts, for the tests to compare with: slow, obvious, and without JAX."""
+"""Writes selection out in numpy with sorts, for the tests to compare with: slow, obvious, and without JAX."""
 
 import numpy as np
 
 
 def best(scores, n):
-  """Mask of the `n` largest along the last axis: NaN last, -0.0 equal to 0.0, equals from the lower index up."""
+  """Returns the mask of the `n` largest along the last axis: NaN last, -0.0 equal to 0.0, ties from the lower index."""
   s = np.asarray(scores, np.float64)
   s = np.where(s == 0, 0.0, s)
   missing = np.isnan(s)
@@ -16,7 +16,7 @@ def best(scores, n):
 
 
 def n_of_m(scores, n, m, contracted):
-  """Mask of the `n` largest of every `m` neighbours along the axes `contracted`, in their order, of one row each."""
+  """Returns the mask of the `n` largest of every `m` neighbours of a row, along `contracted` in its order."""
   s = np.asarray(scores, np.float64)
   last = tuple(range(s.ndim - len(contracted), s.ndim))
   moved = np.moveaxis(s, contracted, last)
@@ -25,7 +25,7 @@ def n_of_m(scores, n, m, contracted):
 
 
 def vectors_of_m(scores, n, m, width, axes):
-  """Mask of the `n` of every `m` neighbours along the contraction whose sums over `width` outputs are the largest."""
+  """Returns the mask of the `n` of every `m` neighbours with the largest sums over `width` outputs."""
   s = np.asarray(scores, np.float64)
   along = (*axes.contracted, *axes.output)
   order = [*(a for a in range(s.ndim) if a not in along), *along]
@@ -38,7 +38,7 @@ def vectors_of_m(scores, n, m, width, axes):
 
 
 def channels(scores, kept, axes):
-  """Mask of the `kept` output channels with the largest sums, in each layer."""
+  """Returns the mask of the `kept` output channels with the largest sums, in each layer."""
   s = np.asarray(scores, np.float64)
   order = (*axes.layer, *sorted(axes.output), *axes.contracted, *axes.spatial)
   moved = np.transpose(s, order)
@@ -51,7 +51,7 @@ def channels(scores, kept, axes):
 
 
 def blocks(scores, kept, shape, axes):
-  """Mask of the `kept` blocks of `shape`, along (contraction, output), with the largest sums, in each layer."""
+  """Returns the mask of the `kept` blocks of `shape`, contraction first, with the largest sums in each layer."""
   if axes.layer:
     layer, *others = axes.layer
     drop = lambda group: tuple(a - (a > layer) for a in group)

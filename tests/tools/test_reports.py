@@ -1,4 +1,4 @@
-"""Asked against achieved: what `report` and `check` see, and `project`, `masks` and `find`, on which they stand."""
+"""Checks `report` and `check`, and `project`, `masks` and `find`, on which both are built."""
 
 import cases
 import jax
@@ -20,7 +20,7 @@ def parameters(seed=0):
 
 
 def pruned(w, n, m, contracted=(0,)):
-  """The largest n of m, by the oracle."""
+  """Returns `w` with the largest n of m kept, by the oracle."""
   return jnp.where(jnp.asarray(oracle.n_of_m(np.abs(w), n, m, contracted)), w, 0)
 
 
@@ -34,7 +34,7 @@ def trained(tx, params, steps=6, project=True):
   return params, state
 
 
-# What is reported.
+# Reports come first.
 
 
 def test_a_report_has_a_row_for_each_sparse_leaf_and_counts_all_of_them():
@@ -117,7 +117,7 @@ def test_a_group_may_keep_fewer():
   assert sparsejax.check(params, pattern=NM(2, 4)).achieved == 1.0
 
 
-# What goes wrong.
+# Violations follow.
 
 
 SPOILERS = {  # what spoils the zeros, and what it is called
@@ -216,7 +216,7 @@ def test_an_ensemble_is_checked_member_by_member():
   assert row.problem.startswith('7 pruned weights are not zero')
 
 
-# What it stands on.
+# The functions of `states` come last.
 
 
 def test_masks_are_true_where_kept_and_one_true_for_a_dense_leaf():

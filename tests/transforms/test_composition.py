@@ -1,4 +1,4 @@
-"""Recipes among other things: what optimizers remember and ask for, averages, and the models of each library."""
+"""Checks recipes together with optimizers and their slots, with averages, and with the models of each library."""
 
 import functools
 
@@ -60,11 +60,11 @@ def test_gradients_that_are_not_finite_revive_nothing(case):
     assert was_pruned.any() and np.all(held[8][was_pruned] == 0)
 
 
-# What an optimizer remembers, and what it asks for.
+# Slots and extra arguments of optimizers have tests here.
 
 
 def run(make, updates=STEPS, **extra):
-  """Parameters and states after each of so many updates of `SHAPES`, one compiled function for all of them."""
+  """Returns parameters and states after each of so many updates of `SHAPES`, one compiled function for all of them."""
   tx, params = make(), cases.random(0, like=SHAPES)
   grads, state = cases.random(1, (STEPS,), SHAPES), tx.init(params)
   update = jax.jit(functools.partial(cases.step, tx, **extra))
@@ -239,7 +239,7 @@ def test_an_ensemble_trains_as_its_members_do(recipe):
   cases.assert_same(layers[0], together[0])
 
 
-# Which leaves of a transformer are sparse.
+# Transformers have tests of which leaves are sparse.
 
 
 class Block(nn.Module):

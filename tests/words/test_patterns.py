@@ -1,4 +1,4 @@
-"""Patterns: groups lie along the contraction and cross nothing else, counts are exact, refusals say the way out."""
+"""Checks that groups lie along the contraction alone, that counts are exact, and that refusals name the remedy."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ from sparsejax.types import Axes
 LAW = hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
 SCORES = st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, 2.0]) | st.floats(-4, 4, width=16)
 
-# What holds a weight, its shape, its axes, and a group size that divides the contraction and nothing it may cross into.
+# A layout has a shape, axes, and a group size that divides the contraction and no axis that a group might cross into.
 LAYOUTS = {
     'Dense [in, out]': ((12, 5), Axes((0,), (1,)), 4),
     'Equinox [out, in]': ((5, 12), Axes((1,), (0,)), 4),
@@ -54,7 +54,7 @@ QUARTERS = st.integers(-9, 9).map(lambda n: n / 4) | st.sampled_from([np.nan, np
 
 @functools.lru_cache
 def masks_of(layout, width):
-  """`(scores, counts) -> masks` of one layout, with `n` traced."""
+  """Returns `(scores, counts) -> masks` of one layout, with `n` traced."""
   _, axes, m = LAYOUTS[layout]
   return jax.jit(jax.vmap(lambda scores, n: NM(n, m, width)(scores, None, axes), (None, 0)))
 
@@ -225,7 +225,7 @@ def channels_of(layout):
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
 def test_channels_are_kept_and_pruned_whole(layout, data):
-  """All of an output index, through all taps, in each layer for itself."""
+  """Checks that a channel is all weights of an output index, through all taps, in each layer by itself."""
   shape, axes, _ = LAYOUTS[layout]
   assert Channel().validate(shape, axes) is None
   scores = data.draw(hnp.arrays(np.float32, shape, elements=QUARTERS))
@@ -240,7 +240,7 @@ def test_channels_are_kept_and_pruned_whole(layout, data):
     (Unstructured(0.5), 1), (Block((4, 3), 0.5), 12), (Channel(0.5), 12), (NM(1, 4), 1), (NM(1, 4, 3), 3)], ids=str)
 @pytest.mark.parametrize('drop, fewer', [(0.0, 0.0), (0.3, 0.3), (0.99, 0.99), (1.0, 1.0)])
 def test_a_drop_keeps_the_best_of_as_many_fewer_rounded_down(pattern, units, drop, fewer):
-  """Of a stack of two layers, `[layer, in, out]`; of N:M the best of the layer, wherever they are."""
+  """Checks a stack of two layers, `[layer, in, out]`. With N:M the best of the layer are kept, wherever they are."""
   axes = Axes((1,), (2,), layer=(0,))
   scores = np.random.default_rng(0).normal(size=(2, 12, 18)).astype(np.float32)
   mask = jax.jit(lambda s, drop: counts.Selector(pattern, None, axes)(s, drop))(scores, drop)
@@ -285,7 +285,7 @@ def test_balanced_blocks_are_the_best_of_their_column():
 @pytest.mark.parametrize('pattern', [Unstructured(0.5), Block((4, 3), 0.5), Channel(0.5)], ids=str)
 @pytest.mark.parametrize('layer', [(0,), (2,), (3, 0)])
 def test_every_layer_of_a_stack_is_as_sparse_as_asked_and_pruned_as_it_is_alone(pattern, layer):
-  """Weights of one layer a hundred times those of another: ranked together, a whole layer would be gone."""
+  """Checks layers that differ by a factor of a hundred: ranked together, a whole layer would be gone."""
   others = tuple(a for a in range(2 + len(layer)) if a not in layer)
   axes = Axes(others[:1], others[1:], layer=layer)
   stack = np.random.default_rng(0).normal(size=(3, 2, 8, 6)[:len(layer)] + (8, 6)).astype(np.float32)
@@ -342,7 +342,7 @@ def test_blocks_are_the_same_bits_eager_compiled_and_under_vmap(select):
 
 
 def test_a_recipe_trains_blocks_and_the_report_counts_them():
-  """Two of five blocks: no whole number of weights would be half of them."""
+  """Checks two of five blocks, of which no whole number would be half."""
   params = {'kernel': jax.random.normal(jax.random.key(0), (10, 4))}
   tx = sparsejax.recipes.ste(optax.sgd(0.1), Block((2, 4), 0.5))
   state = tx.init(params)
@@ -413,7 +413,7 @@ def test_a_staged_pattern_is_its_target_but_for_the_pattern_at_a_step():
     (Block((4, 3), balanced=True), Axes((1,), (2,), layer=(0,)), (2, 12)), (NM(2, 4), Axes((1,), (2,)), (4, 1)),
     (Channel(), Axes((1,), (2,), layer=(0,)), (12, 8)), (NM(2, 4, 3), Axes((1,), (2,), layer=(0,)), (4, 3))], ids=str)
 def test_units_are_those_that_a_count_is_out_of(pattern, axes, expected):
-  """Of a leaf `[3, 8, 12]`: how many units, and how many weights in each."""
+  """Checks how many units a leaf `[3, 8, 12]` has, and how many weights are in each unit."""
   assert counts.units(pattern, (3, 8, 12), axes) == expected
   assert counts.competes(pattern, (3, 8, 12), axes) == (not isinstance(pattern, NM) and 'balanced' not in str(pattern))
 

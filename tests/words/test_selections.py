@@ -1,4 +1,4 @@
-"""Selections: leaves ranked together, what is moved between layers, floors, and how the first masks come about."""
+"""Checks leaves that are ranked together, redistribution between layers, floors, and the choice of the first masks."""
 
 import functools
 import itertools
@@ -59,14 +59,14 @@ def units(name, values, axes):
 
 
 def lamp(x):
-  """Lee et al. 2021, equation 1, of one layer."""
+  """Returns the scores of Lee et al. 2021, equation 1, of one layer."""
   x = np.nan_to_num(x)
   return np.float32([v * v / sum(u * u for j, u in enumerate(x) if (abs(u), -j) >= (abs(v), -i))
                      if v else 0 for i, v in enumerate(x)])
 
 
 def best_counts(name, values, sparsity, normalise=None):
-  """How many units each layer of each leaf keeps: everything concatenated and sorted, the earlier of equals first."""
+  """Returns how many units each layer of each leaf keeps, by sorting all units, the earlier of equals first."""
   columns = [units(name, np.abs(x), AXES[path]) for path, x in values.items()]
   if normalise:
     for x, layer in columns:
@@ -79,7 +79,7 @@ def best_counts(name, values, sparsity, normalise=None):
 
 
 def assert_kept(name, masks, weights, counts):
-  """As many units of each layer as counted, the best of it by |w|."""
+  """Asserts that each layer keeps as many units as counted, the best of the layer by |w|."""
   for (path, w), mask, count in zip(weights.items(), masks, counts):
     axes = AXES[path]
     alone = [np.abs(w)] if not axes.layer else list(np.abs(w))
@@ -97,7 +97,7 @@ def assert_kept(name, masks, weights, counts):
 @pytest.mark.parametrize('kind', ['normal', 'ties', 'nan'])
 @pytest.mark.parametrize('name', PATTERNS)
 def test_leaves_ranked_together_keep_what_everything_sorted_would(name, kind):
-  """Exactly the count of the whole; equals from the earlier leaf and the lower index, NaN last."""
+  """Checks that the count of the whole is exact, with ties from the earlier leaf and the lower index, and NaN last."""
   for seed, sparsity in ((0, 0.6), (1, 0.6)):
     weights = drawn(seed, kind)
     masks = ranked(name, 'global', scores.magnitude, sparsity)(weights, weights)
@@ -154,7 +154,7 @@ def moving(pattern):
 @pytest.mark.parametrize('name, pattern', [('unstructured', Unstructured(0.8)), ('block', Block((4, 3), 0.5))])
 @pytest.mark.parametrize('broken', [None, np.nan, np.inf])
 def test_sparse_momentum_keeps_the_count_of_all_layers_together(name, pattern, broken):
-  """At every update, whatever the gradients; and layers with a large momentum are those that grow."""
+  """Checks every update, whatever the gradients, and that layers with a large momentum grow."""
   params = {path: jnp.asarray(w) for path, w in drawn(6, 'normal').items()}
   init, update = moving(pattern)
   state = init(params)
@@ -185,7 +185,7 @@ def test_sparse_momentum_keeps_the_count_of_all_layers_together(name, pattern, b
 @pytest.mark.parametrize('least, floor', [(0.005, 1), (0.1, 5), (0.5, 25)])
 @pytest.mark.parametrize('threshold', [-1.0, 0.5, 1e9])
 def test_a_threshold_leaves_a_floor_of_the_best_in_every_layer(least, floor, threshold):
-  """Of the 48 weights of a layer int(48 least) + 1; and all that score above the threshold, equal ones not."""
+  """Checks that int(48 least) + 1 of 48 weights of a layer are kept, and all weights that score above the threshold."""
   selection = selections.score_threshold(scores.magnitude, schedules.constant(threshold), least=least)
   w = drawn(7, 'ties')['b/kernel']
   leaves = selection.plan({'b/kernel': w}, AXES).leaves
@@ -282,7 +282,7 @@ def linear(params, x=X):
 
 
 def test_synaptic_flow_is_the_flow_through_absolute_weights():
-  """R = 1' |A| |B| 1 + |b| 1: dR/d|A| = 1 (|B| 1)', dR/d|B| = (1' |A|)' 1'; signs of the weights do not matter."""
+  """Has R = 1' |A| |B| 1 + |b| 1: dR/d|A| = 1 (|B| 1)', dR/d|B| = (1' |A|)' 1'; signs of the weights do not matter."""
   a, b = (np.abs(LINEAR[name]['kernel']) for name in 'ab')
   probe = starts.synaptic_flow(lambda p: linear(p, jnp.ones((1, 4))))
   found = probe(LINEAR)
@@ -293,7 +293,7 @@ def test_synaptic_flow_is_the_flow_through_absolute_weights():
 
 
 def test_the_hessian_times_the_gradient_of_two_linear_layers():
-  """L = |x A B + b - t|^2 / 2, E its residual: g_A = x'E B', and H g through d(E B') along (g_A, g_B, no bias)."""
+  """Has L = |x A B + b - t|^2 / 2, E its residual: g_A = x'E B', and H g through d(E B') along (g_A, g_B, no bias)."""
   loss = lambda p: 0.5 * jnp.sum(jnp.square(linear(p) - T))
   a, b = (np.asarray(LINEAR[name]['kernel'], np.float64) for name in 'ab')
   residual = X @ a @ b + np.asarray(LINEAR['b']['bias']) - T

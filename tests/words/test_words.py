@@ -1,4 +1,4 @@
-"""The small words: what scores look at, how allocations share out, and what an update may and may not bring back."""
+"""Checks the small words: the signals of scores, the shares of allocations, and the weights that an update returns."""
 
 import functools
 import math
@@ -129,7 +129,7 @@ finite = functools.partial(np.nan_to_num, nan=-1e30, posinf=1e30, neginf=-1e30) 
 
 
 def best(pattern, values, kept):
-  """The best of both layers, `[layer, in, out]`, written out; as many units as `kept`."""
+  """Returns the mask of the best `kept` units of both layers, `[layer, in, out]`, written out."""
   if isinstance(pattern, Block):
     return oracle.blocks(values, kept, pattern.shape, AXES)
   if isinstance(pattern, Channel):
@@ -139,7 +139,7 @@ def best(pattern, values, kept):
 
 @functools.cache
 def dropped_and_grown(name):
-  """`(mask, w, grad, fraction) -> mask`."""
+  """Returns `(mask, w, grad, fraction) -> mask`."""
   def run(mask, w, grad, fraction):
     select = counts.Selector(MOVED[name], None, AXES)
     update = updates.drop_and_grow(scores.gradient, lambda step: fraction)
@@ -152,7 +152,7 @@ def dropped_and_grown(name):
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(VALUES, VALUES, st.integers(0, 99), st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]))
 def test_as_many_are_grown_as_dropped_the_worst_of_the_kept_for_the_best_of_the_rest(name, w, grad, seed, fraction):
-  """What survives is the best of what was kept, what grows the best of all else, and the pattern is kept."""
+  """Checks that the best kept weights survive, that the best of all other weights grow, and that the pattern holds."""
   pattern = MOVED[name]
   size, drawn = {'block': 6, 'channel': 8}.get(name, 1), np.random.default_rng(seed).normal(size=SHAPE)
   whole = lambda x: oracle.n_of_m(x, 2, 4, (1,)) if name == '2:4' else best(pattern, x, 24 // size)
@@ -172,7 +172,7 @@ def test_as_many_are_grown_as_dropped_the_worst_of_the_kept_for_the_best_of_the_
 
 @functools.cache
 def swapped():
-  """`(mask, scores, fraction) -> mask`, half of each layer."""
+  """Returns `(mask, scores, fraction) -> mask`, half of each layer."""
   select = lambda x: Unstructured(0.5)(x, None, AXES)
   return jax.jit(lambda mask, x, fraction: updates.swap(lambda step: fraction)(
       mask, x, select, x, Signals(step=0, axes=AXES)))
