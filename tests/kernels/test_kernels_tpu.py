@@ -281,7 +281,7 @@ REFUSALS = {
     'float16 blocks': (lambda: of_blocks(F32, F16), 'not float16; cast to bfloat16'),
     'blocks of 12': (lambda: of_blocks(block=(128, 12)), r'multiples of 8, not \(128, 12\); pack with block='),
     'too large blocks': (lambda: of_blocks(block=(1024, 1024)), r'\(1024, 1024\) do not fit .*; pack with block='),
-    'too many blocks': (lambda: of_blocks(nnz=50_000), '50000 blocks do not fit into scalar memory, which holds 43690; pack'),
+    'too many blocks': (lambda: of_blocks(nnz=50_000), '50000 blocks do not fit into .*, which holds 43690; pack'),
     'N:M of float16': (lambda: of_n_m(F16), 'not float16; cast to bfloat16'),
     'N:M of a stack': (lambda: of_n_m(shape=(2, 1024, 256), axes=1), r'shape \(2, 1024, 256\) .*; pack with axes=0'),
     'N:M along the outputs': (lambda: of_n_m(axes=1), r'packed along \(-1,\); pack with axes=0'),
