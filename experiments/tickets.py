@@ -32,7 +32,7 @@ from experiments.loop.runs import Setup, Ticket
 from experiments.loop.stopping import StopRequest
 from experiments.tables import pages
 from experiments.tables import tickets as tables
-from sparsejax import errors, io, metrics, recipes
+from sparsejax import errors, io, metrics
 from sparsejax.types import Array, PyTree
 
 DEFAULTS = {
@@ -131,7 +131,7 @@ def soup(params: PyTree, members: int) -> PyTree:
   apart = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(members, -1, *leaf.shape[1:]), params)
   seeds = jax.tree.leaves(apart)[0].shape[1]
   of = lambda member, seed: jax.tree.map(lambda leaf: leaf[member, seed], apart)
-  soups = [recipes.model_soup([of(member, seed) for member in range(members)]) for seed in range(seeds)]
+  soups = [metrics.model_soup([of(member, seed) for member in range(members)]) for seed in range(seeds)]
   return jax.tree.map(lambda *leaves: np.stack(leaves), *soups)
 
 
@@ -154,28 +154,17 @@ def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Pa
   base, retraining = _phase(config, recipes=DENSE), _retraining(config, section)
   early = _early(base, section['rewind_step'], run) if section['rewind'] == 'weights' else None
   dense = run(base)['dense']
-
-  @functools.lru_cache(1)
-  def after(number: int) -> PyTree:
-    """Returns the parameters that a round left, of all seeds; for 0 those that the dense training left."""
-    finished = outcomes.read(workdir / f'round-{number}', retraining) if number else dense
-    params = outcomes.parameters(finished)
-    return _averaged(params, finished['directory'], section['members']) if number else params
-
-  rows = lambda params: jax.tree.map(lambda leaf: np.concatenate([leaf] * section['members']), params)
-  retrained = run(retraining, tickets={
-      f'round-{number}': Ticket(weights=lambda number=number: rows(after(number - 1) if early is None else early),
-                                trained=lambda number=number: rows(after(number - 1)))
-      for number in range(1, section['rounds'] + 1)})
-  several = section['members'] > 1
-  found, paths, judge = [_part(dense, 'dense', 0)], [], _judge(base) if several else None
+  after = functools.lru_cache(1)(functools.partial(_after, dense, retraining, workdir, section['members']))
+  retrained = run(retraining, tickets=_tickets(section, after, early))
+  rows, barriers = [_part(dense, 'dense', 0)], []
+  judge = _judge(base) if section['members'] > 1 else None
   for number, outcome in enumerate(retrained.values(), 1):
-    found += _members(outcome, number, section)
-    if several:
-      test, path = judge(after(number), outcomes.parameters(outcome))
-      found.append({**found[-section['members']], 'name': _name(section, number, 'soup'), 'seconds': 0.0, 'test': test})
-      paths.append({'round': number, 'height': path.height.tolist(), 'losses': path.losses.tolist()})
-  return {'config': configs.plain(config), 'sparsities': sparsities(section), 'outcomes': found, 'barriers': paths}
+    rows += _members(outcome, number, section)
+    if judge:
+      test, barrier = judge(after(number), outcomes.parameters(outcome))
+      rows.append({**rows[-section['members']], 'name': _name(section, number, 'soup'), 'seconds': 0.0, 'test': test})
+      barriers.append({'round': number, 'height': barrier.height.tolist(), 'losses': barrier.losses.tolist()})
+  return {'config': configs.plain(config), 'sparsities': sparsities(section), 'outcomes': rows, 'barriers': barriers}
 
 
 def _phase(config: ConfigDict, **changes: Any) -> ConfigDict:
@@ -207,13 +196,31 @@ def _early(base: ConfigDict, steps: int, run: Callable[..., Outcomes]) -> PyTree
   return outcomes.parameters(run(early, until=steps)['early'])
 
 
-def _averaged(params: PyTree, directory: pathlib.Path, members: int) -> PyTree:
-  """Returns the soup of a round's members, and saves it in `directory`. A single member is returned as it is."""
-  if members == 1:
-    return params
-  average = soup(params, members)
-  io.save(directory / SOUP, average)
-  return average
+def _after(dense: Outcome, retraining: ConfigDict, workdir: pathlib.Path, members: int, number: int) -> PyTree:
+  """Returns the parameters that round `number` left, `[seeds, ...]`; for 0 those that the dense training left.
+
+  The soup of several members is saved beside their checkpoints.
+  """
+  if not number:
+    return outcomes.parameters(dense)
+  directory = workdir / f'round-{number}'
+  params = outcomes.parameters(outcomes.read(directory, retraining))
+  if members > 1:
+    params = soup(params, members)
+    io.save(directory / SOUP, params)
+  return params
+
+
+def _tickets(section: Mapping[str, Any], after: Callable[[int], PyTree], early: PyTree | None) -> dict[str, Ticket]:
+  """Returns the ticket of each round: the parameters that the round before left choose the mask.
+
+  The weights to train are `early`, if given, or else the same parameters. All members start from equal weights.
+  """
+  rows = lambda params: jax.tree.map(lambda leaf: np.concatenate([leaf] * section['members']), params)
+  trained = lambda number: rows(after(number - 1))
+  weights = trained if early is None else lambda number: rows(early)
+  return {f'round-{number}': Ticket(functools.partial(weights, number), functools.partial(trained, number))
+          for number in range(1, section['rounds'] + 1)}
 
 
 # The results.

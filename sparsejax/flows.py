@@ -1,8 +1,12 @@
-"""Flows: how values and gradients pass between the dense master and the sparse point that the user holds.
+"""A flow says how values and gradients pass between the dense master and the sparse point that the user holds.
 
-W is the master, m its mask, q the sparse point, G the gradient of the loss at q, all `[...]` of one leaf. A flow says
-what q is (`project`) and what the master's gradient is (`pull_back`); both are written out in each docstring. Times
-and coefficients come from `signals.step` and `signals.stats`.
+W is the master, m its mask, q the sparse point and G the gradient of the loss at q. All have the shape of one leaf. A
+flow defines q (`project`) and the gradient of the master (`pull_back`); each docstring writes both out. The step and
+the coefficients of a leaf are `signals.step` and `signals.stats`.
+
+    flow = flows.sr_ste(2e-4)
+    q = flow.project(W, m, signals)
+    master_gradient = flow.pull_back(G, W, m, signals)
 """
 
 import math
@@ -18,20 +22,20 @@ GRADIENTS = ('scaled', 'straight_through')
 
 
 def hard() -> Flow:
-  """q = m W, gradient m G. Nothing lives behind the zeros, so no master is stored."""
+  """Returns the flow q = m W with gradient m G. No value lives behind the zeros, so no master is stored."""
   return Flow(_masked, _masked_gradient, dense=False)
 
 
 def straight_through() -> Flow:
-  """q = m W, gradient G on every weight, pruned ones too (Bengio et al. 2013)."""
+  """Returns the flow q = m W with gradient G on every weight, pruned weights included (Bengio et al. 2013)."""
   return Flow(_masked, _whole_gradient)
 
 
 def sr_ste(decay: float, *, decoupled: bool = False, learning_rate: float | Schedule = 1.0) -> Flow:
-  """q = m W, gradient G + decay (1 - m) W (Zhou et al. 2021, equation 8).
+  """Returns the flow q = m W with gradient G + decay (1 - m) W (Zhou et al. 2021, equation 8).
 
-  `decoupled`: the gradient is G, and after the optimizer's step those master weights that are pruned then lose
-  `learning_rate * decay` of themselves, as AdamW does with weight decay.
+  `decoupled`: the gradient is G. After the optimizer's step, pruned master weights lose `learning_rate * decay` of
+  themselves, as weights under AdamW's weight decay do.
   """
   if not decoupled:
     return Flow(_masked, Bound(_sparse_refined_gradient, (decay,)))
@@ -39,7 +43,7 @@ def sr_ste(decay: float, *, decoupled: bool = False, learning_rate: float | Sche
 
 
 def decayed(beta: Schedule, gradient: str) -> Flow:
-  """q = m W + beta(step) (1 - m) W, with beta from 1 (dense) to 0 (N:M).
+  """Returns the flow q = m W + beta(step) (1 - m) W, with beta from 1 (dense) to 0 (N:M).
 
   `gradient='scaled'`: (m + beta (1 - m)) G, the derivative of q. `'straight_through'`: G on every weight.
   """
@@ -50,61 +54,79 @@ def decayed(beta: Schedule, gradient: str) -> Flow:
 
 
 def soft_threshold() -> Flow:
-  """q = s m (W - sign(W) th), gradient G on every weight (Vanderschueren and De Vleeschouwer 2023).
+  """Returns the flow q = s m (W - sign(W) th) with gradient G on every weight (Vanderschueren, De Vleeschouwer 2023).
 
-  th is the leaf's threshold, `signals.stats`; a negative one stands for none. s rescales each output channel (of
+  th is the leaf's threshold, `signals.stats`; a negative threshold counts as 0. s rescales each output channel (of
   `signals.axes`) by 1.01 / (r + 0.01), where r = (mean |W| m + 1e-6) / (mean |W| + 1e-6) over the channel.
   """
   return Flow(_soft_thresholded, _whole_gradient)
 
 
 def remembered() -> Flow:
-  """q = m W, gradient m G, but what is pruned keeps its value behind the zero, and returns with it.
+  """Returns the flow q = m W with gradient m G, where a pruned weight keeps its value behind the zero.
 
-  As a mask in the forward pass does: movement pruning, and gradual pruning in TensorFlow's and PyTorch's libraries.
+  A weight returns with the value that it had. Masks in the forward pass work so: movement pruning, and gradual pruning
+  in TensorFlow's and PyTorch's libraries.
   """
   return Flow(_masked, _masked_gradient)
 
 
 def soft_shrink(ratio: float) -> Flow:
-  """q = W, gradient G; after every step what the mask prunes is `ratio` times what it was (ISS-P, Wang et al. 2023)."""
+  """Returns the flow q = W with gradient G that shrinks pruned weights by `ratio` at every step (ISS-P, Wang 2023)."""
   return Flow(_whole, _whole_gradient, settle=Bound(_shrunk, (ratio,)))
 
 
 def frozen() -> Flow:
-  """Pruned weights keep the value that they had when they were pruned, instead of zero, and get no gradient.
+  """Returns the flow in which pruned weights keep the value that they had when they were pruned, with no gradient.
 
-  FreezeNet (Wimmer et al. 2020): the forward pass is dense, the mask says what is trained. Needs no master.
+  The forward pass is dense, and the mask says which weights are trained (FreezeNet, Wimmer et al. 2020). No master is
+  stored.
   """
-  return Flow(_whole, _masked_gradient, dense=False)
+  return Flow(_whole, _masked_gradient, dense=False, frozen=True)
 
 
 def searched(kept: float = 1.0, pruned: float = 0.99) -> Flow:
-  """q = m W with W fixed, `signals.stats`; the master is a score S, whose gradient is W G (Zhang et al. 2023).
+  """Returns the flow q = m W with W fixed in `signals.stats`; the master is a score S with gradient W G (Zhang 2023).
 
-  S begins at `kept` where the first mask keeps, and at `pruned` elsewhere.
+  S begins at `kept` where the first mask keeps a weight, and at `pruned` elsewhere.
   """
   return Flow(_fixed, _score_gradient, begin=Bound(_first_scores, (kept, pruned)))
 
 
 def on_the_edge(gain: float) -> Flow:
-  """As `remembered`, but with the first mask each leaf is rescaled to the edge of chaos, E[fan_in w^2] = `gain`.
+  """Returns `remembered` with each leaf rescaled to the edge of chaos, E[fan_in w^2] = `gain`, at the first mask.
 
-  Hayou et al. 2021, Robust Pruning at Initialization, section 3: the mean is over all weights of a layer, the pruned
-  ones as zeros; fan_in is that of the dense layer, taps included.
+  Hayou et al. 2021, Robust Pruning at Initialization, section 3. The mean is over all weights of a layer, with pruned
+  weights as zeros. fan_in is that of the dense layer, taps included.
   """
   return Flow(_masked, _masked_gradient, begin=Bound(_rescaled, (gain,)))
 
 
 def until(flow: Flow, at: int) -> Flow:
-  """`flow` before step `at`, `hard` from there on. Whoever stores the master makes it the sparse point at `at`.
+  """Returns a flow that is `flow` before step `at` and `hard` from then on.
 
-  A flow without a master is itself: a fixed mask is all that there is to it.
+  The caller that stores the master makes it the sparse point at step `at`. A flow without a master is returned as it
+  is, because a fixed mask changes nothing else about it.
   """
   if not flow.dense:
     return flow
   settle = flow.settle and Bound(_settle_until, (flow, at))
-  return Flow(Bound(_project_until, (flow, at)), Bound(_pull_back_until, (flow, at)), settle, flow.dense, flow.begin)
+  return flow._replace(project=Bound(_project_until, (flow, at)), pull_back=Bound(_pull_back_until, (flow, at)),
+                       settle=settle)
+
+
+def recorded(flow: Flow) -> Flow:
+  """Returns the flow as a treedef can hold it: without its functions if their coefficients are arrays."""
+  try:
+    hash(flow)
+  except TypeError:
+    return Flow(_unknown, _unknown, dense=flow.dense, frozen=flow.frozen)
+  return flow
+
+
+def _unknown(*args: Any) -> Array:
+  del args
+  raise ValueError('sparsejax.project: the flow has coefficients that are arrays; give numbers to the recipe.')
 
 
 def _masked(master: Array, mask: Array, signals: Signals) -> Array:
@@ -181,7 +203,7 @@ def _faded(x: Array, beta: Any) -> Array:
 def _soft_thresholded(master: Array, mask: Array, signals: Signals) -> Array:
   axes = tuple(a for a in range(master.ndim) if a not in signals.axes.output + signals.axes.layer)
   w = master.astype(jnp.float32)
-  size = jnp.where(jnp.isnan(w), 0.0, jnp.abs(w))  # one NaN must not take its whole channel with it
+  size = jnp.where(jnp.isnan(w), 0.0, jnp.abs(w))  # a single NaN must not spoil the mean of its channel
   kept = jnp.where(mask, size, 0.0)
   ratio = (jnp.mean(kept, axes, keepdims=True) + 1e-6) / (jnp.mean(size, axes, keepdims=True) + 1e-6)
   shrunk = w - jnp.sign(w) * jnp.maximum(signals.stats, 0.0)
@@ -202,11 +224,12 @@ def _settle_until(master: Array, mask: Array, signals: Signals, flow: Flow, at: 
 
 
 def bidirectional(op: Any) -> Any:
-  """The matrix-product rule of BDWP for a bilinear `op(x, w)`: returns `rule(x, w, w_backward)`.
+  """Returns the matrix-product rule of BDWP, `rule(x, w, w_backward)`, for a bilinear `op(x, w)`.
 
-  Forward `op(x, w)`; the gradient to `x` is taken through `w_backward` instead of `w`; the gradient to `w` is dense,
-  that of the ordinary product; `w_backward` gets none. The gradient to `x` is then not that of the forward pass, on
-  purpose. `op` is whatever multiplies: `jnp.matmul`, a `lax.dot_general` or a convolution with its numbers bound.
+  The forward pass is `op(x, w)`. The gradient to `x` is taken through `w_backward` instead of `w`, so on purpose the
+  rule is not the derivative of its forward pass. The gradient to `w` is the dense gradient of the ordinary product.
+  `w_backward` gets no gradient. `op` is any product: `jnp.matmul`, a `lax.dot_general` or a convolution with its
+  numbers bound.
   """
 
   @jax.custom_vjp

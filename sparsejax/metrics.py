@@ -7,11 +7,12 @@ All functions are pure, and all but `flops` can run under `jit`. Most results ar
     metrics.sad(before, sj.masks(params, state))['mlp/kernel'].fraction
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import errors, trees
 from sparsejax.types import Array, PyTree
@@ -268,3 +269,42 @@ def flops(contractions: Any, densities: Mapping[str, Any] | None = None, *, inpu
     inference += macs * r
     training += macs * (r + (r if input_gradient == 'sparse' else 1.0) + 1.0)
   return Flops(2 * (inference + other), 2 * (training + 3 * other), 2.0 * dense, 6.0 * dense)
+
+
+def model_soup(members: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:
+  """Returns the average of models that were retrained from one pruned model (Zimmer et al. 2023, Sparse Model Soups).
+
+  2306.16788, algorithm 1. `weights` sum to 1, default equal. A weight is zero where it is in all members, so the soup
+  is as sparse as they are. Floating leaves are averaged in float32, and other leaves are those of the last member.
+  Statistics of batch norm are averaged too and need to be recomputed. Raises `ValueError` if members do not have the
+  same zeros: their average would be less sparse.
+  """
+  if not members:
+    raise ValueError('metrics.model_soup: there are no members to average.')
+  weights = [1 / len(members)] * len(members) if weights is None else list(weights)
+  if len(weights) != len(members) or abs(sum(weights) - 1) > 1e-6:
+    raise ValueError(f'metrics.model_soup: weights={weights} are to be one for each of {len(members)} members and sum '
+                     'to 1.')
+  paths, _, treedef = trees.flatten(members[0])
+  columns = zip(*(treedef.flatten_up_to(member) for member in members))
+  soup = []
+  for path, leaves in zip(paths, columns):
+    if trees.matrices(path, leaves[0]):
+      _refuse_other_zeros(path, leaves)
+    dtype = leaves[0].dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+      soup.append(sum(a * leaf.astype(jnp.float32) for a, leaf in zip(weights, leaves)).astype(dtype))
+    else:
+      soup.append(leaves[-1])
+  return treedef.unflatten(soup)
+
+
+def _refuse_other_zeros(path: str, leaves: Sequence[Any]) -> None:
+  """Raises `ValueError` if the members of a soup differ in the zeros of one leaf."""
+  zeros = [leaf == 0 for leaf in leaves]
+  if any(isinstance(zero, jax.core.Tracer) for zero in zeros):
+    return
+  for i, other in enumerate(zeros[1:], 1):
+    if (odd := int(np.sum(np.asarray(zeros[0] != other)))) > 0:
+      raise errors.at_leaf('metrics.model_soup', path, leaves[0].shape, f'members 0 and {i} differ in {odd} zeros, so '
+                           'that their average is less sparse. Retrain all of them from one pruned model.')

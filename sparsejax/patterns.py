@@ -1,7 +1,11 @@
-"""Patterns: which sets of weights may be zero together.
+"""A pattern says which sets of weights may be zero together.
 
-A pattern is a small frozen dataclass, called as `pattern(scores, sparsity, axes) -> mask`. It compares, hashes and
-prints, so that it can be part of a configuration; the counting is `ranking`'s.
+A pattern is a small frozen dataclass with the methods of `types.Pattern`. A call `pattern(scores, count, axes)` returns
+a mask. Patterns compare, hash and print by value, so that they can be part of a configuration.
+
+    mask = NM(2, 4)(scores, None, Axes((0,), (1,)))        # 2 of every 4 neighbours along axis 0
+    mask = Unstructured()(scores, 100)                     # the 100 largest
+    parse('2:4x128') == NM(2, 4, width=128)
 """
 
 import dataclasses
@@ -10,47 +14,36 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from sparsejax import errors, neighbours, ranking
-from sparsejax.types import Array, Axes, Pattern
+from sparsejax import counts, errors, neighbours, ranking
+from sparsejax.counts import best_units, kept_of, too_many, units
+from sparsejax.stages import Staged, Switch
+from sparsejax.types import Array, Axes, Pattern, Pooled
 
-
-class Pooled(NamedTuple):
-  """`scores`: one for each unit that is kept or pruned whole. `layers`: which of its axes are layers. `whole(mask)`:
-  the mask of the units as one of the weights."""
-
-  scores: Array
-  layers: tuple[int, ...]
-  whole: Callable[[Array], Array]
-
-
-class Ramp(NamedTuple):
-  """A sparsity on its way to `target`, which it reaches, exactly, when `progress` (traced or not) is 1."""
-
-  target: float
-  progress: Any
+__all__ = ['MATRIX', 'NM', 'TABLE', 'Block', 'Channel', 'Spelling', 'Staged', 'Switch', 'Unstructured', 'kept_of',
+           'parse', 'units']
+MATRIX = Axes((0,), (1,))  # the axes of a matrix `[in, out]`
 
 
 @dataclasses.dataclass(frozen=True)
 class NM:
-  """Keeps `n` of every `m` neighbours along the contraction axis, 1 <= m <= 1024, exactly `n` of them.
+  """An `NM` keeps exactly `n` of every `m` neighbours along the contraction axis, 1 <= m <= 1024.
 
-  Several contracted axes count as one, in the program's order (`[heads, head_dim]` of an attention output kernel is one
-  row of a matrix product). Groups never cross a row, a spatial tap or a layer. `n` may be a traced `int32[]`, and then
-  `sparsity` is `None`. Ties keep the lower index, NaN goes first.
+  Several contracted axes count as one axis, in the program's order (`[heads, head_dim]` of an attention output kernel
+  is one row of a matrix product). Groups never cross a row, a spatial tap or a layer. `n` may be a traced `int32[]`;
+  `sparsity` is then `None`. Ties keep the lower index, and NaN is pruned first.
 
-  With a `width`, `width` neighbours along the output (several output axes count as one, too) are kept or pruned
-  together, "vector-wise N:M": what is ranked in a group are `m` vectors, each by the `float32` sum of its scores, NaN
-  if one of them is. A kernel then reads one index for `width` weights.
+  With a `width`, `width` neighbours along the output are kept or pruned together ("vector-wise N:M"). Several output
+  axes count as one axis, too. The `m` vectors of a group are ranked by the `float32` sums of their scores; a vector
+  with a NaN has the score NaN. A kernel then reads one index for `width` weights.
   """
 
   n: Any
   m: int
   width: int = 1
+  fixed = True
 
   def __post_init__(self):
     if not isinstance(self.m, (int, np.integer)) or not 1 <= self.m <= 1024:
@@ -73,6 +66,10 @@ class NM:
   def sparsity(self) -> float | None:
     return 1 - self.n / self.m if self.static else None
 
+  @property
+  def group(self) -> tuple[int, int]:
+    return self.m, self.width
+
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     length, across = (math.prod(shape[a] for a in group) for group in (axes.contracted, axes.output))
     if not axes.contracted:
@@ -92,22 +89,48 @@ class NM:
               f'axis to {-(-across // self.width) * self.width}.')
     return None
 
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
-    n = self.n if sparsity is None else ranking.count(kept_of(sparsity, self.m)).low
-    if drop is not None:  # what is left of a group may be of any size: those left are the best of the layer
-      return (Unstructured() if self.width == 1 else Block((1, self.width)))(scores, 1 - n / self.m, axes, drop)
+  def __call__(self, scores: Array, count: Any = None, axes: Axes = MATRIX) -> Array:
+    n = self.n if count is None else ranking.count(counts.checked(f'patterns.{self}', count)).low
+    pool, place = self.pooled(scores, axes), self._place(axes)
+    mask = ranking.top_n_in_groups(neighbours.joined(pool.scores, place), n, self.m, place - 1)
+    return pool.whole(neighbours.split(mask, self.m, place - 1))
+
+  def pooled(self, scores: Array, axes: Axes) -> Pooled:
+    """Returns the scores of the vectors, `[..., groups, m, ...]`; the sizes of the other axes stay in front.
+
+    Every group is a layer of its own, because a count holds for each group by itself.
+    """
+    place = self._place(axes)
     if self.width > 1:
       vectors, restored = neighbours.tiled(scores, axes.contracted, axes.output, (self.m, self.width))
-      sums = neighbours.joined(jnp.sum(vectors, -1, dtype=jnp.float32), vectors.ndim - 3)
-      kept = neighbours.split(ranking.top_n_in_groups(sums, n, self.m, sums.ndim - 2), self.m, sums.ndim - 2)
-      return neighbours.alike(restored(jnp.broadcast_to(kept[..., None], vectors.shape)), scores)
-    contracted, sizes = axes.contracted, tuple(scores.shape[a] for a in axes.contracted)
-    mask = ranking.top_n_in_groups(neighbours.merged(scores, contracted, self.m), n, self.m, min(contracted))
-    return neighbours.alike(neighbours.unmerged(mask, contracted, sizes), scores)
+      sums = jnp.sum(vectors, -1, dtype=jnp.float32)
+      whole = lambda mask: restored(jnp.broadcast_to(mask[..., None], vectors.shape))
+    else:
+      contracted, sizes = axes.contracted, tuple(scores.shape[a] for a in axes.contracted)
+      sums = neighbours.split(neighbours.merged(scores, contracted, self.m), self.m, place - 1)
+      whole = lambda mask: neighbours.unmerged(neighbours.joined(mask, place), contracted, sizes)
+    layers = tuple(a for a in range(sums.ndim) if a != place)
+    return Pooled(sums, layers, lambda mask: neighbours.alike(whole(mask), scores))
 
-  @property
-  def group(self) -> tuple[int, int]:
-    return self.m, self.width
+  def _place(self, axes: Axes) -> int:
+    """Returns the axis of `pooled` scores along which the `m` vectors of a group are."""
+    return 1 + (min(axes.contracted) if self.width == 1 else len(axes.spatial) + len(axes.layer))
+
+  def survivors(self, scores: Array, count: Any, axes: Axes, drop: Any) -> Array:
+    """Returns the mask of the survivors of a drop: the best of the layer, since a group may keep any number of them."""
+    loose = Unstructured() if self.width == 1 else Block((1, self.width))
+    n = self.n if count is None else ranking.count(count).low
+    whole = kept_of(1 - n / self.m, units(loose, scores.shape, axes)[0])
+    return loose(scores, counts.fewer(ranking.count(whole), drop), axes)
+
+  def excess(self, nonzero: Array, axes: Axes) -> Array:
+    """Returns how many more vectors than `n` each group keeps, at least 0: `int32`, one number for each group.
+
+    Without a `width` the shape is that of the weights, with the contraction merged and shortened to groups. With a
+    `width` the shape is `[..., K / m, N / width]`, layers and taps in front, and a vector counts unless it is all zero.
+    """
+    kept = self.pooled(nonzero.astype(jnp.float32), axes).scores > 0
+    return jnp.maximum(jnp.sum(kept, self._place(axes), dtype=jnp.int32) - self.n, 0)
 
   def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
     if why := self.validate(w.shape, axes):
@@ -121,29 +144,17 @@ class NM:
     return (f'{bad} of {excess.size} groups keep more than {n} of {self.m}, the first, {first}, keeps '
             f'{int(excess[first]) + n}')
 
-  def excess(self, nonzero: Array, axes: Axes) -> Array:
-    """How many more than `n` each group keeps, at least 0: `int32`, the contraction merged and shortened to groups.
-
-    With a width, of vectors that are not all zero: `[..., K / m, N / width]`, layers and taps in front.
-    """
-    if self.width > 1:
-      vectors = jnp.any(neighbours.tiled(nonzero, axes.contracted, axes.output, (self.m, self.width))[0], -1)
-      return jnp.maximum(jnp.sum(vectors, -2, dtype=jnp.int32) - self.n, 0)
-    axis = min(axes.contracted)
-    grouped = neighbours.split(neighbours.merged(nonzero, axes.contracted, self.m), self.m, axis)
-    return jnp.maximum(jnp.sum(grouped, axis + 1, dtype=jnp.int32) - self.n, 0)
-
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-  """Any weight may be zero: exactly `round(sparsity * size)` of each layer of the leaf are, half to even."""
+  """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even."""
 
   sparsity: float | None = None
   static = True
   group = 1, 1
 
   def __post_init__(self):
-    _check_share('Unstructured', self.sparsity)
+    _check_sparsity('Unstructured', self.sparsity)
 
   def __str__(self) -> str:
     return 'unstructured' if self.sparsity is None else f'unstructured {self.sparsity:g}'
@@ -151,29 +162,29 @@ class Unstructured:
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     return None
 
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes | None = None, drop: Any = None) -> Array:
-    return _best_units(self, scores, sparsity, axes, drop)
+  def __call__(self, scores: Array, count: Any = None, axes: Axes | None = None) -> Array:
+    return best_units(self, scores, count, axes)
 
   def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
     return too_many(self, w, axes, sparsity, 'weights')
 
   def pooled(self, scores: Array, axes: Axes | None) -> Pooled:
-    """Every weight is a unit."""
+    """Returns the scores themselves: every weight is a unit."""
     return Pooled(scores, () if axes is None else axes.layer, lambda mask: mask)
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """Blocks of `shape` (along contraction and output) are zero: exactly `round(sparsity * blocks)` of each layer.
+  """A `Block` prunes blocks of `shape`, along contraction and output: exactly `round(sparsity * blocks)` of a layer.
 
-  Several contracted axes count as one, in the program's order, and so do several output axes. No block crosses a
-  spatial tap or a layer; the blocks of all taps of a layer compete. A block's score is the `float32` sum of its scores
-  (of magnitudes: the L1 norm), NaN if one of them is. NaN goes first, ties keep the lower index: by tap, then along the
-  contraction, then along the output. Sharded leaves need no more than counts from each other where no block
-  crosses a shard; where one does, the order in which its sum is taken, and with it a near tie, may change.
+  Several contracted axes count as one axis, in the program's order, and so do several output axes. No block crosses a
+  spatial tap or a layer. The blocks of all taps of a layer compete. A block's score is the `float32` sum of its scores
+  (of magnitudes: the L1 norm); a block with a NaN has the score NaN. NaN is pruned first. Ties keep the lower index: by
+  tap, then along the contraction, then along the output. Sharded leaves exchange only counts where no block crosses a
+  shard. Where a block does cross one, the order of its sum may change, and with it a near tie.
 
-  `balanced`: as many in each column of blocks, all that one range of outputs is computed of; exactly
-  `round(sparsity * blocks)` of each. For kernels, which are then told the same number for every column.
+  `balanced`: every column of blocks, which one range of outputs is computed from, keeps the same number of blocks,
+  exactly `round(sparsity * blocks)` being pruned. Kernels are then given one number for every column.
   """
 
   shape: tuple[int, int]
@@ -186,7 +197,7 @@ class Block:
     if len(self.shape) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in self.shape):
       raise ValueError('Block: shape is two whole numbers, weights along the contraction and along the output, as in '
                        f'(128, 128), not {self.shape!r}.')
-    _check_share('Block', self.sparsity)
+    _check_sparsity('Block', self.sparsity)
 
   def __str__(self) -> str:
     balanced = ' balanced' if self.balanced else ''
@@ -206,18 +217,18 @@ class Block:
             f'(trees.all_but), use a block that divides it (say {"x".join(map(str, smaller))}), or pad the axes to '
             f'{padded[0]} and {padded[1]}.')
 
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
-    return _best_units(self, scores, sparsity, axes, drop)
-
   @property
   def group(self) -> tuple[int, int]:
     return self.shape
+
+  def __call__(self, scores: Array, count: Any = None, axes: Axes = MATRIX) -> Array:
+    return best_units(self, scores, count, axes)
 
   def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
     return too_many(self, w, axes, sparsity, 'blocks')
 
   def pooled(self, scores: Array, axes: Axes) -> Pooled:
-    """The sums of the blocks, taps and layers first, then along contraction and output."""
+    """Returns the sums of the blocks, taps and layers first, then along contraction and output."""
     blocks, restored = neighbours.tiled(scores, axes.contracted, axes.output, self.shape)
     whole = lambda kept: restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape))
     columns = (blocks.ndim - 3,) if self.balanced else ()
@@ -225,17 +236,17 @@ class Block:
                   lambda kept: neighbours.alike(whole(kept), scores))
 
   def _layers(self, axes: Axes) -> tuple[int, ...]:
-    """The layers' axes among those that are left in front."""
+    """Returns where the layer axes are among the axes in front."""
     front = sorted((*axes.spatial, *axes.layer))
     return tuple(front.index(a) for a in axes.layer)
 
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
-  """Whole output channels are zero: exactly `round(sparsity * channels)` of each layer, half to even.
+  """A `Channel` prunes whole output channels: exactly `round(sparsity * channels)` of each layer, half to even.
 
-  A channel is all that one index of the output axes is contracted with, through all spatial taps: a neuron's incoming
-  weights, a convolution's filter. Its score is the `float32` sum of its scores. NaN goes first, ties keep the lower
+  A channel holds all weights of one index of the output axes, through all spatial taps: a neuron's incoming weights, a
+  convolution's filter. A channel's score is the `float32` sum of its scores. NaN is pruned first, ties keep the lower
   index. Only the weights are zero: a bias of the channel stays.
   """
 
@@ -244,7 +255,7 @@ class Channel:
   group = 1, 1
 
   def __post_init__(self):
-    _check_share('Channel', self.sparsity)
+    _check_sparsity('Channel', self.sparsity)
 
   def __str__(self) -> str:
     return 'channel' if self.sparsity is None else f'channel {self.sparsity:g}'
@@ -255,14 +266,14 @@ class Channel:
     return (f'{self} lies along output axes, and contracted and output axes are {axes.contracted} and {axes.output} '
             f'({axes.source}); leave the leaf out of `where`.')
 
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
-    return _best_units(self, scores, sparsity, axes, drop)
+  def __call__(self, scores: Array, count: Any = None, axes: Axes = MATRIX) -> Array:
+    return best_units(self, scores, count, axes)
 
   def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
     return too_many(self, w, axes, sparsity, 'channels')
 
   def pooled(self, scores: Array, axes: Axes) -> Pooled:
-    """The sums of the channels, `[*layers, *outputs]` in the order of the leaf's axes."""
+    """Returns the sums of the channels, `[*layers, *outputs]` in the order of the leaf's axes."""
     along = (*axes.contracted, *axes.spatial)
     left = [a for a in range(scores.ndim) if a not in along]
     whole = lambda kept: jnp.broadcast_to(jnp.expand_dims(kept, along), scores.shape)
@@ -270,103 +281,9 @@ class Channel:
                   lambda kept: neighbours.alike(whole(kept), scores))
 
 
-@dataclasses.dataclass(frozen=True)
-class Staged:
-  """One of several patterns, by a traced `index`: only the chosen one's mask is computed (all of them under `vmap`)."""
-
-  stages: tuple[Pattern, ...]
-  index: Any
-  sparsity = None
-  static = False
-
-  def __str__(self) -> str:
-    return ' -> '.join(map(str, self.stages))
-
-  def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
-    return next((why for why in (stage.validate(shape, axes) for stage in self.stages) if why), None)
-
-  def __call__(self, scores: Array, sparsity: Any = None, axes: Axes = Axes((0,), (1,)), drop: Any = None) -> Array:
-    branches: list[Callable[[Array], Array]] = [lambda s, p=stage: p(s, sparsity, axes, drop) for stage in self.stages]
-    return lax.switch(self.index, branches, scores)
-
-
-def units(pattern: Pattern, shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
-  """How many units that are kept or pruned whole one layer of a leaf has, and of how many weights each is.
-
-  A group of N:M is `m` units of `width` weights each.
-  """
-  if not hasattr(pattern, 'pooled'):
-    return pattern.m, pattern.width
-  pooled = jax.eval_shape(lambda w: pattern.pooled(w, axes).scores, jax.ShapeDtypeStruct(shape, jnp.float32))
-  layers = math.prod(shape[a] for a in axes.layer)
-  return math.prod(pooled.shape) // max(layers, 1), math.prod(shape) // max(math.prod(pooled.shape), 1)
-
-
-def _best_units(pattern: Any, scores: Array, sparsity: Any, axes: Axes | None, drop: Any) -> Array:
-  """Layers are matrices of their own, however they are stored: a stack of them is as sparse as each of them."""
-  pooled, layers, whole = pattern.pooled(scores, axes)
-  size = math.prod(n for a, n in enumerate(pooled.shape) if a not in layers)
-  kept = kept_of(pattern.sparsity if sparsity is None else sparsity, size)
-  if drop is not None:
-    kept = fewer(ranking.count(kept), drop)
-  each = 0 if isinstance(kept, ranking.Count) and jnp.ndim(kept.low) else None  # a count for each layer
-  select = ranking.top_n
-  for _ in layers:
-    select = jax.vmap(select, in_axes=(0, each))
-  front = tuple(range(len(layers)))
-  return whole(jnp.moveaxis(select(jnp.moveaxis(pooled, layers, front), kept), front, layers))
-
-
-def too_many(pattern: Any, w: Array, axes: Axes, sparsity: float | None, noun: str) -> str:
-  """Says in which layer `w` keeps more units, called `noun`, than `sparsity` allows; empty if in none.
-
-  `sparsity=None` stands for the pattern's own.
-  """
-  if why := pattern.validate(w.shape, axes):
-    return why
-  pool = pattern.pooled((w != 0).astype(jnp.float32), axes)
-  units = np.asarray(pool.scores > 0)
-  kept = np.sum(units, tuple(a for a in range(units.ndim) if a not in pool.layers)).reshape(-1)
-  sparsity = pattern.sparsity if sparsity is None else sparsity
-  allowed = kept_of(sparsity or 0, units.size // max(kept.size, 1))
-  where = f' in layer {kept.argmax()}' if pool.layers else ''
-  return f'{kept.max()} {noun} are kept{where}, {allowed} asked' if kept.max(initial=0) > allowed else ''
-
-
-def _check_share(name: str, sparsity: float | None) -> None:
+def _check_sparsity(name: str, sparsity: float | None) -> None:
   if sparsity is not None and not 0 <= sparsity <= 1:
     raise ValueError(f'{name}: sparsity is the fraction of zeros, from 0 to 1, not {sparsity!r}.')
-
-
-def kept_of(sparsity: Any, size: int) -> Any:
-  """How many of `size` are kept: all but `sparsity * size`, rounded half to even. A Python int for a number.
-
-  A `ranking.Count` is the number of those kept itself. Of a `Ramp` `progress * round(target * size)` are pruned,
-  exactly `round(target * size)` from 1 on. A traced sparsity is a `float32`, and so is the product: above 2^24 weights
-  the count may be off by up to `size / 2^23`. All are kept at 0 and none at 1.
-  """
-  if sparsity is None:
-    raise ValueError('patterns: how many weights are kept? Give a sparsity, as in Unstructured(0.9).')
-  if isinstance(sparsity, ranking.Count):
-    return sparsity
-  if isinstance(sparsity, (int, float, np.floating, np.integer)):
-    return size - round(float(sparsity) * size)
-  if isinstance(sparsity, Ramp):
-    pruned, progress = round(sparsity.target * size), jnp.asarray(sparsity.progress, jnp.float32)
-    kept, done = _all_but(size, progress * np.float32(pruned)), ranking.count(size - pruned)
-    return ranking.Count(*(jnp.where(progress < 1, word, last) for word, last in zip(kept, done)))
-  share = jnp.asarray(sparsity, jnp.float32)
-  return ranking.Count(*(jnp.where(share < 1, word, 0) for word in _all_but(size, share * np.float32(size))))
-
-
-def _all_but(size: int, pruned: Array) -> ranking.Count:
-  return ranking.minus(ranking.count(size), ranking.count(jnp.round(pruned)))
-
-
-def fewer(kept: ranking.Count, drop: Any) -> ranking.Count:
-  """`kept - floor(drop * kept)`, the product in `float32`."""
-  whole = jnp.asarray(kept.high, jnp.float32) * 2.0**31 + jnp.asarray(kept.low, jnp.float32)
-  return ranking.minus(kept, ranking.count(jnp.floor(jnp.asarray(drop, jnp.float32) * whole)))
 
 
 class Spelling(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparsejax import errors
-from sparsejax.types import Bound, Schedule, Step
+from sparsejax.types import ALWAYS, AT_ZERO, Bound, Schedule, Step
 
 
 def constant(value: float) -> Schedule:
@@ -85,7 +85,8 @@ def every(steps: int, *, begin: int = 0, end: int | None = None) -> Schedule:
   """
   if steps < 1:
     raise ValueError(f'schedules.every: `steps` must be at least 1, not {steps}.')
-  return Bound(_every, (steps, begin) if end is None else (steps, begin, _after('every', begin, end)))
+  facts = (ALWAYS,) if (steps, begin, end) == (1, 0, None) else ()
+  return Bound(_every, (steps, begin) if end is None else (steps, begin, _after('every', begin, end)), facts)
 
 
 def before(schedule: Schedule, end: int) -> Schedule:
@@ -103,7 +104,7 @@ def density_decay(sparsity: float, *, end: int) -> Schedule:
 
 def once(at: int) -> Schedule:
   """Returns the schedule that is `True` at step `at` only."""
-  return Bound(_once, (at,))
+  return Bound(_once, (at,), (AT_ZERO,) if at == 0 else ())
 
 
 def named(name: str, **arguments: Any) -> Schedule:

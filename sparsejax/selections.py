@@ -1,4 +1,9 @@
-"""Selections: how the masks of all sparse leaves are chosen, out of the words that look at one leaf."""
+"""A selection chooses the masks of all sparse leaves, out of the words that look at one leaf.
+
+    selection = selections.leafwise(Unstructured(0.9), score=scores.magnitude, update=updates.prune_to)
+    plan = selection.plan({'w': w}, {'w': axes})                              # what is asked of each leaf
+    masks, thresholds = selection.select(plan.leaves, [w], [mask], [signals])
+"""
 
 import dataclasses
 import math
@@ -9,244 +14,265 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import allocation as allocations
-from sparsejax import errors, patterns, ranking, scores, trees, updates
+from sparsejax import counts, errors, patterns, ranking, scores, trees, updates
 from sparsejax.states import Plan, SparseLeaf
-from sparsejax.types import Allocation, Array, Axes, Pattern, Schedule, Score, Signals, Start, Update
+from sparsejax.types import Allocation, Array, Asked, Axes, Pattern, Pooled, Schedule, Score, Signals, Update
 
 Leaves, Masks = Sequence[SparseLeaf], list[Array]
 
 
 class Selection(NamedTuple):
-  """How masks are chosen. `plan(arrays, axes)` makes the `SparseLeaf`s; `select(leaves, weights, masks, signals)`
-  returns the new masks and what flows see of it as `signals.stats`, each a list over the sparse leaves; `first` is the
-  same for the first masks (`None`: `select`), which `start` may call several times, see `starts`. `stat(w)` is a leaf's
-  first stat. With `observe(stat, w, signals) -> stat` stats are a memory that changes once an update, before it, and
-  `select` only reads them. `instead`: an update that chooses masks does not move the weights."""
+  """A `Selection` says what is asked of each leaf, and chooses the masks of all leaves.
+
+  `plan(arrays, axes)` returns a `Plan` with a `SparseLeaf` for each array. `select(leaves, weights, masks, signals)`
+  returns the new masks, and `None` or a threshold for each leaf. `threshold`: each leaf's threshold before the first
+  choice. If it is given, flows read the thresholds as `signals.stats`.
+  """
 
   plan: Callable[[dict[str, Array], dict[str, Axes]], Plan]
-  select: Callable[[Leaves, list[Array], Masks, list[Signals]], tuple[Masks, list[Any]]]
-  first: Callable[[Leaves, list[Array], Masks, list[Signals]], tuple[Masks, list[Any]]] | None = None
-  start: Start | None = None
-  stat: Callable[[Array], Any] = lambda w: trees.DENSE
-  observe: Callable[[Any, Array, Signals], Any] | None = None
-  instead: bool = False
+  select: Callable[[Leaves, list[Array], Masks, list[Signals]], tuple[Masks, list[Any] | None]]
+  threshold: float | None = None
 
 
 def leafwise(
     pattern: Pattern | Mapping[str, Pattern],
     *,
     score: Score = scores.magnitude,
-    first: Score | None = None,
     update: Update = updates.reselect,
-    progression: Callable[[Pattern], Schedule] | None = None,
     sparsity: float | None = None,
     ramp: Schedule | None = None,
     allocation: Allocation | allocations.Ranked = allocations.uniform,
-    memory: scores.Memory | None = None,
-    start: Start | None = None,
-    instead: bool = False,
 ) -> Selection:
-  """Each leaf by itself, by `pattern` (or one per glob) over `score`; the first mask over `first`, if given.
+  """Returns the selection that prunes each leaf by `pattern`, or by one pattern per glob, over `score`.
 
-  `sparsity` (default: the pattern's own) is shared out by `allocation`; N:M without one, and each of several patterns,
-  goes to its own. `ramp(step)`, from 0 to 1, is the
-  part of it that is asked so far. `progression(pattern)` is a schedule of patterns on the way to the asked one.
-  `memory` is what the score remembers. `start` and `instead` as in `Selection`.
+  `sparsity` (default: the pattern's own) is shared out by `allocation`. If `sparsity` is `None`, N:M patterns, and
+  every pattern of a dict, use the sparsity that they define themselves. `ramp(step)`, from 0 to 1, is the part of the
+  sparsity that is asked at `step`.
   """
   pattern = patterns.parse(pattern)
-  if sparsity is None and not isinstance(pattern, (Mapping, patterns.NM)):
+  if sparsity is None and not isinstance(pattern, Mapping) and not getattr(pattern, 'fixed', False):
     sparsity = pattern.sparsity
-  ranked = isinstance(allocation, allocations.Ranked)
+  words = _Leafwise(pattern, score, update, sparsity, ramp, allocation)
+  return Selection(words.plan, words.select)
 
-  def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
-    own = dict(zip(arrays, trees.per_leaf('sparsejax', 'pattern', pattern, list(arrays))))
-    asked = dict.fromkeys(arrays) if sparsity is None or ranked else allocation(arrays, sparsity, axes)
+
+@dataclasses.dataclass(frozen=True)
+class _Leafwise:
+  """A `_Leafwise` holds the words of `leafwise`."""
+
+  pattern: Pattern | Mapping[str, Pattern]
+  score: Score
+  update: Update
+  sparsity: float | None
+  ramp: Schedule | None
+  allocation: Allocation | allocations.Ranked
+
+  @property
+  def ranked(self) -> bool:
+    return isinstance(self.allocation, allocations.Ranked)
+
+  def of(self, paths: Sequence[str]) -> list[Pattern]:
+    """Returns the pattern of each leaf."""
+    return trees.per_leaf('sparsejax', 'pattern', self.pattern, list(paths))
+
+  def plan(self, arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
+    alone = self.sparsity is not None and not self.ranked
+    shares = self.allocation(arrays, self.sparsity, axes) if alone else {}
     leaves = []
-    for path, leaf in arrays.items():
-      if asked[path] is None and not ranked and own[path].static and own[path].sparsity is None:
-        raise errors.at_leaf('sparsejax', path, leaf.shape, f'{own[path]} has no sparsity; pass `sparsity=`.')
-      on_the_way = progression(own[path])(0) if progression else own[path]
-      if why := on_the_way.validate(leaf.shape, axes[path]) or own[path].validate(leaf.shape, axes[path]):
-        raise errors.at_leaf('sparsejax', path, leaf.shape, why)
-      target = own[path].sparsity if asked[path] is None and not ranked else asked[path]
-      # A traced n cannot be part of a treedef; then nothing is on record as asked.
-      leaves.append(SparseLeaf(path, leaf.shape, axes[path], own[path] if own[path].static else None, target))
-    if ranked:
-      _check_comparable(leaves, sparsity)
-    return Plan(tuple(leaves), sparsity=sparsity if ranked else None)
+    for path, pattern in zip(arrays, self.of(arrays)):
+      sparsity = self.sparsity if self.ranked else shares.get(path, pattern.sparsity)
+      if hasattr(pattern, 'at') and (alone or self.ramp):
+        raise errors.at_leaf('sparsejax', path, arrays[path].shape, f'the stages on the way to {pattern} have counts '
+                             'of their own. Leave out `sparsity=` and `ramp=`.')
+      if pattern.static and sparsity is None and not self.ranked:
+        raise errors.at_leaf('sparsejax', path, arrays[path].shape, f'{pattern} has no sparsity; pass `sparsity=`.')
+      leaves.append(planned(path, arrays[path].shape, axes[path], pattern, Asked(sparsity, self.ranked)))
+    if self.ranked:
+      check_comparable(leaves)
+    return Plan(tuple(leaves))
 
-  def shares(leaves: Leaves, own: list[Pattern], masks: Masks, ranks: list[Array], step: Any) -> list[Any]:
-    """What each leaf's pattern is asked for: its share of `sparsity`, or, ranked, counts."""
-    asked = lambda target: target if ramp is None else patterns.Ramp(target, ramp(step))
-    if ranked:
-      return _competed(allocation, leaves, own, ranks, asked(sparsity))
-    if ramp is not None:
-      return [asked(leaf.sparsity) for leaf in leaves]
-    return [None if sparsity is None else leaf.sparsity for leaf in leaves]
+  def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
+    now = [at(pattern, s.step) for pattern, s in zip(self.of([leaf.path for leaf in leaves]), signals)]
+    values = [self.score(w, s) for w, s in zip(weights, signals)]
+    told = self._counts(leaves, now, values, weights, masks, signals)
+    rows = zip(leaves, now, told, masks, values, weights, signals)
+    return [select_leaf(self.update, *row) for row in rows], None
 
-  def chosen_by(score: Score, update: Update) -> Callable[..., Any]:
-    def select(leaves, weights, masks, signals):
-      own = trees.per_leaf('sparsejax', 'pattern', pattern, [leaf.path for leaf in leaves])
-      now = [progression(p)(s.step) if progression else p for p, s in zip(own, signals)]
-      found = [score(w, s) for w, s in zip(weights, signals)]
-      ranks = [allocation.score(w, s) for w, s in zip(weights, signals)] if ranked and allocation.score else found
-      if update is updates.prune_to:
-        ranks = [updates.kept_first(mask, x) for mask, x in zip(masks, ranks)]
-      chosen = []
-      for leaf, p, share, mask, x, w, s in zip(
-          leaves, now, shares(leaves, now, masks, ranks, signals[0].step), masks, found, weights, signals):
-        pick = lambda x, drop=None, p=p, share=share, at=leaf.axes: p(x, share, at, drop)
-        chosen.append(update(mask, x, pick, w, s))
-      return chosen, [trees.DENSE] * len(chosen)
-
-    return select
-
-  first = first and chosen_by(first, updates.reselect)
-  return Selection(plan, chosen_by(score, update), first, start, *_of(memory), instead)
+  def _counts(self, leaves, now, values, weights, masks, signals) -> list[Any]:
+    """Returns what each leaf's pattern is told: `None` where the pattern's own count holds."""
+    progress = self.ramp and self.ramp(signals[0].step)
+    if self.ranked:
+      first = self.allocation.score and [self.allocation.score(w, s) for w, s in zip(weights, signals)]
+      rows = zip(masks, first or values, weights, signals)
+      return competed(self.allocation, leaves, now, [updates.ranked_by(self.update, *row) for row in rows], progress)
+    if self.sparsity is None and self.ramp is None:
+      return [None] * len(leaves)
+    return [counts.count_of(pattern, leaf.asked.sparsity, leaf.shape, leaf.axes, progress)
+            for leaf, pattern in zip(leaves, now)]
 
 
-def _of(memory: scores.Memory | None) -> tuple[Any, Any]:
-  """`stat` and `observe` of a selection."""
-  return memory or (lambda w: trees.DENSE, None)
+def planned(path: str, shape: tuple[int, ...], axes: Axes, pattern: Pattern, asked: Asked) -> SparseLeaf:
+  """Returns what is asked of one leaf. Raises `ValueError` if the leaf cannot carry the pattern.
+
+  A pattern with a traced N cannot be part of a treedef. The leaf then has no pattern on record.
+  """
+  if why := pattern.validate(shape, axes):
+    raise errors.at_leaf('sparsejax', path, shape, why)
+  return SparseLeaf(path, shape, axes, getattr(pattern, 'target', pattern) if pattern.static else None, asked)
 
 
-def _check_comparable(leaves: Leaves, sparsity: float | None) -> None:
+def at(pattern: Pattern, step: Any) -> Pattern:
+  """Returns the pattern at `step`: the pattern itself, unless it changes over the steps."""
+  return pattern.at(step) if hasattr(pattern, 'at') else pattern
+
+
+def select_leaf(
+    update: Update, leaf: SparseLeaf, pattern: Pattern, count: Any, mask: Array, values: Array, w: Array,
+    signals: Signals) -> Array:
+  """Returns the new mask of one leaf: `update` over the scores `values`, with `pattern` told `count`."""
+  return update(mask, values, counts.Selector(pattern, count, leaf.axes), w, signals)
+
+
+def check_comparable(leaves: Leaves) -> None:
   """Raises `ValueError` where leaves cannot be ranked together."""
-  if sparsity is None:
-    raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
-  sizes = {}
+  sizes: dict[int, SparseLeaf] = {}
   for leaf in leaves:
-    if not hasattr(leaf.pattern, 'pooled') or getattr(leaf.pattern, 'balanced', False):
+    if leaf.asked.sparsity is None:
+      raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
+    if leaf.pattern is None or not counts.competes(leaf.pattern, leaf.shape, leaf.axes):
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'{leaf.pattern} fixes how many every group keeps, '
                            'so that leaves cannot be ranked together. Use allocation=allocation.uniform, or another '
                            'pattern.')
-    sizes.setdefault(patterns.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf)
+    sizes.setdefault(counts.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf)
   if len(sizes) > 1:
-    (a, one), (b, other) = list(sizes.items())[:2]
+    (a, first), (b, other) = list(sizes.items())[:2]
     raise errors.at_leaf('sparsejax', other.path, other.shape, f'a unit of {other.pattern} has {b} weights here and '
-                         f'{a} in {one.path!r}, so that leaves cannot be ranked together. Use '
+                         f'{a} in {first.path!r}, so that leaves cannot be ranked together. Use '
                          'allocation=allocation.uniform or erk.')
 
 
-def _competed(allocation: allocations.Ranked, leaves: Leaves, own: list[Pattern], ranks: list[Array], asked: Any):
-  """How many units each layer of each leaf keeps, as `ranking.Count`s, of all of them ranked together."""
-  pools = [p.pooled(x, leaf.axes) for p, x, leaf in zip(own, ranks, leaves)]
-  values = [_by_layer(allocation.normalise, pool) if allocation.normalise else pool.scores for pool in pools]
-  masks = ranking.top_n_of_leaves(values, patterns.kept_of(asked, sum(math.prod(v.shape) for v in values)))
-  counts = []
-  for mask, pool in zip(masks, pools):
-    along = tuple(a for a in range(mask.ndim) if a not in pool.layers)
-    counts.append(ranking.count(jnp.sum(mask, along, dtype=jnp.int32)))
-  return counts
+def competed(
+    allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern], ranks: list[Array], progress: Any,
+) -> list[ranking.Count]:
+  """Returns how many units each layer of each leaf keeps when all leaves are ranked together by `ranks`."""
+  pools = [pattern.pooled(x, leaf.axes) for pattern, x, leaf in zip(now, ranks, leaves)]
+  values = [_normalised(allocation.normalise, pool) if allocation.normalise else pool.scores for pool in pools]
+  kept = counts.kept_of(leaves[0].asked.sparsity, sum(math.prod(v.shape) for v in values), progress)
+  masks = ranking.top_n_of_leaves(values, kept)
+  return [ranking.count(_per_layer(mask, pool)) for mask, pool in zip(masks, pools)]
 
 
-def _by_layer(normalise: Callable[[Array], Array], pool: patterns.Pooled) -> Array:
-  """Layers are matrices of their own, however they are stored."""
+def _per_layer(kept: Array, pool: Pooled) -> Array:
+  """Returns how many units each layer keeps, `int32[*layers]`, of a mask of the units."""
+  return jnp.sum(kept, tuple(a for a in range(kept.ndim) if a not in pool.layers), dtype=jnp.int32)
+
+
+def _normalised(normalise: Callable[[Array], Array], pool: Pooled) -> Array:
+  """Returns the normalised scores of each layer by itself: layers are matrices, however they are stored."""
   for axis in sorted(pool.layers):
     normalise = jax.vmap(normalise, axis, axis)
   return normalise(pool.scores)
 
 
 def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False) -> Selection:
-  """All leaves together: keeps what is above the `sparsity(step)`-quantile of |w| over all sparse leaves.
+  """Returns the selection that keeps the weights above the `sparsity(step)`-quantile of |w| over all sparse leaves.
 
-  `scaled`: each leaf is measured in units of `1 / sqrt(sum(shape without layers))`. The stats are the leaf's
-  threshold, -1 while the sparsity is 0. The count is the quantile's, linearly interpolated, ties pruned: not exact.
+  `scaled`: each leaf is measured in units of `1 / sqrt(sum(shape without layers))`. A leaf's threshold is -1 while the
+  sparsity is 0. The count is that of the linearly interpolated quantile, with ties pruned: the count is not exact.
   """
   def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
-    leaves = [SparseLeaf(path, w.shape, axes[path], 'global', None) for path, w in arrays.items()]
-    return Plan(tuple(leaves), sparsity=target)
-
-  def unit(leaf: SparseLeaf) -> float:
-    return sum(n for a, n in enumerate(leaf.shape) if a not in leaf.axes.layer) ** -0.5 if scaled else 1.0
+    asked, pattern = Asked(target, together=True), patterns.Unstructured()
+    return Plan(tuple(SparseLeaf(path, w.shape, axes[path], pattern, asked) for path, w in arrays.items()))
 
   def select(leaves, weights, masks, signals):
     del masks
-    at = sparsity(signals[0].step)
-    common = ranking.quantile([jnp.abs(w).astype(jnp.float32) / unit(leaf) for leaf, w in zip(leaves, weights)], at)
-    thresholds = [jnp.where(at > 0, common * unit(leaf), jnp.float32(-1)) for leaf in leaves]
-    return [jnp.abs(w).astype(jnp.float32) > th for w, th in zip(weights, thresholds)], thresholds
+    units = [sum(leaf.layer_shape) ** -0.5 if scaled else 1.0 for leaf in leaves]
+    share, sizes = sparsity(signals[0].step), [jnp.abs(w).astype(jnp.float32) for w in weights]
+    common = ranking.quantile([size / unit for size, unit in zip(sizes, units)], share)
+    thresholds = [jnp.where(share > 0, common * unit, jnp.float32(-1)) for unit in units]
+    return [size > th for size, th in zip(sizes, thresholds)], thresholds
 
-  return Selection(plan, select, stat=lambda w: jnp.float32(-1.0))
+  return Selection(plan, select, threshold=-1.0)
 
 
-def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005,
-                    memory: scores.Memory | None = None) -> Selection:
-  """Keeps what scores above `threshold(step)`, in each leaf `int(least * size) + 1` at least, the best of them.
+def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) -> Selection:
+  """Returns the selection that keeps the weights with a score above `threshold(step)`.
 
-  How sparse that is comes out of training: nothing is on record as asked.
+  Each layer keeps at least `int(least * size) + 1` weights, the best of the layer. The sparsity comes out of training,
+  so nothing is on record as asked.
   """
   def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
-    return Plan(tuple(SparseLeaf(path, w.shape, axes[path], None, None) for path, w in arrays.items()))
+    return Plan(tuple(SparseLeaf(path, w.shape, axes[path], None, Asked()) for path, w in arrays.items()))
 
   def select(leaves, weights, masks, signals):
     del masks
     chosen = []
     for leaf, w, s in zip(leaves, weights, signals):
-      found = score(w, s)
-      floor = patterns.Unstructured()(found, ranking.count(int(least * _layer_size(leaf)) + 1), leaf.axes)
-      chosen.append((found > threshold(s.step)) | floor)
-    return chosen, [trees.DENSE] * len(chosen)
+      values, fewest = score(w, s), int(least * math.prod(leaf.layer_shape)) + 1
+      chosen.append((values > threshold(s.step)) | patterns.Unstructured()(values, fewest, leaf.axes))
+    return chosen, None
 
-  return Selection(plan, select, None, None, *_of(memory))
-
-
-def _layer_size(leaf: SparseLeaf) -> int:
-  return math.prod(n for a, n in enumerate(leaf.shape) if a not in leaf.axes.layer)
+  return Selection(plan, select)
 
 
 def redistributed(
     pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity: float | None = None,
-    allocation: Allocation = allocations.uniform, memory: scores.Memory | None = None,
-) -> Selection:
-  """Drops by magnitude in each layer, and grows by `grow` as many as all dropped, most where kept weights score high.
+    allocation: Allocation = allocations.uniform) -> Selection:
+  """Returns the selection that drops by magnitude in each layer and grows as many weights by `grow` in all layers.
 
-  Sparse momentum (Dettmers and Zettlemoyer 2019, section 3.2). A layer's share of what is grown is the mean of `grow`
-  over its kept weights, against all layers; what does not fit into a layer goes to the others, by their shares. The
-  count over all layers is the same at every step. The first masks are random, by `allocation`.
+  The rule is that of sparse momentum (Dettmers and Zettlemoyer 2019, section 3.2). A layer's share of the grown weights
+  is the mean of `grow` over its kept weights, against all layers. The excess over the room of a layer goes to the other
+  layers, by their shares. The count over all layers is the same at every step.
   """
   pattern = patterns.parse(pattern)
   sparsity = pattern.sparsity if sparsity is None else sparsity
 
   def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
-    leaves = leafwise(pattern, sparsity=sparsity, allocation=allocation).plan(arrays, axes).leaves
-    _check_comparable(leaves, sparsity)
-    return Plan(tuple(dataclasses.replace(leaf, sparsity=None) for leaf in leaves), sparsity=sparsity)
-
-  def first(leaves, weights, masks, signals):
-    asked = allocation({leaf.path: leaf for leaf in leaves}, sparsity, {leaf.path: leaf.axes for leaf in leaves})
-    drawn = [pattern(scores.random(w, s), asked[leaf.path], leaf.axes) for leaf, w, s in zip(leaves, weights, signals)]
-    return drawn, [trees.DENSE] * len(drawn)
+    alone = leafwise(pattern, sparsity=sparsity, allocation=allocation).plan(arrays, axes).leaves
+    leaves = tuple(dataclasses.replace(leaf, asked=Asked(sparsity, together=True)) for leaf in alone)
+    check_comparable(leaves)
+    return Plan(leaves)
 
   def select(leaves, weights, masks, signals):
-    drop, growing, survivors = fraction(signals[0].step), [], []
-    for leaf, w, mask, s in zip(leaves, weights, masks, signals):
-      keep = patterns.fewer(ranking.count(_units_in(pattern, mask, leaf)), drop)
-      survivors.append(pattern(updates.kept_first(mask, scores.magnitude(w, s)), keep, leaf.axes) & mask)
-      growing.append(grow(w, s))
-    per_layer = lambda f, *columns: jnp.concatenate([f(*each).reshape(-1) for each in zip(*columns, leaves)])
-    units = lambda mask, leaf: _units_in(pattern, mask, leaf)
-    before, left, whole = (per_layer(units, tree) for tree in (masks, survivors, [jnp.ones_like(m) for m in masks]))
-    strength = per_layer(_mean_over, masks, growing)
-    grown = left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, whole - left)
-    chosen, at = [], 0
-    for leaf, alive, g in zip(leaves, survivors, growing):
-      shape = [leaf.shape[a] for a in leaf.axes.layer]
-      counts, at = grown[at:at + math.prod(shape)].reshape(shape), at + math.prod(shape)
-      chosen.append(pattern(jnp.where(alive, jnp.inf, updates.bounded(g)), ranking.count(counts), leaf.axes))
-    return chosen, [trees.DENSE] * len(chosen)
+    rows, drop = list(zip(leaves, weights, masks, signals)), fraction(signals[0].step)
+    growing = [grow(w, s) for _, w, _, s in rows]
+    survivors = [_survivors(pattern, *row, drop) for row in rows]
+    grown = _grown(pattern, leaves, masks, survivors, growing)
+    return [pattern(jnp.where(alive, jnp.inf, updates.bounded(g)), ranking.count(count), leaf.axes)
+            for leaf, alive, g, count in zip(leaves, survivors, growing, grown)], None
 
-  return Selection(plan, select, first, None, *_of(memory))
+  return Selection(plan, select)
 
 
-def _units_in(pattern: Any, mask: Array, leaf: SparseLeaf) -> Array:
-  """How many units of a mask are kept, `int32[*layers]`."""
+def _survivors(pattern: Pattern, leaf: SparseLeaf, w: Array, mask: Array, signals: Signals, drop: Any) -> Array:
+  """Returns the mask of the kept weights of a leaf without the fraction `drop` of them, the smallest of each layer."""
+  keep = counts.fewer(ranking.count(_units_in(pattern, mask, leaf)), drop)
+  return pattern(updates.kept_first(mask, scores.magnitude(w, signals)), keep, leaf.axes) & mask
+
+
+def _grown(pattern: Pattern, leaves: Leaves, masks: Masks, survivors: Masks, growing: list[Array]) -> list[Array]:
+  """Returns how many units each layer of each leaf keeps after growth, `int32[*layers]` for each leaf."""
+  units = lambda trees: _flat([_units_in(pattern, mask, leaf) for mask, leaf in zip(trees, leaves)])
+  before, left, whole = units(masks), units(survivors), units([jnp.ones_like(mask) for mask in masks])
+  strength = _flat([_mean_over(*row) for row in zip(masks, growing, leaves)])
+  grown = left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, whole - left)
+  shapes = [[leaf.shape[a] for a in leaf.axes.layer] for leaf in leaves]
+  ends = [sum(map(math.prod, shapes[:i])) for i in range(len(shapes) + 1)]
+  return [grown[begin:end].reshape(shape) for begin, end, shape in zip(ends, ends[1:], shapes)]
+
+
+def _flat(arrays: list[Array]) -> Array:
+  return jnp.concatenate([x.reshape(-1) for x in arrays])
+
+
+def _units_in(pattern: Pattern, mask: Array, leaf: SparseLeaf) -> Array:
+  """Returns how many units of a mask are kept, `int32[*layers]`."""
   pool = pattern.pooled(mask.astype(jnp.float32), leaf.axes)
-  return jnp.sum(pool.scores > 0, [a for a in range(pool.scores.ndim) if a not in pool.layers], dtype=jnp.int32)
+  return _per_layer(pool.scores > 0, pool)
 
 
 def _mean_over(mask: Array, values: Array, leaf: SparseLeaf) -> Array:
-  """The mean of the values at a mask, `float32[*layers]`, 0 over none."""
+  """Returns the mean of the values at a mask, `float32[*layers]`, 0 over an empty mask."""
   along = [a for a in range(mask.ndim) if a not in leaf.axes.layer]
   total, count = jnp.sum(jnp.where(mask, values, 0), along), jnp.sum(mask, along, dtype=jnp.float32)
   return total / jnp.maximum(count, 1)

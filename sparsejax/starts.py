@@ -1,84 +1,144 @@
-"""Starts: how the first masks come about, where they are more than the pattern over a score of the weights.
+"""A start says how the first masks are chosen, where they are more than the pattern over a score of the weights.
 
 A start is `start(choose, place, masks, key) -> masks`, over all sparse leaves at once, inside of `init`. `place(masks)`
-is the whole parameter pytree at the point that these masks give; `choose(masks, probe=None, step=0, key=None)` is the
-selection, where a leaf of `probe`, a pytree like the parameters, is what scores see as `signals.grad`. A probe is any
-`params -> pytree like params`; those of the field are here too.
+returns the whole parameter pytree at the point that the masks give. `choose(masks, probe=None, step=0, key=None)` runs
+the selection, with a leaf of `probe`, a pytree like the parameters, as the `signals.grad` of scores. A probe is any
+function `params -> pytree like params`; the probes of the literature are defined here.
+
+    start = starts.probed(starts.gradient(loss))             # SNIP's
+    tx = sj.recipes.snip(optax.sgd(0.1), 0.9, loss=starts.given('loss'))
+    state = tx.init(params, loss=lambda params: ...)         # one optimizer, another loss for each `init`
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparsejax import trees
-from sparsejax.types import Array, PyTree, Start
+from sparsejax.types import Array, Bound, PyTree, Start
 
 Probe = Callable[[PyTree], PyTree]
 Loss = Callable[[PyTree], Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """A `Given` is a placeholder for a value that `init` is given by its name: `tx.init(params, loss=..., key=...)`."""
+
+  name: str
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(f'starts.given({self.name!r}): the placeholder is called before `init` filled it. A start of your '
+                     'own has to hold it where it can be filled: in the arguments of a types.Bound.')
+
+
+def given(name: str) -> Any:
+  """Returns a placeholder for `loss`, `outputs`, `ticket` or `key`, which `tx.init(params, name=value)` fills."""
+  return Given(name)
+
+
+def names(word: Any) -> frozenset[str]:
+  """Returns the names of the placeholders in `word`: a placeholder, or a `Bound` or partial that holds placeholders."""
+  return frozenset([word.name]) if isinstance(word, Given) else frozenset().union(*map(names, _parts(word)))
+
+
+def fill(word: Any, values: Mapping[str, Any]) -> Any:
+  """Returns `word` with every placeholder replaced by its value."""
+  if isinstance(word, Given):
+    return values[word.name]
+  if not names(word):
+    return word
+  if isinstance(word, Bound):
+    return dataclasses.replace(word, arguments=tuple(fill(part, values) for part in word.arguments))
+  return functools.partial(fill(word.func, values), *(fill(part, values) for part in word.args),
+                           **{key: fill(part, values) for key, part in word.keywords.items()})
+
+
+def _parts(word: Any) -> tuple[Any, ...]:
+  if isinstance(word, functools.partial):
+    return (word.func, *word.args, *word.keywords.values())
+  return word.arguments if isinstance(word, Bound) else ()
+
+
 def probed(probe: Probe, rounds: int = 1) -> Start:
-  """Masks by scores that look at `probe`, chosen `rounds` times, each time from the point of the masks before.
+  """Returns a start that chooses masks `rounds` times by scores of `probe`, each time at the point of the masks before.
 
   The selection sees the number of the round, 1 to `rounds`, as the step.
   """
-  def start(choose, place, masks, key):
-    once = lambda round, masks: choose(masks, probe(place(masks)), round, key)
-    return once(rounds, jax.lax.fori_loop(1, rounds, once, masks) if rounds > 1 else masks)
+  return Bound(_probed, (probe, rounds))
 
-  return start
+
+def _probed(choose: Any, place: Any, masks: Any, key: Array | None, probe: Probe, rounds: int) -> Any:
+  once = lambda round, masks: choose(masks, probe(place(masks)), round, key)
+  return once(rounds, jax.lax.fori_loop(1, rounds, once, masks) if rounds > 1 else masks)
 
 
 def best_of(loss: Loss, candidates: int) -> Start:
-  """Of `candidates` random masks the one with the lowest `loss(params)`; the first of equals, a NaN is no candidate."""
-  def start(choose, place, masks, key):
-    keys = jax.random.split(key, candidates)
-    losses = jax.lax.map(lambda key: loss(place(choose(masks, key=key))), keys)
-    return choose(masks, key=keys[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))])
+  """Returns a start that keeps the random mask with the lowest `loss(params)` out of `candidates`.
 
-  return start
+  The first of equal masks is kept, and a mask with a NaN as its loss is no candidate.
+  """
+  return Bound(_best_of, (loss, candidates))
+
+
+def _best_of(choose: Any, place: Any, masks: Any, key: Array, loss: Loss, candidates: int) -> Any:
+  keys = jax.random.split(key, candidates)
+  losses = jax.lax.map(lambda key: loss(place(choose(masks, key=key))), keys)
+  return choose(masks, key=keys[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))])
 
 
 def gradient(loss: Loss) -> Probe:
-  """dL/dw."""
-  return jax.grad(loss)
+  """Returns the probe dL/dw."""
+  return Bound(_gradient, (loss,))
+
+
+def _gradient(params: PyTree, loss: Loss) -> PyTree:
+  return jax.grad(loss)(params)
 
 
 def hessian_gradient(loss: Loss) -> Probe:
-  """H g, the Hessian of the loss times its gradient, g held fixed (Wang et al. 2020, GraSP, equation 8).
+  """Returns the probe H g: the Hessian of the loss times its gradient, g held fixed (Wang et al. 2020, equation 8).
 
-  Of the matrices alone, as in the authors' code: biases and norms have no part in g.
+  g is the gradient of the matrices alone, as in the authors' code of GraSP: biases and norms have no part in g.
   """
-  def probe(params: PyTree) -> PyTree:
-    paths, leaves, treedef = trees.flatten(jax.grad(loss)(params))
-    moving = [g if trees.matrices(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]
-    return jax.jvp(jax.grad(loss), (params,), (treedef.unflatten(moving),))[1]
+  return Bound(_hessian_gradient, (loss,))
 
-  return probe
+
+def _hessian_gradient(params: PyTree, loss: Loss) -> PyTree:
+  paths, leaves, treedef = trees.flatten(jax.grad(loss)(params))
+  moving = [g if trees.matrices(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]
+  return jax.jvp(jax.grad(loss), (params,), (treedef.unflatten(moving),))[1]
 
 
 def synaptic_flow(outputs: Callable[[PyTree], Array]) -> Probe:
-  """dR/d|w|, R the sum of `outputs(|params|)`, of an input of ones (Tanaka et al. 2020, SynFlow, algorithm 1).
+  """Returns the probe dR/d|w|, R the sum of `outputs(|params|)` for an input of ones (Tanaka et al. 2020, algorithm 1).
 
-  All parameters are made positive, biases and norms too, as the authors' code does. R is a product over the layers and
-  may leave float32's range in very deep networks.
+  All parameters are made positive, biases and norms too, as in the authors' code of SynFlow. R is a product over the
+  layers and may leave the range of float32 in very deep networks.
   """
-  def probe(params: PyTree) -> PyTree:
-    positive = jax.tree.map(jnp.abs, params)
-    return jax.grad(lambda params: jnp.sum(outputs(params)))(positive)
+  return Bound(_synaptic_flow, (outputs,))
 
-  return probe
+
+def _synaptic_flow(params: PyTree, outputs: Callable[[PyTree], Array]) -> PyTree:
+  return jax.grad(lambda params: jnp.sum(outputs(params)))(jax.tree.map(jnp.abs, params))
 
 
 def of(other: PyTree) -> Probe:
-  """`other` itself, whatever the parameters: `scores.gradient` is then its magnitude."""
-  return lambda params: other
+  """Returns the probe that is `other` for all parameters: `scores.gradient` is then the magnitude of `other`."""
+  return Bound(_other, (other,))
 
 
-def needed(recipe: str, name: str, given: Any, what: str) -> Any:
-  """`given`. Raises `ValueError` if it is `None`."""
-  if given is None:
+def _other(params: PyTree, other: PyTree) -> PyTree:
+  del params
+  return other
+
+
+def needed(recipe: str, name: str, value: Any, what: str) -> Any:
+  """Returns `value`. Raises `ValueError` if `value` is `None`."""
+  if value is None:
     raise ValueError(f'recipes.{recipe}: needs `{name}=`, {what}.')
-  return given
+  return value

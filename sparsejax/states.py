@@ -1,6 +1,10 @@
-"""The memory of a sparse optimizer, and finding it again inside any optimizer state.
+"""Defines the memory of a sparse optimizer, and functions that find the memory again inside of any optimizer state.
 
-A recipe may be wrapped, chained and partitioned by anything of optax's; whoever wants its masks asks here.
+A recipe may be wrapped, chained and partitioned by any transform of optax. The functions here find its masks there.
+
+    state = sj.recipes.sr_ste(optax.adamw(1e-3)).init(params)
+    params = states.project(params, state)
+    masks = states.masks(params, state)     # `True` where kept
 """
 
 import dataclasses
@@ -10,38 +14,56 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, trees
-from sparsejax.types import Array, Axes, Flow, PyTree, Signals
+from sparsejax import errors, formats, trees
+from sparsejax.types import Array, Asked, Axes, Flow, Pattern, PyTree, Signals
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseLeaf:
-  """What was asked of one sparse parameter: static, compared by value."""
+  """A `SparseLeaf` says what is asked of one sparse parameter: static, compared by value.
+
+  `pattern` is `None` where none is on record: a score's threshold decides, or the pattern has a traced number.
+  """
 
   path: str
   shape: tuple[int, ...]
   axes: Axes
-  pattern: Any
-  sparsity: float | None
+  pattern: Pattern | None
+  asked: Asked = Asked()
+
+  @property
+  def sparsity(self) -> float | None:
+    """The sparsity that is asked of the leaf by itself, or `None`."""
+    return self.asked.alone
+
+  @property
+  def layer_shape(self) -> tuple[int, ...]:
+    """The shape of one layer of the leaf."""
+    return tuple(n for a, n in enumerate(self.shape) if a not in self.axes.layer)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What was asked of all of them. Lives in the state's treedef: it has no leaves, is never saved and never traced."""
+  """A `Plan` says what is asked of all sparse leaves. A plan is part of the state's treedef, never saved or traced."""
 
   leaves: tuple[SparseLeaf, ...] = ()
   flow: Flow | None = None
-  sparsity: float | None = None  # asked of all leaves together, where no leaf has a share of its own
+
+  @property
+  def sparsity(self) -> float | None:
+    """The sparsity that is asked of all leaves together, or `None` if each leaf is asked by itself."""
+    return next((leaf.asked.sparsity for leaf in self.leaves if leaf.asked.together), None)
 
 
 class SparseState(NamedTuple):
-  """The memory of a sparse optimizer. Trees have the parameters' structure, `optax.MaskedNode` where nothing is kept.
+  """A `SparseState` is the memory of a sparse optimizer. Its trees have the structure of the parameters.
 
-  `step`: `int32[]`, updates so far. `key`: of random scores, `uint32[2]`, or `None`. `masks`: `bool` like the sparse
-  parameters, of the point that the user holds. `master`: dense weights behind it (none for fixed masks), float32 for
-  narrower parameters. `stats`: what the selection hands to the flow or remembers of a leaf: nothing, a scalar, or
-  arrays like it. `inner`: the user's optimizer's state.
+  `optax.MaskedNode` stands where nothing is stored of a leaf. `step`: `int32[]`, the number of updates so far. `key`:
+  the key of random scores, `uint32[2]`, or `None`. `masks`: `bool`, shaped like the sparse parameters, of the point
+  that the user holds. `master`: the dense weights behind the point, in float32 for narrower parameters; none for fixed
+  masks. `stats`: a threshold that the selection gives to the flow, or the memory of a score: nothing, a scalar, or
+  arrays shaped like the leaf. `inner`: the state of the user's optimizer.
   """
 
   step: Array
@@ -54,63 +76,65 @@ class SparseState(NamedTuple):
 
 
 def find(opt_state: Any) -> list[SparseState]:
-  """Every `SparseState` inside an optimizer state, however it was wrapped, chained or partitioned.
+  """Returns every `SparseState` inside an optimizer state, however it was wrapped, chained or partitioned.
 
   Raises `ValueError` if there is none.
   """
   is_state = lambda node: isinstance(node, SparseState)
-  found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-  if not found:
+  sparse = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+  if not sparse:
     raise ValueError('sparsejax: no SparseState in this optimizer state. Wrap the optimizer in a recipe, as in '
                      'sparsejax.recipes.sr_ste(optax.adamw(1e-3)), and pass the state that init or update returned.')
-  return found
+  return sparse
 
 
 def surroundings(opt_state: Any) -> list[str]:
-  """What each `SparseState` lies in, from the outside in, in `find`'s order: who may change the recipe's updates."""
+  """Returns what surrounds each `SparseState`, from the outside in, in the order of `find`.
+
+  A transform that surrounds a recipe may change the recipe's updates.
+  """
   is_state = lambda node: isinstance(node, SparseState)
   with_paths, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)
   return [', '.join(_around(opt_state, keys)) for keys, node in with_paths if is_state(node)]
 
 
 def _around(node: Any, keys: Sequence[Any]) -> list[str]:
-  found = []
+  places = []
   for key in keys:
     if type(node) is tuple and key.idx + 1 < len(node):  # the state of `optax.chain`
       later = [type(member).__name__ for member in node[key.idx + 1:]]
-      found.append(f'member {key.idx + 1} of a chain, before {" and ".join(later)}')
+      places.append(f'member {key.idx + 1} of a chain, before {" and ".join(later)}')
     elif isinstance(node, tuple) and type(node) is not tuple:
-      found.append(f'in {type(node).__name__}')
-    # Whatever container it is, one of these is how its parts are had.
+      places.append(f'in {type(node).__name__}')
+    # Each kind of container is read by its own kind of key.
     if isinstance(key, jax.tree_util.GetAttrKey):
       node = getattr(node, key.name)
     elif isinstance(key, (jax.tree_util.SequenceKey, jax.tree_util.DictKey)):
       node = node[getattr(key, 'idx', getattr(key, 'key', None))]
     else:
-      return found
-  return found
+      return places
+  return places
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-  """What is kept of each leaf, without those of which nothing is."""
+  """Maps the path of each sparse leaf to its entry in `tree`. Dense leaves are left out."""
   names, leaves, _ = trees.flatten(tree)
   return dict(zip(names, leaves))
 
 
 def reproject(params: PyTree, opt_state: Any, point: Callable[[Array, SparseLeaf], Array]) -> PyTree:
-  """`point(weight, leaf)` in the place of every sparse leaf, from the dense master where the state keeps one."""
+  """Returns `params` with `point(weight, leaf)` for every sparse leaf; `weight` is the master where one is stored."""
   return _replace(params, opt_state, lambda state, leaf, w, mask, stats: point(w, leaf))
 
 
 def project(params: PyTree, opt_state: Any) -> PyTree:
-  """The sparse point of an optimizer state, in the parameters' structure and dtypes; dense leaves as they are.
+  """Returns the sparse point of an optimizer state, in the parameters' structure and dtypes; dense leaves as they are.
 
-  Where the user's parameters are after each update; needed only before the first one. For a state made under
-  `jax.vmap`, call it under `jax.vmap` too. Raises `ValueError` if the state is not of these parameters.
+  The user's parameters are at this point after each update, so `project` is needed only before the first update. A
+  state that was made under `jax.vmap` has to be projected under `jax.vmap` too. Raises `ValueError` if the state does
+  not belong to these parameters.
   """
   def point(state: SparseState, leaf: SparseLeaf, w: Array, mask: Array, stats: Any) -> Array:
-    if state.plan.flow is None:
-      raise ValueError('sparsejax.project: the flow has coefficients that are arrays; give numbers to the recipe.')
     signals = Signals(stats=stats, step=jax.tree.leaves(state.step)[0], axes=leaf.axes)
     return state.plan.flow.project(w, mask, signals)
 
@@ -118,7 +142,7 @@ def project(params: PyTree, opt_state: Any) -> PyTree:
 
 
 def _replace(params: PyTree, opt_state: Any, point: Callable[..., Array]) -> PyTree:
-  """`point(state, leaf, weight, mask, stats)` in the place of every sparse leaf, in that leaf's dtype."""
+  """Returns `params` with `point(state, leaf, weight, mask, stats)` for every sparse leaf, in the dtype of the leaf."""
   paths, leaves, treedef = trees.flatten(params)
   place = {path: i for i, path in enumerate(paths)}
   for state in find(opt_state):
@@ -143,25 +167,43 @@ def _refuse_unless_among(paths: Sequence[str], path: str) -> None:
 
 
 def apply_masks(tree: PyTree, opt_state: Any) -> PyTree:
-  """`tree`, anything in the parameters' structure, with zeros where the state's masks prune.
+  """Returns `tree`, which has the parameters' structure, with zeros where the state's masks prune.
 
-  For what is made of parameters from different updates, as an average of them is (EMA, SWA, schedule-free's): it has
-  a zero only where all of them had one.
+  Averages of parameters from different updates (EMA, SWA, schedule-free's) need these zeros: an average is zero only
+  where all of the averaged parameters are zero.
   """
   return jax.tree.map(lambda x, mask: jnp.where(mask, x, jnp.zeros((), x.dtype)), tree, masks(tree, opt_state))
 
 
 def masks(params: PyTree, opt_state: Any) -> PyTree:
-  """The masks in the parameters' structure, `True` where kept; the scalar `True` for a leaf that is dense."""
-  found = {}
+  """Returns the masks in the parameters' structure, `True` where kept; the scalar `True` for a dense leaf."""
+  sparse = {}
   for state in find(opt_state):
-    found.update(by_path(state.masks))
+    sparse.update(by_path(state.masks))
   paths, _, treedef = trees.flatten(params)
-  for path in found:
+  for path in sparse:
     _refuse_unless_among(paths, path)
-  return treedef.unflatten([found.get(path, jnp.ones((), bool)) for path in paths])
+  return treedef.unflatten([sparse.get(path, jnp.ones((), bool)) for path in paths])
 
 
-def plans(opt_state: Any) -> list[Plan]:
-  """What was asked, for each `SparseState` in an optimizer state."""
-  return [state.plan for state in find(opt_state)]
+def bdwp_backward(params: PyTree, opt_state: Any) -> PyTree:
+  """Returns m_b W for `recipes.bdwp`: the weights of the input-gradient product, N:M along each leaf's output axes."""
+  return reproject(params, opt_state, _along_output)
+
+
+def _along_output(master: Array, leaf: SparseLeaf) -> Array:
+  turned = leaf.axes._replace(contracted=leaf.axes.output, output=leaf.axes.contracted)
+  if why := leaf.pattern.validate(leaf.shape, turned):
+    raise errors.at_leaf('states.bdwp_backward', leaf.path, leaf.shape, why)
+  return jnp.where(leaf.pattern(jnp.abs(master).astype(jnp.float32), None, turned), master, 0)
+
+
+def freeze_net_trained(params: PyTree, opt_state: Any) -> PyTree:
+  """Returns what `recipes.freeze_net` trained: the kept weights of each sparse leaf and their places, packed.
+
+  Dense leaves are returned as they are. `io.save` writes the result, and `formats.unpack(io.load(path),
+  first_parameters)` is `params` again, bit for bit. At 99 % the file has under 2 % of the bytes. Call it outside of
+  `jit`.
+  """
+  packed = lambda w, mask: formats.RelativeIndexArray.from_dense(w, mask) if mask.shape == w.shape else w
+  return jax.tree.map(packed, params, masks(params, opt_state))

@@ -1,10 +1,16 @@
-"""The nouns that every module shares, and the signatures of the seven kinds of word.
+"""Defines the nouns that every module shares, and the signatures of the seven kinds of word.
 
-A word is a plain function with one of the signatures below; anything that fits is a valid word, no registration needed.
-Shapes are written in backticks, `True` in a mask is kept, and `sparsity` is the fraction of zeros.
+A word is a plain function with one of the signatures below. Any function that fits is a valid word, without
+registration. Shapes are written in backticks. `True` in a mask means kept. `sparsity` is the fraction of weights that
+are zero.
+
+    axes = Axes(contracted=(0,), output=(1,))
+    signals = Signals(grad=grad, step=step, axes=axes)
+    scores.snip(w, signals)  # `float32`, shaped like `w`
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -14,16 +20,21 @@ Array = jax.Array
 PyTree = Any
 Step = Any  # an int or an `int32[]`, traced or not
 
+ALWAYS = 'always'  # a schedule with this fact is `True` at every step
+AT_ZERO = 'at zero'  # a schedule with this fact is `True` at step 0 and at no other step
+
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """`function` with its last arguments filled in: a `functools.partial` that compares, hashes and prints by value.
+  """A `Bound` is `function` with its last arguments filled in: a `functools.partial` that compares and prints by value.
 
-  Two optimizers made alike are then equal as configuration, and a step that makes its own compiles once.
+  Two optimizers that are made alike are equal as configuration, so a step that makes its own optimizer compiles once.
+  `facts` lists what callers may rely on, see `says`.
   """
 
   function: Callable[..., Any]
   arguments: tuple[Any, ...] = ()
+  facts: tuple[str, ...] = ()
 
   def __call__(self, *args: Any) -> Any:
     return self.function(*args, *self.arguments)
@@ -32,13 +43,22 @@ class Bound:
     return f'{self.function.__name__.strip("_")}({", ".join(map(repr, self.arguments))})'
 
 
-class Axes(NamedTuple):
-  """What each axis of one parameter means to the contraction it feeds. Every axis is in exactly one field.
+def says(word: Any, fact: str) -> bool:
+  """Returns whether `word` carries `fact`, `ALWAYS` or `AT_ZERO`, in its attribute `facts`.
 
-  `contracted`: summed over, in the order in which the program flattens them; N:M groups lie along these.
-  `output`: one row of the product for each index. `spatial`: the taps of a convolution.
-  `layer`: independent copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer.
-  `source`: "traced" if read from a program, "convention" if inferred from the parameter's name and rank.
+  A fact saves work; a word without `facts` gives the same masks and weights. `schedule.facts = (types.ALWAYS,)` lets a
+  user's own function carry one.
+  """
+  return fact in getattr(word, 'facts', ())
+
+
+class Axes(NamedTuple):
+  """An `Axes` says what each axis of a parameter means to the contraction that reads it. Each axis is in one field.
+
+  `contracted`: axes that are summed over, in the order in which the program flattens them; N:M groups lie along them.
+  `output`: axes with one row of the product for each index. `spatial`: the taps of a convolution. `layer`: independent
+  copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer. `source`: "traced" if the
+  axes were read from a program, "convention" if they follow from the parameter's name and rank.
   """
 
   contracted: tuple[int, ...]
@@ -49,10 +69,10 @@ class Axes(NamedTuple):
 
 
 class Signals(NamedTuple):
-  """What a word may look at besides the weight itself; `None` where the caller has none.
+  """`Signals` hold what a word may read besides the weight itself. A field is `None` where the caller has no value.
 
-  `grad`: the gradient, shaped like the weight. `key`: a PRNG key. `stats`: what the selection or a calibration found
-  out about this leaf. `step`: `int32[]`. `axes`: the leaf's `Axes`.
+  `grad`: the gradient, shaped like the weight. `key`: a PRNG key. `stats`: the record that a selection, a memory or a
+  calibration keeps of the leaf. `step`: `int32[]`. `axes`: the leaf's `Axes`.
   """
 
   grad: Array | None = None
@@ -62,42 +82,85 @@ class Signals(NamedTuple):
   axes: Axes | None = None
 
 
-Predicate = Callable[[str, Array], bool]  # where: (path, leaf) -> is this leaf sparse
-Score = Callable[[Array, Signals], Array]  # (w, signals) -> scores shaped like w, larger is more worth keeping
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """An `Asked` is the sparsity that is asked of a leaf: `Asked(0.9)` of every layer of the leaf by itself.
+
+  `Asked(0.9, together=True)` is asked of all leaves of the state together, which compete for what is kept. `Asked()`
+  asks for nothing: the sparsity comes out of training, or a traced number decides.
+  """
+
+  sparsity: float | None = None
+  together: bool = False
+
+  @property
+  def alone(self) -> float | None:
+    """The sparsity that is asked of the leaf by itself, or `None`."""
+    return None if self.together else self.sparsity
+
+
+Predicate = Callable[[str, Array], bool]  # where: (path, leaf) -> whether the leaf is sparse
+Score = Callable[[Array, Signals], Array]  # (w, signals) -> scores shaped like w; a larger score is more worth keeping
 Schedule = Callable[[Step], Any]  # step -> scalar
-# (leaves, sparsity, axes) -> sparsity per leaf, by path
+# (leaves, sparsity, axes) -> sparsity of each leaf, by path
 Allocation = Callable[[Mapping[str, Array], float, Mapping[str, 'Axes']], Mapping[str, float]]
-# (mask, scores, select, weights, signals) -> mask; `select(scores, drop=None)` is the pattern with its count filled in
+# (mask, scores, select, weights, signals) -> mask; `select(scores, drop=None)` is a `patterns.Selector`
 Update = Callable[[Array, Array, Callable[..., Array], Array, Signals], Array]
-# (choose, place, masks, key) -> masks: how the first masks come about; see `starts`
+# (choose, place, masks, key) -> masks: how the first masks are chosen, see `starts`
 Start = Callable[[Callable[..., Any], Callable[..., PyTree], Any, Array | None], Any]
 
 
+class Pooled(NamedTuple):
+  """A `Pooled` holds the scores of the units of one leaf. A unit is a set of weights that is kept or pruned whole.
+
+  `scores`: the score of each unit. `layers`: the axes of `scores` along which a count holds for each index by itself.
+  `whole(mask)` expands a mask of the units to a mask of the weights.
+  """
+
+  scores: Array
+  layers: tuple[int, ...]
+  whole: Callable[[Array], Array]
+
+
 class Pattern(Protocol):
-  """Which sets of weights may be zero together. Compares and prints by value."""
+  """A `Pattern` says which sets of weights may be zero together. Patterns compare and print by value.
 
-  sparsity: float | None  # what it reaches when nobody asks for another sparsity
-  static: bool  # no traced number in it
-  group: tuple[int, int]  # lengths, along contraction and output, of the group of weights that kernels see as one
+  Four more attributes are optional. `fixed = True`: the pattern defines its own count, which no allocation changes.
+  `survivors(scores, count, axes, drop)` replaces the rule of `patterns.survivors`. `target` and `at(step)` belong to a
+  pattern that changes over the steps: the last pattern, and the pattern at `step`.
+  """
 
-  def __call__(self, scores: Array, sparsity: Any, axes: Axes, drop: Any = None) -> Array:
-    """Returns the mask, `bool` shaped like `scores`, `True` where kept; `drop`, a fraction of these fewer."""
+  sparsity: float | None  # the pattern reaches this fraction when the caller asks for no other
+  static: bool  # whether the pattern contains no traced number
+  group: tuple[int, int]  # lengths, along contraction and output, of the group of weights that a kernel treats as one
+
+  def __call__(self, scores: Array, count: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
+    """Returns the mask, `bool` shaped like `scores`, `True` where kept.
+
+    `count`: how many units are kept in each layer, whatever `ranking.count` takes; of N:M, in each group. `None` stands
+    for the count of the pattern's own `sparsity`.
+    """
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     """Returns why a leaf of this shape cannot carry the pattern, with the remedy, or `None` if it can."""
 
   def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
-    """Returns in which way the zeros of `w` break the pattern at `sparsity`; empty if they do not."""
+    """Returns how the zeros of `w` break the pattern at `sparsity` (default: its own), or an empty string."""
+
+  def pooled(self, scores: Array, axes: Axes) -> Pooled:
+    """Returns the units of a leaf with their scores: `float32` sums over the weights of a unit."""
 
 
 class Flow(NamedTuple):
-  """How values and gradients pass between the dense master and the sparse point that the user holds.
+  """A `Flow` says how values and gradients pass between the dense master and the sparse point that the user holds.
 
-  `project(master, mask, signals)` is the sparse point. `pull_back(grad, master, mask, signals)` turns the gradient at
-  that point into the master's. `settle(master, mask, signals)` runs on the master after the optimizer's step and the
-  choice of the mask, `begin(master, mask, signals)` after the first choice (`None`: nothing). `dense`: the master keeps
-  values behind the zeros; `False` means that the user's parameters are the master and nothing is stored: a kept weight
-  then moves by the optimizer's update, and a pruned one to `project` of itself.
+  `project(master, mask, signals)` returns the sparse point. `pull_back(grad, master, mask, signals)` maps the gradient
+  at the sparse point to a gradient of the master. `settle(master, mask, signals)` changes the master after the
+  optimizer's step and the choice of the mask; `begin(master, mask, signals)` changes it after the first choice. `None`
+  leaves the master as it is. `dense=True`: the master keeps values behind the zeros and is stored. `dense=False`: the
+  user's parameters are the master and nothing is stored. A kept weight then moves by the optimizer's update, and a
+  pruned weight moves to its own `project`. `frozen=True`: a pruned weight is not zero but keeps its first value, and
+  reports count the frozen weights.
   """
 
   project: Callable[[Array, Array, Signals], Array]
@@ -105,3 +168,19 @@ class Flow(NamedTuple):
   settle: Callable[[Array, Array, Signals], Array] | None = None
   dense: bool = True
   begin: Callable[[Array, Array, Signals], Array] | None = None
+  frozen: bool = False
+
+
+def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> Callable[[str], Any]:
+  """Returns a module's `__getattr__` under which former names work for one release, with a `DeprecationWarning`.
+
+  `names` maps a former name to the object and to the path where it is now.
+  """
+  def getattr_(name: str) -> Any:
+    if name not in names:
+      raise AttributeError(f'module {module!r} has no attribute {name!r}')
+    warnings.warn(f'{module}.{name} is now {names[name][1]}; the former name goes with the next release.',
+                  DeprecationWarning, stacklevel=2)
+    return names[name][0]
+
+  return getattr_

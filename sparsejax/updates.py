@@ -1,8 +1,11 @@
-"""Updates: how a mask follows from the one before it.
+"""An update makes a mask out of the mask before it.
 
-An update is `update(mask, scores, select, w, signals) -> mask`, leafwise; `select(scores, drop=None) -> mask` is the
-pattern with its count and axes filled in, so that whatever an update does, the pattern and the count are kept. `drop`
-is a fraction of the count, rounded down, by which fewer are kept.
+An update is `update(mask, scores, select, w, signals) -> mask`, called for each leaf. `select(scores, drop=None)` is a
+`counts.Selector`: the pattern with its count and axes filled in. The pattern and the count are kept under every update.
+`drop` is a fraction of the count, rounded down, by which fewer weights are kept.
+
+    select = counts.Selector(NM(2, 4), None, axes)
+    mask = updates.prune_to(mask, scores.magnitude(w), select, w, signals)
 """
 
 from collections.abc import Callable
@@ -15,36 +18,58 @@ from sparsejax.types import Array, Schedule, Score, Signals, Update
 
 
 def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
-  """Forgets the mask: the best of all. A pruned weight returns as soon as its score is high enough."""
+  """Returns the mask of the best of all weights. A pruned weight returns as soon as its score is high enough."""
   del mask, w, signals
   return select(scores)
 
 
 def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
-  """The best of those still kept: what is pruned stays pruned, as long as the pattern does not ask for more."""
+  """Returns the mask of the best of the kept weights. A pruned weight stays pruned unless the count needs it."""
   del w, signals
   return select(kept_first(mask, scores))
 
 
 def kept_first(mask: Array, scores: Array) -> Array:
-  """Scores that rank everything pruned last; a kept NaN or -inf still goes before it is its turn."""
+  """Returns scores that rank every pruned weight last; a kept NaN or -inf still ranks before all pruned weights."""
   return jnp.where(mask, bounded(scores), -jnp.inf)
 
 
 def bounded(scores: Array) -> Array:
-  """The scores in `float32`, NaN as the least, clipped so that no sum over a unit of them is as large as infinity."""
+  """Returns the scores in `float32`, NaN as the least, clipped so that the sum over any unit is finite."""
   most = jnp.finfo(jnp.float32).max / (2 * max(scores.size, 1))
   return jnp.clip(jnp.nan_to_num(scores.astype(jnp.float32), nan=-most), -most, most)
 
 
-def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
-  """Drops `fraction(step)` of the kept, rounded down, by `scores`, and grows as many by `grow` (Evci et al. 2020).
+def ranked_by(update: Update, mask: Array, scores: Array, w: Array, signals: Signals) -> Array:
+  """Returns the scores that `update` first hands to `select`: leaves that compete for a count are compared by them.
 
-  Algorithm 1 there; Mocanu et al. 2018, section 2, with `scores.random`. The count is the same at every step. Just
-  dropped ones are candidates, and keep their value if they return. The authors' code ranks everything when it drops,
-  with noise of 1e-5, so that an inactive weight may be revived with its old value; here only kept ones survive. Where
-  the pattern has units, whole units are dropped and grown; with N:M survivors are chosen over the layer, and each
-  group is filled up to N.
+  `reselect` hands on the scores themselves, `prune_to` ranks every pruned weight last. Raises `ValueError` for an
+  update that calls `select` inside of `lax.cond` or a loop, where the scores do not leave the branch.
+  """
+  handed = []
+
+  def select(scores: Array, drop: Array | None = None) -> Array:
+    del drop
+    handed.append(scores)
+    return mask
+
+  update(mask, scores, select, w, signals)
+  try:
+    return jnp.array(handed[0], copy=True) if handed else scores  # a copy raises for a tracer of an inner trace
+  except jax.errors.UnexpectedTracerError as problem:
+    raise ValueError('sparsejax: leaves are ranked together by the scores that the update hands to `select`, and this '
+                     'update calls it inside of lax.cond or a loop. Call it outside, with jnp.where on the scores, or '
+                     'use allocation=allocation.uniform.') from problem
+
+
+def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
+  """Returns an update that drops `fraction(step)` of the kept weights by `scores` and grows as many by `grow`.
+
+  Evci et al. 2020, algorithm 1; with `scores.random` as `grow`, Mocanu et al. 2018, section 2. The number of dropped
+  weights is rounded down, and the count is the same at every step. Weights that were just dropped are candidates, and
+  keep their value if they return. The authors' code ranks all weights when it drops, with noise of 1e-5, so an inactive
+  weight may be revived with its old value. This update ranks kept weights only. Where the pattern has units, whole
+  units are dropped and grown. With N:M, survivors are chosen over the layer, and each group is filled up to N.
   """
   def update(mask, scores, select, w, signals):
     survivors = select(kept_first(mask, scores), fraction(signals.step)) & mask
@@ -54,43 +79,47 @@ def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
 
 
 def swap(fraction: Schedule) -> Update:
-  """Exchanges at most `fraction(step)`, rounded up, of what would change: the short restriction of lottery jackpots.
+  """Returns an update that makes at most `fraction(step)`, rounded up, of the changes that `select` would make.
 
-  Zhang et al. 2023, Lottery Jackpots Exist in Pre-trained Models, section 3.3: of the pruned weights that `select`
-  would keep the best are taken in, for the worst of those that it would not. Counts per layer, so unstructured only.
-  The released code changes nothing where scores tie at the border; here ties keep the lower index.
+  The update is the short restriction of Zhang et al. 2023, Lottery Jackpots Exist in Pre-trained Models, section 3.3.
+  The best of the pruned weights that `select` would keep replace the worst of the kept weights that it would prune.
+  Counts hold for each layer, so the pattern has to be unstructured. The released code changes nothing where scores tie
+  at the border; here ties keep the lower index.
   """
-  def exchanged(mask, new, scores, share):
-    come, go = new & ~mask, mask & ~new
-    changes, scores = jnp.sum(come, dtype=jnp.int32), bounded(scores)  # NaN would go last into either direction
-    most = jnp.ceil(share * changes.astype(jnp.float32)).astype(jnp.int32)
-    taken = ranking.top_n(jnp.where(come, scores, -jnp.inf), most) & come
-    left = ranking.top_n(jnp.where(go, -scores, -jnp.inf), most) & go
-    return (mask | taken) & ~left
-
   def update(mask, scores, select, w, signals):
-    layers, each = signals.axes.layer if signals.axes else (), exchanged
+    layers, each = signals.axes.layer if signals.axes else (), _swapped
     for _ in layers:
       each = jax.vmap(each, in_axes=(0, 0, 0, None))
     front = tuple(range(len(layers)))
-    moved = [jnp.moveaxis(x, layers, front) for x in (mask, select(scores), scores)]
-    return jnp.moveaxis(each(*moved, jnp.asarray(fraction(signals.step), jnp.float32)), front, layers)
+    stacked = [jnp.moveaxis(x, layers, front) for x in (mask, select(scores), scores)]
+    return jnp.moveaxis(each(*stacked, jnp.asarray(fraction(signals.step), jnp.float32)), front, layers)
 
   return update
 
 
-def shared_out(total: Array, weights: Array, room: Array) -> Array:
-  """`total`, shared out in the ratio of `weights`, none more than its `room`: `int32`, exactly `total` together.
+def _swapped(mask: Array, new: Array, scores: Array, fraction: Array) -> Array:
+  """Returns `mask` with the given fraction of the changes to `new`, the best weights in and the worst weights out."""
+  come, go = new & ~mask, mask & ~new
+  changes, scores = jnp.sum(come, dtype=jnp.int32), bounded(scores)  # NaN would rank last in either direction
+  most = jnp.ceil(fraction * changes.astype(jnp.float32)).astype(jnp.int32)
+  taken = ranking.top_n(jnp.where(come, scores, -jnp.inf), most) & come
+  left = ranking.top_n(jnp.where(go, -scores, -jnp.inf), most) & go
+  return (mask | taken) & ~left
 
-  What does not fit, and what rounding down leaves, goes to those that still have room, the largest weights first.
-  Raises nothing: the caller sees to it that `total` fits into all the room.
+
+def shared_out(total: Array, weights: Array, room: Array) -> Array:
+  """Returns `total` shared out in the ratio of `weights`, each part at most its `room`: `int32`, with the sum `total`.
+
+  The excess over a part's room, and the rest that rounding down leaves, go to the parts that still have room, the
+  largest weights first. The caller ensures that `total` fits into the room of all parts together; nothing is raised
+  otherwise.
   """
   given, weights = jnp.zeros_like(room), jnp.maximum(bounded(weights), 0)
   for _ in range(weights.size):
     open_, missing = jnp.where(given < room, weights, 0), total - jnp.sum(given)
     part = open_ / jnp.maximum(jnp.sum(open_), jnp.finfo(jnp.float32).tiny)
     more = jnp.minimum(jnp.floor(part * missing.astype(jnp.float32)).astype(jnp.int32), room - given)
-    given += jnp.clip(missing - (jnp.cumsum(more) - more), 0, more)  # above 2^24 a float32 rounds up, too
+    given += jnp.clip(missing - (jnp.cumsum(more) - more), 0, more)  # above 2^24 a float32 product rounds up, too
   order = jnp.argsort(-weights, stable=True)
   left = (room - given)[order]
   before = jnp.cumsum(left) - left

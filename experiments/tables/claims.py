@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.configs.claims import Claim, Comparison, scores
-from experiments.loop import tasks
+from experiments.configs.claims import Claim, Comparison, Scores
 from experiments.loop.outcomes import Outcomes
-from experiments.tables import pages
+from experiments.tables import pages, runs
 
 Judgement = Mapping[str, Any]  # of one comparison, see `judged`
 
@@ -32,7 +31,14 @@ class Finding(NamedTuple):
   @property
   def judgements(self) -> list[Judgement]:
     """The judgements of the claim's comparisons; none without outcomes."""
-    return [judged(comparison) for comparison in self.claim.comparisons(self.outcomes)] if self.outcomes else []
+    return [judged(comparison) for comparison in self.claim.comparisons(scored(self.outcomes))] if self.outcomes else []
+
+
+def scored(outcomes: Outcomes) -> Scores:
+  """Returns the test scores of `outcomes` in the unit of their task, and the numbers of emptied layers."""
+  task = runs.task_of(list(outcomes.values()))
+  test = {run: task.scale * np.array(outcome['test'][task.name], np.float64) for run, outcome in outcomes.items()}
+  return Scores(task.unit, test, {run: outcome['empty'] for run, outcome in outcomes.items()})
 
 
 def judged(comparison: Comparison) -> dict[str, Any]:
@@ -96,9 +102,10 @@ def _section(finding: Finding) -> str:
 
 def _baselines(outcomes: Outcomes) -> str:
   """Returns a sentence on the scores of the runs that prune nothing, with the 95 % interval of the seeds' mean."""
-  score = lambda run: pages.spread(*pages.interval(scores(outcomes, run)))
-  return 'Not pruned: ' + ', '.join(f'{run} {score(run)} {tasks.named(outcome["task"]).unit}'
-                                    for run, outcome in outcomes.items() if outcome['asked'] is None) + '.'
+  scores = scored(outcomes)
+  score = lambda run: pages.spread(*pages.interval(scores.test[run]))
+  return 'Not pruned: ' + ', '.join(f'{run} {score(run)} {scores.unit}' for run, outcome in outcomes.items()
+                                    if outcome['asked'] is None) + '.'
 
 
 def draw(findings: Sequence[Finding], path: pathlib.Path) -> None:

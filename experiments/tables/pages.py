@@ -52,8 +52,8 @@ def show(page: Page, workdir: pathlib.Path, console: rich.console.Console) -> No
 
   The JSON file is written last, because a job counts as finished once it exists.
   """
-  for one in page.tables:
-    console.print('', _drawn(one))
+  for printed in page.tables:
+    console.print('', _drawn(printed))
   console.print('\n' + '\n'.join(page.notes), markup=False, highlight=False, soft_wrap=True)
   place = lambda suffix: workdir / f'{page.stem}.{suffix}'
   listed = '\n'.join(f'- {note}' for note in page.notes)

@@ -1,4 +1,9 @@
-"""Recipes: a paper's method as a sentence of the grammar. `TABLE` is the one list of them all."""
+"""A recipe is a paper's method as a sentence of the grammar. `TABLE` lists the training sentences by name.
+
+    tx = sj.recipes.mdgf(optax.adamw(1e-3), sj.NM(1, 8))
+    tx = sj.recipes.TABLE['mdgf'](optax.adamw(1e-3), sj.NM(1, 8))
+    tx = sj.recipes.from_config(optax.adamw(1e-3), {'name': 'mdgf', 'pattern': '1:8'}, total_steps=10_000)
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,10 +12,9 @@ from typing import Any
 
 import optax
 
-from sparsejax import allocation, errors, patterns, schedules, transforms, trees
+from sparsejax import allocation, errors, metrics, patterns, schedules, states, transforms, trees
 from sparsejax.recipes.at_init import (
   freeze_net,
-  freeze_net_trained,
   grasp,
   magnitude_at_init,
   random_pruning,
@@ -30,7 +34,6 @@ from sparsejax.recipes.gradual import (
 from sparsejax.recipes.n_m import (
   asp,
   bdwp,
-  bdwp_backward,
   dense,
   mdgf,
   sdgf_geometric,
@@ -39,7 +42,8 @@ from sparsejax.recipes.n_m import (
   st3,
   ste,
 )
-from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot, model_soup
+from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot
+from sparsejax.types import moved
 
 TABLE = {f.__name__: f for f in (
     dense,
@@ -48,18 +52,29 @@ TABLE = {f.__name__: f for f in (
     gradual_magnitude, movement_pruning, soft_movement_pruning, global_sparse_momentum, iterative_soft_shrinkage,
     static_sparse, set_, rigl, snfs,
     iterative_magnitude, lottery_jackpot)}
-__all__ = ['TABLE', 'arguments', 'bdwp_backward', 'freeze_net_trained', 'from_config', 'model_soup', *TABLE]
+# Each kind of sentence has a table. A family adds the table of its kind.
+TABLES = {'train': TABLE}
+__all__ = ['TABLE', 'TABLES', 'arguments', 'from_config', *TABLE]
+__getattr__ = moved(__name__, {
+    'bdwp_backward': (states.bdwp_backward, 'states.bdwp_backward'),
+    'freeze_net_trained': (states.freeze_net_trained, 'states.freeze_net_trained'),
+    'model_soup': (metrics.model_soup, 'metrics.model_soup')})
 
-# Counted in updates, or as a fraction of all of them.
+# Arguments of recipes that count updates; a float is a fraction of all updates.
 _STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps', 'begin', 'end')
 _SCHEDULE_STEPS = ('begin', 'end', 'half_life')
+# Words of `sparsify` that a recipe chooses by itself.
+_OWN = ('memory', 'start', 'first', 'pause')
 
 
 def arguments(recipe: Callable[..., Any]) -> list[str]:
-  """The names that a recipe takes besides the optimizer: its own, and the options it passes on to `sparsify`."""
+  """Returns the names that a recipe takes besides the optimizer: its own, and the options that it hands to `sparsify`.
+
+  `memory` and `start` are no options: a recipe takes them only where its own signature names them.
+  """
   own = inspect.signature(recipe).parameters
-  passed_on = inspect.signature(transforms.sparsify).parameters
-  options = [p for p in passed_on.values() if p.kind is p.KEYWORD_ONLY]
+  handed_on = inspect.signature(transforms.sparsify).parameters
+  options = [p for p in handed_on.values() if p.kind is p.KEYWORD_ONLY and p.name not in _OWN]
   takes_options = any(p.kind is p.VAR_KEYWORD for p in own.values())
   return sorted({p.name for p in [*own.values(), *(options if takes_options else [])]
                  if p.kind is not p.VAR_KEYWORD and p.name != 'inner'})
@@ -69,13 +84,14 @@ def from_config(
     inner: optax.GradientTransformation, config: Mapping[str, Any], *, total_steps: int,
     axes: Mapping[str, Any] | None = None, signals: Mapping[str, Any] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
-  """The recipe that plain data describe: `{'name': 'mdgf', 'pattern': '1:8', 'where': ['mlp/*/kernel'], ...}`.
+  """Returns the recipe that plain data describe: `{'name': 'mdgf', 'pattern': '1:8', 'where': ['mlp/*/kernel'], ...}`.
 
-  `signals`: what a configuration cannot say, for the recipes that take it: `loss`, `outputs`, `key`.
-  `pattern`: `'N:M'`, or a dict of them by glob. `where`: globs. A schedule goes by its name,
-  `{'name': 'linear', 'begin': 0.0, 'end': 0.75}`, and `refresh` a number of updates. `allocation`: a name, or
-  sparsities by glob. A float among the numbers of steps
-  is a fraction of `total_steps`. Raises `ValueError` with the closest names for a name or key that does not exist.
+  `signals`: values that a configuration cannot hold (`loss`, `outputs`, `ticket`, `key`). The recipe gets those that it
+  takes. `starts.given(name)` as a value is filled by `init`, and `transforms.placeholders(tx)` says which names `init`
+  needs. `pattern`: `'N:M'`, or a dict of them by glob. `where`: globs. A schedule goes by its name, `{'name': 'linear',
+  'begin': 0.0, 'end': 0.75}`, and `refresh` is a number of updates. `allocation`: a name, or sparsities by glob. A
+  float among the numbers of steps is a fraction of `total_steps`. Raises `ValueError` with the closest names for a name
+  or key that does not exist.
   """
   config = dict(config)
   name = config.pop('name', None)
@@ -85,29 +101,36 @@ def from_config(
   for key in config:
     if key not in valid:
       raise errors.unknown('recipes.from_config', f'key of recipe {name!r}:', key, ['name', *valid])
-  given = {key: _read(key, value, total_steps) for key, value in config.items()}
+  read = {key: _read(key, value, total_steps) for key, value in config.items()}
   rest = {'total_steps': total_steps, 'axes': axes, **signals}
-  return TABLE[name](inner, **{key: value for key, value in rest.items() if key in valid} | given)
+  return TABLE[name](inner, **{key: value for key, value in rest.items() if key in valid} | read)
+
+
+def _globs(value: Any) -> Any:
+  return value if callable(value) else trees.named(value) if isinstance(value, str) else trees.named(*value)
+
+
+def _adam(value: Any) -> Any:
+  return optax.adam(**value) if isinstance(value, Mapping) else value
+
+
+def _every(value: Any) -> Any:
+  return schedules.every(value) if isinstance(value, int) else value
+
+
+_READERS = {'pattern': patterns.parse, 'allocation': allocation.named, 'where': _globs, 'score_optimizer': _adam}
 
 
 def _read(key: str, value: Any, total_steps: int) -> Any:
-  """One entry of a configuration as the recipe takes it."""
-  if key == 'pattern':
-    return patterns.parse(value)
-  if key == 'where' and not callable(value):
-    return trees.named(value) if isinstance(value, str) else trees.named(*value)
-  if key == 'allocation':
-    return allocation.named(value)
-  if key == 'score_optimizer' and isinstance(value, Mapping):
-    return optax.adam(**value)
+  """Returns one entry of a configuration as the recipe takes it."""
+  if key in _READERS:
+    return _READERS[key](value)
   if key in _STEPS:
     return _steps(key, value, total_steps)
-  if key == 'refresh' and isinstance(value, int):
-    return schedules.every(value)
   if isinstance(value, Mapping) and 'name' in value:
     steps = {k: _steps(k, v, total_steps) if k in _SCHEDULE_STEPS else v for k, v in value.items() if k != 'name'}
     return schedules.named(value['name'], **steps)
-  return value
+  return _every(value) if key == 'refresh' else value
 
 
 def _steps(key: str, value: Any, total_steps: int) -> int:

@@ -1,9 +1,13 @@
-"""Dynamic sparse training: as sparse as asked at every step, with a mask that moves.
+"""Dynamic sparse training keeps the model as sparse as asked at every step, under a mask that moves.
 
-All start from random masks and need `key=`. Every `every` updates, up to `end`, the fraction `fraction(step)` of the
-kept weights is dropped by magnitude and as many grown, from zero, with fresh optimizer slots. `gradient` below is the
-one that the update got: of all weights, since the user differentiates with respect to the parameters. Each recipe also
-takes the options of `transforms.sparsify`.
+All recipes start from random masks and need `key=`. Every `every` updates, up to `end`, the fraction `fraction(step)`
+of the kept weights is dropped by magnitude. As many weights are grown, from zero, with fresh optimizer slots.
+`gradient` below is the gradient that the update got, of all weights, because users differentiate with respect to the
+parameters. Each recipe also takes the options of `transforms.sparsify`.
+
+    tx = sj.recipes.rigl(optax.adamw(1e-3), 0.9, total_steps=10_000, key=jax.random.key(0))
+    state = tx.init(params)
+    params = sj.project(params, state)
 """
 
 from collections.abc import Mapping
@@ -15,7 +19,7 @@ from sparsejax import allocation as allocations
 from sparsejax import flows, patterns, schedules, scores, selections, transforms, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import random_pruning
-from sparsejax.types import Allocation, Pattern, Schedule
+from sparsejax.types import Allocation, Pattern, Schedule, Update
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -23,7 +27,7 @@ Optimizer = optax.GradientTransformationExtraArgs
 def static_sparse(
     inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     allocation: Allocation = allocations.erk, **options: Any) -> Optimizer:
-  """Static sparse training: `random_pruning`, the baseline of all of these (Mocanu et al. 2018; Evci et al. 2020)."""
+  """Trains under a fixed random mask: `random_pruning`, the baseline of this file (Mocanu et al. 2018; Evci 2020)."""
   return random_pruning(inner, sparsity, pattern, allocation=allocation, **options)
 
 
@@ -31,67 +35,71 @@ def set_(
     inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
     allocation: Allocation = allocations.erdos_renyi, total_steps: int | None = None, **options: Any) -> Optimizer:
-  """SET: drops by magnitude, grows at random (Mocanu et al. 2018, 1707.04780, algorithm 1).
+  """Drops by magnitude and grows at random: SET (Mocanu et al. 2018, 1707.04780, algorithm 1).
 
-  `fraction`: a schedule, or where its cosine to 0 at `end` begins (default: three quarters of `total_steps`). The paper
-  drops the smallest positive and the largest negative weights, a constant fraction, once an epoch; this, as RigL's
-  code of SET, the smallest magnitudes.
+  `fraction`: a schedule, or the start of a cosine that is 0 at `end` (default: three quarters of `total_steps`). The
+  paper drops a constant fraction of the smallest positive and the largest negative weights, once an epoch. This recipe
+  drops the smallest magnitudes, as RigL's code of SET does.
   """
-  _refuse_dense('set_', sparsity, pattern)
-  end = _last('set_', end, total_steps)
-  update = updates.drop_and_grow(scores.random, _falling(fraction, end))
-  selection = selections.leafwise(pattern, first=scores.random, update=update, sparsity=sparsity, allocation=allocation)
-  return transforms.sparsify(inner, flows.hard(), selection, refresh=_until(every, end), total_steps=total_steps,
-                             **{'slots': 'fresh'} | options)
+  last = _last('set_', end, total_steps)
+  update = updates.drop_and_grow(scores.random, _falling(fraction, last))
+  return _moving('set_', inner, update, sparsity, pattern, allocation, every, last, total_steps=total_steps, **options)
 
 
 def rigl(
     inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
     allocation: Allocation = allocations.erk, total_steps: int | None = None, **options: Any) -> Optimizer:
-  """RigL: drops by magnitude, grows where the gradient is largest (Evci et al. 2020, 1911.11134, algorithm 1).
+  """Drops by magnitude and grows where the gradient is largest: RigL (Evci et al. 2020, 1911.11134, algorithm 1).
 
-  An update that moves the mask does not move the weights, as in the paper; those of the optimizer's schedules do not
-  count it. `fraction` as in `set_`: the paper's cosine from 0.3, to 0 at three quarters of training. The authors' code
-  can revive inactive weights with old values (see `updates.drop_and_grow`).
+  On steps that change the mask the weights stay as they are (algorithm 1). The optimizer's own step count does not
+  advance on these steps. `fraction` is that of `set_`: the paper's cosine from 0.3, to 0 at three quarters of training.
+  The authors' code can revive inactive weights with old values (see `updates.drop_and_grow`).
   """
-  _refuse_dense('rigl', sparsity, pattern)
-  end = _last('rigl', end, total_steps)
-  update = updates.drop_and_grow(scores.gradient, _falling(fraction, end))
-  selection = selections.leafwise(pattern, first=scores.random, update=update, sparsity=sparsity, allocation=allocation,
-                                  instead=True)
-  return transforms.sparsify(inner, flows.hard(), selection, refresh=_until(every, end), total_steps=total_steps,
-                             **{'slots': 'fresh'} | options)
+  last = _last('rigl', end, total_steps)
+  update = updates.drop_and_grow(scores.gradient, _falling(fraction, last))
+  return _moving('rigl', inner, update, sparsity, pattern, allocation, every, last, total_steps=total_steps, pause=True,
+                 **options)
+
+
+def _moving(recipe: str, inner: optax.GradientTransformation, update: Update, sparsity: float | None, pattern: Pattern,
+            allocation: Allocation, every: int, last: int, **options: Any) -> Optimizer:
+  """Returns the sentence of `set_` and `rigl`: random masks first, then `update` every `every` steps before `last`."""
+  _refuse_dense(recipe, sparsity, pattern)
+  chosen_by = lambda **words: selections.leafwise(pattern, sparsity=sparsity, allocation=allocation, **words)
+  return transforms.sparsify(inner, flows.hard(), chosen_by(update=update), first=chosen_by(score=scores.random),
+                             refresh=_until(every, last), **{'slots': 'fresh'} | options)
 
 
 def snfs(
     inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     fraction: float | Schedule = 0.5, every: int = 100, end: int | None = None, momentum: float = 0.9,
     allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:
-  """SNFS, sparse momentum: grows by |momentum|, more in layers where it is large (Dettmers, Zettlemoyer 2019).
+  """Grows by |momentum|, more in layers where it is large: SNFS, sparse momentum (Dettmers, Zettlemoyer 2019).
 
-  1907.04840, algorithm 1. The momentum is an average of gradients kept beside the optimizer, whichever that is. Counts
-  move between layers and are exact together; the authors' code only comes near, and has a floor for dense layers.
+  1907.04840, algorithm 1. The momentum is an average of gradients that is stored beside any optimizer. Counts move
+  between layers and are exact together, while the authors' code only comes near and has a floor for dense layers.
   """
   _refuse_dense('snfs', sparsity, pattern)
-  end = _last('snfs', end, total_steps)
+  last, memory = _last('snfs', end, total_steps), scores.gradient_average(momentum)
   selection = selections.redistributed(pattern, sparsity=sparsity, grow=scores.momentum, allocation=allocation,
-                                       fraction=_falling(fraction, end), memory=scores.gradient_average(momentum))
-  return transforms.sparsify(inner, flows.hard(), selection, refresh=_until(every, end), total_steps=total_steps,
-                             **{'slots': 'fresh'} | options)
+                                       fraction=_falling(fraction, last))
+  first = selections.leafwise(pattern, score=scores.random, sparsity=sparsity, allocation=allocation)
+  return transforms.sparsify(inner, flows.hard(), selection, memory=memory, first=first, total_steps=total_steps,
+                             refresh=_until(every, last), **{'slots': 'fresh'} | options)
 
 
 def _refuse_dense(recipe: str, sparsity: float | None, pattern: Any) -> None:
   """Raises `ValueError` if nothing is pruned."""
   pattern = patterns.parse(pattern)
   several = list(pattern.values()) if isinstance(pattern, Mapping) else [pattern]
-  if sparsity == 0 or sparsity is None and all(one.sparsity == 0 for one in several):
+  if sparsity == 0 or sparsity is None and all(p.sparsity == 0 for p in several):
     raise ValueError(f'recipes.{recipe}: nothing is pruned, so that there is nothing to grow into; raise `sparsity`, '
                      'or take recipes.dense.')
 
 
 def _last(recipe: str, end: int | None, total_steps: int | None) -> int:
-  """The update from which on the mask is fixed."""
+  """Returns the step from which on the mask is fixed."""
   if end is None and total_steps is None:
     raise ValueError(f'recipes.{recipe}: pass total_steps=, the number of updates, or end=, from which on the mask is '
                      'fixed.')

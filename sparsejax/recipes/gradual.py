@@ -1,6 +1,10 @@
-"""Gradual pruning: from dense to sparse while training.
+"""Gradual pruning raises the sparsity from dense to sparse while the model trains.
 
 Steps are counted in updates. Each recipe also takes the options of `transforms.sparsify`.
+
+    tx = sj.recipes.gradual_magnitude(optax.adamw(1e-3), 0.9, total_steps=10_000)
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, params)
 """
 
 from typing import Any
@@ -21,17 +25,17 @@ def gradual_magnitude(
     begin: int = 0, end: int | None = None, every: int = 100, initial: float = 0.0, score: Score = scores.magnitude,
     memory: scores.Memory | None = None, allocation: Shares = allocations.uniform, total_steps: int | None = None,
     **options: Any) -> Optimizer:
-  """Gradual magnitude pruning, cubic from `initial` (Zhu and Gupta 2017, To prune, or not to prune, equation 1).
+  """Prunes by magnitude, with a cubic rise from `initial` (Zhu and Gupta 2017, To prune, or not to prune, equation 1).
 
-  Masks are chosen at `begin`, every `every` updates from there and at `end` (default: three quarters of
-  `total_steps`). What is pruned stays so, at zero; the authors' code keeps hidden values, which may return. Another
-  `score`, with its `memory`, is another method: `scores.fisher`, or `scores.snip`, Taylor pruning.
+  Masks are chosen at `begin`, every `every` updates from then on, and at `end` (default: three quarters of
+  `total_steps`). A pruned weight stays pruned, at zero; the authors' code keeps hidden values, which may return.
+  Another `score`, with its `memory`, is another method: `scores.fisher`, or `scores.snip`, Taylor pruning.
   """
   end = _end('gradual_magnitude', end, total_steps, 0.75, begin, options)
   ramp = schedules.cubic(_part(initial, sparsity, pattern), 1.0, begin=begin, end=end)
   selection = selections.leafwise(
-      pattern, score=score, update=updates.prune_to, sparsity=sparsity, ramp=ramp, allocation=allocation, memory=memory)
-  return transforms.sparsify(inner, flows.hard(), selection, total_steps=total_steps,
+      pattern, score=score, update=updates.prune_to, sparsity=sparsity, ramp=ramp, allocation=allocation)
+  return transforms.sparsify(inner, flows.hard(), selection, memory=memory, total_steps=total_steps,
                              refresh=schedules.every(every, begin=begin, end=end), **options)
 
 
@@ -40,53 +44,53 @@ def movement_pruning(
     begin: int = 0, end: int | None = None, every: int = 1, initial: float = 0.0,
     score_optimizer: optax.GradientTransformation = optax.sgd(1.0), allocation: Shares = allocations.uniform,
     total_steps: int | None = None, **options: Any) -> Optimizer:
-  """Movement pruning: keeps what moves away from zero (Sanh et al. 2020, 2005.07683, section 4, equation 2).
+  """Keeps the weights that move away from zero: movement pruning (Sanh et al. 2020, 2005.07683, section 4, equation 2).
 
-  The score sums -w dL/dw' by `score_optimizer`; the released code uses Adam(1e-2). What is pruned keeps its value and
+  The score sums -w dL/dw' by `score_optimizer`; the released code uses Adam(1e-2). A pruned weight keeps its value and
   may return. The sparsity rises as in `gradual_magnitude`.
   """
   end = _end('movement_pruning', end, total_steps, 0.75, begin, options)
   ramp = schedules.cubic(_part(initial, sparsity, pattern), 1.0, begin=begin, end=end)
-  selection = selections.leafwise(pattern, score=scores.movement, memory=scores.accumulated_movement(score_optimizer),
-                                  sparsity=sparsity, ramp=ramp, allocation=allocation)
-  return transforms.sparsify(inner, flows.remembered(), selection, total_steps=total_steps,
-                             refresh=schedules.every(every, begin=begin), **options)
+  selection = selections.leafwise(pattern, score=scores.movement, sparsity=sparsity, ramp=ramp, allocation=allocation)
+  return transforms.sparsify(
+      inner, flows.remembered(), selection, memory=scores.accumulated_movement(score_optimizer),
+      total_steps=total_steps, refresh=schedules.every(every, begin=begin), **options)
 
 
 def soft_movement_pruning(
     inner: optax.GradientTransformation, threshold: float = 0.1, penalty: float = 1.0, *, begin: int = 0,
     end: int | None = None, score_optimizer: optax.GradientTransformation = optax.adam(1e-2),
     total_steps: int | None = None, **options: Any) -> Optimizer:
-  """Soft movement pruning: keeps sigmoid(S) > tau, with a penalty on mean(sigmoid(S)) (Sanh et al. 2020, section 4.2).
+  """Keeps sigmoid(S) > tau, with a penalty on mean(sigmoid(S)): soft movement pruning (Sanh et al. 2020, section 4.2).
 
-  tau goes from 0 to `threshold` and the penalty, of each leaf's own mean, from 0 to `penalty`, both cubic from `begin`
-  to `end`. The released code's lambda is of the mean over all matrices: divide it by their number. The sparsity comes
-  out of training; each layer keeps half a percent at least. Unstructured.
+  tau rises from 0 to `threshold`, and the penalty, of each leaf's own mean, from 0 to `penalty`. Both are cubic from
+  `begin` to `end`. The released code's lambda is of the mean over all matrices: divide it by their number. The sparsity
+  comes out of training, with at least half a percent of each layer kept. The masks are unstructured.
   """
   end = _end('soft_movement_pruning', end, total_steps, 0.75, begin, options)
   rise = lambda top: schedules.cubic(0.0, top, begin=begin, end=end)
-  selection = selections.score_threshold(
-      scores.soft_movement, rise(threshold), memory=scores.accumulated_movement(score_optimizer, rise(penalty)))
-  return transforms.sparsify(inner, flows.remembered(), selection, total_steps=total_steps, **options)
+  return transforms.sparsify(
+      inner, flows.remembered(), selections.score_threshold(scores.soft_movement, rise(threshold)),
+      memory=scores.accumulated_movement(score_optimizer, rise(penalty)), total_steps=total_steps, **options)
 
 
 def global_sparse_momentum(
     inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     weight_decay: float = 1e-4, dense_steps: int | None = None, total_steps: int | None = None, **options: Any,
 ) -> Optimizer:
-  """GSM: only the global top of |w dL/dw| gets its gradient, the rest decays away (Ding et al. 2019, algorithm 1).
+  """Passes the gradient to the global top of |w dL/dw|, while the rest decays: GSM (Ding et al. 2019, algorithm 1).
 
-  `inner` is SGD with a momentum of 0.98 or 0.99 in the paper; the coupled `weight_decay` of all sparse leaves is added
-  before it. After `dense_steps` (default: the last update but one, or what leaves `fine_tune_steps`) the global
-  magnitude decides; the paper does not fine-tune. The authors' code keeps all that ties at the threshold; here the
-  count is exact.
+  `inner` is SGD with a momentum of 0.98 or 0.99 in the paper. The coupled `weight_decay` of all sparse leaves is added
+  before `inner`. After `dense_steps` the global magnitude decides the mask. The default is the last update but one, or
+  the number that leaves `fine_tune_steps`; the paper does not fine-tune. The authors' code keeps all weights that tie
+  at the threshold, while the count here is exact.
   """
   if dense_steps is None:
     last = _end('global_sparse_momentum', None, total_steps, 1.0, 0, {})
     dense_steps = last - max(options.get('fine_tune_steps', 0), 1)
   rank = lambda score: selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=together(pattern))
   where = {key: options.get(key) for key in ('where', 'axes')}
-  active = transforms.gated(rank(scores.snip), weight_decay=weight_decay, **where)
+  active = transforms.updating(rank(scores.snip), weight_decay=weight_decay, **where)
   return transforms.sparsify(optax.chain(active, inner), flows.hard(), rank(scores.magnitude),
                              refresh=schedules.once(0), dense_steps=dense_steps, total_steps=total_steps, **options)
 
@@ -95,11 +99,11 @@ def iterative_soft_shrinkage(
     inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     shrink: float = 0.95, total_steps: int | None = None, fine_tune_steps: int | None = None,
     **options: Any) -> Optimizer:
-  """ISS-P: after every step the smallest weights are `shrink` times what they were (Wang et al. 2023, 2303.09650).
+  """Multiplies the smallest weights by `shrink` after every step: ISS-P (Wang et al. 2023, 2303.09650).
 
-  Which ones is chosen anew every step, at the full sparsity from the first one, in each layer; in the last
+  The mask is chosen anew at every step, at the full sparsity from the first step on, in each layer. In the last
   `fine_tune_steps` (default: half of `total_steps`) the last mask is fixed. The released code rounds the count up and
-  leaves 0.5 % of a layer at least.
+  leaves at least 0.5 % of a layer.
   """
   total = _end('iterative_soft_shrinkage', None, total_steps, 1.0, 0, options)
   selection = selections.leafwise(pattern, sparsity=sparsity)
@@ -109,12 +113,12 @@ def iterative_soft_shrinkage(
 
 
 def _part(initial: float, sparsity: float | None, pattern: Pattern) -> float:
-  """Which part of the sparsity is there at the beginning."""
+  """Returns the part of the sparsity that is asked at the beginning."""
   return initial and initial / (pattern.sparsity if sparsity is None else sparsity)
 
 
 def _end(recipe: str, end: int | None, total_steps: int | None, part: float, begin: int, options: Any) -> int:
-  """Where a ramp ends. Raises `ValueError` if nobody says, or if training ends before it."""
+  """Returns the step at which a ramp ends. Raises `ValueError` without an end, or if training ends before it."""
   if end is None and total_steps is None:
     raise ValueError(f'recipes.{recipe}: pass total_steps=, the number of updates{", or end=" if part < 1 else ""}.')
   end = round(part * total_steps) if end is None else end

@@ -1,32 +1,36 @@
-"""N:M training: a dense master behind an N:M point, from straight-through to progressive gradient flow.
+"""N:M training keeps a dense master behind an N:M point, from straight-through to progressive gradient flow.
 
-Every recipe takes the user's optimizer first and, besides its own arguments, the options of `transforms.sparsify`:
-`where`, `axes`, `dense_steps`, `fine_tune_steps`, `total_steps`, `refresh`. In all of them the mask is chosen anew from
-the master after every step (`refresh`). In the fine-tune phase it is fixed, the master becomes the sparse point and
-pruned weights get no gradient; published code goes on choosing masks there.
+Every recipe takes the user's optimizer first, then its own arguments and the options of `transforms.sparsify`: `where`,
+`axes`, `dense_steps`, `fine_tune_steps`, `total_steps`, `refresh`. The mask is chosen anew from the master after every
+step (`refresh`). In the fine-tune phase the mask is fixed, the master becomes the sparse point, and pruned weights get
+no gradient. Published code goes on choosing masks in that phase.
+
+    tx = sj.recipes.sr_ste(optax.adamw(1e-3), sj.NM(2, 4), decay=2e-4)
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, params)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
-from sparsejax import errors, flows, patterns, schedules, scores, selections, states, transforms, updates
-from sparsejax.patterns import NM
-from sparsejax.types import Array, Bound, Pattern, PyTree, Schedule
+from sparsejax import flows, patterns, schedules, selections, transforms, updates
+from sparsejax.patterns import NM, Staged, Switch
+from sparsejax.types import Bound, Pattern, Schedule
 
 Patterns = Pattern | Mapping[str, Pattern]
 Optimizer = optax.GradientTransformationExtraArgs
 
 
 def dense(inner: optax.GradientTransformation) -> Optimizer:
-  """The baseline: `inner` as it is, in the same state as every recipe, so that a table can hold both."""
+  """Returns the baseline: `inner` as it is, in the same state as every recipe, so that a table can hold both."""
   return transforms.identity(inner)
 
 
 def ste(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
-  """Straight-through N:M (Bengio et al. 2013, arXiv 1308.3432; the baseline of Zhou et al. 2021)."""
+  """Trains N:M weights straight-through (Bengio et al. 2013, arXiv 1308.3432; the baseline of Zhou et al. 2021)."""
   return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
 
 
@@ -34,20 +38,20 @@ def sr_ste(
     inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, decay: float = 2e-4, decoupled: bool = False,
     learning_rate: float | Schedule = 1.0, **options: Any,
 ) -> Optimizer:
-  """SR-STE: straight-through plus a decay of the pruned weights (Zhou et al. 2021, arXiv 2102.04010, equation 8).
+  """Trains straight-through with a decay of the pruned weights: SR-STE (Zhou et al. 2021, equation 8).
 
-  As published the term is in the gradient, where Adam divides it by its own size. `decoupled=True` is an extension:
-  after the optimizer's step pruned weights lose `learning_rate * decay` of themselves. Pass the optimizer's own
-  learning rate or schedule to follow it; the default 1 makes `decay` the loss per step.
+  arXiv 2102.04010. As published, the term is in the gradient, where Adam divides it by its own size. `decoupled=True`
+  is an extension: after the optimizer's step pruned weights lose `learning_rate * decay` of themselves. Pass the
+  optimizer's own learning rate or schedule to follow it. The default 1 makes `decay` the loss per step.
   """
   flow = flows.sr_ste(decay, decoupled=decoupled, learning_rate=learning_rate)
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), **options)
 
 
 def asp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, dense_steps: int = 0, **options: Any):
-  """ASP: magnitude once, after `dense_steps`, then a fixed mask (Mishra et al. 2021, arXiv 2104.08378, section 4).
+  """Prunes by magnitude once, after `dense_steps`, then trains under the mask: ASP (Mishra et al. 2021, section 4).
 
-  Needs no master. NVIDIA's code also permutes channels before; this does not.
+  arXiv 2104.08378. No master is stored. NVIDIA's code also permutes channels first; this recipe does not.
   """
   selection = selections.leafwise(pattern, update=updates.prune_to)
   once = schedules.once(0)
@@ -59,15 +63,16 @@ def mdgf(
     decay: Schedule = schedules.linear(1.0, 0.0, begin=0, end=5000), gradient: str = 'straight_through',
     dense_steps: int = 0, **options: Any,
 ) -> Optimizer:
-  """MdGf: pruned weights fade by a mask decay beta (Bambhaniya et al. 2024, Progressive Gradient Flow, 2402.04744).
+  """Shrinks pruned weights by a mask decay beta: MdGf (Bambhaniya et al. 2024, Progressive Gradient Flow, 2402.04744).
 
-  `decay` is beta by the number of steps since the dense phase; the default, linear over 5,000, is the released code's
-  2e-4 a step. `gradient='straight_through'` leaves the gradient of pruned weights whole, as the released PyTorch code
-  does; `'scaled'` multiplies it by beta, as the abstract says and the authors' earlier JAX code does. The default is
-  the one with the lower test loss in experiments/configs/n_m/mdgf_gradient_vit_digits.py; accuracies are the same.
+  `decay` is beta by the number of steps since the dense phase. The default, linear over 5,000 steps, is the released
+  code's 2e-4 a step. `gradient='straight_through'` leaves the gradient of pruned weights whole, as the released PyTorch
+  code does. `'scaled'` multiplies the gradient by beta, as the abstract says and the authors' earlier JAX code does.
+  The default is the one with the lower test loss in experiments/configs/n_m/mdgf_gradient_vit_digits.py; accuracies are
+  the same.
 
-  beta has to reach 0, or `fine_tune_steps` be given (an exponential never does), for the result to be N:M. Of the
-  released code's bugs, a decay that starts a hundredth too late and a fine-tune phase one epoch short are not repeated.
+  The result is N:M only if beta reaches 0 or `fine_tune_steps` is given; an exponential never reaches 0. Two bugs of
+  the released code are not repeated: a decay that starts a hundredth too late, and a fine-tune phase one epoch short.
   """
   if not callable(decay):
     raise ValueError(f'recipes.mdgf: `decay` is a schedule, a function of the step, and not {decay!r}: '
@@ -80,11 +85,12 @@ def sdgf_stepwise(
     inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, gradient: str = 'straight_through',
     **options: Any,
 ) -> Optimizer:
-  """SdGf-Stepwise: (M-1):M, M/2:M, M/4:M, ... N:M, stages of equal length (progressive gradient flow, structure decay).
+  """Trains through (M-1):M, M/2:M, M/4:M, ... N:M, stages of equal length: SdGf-Stepwise (progressive gradient flow).
 
-  Needs `total_steps`. `gradient='straight_through'` is the released code's; `'scaled'` blocks pruned weights, as the
-  authors' earlier JAX code does. The released code ends at M / 2^floor(log2(M / N)), above N when M / N is no power of
-  two, and takes its stage from the epoch it starts in, so that a resumed run is in the wrong one; not so here.
+  Needs `total_steps`. `gradient='straight_through'` is the released code's. `'scaled'` blocks the gradient of pruned
+  weights, as the authors' earlier JAX code does. The released code ends at M / 2^floor(log2(M / N)), above N when M / N
+  is no power of two. The released code takes its stage from the epoch in which it starts, so a resumed run is in the
+  wrong stage. This recipe repeats neither.
   """
   return _sdgf(inner, pattern, stepwise_stages, gradient, **options)
 
@@ -93,9 +99,9 @@ def sdgf_geometric(
     inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, k: int = 8,
     gradient: str = 'straight_through', **options: Any,
 ) -> Optimizer:
-  """SdGf-Geometric: kN:kM, kN/2:kM/2, ... N:M, constant density in ever smaller groups (progressive gradient flow).
+  """Trains through kN:kM, kN/2:kM/2, ... N:M, constant density in ever smaller groups: SdGf-Geometric (2402.04744).
 
-  `k`, a power of two, is 8 in the released code and 16 in its comments. `gradient` and `total_steps` as in
+  `k`, a power of two, is 8 in the released code and 16 in its comments. `gradient` and `total_steps` are those of
   `sdgf_stepwise`. The contraction axis has to be divisible by kM.
   """
   return _sdgf(inner, pattern, Bound(geometric_stages, (k,)), gradient, **options)
@@ -104,24 +110,57 @@ def sdgf_geometric(
 def _sdgf(inner, pattern, stages, gradient, *, total_steps=None, dense_steps=0, fine_tune_steps=0, **options):
   if total_steps is None:
     raise ValueError('recipes.sdgf: its stages share out the training; pass total_steps=, the number of updates.')
-  progression = Bound(_progression, (stages, dense_steps, total_steps - fine_tune_steps))
-  selection = selections.leafwise(pattern, progression=progression)
+  selection = selections.leafwise(_staged(patterns.parse(pattern), stages, dense_steps, total_steps - fine_tune_steps))
   return transforms.sparsify(
       inner, flows.decayed(schedules.constant(0.0), gradient), selection, total_steps=total_steps,
       dense_steps=dense_steps, fine_tune_steps=fine_tune_steps, **options)
+
+
+def _staged(pattern: Patterns, stages: Callable[[NM], tuple[NM, ...]], begin: int, end: int) -> Patterns:
+  """Returns the pattern that goes through `stages(pattern)` in equal parts of the steps from `begin` to `end`."""
+  if isinstance(pattern, Mapping):
+    return {glob: _staged(each, stages, begin, end) for glob, each in pattern.items()}
+  if not isinstance(pattern, NM):
+    raise ValueError(f'recipes.sdgf: structure decay goes through N:M patterns, not {pattern}.')
+  through = stages(pattern)
+  if len(through) > end - begin:
+    raise ValueError(f'recipes.sdgf: {len(through)} stages ({", ".join(map(str, through))}) do not fit into the '
+                     f'{end - begin} updates between the dense and the fine-tune phase; raise total_steps.')
+  boundaries = [begin + i * (end - begin) // len(through) for i in range(len(through))]
+  return Staged(pattern, Bound(_stage, (through, schedules.stepwise(range(len(through)), boundaries))))
+
+
+def _stage(step: Any, through: tuple[NM, ...], index: Schedule) -> Pattern:
+  counts, (m, *others) = jnp.asarray([stage.n for stage in through]), {stage.m: None for stage in through}
+  # A single group size needs a traced count. Several group sizes need a branch each, because the shapes differ.
+  return Switch(through, index(step)) if others else NM(counts[index(step)], m, through[0].width)
+
+
+def stepwise_stages(pattern: NM) -> tuple[NM, ...]:
+  """Returns M-1, M/2, M/4, ... N of M, each count once and N last."""
+  halvings = [pattern.m - 1] + [pattern.m >> i for i in range(1, pattern.m.bit_length())]
+  counts = sorted({n for n in halvings if n > pattern.n}, reverse=True)
+  return tuple(NM(n, pattern.m, pattern.width) for n in [*counts, pattern.n])
+
+
+def geometric_stages(pattern: NM, k: int) -> tuple[NM, ...]:
+  """Returns kN:kM, kN/2:kM/2, ... N:M."""
+  if k < 1 or k & (k - 1):
+    raise ValueError(f'recipes.sdgf_geometric: k must be a power of two, not {k}.')
+  return tuple(NM(pattern.n * (k >> i), pattern.m * (k >> i), pattern.width) for i in range(k.bit_length()))
 
 
 def st3(
     inner: optax.GradientTransformation, sparsity: float = 0.9, *, sigma: bool = False, total_steps: int | None = None,
     ramp_steps: int | None = None, dense_steps: int = 0, fine_tune_steps: int = 0, **options: Any,
 ) -> Optimizer:
-  """ST-3: a global soft threshold, straight-through, cubic ramp (Vanderschueren and De Vleeschouwer 2023, WACV).
+  """Trains under a global soft threshold, straight-through: ST-3 (Vanderschueren and De Vleeschouwer 2023, WACV).
 
-  Unstructured: `sparsity` is that of all sparse leaves together, reached `ramp_steps` after the dense phase (default:
-  the start of the fine-tune phase, or else the end). `sigma=True` measures each leaf in units of 1 / sqrt(sum of its
-  dimensions), as the authors' code does where the paper says standard deviation. After each step the threshold is the
-  quantile of |W|; output channels are rescaled as in the code, by weights before the threshold. Fine-tuning keeps the
-  learning rate's own schedule: the code's restarts of it are not repeated.
+  The masks are unstructured. `sparsity` is that of all sparse leaves together, reached by a cubic ramp `ramp_steps`
+  after the dense phase (default: the start of the fine-tune phase, or else the end). `sigma=True` measures each leaf in
+  units of 1 / sqrt(sum of its dimensions), as the authors' code does where the paper says standard deviation. After
+  each step the threshold is the quantile of |W|. Output channels are rescaled as in the code, by the weights before the
+  threshold. Fine-tuning keeps the learning rate's own schedule; the code's restarts of it are not repeated.
   """
   if ramp_steps is None and total_steps is None:
     raise ValueError('recipes.st3: its ramp needs an end; pass total_steps= or ramp_steps=, in updates.')
@@ -136,17 +175,17 @@ def st3(
 
 
 def bdwp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 8), **options: Any) -> Optimizer:
-  """BDWP: N:M in the forward and in the input-gradient product (Fang et al. 2023, arXiv 2309.13015).
+  """Prunes N:M in the forward and in the input-gradient product: BDWP (Fang et al. 2023, arXiv 2309.13015).
 
-  The user holds m_f W, the mask along the contraction axis; straight-through into the dense W. The input gradient goes
-  through m_b W, the mask along the output axis of the same W. That needs another rule for the matrix product, or else
-  the model trains as `ste` does:
+  The user holds m_f W, the mask along the contraction axis, straight-through into the dense W. The input gradient goes
+  through m_b W, the mask along the output axis of the same W. The input gradient needs another rule for the matrix
+  product; without that rule the model trains as `ste` does:
 
-      backward = sparsejax.recipes.bdwp_backward(params, opt_state)  # m_b W, once a step, outside the gradient
+      backward = sparsejax.states.bdwp_backward(params, opt_state)  # m_b W, once a step, outside the gradient
       matmul = sparsejax.flows.bidirectional(jnp.matmul)
-      y = matmul(x, params['w'], backward['w'])                      # where the model has x @ params['w']
+      y = matmul(x, params['w'], backward['w'])                     # where the model has x @ params['w']
 
-  A Flax model gets it unchanged: in the loss, `with nn.intercept_methods(rule):` around `model.apply`, where
+  A Flax model takes the rule unchanged: in the loss, `with nn.intercept_methods(rule):` around `model.apply`, where
 
       def rule(call, args, kwargs, context):
         if not isinstance(context.module, nn.Dense) or context.method_name != '__call__':
@@ -154,54 +193,10 @@ def bdwp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 8), **op
         own, other = context.module.variables['params'], functools.reduce(dict.get, context.module.path, backward)
         return matmul(args[0], own['kernel'], other['kernel']) + own['bias']
 
-  No public code exists: that m_b is chosen from W and not from m_f W, and that there is no decay term, is our reading
-  of the abstract and of what the algebra allows.
+  No public code exists. By our reading of the abstract and of the algebra, m_b is chosen from W and not from m_f W,
+  and there is no decay term.
   """
   return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
-
-
-def stepwise_stages(pattern: NM) -> tuple[NM, ...]:
-  """M-1, M/2, M/4, ... N of M, each once, N last."""
-  halvings = [pattern.m - 1] + [pattern.m >> i for i in range(1, pattern.m.bit_length())]
-  counts = sorted({n for n in halvings if n > pattern.n}, reverse=True)
-  return tuple(NM(n, pattern.m, pattern.width) for n in [*counts, pattern.n])
-
-
-def geometric_stages(pattern: NM, k: int) -> tuple[NM, ...]:
-  """kN:kM, kN/2:kM/2, ... N:M."""
-  if k < 1 or k & (k - 1):
-    raise ValueError(f'recipes.sdgf_geometric: k must be a power of two, not {k}.')
-  return tuple(NM(pattern.n * (k >> i), pattern.m * (k >> i), pattern.width) for i in range(k.bit_length()))
-
-
-def bdwp_backward(params: PyTree, opt_state: Any) -> PyTree:
-  """m_b W for `bdwp`: the weights of the input-gradient product, N:M along each leaf's output axes."""
-  return states.reproject(params, opt_state, _along_output)
-
-
-def _along_output(master: Array, leaf: states.SparseLeaf) -> Array:
-  turned = leaf.axes._replace(contracted=leaf.axes.output, output=leaf.axes.contracted)
-  if why := leaf.pattern.validate(leaf.shape, turned):
-    raise errors.at_leaf('recipes.bdwp_backward', leaf.path, leaf.shape, why)
-  return jnp.where(leaf.pattern(scores.magnitude(master), None, turned), master, 0)
-
-
-def _progression(pattern: NM, stages: Any, begin: int, end: int) -> Schedule:
-  """The schedule of patterns through `stages(pattern)`, in equal parts of the steps from `begin` to `end`."""
-  if not isinstance(pattern, NM):
-    raise ValueError(f'recipes.sdgf: structure decay goes through N:M patterns, not {pattern}.')
-  through = stages(pattern)
-  if len(through) > end - begin:
-    raise ValueError(f'recipes.sdgf: {len(through)} stages ({", ".join(map(str, through))}) do not fit into the '
-                     f'{end - begin} updates between the dense and the fine-tune phase; raise total_steps.')
-  starts = [begin + i * (end - begin) // len(through) for i in range(len(through))]
-  return Bound(_stage, (through, schedules.stepwise(range(len(through)), starts)))
-
-
-def _stage(step: Any, through: tuple[NM, ...], index: Schedule) -> Pattern:
-  counts, (m, *others) = jnp.asarray([stage.n for stage in through]), {stage.m: None for stage in through}
-  # One group size needs one traced count; several need a branch each, because the shapes differ.
-  return patterns.Staged(through, index(step)) if others else NM(counts[index(step)], m, through[0].width)
 
 
 def _since(step: Any, schedule: Schedule, begin: int) -> Any:

@@ -1,5 +1,15 @@
-"""Transforms of optax that make the parameters sparse: `sparsify` is behind every recipe."""
+"""Contains the optax transforms that make parameters sparse. `sparsify` is behind every recipe.
 
-from sparsejax.transforms.sparsify import gated, identity, only, sparsify
+    tx = transforms.sparsify(optax.adamw(1e-3), flows.hard(), selections.leafwise(NM(2, 4)))
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, params)
+"""
 
-__all__ = ['gated', 'identity', 'only', 'sparsify']
+from sparsejax.transforms.leaves import Leaves
+from sparsejax.transforms.method import Method
+from sparsejax.transforms.small import identity, only, updating
+from sparsejax.transforms.sparsify import placeholders, sparsify
+from sparsejax.types import moved
+
+__all__ = ['Leaves', 'Method', 'identity', 'only', 'placeholders', 'sparsify', 'updating']
+__getattr__ = moved(__name__, {'gated': (updating, 'transforms.updating')})

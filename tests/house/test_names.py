@@ -19,6 +19,7 @@ SIGNATURES = {
     'draw': r'experiments/tables/.*',  # a picture of the results of one command
     'page': r'experiments/tables/.*',  # a page of them
     'named': r'sparsejax/(allocation|schedules)|experiments/loop/tasks',  # a word by the name in a configuration
+    'whole': r'sparsejax/programs/(factors|views)|kernels_pallas/held',  # a value that is all of a parameter
     **dict.fromkeys(  # the implementations of an op of kernels_pallas, and the choice among them
         ('attention', 'matmul', 'matmul_transposed', 'prefer', 'refusal', 'sampled'), r'kernels_pallas/\w+(/\w+)?'),
 }

@@ -43,7 +43,7 @@ def unpacked(name):
 @every_case
 def test_masks_keep_their_pattern_at_every_update_and_the_last_phase_is_exact(name):
   case, (params, state, seen, _, masks) = CASES[name], unpacked(name)
-  sparse = {leaf.path for plan in states.plans(state) for leaf in plan.leaves}
+  sparse = {leaf.path for sparse in states.find(state) for leaf in sparse.plan.leaves}
   assert sparse == ({*CONTRACTED} & {*cases.by_path(case.shapes)} if case.recipe != 'dense' else set())
   seen, masks = cases.by_path(seen), cases.by_path(masks)
   for path in masks.keys() - sparse:

@@ -160,7 +160,7 @@ G = jnp.asarray([[-.2843, -.23014, .19291, -.022], [.23692, .11846, -.05077, .05
 def test_rigl_update(fraction, expected):
   """[run] The official TF2 function without noise: seven kept, two and three of them exchanged."""
   update = updates.drop_and_grow(scores.gradient, schedules.constant(fraction))
-  select = lambda x, drop=None: Unstructured()(x, 5 / 12, None, drop)
+  select = sj.counts.Selector(Unstructured(), 7, None)
   held = jnp.where(M, W, 0)
   new = update(M, scores.magnitude(held), select, held, Signals(grad=G, step=1))
   np.testing.assert_array_equal(new.astype(int), expected)
@@ -329,8 +329,8 @@ def test_iterative_soft_shrinkage():
 def test_a_soup_is_the_mean_and_as_sparse_as_its_members():
   """[run] .5 0 .3 0 | .7 0 -.1 0 | .6 0 .1 0 -> .6 0 .1 0, and .575 0 .15 0 with weights .5 .25 .25."""
   members = [{'kernel': jnp.asarray([row, row])} for row in ([.5, 0, .3, 0], [.7, 0, -.1, 0], [.6, 0, .1, 0])]
-  np.testing.assert_allclose(recipes.model_soup(members)['kernel'][0], [.6, 0, .1, 0], atol=1e-6)
-  np.testing.assert_allclose(recipes.model_soup(members, [.5, .25, .25])['kernel'][0], [.575, 0, .15, 0], atol=1e-6)
+  np.testing.assert_allclose(sj.metrics.model_soup(members)['kernel'][0], [.6, 0, .1, 0], atol=1e-6)
+  np.testing.assert_allclose(sj.metrics.model_soup(members, [.5, .25, .25])['kernel'][0], [.575, 0, .15, 0], atol=1e-6)
 
 
 JW = jnp.asarray([.5, -.2, .1, .3, -.8, .4, .45, -.05])

@@ -388,7 +388,7 @@ def test_bdwp_multiplies_forward_by_rows_and_backward_by_columns():
   tx = recipes.bdwp(SGD, sj.NM(2, 4))
   params = {'kernel': jnp.asarray(kernel)}
   state = tx.init(params)
-  held, backward = sj.project(params, state), recipes.bdwp_backward(params, state)
+  held, backward = sj.project(params, state), sj.states.bdwp_backward(params, state)
   np.testing.assert_array_equal(backward['kernel'], kernel * COL.T)
   y, pull = jax.vjp(lambda x, w: flows.bidirectional(jnp.matmul)(x, w, backward['kernel']), x, held['kernel'])
   dx, dw = pull(jnp.asarray(dy))

@@ -381,7 +381,7 @@ def test_the_file_of_a_frozen_network_is_a_fiftieth_and_the_seed_gives_the_rest(
     held = optax.apply_updates(held, moves)
   mask = sj.masks(held, state)['a']['kernel']
   assert 0.5 < np.mean(held['a']['kernel'][mask] != start['a']['kernel'][mask])
-  io.save(tmp_path / 'frozen.safetensors', sj.recipes.freeze_net_trained(held, state))
+  io.save(tmp_path / 'frozen.safetensors', sj.states.freeze_net_trained(held, state))
   assert (tmp_path / 'frozen.safetensors').stat().st_size < 0.02 * formats.nbytes(held)
   again = formats.unpack(io.load(tmp_path / 'frozen.safetensors'), first(3))
   assert jax.tree.structure(again) == jax.tree.structure(held)

@@ -269,7 +269,7 @@ def test_matrices_of_a_transformer_are_sparse_and_nothing_else(traced):
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
   axes = sparsejax.contractions(model.apply, variables, tokens) if traced else None
   state = jax.eval_shape(recipes.ste(optax.sgd(0.1), axes=axes).init, variables)
-  found = {leaf.path: leaf.axes for leaf in states.plans(state)[0].leaves}
+  found = {leaf.path: leaf.axes for leaf in states.find(state)[0].plan.leaves}
   expected = {'params/conv/kernel': (1,), 'params/head/kernel': (0,)}
   expected |= {f'params/block/{path}': contracted for path, contracted in IN_A_BLOCK.items()}
   expected |= {f'params/blocks/{path}': tuple(a + 1 for a in contracted) for path, contracted in IN_A_BLOCK.items()}

@@ -15,10 +15,12 @@ from sparsejax import (
   allocation,
   errors,
   flows,
+  metrics,
   recipes,
   schedules,
   scores,
   selections,
+  states,
   transforms,
   trees,
 )
@@ -72,7 +74,7 @@ REFUSALS = {
         lambda: start(recipes.sdgf_geometric(SGD, total_steps=9)),
         ["'fc/kernel' of shape (16, 8)", '16:32', '32 divides', 'pad the axis to 32']),
     'm does not divide backwards': (
-        lambda: recipes.bdwp_backward(PARAMS, start(recipes.bdwp(SGD))),
+        lambda: states.bdwp_backward(PARAMS, start(recipes.bdwp(SGD))),
         ['bdwp_backward', "'head/kernel' of shape (24, 4)", '2:8', 'axes (1,)', 'have 4']),
     'n above m': (lambda: NM(5, 4), ['NM', '5:4 keeps 5 of 4', 'n must be from 0 to m']),
     'n above m in a config': (lambda: from_config({'name': 'ste', 'pattern': '9:8'}), ['NM', '9:8', 'from 0 to m']),
@@ -221,16 +223,16 @@ REFUSALS = {
         lambda: recipes.lottery_jackpot(SGD, pattern=NM(2, 4), restriction=schedules.constant(0.5)),
         ['recipes.lottery_jackpot', '2:4', 'leave out restriction=', 'unstructured']),
     'a soup of other masks': (
-        lambda: recipes.model_soup([PARAMS, PARAMS, without(PARAMS, 'head') | {'head': {
+        lambda: metrics.model_soup([PARAMS, PARAMS, without(PARAMS, 'head') | {'head': {
             'kernel': PARAMS['head']['kernel'].at[:2, 1].set(0)}}]),
-        ['recipes.model_soup', "'head/kernel' of shape (24, 4)", 'members 0 and 2 differ in 2 zeros',
+        ['metrics.model_soup', "'head/kernel' of shape (24, 4)", 'members 0 and 2 differ in 2 zeros',
          'one pruned model']),
-    'a soup of nothing': (lambda: recipes.model_soup([]), ['recipes.model_soup', 'no members']),
+    'a soup of nothing': (lambda: metrics.model_soup([]), ['metrics.model_soup', 'no members']),
     'a soup of more than everything': (
-        lambda: recipes.model_soup([PARAMS, PARAMS], [0.5, 0.6]),
-        ['recipes.model_soup', '[0.5, 0.6]', 'each of 2 members', 'sum to 1']),
+        lambda: metrics.model_soup([PARAMS, PARAMS], [0.5, 0.6]),
+        ['metrics.model_soup', '[0.5, 0.6]', 'each of 2 members', 'sum to 1']),
     'a soup with a weight too few': (
-        lambda: recipes.model_soup([PARAMS, PARAMS], [1.0]), ['recipes.model_soup', 'each of 2 members']),
+        lambda: metrics.model_soup([PARAMS, PARAMS], [1.0]), ['metrics.model_soup', 'each of 2 members']),
     # Configurations.
     'unknown allocation': (
         lambda: from_config({'name': 'snip', 'allocation': 'erx'}),

@@ -16,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sparsejax
-from sparsejax import patterns, ranking
-from sparsejax.patterns import NM, Block, Channel, Ramp, Staged, Unstructured
+from sparsejax import counts, patterns, ranking
+from sparsejax.patterns import NM, Block, Channel, Staged, Switch, Unstructured
 from sparsejax.types import Axes
 
 LAW = hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
@@ -125,7 +125,7 @@ def test_unstructured_keeps_exactly_its_share(scores, sparsity):
 
 @jax.jit
 def unstructured(scores, kept):
-  return Unstructured()(scores, 1 - kept / scores.size)
+  return Unstructured()(scores, kept)
 
 
 def test_a_fixed_share_is_rounded_half_to_even():
@@ -134,17 +134,23 @@ def test_a_fixed_share_is_rounded_half_to_even():
   assert [int(mask.sum()) for mask in masks] == [10, 10, 9, 7, 5, 1, 0, 0, 0]
 
 
-def test_sparsity_may_be_given_bound_or_traced():
+def test_a_pattern_is_told_a_count_or_takes_its_own():
   scores = jax.random.normal(jax.random.key(0), (8, 8))
   by_hand = oracle.best(scores.reshape(-1), 16).reshape(8, 8)
   axes = Axes((0,), (1,))
-  given = jax.jit(lambda s: (Unstructured(0.75)(s), Unstructured()(s, 0.75)))(scores)
-  for mask in (*given, jax.jit(Unstructured(0.1))(scores, 0.75)):
+  given = jax.jit(lambda s: (Unstructured(0.75)(s), Unstructured()(s, 16)))(scores)
+  for mask in (*given, jax.jit(Unstructured(0.1))(scores, 16)):
     np.testing.assert_array_equal(mask, by_hand)
   one_of_four = oracle.n_of_m(scores, 1, 4, (0,))
-  traced = jax.jit(lambda s, sparsity: NM(2, 4)(s, sparsity, axes))(scores, 0.75)
-  for mask in (NM(1, 4)(scores, None, axes), NM(2, 4)(scores, 0.75, axes), traced):
+  told = jax.jit(lambda s, sparsity: NM(2, 4)(s, counts.count_of(NM(2, 4), sparsity, s.shape, axes), axes))
+  for mask in (NM(1, 4)(scores, None, axes), NM(2, 4)(scores, 1, axes), told(scores, 0.75)):
     np.testing.assert_array_equal(mask, one_of_four)
+
+
+@pytest.mark.parametrize('pattern', [Unstructured(0.5), Block((4, 3), 0.5), Channel(0.5), NM(2, 4)], ids=str)
+def test_a_sparsity_in_the_place_of_a_count_is_refused(pattern):
+  with pytest.raises(ValueError, match='a count is a whole number of units, not 0.5. Give the sparsity to the pattern'):
+    pattern(jnp.ones((8, 6)), 0.5)
 
 
 SIZES = st.integers(1, 2**40) | st.sampled_from([1, 10, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**33])
@@ -174,9 +180,9 @@ BLOCKS = {
 
 @functools.lru_cache
 def blocks_of(layout):
-  """`(scores, sparsities) -> masks` of one layout, with the sparsity traced."""
+  """Returns `(scores, counts) -> masks` of one layout, with the count traced."""
   pattern, axes = Block(BLOCKS[layout]), LAYOUTS[layout][1]
-  return jax.jit(jax.vmap(lambda scores, sparsity: pattern(scores, sparsity, axes), (None, 0)))
+  return jax.jit(jax.vmap(lambda scores, count: pattern(scores, count, axes), (None, 0)))
 
 
 @pytest.mark.parametrize('layout', BLOCKS)
@@ -189,7 +195,7 @@ def test_blocks_lie_along_contraction_and_output(layout, data):
   layers = math.prod(shape[a] for a in axes.layer)
   count = scores.size // (block[0] * block[1]) // layers
   kept = np.linspace(0, count, 7).astype(int)
-  for n, mask in zip(kept, blocks_of(layout)(scores, np.float32(1 - kept / count))):
+  for n, mask in zip(kept, blocks_of(layout)(scores, kept)):
     np.testing.assert_array_equal(mask, oracle.blocks(scores, n, block, axes), err_msg=f'{n} of {count}')
     np.testing.assert_array_equal(np.sum(mask), n * block[0] * block[1] * layers)
 
@@ -198,7 +204,8 @@ def test_blocks_lie_along_contraction_and_output(layout, data):
 def test_occupied_blocks_are_those_that_are_kept(layout):
   (shape, axes, _), block = LAYOUTS[layout], BLOCKS[layout]
   scores = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-  mask = blocks_of(layout)(scores, np.linspace(0, 1, 7).astype(np.float32))[3]
+  layer = math.prod(shape[a] for a in axes.layer) * block[0] * block[1]
+  mask = blocks_of(layout)(scores, np.full(7, scores.size // layer - round(scores.size // layer / 2)))[3]
   sums, layers, _ = Block(block).pooled(mask, axes)
   occupied = sums > 0
   assert [occupied.shape[a] for a in layers] == [shape[a] for a in axes.layer]
@@ -209,9 +216,9 @@ def test_occupied_blocks_are_those_that_are_kept(layout):
 
 @functools.lru_cache
 def channels_of(layout):
-  """`(scores, sparsities) -> masks` of one layout, with the sparsity traced."""
+  """Returns `(scores, counts) -> masks` of one layout, with the count traced."""
   axes = LAYOUTS[layout][1]
-  return jax.jit(jax.vmap(lambda scores, sparsity: Channel()(scores, sparsity, axes), (None, 0)))
+  return jax.jit(jax.vmap(lambda scores, count: Channel()(scores, count, axes), (None, 0)))
 
 
 @pytest.mark.parametrize('layout', BLOCKS)
@@ -224,7 +231,7 @@ def test_channels_are_kept_and_pruned_whole(layout, data):
   scores = data.draw(hnp.arrays(np.float32, shape, elements=QUARTERS))
   count = math.prod(shape[a] for a in axes.output)
   kept = np.linspace(0, count, 4).astype(int)
-  for n, mask in zip(kept, channels_of(layout)(scores, np.float32(1 - kept / count))):
+  for n, mask in zip(kept, channels_of(layout)(scores, kept)):
     np.testing.assert_array_equal(mask, oracle.channels(scores, n, axes), err_msg=f'{n} of {count}')
     np.testing.assert_array_equal(np.sum(mask), n * scores.size // count)
 
@@ -236,7 +243,7 @@ def test_a_drop_keeps_the_best_of_as_many_fewer_rounded_down(pattern, units, dro
   """Of a stack of two layers, `[layer, in, out]`; of N:M the best of the layer, wherever they are."""
   axes = Axes((1,), (2,), layer=(0,))
   scores = np.random.default_rng(0).normal(size=(2, 12, 18)).astype(np.float32)
-  mask = jax.jit(lambda s, drop: pattern(s, None, axes, drop))(scores, drop)
+  mask = jax.jit(lambda s, drop: counts.Selector(pattern, None, axes)(s, drop))(scores, drop)
   whole = round((1 - pattern.sparsity) * scores[0].size / units)
   kept = whole - math.floor(np.float32(fewer) * np.float32(whole))
   if isinstance(pattern, Channel):
@@ -256,11 +263,11 @@ TARGETS = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0])
 @hypothesis.given(SIZES, TARGETS)
 def test_a_ramp_is_exact_at_its_end_and_never_comes_back(size, target):
   progress = np.float32([0, 1e-3, 0.1, 0.5, 0.9, 1 - 2**-20, 1 - 2**-24, 1, 1.5])
-  counts = jax.vmap(lambda p: patterns.kept_of(Ramp(target, p), size))(progress)
-  kept = np.asarray(counts.high, int) * 2**31 + np.asarray(counts.low, int)
+  found = jax.vmap(lambda p: counts.kept_of(target, size, p))(progress)
+  kept = np.asarray(found.high, int) * 2**31 + np.asarray(found.low, int)
   assert kept[0] == size and np.all(np.diff(kept) <= 0)
   assert kept[-2] == kept[-1] == size - round(target * size) == patterns.kept_of(target, size)
-  assert patterns.kept_of(Ramp(target, 1), size) == patterns.kept_of(Ramp(target, 1.0), size) == ranking.count(kept[-1])
+  assert patterns.kept_of(target, size, 1) == patterns.kept_of(target, size, 1.0) == ranking.count(kept[-1])
 
 
 def test_balanced_blocks_are_the_best_of_their_column():
@@ -377,13 +384,47 @@ def test_a_recipe_trains_vectors_through_its_stages_and_the_report_counts_them()
 def test_a_stage_is_its_pattern_and_only_one_runs():
   scores, axes = jax.random.normal(jax.random.key(0), (32, 3)), Axes((0,), (1,))
   stages = (NM(8, 32), NM(4, 16), NM(2, 8), NM(1, 4))
-  staged = jax.jit(lambda s, i: Staged(stages, i)(s, None, axes))
+  staged = jax.jit(lambda s, i: Switch(stages, i)(s, None, axes))
   for i, stage in enumerate(stages):
     np.testing.assert_array_equal(staged(scores, i), oracle.n_of_m(scores, stage.n, stage.m, (0,)))
-  assert 'cond[' in str(jax.make_jaxpr(lambda i: Staged(stages, i)(scores, None, axes))(1))
-  assert str(Staged(stages, 0)) == '8:32 -> 4:16 -> 2:8 -> 1:4'
-  assert Staged(stages, 0).validate((16, 3), axes) == NM(8, 32).validate((16, 3), axes) is not None
-  assert Staged(stages, 0).validate((32, 3), axes) is None
+  assert 'cond[' in str(jax.make_jaxpr(lambda i: Switch(stages, i)(scores, None, axes))(1))
+  assert str(Switch(stages, 0)) == '8:32 -> 4:16 -> 2:8 -> 1:4'
+  assert Switch(stages, 0).validate((16, 3), axes) == NM(8, 32).validate((16, 3), axes) is not None
+  assert Switch(stages, 0).validate((32, 3), axes) is None
+  survivors = jax.jit(lambda s, i: counts.Selector(Switch(stages, i), None, axes)(s, 0.5))
+  assert [int(survivors(scores, i).sum()) for i in range(4)] == [12] * 4
+
+
+def test_a_staged_pattern_is_its_target_but_for_the_pattern_at_a_step():
+  stages, axes = (NM(2, 4), NM(1, 4)), Axes((0,), (1,))
+  staged = Staged(NM(1, 4), lambda step: stages[int(step >= 5)])
+  assert [staged.at(step) for step in (0, 4, 5)] == [NM(2, 4), NM(2, 4), NM(1, 4)]
+  assert (str(staged), staged.sparsity, staged.static, staged.group) == ('1:4', 0.75, True, (4, 1))
+  w = jnp.arange(16.0).reshape(8, 2) + 1
+  np.testing.assert_array_equal(staged(w, None, axes), NM(1, 4)(w, None, axes))
+  assert staged.violation(w, axes) == NM(1, 4).violation(w, axes) != ''
+  assert counts.units(staged, (8, 2), axes) == (4, 1)
+  wide = Staged(NM(1, 4), lambda step: NM(4, 16))
+  assert wide.validate((8, 2), axes) == NM(4, 16).validate((8, 2), axes) is not None
+
+
+@pytest.mark.parametrize('pattern, axes, expected', [
+    (Unstructured(), Axes((1,), (2,), layer=(0,)), (96, 1)), (Block((4, 3)), Axes((1,), (2,), layer=(0,)), (8, 12)),
+    (Block((4, 3), balanced=True), Axes((1,), (2,), layer=(0,)), (2, 12)), (NM(2, 4), Axes((1,), (2,)), (4, 1)),
+    (Channel(), Axes((1,), (2,), layer=(0,)), (12, 8)), (NM(2, 4, 3), Axes((1,), (2,), layer=(0,)), (4, 3))], ids=str)
+def test_units_are_those_that_a_count_is_out_of(pattern, axes, expected):
+  """Of a leaf `[3, 8, 12]`: how many units, and how many weights in each."""
+  assert counts.units(pattern, (3, 8, 12), axes) == expected
+  assert counts.competes(pattern, (3, 8, 12), axes) == (not isinstance(pattern, NM) and 'balanced' not in str(pattern))
+
+
+@pytest.mark.parametrize('pattern, sparsity, problem', [
+    (NM(2, 4), None, ''), (NM(2, 4), 0.75, '4 of 4 groups keep more than 1 of 4, the first, (0, 0), keeps 2'),
+    (Unstructured(0.5), None, ''), (Unstructured(0.5), 0.75, '8 weights are kept, 4 asked'),
+    (Unstructured(), None, '')], ids=str)
+def test_a_violation_is_of_the_sparsity_that_is_asked_or_of_the_patterns_own(pattern, sparsity, problem):
+  w = jnp.where(NM(2, 4)(jax.random.normal(jax.random.key(0), (8, 2))), 1.0, 0.0)
+  assert pattern.violation(w, Axes((0,), (1,)), sparsity) == problem
 
 
 def test_patterns_are_values():

@@ -43,7 +43,8 @@ def ranked(name, shares, score, sparsity):
   def run(weights, grads):
     leaves = selection.plan(weights, AXES).leaves
     signals = [Signals(grad=g, step=0, axes=AXES[path]) for path, g in grads.items()]
-    return selection.select(leaves, [*weights.values()], [None] * len(leaves), signals)[0]
+    masks = [jnp.ones_like(w, bool) for w in weights.values()]
+    return selection.select(leaves, [*weights.values()], masks, signals)[0]
 
   return jax.jit(run)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sparsejax import allocation, scores, updates
+from sparsejax import allocation, counts, scores, updates
 from sparsejax.patterns import NM, Block, Channel, Unstructured
 from sparsejax.types import Axes, Signals
 
@@ -141,7 +141,7 @@ def best(pattern, values, kept):
 def dropped_and_grown(name):
   """`(mask, w, grad, fraction) -> mask`."""
   def run(mask, w, grad, fraction):
-    select = lambda x, drop=None: MOVED[name](x, None, AXES, drop)
+    select = counts.Selector(MOVED[name], None, AXES)
     update = updates.drop_and_grow(scores.gradient, lambda step: fraction)
     return update(mask, scores.magnitude(w), select, w, Signals(grad=grad, step=0, axes=AXES))
 

@@ -1,20 +1,26 @@
-"""Holds one config for each claim of a paper, with the claim beside it, and the words in which a claim is stated.
+"""Holds a config for each claim of a paper, the claim beside its config, and the words in which a claim is stated.
 
     CLAIM = claims.Claim('FreezeNet', 'Frozen weights are better than zeros.', 'Wimmer et al. 2020, 2011.14087',
-                         lambda outcomes: [claims.better(outcomes, 'FreezeNet', 'SNIP')])
+                         lambda scores: [claims.better(scores, 'FreezeNet', 'SNIP')])
 
-A claim is named by the file of its config.
+The name of a claim is the name of the file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.configs import default
-from experiments.loop import tasks
-from experiments.loop.outcomes import Outcomes
+
+
+class Scores(NamedTuple):
+  """A `Scores` holds, by run name, a test score for each seed and how many sparse layers the run emptied in each seed.
+  """
+
+  unit: str  # of the test scores
+  test: Mapping[str, Sequence[float]]
+  empty: Mapping[str, Sequence[int]]
 
 
 class Comparison(NamedTuple):
@@ -35,24 +41,17 @@ class Claim(NamedTuple):
   title: str
   sentence: str
   reference: str
-  comparisons: Callable[[Outcomes], list[Comparison]]
+  comparisons: Callable[[Scores], list[Comparison]]
 
 
-def better(outcomes: Outcomes, more: str, less: str, bar: float = 0.0) -> Comparison:
+def better(scores: Scores, more: str, less: str, bar: float = 0.0) -> Comparison:
   """Returns the comparison of two runs' test scores. `bar` is in the score's unit."""
-  task = tasks.named(outcomes[more]['task'])
-  return Comparison(f'{more} > {less}', task.unit, scores(outcomes, more), scores(outcomes, less), bar)
+  return Comparison(f'{more} > {less}', scores.unit, scores.test[more], scores.test[less], bar)
 
 
-def emptier(outcomes: Outcomes, more: str, less: str) -> Comparison:
+def emptier(scores: Scores, more: str, less: str) -> Comparison:
   """Returns the comparison of the numbers of sparse layers that two runs left without any weight."""
-  return Comparison(f'empty: {more} > {less}', 'layers', outcomes[more]['empty'], outcomes[less]['empty'])
-
-
-def scores(outcomes: Outcomes, run: str) -> np.ndarray:
-  """Returns the test scores of the run's seeds, in the score's unit."""
-  task = tasks.named(outcomes[run]['task'])
-  return task.scale * np.asarray(outcomes[run]['test'][task.name], np.float64)
+  return Comparison(f'empty: {more} > {less}', 'layers', scores.empty[more], scores.empty[less])
 
 
 def vit_digits(seeds: int, steps: int, width: int = 32) -> ConfigDict:

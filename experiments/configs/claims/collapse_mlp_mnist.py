@@ -38,11 +38,11 @@ def get_config():
   return config
 
 
-def comparisons(outcomes):
+def comparisons(scores):
   emptier, better = claims.emptier, claims.better
-  return [emptier(outcomes, 'SNIP-300', 'SynFlow-300'), better(outcomes, 'SynFlow-300', 'SNIP-300'),
-          emptier(outcomes, 'SNIP-300', 'robust-300'), better(outcomes, 'robust-300', 'SNIP-300'),
-          better(outcomes, 'robust-deep', 'SNIP-deep')]
+  return [emptier(scores, 'SNIP-300', 'SynFlow-300'), better(scores, 'SynFlow-300', 'SNIP-300'),
+          emptier(scores, 'SNIP-300', 'robust-300'), better(scores, 'robust-300', 'SNIP-300'),
+          better(scores, 'robust-deep', 'SNIP-deep')]
 
 
 CLAIM = claims.Claim(

@@ -34,8 +34,8 @@ def get_config():
   return config
 
 
-def comparisons(outcomes):
-  return [claims.better(outcomes, f'{more}-{percent}', f'{less}-{percent}')
+def comparisons(scores):
+  return [claims.better(scores, f'{more}-{percent}', f'{less}-{percent}')
           for percent in (90, 95) for more, less in (('RigL', 'SET'), ('SET', 'static'))]
 
 

@@ -33,4 +33,4 @@ CLAIM = claims.Claim(
     title='FreezeNet',
     sentence='With 1 % of the weights trained, the others frozen are better than the others zero (SNIP).',
     reference='Wimmer et al. 2020, FreezeNet, 2011.14087',
-    comparisons=lambda outcomes: [claims.better(outcomes, 'FreezeNet', 'SNIP')])
+    comparisons=lambda scores: [claims.better(scores, 'FreezeNet', 'SNIP')])

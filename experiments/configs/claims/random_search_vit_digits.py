@@ -30,8 +30,8 @@ def get_config():
   return config
 
 
-def comparisons(outcomes):
-  return [claims.better(outcomes, f'random-{percent}', f'search-{percent}', bar=-MARGIN) for percent in (75, 90)]
+def comparisons(scores):
+  return [claims.better(scores, f'random-{percent}', f'search-{percent}', bar=-MARGIN) for percent in (75, 90)]
 
 
 CLAIM = claims.Claim(

@@ -31,11 +31,11 @@ def get_config():
   return config
 
 
-def comparisons(outcomes):
-  gap = lambda width: claims.scores(outcomes, f'dense-{width}') - claims.scores(outcomes, f'ERK-{width}')
-  shares = claims.better(outcomes, 'ERK-48', 'uniform-48')
-  return [shares, *(claims.Comparison(f'gap of ERK-{narrow} > gap of ERK-{wide}', shares.unit, gap(narrow), gap(wide))
-                    for narrow, wide in zip(WIDTHS, WIDTHS[1:]))]
+def comparisons(scores):
+  gap = lambda width: scores.test[f'dense-{width}'] - scores.test[f'ERK-{width}']
+  closing = [claims.Comparison(f'gap of ERK-{narrow} > gap of ERK-{wide}', scores.unit, gap(narrow), gap(wide))
+             for narrow, wide in zip(WIDTHS, WIDTHS[1:])]
+  return [claims.better(scores, 'ERK-48', 'uniform-48'), *closing]
 
 
 CLAIM = claims.Claim(

@@ -43,8 +43,8 @@ def get_config():
   return config
 
 
-def comparisons(outcomes):
-  return [claims.better(outcomes, f'ISS-P-{percent}', f'{other}-{percent}')
+def comparisons(scores):
+  return [claims.better(scores, f'ISS-P-{percent}', f'{other}-{percent}')
           for percent in (90, 95) for other in ('hard', 'once')]
 
 

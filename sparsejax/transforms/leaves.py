@@ -1,0 +1,94 @@
+"""`Leaves` say which leaves of the parameters are sparse, and pick them out of any tree with the same structure.
+
+    leaves = Leaves(params, where=None, axes=None, selection=selection, flow=flows.hard())
+    weights = leaves.pick(params)                  # the sparse leaves, in the order of `leaves.plan.leaves`
+    params = leaves.put(weights, params)           # back into the parameters' structure
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import errors, flows, trees
+from sparsejax.selections import Selection
+from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Signals
+
+KEYS = 'threefry2x32'
+
+
+class Leaves:
+  """A `Leaves` is the view that one call has of the parameters: the paths, the sparse leaves, and the plan of them."""
+
+  def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
+    self.paths, leaves, self.treedef = trees.flatten(params)
+    picked = trees.select('sparsejax', where or default_where(axes), params)
+    self.index = [i for i, pick in enumerate(picked) if pick]
+    self.arrays = {self.paths[i]: leaves[i] for i in self.index}
+    for path, leaf in self.arrays.items():
+      if leaf.dtype.itemsize < 2:
+        raise errors.at_leaf('sparsejax', path, leaf.shape, f'an update of dtype {leaf.dtype} cannot carry the step '
+                             'from one sparse point to the next. Keep the parameter in bfloat16 and cast it in the '
+                             'forward pass, or leave it out of `where`.')
+    self.axes = {path: trees.axes_of('sparsejax', axes, path, w.shape) for path, w in self.arrays.items()}
+    self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
+
+  def pick(self, tree: PyTree) -> list[Any]:
+    """Returns the sparse leaves of a tree. Raises `ValueError` if its structure is not that of the parameters."""
+    try:
+      leaves = self.treedef.flatten_up_to(tree)
+    except ValueError as problem:
+      others = trees.flatten(tree, is_leaf=trees.is_dense)[0]
+      odd = errors.some(sorted({*self.paths} ^ {*others}))
+      raise ValueError(f'sparsejax: parameters, gradients and state are not of one structure; they differ in {odd}. '
+                       'Make the state by tx.init(params), the gradients of the same params.') from problem
+    return [leaves[i] for i in self.index]
+
+  def put(self, values: Sequence[Any] | None, base: PyTree | None = None) -> PyTree:
+    """Returns a tree with `values` at the sparse leaves, and with the leaves of `base`, or nothing, elsewhere."""
+    size = self.treedef.num_leaves
+    leaves = [trees.DENSE] * size if base is None else self.treedef.flatten_up_to(base)
+    for i, value in zip(self.index, values or [trees.DENSE] * size):
+      leaves[i] = value
+    return self.treedef.unflatten(leaves)
+
+  def refreshed(self, inner: Any, fresh: Any, grown: Sequence[Array]) -> Any:
+    """Returns the optimizer state `inner` with the slots of the `grown` weights as they are in `fresh`."""
+    names, leaves, treedef = trees.flatten(inner)
+    sparse = {self.paths[i]: mask for i, mask in zip(self.index, grown)}
+    for i, (name, new) in enumerate(zip(names, jax.tree.leaves(fresh))):
+      owner = max((path for path in self.paths if f'/{name}'.endswith(f'/{path}')), key=len, default=None)
+      if owner in sparse and sparse[owner].shape == new.shape:
+        leaves[i] = jnp.where(sparse[owner], new, leaves[i])
+    return treedef.unflatten(leaves)
+
+  def signals(self, step: Array, stats: Sequence[Any], grads: Sequence[Any] | None = None,
+              key: Array | None = None) -> list[Signals]:
+    """Returns what words may read, one `Signals` for each sparse leaf. Every leaf and step has its own key."""
+    now = key if key is None else jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEYS), step)
+    # The key depends on the path, so that the other sparse leaves do not change a leaf's draw.
+    names = [zlib.crc32(leaf.path.encode()) for leaf in self.plan.leaves]
+    keys = [now if now is None else jax.random.fold_in(now, np.uint32(name)) for name in names]
+    grads = [None] * len(self.index) if grads is None else grads
+    return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
+
+
+def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
+  """Returns the predicate for `where=None`: matrices, and with `axes` those matrices that the program contracts."""
+  if axes is None:
+    return trees.matrices
+  return lambda path, leaf: trees.matrices(path, leaf) and bool(trees.tails(path, axes))
+
+
+def plain_key(key: Array | None) -> Array | None:
+  """Returns a new key as `uint32[2]`, whatever the kind of `key`: NumPy and checkpoints do not know typed keys."""
+  return None if key is None else jax.random.key_data(jax.random.key(jax.random.bits(key), impl=KEYS))
+
+
+def master_of(w: Array) -> Array:
+  """Returns a copy of `w` in float32 or wider: a narrow master rounds small steps away, a shared one is not donated."""
+  return jnp.array(w, dtype=w.dtype if w.dtype.itemsize > 4 else jnp.float32, copy=True)

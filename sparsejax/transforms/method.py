@@ -1,0 +1,84 @@
+"""A `Method` is everything that `sparsify` is told, as one value.
+
+    method = Method(optax.sgd(0.1), flows.hard(), selections.leafwise(NM(2, 4)))
+    method.due(step)       # whether masks are chosen at `step`
+    method.until_freeze    # the flow, which is `hard` from the fine-tune phase on
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import flows, schedules, scores, starts, types
+from sparsejax.selections import Selection
+from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Schedule, Start
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+  """A `Method` holds the words of one sparse optimizer; `sparsify` describes them. `freeze`: the step of the last mask.
+
+  Masks are chosen when `due(step)`. The facts `always` and `never` save work.
+  """
+
+  inner: optax.GradientTransformationExtraArgs
+  flow: Flow
+  selection: Selection
+  where: Predicate | PyTree | None = None
+  axes: Mapping[str, Axes] | None = None
+  refresh: Schedule = schedules.every(1)
+  dense_steps: int = 0
+  freeze: int | None = None
+  slots: str = 'kept'
+  key: Array | None = None
+  allow_empty: bool = False
+  memory: scores.Memory | None = None
+  start: Start | None = None
+  first: Selection | None = None
+  pause: bool = False
+
+  @property
+  def until_freeze(self) -> Flow:
+    """The flow, which is `flows.hard` from step `freeze` on."""
+    return self.flow if self.freeze is None else flows.until(self.flow, self.freeze)
+
+  @property
+  def always(self) -> bool:
+    """Whether masks are known to be chosen at every step."""
+    return self.freeze is None and self.dense_steps == 0 and types.says(self.refresh, types.ALWAYS)
+
+  @property
+  def never(self) -> bool:
+    """Whether masks are known to be chosen in `init` alone.
+
+    The step `freeze` chooses the last mask, unless the schedule is `False` at all steps from 1 to `freeze`. A schedule
+    that carries no fact is evaluated at these steps.
+    """
+    if self.dense_steps or types.says(self.refresh, types.ALWAYS):
+      return False
+    if types.says(self.refresh, types.AT_ZERO):
+      return True
+    if self.freeze is None:
+      return False
+    with jax.ensure_compile_time_eval():
+      return not bool(jnp.any(jax.jit(jax.vmap(self.refresh))(jnp.arange(1, self.freeze + 1))))
+
+  def due(self, step: Array) -> Array:
+    """Returns whether masks are chosen at `step`, `bool[]`."""
+    in_time = step >= self.dense_steps
+    if self.freeze is None:
+      return in_time & self.refresh(step - self.dense_steps)
+    return in_time & (step <= self.freeze) & ((step == self.freeze) | self.refresh(step - self.dense_steps))
+
+  @property
+  def placeholders(self) -> tuple[str, ...]:
+    """The names that `init` has to be given: the names of `starts.given` in `start` and `key`."""
+    return tuple(sorted(starts.names(self.start) | starts.names(self.key)))
+
+  def filled(self, values: Mapping[str, Any]) -> 'Method':
+    """Returns the method with the placeholders replaced by their values."""
+    return dataclasses.replace(self, start=starts.fill(self.start, values), key=starts.fill(self.key, values))

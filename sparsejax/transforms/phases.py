@@ -1,0 +1,257 @@
+"""Defines the phases of one update of a sparse optimizer, and of its `init`, as functions over a `Point`.
+
+`sparsify.update` calls the phases in the order in which they stand here. Each phase returns the `Point` after it.
+
+    call = Call(method, leaves, state, held, grads, ...)
+    point = stepped(call, point, pulled_back(call, point))
+    point = chosen(call, point)
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import neighbours, trees
+from sparsejax.states import SparseState
+from sparsejax.transforms import refusals
+from sparsejax.transforms.leaves import Leaves, master_of, plain_key
+from sparsejax.transforms.method import Method
+from sparsejax.types import Array, PyTree, Signals
+
+
+class Point(NamedTuple):
+  """A `Point` is where a sparse optimizer stands: lists over the sparse leaves, and the state of the user's optimizer.
+
+  `weights`: the master where the flow stores one, else the user's parameters. `stats`: thresholds, or the memory.
+  """
+
+  weights: list[Array]
+  masks: list[Array]
+  stats: list[Any]
+  inner: Any
+
+
+class Call(NamedTuple):
+  """A `Call` holds the arguments of one `update`: whole trees (`params`, `updates`), and the sparse leaves of them.
+
+  `held`: the sparse parameters that the user holds. `grads`: their gradients. `step`: the step after the update.
+  """
+
+  method: Method
+  leaves: Leaves
+  state: SparseState
+  params: PyTree
+  updates: PyTree
+  held: list[Array]
+  grads: list[Array]
+  step: Array
+  extra: Mapping[str, Any]
+
+
+def opened(method: Method, updates: PyTree, state: SparseState, params: PyTree | None, extra: Any) -> Call:
+  """Returns the checked arguments of one `update`. Raises `ValueError` where they do not belong together."""
+  if params is None:
+    raise ValueError('sparsejax: update needs the parameters: tx.update(grads, state, params).')
+  leaves = Leaves(params, method.where, method.axes, method.selection, method.until_freeze)
+  refusals.refuse_others(leaves, method.flow.dense, state, updates)
+  if method.flow.dense:
+    refusals.refuse_functions(extra)
+  return Call(method, leaves, state, params, updates, leaves.pick(params), leaves.pick(updates),
+              optax.safe_increment(state.step), extra)
+
+
+def resumed(call: Call) -> Point:
+  """Returns the point at which the state stands."""
+  state, pick = call.state, call.leaves.pick
+  weights = pick(state.master) if call.method.flow.dense else call.held
+  return Point(weights, pick(state.masks), pick(state.stats), state.inner)
+
+
+def pulled_back(call: Call, point: Point) -> list[Array]:
+  """Returns the gradients of the master: the gradients at the sparse point, pulled back by the flow."""
+  return [call.method.until_freeze.pull_back(g.astype(w.dtype), w, m, s)
+          for g, w, m, s in zip(call.grads, point.weights, point.masks, _before(call, point))]
+
+
+def observed(call: Call, point: Point) -> Point:
+  """Returns the point with the memory updated, once per step, before the weights move."""
+  memory = call.method.memory
+  if memory is None:
+    return point
+  return point._replace(stats=[memory.observe(*each) for each in zip(point.stats, point.weights, _before(call, point))])
+
+
+def _before(call: Call, point: Point) -> list[Signals]:
+  """Returns the signals of the step that the state is at."""
+  return call.leaves.signals(call.state.step, point.stats, call.grads, call.state.key)
+
+
+def stepped(call: Call, point: Point, gradients: list[Array]) -> tuple[Point, PyTree]:
+  """Returns the point after the step of the user's optimizer, and the optimizer's updates of all parameters.
+
+  With `pause`, a step that chooses masks moves nothing, and the optimizer's state stays as it is.
+  """
+  method, put = call.method, call.leaves.put
+  moves, inner = method.inner.update(
+      put(gradients, call.updates), point.inner, put(point.weights, call.params), **call.extra)
+  if method.pause:
+    due = method.due(call.step)
+    still = lambda old, new: jax.tree.map(lambda a, b: jnp.where(due, a, b), old, new)
+    moves, inner = still(jax.tree.map(jnp.zeros_like, moves), moves), still(point.inner, inner)
+  weights = [(w + u).astype(w.dtype) for w, u in zip(point.weights, call.leaves.pick(moves))]
+  return point._replace(weights=weights, inner=inner), moves
+
+
+def chosen(call: Call, point: Point) -> Point:
+  """Returns the point with the masks of this step, where masks are due.
+
+  Masks are chosen by the weights after the step. A schedule that is always or never due takes no branch.
+  """
+  method = call.method
+  if method.never:
+    return point
+  choose = lambda: _selected(method.selection, call.leaves, point, _after(call, point))
+  if method.always:
+    new = choose()
+    # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
+    return new._replace(masks=[mask & (old | True) for mask, old in zip(new.masks, point.masks)])
+  due = method.due(call.step)
+  # Only masks and thresholds leave the branch, because a `cond` copies its results.
+  if method.selection.threshold is None:
+    return point._replace(masks=jax.lax.cond(due, lambda: choose().masks, lambda: point.masks))
+  masks, stats = jax.lax.cond(due, lambda: tuple(choose()[1:3]), lambda: (point.masks, point.stats))
+  return point._replace(masks=masks, stats=stats)
+
+
+def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:
+  """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
+  masks, thresholds = selection.select(leaves.plan.leaves, point.weights, point.masks, signals)
+  masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
+  return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)
+
+
+def _after(call: Call, point: Point) -> list[Signals]:
+  """Returns the signals of the step that the update leads to."""
+  return call.leaves.signals(call.step, point.stats, call.grads, call.state.key)
+
+
+def settled(call: Call, point: Point) -> Point:
+  """Returns the point with the weights that the flow settles at, after the step and the choice of the masks."""
+  settle = call.method.until_freeze.settle
+  if settle is None:
+    return point
+  signals = call.leaves.signals(call.step, point.stats)
+  return point._replace(weights=[settle(w, m, s) for w, m, s in zip(point.weights, point.masks, signals)])
+
+
+def restarted(call: Call, point: Point, before: list[Array]) -> Point:
+  """Returns the point with new slots of the optimizer for the weights that have just grown, with `slots='fresh'`."""
+  if call.method.slots != 'fresh':
+    return point
+  grown = [new & ~old for new, old in zip(point.masks, before)]
+  fresh = call.method.inner.init(call.leaves.put(point.weights, call.params))
+  return point._replace(inner=call.leaves.refreshed(point.inner, fresh, grown))
+
+
+def frozen(call: Call, point: Point) -> Point:
+  """Returns the point whose master becomes the sparse point at step `freeze`, where the fine-tune phase begins."""
+  method = call.method
+  if method.freeze is None or not method.flow.dense:
+    return point
+  project, signals = method.flow.project, call.leaves.signals(call.step, point.stats)
+  return point._replace(weights=[
+      jnp.where(call.step == method.freeze, jnp.where(m, project(w, m, s), 0).astype(w.dtype), w)
+      for w, m, s in zip(point.weights, point.masks, signals)])
+
+
+def emitted(call: Call, point: Point, before: list[Array], moves: PyTree) -> tuple[PyTree, SparseState]:
+  """Returns the updates that move the user's parameters to the sparse point, and the new state.
+
+  With a master the update is q - p, recomputed from the master: the part that p + (q - p) rounds away returns with the
+  next step. Without a master a kept weight moves by the optimizer's update, and a weight that has just grown stays at
+  zero.
+  """
+  project, signals = call.method.until_freeze.project, call.leaves.signals(call.step, point.stats)
+  rows = zip(point.masks, before, point.weights, call.leaves.pick(moves), call.held, signals)
+  if call.method.flow.dense:
+    deltas = [project(w, m, s).astype(p.dtype) - p for m, _, w, _, p, s in rows]
+  else:
+    deltas = [jnp.where(m, jnp.where(old, u.astype(p.dtype), 0), project(p, m, s) - p) for m, old, _, u, p, s in rows]
+  return call.leaves.put(deltas, moves), recorded(call.method, call.leaves, point, call.step, call.state.key)
+
+
+def recorded(method: Method, leaves: Leaves, point: Point, step: Array, key: Array | None) -> SparseState:
+  """Returns the state that records a point."""
+  master = leaves.put(point.weights if method.flow.dense else None)
+  return SparseState(step=step, key=key, masks=leaves.put(point.masks), master=master, stats=leaves.put(point.stats),
+                     inner=point.inner, plan=leaves.plan)
+
+
+class Beginning(NamedTuple):
+  """A `Beginning` holds what the first choice of masks needs: its methods are the `choose` and `place` of a start.
+
+  `leaves`: of the method. `chooser`: the leaves with the plan of `method.first`, where that is given.
+  """
+
+  method: Method
+  leaves: Leaves
+  chooser: Leaves
+  params: PyTree
+  point: Point
+
+  def signals(self, step: Any = 0, grads: Any = None, key: Array | None = None) -> list[Signals]:
+    return self.leaves.signals(jnp.asarray(step, jnp.int32), self.point.stats, grads, plain_key(key))
+
+  def weights(self, masks: list[Array]) -> list[Array]:
+    """Returns the weights with which training begins under `masks`."""
+    begin = self.method.flow.begin
+    if begin is None:
+      return self.point.weights
+    return [begin(*each) for each in zip(self.point.weights, masks, self.signals(key=self.method.key))]
+
+  def select(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None) -> Point:
+    """Returns the point with the masks that the selection chooses when it sees `probe` as the gradient."""
+    weights = self.weights(masks) if self.method.start else self.point.weights
+    signals = self.signals(step, probe and self.leaves.pick(probe), self.method.key if key is None else key)
+    seen = self.point._replace(weights=weights, masks=masks)
+    return _selected(self.method.first or self.method.selection, self.chooser, seen, signals)
+
+  def choose(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None) -> Any:
+    """Returns the masks that the selection chooses when it sees `probe` as the gradient."""
+    return self.select(masks, probe, step, key).masks
+
+  def place(self, masks: list[Array]) -> PyTree:
+    """Returns the whole parameter pytree at the point of `masks`."""
+    rows = zip(self.weights(masks), masks, self.signals(key=self.method.key), self.leaves.pick(self.params))
+    project = self.method.until_freeze.project
+    return self.leaves.put([project(w, m, s).astype(p.dtype) for w, m, s, p in rows], self.params)
+
+
+def began(method: Method, leaves: Leaves, params: PyTree) -> Point:
+  """Returns the point before the first update, without the state of the user's optimizer."""
+  weights = [master_of(w) if method.flow.dense else w for w in leaves.pick(params)]
+  if method.memory is not None:
+    stats = [method.memory.start(w) for w in weights]
+  else:
+    level = method.selection.threshold
+    stats = [trees.DENSE if level is None else jnp.float32(level) for _ in weights]
+  point = Point(weights, [neighbours.everywhere(w) for w in weights], stats, None)
+  if not method.allow_empty:
+    refusals.refuse_empty(leaves.plan)
+  return point if method.dense_steps else first_masks(method, leaves, params, point)
+
+
+def first_masks(method: Method, leaves: Leaves, params: PyTree, point: Point) -> Point:
+  """Returns the point with the first masks, and with the weights that go with them."""
+  chooser = leaves if method.first is None else Leaves(params, method.where, method.axes, method.first, method.flow)
+  beginning = Beginning(method, leaves, chooser, params, point)
+  if method.start is None:
+    point = beginning.select(point.masks)._replace(weights=point.weights)
+  else:
+    point = point._replace(masks=method.start(beginning.choose, beginning.place, point.masks, method.key))
+  if not method.allow_empty:
+    refusals.refuse_empty(leaves.plan, point.masks)
+  return point._replace(weights=beginning.weights(point.masks))

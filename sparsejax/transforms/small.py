@@ -1,0 +1,72 @@
+"""Small transforms for the inside of recipes.
+
+    tx = optax.chain(transforms.updating(selection, weight_decay=1e-4), optax.sgd(0.1))
+    tx = optax.chain(optax.sgd(0.1), transforms.only(where=where))
+    tx = transforms.identity(optax.sgd(0.1))
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import flows, neighbours, trees
+from sparsejax.selections import Selection
+from sparsejax.states import Plan, SparseState
+from sparsejax.transforms import refusals
+from sparsejax.transforms.leaves import Leaves, default_where
+from sparsejax.types import Array, Axes, Predicate, PyTree
+
+
+def identity(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner` in a `SparseState` without sparse leaves, so that the tools of recipes work on dense baselines."""
+  inner = optax.with_extra_args_support(inner)
+
+  def wrap(params: PyTree, step: Array, inner_state: Any) -> SparseState:
+    nothing = jax.tree.map(lambda _: trees.DENSE, params)
+    return SparseState(step, None, nothing, nothing, nothing, inner_state, Plan())
+
+  def init(params: PyTree, **values: Any) -> SparseState:
+    refusals.refuse_unfilled((), values)
+    return wrap(params, jnp.zeros((), jnp.int32), inner.init(params))
+
+  def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
+    moves, inner_state = inner.update(grads, state.inner, params, **extra)
+    return moves, wrap(grads, optax.safe_increment(state.step), inner_state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def updating(
+    selection: Selection, *, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
+    weight_decay: float = 0.0) -> optax.GradientTransformation:
+  """Returns a transform that passes the gradients of the weights that `selection` picks at each step, and zero else.
+
+  The transform stands in front of an optimizer, inside of a recipe with the same `where` and `axes`. `weight_decay`
+  times the weight is added to the gradient of every sparse weight, picked or not. Dense leaves pass.
+  """
+  def update(grads: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+    leaves = Leaves(params, where, axes, selection, flows.hard())
+    weights, picked = leaves.pick(params), leaves.pick(grads)
+    signals = leaves.signals(jnp.zeros((), jnp.int32), [trees.DENSE] * len(weights), picked)
+    active, _ = selection.select(leaves.plan.leaves, weights, [neighbours.everywhere(w) for w in weights], signals)
+    passed = [jnp.where(m, g, 0) + (weight_decay * w).astype(g.dtype) for m, g, w in zip(active, picked, weights)]
+    return leaves.put(passed, grads), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def only(*, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
+         ) -> optax.GradientTransformation:
+  """Returns a transform that passes the updates of the sparse leaves and stops all other parameters.
+
+  The transform stands behind an optimizer, inside of a recipe with the same `where` and `axes`.
+  """
+  def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+    leaves, treedef = jax.tree.flatten(updates)
+    picked = trees.select('sparsejax', where or default_where(axes), params)
+    return treedef.unflatten([u if p else jnp.zeros_like(u) for u, p in zip(leaves, picked)]), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
