@@ -213,7 +213,7 @@ def _operation(eqn: Any, values: list[Value], here: Position) -> list[Value]:
     here.notes.unread.append(jaxprs.place(eqn) + (f' with {errors.some(weights)}' if weights else ''))
     return [Value(max((value.kind for value in values), default=CONSTANT)) for _ in eqn.outvars]
   results = [_typed(value, v.aval) for value, v in zip(views.shown(eqn, values), eqn.outvars)]
-  if eqn.primitive.name in LOOKUPS and DATA in {value.kind for value in values[1:]}:
+  if eqn.primitive.name in LOOKUPS:  # A view ends here only if data are the index, and a row is picked.
     left = {view.path for value in results for view in value.views}
     for view in values[0].views:
       if view.path not in left:

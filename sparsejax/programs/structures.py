@@ -136,9 +136,7 @@ KEPT: dict[str, Callable[[Any, list[Any], Inside], list[Any]]] = {
 
 def _walked_cond(eqn: Any, values: list[Any]) -> Outcome:
   number = int(_concrete(eqn, values[0]))
-  programs = jaxprs.branches(eqn)
-  number = min(max(number, 0), len(programs) - 1)  # `lax.switch` clamps.
-  return Enter(programs[number], values[1:], lambda results: results, number)
+  return Enter(jaxprs.branches(eqn)[number], values[1:], lambda results: results, number)
 
 
 def _walked_while(eqn: Any, values: list[Any]) -> Outcome:

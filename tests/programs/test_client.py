@@ -1,12 +1,15 @@
 """Tests new clients of both interpreters, which are written outside of the library, through public names only."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import kernels_pallas
 import sparsejax as sj
-from sparsejax.programs import FactRules, ValueRules, evaluate, follow, trace
+from sparsejax.programs import FactRules, ValueRules, evaluate, follow, structures, trace
 
 
 def depends(apply, *args):
@@ -45,3 +48,13 @@ def test_a_client_of_evaluate_changes_an_operation_inside_of_every_structure():
   w, x = jnp.full((3, 2, 2), 0.5), jnp.ones((1, 2))
   np.testing.assert_allclose(jax.jit(without('tanh', apply))(w, x), x @ w[0] @ w[1] @ w[2], rtol=1e-6)
   assert 'scan' in str(jax.make_jaxpr(without('tanh', apply))(w, x)) and sj.programs.ValueRules is ValueRules
+
+
+def test_one_module_knows_the_parameters_of_jax_and_one_package_knows_its_structures():
+  """Reads the sources: `jaxprs` alone reads `eqn.params`, and packed models have no rule for loops and branches."""
+  programs = pathlib.Path(sj.programs.__file__).parent
+  clients = [pathlib.Path(kernels_pallas.__file__).parent / name for name in ('models.py', 'held.py')]
+  readers = {path.name for path in (*programs.glob('*.py'), *clients) if '.params' in path.read_text()}
+  assert readers == {'jaxprs.py'}
+  for path in clients:
+    assert not [name for name in (*structures.KEPT, *structures.WALKED) if repr(name) in path.read_text()]

@@ -208,6 +208,13 @@ def test_rows_looked_up_by_data_are_named(name, path, contracted, standard_promo
   assert (path in found) == contracted
 
 
+def test_lookups_inside_of_loops_and_branches_are_named(standard_promotion):
+  in_scan = lambda p, tokens: lax.scan(lambda h, t: (jnp.tanh(h + p['e'][t]), None), jnp.zeros(4), tokens)[0]
+  in_cond = lambda p, tokens: lax.cond(tokens[0] > 0, lambda: p['e'][tokens], lambda: jnp.zeros((B, 4)))
+  for apply in (in_scan, in_cond):
+    assert list(contractions(apply, {'e': shaped(9, 4)}, shaped(B, dtype=jnp.int32)).lookups) == ['e']
+
+
 @pytest.mark.parametrize('name', ['positions', 'experts by index', 'expert by index', 'picked by a number', 'permuted',
                                   'layer by index'])
 def test_picked_matrices_and_known_orders_are_no_lookups(name, standard_promotion):

@@ -62,10 +62,24 @@ def test_reversed_scans_and_loops_say_which_slice_and_which_round():
   assert seen == [((), (i,)) for i in range(3)]
 
 
+def _layers(x, ws):
+  return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)
+
+
+@pytest.mark.parametrize('apply, layer_of', [
+  (lambda p, x: lax.scan(lambda x, _: _layers(x, p['w']), x, length=2)[0], lambda i, j: (j,)),
+  (lambda p, x: lax.scan(_layers, x, jnp.stack([p['w'], p['w']]))[0], lambda i, j: (i, j)),
+], ids=['layers in steps', 'layers in groups'])
+def test_a_layer_is_named_by_the_loop_that_slices_it(apply, layer_of):
+  seen = []
+  operands(apply, lambda site: seen.append((site.layer, site.steps)))(STACK, X)
+  assert len(seen) == 6 and all(layer == layer_of(*steps) for layer, steps in seen)
+
+
 def test_loops_whose_rounds_data_decide_and_chosen_branches_are_walked():
   def apply(p, x):
     x = lax.while_loop(lambda x: jnp.abs(x @ p['w'][0]).sum() < 50, lambda x: 2 * x @ p['w'][1], x)
-    return lax.switch(jnp.int32(7), [lambda x: x[:, :2], lambda x: x @ p['head']], x)  # `switch` clamps 7 to 1.
+    return lax.switch(jnp.int32(7), [lambda x: x[:, :2], lambda x: x @ p['head']], x)
 
   seen = []
   result = operands(apply, lambda site: seen.append(site.path))(STACK, X)
