@@ -16,6 +16,8 @@ import numpy as np
 from sparsejax import ranking
 from sparsejax.types import Array, Axes, Pattern
 
+MATRIX = Axes((0,), (1,))  # the axes of a matrix `[in, out]`
+
 
 def kept_of(sparsity: Any, size: int, progress: Any = None) -> Any:
   """Returns how many of `size` units are kept: all but `sparsity * size`, rounded half to even.
@@ -113,7 +115,7 @@ def count_of(pattern: Pattern, sparsity: Any, shape: tuple[int, ...], axes: Axes
   return kept_of(sparsity, units(pattern, shape, axes)[0], progress)
 
 
-def best_units(pattern: Pattern, scores: Array, count: Any, axes: Axes | None) -> Array:
+def best_units(pattern: Pattern, scores: Array, count: Any = None, axes: Axes | None = MATRIX) -> Array:
   """Returns the mask of the `count` units with the largest scores in each layer of a leaf.
 
   Layers are matrices of their own, however they are stored: a stack of them is as sparse as each of them.
@@ -129,8 +131,8 @@ def best_units(pattern: Pattern, scores: Array, count: Any, axes: Axes | None) -
   return whole(jnp.moveaxis(select(jnp.moveaxis(pooled, layers, front), kept), front, layers))
 
 
-def too_many(pattern: Any, w: Array, axes: Axes, sparsity: float | None, noun: str) -> str:
-  """Returns in which layer `w` keeps more units, called `noun`, than `sparsity` (default: the pattern's own) allows."""
+def too_many(pattern: Any, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+  """Returns in which layer `w` keeps more units than `sparsity` (default: the pattern's own) allows."""
   if why := pattern.validate(w.shape, axes):
     return why
   pool = pattern.pooled((w != 0).astype(jnp.float32), axes)
@@ -139,4 +141,4 @@ def too_many(pattern: Any, w: Array, axes: Axes, sparsity: float | None, noun: s
   sparsity = pattern.sparsity if sparsity is None else sparsity
   allowed = kept_of(sparsity or 0, units.size // max(kept.size, 1))
   where = f' in layer {kept.argmax()}' if pool.layers else ''
-  return f'{kept.max()} {noun} are kept{where}, {allowed} asked' if kept.max(initial=0) > allowed else ''
+  return f'{kept.max()} {pattern.unit} are kept{where}, {allowed} asked' if kept.max(initial=0) > allowed else ''

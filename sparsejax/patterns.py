@@ -1,7 +1,8 @@
 """A pattern says which sets of weights may be zero together.
 
 A pattern is a small frozen dataclass with the methods of `types.Pattern`. A call `pattern(scores, count, axes)` returns
-a mask. Patterns compare, hash and print by value, so that they can be part of a configuration.
+a mask. Patterns compare, hash and print by value, so that they can be part of a configuration. The methods that
+patterns of units share are `counts.best_units` and `counts.too_many`.
 
     mask = NM(2, 4)(scores, None, Axes((0,), (1,)))        # 2 of every 4 neighbours along axis 0
     mask = Unstructured()(scores, 100)                     # the 100 largest
@@ -18,13 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import counts, errors, neighbours, ranking
-from sparsejax.counts import best_units, kept_of, too_many, units
+from sparsejax.counts import MATRIX, best_units, kept_of, too_many, units
 from sparsejax.stages import Staged, Switch
 from sparsejax.types import Array, Axes, Pattern, Pooled
 
 __all__ = ['MATRIX', 'NM', 'TABLE', 'Block', 'Channel', 'Spelling', 'Staged', 'Switch', 'Unstructured', 'kept_of',
            'parse', 'units']
-MATRIX = Axes((0,), (1,))  # the axes of a matrix `[in, out]`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,8 @@ class Unstructured:
 
   sparsity: float | None = None
   static = True
+  unit = 'weights'
+  __call__, violation = best_units, too_many
   group = 1, 1
 
   def __post_init__(self):
@@ -161,12 +163,6 @@ class Unstructured:
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     return None
-
-  def __call__(self, scores: Array, count: Any = None, axes: Axes | None = None) -> Array:
-    return best_units(self, scores, count, axes)
-
-  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
-    return too_many(self, w, axes, sparsity, 'weights')
 
   def pooled(self, scores: Array, axes: Axes | None) -> Pooled:
     """Returns the scores themselves: every weight is a unit."""
@@ -191,6 +187,8 @@ class Block:
   sparsity: float | None = None
   balanced: bool = False
   static = True
+  unit = 'blocks'
+  __call__, violation = best_units, too_many
 
   def __post_init__(self):
     object.__setattr__(self, 'shape', tuple(self.shape))  # a list, from a configuration
@@ -221,12 +219,6 @@ class Block:
   def group(self) -> tuple[int, int]:
     return self.shape
 
-  def __call__(self, scores: Array, count: Any = None, axes: Axes = MATRIX) -> Array:
-    return best_units(self, scores, count, axes)
-
-  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
-    return too_many(self, w, axes, sparsity, 'blocks')
-
   def pooled(self, scores: Array, axes: Axes) -> Pooled:
     """Returns the sums of the blocks, taps and layers first, then along contraction and output."""
     blocks, restored = neighbours.tiled(scores, axes.contracted, axes.output, self.shape)
@@ -252,6 +244,8 @@ class Channel:
 
   sparsity: float | None = None
   static = True
+  unit = 'channels'
+  __call__, violation = best_units, too_many
   group = 1, 1
 
   def __post_init__(self):
@@ -265,12 +259,6 @@ class Channel:
       return None
     return (f'{self} lies along output axes, and contracted and output axes are {axes.contracted} and {axes.output} '
             f'({axes.source}); leave the leaf out of `where`.')
-
-  def __call__(self, scores: Array, count: Any = None, axes: Axes = MATRIX) -> Array:
-    return best_units(self, scores, count, axes)
-
-  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
-    return too_many(self, w, axes, sparsity, 'channels')
 
   def pooled(self, scores: Array, axes: Axes) -> Pooled:
     """Returns the sums of the channels, `[*layers, *outputs]` in the order of the leaf's axes."""

@@ -11,15 +11,15 @@ from typing import Any
 from jax import lax
 
 from sparsejax import counts
-from sparsejax.types import Array, Axes, Pattern, Pooled, Schedule
+from sparsejax.types import Array, Axes, Pattern, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
   """A `Staged` is a pattern that changes over the steps: `schedule(step)` returns the pattern at `step`.
 
-  `target` is the pattern at the end of training. States and reports record `target`, and called without a step a
-  `Staged` is its `target`. Each stage has its own count.
+  `target` is the pattern at the end of training. States and reports record `target`. Without a step a `Staged` has the
+  attributes of its `target`. Each stage has its own count.
   """
 
   target: Pattern
@@ -29,17 +29,10 @@ class Staged:
   def __str__(self) -> str:
     return str(self.target)
 
-  @property
-  def sparsity(self) -> float | None:
-    return self.target.sparsity
-
-  @property
-  def static(self) -> bool:
-    return self.target.static
-
-  @property
-  def group(self) -> tuple[int, int]:
-    return self.target.group
+  def __getattr__(self, name: str) -> Any:
+    if name == 'target':  # not yet there, while the dataclass is unpickled
+      raise AttributeError(name)
+    return getattr(self.target, name)
 
   def at(self, step: Any) -> Pattern:
     """Returns the pattern at `step`."""
@@ -50,12 +43,6 @@ class Staged:
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     return self.at(0).validate(shape, axes) or self.target.validate(shape, axes)
-
-  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
-    return self.target.violation(w, axes, sparsity)
-
-  def pooled(self, scores: Array, axes: Axes) -> Pooled:
-    return self.target.pooled(scores, axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,8 +193,8 @@ def bdwp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 8), **op
         own, other = context.module.variables['params'], functools.reduce(dict.get, context.module.path, backward)
         return matmul(args[0], own['kernel'], other['kernel']) + own['bias']
 
-  No public code exists. By our reading of the abstract and of the algebra, m_b is chosen from W and not from m_f W,
-  and there is no decay term.
+  No public code exists. By our reading of the abstract and the algebra, m_b is chosen from W and not from m_f W, and
+  there is no decay term.
   """
   return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
 
