@@ -33,7 +33,8 @@ def scores(task: Task, predict: Predict, params: PyTree, batches: Iterable[Batch
   """
   total, sums = 0.0, 0.0
   for batch in batches:
-    of_batch, weight = sharding.whole(_sums(task, predict(params, batch['inputs']), batch['labels'], batch['weight']))
+    outputs = predict(params, batch['inputs'])
+    of_batch, weight = sharding.gathered(_sums(task, outputs, batch['labels'], batch['weight']))
     sums += np.asarray(of_batch, np.float64)
     total += np.float64(weight)
   score, loss = sums / total
@@ -44,7 +45,7 @@ def same_predictions(predict: Predict, params: PyTree, others: PyTree, batches: 
   """Returns whether the outputs of `params` and of `others` have equal bits on all of `batches`."""
   same = jax.jit(lambda outputs, other: (_bits(outputs) == _bits(other)).all())
   alike = lambda inputs: same(predict(params, inputs), predict(others, inputs))
-  return all(bool(sharding.whole(alike(batch['inputs']))) for batch in batches)
+  return all(bool(sharding.gathered(alike(batch['inputs']))) for batch in batches)
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:

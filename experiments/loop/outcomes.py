@@ -62,7 +62,7 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
     place = saved.directory / str(step)
   test = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, 'test'))
   fingerprint = checkpoints.fingerprint(state.params)
-  sharded, state = state.params, sharding.whole(state)
+  sharded, state = state.params, sharding.gathered(state)
   report = sparsejax.report(state.params, state.opt_state)
   packed = _packed(run, setup, sharded, state, report)
   if not hosts.leads():
@@ -130,7 +130,7 @@ def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparse
   if hosts.leads():
     io.save(path, packed)
   hosts.agreed(0)
-  unpacked = sharding.placed(formats.unpack(io.load(path)), params)
+  unpacked = sharding.sharded(formats.unpack(io.load(path)), params)
   if not evaluate.same_predictions(run.model.predict, params, unpacked, split(setup, 'test')):
     raise ValueError(f'{run.name}: the predictions of {path} are not those of the checkpoint; please report it.')
   small = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]

@@ -80,7 +80,7 @@ class Run(NamedTuple):
 def prepare(config: ConfigDict) -> Setup:
   """Reads the data, makes each model and traces the model once. Raises `ValueError` for a wrong value of the config."""
   layout = sharding.layout(config)
-  rows = sharding.rows(layout, config.batch_size)
+  rows = sharding.local_rows(layout, config.batch_size)
   sets = [data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows) for seed in config.seeds]
   written, made = configs.plain(config), {}
   sections = {run: {**written['model'], **written['models'].get(run, {})} for run in written['recipes']}
@@ -110,7 +110,7 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
     # A run that prunes nothing is measured where the other runs prune, or else on all contracted parameters.
     names = trees.flatten(state.params)[0]
     paths = sparse[name] or [path for path in anywhere if path in names] or list(model.contractions)
-    kept, seen = sharding.of_state(setup.layout, state), setup.layout.replicated
+    kept, seen = sharding.state_shardings(setup.layout, state), setup.layout.replicated
     jitted = jax.jit(_step(setup, model, made[name], paths), out_shardings=(kept, seen, seen), donate_argnums=0)
     lowered = jitted.lower(state, batch(setup, 0), np.int32(0))
     runs[name] = Run(name, directories[name], model, start, state, lowered, rate, paths)
@@ -120,12 +120,12 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
 def batch(setup: Setup, step: int) -> data.Batch:
   """Returns the training batch of `step`: `inputs` and `labels`, `[seeds, B, ...]`, on the devices of all processes."""
   rows = jax.tree.map(lambda *seeds: np.stack(seeds), *(of_seed.train[step] for of_seed in setup.data))
-  return sharding.put(setup.layout.batches, rows)
+  return sharding.global_batch(setup.layout.batches, rows)
 
 
 def split(setup: Setup, name: str) -> Iterator[data.Batch]:
   """Yields the batches of the split `valid` or `test`, `[B, ...]`, on the devices of all processes."""
-  return (sharding.put(setup.layout.batch, rows) for rows in getattr(setup.data[0], name))
+  return (sharding.global_batch(setup.layout.batch, rows) for rows in getattr(setup.data[0], name))
 
 
 def _model(section: Mapping[str, Any], first: data.Data, seeds: Sequence[int], layout: sharding.Layout) -> Model:
@@ -148,7 +148,7 @@ def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStru
   init = jax.vmap(lambda seed, given: {**drawn(seed), **given}, in_axes=(0, None))
   # The seeds are an argument: XLA would spend seconds on folding weights that are drawn from constants.
   seeds = np.array(seeds, np.uint32)
-  compiled = jax.jit(init, out_shardings=sharding.of_state(layout, jax.eval_shape(init, seeds, given)))
+  compiled = jax.jit(init, out_shardings=sharding.state_shardings(layout, jax.eval_shape(init, seeds, given)))
   return lambda: compiled(seeds, given)
 
 
@@ -166,7 +166,7 @@ def _scored(setup: Setup) -> data.Batch:
   count = -(-SCORED * setup.data[0].num_classes // labels)
   of_seeds = [jax.tree.map(lambda *parts: np.concatenate(parts), *(of_seed.train[step] for step in range(count)))
               for of_seed in setup.data]
-  return sharding.put(setup.layout.batches, jax.tree.map(lambda *seeds: np.stack(seeds), *of_seeds))
+  return sharding.global_batch(setup.layout.batches, jax.tree.map(lambda *seeds: np.stack(seeds), *of_seeds))
 
 
 def _start(setup: Setup, model: Model, tx: Optimizer, scored: data.Batch,
@@ -181,9 +181,9 @@ def _start(setup: Setup, model: Model, tx: Optimizer, scored: data.Batch,
 
   every, params = jax.vmap(sparse), jax.eval_shape(model.initial)
   shapes = jax.eval_shape(every, seeds, params, scored, ticket and params)
-  compiled = jax.jit(every, out_shardings=sharding.of_state(setup.layout, shapes))
+  compiled = jax.jit(every, out_shardings=sharding.state_shardings(setup.layout, shapes))
   weights, trained = ticket or (model.initial, lambda: None)
-  return lambda: compiled(seeds, weights(), scored, trained()), sharding.like(shapes, setup.layout)
+  return lambda: compiled(seeds, weights(), scored, trained()), sharding.with_shardings(shapes, setup.layout)
 
 
 def _values(setup: Setup, model: Model, seed: Array, batch: data.Batch, ticket: PyTree | None) -> dict[str, Any]:

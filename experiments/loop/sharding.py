@@ -1,8 +1,8 @@
 """Places a run on the devices of all processes: the batch is sharded, and the state is replicated or sharded too.
 
     layout = sharding.layout(config)
-    state = jax.device_put(state, of_state(layout, state))
-    batch = put(layout.batch, local_rows)  # the global batch, from the rows of each process
+    state = jax.device_put(state, sharding.state_shardings(layout, state))
+    batch = sharding.global_batch(layout.batch, rows)  # from the rows of each process
 """
 
 import math
@@ -69,7 +69,7 @@ def layout(config: ConfigDict) -> Layout:
   return Layout(Mesh(np.array(devices[:count]), (AXIS,)), config.shard == 'fully')
 
 
-def of_state(layout: Layout, state: PyTree) -> PyTree:
+def state_shardings(layout: Layout, state: PyTree) -> PyTree:
   """Returns the sharding of each array of `state`, which depends only on the shape.
 
   Masks and moments are therefore sharded like their parameter. Arrays have a leading seed axis, which is not sharded.
@@ -87,28 +87,28 @@ def of_state(layout: Layout, state: PyTree) -> PyTree:
   return jax.tree.map(of_leaf, state)
 
 
-def like(shapes: PyTree, layout: Layout) -> PyTree:
-  """Returns `shapes` as `jax.ShapeDtypeStruct`, with the shardings that `of_state` gives."""
+def with_shardings(shapes: PyTree, layout: Layout) -> PyTree:
+  """Returns `shapes` as `jax.ShapeDtypeStruct`, with the shardings that `state_shardings` gives."""
   return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                      shapes, of_state(layout, shapes))
+                      shapes, state_shardings(layout, shapes))
 
 
-def rows(layout: Layout, batch_size: int) -> slice:
+def local_rows(layout: Layout, batch_size: int) -> slice:
   """Returns the range of rows of each batch that the devices of this process hold."""
   places = layout.batch.addressable_devices_indices_map((batch_size,)).values()
   ranges = [place[0].indices(batch_size)[:2] for place in places]
   return slice(min(start for start, _ in ranges), max(stop for _, stop in ranges))
 
 
-def put(sharding: NamedSharding, batch: PyTree) -> PyTree:
+def global_batch(sharding: NamedSharding, batch: PyTree) -> PyTree:
   """Returns the global batch with `sharding`, from the rows in `batch` that each process holds."""
   return jax.tree.map(lambda local: jax.make_array_from_process_local_data(sharding, local), batch)
 
 
-def whole(tree: PyTree) -> PyTree:
+def gathered(tree: PyTree) -> PyTree:
   """Returns `tree` with each array fully addressable in this process, all elements included.
 
-  All processes must call `whole`, because arrays that are not replicated are gathered by communication.
+  All processes must call `gathered`, because arrays that are not replicated are gathered by communication.
   """
   def gather(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
@@ -120,7 +120,7 @@ def whole(tree: PyTree) -> PyTree:
   return jax.tree.map(gather, tree)
 
 
-def placed(tree: PyTree, like: PyTree) -> PyTree:
+def sharded(tree: PyTree, like: PyTree) -> PyTree:
   """Returns the arrays of `tree` with the shardings of `like`. Every process must hold all elements of `tree`."""
   return jax.tree.map(lambda leaf, other: jax.make_array_from_callback(
       leaf.shape, other.sharding, lambda place: leaf[place]), tree, like)

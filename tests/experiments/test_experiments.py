@@ -61,7 +61,7 @@ def test_the_newest_two_checkpoints_are_kept_and_come_back_bit_for_bit(tmp_path)
 @pytest.mark.parametrize('shard', sharding.SHARDS)
 def test_a_checkpoint_of_four_devices_comes_back_on_any_number(tmp_path, shard):
   layout = lambda devices: sharding.layout(ConfigDict({'mesh': {'data': devices}, 'shard': shard, 'batch_size': 8}))
-  like = {devices: sharding.like(jax.eval_shape(state), layout(devices)) for devices in (1, 2, 4, 8)}
+  like = {devices: sharding.with_shardings(jax.eval_shape(state), layout(devices)) for devices in (1, 2, 4, 8)}
   with checkpoints.open_(tmp_path / 'run') as manager:
     four = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), state(), like[4])
     checkpoints.save(manager, 1, four)
