@@ -1,4 +1,4 @@
-"""The cases that are measured on a GPU.
+"""Makes the cases that are measured on a GPU.
 
 A `GpuCase` compares a kernel with a dense product. An `Entry` becomes a row of a table for `sparsejax advise`.
 
@@ -29,8 +29,8 @@ LAYERS = 4  # weights that a decoded token passes: a single weight would stay in
 class GpuCase(NamedTuple):
   """A `GpuCase` compares `sparse(*args)`, a kernel, with `dense(*others)`.
 
-  `expected()` is the result of `sparse`, computed by XLA. `ideal` is how many times fewer products sparse needs, and
-  `bar` is how many times faster than dense sparse has to be.
+  `expected()` is the result of `sparse`, computed by XLA. `ideal` is how many times faster than dense sparse could be,
+  by the products or by the bytes that it saves. `bar` is how many times faster sparse has to be.
   """
 
   sparse: Callable[..., Array]

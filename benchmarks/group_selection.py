@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
+from benchmarks.timing import Measurement
 from sparsejax import ranking
 
 SHAPE = (4096, 4096)
@@ -19,7 +20,7 @@ def by_argsort(w: jax.Array, n: int, m: int) -> jax.Array:
   return jnp.moveaxis((ranks < n).reshape(w.shape[::-1]), -1, 0)
 
 
-def run(rounds: int = 20) -> Iterator[timing.Claim]:
+def run(rounds: int = 20) -> Iterator[Measurement]:
   """Yields one claim for each group size. The matrix has ties (rounded normals), and both masks have to be equal."""
   w = jnp.round(jax.random.normal(jax.random.key(0), SHAPE) * 512) / 512
   for m, bar in BARS.items():
@@ -29,4 +30,4 @@ def run(rounds: int = 20) -> Iterator[timing.Claim]:
       raise AssertionError(f'group_selection: the masks differ at m = {m}.')
     seconds = list(timing.take_turns({'argsort': lambda f=theirs: f(w), 'ranking': lambda f=ours: f(w)}, rounds))
     speed, spread = timing.ratio(seconds, 'argsort', 'ranking')
-    yield timing.Claim(f'{m // 4}:{m} mask of 4096 x 4096, times faster than argsort', speed, spread, bar, True, rounds)
+    yield Measurement(f'{m // 4}:{m} mask of 4096 x 4096, times faster than argsort', speed, spread, bar, True, rounds)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.timing import Measurement
 from kernels_pallas import block_sparse_matmul, nm_matmul, unstructured_matmul
 from sparsejax import advice, formats, patterns
 from sparsejax.formats import BlockSparseArray, CSCArray, NMArray
@@ -126,14 +127,14 @@ def contestants(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
                     'packed': lambda: sparse_train(x, sparse.values, dy, sparse)}}
 
 
-def convolution(rounds: int) -> timing.Claim:
+def convolution(rounds: int) -> Measurement:
   """Returns the claim on a 1x1 convolution of MobileNet's kind, 85 % of its blocks zero, against XLA's convolution."""
   rng = np.random.default_rng(2)
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 14, 14, 512), (1, 1, 512, 512)))
   pattern = patterns.Block((64, 64), 0.85)
-  at = Axes((2,), (3,), (0, 1))
-  w = jnp.where(pattern(jnp.abs(w), None, at), w, 0)
-  sparse = BlockSparseArray.from_dense(w, block=pattern.shape, axes=at)
+  axes = Axes((2,), (3,), (0, 1))
+  w = jnp.where(pattern(jnp.abs(w), None, axes), w, 0)
+  sparse = BlockSparseArray.from_dense(w, block=pattern.shape, axes=axes)
   dense = jax.jit(lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), 'VALID', dimension_numbers=(
       'NHWC', 'HWIO', 'NHWC')))
   product = jax.jit(block_sparse_matmul)
@@ -141,11 +142,11 @@ def convolution(rounds: int) -> timing.Claim:
   seconds = list(timing.take_turns(
       {'dense': lambda: dense(x, w), 'packed': lambda: product(x, sparse)}, rounds, calls=3))
   speed, spread = timing.ratio(seconds, 'dense', 'packed')
-  return timing.Claim('1x1 convolution 512 to 512, 8 x 14 x 14, 85 % zero in blocks of 64x64: times faster than dense',
-                      speed, spread, 1.0, True, rounds)
+  return Measurement('1x1 convolution 512 to 512, 8 x 14 x 14, 85 % zero in blocks of 64x64: times faster than dense',
+                     speed, spread, 1.0, True, rounds)
 
 
-def run(rounds: int = 20) -> Iterator[timing.Claim]:
+def run(rounds: int = 20) -> Iterator[Measurement]:
   """Yields one claim for each bar, and writes the table at the end."""
   rows = []
   for case in CASES:
@@ -156,7 +157,7 @@ def run(rounds: int = 20) -> Iterator[timing.Claim]:
       ratios[name], spread = timing.ratio(seconds, 'dense', 'packed')
       bar = getattr(case, name)
       if bar is not None:
-        yield timing.Claim(f'{case}: {WHAT[name]}, times faster than dense', ratios[name], spread, bar, True, rounds)
+        yield Measurement(f'{case}: {WHAT[name]}, times faster than dense', ratios[name], spread, bar, True, rounds)
     if case.balanced:
       rows.append(_row(case, ratios))
   yield convolution(rounds)

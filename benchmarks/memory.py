@@ -6,14 +6,15 @@ from typing import Any
 import jax
 
 import sparsejax as sj
-from benchmarks import timing, training_step
+from benchmarks import training_step
+from benchmarks.timing import Measurement
 
 # A bar counts the bytes for each sparse weight over dense: a mask of one byte, and a float32 master of four bytes.
 # With bfloat16 parameters, each of AdamW's two moments takes two bytes more: the optimizer updates the float32 master.
 BARS = {'float32': {'sr_ste': 5.001, 'mdgf': 5.001, 'asp': 1.001}, 'bfloat16': {'sr_ste': 9.001, 'asp': 1.001}}
 
 
-def run(rounds: int = 1) -> Iterator[timing.Claim]:
+def run(rounds: int = 1) -> Iterator[Measurement]:
   """Yields claims on the bytes that a recipe holds over dense, and on the share that donation updates in place.
 
   The numbers are the same in every round.
@@ -26,10 +27,10 @@ def run(rounds: int = 1) -> Iterator[timing.Claim]:
     for name, bar in bars.items():
       peak, in_place = measured(model, params, tokens, name)
       extra = (peak - dense) / sparse
-      yield timing.Claim(f'{name} 2:4, {dtype}, extra bytes a sparse weight at the peak of a step', extra, (extra,) * 2,
-                         bar, False, 1)
-      yield timing.Claim(f'{name} 2:4, {dtype}, share of parameters and state updated in place', in_place,
-                         (in_place,) * 2, 1.0, True, 1)
+      yield Measurement(f'{name} 2:4, {dtype}, extra bytes a sparse weight at the peak of a step', extra, (extra,) * 2,
+                        bar, False, 1)
+      yield Measurement(f'{name} 2:4, {dtype}, share of parameters and state updated in place', in_place,
+                        (in_place,) * 2, 1.0, True, 1)
 
 
 def measured(model: Any, params: Any, tokens: jax.Array, name: str) -> tuple[int, float]:

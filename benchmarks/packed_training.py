@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from benchmarks import timing
+from benchmarks.timing import Measurement
 from kernels_pallas import block_sparse_matmul
 from sparsejax import allocation, formats, masks, project, recipes
 from sparsejax.formats import BlockSparseArray
@@ -34,8 +35,8 @@ class Sizes(NamedTuple):
   block: int = BLOCK
 
 
-class Run(NamedTuple):
-  """A `Run` holds the parameters, the optimizer's state, and `step(params, state) -> (params, state, loss)`."""
+class TrainingRun(NamedTuple):
+  """A `TrainingRun` holds the parameters, the optimizer's state, and `step(params, state) -> (params, state, loss)`."""
 
   params: Any
   state: Any
@@ -46,7 +47,7 @@ def mlp(x: jax.Array, params: Any, product: Callable[[jax.Array, Any], jax.Array
   return product(jax.nn.gelu(product(x, params['up']['kernel'])), params['down']['kernel'])
 
 
-def runs(sizes: Sizes) -> dict[str, Run]:
+def runs(sizes: Sizes) -> dict[str, TrainingRun]:
   """Returns the runs 'dense', 'masked' (a recipe prunes at the start) and 'packed' (the same weights in blocks)."""
   draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
   x, target = draw(0, sizes.tokens, sizes.width), draw(1, sizes.tokens, sizes.width)
@@ -72,26 +73,26 @@ def runs(sizes: Sizes) -> dict[str, Run]:
   values = formats.values(packed)
   of_packed = lambda values: error(formats.with_values(packed, values), block_sparse_matmul)
   own = lambda tree: jax.tree.map(jnp.copy, tree)  # Each run donates its own arrays.
-  return {'dense': Run(own(params), adam.init(params), stepper(adam, error)),
-          'masked': Run(own(pruned), own(state), stepper(recipe, error)),
-          'packed': Run(own(values), adam.init(values), stepper(adam, of_packed))}
+  return {'dense': TrainingRun(own(params), adam.init(params), stepper(adam, error)),
+          'masked': TrainingRun(own(pruned), own(state), stepper(recipe, error)),
+          'packed': TrainingRun(own(values), adam.init(values), stepper(adam, of_packed))}
 
 
-def losses(run: Run, steps: int) -> np.ndarray:
+def losses(run: TrainingRun, steps: int) -> np.ndarray:
   """Returns the losses of the first `steps` steps of a run."""
-  params, state, found = run.params, run.state, []
+  params, state, values = run.params, run.state, []
   for _ in range(steps):
     params, state, loss = run.step(params, state)
-    found.append(float(loss))
-  return np.asarray(found)
+    values.append(float(loss))
+  return np.asarray(values)
 
 
-def run(rounds: int = 20) -> Iterator[timing.Claim]:
+def run(rounds: int = 20) -> Iterator[Measurement]:
   """Yields one claim, after a comparison of the losses."""
-  learned = {name: losses(one, 10) for name, one in runs(Sizes()).items()}
+  learned = {name: losses(timed, 10) for name, timed in runs(Sizes()).items()}
   np.testing.assert_allclose(learned['packed'], learned['masked'], rtol=1e-4)
-  held = {name: [one.params, one.state] for name, one in runs(Sizes()).items()}
-  steps = {name: one.step for name, one in runs(Sizes()).items()}
+  held = {name: [timed.params, timed.state] for name, timed in runs(Sizes()).items()}
+  steps = {name: timed.step for name, timed in runs(Sizes()).items()}
 
   def step(name):
     *held[name], loss = steps[name](*held[name])
@@ -100,4 +101,4 @@ def run(rounds: int = 20) -> Iterator[timing.Claim]:
   seconds = list(timing.take_turns({name: lambda name=name: step(name) for name in ('dense', 'packed')}, rounds))
   speed, spread = timing.ratio(seconds, 'dense', 'packed')
   what = f'training step of an MLP {WIDTH}, {HIDDEN}, {WIDTH}, {TOKENS} tokens, {SPARSITY:.1%} zero in {BLOCK}-blocks'
-  yield timing.Claim(f'{what}: times faster than dense', speed, spread, BAR, True, rounds)
+  yield Measurement(f'{what}: times faster than dense', speed, spread, BAR, True, rounds)

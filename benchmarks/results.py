@@ -1,6 +1,6 @@
 """Writes and reads the file of results, which has one section for each benchmark.
 
-    write('benchmarks/results.md', 'memory', [Claim('extra bytes', 5.0, (5.0, 5.0), 5.001, False, 1)], 'an H200')
+    write('benchmarks/results.md', 'memory', [Measurement('extra bytes', 5.0, (5.0, 5.0), 5.001, False, 1)], 'an H200')
     section = read(pathlib.Path('benchmarks/results.md').read_text())['memory']
     section.claims[0].holds                                                          # True
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks.timing import Claim
+from benchmarks.timing import Measurement
 
 HEAD = ('what', 'median', '10 to 90 %', 'bar', 'holds', 'rounds')
 TITLE = """# Measured by `make bench`
@@ -26,10 +26,10 @@ class Section(NamedTuple):
 
   hardware: str
   spread: str
-  claims: tuple[Claim, ...]
+  claims: tuple[Measurement, ...]
 
 
-def write(out: pathlib.Path, name: str, claims: Sequence[Claim], hardware: str, spread: str = HEAD[2]) -> None:
+def write(out: pathlib.Path, name: str, claims: Sequence[Measurement], hardware: str, spread: str = HEAD[2]) -> None:
   """Writes the section `name` of the file `out`: in place of the section of that name, or at the end.
 
   The rest of the file stays as it is. `hardware` says where the claims were measured, and `spread` which rounds the
@@ -43,7 +43,7 @@ def write(out: pathlib.Path, name: str, claims: Sequence[Claim], hardware: str, 
   out.write_text(f'{text[:start].rstrip()}\n\n## {name}\n\n{hardware}.\n\n{table}\n\n{text[end:]}'.rstrip() + '\n')
 
 
-def cells(claim: Claim) -> tuple[str, ...]:
+def cells(claim: Measurement) -> tuple[str, ...]:
   """Returns the row of a claim, as text, under `HEAD`."""
   low, high = claim.spread
   bar = f'{"at least" if claim.at_least else "at most"} {claim.bar:g}'
@@ -65,11 +65,12 @@ def _section(text: str) -> tuple[str, Section | None]:
   return name, Section(rest[1].removesuffix('.'), table[0][2], tuple(map(_claim, table[2:])))
 
 
-def _claim(row: Sequence[str]) -> Claim:
+def _claim(row: Sequence[str]) -> Measurement:
   what, measured, spread, bar, _, rounds = row
   low, high = spread.split(' to ')
   direction, number = bar.rsplit(' ', 1)
-  return Claim(what, float(measured), (float(low), float(high)), float(number), direction == 'at least', int(rounds))
+  return Measurement(what, float(measured), (float(low), float(high)), float(number), direction == 'at least',
+                     int(rounds))
 
 
 def of_gpu(path: pathlib.Path) -> tuple[Section, list[str]]:
@@ -87,12 +88,12 @@ def of_gpu(path: pathlib.Path) -> tuple[Section, list[str]]:
   return Section(hardware, 'least to most', tuple(_claims_of_gpu(rows))), failures
 
 
-def _claims_of_gpu(rows: Sequence[dict[str, str]]) -> Iterator[Claim]:
+def _claims_of_gpu(rows: Sequence[dict[str, str]]) -> Iterator[Measurement]:
   for row in rows:
     if row['failure']:
       continue
     number = {name: float(row[name]) for name in (
         'sparse_us', 'dense_us', 'ideal', 'speedup', 'least', 'most', 'bar')}
-    yield Claim(f'{row["kernel"]}, {row["shape"]}, {row["sparsity"].replace("%", " %")} zero: '
+    yield Measurement(f'{row["kernel"]}, {row["shape"]}, {row["sparsity"].replace("%", " %")} zero: '
                 f'{number["sparse_us"]:,.0f} us, dense {number["dense_us"]:,.0f}, ideal {number["ideal"]:.3g}',
                 number['speedup'], (number['least'], number['most']), number['bar'], True, int(row['rounds']))

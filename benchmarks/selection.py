@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks import timing
+from benchmarks.timing import Measurement
 from sparsejax import ranking
 
 SHAPE = (4096, 4096)
@@ -30,7 +31,7 @@ def _mask_of(places: jax.Array, scores: jax.Array) -> jax.Array:
   return jnp.zeros(scores.size, bool).at[places].set(True).reshape(scores.shape)
 
 
-def run(rounds: int = 20) -> Iterator[timing.Claim]:
+def run(rounds: int = 20) -> Iterator[Measurement]:
   """Yields one claim for each way. All masks have to be equal.
 
   The matrix has ties, also at the cut, because its normal numbers are rounded.
@@ -45,4 +46,4 @@ def run(rounds: int = 20) -> Iterator[timing.Claim]:
   seconds = list(timing.take_turns({name: lambda f=choose: f(w) for name, choose in chosen.items()}, rounds))
   for name, bar in BARS.items():
     speed, spread = timing.ratio(seconds, name, 'ranking')
-    yield timing.Claim(f'10 % mask of 4096 x 4096, times faster than {name}', speed, spread, bar, True, rounds)
+    yield Measurement(f'10 % mask of 4096 x 4096, times faster than {name}', speed, spread, bar, True, rounds)

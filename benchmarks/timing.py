@@ -2,7 +2,7 @@
 
     seconds = list(take_turns({'dense': lambda: dense(x, w), 'packed': lambda: op(x, sparse)}, rounds=20))
     speed, spread = ratio(seconds, 'dense', 'packed')
-    claim = Claim('times faster than dense', speed, spread, bar=1.4, at_least=True, rounds=20)
+    claim = Measurement('times faster than dense', speed, spread, bar=1.4, at_least=True, rounds=20)
 """
 
 import os
@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 
-class Claim(NamedTuple):
-  """A `Claim` compares a measured number with a bar.
+class Measurement(NamedTuple):
+  """A `Measurement` compares a measured number with a bar.
 
   A claim holds if `measured` is at least `bar`, or, where `at_least` is `False`, at most `bar`.
   """

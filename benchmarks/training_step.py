@@ -13,6 +13,7 @@ import optax
 
 import sparsejax as sj
 from benchmarks import timing
+from benchmarks.timing import Measurement
 from experiments import models
 from experiments.loop import tasks
 
@@ -24,7 +25,7 @@ OPTIONS = {'static_sparse': {'key': jax.random.key(0)},
            **dict.fromkeys(DYNAMIC, {'key': jax.random.key(0), **RARELY})}
 
 
-def run(rounds: int = 20, width: int = 512, depth: int = 12) -> Iterator[timing.Claim]:
+def run(rounds: int = 20, width: int = 512, depth: int = 12) -> Iterator[Measurement]:
   """Yields one claim for each recipe: the time of its step over the time of the dense step, or of the fixed mask's."""
   for base, bars, what in (('dense', BARS, '2:4, training step over dense'),
                            ('static_sparse', DYNAMIC, '90 %, training step between mask updates over a fixed mask')):
@@ -32,7 +33,7 @@ def run(rounds: int = 20, width: int = 512, depth: int = 12) -> Iterator[timing.
     seconds = list(timing.take_turns(steps, rounds))
     for name, bar in bars.items():
       slower, spread = timing.ratio(seconds, name, base)
-      yield timing.Claim(f'{name} {what}', slower, spread, bar, False, rounds)
+      yield Measurement(f'{name} {what}', slower, spread, bar, False, rounds)
 
 
 def problem(width: int = 512, depth: int = 12, dtype: str = 'float32') -> tuple[Any, Any, jax.Array]:

@@ -3,4 +3,4 @@
 import sys
 
 if __name__ == '__main__':
-  sys.exit('kernels_pallas.bench: the benchmark has moved; run `python -m benchmarks gpu` with the same options.')
+  sys.exit('kernels_pallas.bench: the benchmark is now `python -m benchmarks gpu` in a checkout.')

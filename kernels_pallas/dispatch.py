@@ -16,7 +16,6 @@ import jax
 
 from sparsejax import errors, tables
 
-NAMES = ('xla', 'dense', 'mosaic_gpu', 'mosaic_tpu')
 PLATFORMS = {'cpu': None, 'cuda': 'mosaic_gpu', 'tpu': 'mosaic_tpu'}  # the kernel that only this platform can run
 
 
@@ -55,7 +54,7 @@ def run(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], imp
   name, and for an implementation that cannot run, with the reason and the names that can.
   """
   if implementation is not None:
-    return table[named(op, args, table, implementation)].function(*args)
+    return table[runnable(op, args, table, implementation)].function(*args)
   choices = {platform: choice.implementation for platform, choice in chosen(args, table, prefer).items()}
   default = table[choices.pop('cpu')].function
   special = {platform: table[name].function for platform, name in choices.items() if name == PLATFORMS[platform]}
@@ -106,7 +105,7 @@ def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(jax.lax.pcast(a, tuple(axes), to='varying') if axes else a for a, axes in zip(arrays, missing))
 
 
-def named(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], implementation: str) -> str:
+def runnable(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], implementation: str) -> str:
   """Returns the name `implementation` if it can run `args` here; raises `ValueError` otherwise, with those that can."""
   if implementation not in table:
     raise errors.unknown(op, 'implementation', implementation, ['None', *table])

@@ -1,8 +1,8 @@
-"""A packed weight as a program sees it: reshaped and transposed without being unpacked, and then contracted.
+"""Lets a program reshape, transpose and contract a packed weight without unpacking it.
 
-`Held` stands in for the dense array of a packed one. Its dimensions are products of `Factor`s of the packed array's axes
-(`sparsejax.programs.factors`), and moves rearrange these. A product over exactly the axes that the array is packed along
-is one call of a kernel: `fitted` tells whether that is so, `product` does it.
+`Held` stands in for the dense array of a packed one. Its dimensions are products of `Factor`s of the packed array's
+axes (`sparsejax.programs.factors`), and moves rearrange the factors. A product over exactly the axes that the array is
+packed along is one call of a kernel: `fitted` tells whether a product qualifies, and `product` computes it.
 
     w = whole(packed, 'mlp/kernel')                            # a BlockSparseArray of shape (8, 12)
     fit = fitted(w, Numbers(contracted=(0,), batch=()))        # Fitted, or a Refusal with the reason
@@ -27,9 +27,9 @@ from sparsejax.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
-  """The packed array of the parameter at `path`, with the dimensions `dims` that the program sees.
+  """`Held` holds the packed array of the parameter at `path`, with the dimensions `dims` that the program sees.
 
-  The factors of all dimensions together are all of the array. Dimensions of length 1 have no factor.
+  The factors of all dimensions together are the whole array. Dimensions of length 1 have no factor.
   """
 
   packed: PackedArray
@@ -54,7 +54,7 @@ def whole(packed: PackedArray, path: str) -> Held:
 
 
 def moved(held: Held, eqn: Any) -> Held | None:
-  """Returns the stand-in after a reshape, transpose, squeeze or broadcast, or `None` if that is no rearrangement."""
+  """Returns the stand-in after an operation that rearranges dimensions, or `None` for every other operation."""
   move = factors.MOVES.get(eqn.primitive.name)
   result = move and move(held.dims, eqn, eqn.outvars[0].aval.shape)
   return dataclasses.replace(held, dims=result.dims) if result and factors.exact(result.dims) else None
@@ -98,16 +98,16 @@ def _axes(packed: PackedArray) -> tuple[int, ...]:
 
 
 class Refusal(NamedTuple):
-  """Why a held operand cannot be contracted while it is packed."""
+  """A `Refusal` says why a held operand cannot be contracted while it is packed."""
 
   why: str
 
 
 class Fitted(NamedTuple):
-  """A held operand that is contracted over the axes that it is packed along.
+  """`Fitted` holds an operand that is contracted over the axes that it is packed along.
 
   `numbers` are the dimensions of the operand in the product. `stacks` are its batch dimensions longer than 1, in the
-  order of the packed axes, and `matrix` is the abstract packed array that is left of one index of each.
+  order of the packed axes. `matrix` is the abstract packed array at one index of all these dimensions.
   """
 
   held: Held
@@ -116,20 +116,23 @@ class Fitted(NamedTuple):
   matrix: PackedArray
 
   def front(self, theirs: Numbers, rank: int) -> list[int]:
-    """Returns the dimensions of the other operand that lead: those of `stacks`, other batch dimensions, free ones."""
+    """Returns the dimensions of the other operand that are not contracted.
+
+    The partners of `stacks` come first, then those of the other batch dimensions, then the free dimensions.
+    """
     partner = dict(zip(self.numbers.batch, theirs.batch))
     batch = [*self.stacks, *(i for i in self.numbers.batch if i not in self.stacks)]
     return [partner[i] for i in batch] + [i for i in range(rank) if i not in (*theirs.contracted, *theirs.batch)]
 
   def rows(self, x: jax.ShapeDtypeStruct, theirs: Numbers) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of what an op multiplies by `matrix`, if the other operand is like `x`."""
+    """Returns the shape and dtype of the array that an op multiplies by `matrix`, if the other operand is like `x`."""
     lead = [x.shape[i] for i in self.front(theirs, len(x.shape))[len(self.stacks):]]
     contracted = [factors.shape_of(self.held.dims)[i] for i in self.numbers.contracted]
     return jax.ShapeDtypeStruct((*lead, math.prod(contracted)), x.dtype)
 
 
 def fitted(held: Held, numbers: Numbers) -> Fitted | Refusal:
-  """Returns how a kernel can contract a held operand over these dimensions, or why none can."""
+  """Returns the operand fitted to a product with these dimensions, or why no kernel can contract it."""
   if not _axes(held.packed):
     return Refusal(f'the format {held.packed.kind!r} does not say which axes are contracted')
   if 0 in held.shape:
@@ -153,11 +156,11 @@ def fitted(held: Held, numbers: Numbers) -> Fitted | Refusal:
 
 def product(op: Callable[[Array, PackedArray], Array], fit: Fitted, x: Array, theirs: Numbers, held_first: bool
             ) -> Array:
-  """Returns the product of `x`, with the dimensions `theirs`, and of the held operand, as `dot_general` orders it.
+  """Returns the product of the held operand and of `x`, whose dimensions in the product are `theirs`.
 
-  The batch dimensions come first, then those that are left of the first operand, then those of the second. The op
-  `op(x, packed)` contracts the last axis of `x`, whose length is the packed contraction. In its place the op puts all
-  other axes of the packed array, merged or not.
+  The result has the order of `dot_general`: the batch dimensions, the free dimensions of the first operand, the free
+  dimensions of the second operand. `held_first` tells which operand is the first. `op(x, packed)` contracts the last
+  axis of `x`. In place of this axis the op puts all other axes of the packed array, merged or not.
   """
   held, ours = fit.held, fit.numbers
   front = fit.front(theirs, x.ndim)

@@ -127,7 +127,7 @@ def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, operands: tuple
 
   `blocks` is the number of thread blocks of three warpgroups, or, if `cluster` is more than 1, of clusters of `cluster`
   thread blocks. The axes are 'sm', 'cluster' (if there are clusters) and 'wg'. `lanes` says that the body has code for
-  single threads. `approximate` allows approximate functions such as exp2.
+  single threads. `approximate` allows approximate functions such as exp2. `interpret` runs the kernel on a CPU.
   """
   semantics = plgpu.LoweringSemantics.Lane if lanes else plgpu.LoweringSemantics.Warpgroup
   clusters = {'cluster': (cluster,), 'cluster_names': ('cluster',)} if cluster > 1 else {}

@@ -1,8 +1,8 @@
 """`packed(apply)` runs any JAX function of parameters on packed ones, without a change to the model.
 
 The function is traced as for dense parameters, so that no layer sees anything new, and is then evaluated operation by
-operation (`sparsejax.programs.evaluate`). A packed parameter stays packed through casts, reshapes and transposes until a
-product contracts it over the axes that it is packed along: that product is one call of the format's op. Every other
+operation (`sparsejax.programs.evaluate`). A packed parameter stays packed through casts, reshapes and transposes until
+a product contracts it over the axes that it is packed along: that product is one call of the format's op. Every other
 operation gets the parameter unpacked, bit for bit.
 
     small = formats.pack(params, '128x128')
@@ -23,17 +23,18 @@ from kernels_pallas import block_sparse, held, n_m, sparse24, unstructured
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
 from sparsejax.programs import jaxprs
-from sparsejax.programs.evaluate import Here, Rules, evaluate
+from sparsejax.programs.evaluate import Operation, ValueRules, evaluate
 from sparsejax.programs.jaxprs import Numbers
+from sparsejax.programs.tracing import Program, trace
 from sparsejax.types import Array
 
 
 class Op(NamedTuple):
-  """A product with one kind of packed weight.
+  """An `Op` holds the functions that multiply by one kind of packed weight.
 
-  `multiply(x, w, implementation=None, explain=False)` contracts the last axis of `x`; with `explain` it returns what it
-  would run. `refusal(x, w)` returns why it cannot multiply them in any implementation, or `None`; it reads shapes and
-  dtypes only. Every error of `multiply` that `refusal` does not foresee is an error of the model.
+  `multiply(x, w, implementation=None, explain=False)` contracts the last axis of `x`. With `explain`, `multiply`
+  returns the implementations that it would run. `refusal(x, w)` returns why no implementation can multiply `x` by `w`,
+  or `None`; only shapes and dtypes are read. An error of `multiply` that `refusal` does not announce is raised.
   """
 
   multiply: Callable[..., Any]
@@ -54,10 +55,11 @@ OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
 
 
 class PackedUse(NamedTuple):
-  """What becomes of one packed parameter in one place of the program.
+  """A `PackedUse` says what happens to one packed parameter in one operation of the program.
 
-  `op`: the name of the op that is called, 'unpacked', or 'unused'. `primitive` and `where`: the operation that takes the
-  parameter. `why`: for 'unpacked' the reason; for an op what it would run on each platform, '' if it does not say.
+  `op` is the name of the op that is called, 'unpacked', or 'unused'. `primitive` and `where` are the name and the place
+  of the operation. `why` is the reason for 'unpacked'. For an op, `why` maps each platform to the implementation that
+  would run, or is '' if the op does not tell.
   """
 
   path: str
@@ -70,7 +72,7 @@ class PackedUse(NamedTuple):
 
 
 class ProgramExplanation(tuple):
-  """The `PackedUse`s of a program, in its order; prints as a table."""
+  """A `ProgramExplanation` holds the `PackedUse`s of a program, in the order of the program, and prints as a table."""
 
   def __str__(self) -> str:
     brief = lambda why: ', '.join(f'{p}: {c.implementation}' for p, c in why.items()) if isinstance(why, dict) else why
@@ -88,13 +90,13 @@ def packed(apply: Callable[..., Any], *, implementation: str | None = None, expl
       y = packed(lambda m, x: jax.vmap(eqx.combine(m, static))(x))(arrays, x)              # Equinox
 
   A product, or a 1x1 convolution, with a packed weight calls the format's op (`block_sparse_matmul`, ...) with this
-  `implementation`. Weights stay packed in `jit`, `remat`, `cond`, `while`, and in a `scan` over a stack of them. They
-  stay packed in functions with derivatives of their own too, but the derivative rules of these take dense weights. All
-  other operations unpack the weights. For `implementation=None`, so does a product that the op refuses. Unpacking costs
-  what the dense model costs.
+  `implementation`. Weights stay packed in `jit`, `remat`, `cond`, `while`, and in a `scan` over a stack of weights.
+  Weights stay packed in functions with derivative rules of their own too, but the rules take dense weights. All other
+  operations unpack the weights. For `implementation=None`, a product that the op refuses unpacks the weight too.
+  Unpacking costs what the dense model costs.
 
-  `explain=True` returns the `ProgramExplanation`, without computing the result: what happens to each weight, and why. A
-  packed leaf that `apply` returns as it came is returned packed.
+  With `explain=True` the function returns, instead of the result, the `ProgramExplanation`: each weight, the op that it
+  calls, or why it is unpacked. Nothing is computed. A packed leaf that `apply` returns unchanged is returned packed.
 
   Results are those of the dense model but for the order of sums. Arguments without shape and dtype (`train=False`,
   functions) are passed on. `jit`, `vmap` and `grad` go around the returned function; train `formats.values`:
@@ -103,7 +105,7 @@ def packed(apply: Callable[..., Any], *, implementation: str | None = None, expl
   """
   @functools.wraps(apply)
   def call(*args: Any, **kwargs: Any) -> Any:
-    program = jaxprs.trace(apply, args, kwargs, is_leaf=formats.is_packed)
+    program = trace(apply, args, kwargs, is_leaf=formats.is_packed)
     values = [held.whole(leaf, path) if formats.is_packed(leaf) else leaf
               for leaf, path in zip(program.arrays, program.paths)]
     if explain:
@@ -114,7 +116,7 @@ def packed(apply: Callable[..., Any], *, implementation: str | None = None, expl
   return call
 
 
-def _explained(program: jaxprs.Program, values: list[Any], implementation: str | None) -> ProgramExplanation:
+def _explained(program: Program, values: list[Any], implementation: str | None) -> ProgramExplanation:
   uses: list[PackedUse] = []
   rules = PackedProducts(implementation, uses).rules()
   jax.eval_shape(lambda values: [_dense(result) for result in evaluate(program, values, rules)], values)
@@ -138,9 +140,9 @@ def _returned(value: Any) -> Any:
 
 
 class Contracted(NamedTuple):
-  """The dense operand `x` of a product, the dimensions of the held operand and of `x`, and where the result goes.
+  """`Contracted` holds the dense operand `x` of a product, and the dimensions of the held operand and of `x`.
 
-  `placed` brings the result of the product into the shape that the program has.
+  `placed(y)` returns the result `y` of the product in the shape and the order of the program.
   """
 
   ours: Numbers
@@ -151,16 +153,16 @@ class Contracted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PackedProducts:
-  """The rules by which a program is evaluated with held operands; `uses`, if any, takes what happens to these."""
+  """`PackedProducts` holds the rules for held operands; `uses`, unless `None`, takes a `PackedUse` for each."""
 
   implementation: str | None
   uses: list[PackedUse] | None
 
-  def rules(self) -> Rules:
-    return Rules(self.operation, concerns=lambda eqn, values, address: any(map(_held, values)), dense=self.dense,
+  def rules(self) -> ValueRules:
+    return ValueRules(self.operation, concerns=lambda eqn, values, address: any(map(_held, values)), dense=self.dense,
                  unstacked=_unstacked)
 
-  def operation(self, eqn: Any, values: list[Any], here: Here) -> list[Any] | None:
+  def operation(self, eqn: Any, values: list[Any], here: Operation) -> list[Any] | None:
     name = eqn.primitive.name
     if name in POINTWISE:
       new, = here.dense([values[0].packed.values])
@@ -180,7 +182,7 @@ class PackedProducts:
       self.uses.append(PackedUse(value.path, value.packed.shape, value.packed.kind, op, eqn.primitive.name,
                                  jaxprs.line(eqn), why))
 
-  def _product(self, eqn: Any, values: list[Any], here: Here) -> list[Any]:
+  def _product(self, eqn: Any, values: list[Any], here: Operation) -> list[Any]:
     """Multiplies by the op of the second operand if both are packed, and by dense operands if the op refuses."""
     side = 1 if _held(values[1]) else 0
     w, x = values[side], self.dense(eqn, values[1 - side], 'the other operand is packed too')
@@ -224,7 +226,7 @@ class PackedProducts:
 
 
 def _unstacked(value: Any) -> tuple[Any, Callable[[Any], Any]] | str:
-  """Returns the packed stack, of which a scan takes one index at a time, and what makes a stand-in of each."""
+  """Returns the packed stack and a function that makes a stand-in of one slice, or why a scan cannot slice it."""
   if not _held(value):
     return value, lambda array: array
   if not held.stacked(value):
@@ -232,15 +234,15 @@ def _unstacked(value: Any) -> tuple[Any, Callable[[Any], Any]] | str:
   return value.packed, lambda packed: Held(packed, value.path, held.sliced(value))
 
 
-# Operations that keep zeros as they are, so that they act on the values alone.
+# Operations that map zeros to zeros are applied to the stored values alone.
 POINTWISE = {'convert_element_type', 'copy', 'name', 'reduce_precision', 'stop_gradient'}
 
 
-# Products: (equation, which operand is held, the other operand) -> `Contracted`, or a `Refusal`.
+# `PRODUCTS` maps (equation, number of the held operand, the other operand) to `Contracted`, or to a `Refusal`.
 
 
 def _dtype(eqn: Any) -> jnp.dtype:
-  """Returns the dtype in which no operand and no result loses anything."""
+  """Returns the dtype that holds the values of all operands and results without loss."""
   return functools.reduce(jnp.promote_types, (v.aval.dtype for v in (*eqn.invars, *eqn.outvars)))
 
 
@@ -250,7 +252,7 @@ def _dot_general(eqn: Any, side: int, x: Array) -> Contracted:
 
 
 def _conv_general_dilated(eqn: Any, side: int, x: Array) -> Contracted | Refusal:
-  """A 1x1 convolution is a product of matrices at every place, or, with strides, at every few."""
+  """Reads a 1x1 convolution as a product of matrices at every place, or at every `stride`th place."""
   conv, kernel = jaxprs.convolution(eqn), eqn.invars[1].aval.shape
   plain = conv.groups == conv.batch_groups == 1 and set(conv.dilation) <= {1}
   if side == 0 or not plain or any(kernel[i] != 1 for i in conv.rhs[2:]) or any(map(any, conv.padding)):

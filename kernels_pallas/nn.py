@@ -1,4 +1,4 @@
-"""The former name of `kernels_pallas.models`, for one release."""
+"""Keeps the former name of `kernels_pallas.models` for one release."""
 
 import warnings
 

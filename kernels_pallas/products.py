@@ -1,6 +1,6 @@
 """Builds the differentiable product with a packed weight from a table of implementations for each direction.
 
-    product = Product('nm_matmul', {'xla': Implementation(matmul)}, {'xla': Implementation(gradients)}, prefer)
+    product = TrainableProduct('nm_matmul', {'xla': Implementation(matmul)}, {'xla': Implementation(gradients)}, prefer)
     y = product(x, w, None)                                                          # [M, N], in x's dtype
     print(product.explained(x, w))                                                   # what each platform would run
 """
@@ -24,8 +24,8 @@ Table = Mapping[str, Implementation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Product:
-  """A `Product` multiplies `x [M, K]` by a packed `w`, and differentiates in `x` and in `w.values`.
+class TrainableProduct:
+  """A `TrainableProduct` multiplies `x [M, K]` by a packed `w`, and differentiates in `x` and in `w.values`.
 
   `forward` holds implementations of `(x, w)`, which return `[M, N]` in x's dtype. `gradients` holds implementations of
   `(x, dy, w)`, which return two gradients. The first gradient is `dy` times the transpose of `w`, with the shape of
@@ -43,7 +43,7 @@ class Product:
   def __call__(self, x: Array, w: PackedArray, implementation: str | None) -> Array:
     """Returns the product, `[M, N]`; raises `ValueError` for an `implementation` that cannot run."""
     if implementation is not None:
-      dispatch.named(self.name, (x, w), self.forward, implementation)
+      dispatch.runnable(self.name, (x, w), self.forward, implementation)
     arrays, static = jax.tree.flatten(w)
     return _compiled(self, implementation, static, *dispatch.varying_alike(x, *arrays))
 
@@ -88,7 +88,7 @@ def dot(a: Array, b: Array, i: int, j: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(product: Product, implementation: str | None, static: Any, x: Array, *arrays: Array) -> Array:
+def _product(product: TrainableProduct, implementation: str | None, static: Any, x: Array, *arrays: Array) -> Array:
   w = _cast(jax.tree.unflatten(static, arrays), x.dtype)
   return dispatch.run(product.name, (x, w), product.forward, implementation, product.prefer)
 

@@ -7,7 +7,7 @@
 Modules import only from the lines above their own:
 
 - The ground: `types` holds the shared types and signatures, `errors` the texts of refusals, `tables` the printing of
-  tables. `trees` names the leaves of a pytree. `ranking` selects exact numbers of scores, and `neighbours` handles groups.
+  tables. `trees` names the leaves of a pytree. `ranking` selects an exact number of the largest scores.
 - `programs` reads JAX programs: the axes that each product contracts, and the collectives of a compiled step.
 - The words, one module each: `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`, `starts`, `metrics`.
 - `formats` packs pruned parameters into smaller arrays.

@@ -1,9 +1,9 @@
 """Allocations divide the sparsity of a whole model among its leaves.
 
-An allocation is a function `allocation(leaves, sparsity, axes) -> sparsities`.
-`leaves` maps the paths of all sparse leaves to the leaves, and the result maps the same paths to sparsities. An
-allocation reads only shapes, so that the sparsity of each leaf is known before the program runs. A `Ranked` allocation
-ranks the scores of all leaves together; the number of weights that a leaf keeps is then counted at each mask update.
+An allocation is a function `allocation(leaves, sparsity, axes) -> sparsities`. `leaves` maps the paths of all sparse
+leaves to the leaves, and the result maps the same paths to sparsities. An allocation reads only shapes, so that the
+sparsity of each leaf is known before the program runs. A `Ranked` allocation ranks the scores of all leaves together;
+the number of weights that a leaf keeps is then counted at each mask update.
 
     allocation.erk({'a': a, 'b': b}, 0.9)                              # {'a': ..., 'b': ...}
     tx = recipes.rigl(optax.adamw(1e-3), 0.9, allocation=allocation.erk, total_steps=10_000, key=key)
@@ -54,8 +54,8 @@ def erdos_renyi(
 def erk(leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] | None = None) -> dict[str, float]:
   """Returns Erdos-Renyi-Kernel (ERK) sparsities: like `erdos_renyi`, with the taps of convolutions.
 
-  Densities are proportional to `(n_in + n_out + w + h) / (n_in * n_out * w * h)` for `w * h` taps (Evci et al. 2020,
-  section 3 (1)). The deviation is that of `erdos_renyi`.
+  Densities are proportional to `(n_in + n_out + w + h) / (n_in * n_out * w * h)` for kernels of `w` by `h`
+  taps (Evci et al. 2020, section 3 (1)). The deviation is that of `erdos_renyi`.
   """
   return _by_dimensions(leaves, sparsity, axes, lambda inner, outer, taps: (inner, outer, *taps))
 
@@ -79,7 +79,7 @@ def uniform_plus(first: str | None = None, last: str | None = None, least: float
         raise errors.unknown('allocation.uniform_plus', 'path', glob, leaves)
       fixed |= dict.fromkeys(paths, most)
     sizes = {path: math.prod(w.shape) for path, w in leaves.items()}
-    zeros = sparsity * sum(sizes.values()) - sum(sizes[path] * share for path, share in fixed.items())
+    zeros = sparsity * sum(sizes.values()) - sum(sizes[path] * own for path, own in fixed.items())
     others = sum(sizes.values()) - sum(sizes[path] for path in fixed)
     if zeros > others:
       raise ValueError(

@@ -52,7 +52,7 @@ class Overlap(NamedTuple):
   """An `Overlap` compares two masks of one leaf, in `float32[]`.
 
   `count` is the number of weights that both masks keep. `chance` is the number that two independent masks would both
-  keep. `ratio` is count / chance. `jaccard` is the Jaccard index.
+  keep on average. `ratio` is count / chance. `jaccard` is the Jaccard index.
   """
 
   count: Array
@@ -176,7 +176,7 @@ def itop_rate(seen: PyTree) -> Exploration:
   """Returns the in-time over-parametrisation rate R_s of all leaves together and of each leaf.
 
   R_s is the fraction of weights that were kept at any time (Liu et al. 2021, section 3, arXiv 2102.02887). `seen` is
-  the result of `union`. R_s is 1 if training has kept every weight once, and the density if masks never changed. Masks
+  the result of `union`. R_s is 1 if every weight was kept at least once, and the density if masks never changed. Masks
   of rank 0, which `sparsejax.masks` gives for dense leaves, are left out. The rate of no weights is NaN.
   """
   counts, sizes = kept(seen), {path: jnp.float32(mask.size) for path, mask in _prunable(seen).items()}

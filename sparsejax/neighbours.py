@@ -137,7 +137,7 @@ def exactly(move: Callable[..., Array], values: Array | tuple[Array, ...], place
   return moved(values, places)
 
 
-def filled(values: Array, slots: Array, stored: Array, base: Array) -> Array:
+def expanded(values: Array, slots: Array, stored: Array, base: Array) -> Array:
   """Returns `values[slots]` where `stored` is `True`, and `base` elsewhere."""
   result = jnp.where(stored, values.at[slots].get(mode='clip'), base)
   if values.size == 1 and jnp.issubdtype(values.dtype, jnp.unsignedinteger):

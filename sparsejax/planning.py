@@ -238,7 +238,7 @@ def _types(collective: hlo.Collective) -> tuple[str, str]:
   own = Counter(collective.values)
   text = ' '.join(f'{n} x {each}' if n > 1 else each for each, n in own.items())
   if len(own) > 2:
-    text = f'{len(collective.values)} up to {max(own, key=hlo.nbytes)}'
+    text = f'{len(collective.values)} up to {max(own, key=hlo.type_bytes)}'
   dtypes = lambda types: {each.partition('[')[0] for each in types}
   return text, '' if own == Counter(collective.operands) else ' '.join(sorted(dtypes(collective.operands)))
 

@@ -2,10 +2,11 @@
 
 The weights of the largest scores are kept. A score reads one leaf, and no masks or counts. A score that needs a signal
 which the caller does not have raises `ValueError` and names the signal. A score that accumulates statistics over
-updates reads them from a `Memory`.
+updates reads them from a `Memory`. The first mask is chosen in `init`, which has no gradient, unless `dense_steps` are
+given.
 
     score = lambda w, signals: jnp.abs(w * signals.grad)               # any function with this signature is a score
-    tx = recipes.gradual_magnitude(optax.adamw(1e-3), 0.9, score=score, total_steps=10_000)
+    tx = recipes.gradual_magnitude(optax.adamw(1e-3), 0.9, score=score, dense_steps=100, total_steps=10_000)
     tx = recipes.movement_pruning(optax.adamw(1e-3), 0.9, total_steps=10_000)   # has the memory `accumulated_movement`
 """
 
@@ -57,9 +58,10 @@ def snip(w: Array, signals: Signals) -> Array:
 
 
 def grasp(w: Array, signals: Signals) -> Array:
-  """Returns `w (H g)`, with its sign; needs H g as `signals.grad`, which `starts.hessian_gradient` computes.
+  """Returns `w (H g)`, with its sign, for the Hessian H and the gradient g of the loss.
 
-  The largest scores are kept: the sign is opposite to that of GraSP (Wang et al. 2020, equation 8).
+  The score needs H g as `signals.grad`, which `starts.hessian_gradient` computes. The largest scores are kept: the sign
+  is opposite to that of GraSP (Wang et al. 2020, equation 8).
   """
   return _product('grasp', w, signals)
 
@@ -67,7 +69,8 @@ def grasp(w: Array, signals: Signals) -> Array:
 def synflow(w: Array, signals: Signals) -> Array:
   """Returns the synaptic flow `|w| dR/d|w|` (Tanaka et al. 2020, SynFlow, section 6).
 
-  Needs dR/d|w| as `signals.grad`, which `starts.synaptic_flow` computes.
+  R is the sum of the outputs of the network of absolute weights. The score needs dR/d|w| as `signals.grad`, which
+  `starts.synaptic_flow` computes.
   """
   return _product('synflow', jnp.abs(w), signals)
 
@@ -86,7 +89,7 @@ def soft_movement(w: Array, signals: Signals) -> Array:
 
 
 def momentum(w: Array, signals: Signals) -> Array:
-  """Returns the absolute average of dL/dw (Dettmers and Zettlemoyer 2019); needs the memory `gradient_average`."""
+  """Returns `|average of dL/dw|` (Dettmers and Zettlemoyer 2019); needs the memory `gradient_average`."""
   return jnp.abs(_needed('momentum', signals.stats, 'the memory scores.gradient_average'))
 
 
@@ -123,11 +126,12 @@ def accumulated_movement(
     optimizer: optax.GradientTransformation = optax.sgd(1.0), penalty: Schedule = lambda step: 0.0) -> Memory:
   """Returns the memory of a score S that starts at 0 and that `optimizer` trains by the gradient dL/dS = w dL/dw'.
 
-  The gradient is equation 2 of Sanh et al. 2020, section 4.1. `penalty(step)` is the factor lambda of the penalty
-  `lambda mean(sigmoid(S))` of soft movement pruning (section 4.2). The mean is taken over the leaf.
+  The gradient is equation 2 of Sanh et al. 2020, section 4.1, where w' is the sparse weight. `penalty(step)` is the
+  factor lambda of the penalty `lambda mean(sigmoid(S))` of soft movement pruning (section 4.2). The mean is taken over
+  the leaf.
   """
   def start(w: Array) -> Movement:
-    score = nothing(w)
+    score = _zeros(w)
     return Movement(score, optimizer.init(score))
 
   def observe(stat: Movement, w: Array, signals: Signals) -> Movement:
@@ -144,15 +148,15 @@ def gradient_average(decay: float = 0.9) -> Memory:
 
   The average is not debiased, because a common factor does not change the ranks.
   """
-  return Memory(nothing, lambda stat, w, s: decay * stat + (1 - decay) * s.grad.astype(jnp.float32))
+  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * s.grad.astype(jnp.float32))
 
 
 def squared_gradient_average(decay: float = 0.99) -> Memory:
   """Returns the memory of an exponential moving average of the squared gradient, which starts at 0, not debiased."""
-  return Memory(nothing, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(s.grad.astype(jnp.float32)))
+  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(s.grad.astype(jnp.float32)))
 
 
-def nothing(w: Array) -> Array:
+def _zeros(w: Array) -> Array:
   """Returns `float32` zeros with the shape and the sharding of `w`.
 
   The zeros are computed from `w`: a constant would be replicated on all devices.
@@ -166,7 +170,8 @@ _GRADIENT = 'the gradient of this leaf'
 def _needed(score: str, signal: Any, what: str) -> Any:
   if signal is None or trees.is_dense(signal):
     remedy = ('(there is none in `init`): pass `loss=`, params -> scalar, to a recipe that scores at initialisation, '
-              'or score with magnitude or random instead') if what == _GRADIENT else '(`memory=` of the selection)'
+              'choose the first mask later with `dense_steps=1`, or score with magnitude or random instead'
+              ) if what == _GRADIENT else '(pass it as `memory=`)'
     raise ValueError(f'scores.{score}: needs {what}, and the caller has none here {remedy}.')
   return signal
 

@@ -1,1 +1,1 @@
-"""What a run does while it trains: data to devices, checkpoints, measurements, signals and several hosts."""
+"""Trains and tests the runs of a config: the step, checkpoints, measurements, stopping, and several hosts."""

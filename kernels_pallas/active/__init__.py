@@ -46,7 +46,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   if explain:
     return dispatch.chosen((kept, w), table, prefer)
   if implementation is not None:
-    dispatch.named('active_matmul', (kept, w), table, implementation)
+    dispatch.runnable('active_matmul', (kept, w), table, implementation)
   shape = (*x.shape[:-1], w.shape[1])
   if 0 in kept.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
@@ -77,7 +77,7 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
     raise ValueError(f'active_matmul: {reason}.')
   if not isinstance(block, int) or block < 1 or x.shape[-1] % block:
     raise ValueError(f'active_matmul: block {block!r} must be a whole number that divides K = {x.shape[-1]}; take one '
-                     'that does, or fill x and w up with zeros.')
+                     'that does, or pad x and w with zeros.')
   if mask is not None and (mask.dtype != bool or tuple(mask.shape) not in (tuple(x.shape), x.shape[-1:])):
     raise ValueError(f'active_matmul: mask of shape {mask.shape} and dtype {mask.dtype} must be bool and like x, '
                      f'{x.shape}, or [K], {x.shape[-1:]}; True is kept.')

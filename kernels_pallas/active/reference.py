@@ -1,7 +1,8 @@
-"""Activation-sparse products in plain `jnp`: blocks of rows of the weight that meet only zeros are not read.
+"""Computes activation-sparse products in plain `jnp`: blocks of rows of the weight that meet only zeros are not read.
 
-The active blocks are walked in steps of a few, each a copy of their rows that stays in the cache and one dot. The
-number of steps is that of the data, so nothing is rounded up to the capacity; it bounds what is worth it.
+A loop takes a few active blocks at each step. A step copies their rows, which stay in the cache, and computes one dot.
+The number of steps depends on the data, so nothing is padded up to the capacity. The capacity is the number of active
+blocks up to which the loop is faster than the dense product.
 """
 
 from collections.abc import Callable
@@ -12,18 +13,24 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch, products
 from sparsejax.types import Array
 
-_ROWS = 128  # of a step
+_ROWS = 128  # rows of the weight of a step
 
 
 def active_blocks(x: Array, block: int) -> tuple[Array, Array]:
-  """The blocks of `x [M, K]` in which one token has a nonzero, these first, `int32[K / block]`, and how many."""
+  """Returns the blocks of `x [M, K]`, active blocks first, `int32[K / block]`, and the number of active blocks.
+
+  A block is active if any token has a nonzero in the block.
+  """
   nonzero = jnp.any((x != 0).reshape(x.shape[0], -1, block), (0, 2))
   order = jnp.argsort(~nonzero, stable=True)
   return order.astype(jnp.int32), jnp.sum(nonzero, dtype=jnp.int32)
 
 
 def matmul(x: Array, w: Array, block: int, capacity: int) -> Array:
-  """`x [M, K]`, mostly zeros, times `w [K, N]`: `[M, N]` in x's dtype, summed in float32; dense above the capacity."""
+  """Returns `x [M, K]`, mostly zeros, times `w [K, N]`: `[M, N]` in x's dtype, summed in float32.
+
+  If more than `capacity` blocks are active, the product is computed dense.
+  """
   order, count = active_blocks(x, block)
   inputs, weights = x.reshape(len(x), -1, block), w.reshape(-1, block, w.shape[1])
 
@@ -37,32 +44,38 @@ def matmul(x: Array, w: Array, block: int, capacity: int) -> Array:
 
 
 def matmul_transposed(dy: Array, x: Array, w: Array, block: int, capacity: int) -> Array:
-  """`dy [M, N]` times the transpose of `w` at the active blocks of `x [M, K]`, zeros elsewhere: `[M, K]`."""
+  """Returns `dy [M, N]` times the transpose of `w` at the active blocks of `x [M, K]`, and zeros elsewhere: `[M, K]`.
+
+  If more than `capacity` blocks are active, all blocks are computed.
+  """
   order, count = active_blocks(x, block)
   weights = w.reshape(-1, block, w.shape[1])
 
   def put(ids, dx):
-    found = products.dot(dy, _rows(weights, ids), 1, 1)
-    return dx.at[:, ids].set(found.reshape(len(dy), -1, block), mode='drop')
+    blocks = products.dot(dy, _rows(weights, ids), 1, 1)
+    return dx.at[:, ids].set(blocks.reshape(len(dy), -1, block), mode='drop')
 
   zeros, *_ = dispatch.varying_alike(jnp.zeros((len(dy), len(weights), block), jnp.float32), dy, w)
   few = lambda: _walked(order, count, block, put, zeros)
-  whole = lambda: products.dot(dy, w, 1, 1).reshape(len(dy), -1, block)
-  return jax.lax.cond(count <= capacity, few, whole).reshape(x.shape).astype(dy.dtype)
+  every = lambda: products.dot(dy, w, 1, 1).reshape(len(dy), -1, block)
+  return jax.lax.cond(count <= capacity, few, every).reshape(x.shape).astype(dy.dtype)
 
 
 def dense(x: Array, w: Array) -> Array:
-  """The product as if nothing were zero."""
+  """Returns the dense product of `x [M, K]` and `w [K, N]`, `[M, N]` in x's dtype."""
   return products.dot(x, w, 1, 0).astype(x.dtype)
 
 
 def _rows(weights: Array, ids: Array) -> Array:
-  """The rows of these blocks of `[K / block, block, N]`; of a block past the end, zeros."""
+  """Returns the rows of the blocks `ids` of `[K / block, block, N]`, and zeros for a block past the end."""
   return weights.at[ids].get(mode='fill', fill_value=0).reshape(-1, weights.shape[2])
 
 
 def _walked(order: Array, count: Array, block: int, step: Callable[[Array, Array], Array], carry: Array) -> Array:
-  """`step(ids, carry)` over the first `count` of `order`, a few at a time, filled up with what is past the end."""
+  """Returns the carry of `step(ids, carry)` over the first `count` blocks of `order`, a few blocks at a time.
+
+  The last step is padded with the number of a block past the end.
+  """
   few, end = min(max(_ROWS // block, 1), len(order)), len(order)
   order = jnp.where(jnp.arange(end) < count, order, end)
   order = jnp.pad(order, (0, -end % few), constant_values=end)

@@ -1,7 +1,8 @@
-"""Activation-sparse products on TPUs: of the weight, only the active rows are copied to VMEM, some blocks at a time.
+"""Computes activation-sparse products on TPUs: copies only the active rows of the weight to VMEM, some blocks at a
+time.
 
-With few tokens the product takes as long as these rows take to be read: while some are multiplied, the next are under
-way. x, which is small, is brought into their order outside.
+With few tokens the product takes as long as reading the active rows takes: while some rows are multiplied, the next
+rows are copied. x, which is small, is brought into the order of the active rows outside of the kernel.
 """
 
 import functools
@@ -16,44 +17,47 @@ from kernels_pallas import mosaic_tpu
 from kernels_pallas.active import reference
 from sparsejax.types import Array
 
-_TOKENS = 128  # at most; the rows of more are nearly all active
-_ROWS, _OUTPUTS = 256, 1024  # of a tile of the weight, as a rule at most
+_TOKENS = 128  # at most: with more tokens, nearly all rows are active
+_ROWS, _OUTPUTS = 256, 1024  # rows and outputs of a tile of the weight, as a rule at most
 
 
 def matmul(x: Array, w: Array, block: int, capacity: int, *, interpret: Any = False) -> Array:
-  """`x [M, K]`, mostly zeros, times `w [K, N]`: `[M, N]` in x's dtype, summed in float32; dense above the capacity."""
+  """Returns `x [M, K]`, mostly zeros, times `w [K, N]`: `[M, N]` in x's dtype, summed in float32.
+
+  If more than `capacity` blocks are active, the product is computed dense.
+  """
   order, count = reference.active_blocks(x, block)
   few = lambda: _product(x, w, order, count, block, interpret)
   return jax.lax.cond(count <= capacity, few, lambda: reference.dense(x, w.astype(x.dtype)))
 
 
 def refusal(x: Array, w: Array, block: int) -> str | None:
-  """Why the product cannot run on a TPU, with the remedy."""
+  """Returns why the product of `x` and `w` cannot run on a TPU, with the remedy, or `None`."""
   if why := mosaic_tpu.refused_dtypes(x, w):
     return why
   if x.shape[0] > _TOKENS:
-    return f'it is for few tokens, up to {_TOKENS}, not {x.shape[0]}; give them in parts, or multiply dense'
+    return f'it is for few tokens, up to {_TOKENS}, not {x.shape[0]}; split them, or multiply dense'
   if block % (least := 32 // w.dtype.itemsize):
     return f'blocks of {block} rows do not fit its tiles of {w.dtype}; take a multiple of {least}'
   if w.shape[1] % mosaic_tpu.LANES:
-    return f'a weight of shape {w.shape} must have a multiple of {mosaic_tpu.LANES} outputs; fill up with zeros'
+    return f'a weight of shape {w.shape} must have a multiple of {mosaic_tpu.LANES} outputs; pad with zeros'
   together, columns = _tile(w, block)
   held = 2 * together * block * columns * w.dtype.itemsize + 8 * x.size
   if held > mosaic_tpu.TILES or 4 * w.shape[0] // block > mosaic_tpu.SCALARS:
-    return (f'{x.shape[0]} tokens of {x.shape[1]} in blocks of {block} do not fit into the memory of a core; take '
-            'fewer, or smaller blocks')
+    return (f'{x.shape[0]} tokens of {x.shape[1]} in blocks of {block} do not fit into the memory of a core; '
+            'take fewer tokens, or smaller blocks')
   return None
 
 
 def _tile(w: Array, block: int) -> tuple[int, int]:
-  """How many blocks are read at a time, and how many outputs of them."""
+  """Returns how many blocks are read at a time, and how many outputs of each."""
   columns = max(n for n in range(mosaic_tpu.LANES, _OUTPUTS + 1, mosaic_tpu.LANES) if w.shape[1] % n == 0)
   return max(min(_ROWS, w.shape[0]) // block, 1), columns
 
 
 def _product(x: Array, w: Array, order: Array, count: Array, block: int, interpret: Any) -> Array:
   tokens, (blocks, (together, columns)) = x.shape[0], (order.shape[0], _tile(w, block))
-  # What fills up the last step is an active block again, times zeros: what is not active may be NaN.
+  # The last step is padded with an active block times zeros, because rows that are not active may be NaN.
   listed = jnp.arange(blocks) < count
   place = jnp.where(listed, order, order[jnp.maximum(count - 1, 0)])
   taken = jnp.where(listed[:, None], x.reshape(tokens, blocks, block)[:, order], jnp.zeros((), x.dtype))

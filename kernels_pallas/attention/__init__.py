@@ -47,7 +47,7 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   if explain:
     return dispatch.chosen(args, _table(options), options.prefer)
   if implementation is not None:
-    dispatch.named('block_sparse_attention', args, _table(options), implementation)
+    dispatch.runnable('block_sparse_attention', args, _table(options), implementation)
   if 0 in shape or 0 in k.shape or 0 in index.shape:
     return jnp.zeros(shape, q.dtype)
   return _compiled(options, implementation, *dispatch.varying_alike(*args))[:, :options.queries].reshape(shape)
@@ -155,9 +155,9 @@ def _backward(options, implementation, args, dy):
   if implementation == 'dense':
     dense = heads.first(functools.partial(_dense, options))
     return *jax.vjp(lambda *qkv: dense(*qkv, *lists), q, k, v)[1](dy), *none
-  gradients = reference.gradient(*map(heads.merged, (dy, q, k, v)), *heads.lists(len(q), *lists), **options.plain,
-                                 length=options.keys)
-  return *(heads.split(d, a.shape[2]) for d, a in zip(gradients, (q, k, v))), *none
+  gradients = reference.gradients(*map(heads.heads_first, (dy, q, k, v)), *heads.lists(len(q), *lists),
+                                  **options.plain, length=options.keys)
+  return *(heads.heads_last(d, a.shape[2]) for d, a in zip(gradients, (q, k, v))), *none
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,7 +1,7 @@
-"""Block-sparse attention in plain `jnp`, for XLA on any platform: only the listed blocks are computed.
+"""Computes block-sparse attention in plain `jnp`, for XLA on any platform: only the listed blocks are computed.
 
-One block of queries after the other, of all heads, meets the blocks of keys that its index lists. The gradient computes
-the weights again and adds to the blocks of keys where they lie, so that neither way there is anything of Tq x Tk.
+A loop over blocks of queries, of all heads, takes the blocks of keys that the index lists. The gradient computes the
+weights again and adds to the gradients of the listed blocks in place. Neither direction makes an array of Tq x Tk.
 """
 
 import jax
@@ -13,30 +13,30 @@ from sparsejax.types import Array
 
 def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int, causal: bool,
               scale: float, length: int) -> Array:
-  """Attention of `q [heads, Tq, d]` to those blocks of `k`, `v` `[kv_heads, Tk, d]` that `index` lists: as `q` is.
+  """Returns the attention of `q [heads, Tq, d]` to the blocks of `k` and `v` that `index` lists: `[heads, Tq, d]`.
 
-  As the kernels have it: `index` is `int32[heads, Tq / block_q, R]`, of which the first `counts` count. The blocks
-  divide the lengths; keys from `length` on only fill up. `kv_heads` divides `heads`, and neighbouring heads of `q`
-  share one.
+  `k` and `v` are `[kv_heads, Tk, d]`; `kv_heads` divides `heads`, and neighbouring heads of `q` share a head of `k`.
+  `index` is `int32[heads, Tq / block_q, R]`, and the first `counts`, `int32[heads, Tq / block_q]`, blocks of a list are
+  used. The blocks divide the lengths. Keys from `length` on are padding.
   """
   keys, values = _blocks(k, block_k, len(q)), _blocks(v, block_k, len(q))
 
-  def one(args):
+  def block(args):
     i, queries, listed, count = args
     weights = _weights(queries, _at(keys, listed), i, listed, count, block_k, causal, scale, length)
     return jnp.einsum('hqk,hkd->hqd', weights.astype(v.dtype), _at(values, listed),
                       preferred_element_type=jnp.float32).astype(q.dtype)
 
-  found = jax.lax.map(one, _steps(q, index, counts, block_q))
-  return found.transpose(1, 0, 2, 3).reshape(*q.shape[:2], v.shape[2])
+  outputs = jax.lax.map(block, _steps(q, index, counts, block_q))
+  return outputs.transpose(1, 0, 2, 3).reshape(*q.shape[:2], v.shape[2])
 
 
-def gradient(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int,
-             causal: bool, scale: float, length: int) -> tuple[Array, Array, Array]:
-  """The gradients of `q`, `k` and `v`, in their dtypes, for the cotangent `dy` of the result."""
+def gradients(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Array, *, block_q: int, block_k: int,
+              causal: bool, scale: float, length: int) -> tuple[Array, Array, Array]:
+  """Returns the gradients of `q`, `k` and `v`, in their dtypes, for the cotangent `dy` of the result."""
   keys, values = _blocks(k, block_k, len(q)), _blocks(v, block_k, len(q))
 
-  def one(carry, args):
+  def block(carry, args):
     (dk, dv), (i, queries, listed, count, dy) = carry, args
     taken, summed = _at(keys, listed), dict(preferred_element_type=jnp.float32)
     weights = _weights(queries, taken, i, listed, count, block_k, causal, scale, length)
@@ -47,51 +47,54 @@ def gradient(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Arra
     return (add(dk, dscores, queries), add(dv, weights, dy)), dq
 
   dk, dv, *_ = dispatch.varying_alike(*(jnp.zeros(a.shape, jnp.float32) for a in (keys, values)), dy)
-  (dk, dv), dq = jax.lax.scan(one, (dk, dv), (*_steps(q, index, counts, block_q), _split(dy, block_q)))
+  (dk, dv), dq = jax.lax.scan(block, (dk, dv), (*_steps(q, index, counts, block_q), _split(dy, block_q)))
   shared = lambda total, like: total.reshape(len(like), -1, *like.shape[1:]).sum(1).astype(like.dtype)
   return dq.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype), shared(dk, k), shared(dv, v)
 
 
 def _steps(q: Array, index: Array, counts: Array, block_q: int) -> tuple[Array, ...]:
-  """Block of queries by block of queries: its number, the queries of all heads, their lists and how long these are."""
+  """Returns, for each block of queries, its number, the queries of all heads, their lists, and the lists' lengths."""
   return jnp.arange(index.shape[1]), _split(q, block_q), index.transpose(1, 0, 2), counts.T
 
 
 def _split(a: Array, block: int) -> Array:
-  """`[T / block, heads, block, d]`."""
+  """Returns `a [heads, T, d]` in blocks of tokens, `[T / block, heads, block, d]`."""
   return a.reshape(a.shape[0], -1, block, a.shape[2]).transpose(1, 0, 2, 3)
 
 
 def _blocks(a: Array, block: int, heads: int) -> Array:
-  """`[heads, Tk / block, block, d]`, those of one head for all that share it."""
+  """Returns `a [kv_heads, Tk, d]` in blocks of keys, `[heads, Tk / block, block, d]`, repeated for heads that share."""
   return jnp.repeat(a.reshape(a.shape[0], -1, block, a.shape[2]), heads // a.shape[0], 0)
 
 
 def _at(blocks: Array, listed: Array) -> Array:
-  """The listed blocks of each head, one after the other: `[heads, R block, d]`."""
+  """Returns the listed blocks of each head, one after the other: `[heads, R block, d]`."""
   taken = jnp.take_along_axis(blocks, listed[:, :, None, None], 1, mode='clip')
   return taken.reshape(len(blocks), -1, blocks.shape[3])
 
 
 def _added(total: Array, listed: Array, more: Array) -> Array:
-  """`total [heads, Tk / block, block, d]` with `more`, `[heads, R block, d]`, added at the listed blocks."""
+  """Returns `total [heads, Tk / block, block, d]` plus `more`, `[heads, R block, d]`, at the listed blocks."""
   heads = jnp.arange(len(total))[:, None]
   return total.at[heads, listed].add(more.reshape(*listed.shape, *total.shape[2:]), mode='drop')
 
 
 def _weights(queries: Array, keys: Array, i: Array, listed: Array, count: Array, block_k: int, causal: bool,
              scale: float, length: int) -> Array:
-  """What each query of block `i` takes of each listed key: `float32[heads, block_q, R block_k]`."""
+  """Returns the attention weights of each query of block `i`, `float32[heads, block_q, R block_k]`."""
   scores = jnp.einsum('hqd,hkd->hqk', queries, keys, preferred_element_type=jnp.float32) * scale
-  at = (listed[:, :, None] * block_k + jnp.arange(block_k)[None, None]).reshape(len(listed), 1, -1)
-  seen = jnp.repeat(jnp.arange(listed.shape[1])[None] < count[:, None], block_k, 1)[:, None] & (at < length)
+  key = (listed[:, :, None] * block_k + jnp.arange(block_k)[None, None]).reshape(len(listed), 1, -1)
+  seen = jnp.repeat(jnp.arange(listed.shape[1])[None] < count[:, None], block_k, 1)[:, None] & (key < length)
   if causal:
-    seen = seen & (at <= (i * queries.shape[1] + jnp.arange(queries.shape[1]))[None, :, None])
+    seen = seen & (key <= (i * queries.shape[1] + jnp.arange(queries.shape[1]))[None, :, None])
   return softmax(scores, seen)
 
 
 def softmax(scores: Array, seen: Array) -> Array:
-  """Over the last axis, of what is seen; zeros where nothing is."""
+  """Returns the softmax over the last axis of the scores where `seen` is `True`, and zeros elsewhere.
+
+  A row without a `True` is zero.
+  """
   largest = jnp.max(scores, -1, keepdims=True, initial=-jnp.inf, where=seen)
   weights = jnp.exp(jnp.where(seen, scores - jnp.where(largest == -jnp.inf, 0, largest), -jnp.inf))
   total = jnp.sum(weights, -1, keepdims=True)

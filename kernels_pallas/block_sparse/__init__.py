@@ -91,8 +91,8 @@ def _filled(x: Array, length: int) -> Array:
 def _dense(w: BlockSparseArray) -> Array:
   """Returns the dense weight, padded to whole blocks, `[Kb bk, Nb bn]`."""
   (kb, nb), (bk, bn) = w.grid, w.block
-  whole = jnp.zeros((kb, nb, bk, bn), w.dtype).at[w.rows, w.cols].set(w.values, mode='promise_in_bounds')
-  return whole.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
+  blocks = jnp.zeros((kb, nb, bk, bn), w.dtype).at[w.rows, w.cols].set(w.values, mode='promise_in_bounds')
+  return blocks.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
 
 
 def _dense_sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
@@ -120,7 +120,7 @@ def _table(xla: Any, dense: Any, kernel: Callable[[Any], Any]) -> products.Table
 
 
 SAMPLED = _table(reference.sampled, _trained(_dense_sampled), lambda pallas: _trained(pallas.sampled))
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'block_sparse_matmul',
     _table(reference.matmul, lambda x, w: products.dot(x, _dense(w), 1, 0).astype(x.dtype),
            lambda pallas: dispatch.folding(pallas.matmul)),

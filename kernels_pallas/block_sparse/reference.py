@@ -1,12 +1,13 @@
-"""Block-sparse products in plain `jnp`, for XLA on any platform; on CPUs faster than dense.
+"""Computes block-sparse products in plain `jnp`, for XLA on any platform. On CPUs they are faster than dense.
 
-A block column of the product is one dot: the columns of x that it needs, gathered side by side, times its blocks, which
-lie one below the other already. Columns with equally many blocks are one loop, so nothing is padded. Where all that is
-gathered fits the cache, one batched dot for all columns is faster than a loop of dots, and where there are few of them,
-dots without a loop (`benchmarks/kernels.py`).
+A block column of the product is one dot. Its left side is the columns of x that the block column needs, gathered side
+by side. Its right side is the stored blocks of the column, which are stored one below the other already. Columns with
+equally many blocks are one loop, so nothing is padded. Where all gathered columns fit into the cache, one batched dot
+for all block columns is faster than a loop of dots. Where there are few block columns, dots without a loop are faster
+(`benchmarks/kernels.py`).
 
-XLA's CPU client has two libraries for a dot: the faster one takes only those that contract the last axis of the left
-side. It folds transposes into dots, so that what is written as such may arrive as another.
+XLA's CPU client has two libraries for a dot. The faster library takes only dots that contract the last axis of the left
+side. XLA folds transposes into dots, so a dot that contracts the last axis here may reach the library in another form.
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ import numpy as np
 from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
-CACHE = 3 << 20  # bytes gathered, up to which one batched dot is taken
-FEW, FEW_TOKENS = 8, 512  # block columns, and tokens, up to which nothing is looped
-PARTS = 4 << 20  # bytes of parts of dx, of each of FEW * FEW blocks at most, up to which gradients are not looped
+CACHE = 3 << 20  # gathered bytes up to which the product is one batched dot
+FEW, FEW_TOKENS = 8, 512  # block columns and tokens up to which the product has no loop
+PARTS = 4 << 20  # bytes of the parts of dx up to which gradients of at most FEW * FEW blocks have no loop
 
 
 def matmul(x: Array, w: BlockSparseArray) -> Array:
-  """`x [M, Kb bk]` times `w`: `[M, Nb bn]` in x's dtype, summed in float32."""
+  """Returns `x [M, Kb bk]` times `w`, `[M, Nb bn]` in x's dtype, summed in float32."""
   tokens, (length, width), n_columns = x.shape[0], w.block, w.grid[1]
   if w.fan_in is None:
     parts = _dots(_taken(_blocks(x, length), w.rows), w.values, 2, 1)
@@ -39,15 +40,16 @@ def matmul(x: Array, w: BlockSparseArray) -> Array:
     return jnp.concatenate([_dot(_picked(x, row, length), blocks, 1, 0).astype(x.dtype)
                             for row, blocks in _columns(groups)], 1)
   y = jnp.zeros((tokens, n_columns * width), x.dtype)
-  for one in groups:
-    y = _one_by_one(x, y, *one[:3])
+  for values, rows, columns, _ in groups:
+    y = _looped(x, y, values, rows, columns)
   return y
 
 
 def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
-  """`dy` times the transpose of `w`, in x's dtype, and the stored blocks of `x^T dy`, like `w.values`, in one pass.
+  """Returns both gradients: `dy` times the transpose of `w`, and the stored blocks of `x^T dy`.
 
-  `x` is `[M, Kb bk]`, `dy` `[M, Nb bn]`. Blocks that only fill up a row or a column are zero.
+  `x` is `[M, Kb bk]` and `dy` is `[M, Nb bn]`. The first gradient has the shape and dtype of `x`, and the second those
+  of `w.values`. Blocks that are stored only to pad a row or a column are zero.
   """
   cast = dataclasses.replace(w, values=w.values.astype(dy.dtype))
   if w.fan_in is None:
@@ -60,7 +62,7 @@ def gradients(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
 
 
 def _back_blockwise(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
-  """A batched dot of all blocks, where no column is known at trace time."""
+  """Returns both gradients by a batched dot of all blocks, where no column is known at trace time."""
   (bk, bn), kb = w.block, w.grid[0]
   taken = _taken(_blocks(dy, bn), w.cols)
   dx = jax.ops.segment_sum(_dots(taken, w.values, 2, 2), w.rows, kb)
@@ -68,20 +70,20 @@ def _back_blockwise(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Ar
 
 
 def _back_unrolled(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
-  """Two dots for each block column, so that several may run at the same time."""
+  """Returns both gradients by two dots for each block column, several of which may run at the same time."""
   (bk, bn), parts, values = w.block, [], []
   for (row, blocks), part in zip(_columns(_groups(w.values, w.rows, w.fan_in)), jnp.split(dy, w.grid[1], 1)):
     parts.append(_dot(part, blocks, 1, 1))
-    # Behind a barrier, lest XLA turn the dot round instead of what it takes.
+    # The barrier keeps XLA from transposing the dot instead of its operand.
     values.append(_dot(jax.lax.optimization_barrier(_picked(x, row, bk).T), part, 1, 0))
-  parts = jnp.concatenate(parts, 1)  # of dx, of each stored block
+  parts = jnp.concatenate(parts, 1)  # the part of dx from each stored block
   dx = [sum(jax.lax.dynamic_slice_in_dim(parts, place * bk, bk, 1) for place in places)
         for places in jnp.split(w.order, np.cumsum(w.fan_out)[:-1])]
   return jnp.concatenate(dx, 1), jnp.concatenate(values).reshape(-1, bk, bn)
 
 
 def _back_looped(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array]:
-  """Both at once, block column after block column."""
+  """Returns both gradients by a loop over block columns, which computes both in one pass."""
   (bk, bn), kb, tokens = w.block, w.grid[0], x.shape[0]
   inputs = x.T.reshape(kb, bk, tokens)
   dx, parts, slots = jnp.zeros(x.shape, jnp.float32), [], []
@@ -95,63 +97,67 @@ def _back_looped(x: Array, dy: Array, w: BlockSparseArray) -> tuple[Array, Array
         dx = jax.lax.dynamic_update_slice_in_dim(dx, more, row[r] * bk, 1)
       return dx, _dot(_taken(inputs, row).reshape(length, tokens), part, 1, 0)
 
-    dx, found = jax.lax.scan(column, dx, (values, rows, columns))
-    parts.append(found.reshape(-1, bk, bn))
+    dx, blocks = jax.lax.scan(column, dx, (values, rows, columns))
+    parts.append(blocks.reshape(-1, bk, bn))
     slots.append(places)
   return dx, _sorted(parts, slots)
 
 
 def sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
-  """The second of the `gradients`."""
+  """Returns the stored blocks of `x^T dy`, the second of the `gradients`."""
   return gradients(x, dy, w)[1]
 
 
 def trained(blocks: Array, w: BlockSparseArray) -> Array:
-  """`blocks` in the dtype of `w`, zero where one is stored only to fill up its row or column."""
+  """Returns `blocks` in the dtype of `w`, with zeros for the blocks that are stored only to pad a row or a column."""
   if not w.full:
     blocks = jnp.where(w.kept[:, None, None], blocks, jnp.zeros((), blocks.dtype))
   return blocks.astype(w.dtype)
 
 
-def _one_by_one(x: Array, y: Array, values: Array, rows: Array, columns: Array) -> Array:
-  """`y` with these columns filled in."""
+def _looped(x: Array, y: Array, values: Array, rows: Array, columns: Array) -> Array:
+  """Returns `y` with the block columns `columns` computed by a loop of dots."""
   width, length = values.shape[-1], values.shape[1] // rows.shape[1]
 
   def column(y, args):
     w, row, n = args
-    found = _dot(_picked(x, row, length), w, 1, 0).astype(x.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(y, found, n * width, 1), None
+    outputs = _dot(_picked(x, row, length), w, 1, 0).astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(y, outputs, n * width, 1), None
 
   return jax.lax.scan(column, y, (values, rows, columns), unroll=2)[0]
 
 
 def _picked(x: Array, row: Array, length: int) -> Array:
-  """The columns of x in these block rows, side by side."""
+  """Returns the columns of x that meet the block rows `row`, side by side."""
   return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, r * length, length, 1) for r in row], 1)
 
 
 def _at_once(x: Array, groups: Sequence[Any], length: int) -> Array:
-  """A batched dot for all columns with equally many blocks."""
+  """Returns the product by one batched dot for each group of columns with equally many blocks."""
   parts = [_dots(_gathered(x, rows, length), values, 2, 1).astype(x.dtype) for values, rows, *_ in groups]
   y = _sorted(parts, [columns for *_, columns, _ in groups])
   return y.transpose(1, 0, 2).reshape(x.shape[0], -1)
 
 
 def _gathered(x: Array, rows: Array, length: int) -> Array:
-  """What each column needs of x, `[columns, M, number * length]`."""
-  if rows.size <= FEW * FEW:  # as slices, which are copied faster, but are an operation each
+  """Returns the columns of x that each block column needs, `[columns, M, number * length]`."""
+  if rows.size <= FEW * FEW:  # Slices are copied faster than they are gathered, but each is an operation.
     return jnp.concatenate([_picked(x, row, length)[None] for row in rows])
   return _taken(_blocks(x, length), rows).transpose(0, 2, 1, 3).reshape(len(rows), x.shape[0], -1)
 
 
 def _blocks(x: Array, length: int) -> Array:
-  """`[blocks, M, length]`."""
+  """Returns the columns of `x` in blocks of `length`, `[blocks, M, length]`."""
   return x.reshape(x.shape[0], -1, length).transpose(1, 0, 2)
 
 
 def _groups(values: Array, rows: Array, fan: Sequence[int]) -> list[tuple[Array, Array, np.ndarray, np.ndarray]]:
-  """For each number of blocks in a column: its columns' blocks, `[columns, number * length, width]`, their rows,
-  `[columns, number]`, which columns they are, and the places of the blocks among all."""
+  """Returns a group for each number of blocks that a column can have: `(values, rows, columns, places)`.
+
+  `values`, `[columns, number * length, width]`, holds the blocks of the group's columns. `rows`, `[columns, number]`,
+  holds their block rows. `columns` says which columns they are, and `places` where their blocks are among all stored
+  blocks.
+  """
   fan = np.asarray(fan, np.int32)
   first, groups = np.cumsum(fan) - fan, []
   for count in np.unique(fan):
@@ -163,27 +169,27 @@ def _groups(values: Array, rows: Array, fan: Sequence[int]) -> list[tuple[Array,
 
 
 def _columns(groups: Sequence[Any]) -> list[tuple[Array, Array]]:
-  """Of each block column, in their order: its block rows, `[number]`, and its blocks, `[number * length, width]`."""
-  found = {n: (rows[i], values[i]) for values, rows, columns, _ in groups for i, n in enumerate(columns.tolist())}
-  return [found[n] for n in sorted(found)]
+  """Returns, for each block column in order, its block rows, `[number]`, and its blocks, `[number * length, width]`."""
+  by_column = {n: (rows[i], values[i]) for values, rows, columns, _ in groups for i, n in enumerate(columns.tolist())}
+  return [by_column[n] for n in sorted(by_column)]
 
 
 def _at(a: Array, places: np.ndarray) -> Array:
-  """`a[places]`; `a` itself if that is all of it."""
+  """Returns `a[places]`, or `a` itself if `places` counts through `a`."""
   if len(places) == a.shape[0] and (places == np.arange(len(places))).all():
     return a
   return _taken(a, places)
 
 
 def _taken(a: Array, places: Any) -> Array:
-  """`a[places]`, without looking whether they are there."""
+  """Returns `a[places]` without a check of bounds."""
   return a.at[places].get(mode='promise_in_bounds')
 
 
 def _sorted(parts: list[Array], places: list[np.ndarray]) -> Array:
-  """The rows of all parts in the order of their places."""
-  whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-  return _at(whole, np.argsort(np.concatenate(places)))
+  """Returns the rows of all parts, in the order of their places."""
+  rows = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+  return _at(rows, np.argsort(np.concatenate(places)))
 
 
 def _dot(a: Array, b: Array, i: int, j: int) -> Array:
@@ -191,11 +197,11 @@ def _dot(a: Array, b: Array, i: int, j: int) -> Array:
 
 
 def _dots(a: Array, b: Array, i: int, j: int) -> Array:
-  """A dot for each block: axis 0 of both is the block."""
+  """Returns a dot for each block; axis 0 of `a` and of `b` is the block."""
   return _summed(a, b, (((i,), (j,)), ((0,), (0,))))
 
 
 def _summed(a: Array, b: Array, contraction: Any) -> Array:
-  if jax.default_backend() == 'cpu':  # which has no products of two bytes summed in float32 inside of loops
+  if jax.default_backend() == 'cpu':  # In loops, XLA's CPU client cannot sum products of 16-bit numbers in float32.
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   return jax.lax.dot_general(a, b, contraction, preferred_element_type=jnp.float32)

@@ -1,8 +1,11 @@
-"""Block-sparse products on TPUs: one step of the grid for each stored block, its place read from scalar memory.
+"""Computes block-sparse products on TPUs, with one step of the grid for each stored block.
 
-The blocks of an output are neighbours in the walk: they are summed in VMEM, zeroed at the first and stored at the last.
-Two layouts, because a tile's last axis must be a multiple of the 128 lanes: with blocks of such lengths tokens are
-rows; with smaller ones tokens lie along the lanes, x and y are transposed outside, and the matrix unit is not filled.
+The place of a block is read from scalar memory. The blocks of an output follow each other in the grid. Their sum is
+kept in VMEM; it is zeroed at the first block and stored at the last.
+
+There are two layouts, because the last axis of a tile must be a multiple of the 128 lanes. If the lengths of a block
+are such multiples, tokens are the rows of a tile. With smaller blocks, tokens are the lanes: x and y are transposed
+outside of the kernel, and the matrix unit is not filled.
 """
 
 import functools
@@ -17,22 +20,25 @@ from kernels_pallas import mosaic_tpu
 from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
-_TOKENS = 512  # of a tile, at most
+_TOKENS = 512  # at most, of a tile
 
 
 def matmul(x: Array, w: BlockSparseArray, *, interpret: Any = False) -> Array:
-  """`x [M, Kb bk]` times `w`: `[M, Nb bn]` in x's dtype, to which the blocks are cast, summed in float32."""
+  """Returns `x [M, Kb bk]` times `w`, `[M, Nb bn]`, summed in float32. The blocks are cast to x's dtype."""
   steps = (w.rows, w.cols, jnp.arange(w.rows.shape[0], dtype=jnp.int32))
   return _product(x, w, steps, w.grid[1], 0, interpret)
 
 
 def matmul_transposed(dy: Array, w: BlockSparseArray, *, interpret: Any = False) -> Array:
-  """`dy [M, Nb bn]` times the transpose of `w`: `[M, Kb bk]`. The blocks are read in another order, not copied."""
+  """Returns `dy [M, Nb bn]` times the transpose of `w`, `[M, Kb bk]`. Blocks are read in another order, not copied."""
   return _product(dy, w, (w.cols[w.order], w.rows[w.order], w.order), w.grid[0], 1, interpret)
 
 
 def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: Any = False) -> Array:
-  """The stored blocks of `x^T dy`, `x [M, Kb bk]`, `dy [M, Nb bn]`, summed in float32: like `w.values`."""
+  """Returns the stored blocks of `x^T dy`, summed in float32, with the shape and dtype of `w.values`.
+
+  `x` is `[M, Kb bk]`, and `dy` is `[M, Nb bn]`.
+  """
   (bk, bn), nnz, wide = w.block, w.rows.shape[0], _wide(w.block)
   tokens = _tokens(x, w)
   x, dy = (mosaic_tpu.filled(a if wide else a.T, 1 - wide, tokens) for a in (x, dy))
@@ -63,7 +69,7 @@ def sampled(x: Array, dy: Array, w: BlockSparseArray, *, interpret: Any = False)
 
 
 def refusal(x: Array, w: BlockSparseArray) -> str | None:
-  """Why no product of `x` and `w` can run on a TPU, with the remedy."""
+  """Returns why no product of `x` and `w` can run on a TPU, with the remedy, or `None`."""
   if why := mosaic_tpu.refused_dtypes(x, w):
     return why
   if math.gcd(*w.block) % 8:
@@ -72,14 +78,19 @@ def refusal(x: Array, w: BlockSparseArray) -> str | None:
   if fixed + mosaic_tpu.LANES * each > mosaic_tpu.TILES:
     return f'blocks of {w.block} do not fit into the memory of a TPU core; pack with block=(512, 512) or smaller'
   if 12 * (nnz := w.rows.shape[0]) > mosaic_tpu.SCALARS:
-    return (f'the places of its {nnz} blocks do not fit into scalar memory, {mosaic_tpu.SCALARS // 12} do; pack with '
-            f'larger blocks than {w.block}, or split the weight along its outputs')
+    return (f'the places of its {nnz} blocks do not fit into scalar memory, which holds {mosaic_tpu.SCALARS // 12}; '
+            f'pack with larger blocks than {w.block}, or split the weight along its outputs')
   return None
 
 
 def _product(x: Array, w: BlockSparseArray, steps: tuple[Array, Array, Array], n_blocks: int, contracted: int,
              interpret: Any) -> Array:
-  """`steps` is, for each block, which block of `x` it meets, which of the result it adds to, in order, and its own."""
+  """Returns the product as a walk over the stored blocks.
+
+  `steps` is `(source, target, block)`, each with an entry for each step. `block` is the index of a stored block in
+  `w.values`. `source` is the block column of `x` that is multiplied by the block, and `target` is the block column of
+  the result, in increasing order. `contracted` is the axis of a block that is contracted.
+  """
   wide, nnz = _wide(w.block), w.rows.shape[0]
   length, width = w.block[contracted], w.block[1 - contracted]
   tokens, count = _tokens(x, w), x.shape[0]
@@ -103,9 +114,9 @@ def _product(x: Array, w: BlockSparseArray, steps: tuple[Array, Array, Array], n
 
 def _kernel(source, target, block, x_ref, w_ref, y_ref, sum_ref, *, wide: bool, contracted: int, nnz: int):
   i = pl.program_id(1)
-  here = target[i]
+  output = target[i]
 
-  @pl.when((i == 0) | (target[jnp.maximum(i - 1, 0)] != here))
+  @pl.when((i == 0) | (target[jnp.maximum(i - 1, 0)] != output))
   def zero():
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -113,13 +124,13 @@ def _kernel(source, target, block, x_ref, w_ref, y_ref, sum_ref, *, wide: bool, 
   w = w_ref[...].astype(x.dtype)
   sum_ref[...] += mosaic_tpu.dot(x, w, 1, contracted) if wide else mosaic_tpu.dot(w, x, contracted, 0)
 
-  @pl.when((i == nnz - 1) | (target[jnp.minimum(i + 1, nnz - 1)] != here))
+  @pl.when((i == nnz - 1) | (target[jnp.minimum(i + 1, nnz - 1)] != output))
   def store():
     y_ref[...] = sum_ref[...].astype(y_ref.dtype)
 
 
 def _wide(block: tuple[int, int]) -> bool:
-  """Whether tokens are the rows of a tile and not its lanes."""
+  """Returns whether tokens are the rows of a tile, and not its lanes."""
   return math.gcd(*block) % mosaic_tpu.LANES == 0
 
 
@@ -128,17 +139,20 @@ def _shape(wide: bool, tokens: int, length: int) -> tuple[int, int]:
 
 
 def _strip(wide: bool, tokens: int, length: int, place: Any) -> pl.BlockSpec:
-  """A tile of tokens and one block of x or y, at `place(*grid, *scalars)`, whatever the layout."""
-  return pl.BlockSpec(_shape(wide, tokens, length), lambda *at: place(*at)[::1 if wide else -1])
+  """Returns the specification of a tile of tokens and one block of x or y, at `place(*grid, *scalars)`."""
+  return pl.BlockSpec(_shape(wide, tokens, length), lambda *indices: place(*indices)[::1 if wide else -1])
 
 
 def _tokens(x: Array, w: BlockSparseArray) -> int:
-  """How many tokens a tile has."""
+  """Returns how many tokens a tile has."""
   fixed, each = _bytes(w.block, max(x.dtype.itemsize, w.dtype.itemsize))
   multiple = mosaic_tpu.SUBLANES if _wide(w.block) else mosaic_tpu.LANES
   return mosaic_tpu.tile(x.shape[0], min(_TOKENS, (mosaic_tpu.TILES - fixed) // each), multiple)
 
 
 def _bytes(block: tuple[int, int], itemsize: int) -> tuple[int, int]:
-  """What a step holds in VMEM whatever the tokens, and for each token. What goes in and out is there twice."""
+  """Returns the bytes of VMEM of a step that do not depend on the tokens, and the bytes for each token.
+
+  Inputs and outputs are counted twice, because they are double-buffered.
+  """
   return math.prod(block) * (8 + 2 * itemsize), sum(block) * (2 * itemsize + 8)

@@ -90,11 +90,11 @@ def _none_for_hopper(x: Array, w: NMArray) -> str:
           f'{f" in vectors of {w.width}" if w.width > 1 else ""}; prune to 2:4, or leave it to XLA')
 
 
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'nm_matmul',
     {'xla': Implementation(reference.matmul),
-     'dense': Implementation(lambda x, w: products.dot(x, n_m.merged(w), 1, 0).astype(x.dtype)),
+     'dense': Implementation(lambda x, w: products.dot(x, n_m.to_merged(w), 1, 0).astype(x.dtype)),
      'mosaic_gpu': Implementation(reference.matmul, _none_for_hopper), 'mosaic_tpu': _kernel('tpu')},
     {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
      'dense': Implementation(products.both(
-         lambda dy, w: products.dot(dy, n_m.merged(w), 1, 1).astype(dy.dtype), reference.sampled_by_slab))}, prefer)
+         lambda dy, w: products.dot(dy, n_m.to_merged(w), 1, 1).astype(dy.dtype), reference.sampled_by_slab))}, prefer)

@@ -53,7 +53,7 @@ def _load() -> Any:
   return importlib.import_module('kernels_pallas.sparse24.gpu')
 
 
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'sparse24_matmul',
     {'xla': Implementation(reference.matmul),
      'mosaic_gpu': Implementation(lambda x, w: _load().matmul(x, w), lambda x, w: _load().refusal(x, w))},

@@ -68,7 +68,7 @@ def _matrix(w: CSCArray) -> Array:
   return empty.at[w.rows, w.cols].set(w.values, mode='promise_in_bounds')
 
 
-PRODUCT = products.Product(
+PRODUCT = products.TrainableProduct(
     'unstructured_matmul',
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, _matrix(w), 1, 0).astype(x.dtype))},

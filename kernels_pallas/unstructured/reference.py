@@ -1,7 +1,7 @@
-"""Products with zeros anywhere in XLA: by the sparse routine of its CPU client, through `jax.experimental.sparse`.
+"""Computes products with zeros anywhere by the sparse routine of XLA's CPU client, through `jax.experimental.sparse`.
 
-That routine multiplies compressed rows by a dense matrix, `W^T x^T` here, in float32. It reads a row of `x^T` for each
-value, so it needs tokens to be worth it: one takes longer than eight.
+The routine multiplies compressed rows by a dense matrix in float32; here it computes `W^T x^T`. The routine reads a row
+of `x^T` for each value, so it pays only with several tokens: a single token takes longer than eight.
 """
 
 import jax
@@ -14,39 +14,45 @@ from sparsejax.types import Array
 
 
 def matmul(x: Array, w: CSCArray) -> Array:
-  """`x [M, K]` times `w [K, N]`: `[M, N]` in x's dtype, summed in float32."""
+  """Returns `x [M, K]` times `w [K, N]`, `[M, N]` in x's dtype, summed in float32."""
   return _rows_times(x, w.values, w.rows, w.starts)
 
 
 def matmul_transposed(dy: Array, w: CSCArray) -> Array:
-  """`dy [M, N]` times the transpose of `w`: `[M, K]` in dy's dtype, summed in float32."""
+  """Returns `dy [M, N]` times the transpose of `w`, `[M, K]` in dy's dtype, summed in float32."""
   by_row = lambda a: a.at[w.order].get(mode='promise_in_bounds')
   return _rows_times(dy, by_row(w.values), by_row(w.cols), w.row_starts)
 
 
 def sampled(x: Array, dy: Array, w: CSCArray) -> Array:
-  """What `x^T dy` has where `w` stores values, like these. The dense product is made: on CPUs nothing is faster."""
-  whole = products.dot(dy, x, 0, 0).reshape(-1)  # transposed, so that it is read in the order in which it lies
-  return whole.at[w.cols * x.shape[1] + w.rows].get(mode='promise_in_bounds').astype(w.dtype)
+  """Returns `x^T dy`, sampled at the stored positions, with the shape of `w.values`.
+
+  The dense gradient is computed on the way: on CPUs nothing is faster.
+  """
+  dense = products.dot(dy, x, 0, 0).reshape(-1)  # transposed, so that values are read in the order of memory
+  return dense.at[w.cols * x.shape[1] + w.rows].get(mode='promise_in_bounds').astype(w.dtype)
 
 
-_LEAST = 8  # tokens
-_SLAB, _SLABS = 8 << 20, 8  # bytes of x that are multiplied at a time, because they stay in the cache; parts at most
+_LEAST = 8  # tokens to which fewer tokens are padded
+_SLAB, _SLABS = 8 << 20, 8  # bytes of a slab of x, which stays in the cache, and the most slabs
 
 
 @jax.custom_batching.custom_vmap
 def _rows_times(x: Array, values: Array, indices: Array, starts: Array) -> Array:
-  """`x [M, K]` times the transpose of the compressed rows `[N, K]`."""
+  """Returns `x [M, K]` times the transpose of the compressed rows, `[N, K]`: `[M, N]` in x's dtype."""
   rows = sparse.BCSR((values.astype(jnp.float32), indices, starts), shape=(len(starts) - 1, x.shape[1]))
   filled = jnp.pad(x, ((0, max(_LEAST - x.shape[0], 0)), (0, 0))).astype(jnp.float32)
   slabs = jnp.array_split(filled, min(-(-filled.nbytes // _SLAB), _SLABS))
   y = jnp.concatenate([(rows @ slab.T).T for slab in slabs])[:x.shape[0]].astype(x.dtype)
-  return dispatch.varying_alike(y, x, values)[0]  # within `shard_map` the routine forgets it
+  return dispatch.varying_alike(y, x, values)[0]  # Within `shard_map`, the routine does not mark its result.
 
 
 @_rows_times.def_vmap
 def _batched(size, batched, x, *arrays):
-  """More tokens, where only `x` is batched; else one after the other: the routine knows no batches."""
+  """Returns the batched product, and that it is batched: the sparse routine itself has no batches.
+
+  If only `x` is batched, its examples are more tokens. Otherwise the examples run one after the other.
+  """
   if batched[0] and not any(batched[1:]):
     return _rows_times(x.reshape(size * x.shape[1], -1), *arrays).reshape(size, x.shape[1], -1), True
   take = lambda i: [a[i] if b else a for a, b in zip((x, *arrays), batched)]

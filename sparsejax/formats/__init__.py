@@ -80,14 +80,14 @@ def _format_and_pattern(asked: Any) -> tuple[type[PackedArray], Pattern]:
   format_ = TABLE.get(asked) if isinstance(asked, str) else None
   if format_ and format_.default_pattern is not None:
     return format_, format_.default_pattern
-  named = [kind for kind, each in TABLE.items() if each.default_pattern is not None]
-  spelled = [example for each in patterns.TABLE.values() if fitting(patterns.parse(each.examples[0]))
-             for example in each.examples]
   formats = []
   with contextlib.suppress(ValueError):  # A string may spell no pattern.
     formats = fitting(pattern := patterns.parse(asked))
   if formats:
     return formats[0], pattern
+  named = [kind for kind, each in TABLE.items() if each.default_pattern is not None]
+  spelled = [example for each in patterns.TABLE.values() if fitting(patterns.parse(each.examples[0]))
+             for example in each.examples]
   raise errors.unknown('pack', 'pattern', asked, [*spelled, *named])
 
 

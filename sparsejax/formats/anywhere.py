@@ -145,7 +145,7 @@ def _spread(values: Array, mask: Array, size: int) -> Array:
   below = mask[:, None] & ((jnp.uint8(1) << shifts) - jnp.uint8(1))
   slots = (jnp.cumsum(ones) - ones)[:, None] + jax.lax.population_count(below).astype(jnp.int32)
   stored = ((mask[:, None] >> shifts) & 1).astype(bool).reshape(-1)[:size]
-  return neighbours.filled(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
+  return neighbours.expanded(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
 
 
 @jax.jit
@@ -180,7 +180,7 @@ def _put(entries: tuple[Array, ...], code: Array, size: int) -> Array:
   if not values.size:
     return base
   stored = gaps.stored(code, size)
-  return neighbours.filled(values, jnp.cumsum(stored, dtype=jnp.int32) - 1, stored, base)
+  return neighbours.expanded(values, jnp.cumsum(stored, dtype=jnp.int32) - 1, stored, base)
 
 
 @jax.jit

@@ -255,7 +255,7 @@ def _in_place(rows: Array, value_axes: tuple[list[int], int, list[int]], lengths
   return jnp.transpose(rows.reshape(*rows.shape[:-1], *lengths), np.argsort([*front, contraction, *outputs]))
 
 
-def merged(packed: NMArray) -> Array:
+def to_merged(packed: NMArray) -> Array:
   """Returns the dense array with its contracted axes still merged, `[..., K, ...]`."""
   axis = packed.values.ndim + packed.axis + 1
   values, positions = (neighbours.split(a, packed.n, axis - 1) for a in (packed.values, packed.positions()))
@@ -264,7 +264,7 @@ def merged(packed: NMArray) -> Array:
 
 @jax.jit
 def _dense(packed: NMArray) -> Array:
-  return neighbours.unmerged(merged(packed), tuple(a + packed.ndim for a in packed.axes), packed.sizes)
+  return neighbours.unmerged(to_merged(packed), tuple(a + packed.ndim for a in packed.axes), packed.sizes)
 
 
 def _problem(packed: NMArray) -> str | None:

@@ -1,7 +1,7 @@
-"""Tells which parameter feeds which contraction, along which axes: read from the program, for any JAX function.
+"""Tells which parameter feeds which contraction, along which axes, for any JAX function.
 
-`contractions` traces a function abstractly and lets `views` flow through it, through `jit`, `scan`, `while`, `cond`,
-`remat`, `shard_map` and custom derivatives. At each contraction the axes and the number of multiply-adds are read off.
+`contractions` traces a function and lets `views` flow through its program, through `jit`, `scan`, `while`, `cond`,
+`remat`, `shard_map` and custom derivatives. Each contraction gives the axes and the number of multiply-adds.
 
     axes = contractions(model.apply, variables, x)
     axes['params/Dense_0/kernel']          # Axes(contracted=(0,), output=(1,), ..., source='traced')
@@ -19,18 +19,19 @@ import jax.numpy as jnp
 
 from sparsejax import errors, tables
 from sparsejax.programs import factors, jaxprs, views
-from sparsejax.programs.follow import Here, Rules, follow
-from sparsejax.programs.jaxprs import Address, Product, Program
+from sparsejax.programs.follow import FactRules, Position, follow
+from sparsejax.programs.jaxprs import Address, Contraction
+from sparsejax.programs.tracing import Program, trace
 from sparsejax.programs.views import CONSTANT, DATA, JOINED, PARAMETER, Value, View
 from sparsejax.types import Axes, PyTree
 
 
 class Use(NamedTuple):
-  """One parameter in one contraction.
+  """A `Use` is one parameter in one contraction.
 
-  `axes` is `None` where the contraction has no axes for the parameter, and `problem` says why. `data` tells whether the
-  other operand depends on the inputs. `place` is the line of code, `address` the operation, `operand` the number of the
-  operand, and `view` how this operand shows the parameter.
+  `axes` are those of the parameter, or `None` if the contraction gives it none; then `problem` says why. `data` tells
+  whether the other operand depends on the inputs. `place` is the place in the code, and `address` that in the program.
+  `operand` is the number of the operand that shows the parameter, and `view` says how.
   """
 
   axes: Axes | None
@@ -47,10 +48,10 @@ class Contractions(Mapping[str, Axes]):
   """Maps the path of each parameter that a program contracts to its `Axes`, in the order of first use.
 
   `contractions[path]` raises `ValueError` if the program contracts the parameter along different axes in different
-  places, or contracts a part of an axis; `ambiguous` has the paths of these parameters, with the reason.
+  places, or contracts a part of an axis. `ambiguous` maps the paths of these parameters to the reason.
 
   `shapes`: the shapes of the parameters in the mapping.
-  `uses`: the contractions of each parameter, in the order of the program. The branches of a `cond` all count.
+  `uses`: the contractions of each parameter, in the order of the program, in all branches of a `cond`.
   `macs`: multiply-adds of one call, batch and scan length included, in the contractions of each parameter. A
   contraction that two parameters share (`W + A @ B`) counts for both.
   `other_macs`: multiply-adds in contractions of no parameter, such as attention scores.
@@ -111,7 +112,7 @@ class Contractions(Mapping[str, Axes]):
 def contractions(apply: Callable[..., Any], params: PyTree, *inputs: Any, **kwargs: Any) -> Contractions:
   """Returns the contractions of the program `apply(params, *inputs, **kwargs)`, without running it.
 
-  Leaves of `params` and of the inputs may be arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are looked at.
+  Leaves of `params` and of the inputs may be arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are read.
   All other leaves (`train=False`, a string, an activation function) are passed to `apply` as they are. Close over an
   array that must be concrete, with a `lambda` or a `functools.partial`. Masks and noise scales that multiply a weight
   belong in `params`, or are closed over: a weight times an input is data. Typed PRNG keys are no data.
@@ -120,13 +121,13 @@ def contractions(apply: Callable[..., Any], params: PyTree, *inputs: Any, **kwar
       contractions(lambda s, x: nnx.merge(graphdef, s)(x), state, x)             # NNX
       contractions(lambda m, x: eqx.combine(m, static)(x), arrays, x)            # Equinox
 
-  Where a parameter meets data, the contractions with data decide its axes, so that a spectral norm or a penalty on `W`
-  does not count; otherwise the contractions with other parameters decide (`A @ B`). An axis of independent copies is in
-  `layer` when the program shows that it is: a scan, a batch dimension, a picked index. An ensemble of which every member
-  reads the same input is one wide matrix; the ensemble's axis is then in `output`. Counts include code whose result is
-  not used. `apply` is the forward pass: a gradient contracts each weight along its outputs too.
+  If a parameter is contracted with data, these contractions decide its axes; a spectral norm or a penalty on `W` does
+  not count. Otherwise its contractions with other parameters decide (`A @ B`). An axis of independent copies is in
+  `layer` when the program shows that the copies are independent: a scan, a batch dimension, a picked index. An ensemble
+  whose members all read the same input is one wide matrix; the ensemble's axis is then in `output`. Counts include code
+  whose result is not used. `apply` is the forward pass: a gradient contracts each weight along its outputs too.
   """
-  return read(jaxprs.trace(apply, (params, *inputs), kwargs))
+  return read(trace(apply, (params, *inputs), kwargs))
 
 
 def read(program: Program) -> Contractions:
@@ -145,13 +146,13 @@ def _argument(path: str | None, aval: Any) -> Value:
 
 
 def _typed(value: Value, aval: Any) -> Value:
-  """Ends the views of what is `bool`: a mask is no weight."""
+  """Returns the value without views if its dtype is `bool`: a mask is no weight."""
   return Value(value.kind) if getattr(aval, 'dtype', None) == jnp.bool_ else value
 
 
 @dataclasses.dataclass
 class ContractionNotes:
-  """What was noted of one part of a program; the fields have the meaning of those of `Contractions`."""
+  """`ContractionNotes` hold what was read in one part of a program, in fields like those of `Contractions`."""
 
   uses: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
   macs: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -163,7 +164,7 @@ class ContractionNotes:
   unread: list[str] = dataclasses.field(default_factory=list)
 
   def add(self, part: 'ContractionNotes', times: int) -> None:
-    """Takes over the notes of a part of the program whose multiply-adds count `times` times."""
+    """Adds the notes of a part of the program whose multiply-adds count `times` times."""
     for path, uses in part.uses.items():
       self.uses.setdefault(path, []).extend(uses)
     for path, macs in part.macs.items():
@@ -203,10 +204,10 @@ def _settled(uses: list[Use], shape: tuple[int, ...]) -> Axes | str:
   return uses[0].axes
 
 
-def _operation(eqn: Any, values: list[Value], here: Here) -> list[Value]:
-  product = jaxprs.product(eqn)
-  if product is not None:
-    return _contracted(eqn, product, values, here)
+def _operation(eqn: Any, values: list[Value], here: Position) -> list[Value]:
+  contraction = jaxprs.contraction(eqn)
+  if contraction is not None:
+    return _contracted(eqn, contraction, values, here)
   if _hides_a_contraction(eqn):
     weights = dict.fromkeys(view.path for value in values for view in value.views)
     here.notes.unread.append(jaxprs.place(eqn) + (f' with {errors.some(weights)}' if weights else ''))
@@ -221,9 +222,10 @@ def _operation(eqn: Any, values: list[Value], here: Here) -> list[Value]:
 
 
 def _hides_a_contraction(eqn: Any) -> bool:
-  """Returns whether there could be a contraction inside of an operation that cannot be read.
+  """Returns whether an operation that cannot be read could contract.
 
-  JAX's own operations without programs hide none, nor does an operation with at most one array to multiply.
+  JAX's own operations do not contract inside, unless they contain a program that does. An operation on at most one
+  array cannot contract.
   """
   if any(map(_contracts, jaxprs.hidden(eqn))):
     return True
@@ -232,11 +234,11 @@ def _hides_a_contraction(eqn: Any) -> bool:
 
 
 def _contracts(program: Any) -> bool:
-  return any(eqn.primitive.name in jaxprs.PRODUCTS or any(map(_contracts, jaxprs.hidden(eqn)))
+  return any(eqn.primitive.name in jaxprs.CONTRACTIONS or any(map(_contracts, jaxprs.hidden(eqn)))
              for eqn in jaxprs.opened(program).eqns)
 
 
-def _ended(eqn: Any, values: list[Value], results: list[Value], here: Here) -> None:
+def _ended(eqn: Any, values: list[Value], results: list[Value], here: Position) -> None:
   """Notes the first operation that took a parameter in and whose results do not show the parameter."""
   alive = {view.path for value in results for view in value.views}
   for value in values:
@@ -246,7 +248,7 @@ def _ended(eqn: Any, values: list[Value], results: list[Value], here: Here) -> N
 
 
 def _merged(notes: ContractionNotes, parts: list[ContractionNotes], eqn: Any, times: int | None) -> None:
-  """Takes over the uses of all branches, and the multiply-adds of the branch with most of them."""
+  """Adds the uses of all branches, and the multiply-adds of the branch that has the most."""
   most = max(parts, key=lambda part: part.total)
   for part in parts:
     counted = part if part is most else dataclasses.replace(part, macs={}, other=0, total=0)
@@ -256,34 +258,34 @@ def _merged(notes: ContractionNotes, parts: list[ContractionNotes], eqn: Any, ti
 
 
 LOOKUPS = {'gather', 'dynamic_slice'}
-RULES = Rules(_operation, views.joined, Value(), views.repeated, views.sliced, views.stacked, views.resized,
-              ContractionNotes, _merged, _ended)
+RULES = FactRules(_operation, views.joined, Value(), views.repeated, views.sliced, views.stacked, views.resized,
+                  ContractionNotes, _merged, _ended)
 
 
 # Contractions.
 
 
-def _contracted(eqn: Any, product: Product, values: list[Value], here: Here) -> list[Value]:
-  """Notes the parameters among the two operands. The product of two parameters is a parameter (`A @ B`)."""
+def _contracted(eqn: Any, contraction: Contraction, values: list[Value], here: Position) -> list[Value]:
+  """Notes the parameters among both operands. The product of two parameters is a parameter (`A @ B`)."""
   kinds = {value.kind for value in values[:2]}
   shares: dict[str, Fraction] = {}
-  for operand, (value, roles) in enumerate(zip(values, product.roles)):
+  for operand, (value, roles) in enumerate(zip(values, contraction.roles)):
     for view in value.views:
       if roles is not None and _covers(view, roles):
-        use = Use(*_axes(_without_groups(view, roles, product.groups), roles), DATA in kinds, jaxprs.place(eqn),
+        use = Use(*_axes(_without_groups(view, roles, contraction.groups), roles), DATA in kinds, jaxprs.place(eqn),
                   here.address, operand, view)
         here.notes.uses.setdefault(view.path, []).append(use)
         shares[view.path] = max(shares.get(view.path, Fraction(0)), view.share)
   for path, share in shares.items():
-    here.notes.macs[path] = here.notes.macs.get(path, 0) + int(product.macs * share)
-  here.notes.total += product.macs
-  here.notes.other += 0 if shares else product.macs
+    here.notes.macs[path] = here.notes.macs.get(path, 0) + int(contraction.macs * share)
+  here.notes.total += contraction.macs
+  here.notes.other += 0 if shares else contraction.macs
   kind = kinds.pop() if len(kinds) == 1 else DATA  # A parameter times a constant is already an activation.
   return [Value(kind) for _ in eqn.outvars]
 
 
 def _covers(view: View, roles: Sequence[str]) -> bool:
-  """Returns whether an operand is the parameter, and not a scale broadcast along the dimensions, nor a bias row."""
+  """Returns whether the operand is the parameter, rather than a broadcast scale or a bias row made of it."""
   known = all(role in ('layer', 'spatial') or n == 1 or factors.over(dim)
               for dim, n, role in zip(view.dims, factors.shape_of(view.dims), roles))
   return known and any(role == 'contracted' and set(factors.over(dim)) - {JOINED}
@@ -291,9 +293,9 @@ def _covers(view: View, roles: Sequence[str]) -> bool:
 
 
 def _axes(view: View, roles: Sequence[str]) -> tuple[Axes | None, str]:
-  """Returns the axes of a parameter in one contraction, or `None` and why there are none.
+  """Returns the axes of a parameter in one contraction and '', or `None` and the reason.
 
-  All parts of an axis must have the same role, except that rows and taps may also be picked from.
+  All parts of an axis must have the same role. An output or spatial axis may also have a part that was picked.
   """
   parts: dict[int, dict[str, None]] = {axis: {'layer': None} for axis in view.gone}
   for dim, role in zip(view.dims, roles):
@@ -311,7 +313,7 @@ def _axes(view: View, roles: Sequence[str]) -> tuple[Axes | None, str]:
 
 
 def _without_groups(view: View, roles: Sequence[str], groups: int) -> View:
-  """Removes copies that were merged into the output dimension: a `vmap` over kernels becomes feature groups."""
+  """Returns the view without the copies in its output dimension: a `vmap` over kernels becomes feature groups."""
   dims, gone, i = list(view.dims), set(view.gone), roles.index('output') if 'output' in roles else 0
   while groups > 1 and len(dims[i]) > 1 and groups % dims[i][0].size == 0:
     groups //= dims[i][0].size

@@ -1,57 +1,33 @@
-"""Runs a program operation by operation, with the caller's rules for some of the values and operations.
+"""Runs a program operation by operation, with a caller's rules for some of the values and operations.
 
-`evaluate` runs a program to its end. A `Walk` stops at the sites that a rule asks for, and goes on with an answer; it
-can be copied at a site, so that a caller may return there. A value is dropped after its last use.
+`evaluate` runs a program to its end. A `Walk` stops at the sites that a rule chooses, and goes on with an answer. A
+walk can be copied at a site, so that a caller may return there. A value is dropped after its last use.
 
-    rules = Rules(lambda eqn, values, here: [-values[0]] if eqn.primitive.name == 'sin' else None)
+    rules = ValueRules(lambda eqn, values, here: [-values[0]] if eqn.primitive.name == 'sin' else None)
     evaluate(program, [x], rules)          # the program with `-x` for each `sin(x)`
 
-Loops, branches, `remat` and functions with derivatives of their own are either *kept* as what they are, with their
-bodies evaluated inside (`KEPT`), or *walked*: their bodies run here, round by round, on concrete values (`WALKED`).
+The rules choose for each structure whether the structure is kept or walked (`structures`). Under `jit`, keep all.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
+from sparsejax import errors
 from sparsejax.programs import jaxprs
 from sparsejax.programs.jaxprs import Address
+from sparsejax.programs.structures import KEPT, WALKED, Enter, Inside, Outcome, Stop
 from sparsejax.types import Array
 
 
-class Enter(NamedTuple):
-  """Asks a walk to run the inner program `number` of an operation; `then(results)` goes on.
+class Operation(NamedTuple):
+  """An `Operation` holds the address of an operation, and its computation.
 
-  `then` returns the results of the operation, or another `Enter`. `step` is the round of a loop, `None` outside of one.
-  """
-
-  program: Any
-  arguments: list[Any]
-  then: Callable[[list[Any]], 'Outcome']
-  number: int = 0
-  step: int | None = None
-
-
-class Stop(NamedTuple):
-  """Asks a walk to stop at `site`, whatever that is to the caller; `resume(answer)` goes on like `Enter.then`."""
-
-  site: Any
-  resume: Callable[[Any], 'Outcome']
-
-
-Outcome = list[Any] | Enter | Stop
-
-
-class Here(NamedTuple):
-  """Where an operation is: its address, the rounds of the walked loops around it, and `dense`, its own computation.
-
-  `dense(values)` returns the results of the operation for arrays.
+  `steps` are the rounds of the walked loops around the operation, outermost first. `dense(arrays)` returns the results
+  of the operation without the caller's rules.
   """
 
   address: Address
@@ -59,45 +35,49 @@ class Here(NamedTuple):
   dense: Callable[[list[Any]], list[Any]]
 
 
+CALLS = {'jit', 'pjit', 'closed_call', 'core_call'}
+
+
 def _unwrapped(eqn: Any, value: Any, why: str) -> Any:
   return value
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-  """The caller's rules.
+class ValueRules:
+  """`ValueRules` hold what a caller of `evaluate` does with values, of which some may be stand-ins for arrays.
 
-  `operation(eqn, values, here)` returns the results of an operation, a `Stop`, an `Enter`, or `None` for no rule.
-  `concerns(eqn, values, address)` tells whether an operation is the caller's concern. All others, and the programs
-  inside of them, run as they are; their values hold no stand-in.
-  `dense(eqn, value, why)` returns the array behind a value that no rule took, which may be a stand-in for it.
-  `keeps(eqn)` tells whether an operation of `KEPT` is kept; otherwise it is walked.
-  `unstacked(value)` takes a stack apart for a kept scan: it returns the arrays to slice, and the function that makes a
-  value of the slices; or why that is impossible.
+  `operation(eqn, values, here)` returns the results of an operation, a `Stop`, an `Enter`, or `None` if it has no rule.
+  Without a rule, a structure is kept or walked, and every other operation gets dense values.
+  `concerns(eqn, values, address)` returns whether an operation, or a program inside of it, is the caller's concern. All
+  others run as they are; they may have no stand-in among their values.
+  `dense(eqn, value, why)` returns the array behind a value. `why` is the reason why a stand-in does not suffice.
+  `keeps(eqn)` returns whether a structure is kept; otherwise it is walked.
+  `unstacked(value)` takes a stack apart for a scan that is kept. The function returns the arrays to slice, and a
+  function that makes a value of the slices. If that is impossible, it returns the reason as a text.
   """
 
-  operation: Callable[[Any, list[Any], Here], Outcome | None]
+  operation: Callable[[Any, list[Any], Operation], Outcome | None]
   concerns: Callable[[Any, list[Any], Address], bool] = lambda eqn, values, address: True
   dense: Callable[[Any, Any, str], Any] = _unwrapped
   keeps: Callable[[Any], bool] = lambda eqn: True
   unstacked: Callable[[Any], tuple[Any, Callable[[Any], Any]] | str] = lambda value: (value, lambda slices: slices)
 
 
-def evaluate(program: Any, values: Sequence[Any], rules: Rules, address: Address = ()) -> list[Any]:
-  """Returns the results of a program on `values`, in which rules may give stand-ins for arrays.
+def evaluate(program: Any, values: Sequence[Any], rules: ValueRules, address: Address = ()) -> list[Any]:
+  """Returns the results of a program on `values`, of which some may be stand-ins.
 
-  Raises `ValueError` if a rule stops: only a `Walk` can, in the loops that it does not keep.
+  Raises `ValueError` if a rule stops. Only a `Walk` can stop, and only inside of structures that are walked.
   """
   walk = Walk(program, values, rules, address)
   if walk.stopped:
     raise ValueError(f'evaluate: a rule stops at {walk.site}, in a program that runs to its end; walk the loop around '
-                     'the site, with Rules(keeps=...).')
+                     'the site, with ValueRules(keeps=...).')
   return walk.results
 
 
 @dataclasses.dataclass
 class _Frame:
-  """A program that is being run: the values that are still needed, and which operation is next."""
+  """A `_Frame` holds a program that is being run: the values that are still needed, and the next operation."""
 
   jaxpr: Any
   values: dict[Any, Any]
@@ -114,7 +94,7 @@ class _Frame:
     self.values.update((v, value) for v, value in zip(variables, values) if v in needed)
 
   def take(self, variables: Sequence[Any]) -> list[Any]:
-    """Returns the operands of the next operation, and drops those that no later operation needs."""
+    """Returns the operands of the next operation, and drops the operands that no later operation needs."""
     values, last = [self.read(v) for v in variables], _last_uses(self.jaxpr)
     for v in variables:
       if not isinstance(v, core.Literal) and last[v] == self.next:
@@ -122,21 +102,24 @@ class _Frame:
     return values
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
-  """Returns the number of the last operation that reads each variable, or how many there are for a result."""
+  """Maps each variable that is read to the number of the last operation that reads it.
+
+  A result of the program maps to the number of operations.
+  """
   uses = [*enumerate(eqn.invars for eqn in jaxpr.eqns), (len(jaxpr.eqns), jaxpr.outvars)]
   return {v: i for i, variables in uses for v in variables if not isinstance(v, core.Literal)}
 
 
 class Walk:
-  """A program on its way: it stops at each site, and goes on with the answer.
+  """A `Walk` runs a program up to the next site, and goes on with the answer.
 
-  `stopped` tells whether the walk waits for an answer, `site` is what the rule put into `Stop.site`, and `results` are
-  those of the program once the walk has come to its end, `None` before.
+  `stopped` tells whether the walk waits for an answer, and `site` is the object of the rule that stopped it. `results`
+  are those of the program after the end of the walk, and `None` before.
   """
 
-  def __init__(self, program: Any, values: Sequence[Any], rules: Rules, address: Address = ()):
+  def __init__(self, program: Any, values: Sequence[Any], rules: ValueRules, address: Address = ()):
     self.rules, self.results, self._stop = rules, None, None
     self._frames: list[_Frame] = []
     self._go(Enter(program, list(values), lambda results: results), address)
@@ -150,21 +133,21 @@ class Walk:
     return self._stop.site if self._stop else None
 
   def answer(self, value: Any = None) -> None:
-    """Goes on with an answer to the site, whose meaning is the rule's, up to the next site or to the end."""
+    """Goes on to the next site or to the end, with an answer that the rule understands."""
     if self._stop is None:
       raise ValueError('Walk.answer: the walk has come to its end; copy() it at a site to return to the site.')
     stop, self._stop = self._stop, None
     self._go(stop.resume(value))
 
   def copy(self) -> 'Walk':
-    """Returns a walk at the same site. Both go on independently; they share the arrays that they have computed."""
+    """Returns a walk at the same site. Both walks go on independently, and share the arrays computed so far."""
     other = object.__new__(Walk)
     other.rules, other.results, other._stop = self.rules, self.results, self._stop
     other._frames = [dataclasses.replace(frame, values=dict(frame.values)) for frame in self._frames]
     return other
 
   def _go(self, outcome: Outcome, address: Address = ()) -> None:
-    """Runs until a rule stops, or the program has ended."""
+    """Runs until a rule stops or the program ends."""
     while True:
       if isinstance(outcome, Stop):
         self._stop = outcome
@@ -192,36 +175,61 @@ class Walk:
     self._frames.append(frame)
 
   def _advance(self) -> Outcome:
-    """Runs the next operation of the innermost program, or ends this program."""
+    """Runs the next operation of the innermost program, or ends the program after its last operation."""
     frame = self._frames[-1]
     if frame.next == len(frame.jaxpr.eqns):
       self._frames.pop()
       return frame.then([frame.read(v) for v in frame.jaxpr.outvars])
     eqn = frame.jaxpr.eqns[frame.next]
-    here = Here((*frame.address, frame.next), frame.steps, functools.partial(_bind, frame.jaxpr, eqn))
+    here = Operation((*frame.address, frame.next), frame.steps, functools.partial(_bind, frame.jaxpr, eqn))
     return _outcome(eqn, frame.take(eqn.invars), self.rules, here)
 
 
-def _outcome(eqn: Any, values: list[Any], rules: Rules, here: Here) -> Outcome:
-  """Returns what the rules, the structure, or the operation itself make of the values, in this order."""
+def _outcome(eqn: Any, values: list[Any], rules: ValueRules, here: Operation) -> Outcome:
+  """Returns the outcome of an operation: by the caller's rule, by its structure, or of dense values, in this order."""
   if not rules.concerns(eqn, values, here.address):
     return here.dense(values)
   outcome = rules.operation(eqn, values, here)
   if outcome is not None:
     return outcome
-  name = eqn.primitive.name
+  name, dense = eqn.primitive.name, functools.partial(rules.dense, eqn)
   if name in KEPT and rules.keeps(eqn):
-    return KEPT[name](eqn, values, rules, here)
+    run = functools.partial(_inside, rules, here, dense)
+    return KEPT[name](eqn, values, Inside(run, here.dense, dense, rules.unstacked))
   if name in WALKED:
     return WALKED[name](eqn, values)
-  program = jaxprs.body(eqn) if name in CALLS or name in KEPT or not rules.keeps(eqn) else None
-  if program is not None and name not in jaxprs.STRUCTURES:
-    return Enter(program, values, lambda results: results)
-  return here.dense(_dense(eqn, values, rules, 'no product'))
+  if _entered(eqn, rules):
+    return Enter(jaxprs.body(eqn), values, lambda results: results)
+  return here.dense([dense(value, 'no product') for value in values])
 
 
-def _dense(eqn: Any, values: Sequence[Any], rules: Rules, why: str) -> list[Any]:
-  return [rules.dense(eqn, value, why) for value in values]
+def _inside(rules: ValueRules, here: Operation, dense: Callable[[Any, str], Any], program: Any,
+            arguments: Sequence[Any], number: int) -> list[Array]:
+  """Returns the results of the inner program `number` of a structure that is kept, all of them dense."""
+  results = evaluate(program, arguments, rules, (*here.address, number))
+  return [dense(result, 'it is one of its results') for result in results]
+
+
+def _entered(eqn: Any, rules: ValueRules) -> bool:
+  """Returns whether the rules reach the programs inside of an operation.
+
+  `jit` and structures are always entered. An unknown operation with a body is entered where structures are walked. If
+  structures are kept, entering could lose a rule for `vmap` or for derivatives that the operation may have.
+  """
+  name = eqn.primitive.name
+  if name in KEPT or name in CALLS:
+    return True
+  return name not in jaxprs.STRUCTURES and not rules.keeps(eqn) and jaxprs.body(eqn) is not None
+
+
+def check_reached(function: str, program: Any, sites: Mapping[Address, str], rules: ValueRules) -> None:
+  """Raises `ValueError` if an evaluation by these rules cannot reach a site; `sites` maps addresses to names."""
+  entered = lambda eqn: _entered(eqn, rules)
+  reached = {address for address, _ in jaxprs.equations(program, entered=entered)}
+  missed = [name for address, name in sites.items() if address not in reached]
+  if missed:
+    raise ValueError(f'{function}: the program uses {errors.some(missed)} inside of a shard_map, or of an operation '
+                     'that runs as a whole, where no value can be taken out; trace a function without this operation.')
 
 
 def _bind(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
@@ -229,134 +237,3 @@ def _bind(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
   inputs = {v: value for v, value in zip(eqn.invars, values) if not isinstance(v, core.Literal)}
   alone = jaxpr.replace(constvars=(), invars=list(inputs), outvars=eqn.outvars, eqns=[eqn])
   return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*inputs.values())
-
-
-# Calls are entered whether loops are kept or walked. Other operations with a body that are kept may have a rule for
-# `vmap` of their own, which would be lost, so that they run as they are.
-CALLS = {'jit', 'pjit', 'closed_call', 'core_call'}
-
-
-# Kept: the same structure around a body that is evaluated here. Its results are dense.
-
-
-def _inside(program: Any, eqn: Any, arguments: Sequence[Any], rules: Rules, here: Here, number: int = 0) -> list[Array]:
-  """Returns the results of an inner program, all of them dense."""
-  results = evaluate(program, arguments, rules, (*here.address, number))
-  return _dense(eqn, results, rules, 'it is one of its results')
-
-
-def _kept_remat(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  run = functools.partial(_inside, jaxprs.body(eqn), eqn, rules=rules, here=here)
-  return jax.checkpoint(run, **jaxprs.remat_options(eqn))(values)
-
-
-def _kept_custom_jvp(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  """The derivative rule is about dense arrays, so that it gets them."""
-  call = jax.custom_jvp(functools.partial(_inside, jaxprs.body(eqn), eqn, rules=rules, here=here))
-  exact = lambda values: here.dense(_dense(eqn, values, rules, 'its derivative rule takes arrays'))
-  call.defjvp(lambda primals, tangents: jax.jvp(exact, primals, tangents))
-  return call(values)
-
-
-def _kept_custom_vjp(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  run = functools.partial(_inside, jaxprs.body(eqn), eqn, rules=rules, here=here)
-  exact = lambda values: here.dense(_dense(eqn, values, rules, 'its derivative rule takes arrays'))
-  call = jax.custom_vjp(run)
-  call.defvjp(lambda values: (run(values), values), lambda values, dy: jax.vjp(exact, values)[1](dy))
-  return call(values)
-
-
-def _kept_cond(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  runs = [functools.partial(_inside, program, eqn, rules=rules, here=here, number=k)
-          for k, program in enumerate(jaxprs.branches(eqn))]
-  return lax.switch(rules.dense(eqn, values[0], 'it is the number of a branch'), runs, values[1:])
-
-
-def _kept_while(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  loop = jaxprs.while_parts(eqn)
-  of_condition, of_body, carries = loop.split(values)
-  proceed = lambda carries: _inside(loop.condition, eqn, [*of_condition, *carries], rules, here, 0)[0]
-  step = lambda carries: _inside(loop.body, eqn, [*of_body, *carries], rules, here, 1)
-  return lax.while_loop(proceed, step, _dense(eqn, carries, rules, 'it changes from round to round'))
-
-
-def _kept_scan(eqn: Any, values: list[Any], rules: Rules, here: Here) -> list[Any]:
-  """A stack-like stand-in that the scan takes apart stays a stand-in, step by step."""
-  scan = jaxprs.scan_parts(eqn)
-  constants, carries, stacks = scan.split(values)
-  carries, split = _dense(eqn, carries, rules, 'it changes from round to round'), []
-  for value in stacks:
-    parts = rules.unstacked(value)
-    split.append((rules.dense(eqn, value, parts), lambda x: x) if isinstance(parts, str) else parts)
-
-  def step(carries: list[Array], slices: list[Any]) -> tuple[list[Array], list[Array]]:
-    values = [make(x) for (_, make), x in zip(split, slices)]
-    results = _inside(scan.body, eqn, [*constants, *carries, *values], rules, here)
-    return results[:len(carries)], results[len(carries):]
-
-  arrays = [array for array, _ in split]
-  carries, results = lax.scan(step, carries, arrays, scan.length, scan.reverse, scan.unroll)
-  return [*carries, *results]
-
-
-KEPT: dict[str, Callable[[Any, list[Any], Rules, Here], list[Any]]] = {
-  **dict.fromkeys(('checkpoint', 'remat', 'remat2'), _kept_remat), 'custom_jvp_call': _kept_custom_jvp,
-  'custom_vjp_call': _kept_custom_vjp, 'cond': _kept_cond, 'while': _kept_while, 'scan': _kept_scan}
-
-
-# Walked: the bodies run one after the other. What decides how often is a concrete number.
-
-
-def _walked_cond(eqn: Any, values: list[Any]) -> Outcome:
-  number = int(_concrete(eqn, values[0]))
-  programs = jaxprs.branches(eqn)
-  number = min(max(number, 0), len(programs) - 1)  # `lax.switch` clamps.
-  return Enter(programs[number], values[1:], lambda results: results, number)
-
-
-def _walked_while(eqn: Any, values: list[Any]) -> Outcome:
-  loop = jaxprs.while_parts(eqn)
-  of_condition, of_body, carries = loop.split(values)
-
-  def begin(step: int, carries: list[Any]) -> Outcome:
-    return Enter(loop.condition, of_condition + carries, functools.partial(decide, step, carries), 0, step)
-
-  def decide(step: int, carries: list[Any], results: list[Any]) -> Outcome:
-    if not _concrete(eqn, results[0]):
-      return carries
-    return Enter(loop.body, of_body + carries, functools.partial(begin, step + 1), 1, step)
-
-  return begin(0, carries)
-
-
-def _walked_scan(eqn: Any, values: list[Any]) -> Outcome:
-  scan = jaxprs.scan_parts(eqn)
-  constants, carries, stacks = scan.split(values)
-  order = range(scan.length)[::-1] if scan.reverse else range(scan.length)
-  outputs = eqn.outvars[scan.carries:]
-
-  def step(number: int, carries: list[Any], done: tuple[list[Any], ...]) -> Outcome:
-    if number == scan.length:
-      columns = list(zip(*(done[::-1] if scan.reverse else done))) or [[]] * len(outputs)
-      return carries + [_stacked(column, v.aval) for column, v in zip(columns, outputs)]
-    slices = [lax.index_in_dim(stack, order[number], keepdims=False) for stack in stacks]
-    go_on = lambda results: step(number + 1, results[:scan.carries], (*done, results[scan.carries:]))
-    return Enter(scan.body, constants + carries + slices, go_on, 0, order[number])
-
-  return step(0, carries, ())
-
-
-def _stacked(column: Sequence[Array], aval: Any) -> Array:
-  return jnp.stack(column) if column else jnp.zeros(aval.shape, aval.dtype)
-
-
-def _concrete(eqn: Any, value: Any) -> Any:
-  """Returns a number that decides what a walk does; under `jit` there is none."""
-  if isinstance(value, jax.core.Tracer):
-    raise ValueError(f'Walk: {jaxprs.place(eqn)} depends on a traced value; walk outside of jit, vmap and grad, or keep '
-                     'the operation as it is.')
-  return value
-
-
-WALKED: dict[str, Callable[[Any, list[Any]], Outcome]] = {
-  'cond': _walked_cond, 'while': _walked_while, 'scan': _walked_scan}

@@ -1,8 +1,8 @@
-"""One algebra of dimensions: how the dimensions of a value run over the axes of the array that the value comes from.
+"""Tells how the dimensions of a value run over the axes of the array that the value comes from.
 
 A dimension is a product of `Factor`s, major first. An operation that moves dimensions (`MOVES`) deals the factors out
-anew. A reshape that straddles two factors mixes them, and a slice leaves a part of one: such factors have no stride.
-Whether that is good enough is the caller's decision: `exact` tells.
+anew. A reshape that straddles two factors mixes them, and a slice leaves a part of a factor; both results are factors
+without a stride. `exact` tells whether all factors have one, so that a caller may refuse the others.
 
     whole((4, 6))                        # ((Factor((0,), 4, 1),), (Factor((1,), 6, 1),))
     reshaped(whole((4, 6)), (2, 12))     # ((Factor((0,), 2, 2),), (Factor((0,), 2, 1), Factor((1,), 6, 1)))
@@ -17,10 +17,10 @@ from sparsejax.programs import jaxprs
 
 
 class Factor(NamedTuple):
-  """A factor of a dimension: `size` indices over the axes `axes`, `stride` apart.
+  """A `Factor` of a dimension is `size` indices over the axes `axes`, `stride` apart.
 
-  `axes` is empty for a broadcast, and has more than one axis after a reshape that mixed them. `stride` is `None` where
-  the indices are not evenly spaced indices of one whole axis.
+  `axes` is empty for a broadcast, and has several axes after a reshape that mixed them. `stride` is `None` for a
+  broadcast, after a slice or padding, and for mixed axes.
   """
 
   axes: tuple[int, ...]
@@ -32,7 +32,7 @@ Dims = tuple[tuple[Factor, ...], ...]
 
 
 class Moved(NamedTuple):
-  """The dimensions after a move, and the axes of which one index was picked by it."""
+  """`Moved` holds the dimensions after a move, and the axes of which the move picked one index."""
 
   dims: Dims
   gone: frozenset[int] = frozenset()
@@ -59,9 +59,9 @@ def exact(dims: Dims) -> bool:
 
 
 def resized(dims: Dims, shape: Sequence[int]) -> Dims | None:
-  """Returns the dimensions after a slice, padding or sharding: one of another length runs over the same axes.
+  """Returns the dimensions after a slice, padding or sharding, or `None` if the rank changes.
 
-  Returns `None` if the rank changes.
+  A dimension whose length changes runs over the same axes, without a stride.
   """
   if len(shape) != len(dims):
     return None
@@ -124,7 +124,7 @@ def _reshape(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
   return reshaped(tuple(dims[i] for i in order), shape)
 
 
-# By primitive: the moves that lose nothing, (dimensions, equation, new shape) -> `Moved`, or `None`.
+# Maps each primitive that moves dimensions to its rule: (dimensions, equation, new shape) -> `Moved`, or `None`.
 MOVES: dict[str, Callable[[Dims, Any, Sequence[int]], Moved | None]] = {
   'broadcast_in_dim': lambda dims, eqn, shape: broadcast(dims, jaxprs.dimensions(eqn), shape),
   'reshape': _reshape,

@@ -57,12 +57,12 @@ class Collective:
   @property
   def sent(self) -> int:
     """Returns the bytes that one device sends at each run; the device receives as many."""
-    return SENT[self.kind](sum(map(nbytes, self.operands)), self.group)
+    return SENT[self.kind](sum(map(type_bytes, self.operands)), self.group)
 
   @property
   def sent_values(self) -> int:
     """Returns the bytes that one device sends at each run on a machine that sends `values` without widening them."""
-    return SENT[self.kind](sum(map(nbytes, self.values)), self.group)
+    return SENT[self.kind](sum(map(type_bytes, self.values)), self.group)
 
 
 class _Instruction(NamedTuple):
@@ -106,14 +106,14 @@ def collectives(text: str) -> tuple[Collective, ...]:
   return tuple(walk(entry, 1, False)) if has_any(entry) else ()
 
 
-def nbytes(type_: str) -> int:
+def type_bytes(type_: str) -> int:
   """Returns the bytes of a type such as `f32[4,8]`, or of a tuple of types; types of up to 4 bits count as packed."""
   bits = 0
   for dtype, shape in re.findall(r'([a-z]\w*)\[([\d,<=]*)\]', type_):
     width = re.match(r'[a-z]+(\d+)', dtype)
     each = _BITS[dtype] if dtype in _BITS else int(width[1]) if width else None
     if each is None:
-      raise ValueError(f'hlo.nbytes: {dtype!r} in {type_!r} is a type of unknown width.')
+      raise ValueError(f'hlo.type_bytes: {dtype!r} in {type_!r} is a type of unknown width.')
     bits += each * math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)
   return -(-bits // 8)
 
@@ -226,7 +226,7 @@ def _narrowest(name: str, inside: str, computations: dict[str, _Computation]) ->
   while True:
     instruction = computations[inside][name]
     dtype = _plain(instruction.type).partition('[')[0]
-    if _FLOATS.fullmatch(dtype) and nbytes(f'{dtype}[]') < nbytes(f'{narrowest.partition("[")[0]}[]'):
+    if _FLOATS.fullmatch(dtype) and type_bytes(f'{dtype}[]') < type_bytes(f'{narrowest.partition("[")[0]}[]'):
       narrowest = dtype + own[own.index('['):]
     if instruction.opcode in _VALUE_KEPT and _FLOATS.fullmatch(dtype):
       name = instruction.operands[0]

@@ -1,98 +1,42 @@
-"""Traces functions, and reads the operations of their programs: the only module that knows how JAX names its parameters.
+"""Reads the operations of programs: only this module knows how JAX names the parameters of its operations.
 
-`trace` gives a `Program`. Every other module of the package asks this one about an operation (`jax.extend.core.JaxprEqn`,
-called `eqn`): which programs it runs, which dimensions it moves, and what each dimension of a product is.
+An operation is a `jax.extend.core.JaxprEqn`, called `eqn`. The functions of this module tell which programs an
+operation runs, which dimensions the operation moves, and what each dimension is to a product.
 
-    program = trace(model.apply, (variables, x))
-    for address, eqn in equations(program.jaxpr):
+    for address, eqn in equations(trace(model.apply, (variables, x))):
       print(address, place(eqn))                       # (3, 0, 1) dot_general in mlp at model.py:12
 
-An *address* names one operation of a program, the programs inside of it included. It is a tuple of integers: the number
-of an operation, the number of the inner program that this operation runs, the number of an operation there, and so on.
+An *address* names one operation of a program and of its inner programs. An address is a tuple: the number of an
+operation, the number of an inner program that this operation runs, the number of an operation there, and so on.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core, source_info_util
-
-from sparsejax import trees
 
 Address = tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-  """A traced function: its closed jaxpr, the arrays that it takes, and the structure of its result.
-
-  `arrays`, `arguments` and `paths` have one entry for each input of `jaxpr`: the array that was passed, the number of
-  the argument that holds it (keyword arguments come last, as one dict), and its path in that argument.
-  """
-
-  jaxpr: Any
-  arrays: tuple[Any, ...]
-  arguments: tuple[int, ...]
-  paths: tuple[str, ...]
-  structure: Any
-  others: dict[int, Any]
-
-  def unflatten(self, results: Sequence[Any]) -> Any:
-    """Returns the result of the function, given the results of its jaxpr; leaves that are no arrays are filled in."""
-    rest = iter(results)
-    count = len(results) + len(self.others)
-    return self.structure.unflatten([self.others[i] if i in self.others else next(rest) for i in range(count)])
-
-
-def trace(apply: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,
-          is_leaf: Callable[[Any], bool] | None = None) -> Program:
-  """Returns the program of `apply(*args, **kwargs)`, without running it.
-
-  Leaves with a shape and a dtype become inputs of the program; `jax.ShapeDtypeStruct`s will do. All other leaves (a
-  flag, a string, a function) are passed to `apply` as they are. `is_leaf` marks nodes, such as packed arrays, that
-  `apply` sees as one dense array of their shape and dtype.
-  """
-  both = (*args, kwargs or {})
-  leaves, treedef = jax.tree.flatten(both, is_leaf=is_leaf)
-  named = [(i, path) for i, part in enumerate(both) for path in trees.flatten(part, is_leaf=is_leaf)[0]]
-  inputs = [i for i, leaf in enumerate(leaves) if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')]
-  kept: list[Any] = []
-
-  def flat(*values: Any) -> list[Any]:
-    given = dict(zip(inputs, values))
-    *positional, options = treedef.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
-    results, structure = jax.tree.flatten(apply(*positional, **options))
-    kept[:] = structure, {i: result for i, result in enumerate(results) if not isinstance(result, jax.Array)}
-    return [result for result in results if isinstance(result, jax.Array)]
-
-  seen = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_leaf is not None and is_leaf(leaf) else leaf
-          for leaf in (leaves[i] for i in inputs)]
-  jaxpr = jax.make_jaxpr(flat)(*seen)
-  arguments, paths = zip(*(named[i] for i in inputs)) if inputs else ((), ())
-  return Program(jaxpr, tuple(leaves[i] for i in inputs), arguments, paths, *kept)
-
-
 def opened(program: Any) -> Any:
-  """Returns the jaxpr of a `Program`, of a closed jaxpr, or of a jaxpr itself."""
-  closed = program.jaxpr if isinstance(program, Program) else program
-  return getattr(closed, 'jaxpr', closed)
+  """Returns the open jaxpr of a `Program` or of a closed jaxpr; an open jaxpr is returned as it is."""
+  return getattr(program, 'jaxpr', program)
 
 
 def constants(program: Any) -> Sequence[Any]:
   """Returns the values of the constants of a program; an open jaxpr has none."""
-  return getattr(program.jaxpr if isinstance(program, Program) else program, 'consts', ())
+  return getattr(program, 'consts', ())
 
 
 def place(eqn: Any) -> str:
-  """Returns where an operation was written: `dot_general in mlp at model.py:12`."""
+  """Returns the name of an operation and where the user wrote it: `dot_general in mlp at model.py:12`."""
   scope, at = scope_of(eqn), line(eqn)
   return eqn.primitive.name + (f' in {scope}' if scope else '') + (f' at {at}' if at else '')
 
 
 def scope_of(eqn: Any) -> str:
-  """Returns the names of `jax.named_scope`, and of the modules, around an operation."""
+  """Returns the scopes around an operation, as `jax.named_scope` and modules name them: `mlp/Dense_0`."""
   return str(eqn.source_info.name_stack)
 
 
@@ -110,7 +54,11 @@ def shapes(variables: Sequence[Any]) -> list[tuple[int, ...] | None]:
 
 
 class Scan(NamedTuple):
-  """The parts of a `scan`: its operands are `constants` constants, `carries` carries, and stacks that are sliced."""
+  """A `Scan` holds the parts of a `scan`.
+
+  The operands are, in this order, `constants` constants, `carries` carries, and stacks. A step gets one slice of each
+  stack.
+  """
 
   body: Any
   constants: int
@@ -128,8 +76,8 @@ class Scan(NamedTuple):
 def scan_parts(eqn: Any) -> Scan:
   """Returns the parts of a `scan`.
 
-  Versions of JAX name the numbers of constants and carries differently. Their ranks tell them on every version: a
-  stack, outside of the body, has one axis more than its slice inside.
+  Versions of JAX name the numbers of constants and carries differently. On every version the ranks tell these numbers:
+  a stack has one axis more than its slice, which is the input of the body.
   """
   params, body = eqn.params, eqn.params['jaxpr']
   same = lambda outside, inside: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside))
@@ -138,7 +86,10 @@ def scan_parts(eqn: Any) -> Scan:
 
 
 class While(NamedTuple):
-  """The parts of a `while`: its operands are the constants of its condition, those of its body, and the carries."""
+  """A `While` holds the parts of a `while`.
+
+  The operands are, in this order, the constants of the condition, the constants of the body, and the carries.
+  """
 
   condition: Any
   body: Any
@@ -146,7 +97,7 @@ class While(NamedTuple):
   body_constants: int
 
   def split(self, operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Returns the constants of the condition, those of the body, and the carries among the operands."""
+    """Returns the constants of the condition, the constants of the body, and the carries among the operands."""
     last = self.condition_constants + self.body_constants
     return operands[:self.condition_constants], operands[self.condition_constants:last], operands[last:]
 
@@ -158,12 +109,12 @@ def while_parts(eqn: Any) -> While:
 
 
 def branches(eqn: Any) -> Sequence[Any]:
-  """Returns the programs of the branches of a `cond`, whose first operand is the number of the branch."""
+  """Returns the programs of the branches of a `cond`; the first operand of a `cond` is the number of a branch."""
   return eqn.params['branches']
 
 
 def shards(eqn: Any) -> tuple[Any, int]:
-  """Returns the program of a `shard_map`, which sees one shard of each operand, and how many devices run it."""
+  """Returns the program of a `shard_map`, which takes one shard of each operand, and how many devices run it."""
   mesh = eqn.params['mesh']
   manual = eqn.params.get('newly_manual_axes', eqn.params.get('manual_axes', mesh.axis_names))
   return eqn.params['jaxpr'], math.prod(mesh.shape[name] for name in manual)
@@ -172,7 +123,8 @@ def shards(eqn: Any) -> tuple[Any, int]:
 def body(eqn: Any) -> Any | None:
   """Returns the program that an operation runs once on its operands as they are, or `None`.
 
-  `jit`, `remat` and functions with derivatives of their own have one. Shapes tell, so that a new version's names do too.
+  `jit`, `remat` and functions with derivatives of their own run such a program. The shapes of its inputs and outputs
+  tell, so that the names of a new version of JAX do not matter.
   """
   for program in core.jaxprs_in_params({key: p for key, p in eqn.params.items() if not isinstance(p, tuple)}):
     inside = opened(program)
@@ -182,7 +134,7 @@ def body(eqn: Any) -> Any | None:
 
 
 def remat_options(eqn: Any) -> dict[str, Any]:
-  """Returns the arguments of `jax.checkpoint` that give an operation of `remat` again."""
+  """Returns the arguments of `jax.checkpoint` that reproduce an operation of `remat`."""
   return {name: eqn.params[name] for name in ('prevent_cse', 'policy')}
 
 
@@ -199,16 +151,20 @@ def inner(eqn: Any) -> Sequence[Any]:
   return [] if program is None else [program]
 
 
-def equations(program: Any, address: Address = ()) -> Iterator[tuple[Address, Any]]:
-  """Yields the address and the equation of each operation, those of inner programs after the operation itself."""
+def equations(program: Any, address: Address = (), entered: Callable[[Any], bool] = lambda eqn: True
+              ) -> Iterator[tuple[Address, Any]]:
+  """Yields the address and the equation of each operation; an operation comes before those of its inner programs.
+
+  `entered(eqn)` tells whether the inner programs of an operation are included.
+  """
   for i, eqn in enumerate(opened(program).eqns):
     yield (*address, i), eqn
-    for k, part in enumerate(inner(eqn)):
-      yield from equations(part, (*address, i, k))
+    for k, part in enumerate(inner(eqn) if entered(eqn) else ()):
+      yield from equations(part, (*address, i, k), entered)
 
 
 def hidden(eqn: Any) -> Sequence[Any]:
-  """Returns every program among the parameters of an operation, those that `inner` cannot run included."""
+  """Returns every program among the parameters of an operation, whether `inner` returns the program or not."""
   return list(core.jaxprs_in_params(eqn.params))
 
 
@@ -220,10 +176,11 @@ _DIMENSIONS = {
 
 
 def dimensions(eqn: Any) -> Any:
-  """Returns the dimensions that a moving operation names.
+  """Returns the dimensions that are a parameter of an operation that moves dimensions.
 
-  `transpose`: the permutation. `squeeze`: the dimensions that go. `broadcast_in_dim`: where each dimension of the operand
-  goes. `reshape`: the order in which the dimensions are read first, or `None`. `concatenate`, `stack`, `unstack`: the axis.
+  `transpose`: the permutation. `squeeze`: the dimensions to remove. `broadcast_in_dim`: the place of each dimension of
+  the operand in the result. `reshape`: the order in which the dimensions are read before, or `None`. `concatenate`,
+  `stack`, `unstack`: the axis.
   """
   return eqn.params[_DIMENSIONS[eqn.primitive.name]]
 
@@ -242,7 +199,10 @@ def given_name(eqn: Any) -> str | None:
 
 
 class Numbers(NamedTuple):
-  """Which dimensions of an operand of a product are contracted and which are batch dimensions, in the paired order."""
+  """A `Numbers` holds the contracted and the batch dimensions of one operand of a product.
+
+  The numbers of both operands are in the same order: entry `i` of one operand is paired with entry `i` of the other.
+  """
 
   contracted: tuple[int, ...]
   batch: tuple[int, ...]
@@ -255,12 +215,17 @@ def dot_numbers(eqn: Any) -> tuple[Numbers, Numbers]:
 
 
 def product_options(eqn: Any) -> tuple[Any, Any]:
-  """Returns the precision and the sharding of the result that a product asks for, `None` where it asks for none."""
+  """Returns the precision and the `out_sharding` that a product asks for; each is `None` if the product asks for none.
+  """
   return eqn.params.get('precision'), eqn.params.get('out_sharding')
 
 
 class Convolution(NamedTuple):
-  """What a convolution asks for; `lhs`, `rhs` and `out` are dimension numbers: batch (or output), feature, taps."""
+  """A `Convolution` holds the parameters of a convolution.
+
+  `lhs`, `rhs` and `out` are the dimension numbers of the input, the kernel and the result. `lhs` and `out` begin with
+  batch and feature, `rhs` with output and input feature; the spatial dimensions follow.
+  """
 
   lhs: tuple[int, ...]
   rhs: tuple[int, ...]
@@ -273,17 +238,18 @@ class Convolution(NamedTuple):
 
 
 def convolution(eqn: Any) -> Convolution:
-  """Returns what a `conv_general_dilated` asks for."""
+  """Returns the parameters of a `conv_general_dilated`."""
   p = eqn.params
   return Convolution(*p['dimension_numbers'], p['window_strides'], p['padding'], p['lhs_dilation'],
                      p['feature_group_count'], p['batch_group_count'])
 
 
-class Product(NamedTuple):
-  """What each dimension of each operand is to a product, and the number of multiply-adds.
+class Contraction(NamedTuple):
+  """A `Contraction` says what each dimension of the operands is to a product.
 
   `roles` has one entry for each of the first two operands: 'contracted', 'output', 'layer' or 'spatial' for each
-  dimension, or `None` for the input of a convolution, which is never a kernel. `groups` are feature groups.
+  dimension. The entry is `None` for the input of a convolution, which is never a kernel. `macs` is the number of
+  multiply-adds, and `groups` the number of feature groups.
   """
 
   roles: tuple[Sequence[str] | None, ...]
@@ -295,14 +261,14 @@ def _roles(rank: int, contracted: Sequence[int], layer: Sequence[int]) -> list[s
   return ['contracted' if i in contracted else 'layer' if i in layer else 'output' for i in range(rank)]
 
 
-def _dot_general(eqn: Any) -> Product:
+def _dot_general(eqn: Any) -> Contraction:
   numbers, operands = dot_numbers(eqn), shapes(eqn.invars)
   roles = tuple(_roles(len(shape), *number) for shape, number in zip(operands, numbers))
   contracted = math.prod(operands[0][i] for i in numbers[0].contracted)
-  return Product(roles, math.prod(eqn.outvars[0].aval.shape) * contracted)
+  return Contraction(roles, math.prod(eqn.outvars[0].aval.shape) * contracted)
 
 
-def _ragged_dot_general(eqn: Any) -> Product:
+def _ragged_dot_general(eqn: Any) -> Contraction:
   """Every row of the left operand meets the matrix of its own group, so a group is a layer."""
   numbers = eqn.params['ragged_dot_dimension_numbers']
   contracted, batch = numbers.dot_dimension_numbers
@@ -310,10 +276,10 @@ def _ragged_dot_general(eqn: Any) -> Product:
   operands = shapes(eqn.invars[:2])
   roles = tuple(_roles(len(s), c, (*b, *g)) for s, c, b, g in zip(operands, contracted, batch, groups))
   outputs = math.prod(n for n, role in zip(operands[1], roles[1]) if role == 'output')
-  return Product(roles, math.prod(operands[0]) * outputs)
+  return Contraction(roles, math.prod(operands[0]) * outputs)
 
 
-def _conv_general_dilated(eqn: Any) -> Product:
+def _conv_general_dilated(eqn: Any) -> Contraction:
   """A parameter that is convolved counts as data. In a transposed convolution each input meets each tap."""
   asked, (lhs, rhs, out) = convolution(eqn), shapes((*eqn.invars[:2], *eqn.outvars))
   output, contracted = asked.rhs[:2]
@@ -321,13 +287,13 @@ def _conv_general_dilated(eqn: Any) -> Product:
   taps = math.prod(rhs[i] for i in asked.rhs[2:])
   macs = out[asked.out[0]] * out[asked.out[1]] * math.prod(positions) * taps * rhs[contracted]
   roles = ['output' if i == output else 'contracted' if i == contracted else 'spatial' for i in range(len(rhs))]
-  return Product((None, roles), macs, asked.groups)
+  return Contraction((None, roles), macs, asked.groups)
 
 
-PRODUCTS: dict[str, Callable[[Any], Product]] = {
+CONTRACTIONS: dict[str, Callable[[Any], Contraction]] = {
   'dot_general': _dot_general, 'ragged_dot_general': _ragged_dot_general, 'conv_general_dilated': _conv_general_dilated}
 
 
-def product(eqn: Any) -> Product | None:
-  """Returns what a product is made of, or `None` for every other operation."""
-  return PRODUCTS[eqn.primitive.name](eqn) if eqn.primitive.name in PRODUCTS else None
+def contraction(eqn: Any) -> Contraction | None:
+  """Returns the roles and the multiply-adds of a product, or `None` for every other operation."""
+  return CONTRACTIONS[eqn.primitive.name](eqn) if eqn.primitive.name in CONTRACTIONS else None

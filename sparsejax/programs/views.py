@@ -1,6 +1,6 @@
-"""Tells of which parameters a value inside of a program is made, and how its dimensions run over theirs.
+"""Tells which parameters a value inside of a program is made of, and how its dimensions run over the parameters' axes.
 
-A `View` relates one value to one parameter. `shown` gives the views of an operation's results from those of its
+A `View` relates one value to one parameter. `shown` computes the views of an operation's results from the views of its
 operands. An operation without a rule ends a view, unless its result has the operand's shape.
 
     w = Value(PARAMETER, (whole('w', (4, 6)),))
@@ -17,17 +17,18 @@ from jax.extend.core import primitives
 from sparsejax.programs import factors, jaxprs
 from sparsejax.programs.factors import Dims, Factor, Moved
 
-# What a value is made of. A weight is made of parameters and constants only: a bias added to data is data.
+# The kinds of values. A weight is made of parameters and constants only: a bias added to data is data.
 CONSTANT, PARAMETER, DATA = range(3)
 
 JOINED = -1  # stands for an axis along which several parameters were stacked, each at one index of the axis
 
 
 class View(NamedTuple):
-  """How a value shows the parameter at `path`: the dimensions of the value over the axes of the parameter.
+  """A `View` says how a value shows the parameter at `path`.
 
-  `gone`: axes of which one index was picked (`W[3]`, one step of a scan). `share`: the fraction of the value that is
-  this parameter, less than 1 after a concatenation. `loops`: how many loops were around each scan that took one index.
+  `dims` are the dimensions of the value, over the axes of the parameter. `gone` are the axes of which one index was
+  picked (`W[3]`, one step of a scan). `share` is the fraction of the value that is this parameter, less than 1 after a
+  concatenation. `loops` says, for each scan that sliced the parameter, how many loops are around the scan.
   """
 
   path: str
@@ -37,12 +38,12 @@ class View(NamedTuple):
   loops: tuple[int, ...] = ()
 
   def moved(self, move: Moved | None) -> 'View | None':
-    """Returns the view after a move, or `None` if there was none."""
+    """Returns the view after a move, or `None` if the move is `None`."""
     return None if move is None else self._replace(dims=move.dims, gone=self.gone | move.gone)
 
 
 class Value(NamedTuple):
-  """What is known of one variable of a program: its kind, and the parameters that it shows."""
+  """A `Value` says what one variable of a program is made of: its kind, and views of parameters."""
 
   kind: int = CONSTANT
   views: tuple[View, ...] = ()
@@ -59,34 +60,34 @@ def distinct(views: Iterable[View | None]) -> tuple[View, ...]:
 
 
 def joined(values: Sequence[Value]) -> Value:
-  """Returns what is known of a value that is one of several, as the result of a branch is."""
+  """Returns the value of a variable that is one of several, as the result of a `cond` is."""
   return Value(max(value.kind for value in values), distinct(view for value in values for view in value.views))
 
 
 def repeated(before: Value, after: Value) -> Value:
-  """Returns what holds before and after a round of a loop."""
+  """Returns the value that holds before and after a round of a loop: the views that both have."""
   return Value(max(before.kind, after.kind), tuple(view for view in before.views if view in after.views))
 
 
 def resized(value: Value, shape: Sequence[int]) -> Value:
-  """Returns what is known of a part of a value, or of a whole that it is a part of."""
+  """Returns the value of one shard of an array, or of the array of all shards."""
   return value._replace(views=distinct(_resized(view, None, shape) for view in value.views))
 
 
 def sliced(value: Value, loops: int) -> Value:
-  """Returns what is known of one step's slice of a stack, in a scan with `loops` loops around it."""
+  """Returns the value of one slice of a stack, in a scan with `loops` loops around the scan."""
   slices = (view.moved(factors.dropped(view.dims, (0,)))._replace(loops=(*view.loops, loops)) for view in value.views)
   return value._replace(views=tuple(slices))
 
 
 def stacked(value: Value, stacks: Sequence[Value], length: int) -> Value:
-  """Returns what is known of the results of all steps of a scan, stacked; `stacks` is what the scan took apart."""
+  """Returns the value of the stacked results of a scan; `stacks` are the stacks that the scan sliced."""
   sources = [view for stack in stacks for view in stack.views]
   return value._replace(views=tuple(_stacked(view, sources, length) for view in value.views))
 
 
 def _stacked(view: View, sources: Sequence[View], length: int) -> View:
-  """Puts back the axis that the scan took apart, or a new one."""
+  """Returns the view with the axis that the scan sliced in front, or with a new dimension."""
   for source in sources:
     axes = factors.over(source.dims[0])
     if source.path == view.path and axes and view.gone.issuperset(axes):
@@ -96,9 +97,9 @@ def _stacked(view: View, sources: Sequence[View], length: int) -> View:
 
 
 def shown(eqn: Any, values: Sequence[Value]) -> list[Value]:
-  """Returns what the results of one operation show.
+  """Returns the values of the results of one operation.
 
-  The result of an elementwise operation shows all operands, if none of them is data.
+  The result of an elementwise operation has the views of all operands, unless an operand is data.
   """
   if eqn.primitive.name in RULES:
     return RULES[eqn.primitive.name](eqn, values)
@@ -113,13 +114,13 @@ def shown(eqn: Any, values: Sequence[Value]) -> list[Value]:
   return results
 
 
-# Moves of one view: (view, equation, shape of the result) -> view, or `None` if the view ends here.
+# A move maps (view, equation, shape of the result) to the view of the result, or to `None` if the view ends.
 
 Move = Callable[[View, Any, Sequence[int]], View | None]
 
 
 def _unmoved(view: View, eqn: Any, shape: Sequence[int]) -> View | None:
-  """Keeps a view of the shape of the result; JAX stretches lengths of one inside of pairwise operations."""
+  """Keeps a view that has the shape of the result; stretches a length of 1 where the operation does."""
   lengths = factors.shape_of(view.dims)
   if lengths == shape and eqn.primitive.name not in MIXING:
     return view
@@ -149,20 +150,20 @@ MOVES: dict[str, Move] = {
   'unstack': lambda view, eqn, shape: view.moved(factors.dropped(view.dims, (jaxprs.dimensions(eqn),))),
   **dict.fromkeys(('slice', 'split', 'pad', 'all_gather', 'all_gather_invariant', 'reduce_scatter'), _resized)}
 
-# The results may have the operand's shape, but row i of the result has nothing to do with row i of the operand.
+# The result may have the operand's shape, but row `i` of the result does not come from row `i` of the operand.
 MIXING = {'all_to_all', 'cholesky', 'eigh', 'fft', 'hessenberg', 'householder_product', 'lu', 'schur',
           'triangular_solve'}
 
-# Operations of two operands that JAX emits for shapes such as `[1, n]` and `[m, n]`, without a `broadcast_in_dim`.
+# JAX emits these operations for shapes such as `[1, n]` and `[m, n]`, without a `broadcast_in_dim`.
 STRETCHING = {'add', 'and', 'atan2', 'complex', 'div', 'max', 'min', 'mul', 'nextafter', 'or', 'pow', 'rem',
               'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sub', 'xor'}
 
 
-# Operations whose operands play different parts: (equation, values) -> values of the results.
+# Rules for operations whose operands have different parts map (equation, values) to the values of the results.
 
 
 def _joined(eqn: Any, values: Sequence[Value]) -> list[Value]:
-  """Each parameter is a part of the result of a `concatenate` or a `stack`, by its share of the result."""
+  """Returns the value of a `concatenate` or a `stack`: each parameter has a share of the result."""
   shape, stack, axis = eqn.outvars[0].aval.shape, eqn.primitive.name == 'stack', jaxprs.dimensions(eqn)
   kind, shares = max(value.kind for value in values), {}
   for value, operand in zip(values, eqn.invars):
@@ -185,7 +186,10 @@ def _gather(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _picked(values: Sequence[Value], views: Sequence[View]) -> list[Value]:
-  """Returns what an index picks: a matrix picked by data is a weight (an expert), a row is data (an embedding)."""
+  """Returns the value of what an index picks.
+
+  A matrix that is picked by data is a weight (an expert). A row that is picked by data is data (an embedding).
+  """
   if values[0].kind == DATA or all(value.kind != DATA for value in values):
     return [Value(max(value.kind for value in values), distinct(views) if values[0].kind != DATA else ())]
   matrices = [view for view in views
@@ -194,7 +198,10 @@ def _picked(values: Sequence[Value], views: Sequence[View]) -> list[Value]:
 
 
 def _gathered(view: View, eqn: Any, known: bool) -> View:
-  """Keeps the factors of kept dimensions; those of indices run over the indexed axis if the order is `known`."""
+  """Returns the view of a `gather`: kept dimensions keep their factors.
+
+  The dimension of the indices runs over the indexed axis if the indices are `known`, and over no axis otherwise.
+  """
   numbers, shape = jaxprs.gather_numbers(eqn), eqn.outvars[0].aval.shape
   collapsed, batching = tuple(numbers.collapsed_slice_dims), tuple(numbers.operand_batching_dims)
   kept = dict(zip(numbers.offset_dims, (i for i in range(len(view.dims)) if i not in collapsed + batching)))
@@ -211,6 +218,6 @@ def _gathered(view: View, eqn: Any, known: bool) -> View:
 RULES: dict[str, Callable[[Any, Sequence[Value]], list[Value]]] = {
   'concatenate': _joined, 'stack': _joined, 'dynamic_slice': _dynamic_slice, 'gather': _gather}
 
-# JAX's own operations contract nothing, or have a rule. Every other operation of two arrays may contract them.
+# JAX's own operations contract nothing, or have a rule. Every other operation on two arrays may be a contraction.
 KNOWN = {p.name for p in vars(primitives).values() if isinstance(p, core.Primitive)}
 KNOWN |= {*MOVES, *MIXING, *RULES, 'optimization_barrier', 'psum_invariant', 'scatter-sub', 'shard_alike', 'tie'}

@@ -1,6 +1,7 @@
 """Tests the table of formats: a format from outside is one line, and each format says what is true of its arrays."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +28,14 @@ class Diagonal:
   def validate(self, shape, axes):
     return None if len(shape) == 2 and shape[0] == shape[1] else 'a diagonal is that of a square matrix'
 
-  def __call__(self, scores, sparsity=None, axes=None, drop=None):
+  def __call__(self, scores, count=None, axes=None):
     return jnp.eye(len(scores), dtype=bool)
 
   def violation(self, w, axes, sparsity=None):
     return '' if bool(jnp.all(jnp.where(self(w), 0, w) == 0)) else 'weights beside the diagonal are kept'
 
   def pooled(self, scores, axes):
-    return patterns.Pooled(scores, (), lambda mask: mask)
+    return sj.types.Pooled(scores, (), lambda mask: mask)
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +96,13 @@ def test_the_command_line_takes_a_format_from_outside_by_its_name(added, tmp_pat
   assert isinstance(io.load(tmp_path / 'packed')['mlp']['kernel'], DiagonalArray)
   assert cli.main(['check', str(tmp_path / 'packed'), '--pattern', 'diagonal']) == 0
   capsys.readouterr()
+
+
+def test_a_pattern_from_outside_is_packed_by_its_spelling(added, monkeypatch):
+  monkeypatch.setitem(patterns.TABLE, 'diagonal', patterns.Spelling('diag', Diagonal, ('diag',)))
+  assert isinstance(formats.pack(tree(), 'diag')['mlp']['kernel'], DiagonalArray)
+  with pytest.raises(ValueError, match="unknown pattern 'diagonals'.*'diagonal'.*Valid: .*diag, diagonal"):
+    formats.pack(tree(), 'diagonals')
 
 
 def test_its_own_refusals_name_the_parameter(added):
@@ -161,6 +169,12 @@ def test_axes_and_leading_axes_mean_the_same_in_every_format(kind):
   np.testing.assert_allclose(formats.matmul(x, layer), x @ w[1], rtol=1e-5)
 
 
+def test_a_format_without_axes_packs_leaves_that_no_program_contracts():
+  assert same(formats.unpack(formats.pack(tree(), 'bitmask', axes={})), tree())
+  with pytest.raises(ValueError, match="'mlp/kernel'.* not in `axes`"):
+    formats.pack(tree(), 'csc', axes={})
+
+
 def test_vectors_bind_their_output_axes():
   w = jnp.zeros((4, 8, 6))
   assert formats.NMArray.from_dense(w, 2, 4, 1).leading == 1
@@ -176,9 +190,11 @@ def test_the_formats_of_a_pattern_and_the_preferred_one(pattern, kinds):
   assert [each.kind for each in formats.fitting(pattern)] == kinds
 
 
-@pytest.mark.parametrize('module, name', [('formats', 'ANYWHERE'), ('formats', 'of_kind'), ('advice', 'Row')])
+@pytest.mark.parametrize('module, name', [('formats', 'ANYWHERE'), ('formats', 'of_kind'), ('advice', 'Row'),
+                                          ('planning', 'Row')])
 def test_a_name_that_moved_warns_for_one_release(module, name):
+  module = importlib.import_module(f'sparsejax.{module}')
   with pytest.warns(DeprecationWarning, match='next release'):
-    assert getattr(getattr(sj, module), name)
-  with pytest.raises(AttributeError, match='nothing'):
-    getattr(getattr(sj, module), 'nothing' + name)
+    assert getattr(module, name)
+  with pytest.raises(AttributeError, match=f'no attribute .no{name}'):
+    getattr(module, f'no{name}')

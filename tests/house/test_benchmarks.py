@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import gpu, gpu_cases, results, timing
-from benchmarks.timing import Claim
+from benchmarks.timing import Measurement
 from kernels_pallas import block_sparse_matmul
 from kernels_pallas.sparse24 import sparse24_matmul
 from sparsejax import advice
@@ -25,7 +25,7 @@ KEPT = ROOT / 'benchmarks' / 'results.md'
 
 
 def claim(measured, at_least=True):
-  return Claim('times faster', measured, (0.5 * measured, 2 * measured), 2.0, at_least, 3)
+  return Measurement('times faster', measured, (0.5 * measured, 2 * measured), 2.0, at_least, 3)
 
 
 def test_a_section_is_replaced_in_its_place_and_the_rest_stays(tmp_path):
@@ -138,7 +138,7 @@ def test_measuring_on_a_gpu_needs_no_more_than_the_library():
 
 @pytest.fixture
 def timed(monkeypatch):
-  """Times without a GPU: every call takes a millisecond."""
+  """Replaces the timing of the GPU: every call takes a millisecond."""
   monkeypatch.setattr(gpu, '_milliseconds', lambda f, args: f(*args) is None or 1.0)
 
 

@@ -47,7 +47,7 @@ KERNELS = (
     ('active', 'attention', 'block_sparse', 'n_m', 'sparse24', 'unstructured'),
     ('held',),
     ('models',),
-    ('__init__', 'nn'),
+    ('__init__', 'nn', 'bench'),
 )
 EXPERIMENTS = (
     ('configs',),
@@ -61,11 +61,12 @@ EXPERIMENTS = (
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
 INSIDE = {
-    'sparsejax.programs': (('hlo', 'views'), ('contractions',)),
+    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
+                           ('contractions',), ('operands',), ('replace',)),
     'sparsejax.formats': (('gaps', 'arrays'), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
-    'sparsejax.advice': (('rows',),),
+    'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('orbax',), ('safetensors_files',)),
 }
 LAYERS = {'sparsejax': SPARSEJAX, 'kernels_pallas': KERNELS, 'experiments': EXPERIMENTS}

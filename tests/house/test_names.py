@@ -15,9 +15,13 @@ LIBRARY, PACKAGES = ('sparsejax', 'kernels_pallas'), ('sparsejax', 'kernels_pall
 SIGNATURES = {
     'main': r'.*',  # a command
     'get_config': r'experiments/configs/.*',  # what ml_collections calls a config
+    'comparisons': r'experiments/configs/claims/.*',  # what a claim compares
+    'draw': r'experiments/tables/.*',  # a picture of the results of one command
+    'page': r'experiments/tables/.*',  # a page of them
     'named': r'sparsejax/(allocation|schedules)|experiments/loop/tasks',  # a word by the name in a configuration
+    'whole': r'sparsejax/programs/(factors|views)|kernels_pallas/held',  # a value that is all of a parameter
     **dict.fromkeys(  # the implementations of an op of kernels_pallas, and the choice among them
-        ('attention', 'matmul', 'matmul_transposed', 'prefer', 'refusal', 'sampled'), r'kernels_pallas/\w+/\w+'),
+        ('attention', 'matmul', 'matmul_transposed', 'prefer', 'refusal', 'sampled'), r'kernels_pallas/\w+(/\w+)?'),
 }
 # Verbs of plain English whose object is the noun of the module: `io.load`, `data.load`, `reports.check`.
 VERBS = ('check', 'load', 'read', 'run', 'save', 'write')

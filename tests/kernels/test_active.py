@@ -1,4 +1,4 @@
-"""`active_matmul`: the product with what is not skipped, and weights of skipped inputs are not read."""
+"""Tests that `active_matmul` multiplies inputs that are not skipped, and does not read the weights of the others."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_active_products_are_those_of_what_is_not_skipped(tokens, dtype, way):
 
 @pytest.mark.parametrize('capacity', [0, 1, 3, 6, None])
 def test_blocks_that_are_not_active_are_not_read_unless_there_are_too_many(capacity):
-  """3 of 6 blocks are; NaN stands in the others. A NaN in x is below no threshold."""
+  """Weights of the 3 blocks that are not active are NaN. A NaN in x is below no threshold."""
   x = normal((2, 96)).at[:, 32:80].set(0).at[0, 5].set(0.25)
   w = normal((96, 8), seed=1)
   poisoned = w.at[32:80].set(jnp.nan)

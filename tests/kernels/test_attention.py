@@ -1,4 +1,4 @@
-"""`block_sparse_attention`: the attention of the mask that its lists of blocks are."""
+"""Tests that `block_sparse_attention` is attention with the dense mask that its lists of blocks describe."""
 
 import math
 
@@ -12,7 +12,7 @@ from products import WAYS, close, largest, normal, value_and_gradients
 
 from kernels_pallas.attention import block_sparse_attention
 
-# Batch, Tq, Tk, heads, kv_heads, d, block_q, block_k, how many blocks are listed.
+# A case is: batch, Tq, Tk, heads, kv_heads, d, block_q, block_k, number of listed blocks.
 
 ATTENTION = {
     'plain': ((2,), 32, 32, 2, 2, 8, 8, 8, 2), 'no batch, shared heads': ((), 32, 48, 4, 2, 8, 16, 8, 3),
@@ -22,7 +22,7 @@ ATTENTION = {
 
 
 def attended(name, dtype='float32'):
-  """Inputs, index, counts, options, and the mask that they are."""
+  """Returns inputs, index, counts, options, and the dense mask that index and counts describe."""
   batch, tq, tk, heads, shared, d, bq, bk, listed = ATTENTION[name]
   rng = np.random.default_rng(6)
   q, k, v = (normal((*batch, *shape, d), dtype, i) for i, shape in enumerate([(tq, heads), (tk, shared), (tk, shared)]))
@@ -39,7 +39,7 @@ def attended(name, dtype='float32'):
 
 
 def exact(q, k, v, mask):
-  """In float32, of the whole mask; a query that sees no key gives zeros."""
+  """Returns attention with the dense mask in float32, and zeros for a query that sees no key."""
   y = jax.nn.dot_product_attention(*(a.reshape(-1, *a.shape[-3:]).astype('f4') for a in (q, k, v)), mask=mask[None])
   return jnp.where(mask.any(-1).T[..., None], y, 0).reshape(q.shape)
 

@@ -1,4 +1,4 @@
-"""`BlockSparseArray` and the products with it: the same numbers as the dense masked weight, whatever the way."""
+"""Tests that products with a `BlockSparseArray` are those with the dense masked weight, in every implementation."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from sparsejax import formats, io
 from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Axes
 
-# Shape of the weight, block, share of blocks that are kept; what is odd about it.
+# Shape of the weight, block, and fraction of blocks that are kept. The name says what is odd about the weight.
 WEIGHTS = {
     'one block': ((16, 8), (16, 8), 1.0), 'all kept': ((32, 64), (16, 16), 1.0), 'square': ((64, 64), (16, 16), 0.4),
     'columns that do not divide': ((64, 50), (16, 16), 0.5), 'rows that do not divide': ((70, 64), (32, 16), 0.3),
@@ -25,11 +25,11 @@ WEIGHTS = {
     'a tenth': ((160, 160), (16, 16), 0.1), 'wide blocks': ((32, 96), (8, 48), 0.5),
     'eight columns': ((256, 64), (32, 8), 0.9),
 }
-MANY = {'a tenth': 4000, 'eight columns': 512}  # tokens, of which a CPU's cache does not hold all that is gathered
+MANY = {'a tenth': 4000, 'eight columns': 512}  # Gathered inputs of these tokens do not fit the cache.
 
 
 def weight(name, dtype='float32', seed=0):
-  """The dense masked weight, its mask, and it packed."""
+  """Returns the dense masked weight, its mask, and the packed weight."""
   (k, n), (bk, bn), kept = WEIGHTS[name]
   rng = np.random.default_rng(seed)
   grid = rng.random((-(-k // bk), -(-n // bn))) < kept
@@ -39,7 +39,7 @@ def weight(name, dtype='float32', seed=0):
 
 
 def exact(a, b):
-  """In float64 on the host."""
+  """Returns the product in float64, computed on the host."""
   return np.asarray(a, np.float64) @ np.asarray(b, np.float64)
 
 
@@ -60,7 +60,7 @@ def test_a_weight_comes_back_bit_for_bit_and_is_listed_row_and_column(name, tmp_
   assert sorted(zip(*by_row)) == list(zip(*by_row))
   io.save(tmp_path / 'f', {'w': packed})
   again = io.load(tmp_path / 'f')['w']
-  assert jax.tree.structure(again) == jax.tree.structure(packed)  # with fan_in, fan_out, full
+  assert jax.tree.structure(again) == jax.tree.structure(packed)  # The structure includes fan_in, fan_out and full.
   np.testing.assert_array_equal(again.to_dense(), w)
 
 
@@ -86,14 +86,14 @@ def test_kernels_of_any_layout_are_one_matrix(shape, axes, k):
 
 
 def stack(kept=((1, 0), (0, 1))):
-  """Two matrices of as many blocks, in other places."""
+  """Returns two matrices with equally many blocks in different places."""
   masks = [np.kron(np.asarray(m), np.ones((8, 8))) > 0 for m in (np.eye(2), kept)]
   w = np.stack([np.where(m, np.random.default_rng(i).standard_normal((16, 16)), 0) for i, m in enumerate(masks)])
   return w.astype('f4')
 
 
 @pytest.mark.parametrize('grid, block, tokens, looped', [
-    ((8, 8), 128, 256, False), ((8, 8), 128, 257, True),  # of which half is stored: 4 MB of parts
+    ((8, 8), 128, 256, False), ((8, 8), 128, 257, True),  # Half of the blocks are stored: 4 MB of parts.
     ((8, 16), 16, 64, False), ((8, 17), 16, 64, True),  # 64 blocks
 ])
 def test_gradients_of_small_weights_are_not_looped(grid, block, tokens, looped):
@@ -118,7 +118,7 @@ def test_a_stack_goes_through_vmap_and_scan():
 @pytest.mark.parametrize('first, fan_in', [
     ([[1, 1, 1], [1, 0, 0], [1, 0, 0]], None), ([[0, 0, 1], [1, 1, 1], [0, 0, 1]], (1, 1, 3))])
 def test_matrices_of_a_stack_that_differ_in_their_columns_or_rows(first, fan_in):
-  """As many blocks, but not in each column: no fan is known, and the sums go by segments. Or not in each row."""
+  """If columns or rows have different numbers of blocks, their fan is not known, and sums go by segments."""
   w = np.stack([np.kron(one, np.ones((8, 8))) for one in (first, [[1, 0, 1], [0, 1, 1], [0, 0, 1]])]).astype('f4')
   packed = BlockSparseArray.from_dense(w, block=(8, 8), axes=Axes((1,), (2,), (), (0,)))
   assert packed.fan_in == fan_in and packed.fan_out is None and packed.problem() is None
@@ -206,7 +206,7 @@ def test_infinity_does_not_reach_what_is_not_stored():
 
 
 def test_sharded_by_tokens_and_by_output_columns():
-  """By tokens under plain `jit`; by columns as a stack of the shards' columns."""
+  """Tokens are sharded under plain `jit`; columns are sharded as a stack of the shards' columns."""
   mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
   rng = np.random.default_rng(0)
   w = (rng.standard_normal((32, 64)) * np.kron(np.tile(np.eye(4), 2)[:, :8], np.ones((8, 8)))).astype('f4')
@@ -225,7 +225,7 @@ def test_sharded_by_tokens_and_by_output_columns():
 
 
 def test_the_dense_weight_is_in_no_program_of_the_sparse_products():
-  """Neither it nor its gradient: nothing of its size is computed, forward or backward."""
+  """The program has no array of the size of the dense weight, forward or backward."""
   (k, n), _, _ = WEIGHTS['a tenth']
   packed = weight('a tenth')[2]
   loss = lambda x, v: (block_sparse_matmul(x, formats.with_values(packed, v), implementation='xla') ** 2).sum()
@@ -235,20 +235,23 @@ def test_the_dense_weight_is_in_no_program_of_the_sparse_products():
     assert f'f32[{tokens},{n}]' in text
 
 
-# What is chosen, and what is refused.
+# Choices and refusals.
 
 
 def test_what_is_chosen_is_explained():
   sparse, filled = weight('a tenth')[2], weight('all kept')[2]
-  found = block_sparse_matmul(normal((40, 160)), sparse, explain=True)
-  assert found['cpu'].implementation == 'xla' and '%' in found['cpu'].reason
-  assert set(found) == set(dispatch.PLATFORMS) and 'cpu' in str(found)
+  choices = block_sparse_matmul(normal((40, 160)), sparse, explain=True)
+  assert choices['cpu'].implementation == 'xla' and '%' in choices['cpu'].reason
+  assert list(choices) == list(dispatch.PLATFORMS)
+  head, _, *rows = str(choices).splitlines()
+  assert head.split() == ['platform', 'implementation', 'reason']
+  assert [row.split()[:2] for row in rows] == [[name, choice.implementation] for name, choice in choices.items()]
   assert block_sparse_matmul(normal((40, 32)), filled, explain=True)['cpu'].implementation == 'dense'
 
 
 @pytest.mark.parametrize('platform, mark', [('tpu', 'tpu_custom_call'), ('cuda', 'mosaic_gpu_v2'), ('cpu', None)])
 def test_what_is_lowered_for_a_platform_has_its_kernels(platform, mark):
-  """Forward, both gradients, and `vmap` over x, which is one product of more tokens."""
+  """The test lowers the product, both gradients, and `vmap` over x, which is one product of more tokens."""
   mask = np.kron(np.eye(2), np.ones((128, 128))) > 0
   packed = BlockSparseArray.from_dense(jnp.asarray(mask, jnp.bfloat16), mask)
   product = lambda x, v: block_sparse_matmul(x, formats.with_values(packed, v))
@@ -294,7 +297,7 @@ def test_refusals_say_what_and_what_else(what):
 
 
 def test_training_packed_weights_is_training_masked_ones(standard_promotion):
-  """The benchmark's own runs, made small: not near the dense one's losses, and the masked one's up to rounding."""
+  """The benchmark's own runs, made small: packed losses equal masked losses up to rounding, and differ from dense."""
   sizes = packed_training.Sizes(width=64, hidden=128, tokens=48, block=16)
   learned = {name: packed_training.losses(run, 12) for name, run in packed_training.runs(sizes).items()}
   np.testing.assert_allclose(learned['packed'], learned['masked'], rtol=1e-5)

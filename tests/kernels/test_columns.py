@@ -1,4 +1,4 @@
-"""`CSCArray`: dense again bit for bit, listed as documented, and what is broken or cannot be packed is refused."""
+"""Tests that a `CSCArray` unpacks bit for bit, stores its columns as documented, and refuses broken arrays."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from sparsejax.types import Axes
 
 
 def stack():
-  """Two matrices, of as many nonzeros each."""
+  """Returns two matrices with equally many nonzeros."""
   w = np.zeros((2, 6, 5), 'f4')
   w[0].flat[[0, 7, 29]], w[1].flat[[3, 8, 9]] = (1, -0.0, 2), (np.nan, 3, 4)
   return w

@@ -1,4 +1,4 @@
-"""Kernels for Hopper: numbers in interpret mode, where what no kernel wrote is NaN, and that they lower for CUDA."""
+"""Tests the numbers of the kernels for Hopper in interpret mode, where unwritten memory is NaN, and lowers them."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ transposes = pytest.mark.skipif(
 
 
 def lowered(f, *args):
-  """The program for CUDA."""
+  """Returns the text of the program that is lowered for CUDA."""
   specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
   checks = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
   return jax.export.export(jax.jit(f), platforms=['cuda'], disabled_checks=checks)(*specs).mlir_module()
@@ -37,7 +37,7 @@ def kernels(f, *args):
 
 # Block-sparse products.
 
-# name: grid and block of the weight, tokens, dtype of x, dtype of the weight, whether its counts are known when traced
+# A case is: grid and block of the weight, tokens, dtype of x, dtype of the weight, known counts.
 BLOCKS = {
     '64': ((4, 5), (64, 64), 130, BF16, BF16, True),
     '64, counts not known': ((4, 5), (64, 64), 1, F16, F32, False),
@@ -147,7 +147,7 @@ def test_too_much_shared_memory_is_an_error_when_it_is_lowered():
 @pytest.mark.parametrize('n, blocks', [(1, 1), (7, 3), (264, 132), (300, 132), (2048, 132)])
 @pytest.mark.parametrize('seed', range(3))
 def test_blocks_have_about_equally_much_to_do(n, blocks, seed):
-  """Each tile is done once, in the round in which it was, and nobody works much longer than all would on average."""
+  """Each tile is computed once, in the round where it was, and no thread block works much longer than the average."""
   lengths = np.random.default_rng(seed).integers(1, 13, n)
   order = hopper.scheduled(lengths, blocks)
   rounds = lambda a: [sorted(a[first:first + blocks]) for first in range(0, n, blocks)]
@@ -162,7 +162,7 @@ def test_tiles_go_through_all_columns_by_sweeps_the_longest_columns_first():
   alike = block_sparse._order((2, 2, 2), 5, 3, 2, 4)
   assert alike.tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11, 12, 13, 14]
   assert block_sparse._order(None, 5, 3, 2, 4).tolist() == alike.tolist()
-  row, column = zip(*(hopper.banded(jnp.int32(i), 5, 3, 2) for i in range(15)))  # as other kernels reckon it
+  row, column = zip(*(hopper.banded(jnp.int32(i), 5, 3, 2) for i in range(15)))  # the order of the other kernels
   assert (np.asarray(row) * 3 + np.asarray(column)).tolist() == alike.tolist()
   first = block_sparse._order((1, 9, 3), 4, 3, 2, 2)
   assert (first[:2] % 3 == 1).all() and sorted(first) == list(range(12))
@@ -172,7 +172,7 @@ def test_tiles_go_through_all_columns_by_sweeps_the_longest_columns_first():
 
 
 def listed(heads, rows, columns, stored, seed=0):
-  """Which blocks are seen, and their lists. The first row of the first head has none."""
+  """Returns which blocks are seen, and their lists. The first row of the first head sees none."""
   seen = np.random.default_rng(seed).random((heads, rows, columns)) < stored
   seen[0, 0] = False
   counts = seen.sum(-1)
@@ -189,7 +189,7 @@ def attended(q, k, v, seen, causal, scale):
   return np.einsum('bhqk,bkhd->bqhd', p / np.maximum(p.sum(-1, keepdims=True), 1e-30), v)
 
 
-# name: batch, heads, heads of k, queries, keys, d, block_q, block_k, causal, dtype
+# A case is: batch, heads, heads of k, queries, keys, d, block_q, block_k, causal, dtype.
 ATTENTION = {
     'two tiles, heads of 64': (1, 1, 1, 256, 256, 64, 128, 128, False, BF16),
     'causal, small blocks of keys, shared heads': (1, 2, 1, 256, 256, 64, 128, 64, True, F16),
@@ -222,7 +222,7 @@ def test_attention_to_whole_lists_needs_no_counts(causal):
   f = functools.partial(attention.attention, q, k, v, index, block_q=128, block_k=128, causal=causal, scale=0.3,
                         interpret=True)
   y = f32(f())
-  assert np.isfinite(y).all()  # which what no kernel wrote is not
+  assert np.isfinite(y).all()  # Unwritten memory would be NaN.
   np.testing.assert_array_equal(y, f32(f(jnp.full((1, 3), 2, jnp.int32))))
 
 
@@ -297,7 +297,7 @@ def test_the_gradient_of_2_to_4_values_is_made_by_slabs_of_outputs():
     (300, (300, 70), 64), (9000, (300, 70), 128)])
 @pytest.mark.parametrize('dtype', [BF16, F16])
 def test_sparse24_lowers_for_cuda_to_the_sparse_instruction(tokens, shape, n, dtype):
-  """Of as many tokens at a time as there are, or leave enough tiles to go round."""
+  """An instruction takes as many tokens as there are, or as leave enough tiles for all multiprocessors."""
   w = jax.eval_shape(lambda w: Sparse24Array.from_dense(w, check=False), jax.ShapeDtypeStruct(shape, dtype))
   text = lowered(sparse24_matmul, jax.ShapeDtypeStruct((tokens, shape[0]), dtype), w)
   assert text.count('mosaic_gpu_v2') == 1
@@ -311,7 +311,7 @@ def test_the_metadata_of_a_thread_are_two_registers_of_four_instructions():
   assert packed.metadata.shape[2:] == (128, 2) and sparse24.WORDS // sparse24.INSTRUCTION == 4
 
 
-# What is refused.
+# Refusals.
 
 
 def n_m_refusal(n, m, width=1):
@@ -337,7 +337,7 @@ REFUSED = {
     'heads of 80': (lambda: attention_refusal(d=80), 'heads of 64 and 128'),
     'blocks of queries': (lambda: attention_refusal(block_q=64), 'multiples of 128'),
     'blocks of keys': (lambda: attention_refusal(block_k=32), 'multiples of 64'),
-    'undivided': (lambda: attention_refusal(queries=300), 'fill up with zeros'),
+    'undivided': (lambda: attention_refusal(queries=300), 'pad with zeros'),
     '2:4 of one format': (lambda: n_m_refusal(2, 4), "pack it as 'sparse24'"),
     '1:4': (lambda: n_m_refusal(1, 4), '2:4 only, not 1:4; prune'),
     '2:4 in vectors': (lambda: n_m_refusal(2, 4, 2), 'not 2:4 in vectors of 2;'),

@@ -1,4 +1,4 @@
-"""Kernels for TPUs: numbers in interpret mode, where what no kernel wrote is NaN, and that they lower for a TPU."""
+"""Tests the numbers of the kernels for TPUs in interpret mode, where unwritten memory is NaN, and lowers them."""
 
 import functools
 import re
@@ -25,7 +25,7 @@ INTERPRET = pltpu.InterpretParams()
 
 
 def calls(f, *args):
-  """How many kernels `f` is when lowered for a TPU."""
+  """Returns the number of kernels in `f` when it is lowered for a TPU."""
   specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
   return jax.export.export(jax.jit(f), platforms=['tpu'])(*specs).mlir_module().count('tpu_custom_call')
 
@@ -34,12 +34,12 @@ def calls(f, *args):
 
 
 def dense(w):
-  """`[Kb bk, Nb bn]`."""
+  """Returns the dense weight, `[Kb bk, Nb bn]`."""
   ends = [(0, g * b - n) for g, b, n in zip(w.grid, w.block, w.shape)]
   return np.pad(f32(w.to_dense()), ends)
 
 
-# name: shape and block of the weight, tokens, dtype of x, dtype of the weight
+# A case is: shape and block of the weight, tokens, dtype of x, dtype of the weight.
 BLOCKS = {
     '8': ((24, 32), (8, 8), 5, F32, F32),
     '8 of 16 bits, undivided': ((30, 20), (16, 8), 1, BF16, BF16),
@@ -97,7 +97,7 @@ def packed(n, m, width, shape, dtype, seed=0):
   return NMArray.from_dense(jnp.where(kept, normal(shape, dtype, seed + 1), jnp.zeros((), dtype)), n, m, 0, width=width)
 
 
-# name: n, m, how many outputs share positions, shape of the weight, tokens, dtype of x, dtype of the weight
+# A case is: n, m, outputs that share positions, shape of the weight, tokens, dtype of x, dtype of the weight.
 N_M = {
     '2:4': (2, 4, 1, (1536, 256), 1, BF16, BF16), '2:4, three tiles': (2, 4, 1, (2304, 128), 5, F32, F32),
     '1:4': (1, 4, 1, (512, 128), 5, BF16, BF16), '2:8': (2, 8, 1, (1024, 128), 5, BF16, BF16),
@@ -129,7 +129,7 @@ def test_n_m_products_lower(pattern, dtype):
 # Activation-sparse products.
 
 
-# name: K, N, block, active blocks, tokens, dtype of x, dtype of the weight
+# A case is: K, N, block, active blocks, tokens, dtype of x, dtype of the weight.
 ACTIVE = {
     'some': (1024, 256, 16, [1, 5, 6, 30, 63], 3, F32, F32), 'none': (256, 128, 128, [], 2, F32, F32),
     'more than a step': (640, 128, 32, range(2, 19), 1, BF16, BF16), 'one': (512, 384, 128, [2], 16, BF16, BF16),
@@ -139,7 +139,7 @@ ACTIVE = {
 
 
 def inputs_of(case):
-  """x, zero but in the active blocks, and a weight that is NaN wherever it is not to be read."""
+  """Returns x, zero outside of the active blocks, and a weight that is NaN in the rows that must not be read."""
   k, n, block, listed, tokens, dtype, stored = ACTIVE[case]
   read = np.repeat(np.isin(np.arange(k // block), list(listed)), block)
   x = jnp.where(read, normal((tokens, k), dtype, 1), jnp.zeros((), dtype))
@@ -170,7 +170,7 @@ def test_active_products_lower(block, dtype):
 
 
 def test_vmap_over_x_is_more_tokens_for_active_products():
-  """And not a condition for each, of which both sides would be computed."""
+  """The condition is not batched: both of its branches would be computed."""
   w, product = jax.ShapeDtypeStruct((256, 128), F32), lambda x, w: active_matmul(x, w, block=128)
   def conditions(f, *shape):
     exported = jax.export.export(jax.jit(f), platforms=['tpu'])(jax.ShapeDtypeStruct(shape, F32), w)
@@ -183,7 +183,7 @@ def test_vmap_over_x_is_more_tokens_for_active_products():
 
 
 def lists(heads, query_blocks, key_blocks, width, seed=0):
-  """Of the first block of queries nothing, of the second as much as there is room for."""
+  """Returns lists that are empty for the first block of queries, and full for the second."""
   random = np.random.default_rng(seed)
   index = np.sort(random.random((heads, query_blocks, key_blocks)).argsort(-1)[..., :width], -1)
   counts = random.integers(0, width + 1, (heads, query_blocks))
@@ -192,7 +192,7 @@ def lists(heads, query_blocks, key_blocks, width, seed=0):
 
 
 def masked(q, k, v, index, counts, block_q, block_k, causal, scale):
-  """Attention with the dense mask."""
+  """Returns attention with the dense mask."""
   (_, tq, heads, _), tk, share = q.shape, k.shape[1], q.shape[2] // k.shape[2]
   mask = np.zeros((heads, tq, tk), bool)
   for head, row in np.ndindex(counts.shape):
@@ -204,7 +204,7 @@ def masked(q, k, v, index, counts, block_q, block_k, causal, scale):
   return jnp.einsum('bhqk,bkhd->bqhd', jnp.where(mask, jax.nn.softmax(logits, -1), 0), v)
 
 
-# name: batch, heads of q and of k, queries, keys, d, blocks of both, longest list, causal, dtype
+# A case is: batch, heads of q and of k, queries, keys, d, blocks of both, longest list, causal, dtype.
 ATTENTION = {
     '128': (1, (2, 2), 384, 512, 64, (128, 128), 3, False, F32),
     'causal, shared heads of 16 bits': (1, (2, 1), 512, 512, 128, (128, 128), 3, True, BF16),
@@ -219,12 +219,12 @@ def test_attention_is_that_of_the_dense_mask(case, monkeypatch):
   args = [normal((batch, t, h, d), dtype, s) for s, h, t in ((0, heads, tq), (1, shared, tk), (2, shared, tk))]
   how = dict(block_q=block_q, block_k=block_k, causal=causal, scale=d ** -0.5)
   assert attention.refusal(*args, index, counts, **how) is None
-  if heads == shared > 1:  # as if not all lists fitted at a time
+  if heads == shared > 1:  # as if the lists did not fit into scalar memory together
     monkeypatch.setattr(mosaic_tpu, 'SCALARS', tq // block_q * tk // block_k * 2)
-  f = jax.jit(functools.partial(attention.attention, **how, interpret=INTERPRET))  # of a traced index
+  f = jax.jit(functools.partial(attention.attention, **how, interpret=INTERPRET))  # The index is traced.
   y, pull_back = jax.vjp(lambda *qkv: f(*qkv, index, counts), *args)
   wanted, pull_back_wanted = jax.vjp(lambda *qkv: masked(*qkv, index, counts, **how), *(a.astype(F32) for a in args))
-  sums = {F32: 1e-5, BF16: 2e-2}[dtype]  # what is multiplied is rounded in between
+  sums = {F32: 1e-5, BF16: 2e-2}[dtype]  # Weights are rounded before they are multiplied.
   rounded_once(y, wanted, 1, sums)
   dy = normal(y.shape, dtype, 3)
   for got, gradient in zip(pull_back(dy), pull_back_wanted(dy.astype(F32))):
@@ -245,7 +245,7 @@ def test_attention_lowers(block, dtype, causal):
   assert calls(gradient, q, q, q, index, counts) == 3
 
 
-# Refusals, and what all kernels share.
+# Refusals and shared parts.
 
 
 def shapes(block, nnz, dtype):
@@ -275,7 +275,7 @@ def of_active(tokens=1, k=4096, n=1024, block=128, dtype=BF16, stored=BF16):
   return active.refusal(jax.ShapeDtypeStruct((tokens, k), dtype), jax.ShapeDtypeStruct((k, n), stored), block)
 
 
-# what is refused: why, and the remedy
+# A case is: the refusal, with the reason and the remedy.
 REFUSALS = {
     'float16': (lambda: of_blocks(F16, F16), 'not float16; cast to bfloat16'),
     'float16 blocks': (lambda: of_blocks(F32, F16), 'not float16; cast to bfloat16'),
@@ -287,18 +287,18 @@ REFUSALS = {
     'N:M along the outputs': (lambda: of_n_m(axes=1), r'packed along \(-1,\); pack with axes=0'),
     '1:64': (lambda: of_n_m(n=1, m=64), '1:64 does not fit its tiles; 2:4, 1:4, .* do'),
     '17:32': (lambda: of_n_m(n=17, m=32), '17:32 does not fit its tiles'),
-    'N:M, undivided contraction': (lambda: of_n_m(shape=(1152, 256)), 'multiple of 256 and outputs .* of 128: fill up'),
-    '1:8, undivided contraction': (lambda: of_n_m(n=1, m=8), 'multiple of 2048 and outputs .* of 128: fill up'),
+    'N:M, undivided contraction': (lambda: of_n_m(shape=(1152, 256)), 'multiple of 256 and outputs .* of 128: pad'),
+    '1:8, undivided contraction': (lambda: of_n_m(n=1, m=8), 'multiple of 2048 and outputs .* of 128: pad'),
     'N:M, undivided outputs': (lambda: of_n_m(shape=(1024, 200)), r'\(1024, 200\) does not divide into its tiles'),
     'active of float16': (lambda: of_active(dtype=F16), 'not float16; cast to bfloat16'),
     'active, many tokens': (lambda: of_active(129), 'few tokens, up to 128, not 129; give them in parts'),
     'active, small blocks': (lambda: of_active(block=8), 'blocks of 8 rows do not fit .*; take a multiple of 16'),
-    'active, undivided': (lambda: of_active(n=200), r'\(4096, 200\) must have a multiple of 128 outputs; fill up'),
+    'active, undivided': (lambda: of_active(n=200), r'\(4096, 200\) must have a multiple of 128 outputs; pad'),
     'active, large': (lambda: of_active(100, 2**16), '100 tokens of 65536 .* do not fit into .*; take fewer'),
     'attention of float16': (lambda: of_attention((F16, F16, F16)), 'not float16; cast to bfloat16'),
     'attention of two dtypes': (lambda: of_attention((F32, F32, BF16)), 'not bfloat16 and float32; cast them to one'),
     'attention, small blocks': (lambda: of_attention(block=(64, 128)), 'multiples of 128, not 64 and 128; list larger'),
-    'attention, undivided': (lambda: of_attention(length=500), '500 queries and 500 keys do not divide .*; fill up'),
+    'attention, undivided': (lambda: of_attention(length=500), '500 queries and 500 keys do not divide .*; pad'),
     'attention, heads': (lambda: of_attention(heads=(3, 2)), '3 heads of q cannot share 2 of k evenly; repeat'),
     'attention, large blocks': (lambda: of_attention(length=2048, block=(1024, 2048)), 'not fit into the memory .*512'),
     'attention, long lists': (lambda: of_attention(length=2**18, rows=2**11), 'not fit into scalar memory.*; list'),

@@ -1,4 +1,6 @@
-"""`kernels_pallas.packed`: models run on packed parameters as they do on dense ones, and say which op they call."""
+"""Tests that models run on packed parameters as they do on dense parameters, and say which op they call."""
+
+import importlib
 
 import equinox as eqx
 import flax.linen as nn
@@ -11,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import sparsejax as sj
-from kernels_pallas import packed
+from kernels_pallas import models, packed
 from sparsejax import formats
 
 KEY = jax.random.key(0)
@@ -20,7 +22,7 @@ BLOCK = sj.Block((4, 4), 0.5)
 
 @pytest.fixture(autouse=True)
 def ordinary(standard_promotion):
-  """Models outside this library need JAX's ordinary promotion."""
+  """Returns nothing; allows JAX's ordinary promotion, which models outside of this library need."""
 
 
 def normal(*shape, seed=0):
@@ -28,7 +30,10 @@ def normal(*shape, seed=0):
 
 
 def pruned(w, pattern, at):
-  """Every second block, so that all matrices of a stack store as many; or the smaller half of each group."""
+  """Returns `w` with every second block zero, so that all matrices of a stack store as many blocks.
+
+  For an `NM` pattern, returns `w` with the smaller half of each group zero.
+  """
   if isinstance(pattern, sj.NM):
     return w * pattern(jnp.abs(w), None, at)
   places = np.indices(w.shape)
@@ -37,7 +42,7 @@ def pruned(w, pattern, at):
 
 
 def sparse(apply, params, x, pattern):
-  """Pruned to the pattern and packed, along the axes that the program contracts."""
+  """Returns the parameters pruned to the pattern, dense and packed along the axes that the program contracts."""
   axes = sj.contractions(apply, params, x)
   picked = lambda path, w: path in axes and sj.trees.matrices(path, w)
   names, leaves, treedef = sj.trees.flatten(params)
@@ -167,7 +172,7 @@ def test_a_model_is_the_dense_model_and_unpacks_nothing(model, pattern):
 
 
 def a_weight(*shape, axes=-2, seed=1):
-  """Packed in blocks of 4x4, every second of them."""
+  """Returns a weight of which every second block of 4x4 is stored."""
   axes = (axes,) if isinstance(axes, int) else axes
   contracted = tuple(a % len(shape) for a in axes)
   at = sj.types.Axes(contracted, tuple(a for a in range(len(shape)) if a not in contracted))
@@ -175,7 +180,7 @@ def a_weight(*shape, axes=-2, seed=1):
 
 
 def a_stack(n, *shape):
-  """Of matrices that differ."""
+  """Returns a packed stack of `n` different matrices."""
   at = sj.types.Axes((1,), (2,), layer=(0,))
   return formats.BlockSparseArray.from_dense(pruned(normal(n, *shape), BLOCK, at), block=(4, 4), axes=at)
 
@@ -206,7 +211,7 @@ def layers(w, x):
   return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x.sum()), x, w, reverse=True)
 
 
-# Programs in which nothing is unpacked: the weight, x, and the program of both.
+# Programs that keep their weight packed: a function that makes the weight and x, and the program.
 PACKED = {
   'transposed': (lambda: (a_weight(12, 8, axes=-1), normal(3, 8)), lambda w, x: x @ w.T),
   'first operand': (lambda: (a_weight(12, 8, axes=-1), normal(8, 5)), lambda w, x: w @ x),
@@ -243,7 +248,7 @@ PACKED = {
 
 @pytest.mark.parametrize('arrays, apply', PACKED.values(), ids=PACKED)
 def test_values_and_gradients_of_a_program_that_keeps_its_weight_packed(arrays, apply):
-  """The gradient is that of the dense program, at what is stored; rules of the program's own are kept."""
+  """Checks that gradients are those of the dense program at the stored values, by the program's own rules too."""
   w, x = arrays()
   explained = packed(apply, explain=True)(w, x)
   assert ops(explained) == {'block_sparse_matmul'}, str(explained)
@@ -253,7 +258,7 @@ def test_values_and_gradients_of_a_program_that_keeps_its_weight_packed(arrays, 
 
 
 def loss(apply, weight, forward_only):
-  """A scalar of the result, and the result, and the derivatives with respect to both arguments."""
+  """Returns a function that computes the result, a scalar of it, and the derivatives by both arguments."""
   def scalar(v, x):
     y = apply(weight(v), x)
     return sum(jnp.sum(jnp.sin(each.astype(jnp.float32))) for each in jax.tree.leaves(y)), y
@@ -261,7 +266,7 @@ def loss(apply, weight, forward_only):
   return jax.jit(scalar if forward_only else jax.value_and_grad(scalar, (0, 1), has_aux=True))
 
 
-# Programs that unpack their weight: the primitive that does, and a part of the reason.
+# Programs that unpack their weight, with the primitive that unpacks it and a part of the reason.
 UNPACKED = {
   'elementwise': (lambda: (a_weight(8, 12), normal(3, 8)), lambda w, x: x @ (2 * w), 'mul', 'no product'),
   'sum': (lambda: (a_weight(8, 12), normal(3, 8)), lambda w, x: x.sum() * w.sum(), 'reduce_sum', 'no product'),
@@ -324,7 +329,7 @@ def test_vmap_over_inputs_and_over_stacks_of_parameters():
 
 
 def test_other_arguments_are_handed_on_and_packed_leaves_come_back():
-  """Options, functions, keyword arguments, tracers from outside; and what comes out as it went in is still packed."""
+  """Checks options, functions, keyword arguments, tracers from outside, and a packed leaf that is returned as it is."""
   w, x = a_weight(8, 8), normal(3, 8)
 
   def apply(params, x, activation, *, train, bias=None):
@@ -350,3 +355,47 @@ def test_what_is_computed_again_is_still_computed_again():
   run = packed(jax.checkpoint(lambda w, x: jnp.sin(x @ w)))
   jaxpr = jax.make_jaxpr(run)(a_weight(8, 8), normal(2, 8)).jaxpr
   assert {'checkpoint', 'remat', 'remat2'} & {eqn.primitive.name for eqn in jaxpr.eqns}
+
+
+def test_a_fault_inside_of_an_op_is_an_error_and_a_refusal_is_a_reason(monkeypatch):
+  w, x = a_weight(8, 12), normal(3, 8)
+
+  def faulty(x, w, *, implementation=None, explain=False):
+    raise ValueError('a fault')
+
+  monkeypatch.setitem(models.OPS, 'block_sparse', models.Op(faulty, lambda x, w: None))
+  for explain in (False, True):
+    with pytest.raises(ValueError, match='a fault'):
+      packed(jnp.dot, explain=explain)(x, w)
+  asked = []
+  monkeypatch.setitem(models.OPS, 'block_sparse', models.Op(faulty, lambda x, w: asked.append((x, w)) or 'no'))
+  use, = packed(jnp.dot, explain=True)(x, w)
+  assert (use.op, use.why) == ('unpacked', 'no') and asked[0][0].shape == (3, 8) and asked[0][1].shape == (8, 12)
+  assert_close(packed(jnp.dot)(x, w), x @ w.to_dense())
+
+
+def test_refusals_are_asked_about_one_matrix_of_a_stack(monkeypatch):
+  asked = []
+  op = models.OPS['block_sparse']
+  monkeypatch.setitem(models.OPS, 'block_sparse', op._replace(refusal=lambda x, w: asked.append((x.shape, w.shape))))
+  packed(lambda w, x: jnp.einsum('eio,ebi->beo', w, x))(a_stack(3, 8, 12), normal(3, 5, 8))
+  assert asked == [((5, 8), (8, 12))]
+
+
+def test_an_op_from_outside_is_one_entry_of_a_table(monkeypatch):
+  w, x = a_weight(8, 12), normal(3, 8)
+
+  def negated(x, w, *, implementation=None, explain=False):
+    return 'always' if explain else -formats.matmul(x, w)
+
+  monkeypatch.setitem(models.OPS, 'block_sparse', models.Op(negated, lambda x, w: None))
+  assert_close(packed(jnp.dot)(x, w), -x @ w.to_dense())
+  use, = packed(jnp.dot, explain=True)(x, w)
+  assert (use.op, use.why) == ('negated', 'always') and 'always' in str(packed(jnp.dot, explain=True)(x, w))
+
+
+def test_the_former_name_of_the_module_warns():
+  with pytest.warns(DeprecationWarning, match='kernels_pallas.models'):
+    nn_module = importlib.import_module('kernels_pallas.nn')
+  assert nn_module.packed is packed and nn_module.Row is models.PackedUse
+  assert nn_module.OPS['nm'] is models.OPS['nm'].multiply

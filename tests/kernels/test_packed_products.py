@@ -1,4 +1,4 @@
-"""Products with N:M and with unstructured weights: the numbers of the dense masked weight, or a refusal."""
+"""Tests that products with N:M and with unstructured weights are those with the dense masked weight, or refuse."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ from sparsejax import formats, patterns
 from sparsejax.formats import CSCArray, NMArray, Sparse24Array
 from sparsejax.types import Axes
 
-# Products with a packed weight: op, shape of the weight, contracted axes, what is kept of it, and how it is packed.
+# A product is: op, shape of the weight, contracted axes, mask, and the function that packs.
 
 COLUMNS = (unstructured_matmul, lambda w, mask, axes: CSCArray.from_dense(w, mask, axes))
 
 
 def of(n, m, width=1):
-  """Of N:M, the mask, and how it is packed."""
+  """Returns, for N:M, the mask, and the function that packs."""
   pattern = patterns.NM(n, m, width)
   return (nm_matmul, lambda w, mask, axes: NMArray.from_dense(w, n, m, axes, width=width)), (
       lambda shape, axes: np.asarray(pattern(normal(shape, seed=3), None, axes)))
@@ -42,13 +42,13 @@ WEIGHTS = {
     '2:4x5 between': (*of(2, 4, 5), (4, 10, 6), Axes((0, 2), (1,))),
     **{name: (COLUMNS, *rest) for name, rest in UNSTRUCTURED.items()},
 }
-SOME = ('2:4', '2:4x32', 'csc 90 %')  # one of each way to compute
+SOME = ('2:4', '2:4x32', 'csc 90 %')  # an example of each computation
 some = pytest.mark.parametrize('name, way', [
     ('2:4', 'dense'), ('2:4x32', 'xla'), ('csc 90 %', 'xla'), ('csc 90 %', 'dense')])
 
 
 def weight(name, dtype='float32'):
-  """The op, the dense weight as [K, *outputs], it packed, and what turns an array like it into [K, *outputs]."""
+  """Returns the op, the weight as [K, *outputs], the packed weight, and a function that reshapes to [K, *outputs]."""
   (op, packing), kept, shape, axes = WEIGHTS[name]
   mask = kept(shape, axes)
   w = jnp.where(mask, normal(shape, dtype, seed=1), 0)
@@ -64,7 +64,7 @@ def product(x, w):
 
 
 def test_many_tokens_are_multiplied_a_part_at_a_time():
-  """More bytes of x than the sparse routine is given at once, and a number that does not divide."""
+  """The test has more bytes of x than the sparse routine takes at a time, and tokens that do not divide into parts."""
   w = np.where(np.random.default_rng(0).random((1100, 6)) < 0.1, normal((1100, 6), seed=1), 0)
   packed, x, dy = CSCArray.from_dense(w), normal((2001, 1100)), normal((2001, 6), seed=2)
   run = lambda x: unstructured_matmul(x, packed, implementation='xla')
@@ -76,7 +76,7 @@ def test_many_tokens_are_multiplied_a_part_at_a_time():
 XLA = ('3:7', '2:4x8', '1:4x32 query, across heads')
 
 
-# How the axes lie is the same for both; the loops of 'xla' take seconds to compile.
+# The order of axes does not depend on the implementation, and the loops of 'xla' take seconds to compile.
 @pytest.mark.parametrize('name, way', [(name, way) for name in WEIGHTS for way in WAYS
                                        if 'csc' in name or way == 'dense' or name in XLA])
 def test_products_and_gradients_are_those_of_the_dense_masked_weight(name, way):
@@ -91,7 +91,7 @@ def test_products_and_gradients_are_those_of_the_dense_masked_weight(name, way):
   close(dx, np.tensordot(np.asarray(dy, np.float64), np.moveaxis(dense, 0, -1), dense.ndim - 1), dense[0].size)
   dense_gradient = np.tensordot(np.asarray(x, np.float64), np.asarray(dy, np.float64), ((0, 1), (0, 1)))
   assert dv.shape == packed.values.shape and dv.dtype == packed.dtype
-  # The gradient of what is stored, in its place; what only fills a group up has one too.
+  # Every stored value has its gradient, and values that only pad a group have a gradient too.
   stored = matrix(dataclasses.replace(packed, values=jnp.ones_like(packed.values)).to_dense())
   close(matrix(formats.with_values(packed, dv).to_dense()), np.where(stored != 0, dense_gradient, 0), 21)
 
@@ -157,7 +157,7 @@ def test_tokens_may_be_spread_over_devices(name):
 
 
 def test_n_m_makes_neither_the_dense_weight_nor_its_gradient():
-  """Vectors make nothing dense; what unpacks the weight makes of the gradient no more than a slab of 512 outputs."""
+  """Vectors make no dense array; unpacking makes at most a slab of 512 outputs of the dense gradient."""
   _, dense, packed, _ = weight('1:4x32 query, across heads')
   x = normal((3, len(dense)))
   loss = lambda x, v, way: jnp.sum(nm_matmul(x, formats.with_values(packed, v), implementation=way) ** 2)
@@ -177,14 +177,14 @@ def test_unstructured_products_reach_the_sparse_routine_on_both_ways():
   run = lambda x, w: unstructured_matmul(x, w, implementation='xla')
   assert count(run) == 1
   assert count(jax.grad(lambda x, w: jnp.sin(run(x, w)).sum())) == 2
-  dense = lambda x, w: unstructured_matmul(x, w, implementation='dense')  # `None` would choose the routine
+  dense = lambda x, w: unstructured_matmul(x, w, implementation='dense')  # `None` would choose the sparse routine.
   assert count(jax.grad(lambda x, w: jnp.sin(dense(x, w)).sum())) == 0
 
 
-# What `None` chooses, and says.
+# Choices of `None`, and their reasons.
 
 CHOICES = {
-    'element-wise N:M': ('2:4', 300, 'dense', '1 outputs share .* CPUs N:M is not faster than dense'),
+    'element-wise N:M': ('2:4', 300, 'dense', '1 outputs share .* CPUs N:M is faster than dense only in vectors of 32'),
     'narrow vectors': ('2:4x8', 300, 'dense', '8 outputs share'), 'vectors': ('2:4x32', 300, 'xla', '50% are zero'),
     'few zeros': ('7:8x32, not worth it', 300, 'dense', '12% are zero, and vectors pay from 40%'),
     'unstructured': ('csc 90 %', 300, 'xla', '[89].% are zero, 300 tokens: the sparse routine of XLA on CPUs$'),
@@ -247,7 +247,7 @@ OPS = {'nm_matmul': (n_m, NM24), 'unstructured_matmul': (unstructured, CSC),
 
 @pytest.mark.parametrize('name', OPS)
 def test_an_op_raises_exactly_what_its_refusal_says_of_shapes_alone(name):
-  """So a caller that asks first knows that any other `ValueError` of the op is a fault."""
+  """A caller that asks `refusal` first therefore knows that any other `ValueError` of the op is a fault."""
   module, w = OPS[name]
   op = getattr(module, name)
   length = w.shape[0]

@@ -1,4 +1,4 @@
-"""`Sparse24Array`: dense again bit for bit, laid out as the hardware reads it, through transformations and files."""
+"""Tests that a `Sparse24Array` unpacks bit for bit and has the layout of the hardware, through transforms and files."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from sparsejax import formats, io
 from sparsejax.formats import NMArray, Sparse24Array
 from sparsejax.types import Axes
 
-# shape, contracted axes, dtype. Whole tiles, ragged edges, every axis order.
+# A case is: shape, contracted axes, dtype. There are whole tiles, ragged edges, and every order of axes.
 CASES = {
     'whole tiles': ((128, 64), (0,), 'bfloat16'),
     'several tiles': ((256, 192), (0,), 'float16'),
@@ -33,7 +33,7 @@ def bits(w):
 
 
 def weights(shape, axes, dtype, seed=0):
-  """Any bits at all (NaN, subnormal, -0.0) in at most two places of every four, +0.0 elsewhere."""
+  """Returns any bits at all (NaN, subnormal, -0.0) in at most two places of every four, and +0.0 elsewhere."""
   rng, dtype = np.random.default_rng(seed), np.dtype(dtype)
   integers = rng.integers(0, 256, (*shape, dtype.itemsize), dtype=np.uint8).view(f'u{dtype.itemsize}').reshape(shape)
   order = [a for a in range(len(shape)) if a not in axes] + list(axes)
@@ -47,11 +47,12 @@ def weights(shape, axes, dtype, seed=0):
 
 
 def by_thread(values, metadata):
-  """`[N, K]`, filled up, as the instruction reads it: thread by thread, through CUTLASS's `ELayout_64x32`.
+  """Returns the padded `[N, K]` as the instruction reads it: thread by thread, through CUTLASS's `ELayout_64x32`.
 
-  Shape ((2, 2, 8, 4), (16, 2)), stride ((1024, 0, 1, 16), (64, 8)) over (thread, bits) into a column-major 64 x 32: of
-  the thread's four digits the second has no stride, because half of the threads are not read. The sparsity selector
-  says which half; the second of two instructions that share a register reads the other.
+  The layout is shape ((2, 2, 8, 4), (16, 2)), stride ((1024, 0, 1, 16), (64, 8)), over (thread, bits) into a
+  column-major 64 x 32. The second of the thread's four digits has no stride, because half of the threads are not read.
+  The sparsity selector says which half is read. The second of two instructions that share a register reads the other
+  half.
   """
   n, k = values.shape[0], 2 * values.shape[1]
   whole, seen = np.zeros((n, k), values.dtype), np.zeros((n, k // 4), int)
@@ -59,7 +60,7 @@ def by_thread(values, metadata):
   for tile, depth, thread, register in np.ndindex(registers.shape):
     t0, t1, t2, t3 = thread & 1, thread >> 1 & 1, thread >> 2 & 7, thread >> 5
     word, instruction = int(registers[tile, depth, thread, register]), 2 * register + t1
-    for v0, v1 in np.ndindex(4, 2):  # 16 bits are 4 fours
+    for v0, v1 in np.ndindex(4, 2):  # 16 bits describe 4 groups of four.
       place = 1024 * t0 + 0 * t1 + t2 + 16 * t3 + 64 * 4 * v0 + 8 * v1
       row, column = 64 * tile + place % 64, 128 * depth + 32 * instruction + place // 64
       nibble = word >> (16 * v1 + 4 * v0) & 15
@@ -161,7 +162,7 @@ def good(shape=(130, 70)):
 
 
 def swapped(packed):
-  """The first four's places, the greater first."""
+  """Returns the metadata with the places of the first group of four swapped, the greater first."""
   return packed.metadata.at[0, 0, 0, 0].set((packed.metadata[0, 0, 0, 0] & ~15) | 0b0001)
 
 

@@ -1,4 +1,4 @@
-"""Axes and multiply-adds of programs whose answers are known: by their einsum letters, by hand, by convention."""
+"""Compares axes and multiply-adds with known answers: by the letters of `einsum`, by hand, by convention."""
 
 import math
 import string
@@ -30,7 +30,7 @@ def test_axes_and_multiply_adds_are_those_known(name, standard_promotion):
   assert found.unread == found.unbounded == ()
 
 
-# The conventions cannot know a DenseGeneral of any other name than attention's, nor an embedding used as a head.
+# A DenseGeneral of another name than attention's, and an embedding that is a head, have no convention.
 CONVENTIONAL = [f for f in programs.FLAX if f not in (
     programs.dense_general, programs.tied_embedding, programs.conv_transpose_flipped)]
 
@@ -88,7 +88,7 @@ def test_what_no_parameter_takes_part_in_is_counted_apart(standard_promotion):
 def test_nothing_is_executed(standard_promotion):
   n = 100_000
   found = contractions(lambda p, x: jnp.tanh(x @ p['w']) @ p['w'], {'w': shaped(n, n)}, shaped(n, n))
-  assert found['w'] == MATRIX and found.total_macs == 2 * n ** 3  # beyond 2**50: python integers
+  assert found['w'] == MATRIX and found.total_macs == 2 * n ** 3  # Beyond 2**50, only Python integers are exact.
 
 
 def test_static_arguments_and_any_result(standard_promotion):
@@ -103,7 +103,7 @@ def test_static_arguments_and_any_result(standard_promotion):
   assert list(contractions(lambda v, x: Model().apply(v, x, train=False), variables, X)) == ['params/Dense_0/kernel']
 
 
-# What cannot be told.
+# Programs that have no answer.
 
 
 def _half(p, x):
@@ -193,8 +193,26 @@ def test_the_table_prints(standard_promotion):
   text = str(found)
   assert isinstance(found, Contractions)
   lines = text.splitlines()
-  assert len(lines) == 1 + len(found) + 1 and len({len(line) for line in lines[:-1]}) == 1
+  assert len(lines) == 1 + len(found) + 2 and len({len(line) for line in lines[:-2]}) == 1
   assert '6 4 8 32' in text and '1 2' in text and f'{found.total_macs:,}' in text
+  assert lines[-1].startswith('looked up by data, not contracted: Embed_0/embedding: gather')
+
+
+@pytest.mark.parametrize('name, path, contracted', [
+  ('tied_embedding', 'Embed_0/embedding', True), ('stack', 'Embed_0/embedding', False), ('embeddings', 'e', False),
+  ('embedding of one token', 'e', False)])
+def test_rows_looked_up_by_data_are_named(name, path, contracted, standard_promotion):
+  (apply, params, inputs), _ = programs.NAMED[name]()
+  found = contractions(apply, params, *inputs)
+  assert list(found.lookups) == [path] and found.lookups[path].split()[0] in ('gather', 'dynamic_slice')
+  assert (path in found) == contracted
+
+
+@pytest.mark.parametrize('name', ['positions', 'experts by index', 'expert by index', 'picked by a number', 'permuted',
+                                  'layer by index'])
+def test_picked_matrices_and_known_orders_are_no_lookups(name, standard_promotion):
+  (apply, params, inputs), _ = programs.NAMED[name]()
+  assert contractions(apply, params, *inputs).lookups == {}
 
 
 # Laws.
@@ -203,7 +221,7 @@ def test_the_table_prints(standard_promotion):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_einsum_letters_are_the_axes(data):
-  """Letters in both operands are contracted or, if in the result, layers; those of the weight alone are outputs."""
+  """Checks that letters of both operands are contracted or layers, and that letters of the weight alone are outputs."""
   letters = string.ascii_lowercase[:6]
   size = dict(zip(letters, data.draw(st.permutations([2, 3, 4, 5, 6, 7]))))
   role = {c: data.draw(st.sampled_from(['contracted', 'output', 'layer', 'other'])) for c in letters}
@@ -217,7 +235,7 @@ def test_einsum_letters_are_the_axes(data):
   order = data.draw(st.permutations(range(len(w))))
   folds = data.draw(st.integers(0, len(w)))
 
-  def apply(p, x_):  # the weight on a detour: transposed, its first dimensions merged, and back
+  def apply(p, x_):  # transposes the weight, merges its first dimensions, and undoes both
     y = p['w'].transpose(order).reshape(-1, *dims([w[i] for i in order][folds:]))
     y = y.reshape([size[w[i]] for i in order]).transpose(np.argsort(order))
     return jnp.einsum(f'{w},{x}->{out}', y, x_)
@@ -231,7 +249,7 @@ def test_einsum_letters_are_the_axes(data):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_reshape_of_rows_and_of_columns_is_seen_through(data):
-  """Weights of any shape whose first axes make up the inputs: dealt to other lengths and back, with ones in between."""
+  """Checks weights of any shape whose first axes make up the inputs, reshaped to other lengths and back."""
   factors = lambda: data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3))
   rows, columns, others = factors(), factors(), factors()
   rows, columns = [n for n in rows if n > 1] or [2], [n for n in columns if n > 1] or [2]

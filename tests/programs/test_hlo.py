@@ -120,9 +120,9 @@ def test_what_was_widened_before_it_was_sent(lines, before, value):
     ('(f32[2], (s32[], bf16[1]))', 14), ('token[]', 0), ('f64[<=2,3]', 48),
 ])
 def test_bytes_of_a_type(type_, size):
-  assert hlo.nbytes(type_) == size
+  assert hlo.type_bytes(type_) == size
 
 
 def test_a_type_of_unknown_width_is_refused():
   with pytest.raises(ValueError, match="'odd'"):
-    hlo.nbytes('odd[4]')
+    hlo.type_bytes('odd[4]')

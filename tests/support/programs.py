@@ -1,4 +1,4 @@
-"""Programs of which is known what axes of each parameter they contract, and how many multiply-adds that takes."""
+"""Holds programs with known answers: the axes of each contracted parameter, and the number of multiply-adds."""
 
 import functools
 
@@ -39,7 +39,7 @@ def linen_case(module, *inputs, **options):
   return (lambda params, *inputs: apply({'params': params}, *inputs)), params, inputs
 
 
-# Flax Linen. Each case: (apply, params, inputs), what each contracted parameter's axes are, and its multiply-adds.
+# Flax Linen. A case returns (apply, params, inputs), and the axes and multiply-adds of each contracted parameter.
 
 
 def dense():
@@ -232,7 +232,7 @@ def convolution_ensemble():
     'k': (axes((3,), (4,), layer=(0,), spatial=(1, 2)), 7 * B * 64 * 9 * 24)}
 
 
-# Plain JAX: what may happen to a weight before it is used.
+# Plain JAX: changes of a weight before its use.
 
 W = {'w': shaped(4, 6)}
 X = shaped(B, 4)
@@ -240,7 +240,7 @@ USED = {'w': (MATRIX, B * 24)}
 
 
 def on_weight(change, params=W, expected=USED):
-  """A case `x @ change(params)`."""
+  """Returns a case of the program `x @ change(params)`."""
   return lambda: ((lambda p, x: x @ change(p), params, (X,)), expected)
 
 
@@ -335,7 +335,7 @@ WEIGHTS = {
 }
 
 
-# Plain JAX: where a weight is used.
+# Plain JAX: places where a weight is used.
 
 
 def case(apply, params, *inputs, **expected):
@@ -433,6 +433,13 @@ USES = {
   'experts of members': case(lambda p, x, i: jax.vmap(lambda w, x, i: x @ w[i])(p['w'], x, i),
                              {'w': shaped(7, 5, 4, 6)}, shaped(7, B, 4), shaped(7, dtype=jnp.int32),
                              w=(axes((2,), (3,), layer=(0, 1)), 7 * B * 24)),
+  # JAX multiplies and adds shapes such as [1, 4, 6] and [7, 1, 1] without a `broadcast_in_dim`.
+  'one member scaled for each': case(
+    lambda p, x: jnp.matmul(x, p['w'][None] * np.arange(1, 8, dtype=np.float32)[:, None, None]), W, shaped(7, B, 4),
+    w=(MATRIX, 7 * B * 24)),
+  'one member shifted for each': case(
+    lambda p, x: jnp.matmul(x, p['w'][None] + np.ones((7, 1, 1), np.float32)), W, shaped(7, B, 4),
+    w=(MATRIX, 7 * B * 24)),
   'one member for all': case(lambda p, x: jnp.matmul(x, jnp.broadcast_to(p['w'][2:3], (7, 4, 6))),
                              {'w': shaped(5, 4, 6)}, shaped(7, B, 4), w=(STACKED, 7 * B * 24)),
   'alike at each tap': case(

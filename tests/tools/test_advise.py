@@ -133,7 +133,7 @@ def test_some_parameters_may_gain_and_some_stay_dense(tables):
     (lambda at: sj.advise(abstract(8, 8), '2:4 0.5', tables=at), 'leave 0.5 out'),
     (lambda at: sj.advise(abstract(8, 8), '4x4', tables=at), r"'mlp/kernel' of shape \(8, 8\).*has no values to count"),
     (lambda at: sj.advise(abstract(8, 8), '2:4', tokens=0, tables=at), 'tokens'),
-    (lambda at: sj.advise(abstract(8, 8), sj.patterns.Staged((), 0), tables=at), 'unknown pattern'),
+    (lambda at: sj.advise(abstract(8, 8), sj.patterns.Switch((sj.NM(2, 4),), 0), tables=at), 'unknown pattern'),
     (lambda at: sj.advise({'b': abstract(8)}, '2:4', tables=at), '`where` picks no parameter'),
 ])
 def test_what_cannot_be_is_refused(tables, call, message):

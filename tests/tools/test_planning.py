@@ -181,7 +181,7 @@ def test_a_global_threshold_sends_counts_and_channel_sums_only():
   assert added and {kind for kind, _ in added} == {'all-reduce'}
   # A threshold sums one number a layer and output channel, and some counters for each bit of a score and each leaf.
   channels, counters = 3 * (4 * 128 + 3 * 256), 32 * 7
-  assert sum(hlo.nbytes(type_) * times for (_, type_), times in added.items()) <= 4 * (3 * channels + 4 * counters)
+  assert sum(hlo.type_bytes(type_) * times for (_, type_), times in added.items()) <= 4 * (3 * channels + 4 * counters)
 
 
 def _operands(found):

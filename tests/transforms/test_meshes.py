@@ -48,7 +48,7 @@ def moved(name, kind, spec):
     eager = [tx.init(params)] if spec == 'both' else []  # a program for each operation: seconds for each place
     assert lie_alike(state, *eager, update(params, state, params)[1])
   text = update.as_text()
-  size = lambda type_: hlo.nbytes(type_) // 4  # keys, counts and sums are of 32 bits
+  size = lambda type_: hlo.type_bytes(type_) // 4  # keys, counts and sums are of 32 bits
   return [(one.kind, sum(map(size, one.operands))) for one in hlo.collectives(text)]
 
 

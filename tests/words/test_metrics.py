@@ -154,7 +154,7 @@ def test_a_convex_loss_has_no_barrier(points):
 
 @pytest.mark.parametrize('jit', [False, True])
 def test_the_barrier_of_a_double_well_is_known(jit):
-  """The function `(x^2 - 1)^2 + tilt x` rises by 1 above the chord from -1 to 1, in the middle, for any tilt.
+  """Checks that `(x^2 - 1)^2 + tilt x` rises by 1 above the chord from -1 to 1, in the middle, for any tilt.
 
   The barrier of a concave quadratic is the gap between the quadratic and its chord.
   """

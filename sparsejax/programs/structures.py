@@ -1,0 +1,201 @@
+"""Runs the structures of programs in two ways: a structure is *kept* as what it is, or *walked* round by round.
+
+A structure is a loop, a `cond`, `remat`, or a function with a derivative rule of its own. `KEPT` stages the same
+structure again, around a body that the caller runs. `WALKED` runs one body after the other, on concrete values.
+
+    outcome = WALKED['scan'](eqn, values)          # Enter(body, arguments of round 0, then, ...)
+    outcome = outcome.then(results_of_round_0)     # Enter(body, arguments of round 1, then, ...)
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparsejax.programs import jaxprs
+from sparsejax.types import Array
+
+
+class Enter(NamedTuple):
+  """`Enter` asks a walk to run the inner program `number` of an operation on `arguments`.
+
+  `then(results)` returns the results of the operation, or another `Enter`. `step` is the number of a loop's round, and
+  `None` outside of a loop. In a scan, `step` is the index of the slice, which counts down if the scan is reversed.
+  """
+
+  program: Any
+  arguments: list[Any]
+  then: Callable[[list[Any]], 'Outcome']
+  number: int = 0
+  step: int | None = None
+
+
+class Stop(NamedTuple):
+  """`Stop` asks a walk to stop, and to hand out `site`, an object of the caller.
+
+  `resume(answer)` returns the results of the operation, an `Enter`, or another `Stop`.
+  """
+
+  site: Any
+  resume: Callable[[Any], 'Outcome']
+
+
+Outcome = list[Any] | Enter | Stop
+
+
+class Inside(NamedTuple):
+  """`Inside` holds the functions by which a caller runs what is inside of a structure that is kept.
+
+  `run(program, arguments, number)` returns the results of the inner program `number`, all of them arrays.
+  `original(arrays)` returns the results of the operation without the caller's rules. `dense(value, why)` and
+  `unstacked(value)` are those of `ValueRules`.
+  """
+
+  run: Callable[[Any, Sequence[Any], int], list[Array]]
+  original: Callable[[list[Any]], list[Any]]
+  dense: Callable[[Any, str], Any]
+  unstacked: Callable[[Any], tuple[Any, Callable[[Any], Any]] | str]
+
+  def all_dense(self, values: Sequence[Any], why: str) -> list[Any]:
+    return [self.dense(value, why) for value in values]
+
+  def for_derivatives(self, values: list[Any]) -> list[Any]:
+    """Returns the results of the operation, whose derivatives are those of its own rule for arrays."""
+    return self.original(self.all_dense(values, 'a derivative rule takes it'))
+
+
+# Kept.
+
+
+def _kept_remat(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
+  return jax.checkpoint(run, **jaxprs.remat_options(eqn))(values)
+
+
+def _kept_custom_jvp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  """Takes values from the body as the caller runs it, and tangents from the function's own rule for arrays."""
+  run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
+  call = jax.custom_jvp(run)
+  call.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(inside.for_derivatives, primals, tangents)[1]))
+  return call(values)
+
+
+def _kept_custom_vjp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  """Takes values from the body as the caller runs it, and gradients from the function's own rule for arrays."""
+  run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
+  call = jax.custom_vjp(run)
+  call.defvjp(lambda values: (run(values), values),
+              lambda values, dy: jax.vjp(inside.for_derivatives, values)[1](dy))
+  return call(values)
+
+
+def _kept_cond(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  runs = [lambda operands, program=program, k=k: inside.run(program, operands, k)
+          for k, program in enumerate(jaxprs.branches(eqn))]
+  return lax.switch(inside.dense(values[0], 'it is the number of a branch'), runs, values[1:])
+
+
+def _kept_while(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  loop = jaxprs.while_parts(eqn)
+  of_condition, of_body, carries = loop.split(values)
+  proceed = lambda carries: inside.run(loop.condition, [*of_condition, *carries], 0)[0]
+  step = lambda carries: inside.run(loop.body, [*of_body, *carries], 1)
+  return lax.while_loop(proceed, step, inside.all_dense(carries, CHANGES))
+
+
+def _kept_scan(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  """Runs a scan over the arrays that `inside.unstacked` returns; each of their slices becomes a stand-in again."""
+  scan = jaxprs.scan_parts(eqn)
+  constants, carries, stacks = scan.split(values)
+  carries, parts = inside.all_dense(carries, CHANGES), []
+  for value in stacks:
+    split = inside.unstacked(value)
+    parts.append((inside.dense(value, split), lambda array: array) if isinstance(split, str) else split)
+
+  def step(carries: list[Array], slices: list[Any]) -> tuple[list[Array], list[Array]]:
+    values = [make(x) for (_, make), x in zip(parts, slices)]
+    results = inside.run(scan.body, [*constants, *carries, *values], 0)
+    return results[:len(carries)], results[len(carries):]
+
+  arrays = [array for array, _ in parts]
+  carries, results = lax.scan(step, carries, arrays, scan.length, scan.reverse, scan.unroll)
+  return [*carries, *results]
+
+
+CHANGES = 'it changes from round to round'
+KEPT: dict[str, Callable[[Any, list[Any], Inside], list[Any]]] = {
+  **dict.fromkeys(('checkpoint', 'remat', 'remat2'), _kept_remat), 'custom_jvp_call': _kept_custom_jvp,
+  'custom_vjp_call': _kept_custom_vjp, 'cond': _kept_cond, 'while': _kept_while, 'scan': _kept_scan}
+
+
+# Walked. The number of a branch, and the condition of a loop, must be concrete.
+
+
+def _walked_cond(eqn: Any, values: list[Any]) -> Outcome:
+  number = int(_concrete(eqn, values[0]))
+  programs = jaxprs.branches(eqn)
+  number = min(max(number, 0), len(programs) - 1)  # `lax.switch` clamps.
+  return Enter(programs[number], values[1:], lambda results: results, number)
+
+
+def _walked_while(eqn: Any, values: list[Any]) -> Outcome:
+  loop = jaxprs.while_parts(eqn)
+  of_condition, of_body, carries = loop.split(values)
+
+  def begin(step: int, carries: list[Any]) -> Outcome:
+    return Enter(loop.condition, of_condition + carries, functools.partial(decide, step, carries), 0, step)
+
+  def decide(step: int, carries: list[Any], results: list[Any]) -> Outcome:
+    if not _concrete(eqn, results[0]):
+      return carries
+    return Enter(loop.body, of_body + carries, functools.partial(begin, step + 1), 1, step)
+
+  return begin(0, carries)
+
+
+def _walked_scan(eqn: Any, values: list[Any]) -> Outcome:
+  scan = jaxprs.scan_parts(eqn)
+  constants, carries, stacks = scan.split(values)
+  outputs = [v.aval for v in eqn.outvars[scan.carries:]]
+  return _Rounds(scan, constants, stacks, outputs).run(0, carries, ())
+
+
+class _Rounds(NamedTuple):
+  """The rounds of a scan that is walked; a walk may be copied between rounds, so that nothing here ever changes."""
+
+  scan: jaxprs.Scan
+  constants: list[Any]
+  stacks: list[Any]
+  outputs: list[Any]
+
+  def run(self, number: int, carries: list[Any], done: tuple[list[Any], ...]) -> Outcome:
+    """Returns what comes after `number` rounds, whose stacked outputs are to be made of `done`."""
+    scan, index = self.scan, self.scan.length - 1 - number if self.scan.reverse else number
+    if number == scan.length:
+      columns = list(zip(*(done[::-1] if scan.reverse else done))) or [()] * len(self.outputs)
+      return carries + list(map(_stacked, columns, self.outputs))
+    slices = [lax.index_in_dim(stack, index, keepdims=False) for stack in self.stacks]
+    return Enter(scan.body, self.constants + carries + slices, functools.partial(self.after, number, done), 0, index)
+
+  def after(self, number: int, done: tuple[list[Any], ...], results: list[Any]) -> Outcome:
+    carries = self.scan.carries
+    return self.run(number + 1, results[:carries], (*done, results[carries:]))
+
+
+def _stacked(column: Sequence[Array], aval: Any) -> Array:
+  return jnp.stack(column) if column else jnp.zeros(aval.shape, aval.dtype)
+
+
+def _concrete(eqn: Any, value: Any) -> Any:
+  """Returns the value; raises `ValueError` if it is traced, since a walk must know it."""
+  if isinstance(value, jax.core.Tracer):
+    raise ValueError(f'Walk: {jaxprs.place(eqn)} depends on a traced value; walk outside of jit, vmap and grad, or '
+                     'keep the operation as it is.')
+  return value
+
+
+WALKED: dict[str, Callable[[Any, list[Any]], Outcome]] = {
+  'cond': _walked_cond, 'while': _walked_while, 'scan': _walked_scan}
