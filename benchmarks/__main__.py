@@ -48,11 +48,11 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--out', default='kernels.csv', help='the CSV to write (kernels.csv)')
   sub.add_argument('--table', help='the JSON to write for `sparsejax advise`: sparsejax/advice/tables/h200.json')
   sub = command('record', record, 'writes the CSV of a GPU as a section, named like the CSV')
-  sub.add_argument('csv', type=pathlib.Path, help='a CSV that `python -m benchmarks gpu` wrote')
+  sub.add_argument('csv', type=_present, help='a CSV that `python -m benchmarks gpu` wrote')
   sub.add_argument('--out', default=OUT, type=_file, help=f'the file of results (default {OUT})')
   sub = command('draw', draw, 'draws the sections of the file of results as pictures')
   sub.add_argument('names', nargs='*', metavar='NAME', help='which sections (default: all)')
-  sub.add_argument('--file', default=OUT, type=pathlib.Path, help=f'the file of results (default {OUT})')
+  sub.add_argument('--file', default=str(OUT), type=_present, help=f'the file of results (default {OUT})')
   sub.add_argument('--folder', default='docs/pictures', type=pathlib.Path, help='where the PNGs go (docs/pictures)')
   return parser
 
@@ -67,6 +67,13 @@ def _file(name: str) -> pathlib.Path:
   path = pathlib.Path(name)
   if not path.parent.is_dir():
     raise argparse.ArgumentTypeError(f'{path}: there is no folder {path.parent}; make it first, or name another')
+  return path
+
+
+def _present(name: str) -> pathlib.Path:
+  path = pathlib.Path(name)
+  if not path.is_file():
+    raise argparse.ArgumentTypeError(f'{path}: there is no such file; measure first, or name another')
   return path
 
 

@@ -82,7 +82,8 @@ def test_measuring_writes_the_sections_that_are_named(tmp_path, monkeypatch, cap
   assert benchmarks.main(['measure', 'memory', '--out', str(out)]) == 1
   assert re.search('times faster +1 +0.5 to 2 +at least 2 +NO +3', capsys.readouterr().out)
   elsewhere = ['--out', str(tmp_path / 'no' / 'a.md')]
-  for wrong, message in ((['memroy'], "Did you mean 'memory'"), (elsewhere, 'no folder')):
+  for wrong, message in ((['memroy'], "Did you mean 'memory'"), (elsewhere, 'no folder'),
+                         (['draw', '--file', str(tmp_path / 'no.md')], 'no such file')):
     with pytest.raises(SystemExit):
       benchmarks.main(wrong)
     assert message in capsys.readouterr().err
