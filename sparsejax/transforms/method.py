@@ -5,9 +5,7 @@
     method.until_freeze    # the flow, which is `hard` from the fine-tune phase on
 """
 
-import concurrent.futures
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,25 +53,25 @@ class Method:
 
   @property
   def never(self) -> bool:
-    """Whether masks are known to be chosen in `init` alone.
-
-    The step `freeze` chooses the last mask, unless the schedule is `False` at all steps from 1 to `freeze`. A schedule
-    that carries no fact is evaluated at these steps.
-    """
-    if self.dense_steps or types.says(self.refresh, types.ALWAYS):
-      return False
-    if types.says(self.refresh, types.AT_ZERO):
-      return True
-    if self.freeze is None:
-      return False
-    return not _ever_due(self.refresh, self.freeze)
+    """Whether masks are known to be chosen in `init` alone."""
+    return self.dense_steps == 0 and types.says(self.refresh, types.AT_ZERO)
 
   def due(self, step: Array) -> Array:
-    """Returns whether masks are chosen at `step`, `bool[]`."""
-    in_time = step >= self.dense_steps
+    """Returns whether masks are chosen at `step`, `bool[]`.
+
+    The step `freeze` chooses the last mask, unless the schedule is `False` at all steps from 1 to `freeze`.
+    """
+    in_time, due = step >= self.dense_steps, self.refresh(step - self.dense_steps)
     if self.freeze is None:
-      return in_time & self.refresh(step - self.dense_steps)
-    return in_time & (step <= self.freeze) & ((step == self.freeze) | self.refresh(step - self.dense_steps))
+      return in_time & due
+    return in_time & (step <= self.freeze) & (due | ((step == self.freeze) & self._moves(step)))
+
+  def _moves(self, step: Array) -> Any:
+    """Returns whether the schedule ever chooses masks after `init`; the answer counts at the step `freeze` only."""
+    if self.dense_steps or types.says(self.refresh, types.ALWAYS):
+      return True
+    ever = lambda: jnp.any(jax.vmap(self.refresh)(jnp.arange(1, self.freeze + 1)))
+    return jax.lax.cond(step == self.freeze, ever, lambda: jnp.zeros((), bool))
 
   @property
   def placeholders(self) -> tuple[str, ...]:
@@ -83,12 +81,3 @@ class Method:
   def filled(self, values: Mapping[str, Any]) -> 'Method':
     """Returns the method with the placeholders replaced by their values."""
     return dataclasses.replace(self, start=starts.fill(self.start, values), key=starts.fill(self.key, values))
-
-
-@functools.lru_cache(maxsize=256)
-def _ever_due(refresh: Schedule, last: int) -> bool:
-  """Returns whether `refresh` is `True` at any step from 1 to `last`."""
-  evaluate = lambda: bool(jnp.any(jax.jit(jax.vmap(refresh))(jnp.arange(1, last + 1))))
-  # A thread of its own has neither a trace nor a mesh: inside of `jit` and `shard_map` numbers cannot be computed.
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    return pool.submit(evaluate).result()
