@@ -1,4 +1,4 @@
-"""Tests the reader of compiled programs: every form of collective, group and loop, with the bytes worked out by hand."""
+"""Tests the reader of compiled programs: every form of collective, group and loop, with bytes worked out by hand."""
 
 import pytest
 
