@@ -58,14 +58,14 @@ def exact(dims: Dims) -> bool:
   return all(len(factor.axes) == 1 and factor.stride is not None for dim in dims for factor in dim)
 
 
-def resized(dims: Dims, shape: Sequence[int]) -> Dims | None:
+def resized(dims: Dims, shape: Sequence[int]) -> Moved | None:
   """Returns the dimensions after a slice, padding or sharding, or `None` if the rank changes.
 
   A dimension whose length changes runs over the same axes, without a stride.
   """
   if len(shape) != len(dims):
     return None
-  return tuple(dim if n == old else (Factor(over(dim), n),) for dim, n, old in zip(dims, shape, shape_of(dims)))
+  return Moved(tuple(dim if n == old else (Factor(over(dim), n),) for dim, n, old in zip(dims, shape, shape_of(dims))))
 
 
 def dropped(dims: Dims, positions: Sequence[int]) -> Moved:
@@ -125,7 +125,8 @@ def _reshape(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
 
 
 # Maps each primitive that moves dimensions to its rule: (dimensions, equation, new shape) -> `Moved`, or `None`.
-MOVES: dict[str, Callable[[Dims, Any, Sequence[int]], Moved | None]] = {
+Move = Callable[[Dims, Any, Sequence[int]], Moved | None]
+MOVES: dict[str, Move] = {
   'broadcast_in_dim': lambda dims, eqn, shape: broadcast(dims, jaxprs.dimensions(eqn), shape),
   'reshape': _reshape,
   'squeeze': lambda dims, eqn, shape: dropped(dims, jaxprs.dimensions(eqn)),
