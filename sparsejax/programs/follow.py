@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from jax.extend import core
 
 from sparsejax.programs import jaxprs
-from sparsejax.programs.jaxprs import Address
 
 Fact = Any
 Notes = Any
@@ -26,13 +25,9 @@ class Position(NamedTuple):
   `notes` are those of the part of the program that the operation is in: the body of a loop, a branch, or the whole.
   """
 
-  address: Address
+  address: jaxprs.Address
   loops: int
   notes: Notes
-
-
-def _nothing(*_: Any) -> None:
-  return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +56,9 @@ class FactRules:
   sliced: Callable[[Fact, int], Fact] = lambda fact, loops: fact
   stacked: Callable[[Fact, list[Fact], int], Fact] = lambda fact, stacks, length: fact
   resized: Callable[[Fact, Sequence[int]], Fact] = lambda fact, shape: fact
-  notes: Callable[[], Notes] = _nothing
-  merged: Callable[[Notes, list[Notes], Any, int | None], None] = _nothing
-  after: Callable[[Any, list[Fact], list[Fact], Position], None] = _nothing
+  notes: Callable[[], Notes] = lambda: None
+  merged: Callable[[Notes, list[Notes], Any, int | None], None] = lambda notes, parts, eqn, times: None
+  after: Callable[[Any, list[Fact], list[Fact], Position], None] = lambda eqn, facts, results, here: None
 
 
 def follow(program: Any, facts: Sequence[Fact], rules: FactRules, notes: Notes = None) -> list[Fact]:
