@@ -22,10 +22,8 @@ from jax import lax
 from kernels_pallas import block_sparse, held, n_m, sparse24, unstructured
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
-from sparsejax.programs import jaxprs
-from sparsejax.programs.evaluate import Operation, ValueRules, evaluate
+from sparsejax.programs import Operation, Program, ValueRules, evaluate, jaxprs, trace
 from sparsejax.programs.jaxprs import Numbers
-from sparsejax.programs.tracing import Program, trace
 from sparsejax.types import Array
 
 
@@ -41,12 +39,6 @@ class Op(NamedTuple):
   refusal: Callable[[Any, Any], str | None]
 
 
-def formats_matmul(x: Array, w: Any, *, implementation: str | None = None, explain: bool = False) -> Any:
-  """Returns `formats.matmul(x, w)`, which unpacks the weight; there is nothing to choose or to explain."""
-  return '' if explain else formats.matmul(x, w)
-
-
-UNPACKING = Op(formats_matmul, lambda x, w: None)  # for other formats that say which axes are contracted
 OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
   'block_sparse': Op(block_sparse.block_sparse_matmul, block_sparse.refusal),
   'csc': Op(unstructured.unstructured_matmul, unstructured.refusal),
@@ -159,8 +151,8 @@ class PackedProducts:
   uses: list[PackedUse] | None
 
   def rules(self) -> ValueRules:
-    return ValueRules(self.operation, concerns=lambda eqn, values, address: any(map(_held, values)), dense=self.dense,
-                 unstacked=_unstacked)
+    return ValueRules(self.operation, lambda eqn, values, address: any(map(_held, values)), self.dense,
+                      unstacked=_unstacked)
 
   def operation(self, eqn: Any, values: list[Any], here: Operation) -> list[Any] | None:
     name = eqn.primitive.name
@@ -202,15 +194,17 @@ class PackedProducts:
     if any(p not in (None, lax.Precision.DEFAULT) for p in precision or ()) and dtype.itemsize > 2:
       return Refusal(f'precision {precision} is asked for')
     fit = held.fitted(w, product.ours)
+    if isinstance(fit, Fitted) and w.packed.kind not in OPS:
+      return Refusal(f'no op for the format {w.packed.kind!r}')
     if isinstance(fit, Refusal) or self.implementation is not None:
       return fit
     rows = fit.rows(jax.ShapeDtypeStruct(product.x.shape, dtype), product.theirs)
-    why = OPS.get(w.packed.kind, UNPACKING).refusal(rows, fit.matrix)
+    why = OPS[w.packed.kind].refusal(rows, fit.matrix)
     return fit if why is None else Refusal(why)
 
   def _multiplied(self, eqn: Any, fit: Fitted, product: Contracted, held_first: bool) -> Array:
     dtype, w, choices = _dtype(eqn), fit.held, []
-    multiply = OPS.get(w.packed.kind, UNPACKING).multiply
+    multiply = OPS[w.packed.kind].multiply
     cast = dataclasses.replace(w.packed, values=w.packed.values.astype(dtype))
 
     def op(x: Array, packed: Any) -> Array:
