@@ -190,7 +190,7 @@ class ContractionNotes:
         uses={path: tuple(uses) for path, uses in used.items()}, lookups=self.lookups)
 
 
-def _settled(uses: Sequence[Use], shape: tuple[int, ...]) -> Axes | str:
+def _settled(uses: list[Use], shape: tuple[int, ...]) -> Axes | str:
   """Returns the axes on which all uses agree, or why there are none."""
   uses = [use for use in uses if use.data] or uses
   for use in uses:
@@ -206,9 +206,8 @@ def _settled(uses: Sequence[Use], shape: tuple[int, ...]) -> Axes | str:
 
 
 def _operation(eqn: Any, values: list[Value], here: Position) -> list[Value]:
-  contraction = jaxprs.contraction(eqn)
-  if contraction is not None:
-    return _contracted(eqn, contraction, values, here)
+  if eqn.primitive.name in jaxprs.CONTRACTIONS:
+    return _contracted(eqn, values, here)
   if _hides_a_contraction(eqn):
     weights = dict.fromkeys(view.path for value in values for view in value.views)
     here.notes.unread.append(jaxprs.place(eqn) + (f' with {errors.some(weights)}' if weights else ''))
@@ -249,10 +248,9 @@ def _ended(eqn: Any, values: list[Value], results: list[Value], here: Position) 
 
 def _merged(notes: ContractionNotes, parts: list[ContractionNotes], eqn: Any, times: int | None) -> None:
   """Adds the uses of all branches, and the multiply-adds of the branch that has the most."""
-  most = max(parts, key=lambda part: part.total)
+  most, rounds = max(parts, key=lambda part: part.total), 1 if times is None else times
   for part in parts:
-    counted = part if part is most else dataclasses.replace(part, macs=Counter(), other=0, total=0)
-    notes.add(counted, 1 if times is None else times)
+    notes.add(part, rounds if part is most else 0)
   if times is None and most.total:
     notes.unbounded.append(jaxprs.place(eqn))
 
@@ -265,9 +263,9 @@ RULES = FactRules(_operation, views.joined, Value(), views.repeated, views.slice
 # Contractions.
 
 
-def _contracted(eqn: Any, contraction: jaxprs.Contraction, values: list[Value], here: Position) -> list[Value]:
+def _contracted(eqn: Any, values: list[Value], here: Position) -> list[Value]:
   """Notes the parameters among both operands. The product of two parameters is a parameter (`A @ B`)."""
-  kinds = {value.kind for value in values[:2]}
+  contraction, kinds = jaxprs.CONTRACTIONS[eqn.primitive.name](eqn), {value.kind for value in values[:2]}
   shares: dict[str, Fraction] = {}
   for operand, (value, roles) in enumerate(zip(values, contraction.roles)):
     for view in value.views:

@@ -111,8 +111,7 @@ def _steady(program: Any, number: int, operands: tuple[list[Fact], list[Fact], l
 
 
 def _scan(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
-  scan = jaxprs.scan_parts(eqn)
-  constants, carries, stacks = scan.split(operands)
+  scan, constants, carries, stacks = jaxprs.scan_parts(eqn, operands)
   slices = [rules.sliced(fact, here.loops) for fact in stacks]
   carries, results, notes = _steady(scan.body, 0, (constants, carries, slices), rules, here)
   rules.merged(here.notes, [notes], eqn, scan.length)
@@ -120,10 +119,9 @@ def _scan(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> l
 
 
 def _while(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
-  loop = jaxprs.while_parts(eqn)
-  of_condition, of_body, carries = loop.split(operands)
-  carries, _, notes = _steady(loop.body, 1, (of_body, carries, []), rules, here)
-  _follow(loop.condition, of_condition + carries, rules, _inside(here, 0, notes, loops=1))
+  (condition, of_condition), (body, of_body), carries = jaxprs.while_parts(eqn, operands)
+  carries, _, notes = _steady(body, 1, (of_body, carries, []), rules, here)
+  _follow(condition, of_condition + carries, rules, _inside(here, 0, notes, loops=1))
   rules.merged(here.notes, [notes], eqn, None)
   return carries
 

@@ -75,9 +75,8 @@ def test_a_row_that_is_written_into_an_array_is_not_stretched():
 def test_the_parts_of_loops_are_told_by_their_ranks():
   jaxpr = jax.make_jaxpr(lambda w, x, s: lax.scan(lambda c, v: (c @ w, c.sum()), x, s, reverse=True))(
       jnp.ones((4, 4)), jnp.ones((2, 4)), jnp.ones((3, 5)))
-  scan = jaxprs.scan_parts(jaxpr.jaxpr.eqns[-1])
-  assert (scan.constants, scan.carries, scan.length, scan.reverse) == (1, 1, 3, True)
-  assert scan.split(['w', 'x', 's']) == (['w'], ['x'], ['s'])
+  scan, *operands = jaxprs.scan_parts(jaxpr.jaxpr.eqns[-1], ['w', 'x', 's'])
+  assert operands == [['w'], ['x'], ['s']] and (scan.length, scan.reverse) == (3, True)
 
 
 def test_addresses_name_operations_inside_of_programs():
