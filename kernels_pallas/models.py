@@ -203,19 +203,18 @@ class PackedProducts:
     return fit if why is None else Refusal(why)
 
   def _multiplied(self, eqn: Any, fit: Fitted, product: Contracted, held_first: bool) -> Array:
-    dtype, w, choices = _dtype(eqn), fit.held, []
+    dtype, w = _dtype(eqn), fit.held
     multiply = OPS[w.packed.kind].multiply
     cast = dataclasses.replace(w.packed, values=w.packed.values.astype(dtype))
 
     def op(x: Array, packed: Any) -> Array:
       if self.uses is not None:
-        choices.append(multiply(x, packed, explain=True))
+        self._note(eqn, w, multiply.__name__, multiply(x, packed, explain=True))
       return multiply(x, packed, implementation=self.implementation)
 
     with jax.named_scope(jaxprs.scope_of(eqn) or multiply.__name__):
       fit = fit._replace(held=dataclasses.replace(w, packed=cast))
       y = held.product(op, fit, product.x.astype(dtype), product.theirs, held_first)
-    self._note(eqn, w, multiply.__name__, choices[0] if choices else '')
     return product.placed(y).astype(eqn.outvars[0].aval.dtype)
 
 
@@ -251,9 +250,7 @@ def _conv_general_dilated(eqn: Any, side: int, x: Array) -> Contracted | Refusal
   plain = conv.groups == conv.batch_groups == 1 and set(conv.dilation) <= {1}
   if side == 0 or not plain or any(kernel[i] != 1 for i in conv.rhs[2:]) or any(map(any, conv.padding)):
     return Refusal('only plain 1x1 convolutions are products of matrices')
-  strides = [1] * x.ndim
-  for i, stride in zip(conv.lhs[2:], conv.strides):
-    strides[i] = stride
+  strides = dict(zip(conv.lhs[2:], conv.strides))
   left = [i for i in range(x.ndim) if i != conv.lhs[1]]
 
   def placed(y: Array) -> Array:
@@ -261,7 +258,7 @@ def _conv_general_dilated(eqn: Any, side: int, x: Array) -> Contracted | Refusal
     sources = {place: left.index(i) for i, place in zip(conv.lhs, conv.out) if i in left}
     return y.transpose([sources.get(place, len(left)) for place in range(y.ndim)])
 
-  x = lax.slice(x, [0] * x.ndim, x.shape, strides)
+  x = lax.slice(x, [0] * x.ndim, x.shape, [strides.get(i, 1) for i in range(x.ndim)])
   return Contracted(Numbers((conv.rhs[1],), ()), x, Numbers((conv.lhs[1],), ()), placed)
 
 
