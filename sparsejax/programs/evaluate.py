@@ -188,20 +188,16 @@ def _outcome(eqn: Any, values: list[Any], rules: ValueRules, here: Operation) ->
     return outcome
   name, dense = eqn.primitive.name, functools.partial(rules.dense, eqn)
   if name in KEPT and rules.keeps(eqn):
-    run = functools.partial(_inside, rules, here, dense)
+    def run(program: Any, arguments: Sequence[Any], number: int) -> list[Array]:
+      results = evaluate(program, arguments, rules, (*here.address, number))
+      return [dense(result, 'it is one of its results') for result in results]
+
     return KEPT[name](eqn, values, Inside(run, here.dense, dense, rules.unstacked))
   if name in WALKED:
     return WALKED[name](eqn, values)
   if _entered(eqn, rules):
     return Enter(jaxprs.body(eqn), values, lambda results: results)
   return here.dense([dense(value, 'no product') for value in values])
-
-
-def _inside(rules: ValueRules, here: Operation, dense: Callable[[Any, str], Any], program: Any,
-            arguments: Sequence[Any], number: int) -> list[Array]:
-  """Returns the results of the inner program `number` of a structure that is kept, all of them dense."""
-  results = evaluate(program, arguments, rules, (*here.address, number))
-  return [dense(result, 'it is one of its results') for result in results]
 
 
 def _entered(eqn: Any, rules: ValueRules) -> bool:

@@ -76,14 +76,10 @@ def dropped(dims: Dims, positions: Sequence[int]) -> Moved:
 
 def broadcast(dims: Dims, positions: Sequence[int], shape: Sequence[int]) -> Moved:
   """Returns the dimensions put at `positions` of `shape`; new and stretched dimensions run over no axis."""
-  placed: list[tuple[Factor, ...]] = [(Factor((), n),) if n != 1 else () for n in shape]
-  stretched = []
-  for i, (position, n) in enumerate(zip(positions, shape_of(dims))):
-    if n == shape[position]:
-      placed[position] = dims[i]
-    else:
-      stretched.append(i)
-  return Moved(tuple(placed), dropped(dims, stretched).gone)
+  stretched = [i for i, n in enumerate(shape_of(dims)) if n != shape[positions[i]]]
+  kept = {position: dims[i] for i, position in enumerate(positions) if i not in stretched}
+  placed = tuple(kept.get(j, (Factor((), n),) if n != 1 else ()) for j, n in enumerate(shape))
+  return Moved(placed, dropped(dims, stretched).gone)
 
 
 def reshaped(dims: Dims, shape: Sequence[int]) -> Moved | None:

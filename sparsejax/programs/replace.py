@@ -58,9 +58,8 @@ def _sites(program: Program, values: Mapping[Key, Any]) -> dict[jaxprs.Address, 
   for address, uses in uses_by_address(program).items():
     sites[address] = {key: 1 - use.operand for key, use in uses.items()}
   valid = {key for keys in sites.values() for key in keys}
-  for key in values:
-    if key not in valid:
-      raise errors.unknown('replace', 'intermediate', key, map(str, valid))
+  if unknown := [key for key in values if key not in valid]:
+    raise errors.unknown('replace', 'intermediate', unknown[0], map(str, valid))
   sites = {address: {key: i for key, i in keys.items() if key in values} for address, keys in sites.items()}
   return {address: keys for address, keys in sites.items() if keys}
 

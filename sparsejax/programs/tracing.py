@@ -34,9 +34,8 @@ class Program:
 
   def unflatten(self, results: Sequence[Any]) -> Any:
     """Returns the result of the function from the results of its jaxpr, with the leaves that are no arrays."""
-    rest = iter(results)
-    count = len(results) + len(self.others)
-    return self.structure.unflatten([self.others[i] if i in self.others else next(rest) for i in range(count)])
+    rest, every = iter(results), range(self.structure.num_leaves)
+    return self.structure.unflatten([self.others[i] if i in self.others else next(rest) for i in every])
 
 
 def trace(apply: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,

@@ -122,10 +122,6 @@ def _unmoved(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
   return None
 
 
-def _resized(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
-  return factors.resized(dims, shape)
-
-
 def _tiled(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
   if len(shape) != len(dims):
     return None
@@ -135,7 +131,8 @@ def _tiled(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
 
 MOVES: dict[str, Move] = {
   **factors.MOVES, 'tile': _tiled, 'unstack': lambda dims, eqn, shape: factors.dropped(dims, (jaxprs.dimensions(eqn),)),
-  **dict.fromkeys(('slice', 'split', 'pad', 'all_gather', 'all_gather_invariant', 'reduce_scatter'), _resized)}
+  **dict.fromkeys(('slice', 'split', 'pad', 'all_gather', 'all_gather_invariant', 'reduce_scatter'),
+                  lambda dims, eqn, shape: factors.resized(dims, shape))}
 
 # The result may have the operand's shape, but row `i` of the result does not come from row `i` of the operand.
 MIXING = {'all_to_all', 'cholesky', 'eigh', 'fft', 'hessenberg', 'householder_product', 'lu', 'schur',
@@ -168,8 +165,7 @@ def _dynamic_slice(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _gather(eqn: Any, values: Sequence[Value]) -> list[Value]:
-  known = values[1].kind != DATA
-  return _picked(values, [_gathered(view, eqn, known) for view in values[0].views])
+  return _picked(values, [_gathered(view, eqn, values[1].kind != DATA) for view in values[0].views])
 
 
 def _picked(values: Sequence[Value], views: Sequence[View]) -> list[Value]:
