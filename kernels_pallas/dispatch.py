@@ -16,7 +16,7 @@ import jax
 
 from sparsejax import errors, tables
 
-PLATFORMS = {'cpu': None, 'cuda': 'mosaic_gpu', 'tpu': 'mosaic_tpu'}  # the kernel that only this platform can run
+PLATFORMS = {'cuda': 'mosaic_gpu', 'tpu': 'mosaic_tpu'}  # the kernel that only this platform can run; CPUs have none
 
 
 class Implementation(NamedTuple):
@@ -43,11 +43,10 @@ class Choices(dict):
     return tables.aligned(('platform', *Choice._fields), [(platform, *choice) for platform, choice in self.items()])
 
 
-Prefer = Callable[..., Choice]
+Table = Mapping[str, Implementation]
 
 
-def run(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], implementation: str | None,
-        prefer: Prefer) -> Any:
+def run(op: str, args: tuple[Any, ...], table: Table, implementation: str | None, prefer: Callable[..., Choice]) -> Any:
   """Returns the result of `args` by the implementation of that name; `None` takes the choice of each platform.
 
   `op` is the name of the op for error messages, and `prefer` is as in `chosen`. Raises `ValueError` for an unknown
@@ -62,15 +61,13 @@ def run(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], imp
   return jax.lax.platform_dependent(*args, default=default, **special) if special else default(*args)
 
 
-def chosen(args: tuple[Any, ...], table: Mapping[str, Implementation], prefer: Prefer) -> Choices:
+def chosen(args: tuple[Any, ...], table: Table, prefer: Callable[..., Choice]) -> Choices:
   """Returns what `implementation=None` runs on each platform.
 
   A platform runs its own kernel if the kernel can run `args`, and otherwise the choice of `prefer(*args)`.
   """
   choices = Choices(cpu=prefer(*args))
   for platform, kernel in PLATFORMS.items():
-    if kernel is None:
-      continue
     why = table[kernel].refusal(*args) if kernel in table else 'this op has no kernel for it'
     choices[platform] = (Choice(kernel, 'its own kernel can run this') if why is None
                          else Choice(choices['cpu'].implementation, f'not {kernel}: {why}'))
@@ -105,7 +102,7 @@ def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(jax.lax.pcast(a, tuple(axes), to='varying') if axes else a for a, axes in zip(arrays, missing))
 
 
-def runnable(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation], implementation: str) -> str:
+def runnable(op: str, args: tuple[Any, ...], table: Table, implementation: str) -> str:
   """Returns the name `implementation` if it can run `args` here; raises `ValueError` otherwise, with those that can."""
   if implementation not in table:
     raise errors.unknown(op, 'implementation', implementation, ['None', *table])
@@ -116,7 +113,7 @@ def runnable(op: str, args: tuple[Any, ...], table: Mapping[str, Implementation]
   return implementation
 
 
-def _unable(args: tuple[Any, ...], table: Mapping[str, Implementation], name: str) -> str | None:
+def _unable(args: tuple[Any, ...], table: Table, name: str) -> str | None:
   """Returns why the implementation `name` cannot run `args` on the default device, or `None`."""
   backend = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
   others = [platform for platform, kernel in PLATFORMS.items() if kernel == name and platform != backend]

@@ -11,7 +11,7 @@ packed along is one call of a kernel: `fitted` tells whether a product qualifies
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import jax
 from sparsejax.formats import PackedArray
 from sparsejax.formats.arrays import static
 from sparsejax.programs import factors
-from sparsejax.programs.factors import Dims, Factor
+from sparsejax.programs.factors import Dims
 from sparsejax.programs.jaxprs import Numbers
 from sparsejax.types import Array
 
@@ -42,9 +42,7 @@ class Held:
 
   def to_dense(self) -> Array:
     """Returns the dense array that the program sees."""
-    order = _in_order(factor for dim in self.dims for factor in dim)
-    split = self.packed.to_dense().reshape([factor.size for factor in order])
-    return split.transpose([order.index(factor) for dim in self.dims for factor in dim]).reshape(self.shape)
+    return _arranged(self.packed.to_dense(), (), self.dims)
 
 
 def whole(packed: PackedArray, path: str) -> Held:
@@ -60,38 +58,33 @@ def moved(held: Held, eqn: Any) -> Held | None:
   return dataclasses.replace(held, dims=result.dims) if result and factors.exact(result.dims) else None
 
 
-def _in_order(parts: Iterable[Factor]) -> list[Factor]:
-  """Returns the factors in the order of the packed array's axes, major first."""
-  return sorted(parts, key=lambda factor: (factor.axes, -factor.stride))
+def _arranged(array: Array, lead: Sequence[int], dims: Dims) -> Array:
+  """Returns the array of shape `(*lead, *shape_of(dims))`, given with the factors of `dims` in another order.
+
+  After the axes of length `lead`, the array has the factors in the order of the packed array's axes, major first.
+  """
+  parts = [factor for dim in dims for factor in dim]
+  order = sorted(parts, key=lambda factor: (factor.axes, -factor.stride))
+  split = array.reshape(*lead, *(factor.size for factor in order))
+  split = split.transpose(*range(len(lead)), *(len(lead) + order.index(factor) for factor in parts))
+  return split.reshape(*lead, *factors.shape_of(dims))
 
 
 # Stacks.
 
 
-def stacked(held: Held) -> bool:
-  """Returns whether each index of the first dimension is a packed array of the same kind.
+def stacked(held: Held, dimensions: Sequence[int] = (0,)) -> bool:
+  """Returns whether each index of these dimensions is a packed array of the same kind.
 
-  The first dimension must be the first axis of the packed array, and the packed matrices must not run over this axis.
+  The dimensions must be, in their order, the first axes of a packed stack.
   """
-  lead = held.packed.shape[0] if held.packed.shape else 1
-  # `outputs` of an `NMArray` are axes; `outputs` of other formats are lengths, which are never negative.
-  within = {*_axes(held.packed), *getattr(held.packed, 'outputs', ())}
-  if not held.dims or held.dims[0] != (Factor((0,), lead, 1),) or -held.packed.ndim in within:
-    return False
-  return jax.eval_shape(_first, held.packed).shape == held.packed.shape[1:]
-
-
-def _first(packed: PackedArray) -> PackedArray:
-  return jax.tree.map(lambda array: array[0], packed)
+  n = len(dimensions)
+  return n <= held.packed.leading and tuple(held.dims[i] for i in dimensions) == factors.whole(held.packed.shape[:n])
 
 
 def sliced(held: Held) -> Dims:
   """Returns the dimensions of one index of a stack."""
   return tuple(tuple(factor._replace(axes=(factor.axes[0] - 1,)) for factor in dim) for dim in held.dims[1:])
-
-
-def _axes(packed: PackedArray) -> tuple[int, ...]:
-  return getattr(packed, 'axes', ())
 
 
 # Products.
@@ -133,7 +126,7 @@ class Fitted(NamedTuple):
 
 def fitted(held: Held, numbers: Numbers) -> Fitted | Refusal:
   """Returns the operand fitted to a product with these dimensions, or why no kernel can contract it."""
-  if not _axes(held.packed):
+  if not held.packed.axes:
     return Refusal(f'the format {held.packed.kind!r} does not say which axes are contracted')
   if 0 in held.shape:
     return Refusal('it is empty')
@@ -145,13 +138,10 @@ def fitted(held: Held, numbers: Numbers) -> Fitted | Refusal:
     return Refusal(f'its axes {sorted(along)} are contracted{mixed}, and it is packed along {sorted(packed)}; give '
                    'pack axes=sparsejax.contractions(apply, params, x) of this program')
   stacks = tuple(sorted((i for i in numbers.batch if held.dims[i]), key=lambda i: held.dims[i][0].axes))
-  front = dataclasses.replace(held, dims=(*(held.dims[i] for i in stacks), *(
-      dim for i, dim in enumerate(held.dims) if i not in stacks)))
-  for _ in stacks:
-    if not stacked(front):
-      return Refusal('a batch dimension is no leading axis of a stack')
-    front = Held(jax.eval_shape(_first, front.packed), front.path, sliced(front))
-  return Fitted(held, numbers, stacks, front.packed)
+  if not stacked(held, stacks):
+    return Refusal('a batch dimension is no leading axis of a stack')
+  first = lambda packed: jax.tree.map(lambda array: array[(0,) * len(stacks)], packed)
+  return Fitted(held, numbers, stacks, jax.eval_shape(first, held.packed))
 
 
 def product(op: Callable[[Array, PackedArray], Array], fit: Fitted, x: Array, theirs: Numbers, held_first: bool
@@ -169,11 +159,7 @@ def product(op: Callable[[Array, PackedArray], Array], fit: Fitted, x: Array, th
     op = jax.vmap(op)
   y = op(_merged(held, ours, x.transpose(*front, *theirs.contracted), len(front)), held.packed)
   left = [i for i in range(len(held.dims)) if i not in (*ours.contracted, *ours.batch)]
-  parts = [factor for i in left for factor in held.dims[i]]
-  order = _in_order(parts)
-  y = y.reshape(*lead, *(factor.size for factor in order))
-  y = y.transpose(*range(len(lead)), *(len(lead) + order.index(factor) for factor in parts))
-  y = y.reshape(*lead, *(held.shape[i] for i in left))
+  y = _arranged(y, lead, tuple(held.dims[i] for i in left))
   batch = [front.index(i) for i in theirs.batch]
   others, mine = range(len(batch), len(lead)), range(len(lead), y.ndim)
   return y.transpose(*batch, *mine, *others) if held_first else y.transpose(*batch, *others, *mine)

@@ -22,10 +22,8 @@ from jax import lax
 from kernels_pallas import block_sparse, held, n_m, sparse24, unstructured
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
-from sparsejax.programs import jaxprs
-from sparsejax.programs.evaluate import Operation, ValueRules, evaluate
+from sparsejax.programs import Operation, Program, ValueRules, evaluate, jaxprs, trace
 from sparsejax.programs.jaxprs import Numbers
-from sparsejax.programs.tracing import Program, trace
 from sparsejax.types import Array
 
 
@@ -41,12 +39,6 @@ class Op(NamedTuple):
   refusal: Callable[[Any, Any], str | None]
 
 
-def formats_matmul(x: Array, w: Any, *, implementation: str | None = None, explain: bool = False) -> Any:
-  """Returns `formats.matmul(x, w)`, which unpacks the weight; there is nothing to choose or to explain."""
-  return '' if explain else formats.matmul(x, w)
-
-
-UNPACKING = Op(formats_matmul, lambda x, w: None)  # for other formats that say which axes are contracted
 OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
   'block_sparse': Op(block_sparse.block_sparse_matmul, block_sparse.refusal),
   'csc': Op(unstructured.unstructured_matmul, unstructured.refusal),
@@ -159,8 +151,8 @@ class PackedProducts:
   uses: list[PackedUse] | None
 
   def rules(self) -> ValueRules:
-    return ValueRules(self.operation, concerns=lambda eqn, values, address: any(map(_held, values)), dense=self.dense,
-                 unstacked=_unstacked)
+    return ValueRules(self.operation, lambda eqn, values, address: any(map(_held, values)), self.dense,
+                      unstacked=_unstacked)
 
   def operation(self, eqn: Any, values: list[Any], here: Operation) -> list[Any] | None:
     name = eqn.primitive.name
@@ -202,26 +194,27 @@ class PackedProducts:
     if any(p not in (None, lax.Precision.DEFAULT) for p in precision or ()) and dtype.itemsize > 2:
       return Refusal(f'precision {precision} is asked for')
     fit = held.fitted(w, product.ours)
+    if isinstance(fit, Fitted) and w.packed.kind not in OPS:
+      return Refusal(f'no op for the format {w.packed.kind!r}')
     if isinstance(fit, Refusal) or self.implementation is not None:
       return fit
     rows = fit.rows(jax.ShapeDtypeStruct(product.x.shape, dtype), product.theirs)
-    why = OPS.get(w.packed.kind, UNPACKING).refusal(rows, fit.matrix)
+    why = OPS[w.packed.kind].refusal(rows, fit.matrix)
     return fit if why is None else Refusal(why)
 
   def _multiplied(self, eqn: Any, fit: Fitted, product: Contracted, held_first: bool) -> Array:
-    dtype, w, choices = _dtype(eqn), fit.held, []
-    multiply = OPS.get(w.packed.kind, UNPACKING).multiply
+    dtype, w = _dtype(eqn), fit.held
+    multiply = OPS[w.packed.kind].multiply
     cast = dataclasses.replace(w.packed, values=w.packed.values.astype(dtype))
 
     def op(x: Array, packed: Any) -> Array:
       if self.uses is not None:
-        choices.append(multiply(x, packed, explain=True))
+        self._note(eqn, w, multiply.__name__, multiply(x, packed, explain=True))
       return multiply(x, packed, implementation=self.implementation)
 
     with jax.named_scope(jaxprs.scope_of(eqn) or multiply.__name__):
       fit = fit._replace(held=dataclasses.replace(w, packed=cast))
       y = held.product(op, fit, product.x.astype(dtype), product.theirs, held_first)
-    self._note(eqn, w, multiply.__name__, choices[0] if choices else '')
     return product.placed(y).astype(eqn.outvars[0].aval.dtype)
 
 
@@ -257,9 +250,7 @@ def _conv_general_dilated(eqn: Any, side: int, x: Array) -> Contracted | Refusal
   plain = conv.groups == conv.batch_groups == 1 and set(conv.dilation) <= {1}
   if side == 0 or not plain or any(kernel[i] != 1 for i in conv.rhs[2:]) or any(map(any, conv.padding)):
     return Refusal('only plain 1x1 convolutions are products of matrices')
-  strides = [1] * x.ndim
-  for i, stride in zip(conv.lhs[2:], conv.strides):
-    strides[i] = stride
+  strides = dict(zip(conv.lhs[2:], conv.strides))
   left = [i for i in range(x.ndim) if i != conv.lhs[1]]
 
   def placed(y: Array) -> Array:
@@ -267,7 +258,7 @@ def _conv_general_dilated(eqn: Any, side: int, x: Array) -> Contracted | Refusal
     sources = {place: left.index(i) for i, place in zip(conv.lhs, conv.out) if i in left}
     return y.transpose([sources.get(place, len(left)) for place in range(y.ndim)])
 
-  x = lax.slice(x, [0] * x.ndim, x.shape, strides)
+  x = lax.slice(x, [0] * x.ndim, x.shape, [strides.get(i, 1) for i in range(x.ndim)])
   return Contracted(Numbers((conv.rhs[1],), ()), x, Numbers((conv.lhs[1],), ()), placed)
 
 

@@ -8,7 +8,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import dispatch
-from kernels_pallas.dispatch import Choice, Implementation
+from kernels_pallas.dispatch import Choice, Table
 from sparsejax.formats import PackedArray
 from sparsejax.types import Array
-
-Table = Mapping[str, Implementation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ the products of packed parameters.
 """
 
 from sparsejax.programs.contractions import Contractions, contractions
-from sparsejax.programs.evaluate import ValueRules, Walk, evaluate
+from sparsejax.programs.evaluate import Operation, ValueRules, Walk, evaluate
 from sparsejax.programs.follow import FactRules, follow
 from sparsejax.programs.operands import Site, operands, walk
 from sparsejax.programs.replace import replace
@@ -33,6 +33,6 @@ from sparsejax.programs.structures import Enter, Stop
 from sparsejax.programs.tracing import Program, trace
 
 __all__ = [
-  'Contractions', 'Enter', 'FactRules', 'Program', 'Site', 'Stop', 'ValueRules', 'Walk', 'contractions', 'evaluate',
-  'follow', 'operands', 'replace', 'trace', 'walk',
+  'Contractions', 'Enter', 'FactRules', 'Operation', 'Program', 'Site', 'Stop', 'ValueRules', 'Walk', 'contractions',
+  'evaluate', 'follow', 'operands', 'replace', 'trace', 'walk',
 ]

@@ -10,6 +10,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ import jax.numpy as jnp
 from sparsejax import errors, tables
 from sparsejax.programs import factors, jaxprs, views
 from sparsejax.programs.follow import FactRules, Position, follow
-from sparsejax.programs.jaxprs import Address, Contraction
 from sparsejax.programs.tracing import Program, trace
 from sparsejax.programs.views import CONSTANT, DATA, JOINED, PARAMETER, Value, View
 from sparsejax.types import Axes, PyTree
@@ -38,7 +38,7 @@ class Use(NamedTuple):
   problem: str
   data: bool
   place: str
-  address: Address
+  address: jaxprs.Address
   operand: int
   view: View
 
@@ -142,7 +142,7 @@ def read(program: Program) -> Contractions:
 def _argument(path: str | None, aval: Any) -> Value:
   if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
     return Value(CONSTANT)
-  return Value(DATA) if path is None else _typed(Value(PARAMETER, (views.whole(path, aval.shape),)), aval)
+  return Value(DATA) if path is None else _typed(Value(PARAMETER, (View(path, factors.whole(aval.shape)),)), aval)
 
 
 def _typed(value: Value, aval: Any) -> Value:
@@ -154,8 +154,8 @@ def _typed(value: Value, aval: Any) -> Value:
 class ContractionNotes:
   """`ContractionNotes` hold what was read in one part of a program, in fields like those of `Contractions`."""
 
-  uses: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
-  macs: dict[str, int] = dataclasses.field(default_factory=dict)
+  uses: list[Use] = dataclasses.field(default_factory=list)
+  macs: Counter[str] = dataclasses.field(default_factory=Counter)
   other: int = 0
   total: int = 0
   elsewhere: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -165,10 +165,8 @@ class ContractionNotes:
 
   def add(self, part: 'ContractionNotes', times: int) -> None:
     """Adds the notes of a part of the program whose multiply-adds count `times` times."""
-    for path, uses in part.uses.items():
-      self.uses.setdefault(path, []).extend(uses)
-    for path, macs in part.macs.items():
-      self.macs[path] = self.macs.get(path, 0) + macs * times
+    self.uses += part.uses
+    self.macs.update({path: macs * times for path, macs in part.macs.items()})
     self.other += part.other * times
     self.total += part.total * times
     self.elsewhere = {**part.elsewhere, **self.elsewhere}
@@ -178,15 +176,18 @@ class ContractionNotes:
 
   def result(self, shapes: Mapping[str, tuple[int, ...]]) -> Contractions:
     """Returns the contractions of a program with parameters of these shapes."""
-    used = {path: shapes[path] for path in self.uses}
-    settled = {path: _settled(uses, shapes[path]) for path, uses in self.uses.items()}
+    used: dict[str, list[Use]] = {}
+    for use in self.uses:
+      used.setdefault(use.view.path, []).append(use)
+    settled = {path: _settled(uses, shapes[path]) for path, uses in used.items()}
     return Contractions(
-        shapes=used, axes={path: a for path, a in settled.items() if isinstance(a, Axes)},
+        shapes={path: shapes[path] for path in used},
+        axes={path: a for path, a in settled.items() if isinstance(a, Axes)},
         ambiguous={path: a for path, a in settled.items() if isinstance(a, str)},
-        macs={path: self.macs.get(path, 0) for path in used}, other_macs=self.other, total_macs=self.total,
+        macs={path: self.macs[path] for path in used}, other_macs=self.other, total_macs=self.total,
         elsewhere={path: self.elsewhere.get(path, 'nothing uses it') for path in shapes if path not in used},
         unbounded=tuple(dict.fromkeys(self.unbounded)), unread=tuple(dict.fromkeys(self.unread)),
-        uses={path: tuple(uses) for path, uses in self.uses.items()}, lookups=self.lookups)
+        uses={path: tuple(uses) for path, uses in used.items()}, lookups=self.lookups)
 
 
 def _settled(uses: list[Use], shape: tuple[int, ...]) -> Axes | str:
@@ -205,20 +206,13 @@ def _settled(uses: list[Use], shape: tuple[int, ...]) -> Axes | str:
 
 
 def _operation(eqn: Any, values: list[Value], here: Position) -> list[Value]:
-  contraction = jaxprs.contraction(eqn)
-  if contraction is not None:
-    return _contracted(eqn, contraction, values, here)
+  if eqn.primitive.name in jaxprs.CONTRACTIONS:
+    return _contracted(eqn, values, here)
   if _hides_a_contraction(eqn):
     weights = dict.fromkeys(view.path for value in values for view in value.views)
     here.notes.unread.append(jaxprs.place(eqn) + (f' with {errors.some(weights)}' if weights else ''))
     return [Value(max((value.kind for value in values), default=CONSTANT)) for _ in eqn.outvars]
-  results = [_typed(value, v.aval) for value, v in zip(views.shown(eqn, values), eqn.outvars)]
-  if eqn.primitive.name in LOOKUPS:  # A view ends here only if data are the index, and a row is picked.
-    left = {view.path for value in results for view in value.views}
-    for view in values[0].views:
-      if view.path not in left:
-        here.notes.lookups.setdefault(view.path, jaxprs.place(eqn))
-  return results
+  return [_typed(value, v.aval) for value, v in zip(views.shown(eqn, values), eqn.outvars)]
 
 
 def _hides_a_contraction(eqn: Any) -> bool:
@@ -239,20 +233,24 @@ def _contracts(program: Any) -> bool:
 
 
 def _ended(eqn: Any, values: list[Value], results: list[Value], here: Position) -> None:
-  """Notes the first operation that took a parameter in and whose results do not show the parameter."""
+  """Notes the first operation that took a parameter in and whose results do not show the parameter.
+
+  If a look-up ends a view of the array that it looks up in, data are the index, and a row is picked.
+  """
   alive = {view.path for value in results for view in value.views}
-  for value in values:
+  for i, value in enumerate(values):
     for view in value.views:
       if view.path not in alive:
         here.notes.elsewhere.setdefault(view.path, jaxprs.place(eqn))
+        if i == 0 and eqn.primitive.name in LOOKUPS:
+          here.notes.lookups.setdefault(view.path, jaxprs.place(eqn))
 
 
 def _merged(notes: ContractionNotes, parts: list[ContractionNotes], eqn: Any, times: int | None) -> None:
   """Adds the uses of all branches, and the multiply-adds of the branch that has the most."""
-  most = max(parts, key=lambda part: part.total)
+  most, rounds = max(parts, key=lambda part: part.total), 1 if times is None else times
   for part in parts:
-    counted = part if part is most else dataclasses.replace(part, macs={}, other=0, total=0)
-    notes.add(counted, 1 if times is None else times)
+    notes.add(part, rounds if part is most else 0)
   if times is None and most.total:
     notes.unbounded.append(jaxprs.place(eqn))
 
@@ -265,19 +263,19 @@ RULES = FactRules(_operation, views.joined, Value(), views.repeated, views.slice
 # Contractions.
 
 
-def _contracted(eqn: Any, contraction: Contraction, values: list[Value], here: Position) -> list[Value]:
+def _contracted(eqn: Any, values: list[Value], here: Position) -> list[Value]:
   """Notes the parameters among both operands. The product of two parameters is a parameter (`A @ B`)."""
-  kinds = {value.kind for value in values[:2]}
+  contraction, kinds = jaxprs.CONTRACTIONS[eqn.primitive.name](eqn), {value.kind for value in values[:2]}
   shares: dict[str, Fraction] = {}
   for operand, (value, roles) in enumerate(zip(values, contraction.roles)):
     for view in value.views:
       if roles is not None and _covers(view, roles):
         use = Use(*_axes(_without_groups(view, roles, contraction.groups), roles), DATA in kinds, jaxprs.place(eqn),
                   here.address, operand, view)
-        here.notes.uses.setdefault(view.path, []).append(use)
+        here.notes.uses.append(use)
         shares[view.path] = max(shares.get(view.path, Fraction(0)), view.share)
   for path, share in shares.items():
-    here.notes.macs[path] = here.notes.macs.get(path, 0) + int(contraction.macs * share)
+    here.notes.macs[path] += int(contraction.macs * share)
   here.notes.total += contraction.macs
   here.notes.other += 0 if shares else contraction.macs
   kind = kinds.pop() if len(kinds) == 1 else DATA  # A parameter times a constant is already an activation.

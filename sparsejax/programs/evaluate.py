@@ -18,7 +18,6 @@ from jax.extend import core
 
 from sparsejax import errors
 from sparsejax.programs import jaxprs
-from sparsejax.programs.jaxprs import Address
 from sparsejax.programs.structures import KEPT, WALKED, Enter, Inside, Outcome, Stop
 from sparsejax.types import Array
 
@@ -30,16 +29,12 @@ class Operation(NamedTuple):
   of the operation without the caller's rules.
   """
 
-  address: Address
+  address: jaxprs.Address
   steps: tuple[int, ...]
   dense: Callable[[list[Any]], list[Any]]
 
 
 CALLS = {'jit', 'pjit', 'closed_call', 'core_call'}
-
-
-def _unwrapped(eqn: Any, value: Any, why: str) -> Any:
-  return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +52,13 @@ class ValueRules:
   """
 
   operation: Callable[[Any, list[Any], Operation], Outcome | None]
-  concerns: Callable[[Any, list[Any], Address], bool] = lambda eqn, values, address: True
-  dense: Callable[[Any, Any, str], Any] = _unwrapped
+  concerns: Callable[[Any, list[Any], jaxprs.Address], bool] = lambda eqn, values, address: True
+  dense: Callable[[Any, Any, str], Any] = lambda eqn, value, why: value
   keeps: Callable[[Any], bool] = lambda eqn: True
   unstacked: Callable[[Any], tuple[Any, Callable[[Any], Any]] | str] = lambda value: (value, lambda slices: slices)
 
 
-def evaluate(program: Any, values: Sequence[Any], rules: ValueRules, address: Address = ()) -> list[Any]:
+def evaluate(program: Any, values: Sequence[Any], rules: ValueRules, address: jaxprs.Address = ()) -> list[Any]:
   """Returns the results of a program on `values`, of which some may be stand-ins.
 
   Raises `ValueError` if a rule stops. Only a `Walk` can stop, and only inside of structures that are walked.
@@ -82,7 +77,7 @@ class _Frame:
   jaxpr: Any
   values: dict[Any, Any]
   then: Callable[[list[Any]], Outcome]
-  address: Address
+  address: jaxprs.Address
   steps: tuple[int, ...]
   next: int = 0
 
@@ -102,6 +97,14 @@ class _Frame:
     return values
 
 
+def _framed(enter: Enter, address: jaxprs.Address, steps: tuple[int, ...]) -> _Frame:
+  """Returns the frame of a program before its first operation."""
+  jaxpr = jaxprs.opened(enter.program)
+  frame = _Frame(jaxpr, {}, enter.then, address, steps)
+  frame.write((*jaxpr.constvars, *jaxpr.invars), (*jaxprs.constants(enter.program), *enter.arguments))
+  return frame
+
+
 @functools.lru_cache(maxsize=256)
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
   """Maps each variable that is read to the number of the last operation that reads it.
@@ -119,10 +122,10 @@ class Walk:
   are those of the program after the end of the walk, and `None` before.
   """
 
-  def __init__(self, program: Any, values: Sequence[Any], rules: ValueRules, address: Address = ()):
+  def __init__(self, program: Any, values: Sequence[Any], rules: ValueRules, address: jaxprs.Address = ()):
     self.rules, self.results, self._stop = rules, None, None
-    self._frames: list[_Frame] = []
-    self._go(Enter(program, list(values), lambda results: results), address)
+    self._frames = [_framed(Enter(program, list(values), lambda results: results), address, ())]
+    self._go(self._advance())
 
   @property
   def stopped(self) -> bool:
@@ -146,14 +149,16 @@ class Walk:
     other._frames = [dataclasses.replace(frame, values=dict(frame.values)) for frame in self._frames]
     return other
 
-  def _go(self, outcome: Outcome, address: Address = ()) -> None:
+  def _go(self, outcome: Outcome) -> None:
     """Runs until a rule stops or the program ends."""
     while True:
       if isinstance(outcome, Stop):
         self._stop = outcome
         return
       if isinstance(outcome, Enter):
-        self._push(outcome, address)
+        parent = self._frames[-1]
+        steps = parent.steps if outcome.step is None else (*parent.steps, outcome.step)
+        self._frames.append(_framed(outcome, (*parent.address, parent.next, outcome.number), steps))
       elif self._frames:
         frame = self._frames[-1]
         frame.write(frame.jaxpr.eqns[frame.next].outvars, outcome)
@@ -162,17 +167,6 @@ class Walk:
         self.results = outcome
         return
       outcome = self._advance()
-
-  def _push(self, enter: Enter, address: Address) -> None:
-    steps = ()
-    if self._frames:
-      parent = self._frames[-1]
-      address = (*parent.address, parent.next, enter.number)
-      steps = parent.steps if enter.step is None else (*parent.steps, enter.step)
-    jaxpr = jaxprs.opened(enter.program)
-    frame = _Frame(jaxpr, {}, enter.then, address, steps)
-    frame.write((*jaxpr.constvars, *jaxpr.invars), (*jaxprs.constants(enter.program), *enter.arguments))
-    self._frames.append(frame)
 
   def _advance(self) -> Outcome:
     """Runs the next operation of the innermost program, or ends the program after its last operation."""
@@ -194,20 +188,16 @@ def _outcome(eqn: Any, values: list[Any], rules: ValueRules, here: Operation) ->
     return outcome
   name, dense = eqn.primitive.name, functools.partial(rules.dense, eqn)
   if name in KEPT and rules.keeps(eqn):
-    run = functools.partial(_inside, rules, here, dense)
+    def run(program: Any, arguments: Sequence[Any], number: int) -> list[Array]:
+      results = evaluate(program, arguments, rules, (*here.address, number))
+      return [dense(result, 'it is one of its results') for result in results]
+
     return KEPT[name](eqn, values, Inside(run, here.dense, dense, rules.unstacked))
   if name in WALKED:
     return WALKED[name](eqn, values)
   if _entered(eqn, rules):
     return Enter(jaxprs.body(eqn), values, lambda results: results)
   return here.dense([dense(value, 'no product') for value in values])
-
-
-def _inside(rules: ValueRules, here: Operation, dense: Callable[[Any, str], Any], program: Any,
-            arguments: Sequence[Any], number: int) -> list[Array]:
-  """Returns the results of the inner program `number` of a structure that is kept, all of them dense."""
-  results = evaluate(program, arguments, rules, (*here.address, number))
-  return [dense(result, 'it is one of its results') for result in results]
 
 
 def _entered(eqn: Any, rules: ValueRules) -> bool:
@@ -222,14 +212,22 @@ def _entered(eqn: Any, rules: ValueRules) -> bool:
   return name not in jaxprs.STRUCTURES and not rules.keeps(eqn) and jaxprs.body(eqn) is not None
 
 
-def check_reached(function: str, program: Any, sites: Mapping[Address, str], rules: ValueRules) -> None:
-  """Raises `ValueError` if an evaluation by these rules cannot reach a site; `sites` maps addresses to names."""
-  entered = lambda eqn: _entered(eqn, rules)
-  reached = {address for address, _ in jaxprs.equations(program, entered=entered)}
-  missed = [name for address, name in sites.items() if address not in reached]
+def rules_at(function: str, program: Any, sites: Mapping[jaxprs.Address, Mapping[Any, Any]],
+             rule: Callable[..., Outcome], keeps: Callable[[Any], bool] = lambda eqn: True) -> ValueRules:
+  """Returns rules that concern only the operations at the addresses of `sites`, whose outcome is that of `rule`.
+
+  Each site maps names to what the caller keeps of them. Raises `ValueError` with the names at all addresses that an
+  evaluation cannot reach; `function` is the name of the caller for this message.
+  """
+  around = {address[:n] for address in sites for n in range(1, len(address) + 1, 2)}
+  rules = ValueRules(lambda eqn, values, here: rule(eqn, values, here) if here.address in sites else None,
+                     concerns=lambda eqn, values, address: address in around, keeps=keeps)
+  reached = {address for address, _ in jaxprs.equations(program, entered=lambda eqn: _entered(eqn, rules))}
+  missed = [name for address, names in sites.items() if address not in reached for name in names]
   if missed:
     raise ValueError(f'{function}: the program uses {errors.some(missed)} inside of a shard_map, or of an operation '
                      'that runs as a whole, where no value can be taken out; trace a function without this operation.')
+  return rules
 
 
 def _bind(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:

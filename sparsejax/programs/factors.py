@@ -58,14 +58,14 @@ def exact(dims: Dims) -> bool:
   return all(len(factor.axes) == 1 and factor.stride is not None for dim in dims for factor in dim)
 
 
-def resized(dims: Dims, shape: Sequence[int]) -> Dims | None:
+def resized(dims: Dims, shape: Sequence[int]) -> Moved | None:
   """Returns the dimensions after a slice, padding or sharding, or `None` if the rank changes.
 
   A dimension whose length changes runs over the same axes, without a stride.
   """
   if len(shape) != len(dims):
     return None
-  return tuple(dim if n == old else (Factor(over(dim), n),) for dim, n, old in zip(dims, shape, shape_of(dims)))
+  return Moved(tuple(dim if n == old else (Factor(over(dim), n),) for dim, n, old in zip(dims, shape, shape_of(dims))))
 
 
 def dropped(dims: Dims, positions: Sequence[int]) -> Moved:
@@ -76,14 +76,10 @@ def dropped(dims: Dims, positions: Sequence[int]) -> Moved:
 
 def broadcast(dims: Dims, positions: Sequence[int], shape: Sequence[int]) -> Moved:
   """Returns the dimensions put at `positions` of `shape`; new and stretched dimensions run over no axis."""
-  placed: list[tuple[Factor, ...]] = [(Factor((), n),) if n != 1 else () for n in shape]
-  stretched = []
-  for i, (position, n) in enumerate(zip(positions, shape_of(dims))):
-    if n == shape[position]:
-      placed[position] = dims[i]
-    else:
-      stretched.append(i)
-  return Moved(tuple(placed), dropped(dims, stretched).gone)
+  stretched = [i for i, n in enumerate(shape_of(dims)) if n != shape[positions[i]]]
+  kept = {position: dims[i] for i, position in enumerate(positions) if i not in stretched}
+  placed = tuple(kept.get(j, (Factor((), n),) if n != 1 else ()) for j, n in enumerate(shape))
+  return Moved(placed, dropped(dims, stretched).gone)
 
 
 def reshaped(dims: Dims, shape: Sequence[int]) -> Moved | None:
@@ -125,7 +121,8 @@ def _reshape(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
 
 
 # Maps each primitive that moves dimensions to its rule: (dimensions, equation, new shape) -> `Moved`, or `None`.
-MOVES: dict[str, Callable[[Dims, Any, Sequence[int]], Moved | None]] = {
+Move = Callable[[Dims, Any, Sequence[int]], Moved | None]
+MOVES: dict[str, Move] = {
   'broadcast_in_dim': lambda dims, eqn, shape: broadcast(dims, jaxprs.dimensions(eqn), shape),
   'reshape': _reshape,
   'squeeze': lambda dims, eqn, shape: dropped(dims, jaxprs.dimensions(eqn)),

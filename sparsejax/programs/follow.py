@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from jax.extend import core
 
 from sparsejax.programs import jaxprs
-from sparsejax.programs.jaxprs import Address
 
 Fact = Any
 Notes = Any
@@ -26,13 +25,9 @@ class Position(NamedTuple):
   `notes` are those of the part of the program that the operation is in: the body of a loop, a branch, or the whole.
   """
 
-  address: Address
+  address: jaxprs.Address
   loops: int
   notes: Notes
-
-
-def _nothing(*_: Any) -> None:
-  return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +56,9 @@ class FactRules:
   sliced: Callable[[Fact, int], Fact] = lambda fact, loops: fact
   stacked: Callable[[Fact, list[Fact], int], Fact] = lambda fact, stacks, length: fact
   resized: Callable[[Fact, Sequence[int]], Fact] = lambda fact, shape: fact
-  notes: Callable[[], Notes] = _nothing
-  merged: Callable[[Notes, list[Notes], Any, int | None], None] = _nothing
-  after: Callable[[Any, list[Fact], list[Fact], Position], None] = _nothing
+  notes: Callable[[], Notes] = lambda: None
+  merged: Callable[[Notes, list[Notes], Any, int | None], None] = lambda notes, parts, eqn, times: None
+  after: Callable[[Any, list[Fact], list[Fact], Position], None] = lambda eqn, facts, results, here: None
 
 
 def follow(program: Any, facts: Sequence[Fact], rules: FactRules, notes: Notes = None) -> list[Fact]:
@@ -116,8 +111,7 @@ def _steady(program: Any, number: int, operands: tuple[list[Fact], list[Fact], l
 
 
 def _scan(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
-  scan = jaxprs.scan_parts(eqn)
-  constants, carries, stacks = scan.split(operands)
+  scan, constants, carries, stacks = jaxprs.scan_parts(eqn, operands)
   slices = [rules.sliced(fact, here.loops) for fact in stacks]
   carries, results, notes = _steady(scan.body, 0, (constants, carries, slices), rules, here)
   rules.merged(here.notes, [notes], eqn, scan.length)
@@ -125,10 +119,9 @@ def _scan(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> l
 
 
 def _while(eqn: Any, operands: list[Fact], rules: FactRules, here: Position) -> list[Fact]:
-  loop = jaxprs.while_parts(eqn)
-  of_condition, of_body, carries = loop.split(operands)
-  carries, _, notes = _steady(loop.body, 1, (of_body, carries, []), rules, here)
-  _follow(loop.condition, of_condition + carries, rules, _inside(here, 0, notes, loops=1))
+  (condition, of_condition), (body, of_body), carries = jaxprs.while_parts(eqn, operands)
+  carries, _, notes = _steady(body, 1, (of_body, carries, []), rules, here)
+  _follow(condition, of_condition + carries, rules, _inside(here, 0, notes, loops=1))
   rules.merged(here.notes, [notes], eqn, None)
   return carries
 

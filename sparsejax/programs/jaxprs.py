@@ -54,58 +54,32 @@ def shapes(variables: Sequence[Any]) -> list[tuple[int, ...] | None]:
 
 
 class Scan(NamedTuple):
-  """A `Scan` holds the parts of a `scan`.
-
-  The operands are, in this order, `constants` constants, `carries` carries, and stacks. A step gets one slice of each
-  stack.
-  """
+  """A `Scan` holds the body of a `scan`, and how the `scan` runs it."""
 
   body: Any
-  constants: int
-  carries: int
   length: int
   reverse: bool
   unroll: int
 
-  def split(self, operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Returns the constants, the carries and the stacks among the operands."""
-    last = self.constants + self.carries
-    return operands[:self.constants], operands[self.constants:last], operands[last:]
 
+def scan_parts(eqn: Any, operands: list[Any]) -> tuple[Scan, list[Any], list[Any], list[Any]]:
+  """Returns a `scan`, and the constants, the carries and the stacks among its operands.
 
-def scan_parts(eqn: Any) -> Scan:
-  """Returns the parts of a `scan`.
-
-  Versions of JAX name the numbers of constants and carries differently. On every version the ranks tell these numbers:
-  a stack has one axis more than its slice, which is the input of the body.
+  A step gets one slice of each stack. Versions of JAX name the numbers of constants and carries differently. On every
+  version the ranks tell these numbers: a stack has one axis more than its slice, which is the input of the body.
   """
   params, body = eqn.params, eqn.params['jaxpr']
   same = lambda outside, inside: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside))
   whole, carries = same(eqn.invars, opened(body).invars), same(eqn.outvars, opened(body).outvars)
-  return Scan(body, whole - carries, carries, params['length'], params['reverse'], params['unroll'])
+  scan = Scan(body, params['length'], params['reverse'], params['unroll'])
+  return scan, operands[:whole - carries], operands[whole - carries:whole], operands[whole:]
 
 
-class While(NamedTuple):
-  """A `While` holds the parts of a `while`.
-
-  The operands are, in this order, the constants of the condition, the constants of the body, and the carries.
-  """
-
-  condition: Any
-  body: Any
-  condition_constants: int
-  body_constants: int
-
-  def split(self, operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Returns the constants of the condition, the constants of the body, and the carries among the operands."""
-    last = self.condition_constants + self.body_constants
-    return operands[:self.condition_constants], operands[self.condition_constants:last], operands[last:]
-
-
-def while_parts(eqn: Any) -> While:
-  """Returns the parts of a `while`."""
-  params = eqn.params
-  return While(params['cond_jaxpr'], params['body_jaxpr'], params['cond_nconsts'], params['body_nconsts'])
+def while_parts(eqn: Any, operands: list[Any]) -> tuple[tuple[Any, list[Any]], tuple[Any, list[Any]], list[Any]]:
+  """Returns the condition and the body of a `while`, each with its constants, and the carries among the operands."""
+  params, first = eqn.params, eqn.params['cond_nconsts']
+  last = first + params['body_nconsts']
+  return (params['cond_jaxpr'], operands[:first]), (params['body_jaxpr'], operands[first:last]), operands[last:]
 
 
 def branches(eqn: Any) -> Sequence[Any]:
@@ -139,8 +113,8 @@ def remat_options(eqn: Any) -> dict[str, Any]:
 
 
 STRUCTURES: dict[str, Callable[[Any], Sequence[Any]]] = {
-  'scan': lambda eqn: [scan_parts(eqn).body], 'cond': branches, 'shard_map': lambda eqn: [shards(eqn)[0]],
-  'while': lambda eqn: [while_parts(eqn).condition, while_parts(eqn).body]}
+  'scan': lambda eqn: [eqn.params['jaxpr']], 'cond': branches, 'shard_map': lambda eqn: [shards(eqn)[0]],
+  'while': lambda eqn: [eqn.params['cond_jaxpr'], eqn.params['body_jaxpr']]}
 
 
 def inner(eqn: Any) -> Sequence[Any]:
@@ -290,10 +264,6 @@ def _conv_general_dilated(eqn: Any) -> Contraction:
   return Contraction((None, roles), macs, asked.groups)
 
 
+# Maps each product to the function that reads it.
 CONTRACTIONS: dict[str, Callable[[Any], Contraction]] = {
   'dot_general': _dot_general, 'ragged_dot_general': _ragged_dot_general, 'conv_general_dilated': _conv_general_dilated}
-
-
-def contraction(eqn: Any) -> Contraction | None:
-  """Returns the roles and the multiply-adds of a product, or `None` for every other operation."""
-  return CONTRACTIONS[eqn.primitive.name](eqn) if eqn.primitive.name in CONTRACTIONS else None

@@ -16,11 +16,11 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsejax import errors
 from sparsejax.programs.contractions import Use, read
-from sparsejax.programs.evaluate import Operation, ValueRules, Walk, check_reached
+from sparsejax.programs.evaluate import Operation, Walk, rules_at
 from sparsejax.programs.jaxprs import Address
 from sparsejax.programs.structures import Outcome, Stop
 from sparsejax.programs.tracing import Program, trace
@@ -92,50 +92,30 @@ def walk(program: Program, arrays: Iterable[Any] | None = None) -> Walk:
   of `program.arrays`; by default, the inputs that the function was traced with.
   """
   uses = uses_by_address(program)
-  rules = ValueRules(lambda eqn, values, here: _stops(eqn, values, here, uses.get(here.address)),
-                     keeps=lambda eqn: False, concerns=functools.partial(concerned, prefixes(uses)))
-  check_reached('operands', program, {address: listed[0].path for address, listed in uses.items()}, rules)
+  stops = lambda eqn, values, here: _stops(eqn, values, here, list(uses[here.address].items()))
+  rules = rules_at('operands', program, uses, stops, keeps=lambda eqn: False)
   return Walk(program, program.arrays if arrays is None else arrays, rules)
 
 
-class NumberedUse(NamedTuple):
-  """A `NumberedUse` is entry `number` of `Contractions.uses[path]`."""
-
-  path: str
-  number: int
-  use: Use
+Numbered = tuple[str, int]  # (path, number) stands for entry `number` of `Contractions.uses[path]`
+_USES: weakref.WeakKeyDictionary[Program, dict[Address, dict[Numbered, Use]]] = weakref.WeakKeyDictionary()
 
 
-_USES: weakref.WeakKeyDictionary[Program, dict[Address, list[NumberedUse]]] = weakref.WeakKeyDictionary()
-
-
-def uses_by_address(program: Program) -> dict[Address, list[NumberedUse]]:
+def uses_by_address(program: Program) -> dict[Address, dict[Numbered, Use]]:
   """Maps the address of each product with parameters to its uses of parameters; read once for each program."""
   if program not in _USES:
     _USES[program] = {}
     for path, uses in read(program).uses.items():
       for number, use in enumerate(uses):
-        _USES[program].setdefault(use.address, []).append(NumberedUse(path, number, use))
+        _USES[program].setdefault(use.address, {})[path, number] = use
   return _USES[program]
 
 
-def prefixes(addresses: Iterable[Address]) -> frozenset[Address]:
-  """Returns the addresses, and those of all operations around them."""
-  return frozenset(address[:n] for address in addresses for n in range(1, len(address) + 1, 2))
-
-
-def concerned(addresses: frozenset[Address], eqn: Any, values: list[Any], address: Address) -> bool:
-  """Returns whether `address` is among `addresses`; with the first argument bound, a rule `ValueRules.concerns`."""
-  return address in addresses
-
-
-def _stops(eqn: Any, values: list[Any], here: Operation, uses: list[NumberedUse] | None) -> Outcome | None:
+def _stops(eqn: Any, values: list[Any], here: Operation, uses: list[tuple[Numbered, Use]]) -> Outcome:
   """Stops at the first of the uses; without an answer, at the next."""
-  if uses is None:
-    return None
   if not uses:
     return here.dense(values)
-  path, number, use = uses[0]
+  (path, number), use = uses[0]
   layer = tuple(here.steps[loop] for loop in use.view.loops)
   site = Site(path, number, layer, here.steps, use, values, here.dense)
   return Stop(site, lambda answer: _stops(eqn, values, here, uses[1:]) if answer is None else [_checked(

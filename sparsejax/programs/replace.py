@@ -16,12 +16,11 @@ import jax.numpy as jnp
 
 from sparsejax import errors
 from sparsejax.programs import jaxprs
-from sparsejax.programs.evaluate import Operation, ValueRules, check_reached, evaluate
-from sparsejax.programs.jaxprs import Address
-from sparsejax.programs.operands import concerned, prefixes, uses_by_address
+from sparsejax.programs.evaluate import Operation, evaluate, rules_at
+from sparsejax.programs.operands import Numbered, uses_by_address
 from sparsejax.programs.tracing import Program, trace
 
-Key = str | tuple[str, int]
+Key = str | Numbered
 
 
 def replace(apply: Callable[..., Any], values: Mapping[Key, Any]) -> Callable[..., Any]:
@@ -41,41 +40,28 @@ def replace(apply: Callable[..., Any], values: Mapping[Key, Any]) -> Callable[..
   def call(*args: Any, **kwargs: Any) -> Any:
     program = trace(apply, args, kwargs)
     sites = _sites(program, values)
-    addresses = prefixes(sites)
-    rules = ValueRules(lambda eqn, operands, here: _operation(eqn, operands, here, sites.get(here.address, {}), values),
-                       concerns=functools.partial(concerned, addresses))
-    named = {address: str(next(iter(keys))) for address, keys in sites.items()}
-    check_reached('replace', program, named, rules)
-    return program.unflatten(evaluate(program, program.arrays, rules))
+
+    def rule(eqn: Any, operands: list[Any], here: Operation) -> list[Any]:
+      operands = list(operands)
+      for key, i in sites[here.address].items():
+        operands[i] = _replaced(key, values[key], operands[i], eqn)
+      return here.dense(operands)
+
+    return program.unflatten(evaluate(program, program.arrays, rules_at('replace', program, sites, rule)))
 
   return call
 
 
-def _sites(program: Program, values: Mapping[Key, Any]) -> dict[Address, dict[Key, int]]:
+def _sites(program: Program, values: Mapping[Key, Any]) -> dict[jaxprs.Address, dict[Key, int]]:
   """Maps the address of each operation with a replaced operand to the keys and the numbers of these operands."""
-  sites: dict[Address, dict[Key, int]] = {}
-  for address, eqn in jaxprs.equations(program):
-    if name := jaxprs.given_name(eqn):
-      sites.setdefault(address, {})[name] = 0
+  sites = {address: {name: 0} for address, eqn in jaxprs.equations(program) if (name := jaxprs.given_name(eqn))}
   for address, uses in uses_by_address(program).items():
-    for path, number, use in uses:
-      sites.setdefault(address, {})[path, number] = 1 - use.operand
+    sites[address] = {key: 1 - use.operand for key, use in uses.items()}
   valid = {key for keys in sites.values() for key in keys}
-  for key in values:
-    if key not in valid:
-      raise errors.unknown('replace', 'intermediate', key, map(str, valid))
+  if unknown := [key for key in values if key not in valid]:
+    raise errors.unknown('replace', 'intermediate', unknown[0], map(str, valid))
   sites = {address: {key: i for key, i in keys.items() if key in values} for address, keys in sites.items()}
   return {address: keys for address, keys in sites.items() if keys}
-
-
-def _operation(eqn: Any, operands: list[Any], here: Operation, keys: Mapping[Key, int], values: Mapping[Key, Any]
-               ) -> list[Any] | None:
-  if not keys:
-    return None
-  operands = list(operands)
-  for key, i in keys.items():
-    operands[i] = _replaced(key, values[key], operands[i], eqn)
-  return here.dense(operands)
 
 
 def _replaced(key: Key, value: Any, old: Any, eqn: Any) -> Any:

@@ -99,17 +99,15 @@ def _kept_cond(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
 
 
 def _kept_while(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
-  loop = jaxprs.while_parts(eqn)
-  of_condition, of_body, carries = loop.split(values)
-  proceed = lambda carries: inside.run(loop.condition, [*of_condition, *carries], 0)[0]
-  step = lambda carries: inside.run(loop.body, [*of_body, *carries], 1)
+  (condition, of_condition), (body, of_body), carries = jaxprs.while_parts(eqn, values)
+  proceed = lambda carries: inside.run(condition, [*of_condition, *carries], 0)[0]
+  step = lambda carries: inside.run(body, [*of_body, *carries], 1)
   return lax.while_loop(proceed, step, inside.all_dense(carries, CHANGES))
 
 
 def _kept_scan(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
   """Runs a scan over the arrays that `inside.unstacked` returns; each of their slices becomes a stand-in again."""
-  scan = jaxprs.scan_parts(eqn)
-  constants, carries, stacks = scan.split(values)
+  scan, constants, carries, stacks = jaxprs.scan_parts(eqn, values)
   carries, parts = inside.all_dense(carries, CHANGES), []
   for value in stacks:
     split = inside.unstacked(value)
@@ -140,51 +138,39 @@ def _walked_cond(eqn: Any, values: list[Any]) -> Outcome:
 
 
 def _walked_while(eqn: Any, values: list[Any]) -> Outcome:
-  loop = jaxprs.while_parts(eqn)
-  of_condition, of_body, carries = loop.split(values)
+  (condition, of_condition), (body, of_body), carries = jaxprs.while_parts(eqn, values)
 
   def begin(step: int, carries: list[Any]) -> Outcome:
-    return Enter(loop.condition, of_condition + carries, functools.partial(decide, step, carries), 0, step)
+    return Enter(condition, of_condition + carries, functools.partial(decide, step, carries), 0, step)
 
   def decide(step: int, carries: list[Any], results: list[Any]) -> Outcome:
     if not _concrete(eqn, results[0]):
       return carries
-    return Enter(loop.body, of_body + carries, functools.partial(begin, step + 1), 1, step)
+    return Enter(body, of_body + carries, functools.partial(begin, step + 1), 1, step)
 
   return begin(0, carries)
 
 
 def _walked_scan(eqn: Any, values: list[Any]) -> Outcome:
-  scan = jaxprs.scan_parts(eqn)
-  constants, carries, stacks = scan.split(values)
-  outputs = [v.aval for v in eqn.outvars[scan.carries:]]
-  return _Rounds(scan, constants, stacks, outputs).run(0, carries, ())
+  scan, constants, carries, stacks = jaxprs.scan_parts(eqn, values)
+  outputs = [v.aval for v in eqn.outvars[len(carries):]]
 
+  def begin(carries: list[Any], done: tuple[list[Any], ...]) -> Outcome:
+    """Begins a round; `done` are the outputs of the rounds before.
 
-class _Rounds(NamedTuple):
-  """The rounds of a scan that is walked; a walk may be copied between rounds, so that nothing here ever changes."""
+    A walk may be copied between rounds, so that nothing here ever changes.
+    """
+    if len(done) == scan.length:
+      columns = zip(*(done[::-1] if scan.reverse else done))
+      return carries + ([jnp.stack(column) for column in columns] if done else
+                        [jnp.zeros(aval.shape, aval.dtype) for aval in outputs])
+    index = scan.length - 1 - len(done) if scan.reverse else len(done)
+    slices = [lax.index_in_dim(stack, index, keepdims=False) for stack in stacks]
+    n = len(carries)
+    then = lambda results: begin(results[:n], (*done, results[n:]))
+    return Enter(scan.body, constants + carries + slices, then, 0, index)
 
-  scan: jaxprs.Scan
-  constants: list[Any]
-  stacks: list[Any]
-  outputs: list[Any]
-
-  def run(self, number: int, carries: list[Any], done: tuple[list[Any], ...]) -> Outcome:
-    """Returns what comes after `number` rounds, whose stacked outputs are to be made of `done`."""
-    scan, index = self.scan, self.scan.length - 1 - number if self.scan.reverse else number
-    if number == scan.length:
-      columns = list(zip(*(done[::-1] if scan.reverse else done))) or [()] * len(self.outputs)
-      return carries + list(map(_stacked, columns, self.outputs))
-    slices = [lax.index_in_dim(stack, index, keepdims=False) for stack in self.stacks]
-    return Enter(scan.body, self.constants + carries + slices, functools.partial(self.after, number, done), 0, index)
-
-  def after(self, number: int, done: tuple[list[Any], ...], results: list[Any]) -> Outcome:
-    carries = self.scan.carries
-    return self.run(number + 1, results[:carries], (*done, results[carries:]))
-
-
-def _stacked(column: Sequence[Array], aval: Any) -> Array:
-  return jnp.stack(column) if column else jnp.zeros(aval.shape, aval.dtype)
+  return begin(carries, ())
 
 
 def _concrete(eqn: Any, value: Any) -> Any:

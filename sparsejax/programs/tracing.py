@@ -16,34 +16,26 @@ from sparsejax import trees
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-  """A `Program` holds a traced function: its closed jaxpr, its inputs, and the structure of its result.
+  """A `Program` holds a traced function: its jaxpr with constants, its inputs, and the structure of its result.
 
-  `arrays`, `arguments` and `paths` have one entry for each input of `closed`. `arrays` holds the array that was passed.
+  `arrays`, `arguments` and `paths` have one entry for each input of `jaxpr`. `arrays` holds the array that was passed.
   `arguments` holds the number of the argument that contains the input; the dict of keyword arguments counts as the
   last. `paths` holds the path of the input in this argument. `structure` is the tree structure of the result. `others`
   maps the number of each leaf of the result that is no array to the leaf.
   """
 
-  closed: Any
+  jaxpr: Any
+  consts: Sequence[Any]
   arrays: tuple[Any, ...]
   arguments: tuple[int, ...]
   paths: tuple[str, ...]
   structure: Any
   others: dict[int, Any]
 
-  @property
-  def jaxpr(self) -> Any:
-    return self.closed.jaxpr
-
-  @property
-  def consts(self) -> Sequence[Any]:
-    return self.closed.consts
-
   def unflatten(self, results: Sequence[Any]) -> Any:
     """Returns the result of the function from the results of its jaxpr, with the leaves that are no arrays."""
-    rest = iter(results)
-    count = len(results) + len(self.others)
-    return self.structure.unflatten([self.others[i] if i in self.others else next(rest) for i in range(count)])
+    rest, every = iter(results), range(self.structure.num_leaves)
+    return self.structure.unflatten([self.others[i] if i in self.others else next(rest) for i in every])
 
 
 def trace(apply: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,
@@ -60,12 +52,9 @@ def trace(apply: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
   inputs = [i for i, leaf in enumerate(leaves) if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')]
   kept: list[Any] = []
 
-  def filled(values: Sequence[Any]) -> Any:
-    given = dict(zip(inputs, values))
-    return treedef.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
-
   def flat(*values: Any) -> list[Any]:
-    *positional, options = filled(values)
+    given = dict(zip(inputs, values))
+    *positional, options = treedef.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
     results, structure = jax.tree.flatten(apply(*positional, **options))
     kept[:] = structure, {i: result for i, result in enumerate(results) if not isinstance(result, jax.Array)}
     return [result for result in results if isinstance(result, jax.Array)]
@@ -74,4 +63,4 @@ def trace(apply: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
           for leaf in (leaves[i] for i in inputs)]
   closed = jax.make_jaxpr(flat)(*seen)
   arguments, paths = zip(*(named[i] for i in inputs)) if inputs else ((), ())
-  return Program(closed, tuple(leaves[i] for i in inputs), arguments, paths, *kept)
+  return Program(closed.jaxpr, closed.consts, tuple(leaves[i] for i in inputs), arguments, paths, *kept)

@@ -3,7 +3,7 @@
 A `View` relates one value to one parameter. `shown` computes the views of an operation's results from the views of its
 operands. An operation without a rule ends a view, unless its result has the operand's shape.
 
-    w = Value(PARAMETER, (whole('w', (4, 6)),))
+    w = Value(PARAMETER, (View('w', factors.whole((4, 6))),))
     shown(eqn, [w])[0].views[0].dims      # after `w.T`: ((Factor((1,), 6, 1),), (Factor((0,), 4, 1),))
 """
 
@@ -15,7 +15,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from sparsejax.programs import factors, jaxprs
-from sparsejax.programs.factors import Dims, Factor, Moved
+from sparsejax.programs.factors import Dims, Factor, Move, Moved
 
 # The kinds of values. A weight is made of parameters and constants only: a bias added to data is data.
 CONSTANT, PARAMETER, DATA = range(3)
@@ -49,11 +49,6 @@ class Value(NamedTuple):
   views: tuple[View, ...] = ()
 
 
-def whole(path: str, shape: Sequence[int]) -> View:
-  """Returns the view of a parameter itself."""
-  return View(path, factors.whole(shape))
-
-
 def distinct(views: Iterable[View | None]) -> tuple[View, ...]:
   """Returns the views in their order, without repetitions and without `None`."""
   return tuple(dict.fromkeys(view for view in views if view is not None))
@@ -71,7 +66,7 @@ def repeated(before: Value, after: Value) -> Value:
 
 def resized(value: Value, shape: Sequence[int]) -> Value:
   """Returns the value of one shard of an array, or of the array of all shards."""
-  return value._replace(views=distinct(_resized(view, None, shape) for view in value.views))
+  return value._replace(views=distinct(view.moved(factors.resized(view.dims, shape)) for view in value.views))
 
 
 def sliced(value: Value, loops: int) -> Value:
@@ -110,45 +105,34 @@ def shown(eqn: Any, values: Sequence[Value]) -> list[Value]:
     sources = values[i:i + 1] if pairwise else values
     kind = max((value.kind for value in sources), default=CONSTANT)
     views = [] if kind == DATA else [view for value in sources for view in value.views]
-    results.append(Value(kind, distinct(move(view, eqn, shape or ()) for view in views)))
+    results.append(Value(kind, distinct(view.moved(move(view.dims, eqn, shape or ())) for view in views)))
   return results
 
 
-# A move maps (view, equation, shape of the result) to the view of the result, or to `None` if the view ends.
-
-Move = Callable[[View, Any, Sequence[int]], View | None]
+# Moves are those of `factors`, and some more. A view ends where its move is `None`.
 
 
-def _unmoved(view: View, eqn: Any, shape: Sequence[int]) -> View | None:
-  """Keeps a view that has the shape of the result; stretches a length of 1 where the operation does."""
-  lengths = factors.shape_of(view.dims)
+def _unmoved(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
+  """Keeps dimensions that have the shape of the result; stretches a length of 1 where the operation does."""
+  lengths = factors.shape_of(dims)
   if lengths == shape and eqn.primitive.name not in MIXING:
-    return view
+    return Moved(dims)
   if eqn.primitive.name in STRETCHING and len(lengths) == len(shape):
-    return view.moved(factors.broadcast(view.dims, range(len(shape)), shape))
+    return factors.broadcast(dims, range(len(shape)), shape)
   return None
 
 
-def _resized(view: View, eqn: Any, shape: Sequence[int]) -> View | None:
-  dims = factors.resized(view.dims, shape)
-  return None if dims is None else view._replace(dims=dims)
-
-
-def _tiled(view: View, eqn: Any, shape: Sequence[int]) -> View | None:
-  if len(shape) != len(view.dims):
+def _tiled(dims: Dims, eqn: Any, shape: Sequence[int]) -> Moved | None:
+  if len(shape) != len(dims):
     return None
-  return view._replace(dims=tuple(dim if n == old else (Factor((), n // old), *dim)
-                                  for dim, n, old in zip(view.dims, shape, factors.shape_of(view.dims))))
-
-
-def _rearranged(view: View, eqn: Any, shape: Sequence[int]) -> View | None:
-  return view.moved(factors.MOVES[eqn.primitive.name](view.dims, eqn, shape))
+  return Moved(tuple(dim if n == old else (Factor((), n // old), *dim)
+                     for dim, n, old in zip(dims, shape, factors.shape_of(dims))))
 
 
 MOVES: dict[str, Move] = {
-  **dict.fromkeys(factors.MOVES, _rearranged), 'tile': _tiled,
-  'unstack': lambda view, eqn, shape: view.moved(factors.dropped(view.dims, (jaxprs.dimensions(eqn),))),
-  **dict.fromkeys(('slice', 'split', 'pad', 'all_gather', 'all_gather_invariant', 'reduce_scatter'), _resized)}
+  **factors.MOVES, 'tile': _tiled, 'unstack': lambda dims, eqn, shape: factors.dropped(dims, (jaxprs.dimensions(eqn),)),
+  **dict.fromkeys(('slice', 'split', 'pad', 'all_gather', 'all_gather_invariant', 'reduce_scatter'),
+                  lambda dims, eqn, shape: factors.resized(dims, shape))}
 
 # The result may have the operand's shape, but row `i` of the result does not come from row `i` of the operand.
 MIXING = {'all_to_all', 'cholesky', 'eigh', 'fft', 'hessenberg', 'householder_product', 'lu', 'schur',
@@ -177,12 +161,11 @@ def _joined(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _dynamic_slice(eqn: Any, values: Sequence[Value]) -> list[Value]:
-  return _picked(values, [_resized(view, eqn, eqn.outvars[0].aval.shape) for view in values[0].views])
+  return _picked(values, resized(values[0], eqn.outvars[0].aval.shape).views)
 
 
 def _gather(eqn: Any, values: Sequence[Value]) -> list[Value]:
-  known = values[1].kind != DATA
-  return _picked(values, [_gathered(view, eqn, known) for view in values[0].views])
+  return _picked(values, [_gathered(view, eqn, values[1].kind != DATA) for view in values[0].views])
 
 
 def _picked(values: Sequence[Value], views: Sequence[View]) -> list[Value]:
@@ -212,7 +195,7 @@ def _gathered(view: View, eqn: Any, known: bool) -> View:
   for i, j in zip(batching, numbers.start_indices_batching_dims):
     dims[index_dims[j]] = view.dims[i]
   gone = view.gone if ordered else view.gone | factors.dropped(view.dims, collapsed).gone
-  return view._replace(dims=factors.resized(tuple(dims), shape), gone=gone)
+  return view._replace(dims=factors.resized(tuple(dims), shape).dims, gone=gone)
 
 
 RULES: dict[str, Callable[[Any, Sequence[Value]], list[Value]]] = {

@@ -47,7 +47,7 @@ KERNELS = (
     ('active', 'attention', 'block_sparse', 'n_m', 'sparse24', 'unstructured'),
     ('held',),
     ('models',),
-    ('__init__', 'nn', 'bench'),
+    ('__init__', 'bench'),
 )
 EXPERIMENTS = (
     ('configs',),

@@ -1,7 +1,5 @@
 """Tests that models run on packed parameters as they do on dense parameters, and say which op they call."""
 
-import importlib
-
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -394,8 +392,10 @@ def test_an_op_from_outside_is_one_entry_of_a_table(monkeypatch):
   assert (use.op, use.why) == ('negated', 'always') and 'always' in str(packed(jnp.dot, explain=True)(x, w))
 
 
-def test_the_former_name_of_the_module_warns():
-  with pytest.warns(DeprecationWarning, match='kernels_pallas.models'):
-    nn_module = importlib.import_module('kernels_pallas.nn')
-  assert nn_module.packed is packed and nn_module.Row is models.PackedUse
-  assert nn_module.OPS['nm'] is models.OPS['nm'].multiply
+@pytest.mark.parametrize('implementation', [None, 'xla'])
+def test_a_format_without_an_op_is_unpacked_and_said_to_be(monkeypatch, implementation):
+  w, x = a_weight(8, 12), normal(3, 8)
+  monkeypatch.delitem(models.OPS, 'block_sparse')
+  use, = packed(jnp.dot, implementation=implementation, explain=True)(x, w)
+  assert (use.op, use.why) == ('unpacked', "no op for the format 'block_sparse'")
+  assert_close(packed(jnp.dot, implementation=implementation)(x, w), x @ w.to_dense())

@@ -61,23 +61,22 @@ def test_jax_stretches_lengths_of_one_inside_of_operations(bind, standard_promot
   """Shows that JAX emits no `broadcast_in_dim` here, and that the view is stretched."""
   eqn, = jax.make_jaxpr(bind)(jnp.ones((1, 6)), jnp.ones((4, 6))).jaxpr.eqns
   assert eqn.primitive.name in views.STRETCHING
-  value, = views.shown(eqn, [views.Value(views.PARAMETER, (views.whole('g', (1, 6)),)), views.Value()])
+  value, = views.shown(eqn, [views.Value(views.PARAMETER, (views.View('g', factors.whole((1, 6))),)), views.Value()])
   assert value.views[0].dims == ((Factor((), 4),), (Factor((1,), 6, 1),)) and value.views[0].gone == {0}
 
 
 def test_a_row_that_is_written_into_an_array_is_not_stretched():
   eqn = jax.make_jaxpr(lambda a, row: lax.dynamic_update_slice(a, row, (jnp.int32(0), jnp.int32(0))))(
       jnp.ones((4, 6)), jnp.ones((1, 6))).jaxpr.eqns[-1]
-  row = views.Value(views.PARAMETER, (views.whole('g', (1, 6)),))
+  row = views.Value(views.PARAMETER, (views.View('g', factors.whole((1, 6))),))
   assert views.shown(eqn, [views.Value(), row, views.Value(), views.Value()])[0].views == ()
 
 
 def test_the_parts_of_loops_are_told_by_their_ranks():
   jaxpr = jax.make_jaxpr(lambda w, x, s: lax.scan(lambda c, v: (c @ w, c.sum()), x, s, reverse=True))(
       jnp.ones((4, 4)), jnp.ones((2, 4)), jnp.ones((3, 5)))
-  scan = jaxprs.scan_parts(jaxpr.jaxpr.eqns[-1])
-  assert (scan.constants, scan.carries, scan.length, scan.reverse) == (1, 1, 3, True)
-  assert scan.split(['w', 'x', 's']) == (['w'], ['x'], ['s'])
+  scan, *operands = jaxprs.scan_parts(jaxpr.jaxpr.eqns[-1], ['w', 'x', 's'])
+  assert operands == [['w'], ['x'], ['s']] and (scan.length, scan.reverse) == (3, True)
 
 
 def test_addresses_name_operations_inside_of_programs():

@@ -41,6 +41,13 @@ def test_an_array_that_is_both_operands_of_a_product_is_replaced_in_one():
   np.testing.assert_allclose(replace(square, {('w', 1): ones})({'w': w}, X), X @ (ones @ w), rtol=1e-4)
 
 
+def test_functions_of_one_operand_of_two_parameters_are_applied_one_after_the_other():
+  apply = lambda p, x: x @ (p['a'] + p['b'])
+  p = {'a': P['up'], 'b': 2 * P['up']}
+  run = replace(apply, {('a', 0): lambda x: 2 * x, ('b', 0): lambda x: x + 1})
+  np.testing.assert_allclose(run(p, X), apply(p, 2 * X + 1), rtol=1e-4)
+
+
 @jax.custom_jvp
 def _mlp(p, x):
   return mlp(p, x)
