@@ -27,8 +27,6 @@ from ml_collections import ConfigDict
 
 from experiments import configs
 from experiments.loop import commands, evaluate, hosts, optimizers, outcomes, records, runs, training
-from experiments.loop.outcomes import Outcome, Outcomes
-from experiments.loop.runs import Setup, Ticket
 from experiments.loop.stopping import StopRequest
 from experiments.tables import pages
 from experiments.tables import tickets as tables
@@ -58,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return commands.main(arguments, 'tickets', rounds)
 
 
-def rounds(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> Outcomes:
+def rounds(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> outcomes.Outcomes:
   """Trains and tests whatever is not finished, then shows all rounds. Returns the outcomes by run.
 
   A run is `dense`, or in the last round `imp-<rewind>`, or `member-<number>` and `soup`; in earlier rounds these names
@@ -184,7 +182,7 @@ def _retraining(config: ConfigDict, section: Mapping[str, Any]) -> ConfigDict:
                 optimizer=rates(config.optimizer, section['rewind']))
 
 
-def _early(base: ConfigDict, steps: int, run: Callable[..., Outcomes]) -> PyTree:
+def _early(base: ConfigDict, steps: int, run: Callable[..., outcomes.Outcomes]) -> PyTree:
   """Returns the parameters of the dense run after `steps` steps, `[seeds, ...]`.
 
   The first steps are trained apart, because the dense run keeps only its newest checkpoints.
@@ -196,7 +194,7 @@ def _early(base: ConfigDict, steps: int, run: Callable[..., Outcomes]) -> PyTree
   return outcomes.parameters(run(early, until=steps)['early'])
 
 
-def _after(dense: Outcome, retraining: ConfigDict, workdir: pathlib.Path, members: int, number: int) -> PyTree:
+def _after(dense: outcomes.Outcome, retraining: ConfigDict, workdir: pathlib.Path, members: int, number: int) -> PyTree:
   """Returns the parameters that round `number` left, `[seeds, ...]`; for 0 those that the dense training left.
 
   The soup of several members is saved beside their checkpoints.
@@ -211,7 +209,7 @@ def _after(dense: Outcome, retraining: ConfigDict, workdir: pathlib.Path, member
   return params
 
 
-def _tickets(section: Mapping[str, Any], after: Callable[[int], PyTree], early: PyTree | None) -> dict[str, Ticket]:
+def _tickets(section: dict[str, Any], after: Callable[[int], PyTree], early: PyTree | None) -> dict[str, runs.Ticket]:
   """Returns the ticket of each round: the parameters that the round before left choose the mask.
 
   The weights to train are `early`, if given, or else the same parameters. All members start from equal weights.
@@ -219,21 +217,21 @@ def _tickets(section: Mapping[str, Any], after: Callable[[int], PyTree], early: 
   rows = lambda params: jax.tree.map(lambda leaf: np.concatenate([leaf] * section['members']), params)
   trained = lambda number: rows(after(number - 1))
   weights = trained if early is None else lambda number: rows(early)
-  return {f'round-{number}': Ticket(functools.partial(weights, number), functools.partial(trained, number))
+  return {f'round-{number}': runs.Ticket(functools.partial(weights, number), functools.partial(trained, number))
           for number in range(1, section['rounds'] + 1)}
 
 
 # The results.
 
 
-def _part(outcome: Outcome, name: str, number: int, rows: slice = slice(None)) -> dict[str, Any]:
+def _part(outcome: outcomes.Outcome, name: str, number: int, rows: slice = slice(None)) -> dict[str, Any]:
   """Returns the part of a run's outcome that is in `rows`, as the outcome `name` of a round."""
   kept = {key: value for key, value in outcome.items() if key != 'directory'}
   return {**kept, 'name': name, 'round': number, 'seeds': outcome['seeds'][rows], 'empty': outcome['empty'][rows],
           'test': {key: values[rows] for key, values in outcome['test'].items()}}
 
 
-def _members(outcome: Outcome, number: int, section: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _members(outcome: outcomes.Outcome, number: int, section: Mapping[str, Any]) -> list[dict[str, Any]]:
   """Returns an outcome for each member of a round. The members share the round's seconds."""
   members = section['members']
   if members == 1:
@@ -266,7 +264,7 @@ def _judge(base: ConfigDict) -> Callable[[PyTree, PyTree], tuple[dict[str, list[
   return judge
 
 
-def _barrier(setup: Setup) -> Callable[[PyTree, PyTree], metrics.Barrier]:
+def _barrier(setup: runs.Setup) -> Callable[[PyTree, PyTree], metrics.Barrier]:
   """Returns a function of two models' parameters, of all seeds: the barrier of the test loss between the models."""
   model, task = setup.models['dense'], setup.task
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(dict, setup.data[0].test))

