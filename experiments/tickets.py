@@ -115,10 +115,9 @@ def rates(optimizer: ConfigDict, rewind: str | None) -> ConfigDict:
   The whole schedule is learning-rate rewinding to step 0, compressed if the retraining is shorter (the CLR and LLR of
   Zimmer et al. 2023). If `rewind` is `None`, the rate is constant, a hundredth of the peak: fine-tuning.
   """
-  optimizer = optimizer.copy_and_resolve_references()
-  if rewind is None:
-    optimizer.update(learning_rate=FINE * optimizer.learning_rate, decay='constant', warmup=0)
-  return optimizer
+  if rewind is not None:
+    return optimizer
+  return configs.changed(optimizer, learning_rate=FINE * optimizer.learning_rate, decay='constant', warmup=0)
 
 
 def soup(params: PyTree, members: int) -> PyTree:
@@ -138,18 +137,17 @@ def soup(params: PyTree, members: int) -> PyTree:
 
 def _refuse_changes(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Raises `ValueError` if `workdir` is of another config: its finished rounds would be taken for those of `config`."""
-  path, now = workdir / 'config.json', configs.plain(config)
-  changes = configs.differences(json.loads(path.read_text()), now) if path.exists() else []
-  if changes := [change for change in changes if not change.startswith(FREE)]:
+  path = workdir / 'config.json'
+  if changes := [change for change in configs.differences_to_file(path, config) if not change.startswith(FREE)]:
     raise ValueError(f'tickets: {workdir} is of another config ({"; ".join(changes)}). Give another --workdir.')
-  records.write_whole(path, json.dumps(now, indent=2) + '\n')
+  records.write_whole(path, json.dumps(configs.plain(config), indent=2) + '\n')
 
 
 def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Path,
              request: StopRequest) -> dict[str, Any]:
   """Trains and tests all phases. Returns the content of `results.json`."""
   run = functools.partial(training.run, workdir=workdir, request=request, keeps_config=False)
-  base, retraining = _phase(config, recipes=DENSE), _retraining(config, section)
+  base, retraining = configs.changed(config, tickets=None), _retraining(config, section)
   early = _early(base, section['rewind_step'], run) if section['rewind'] == 'weights' else None
   dense = run(base)['dense']
   after = functools.lru_cache(1)(functools.partial(_after, dense, retraining, workdir, section['members']))
@@ -165,21 +163,13 @@ def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Pa
   return {'config': configs.plain(config), 'sparsities': sparsities(section), 'outcomes': rows, 'barriers': barriers}
 
 
-def _phase(config: ConfigDict, **changes: Any) -> ConfigDict:
-  """Returns `config` as `training.run` takes it, with `changes`."""
-  phase = config.copy_and_resolve_references().unlock()
-  for key, value in {**changes, 'tickets': None}.items():
-    phase[key] = ConfigDict(value) if isinstance(value, dict) else value
-  return phase.lock()
-
-
 def _retraining(config: ConfigDict, section: Mapping[str, Any]) -> ConfigDict:
   """Returns the config of the rounds. Each round is a run with a row for each member of each seed, member 0 first."""
   seeds = tuple((seed + member * ORDERS) % 2**32 for member in range(section['members']) for seed in config.seeds)
   entries = {f'round-{number}': {'name': 'iterative_magnitude', **section['recipe'], 'sparsity': sparsity}
              for number, sparsity in enumerate(sparsities(section), 1)}
-  return _phase(config, seeds=seeds, steps=section['retrain_steps'], recipes=entries,
-                optimizer=rates(config.optimizer, section['rewind']))
+  return configs.changed(config, tickets=None, seeds=seeds, steps=section['retrain_steps'], recipes=entries,
+                         optimizer=rates(config.optimizer, section['rewind']))
 
 
 def _early(base: ConfigDict, steps: int, run: Callable[..., outcomes.Outcomes]) -> PyTree:
@@ -190,7 +180,7 @@ def _early(base: ConfigDict, steps: int, run: Callable[..., outcomes.Outcomes]) 
   if not steps:
     return jax.tree.map(np.asarray, runs.prepare(base).models['dense'].initial())
   # A run has to be measured at its last step, and the dense run need not measure this step.
-  early = _phase(base, measure_every=steps, recipes={'early': DENSE['dense']})
+  early = configs.changed(base, measure_every=steps, recipes={'early': DENSE['dense']})
   return outcomes.parameters(run(early, until=steps)['early'])
 
 
@@ -234,12 +224,10 @@ def _part(outcome: outcomes.Outcome, name: str, number: int, rows: slice = slice
 def _members(outcome: outcomes.Outcome, number: int, section: Mapping[str, Any]) -> list[dict[str, Any]]:
   """Returns an outcome for each member of a round. The members share the round's seconds."""
   members = section['members']
-  if members == 1:
-    return [_part(outcome, _name(section, number, f'imp-{REWINDS[section["rewind"]]}'), number)]
+  kinds = [f'member-{member}' for member in range(members)] if members > 1 else [f'imp-{REWINDS[section["rewind"]]}']
   seeds = len(outcome['seeds']) // members
-  rows = [slice(member * seeds, (member + 1) * seeds) for member in range(members)]
-  return [{**_part(outcome, _name(section, number, f'member-{member}'), number, rows[member]),
-           'seconds': outcome['seconds'] / members} for member in range(members)]
+  return [{**_part(outcome, _name(section, number, kind), number, slice(member * seeds, (member + 1) * seeds)),
+           'seconds': outcome['seconds'] / members} for member, kind in enumerate(kinds)]
 
 
 def _name(section: Mapping[str, Any], number: int, kind: str) -> str:

@@ -49,12 +49,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
   """
   workdir.mkdir(parents=True, exist_ok=True)
   hosts.check(configs.plain(config), workdir)
-  ended = _ending(config, until)
+  ended = config if until is None else configs.changed(config, steps=until)
   directories = {name: workdir / name for name in configs.runs(config)}
   todo = [name for name, directory in directories.items() if hosts.first(outcomes.read(directory, ended) is None)]
   with Progress(len(todo), ended.steps, console()) as progress:
     if keeps_config:
-      _say_what_changed(config, workdir, progress)
+      for difference in configs.differences_to_file(workdir / 'config.json', config):
+        progress.say(f'Not as the last time: {difference}')
     progress.doing('reading data, tracing')
     setup = runs.prepare(config) if todo else None
     built = runs.build(setup, directories, tickets) if todo else {}
@@ -63,7 +64,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
     if keeps_config and hosts.leads():
       records.write_whole(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
     for name in todo:
-      _finish(built[name], setup._replace(config=ended), request, progress)
+      train(built[name], setup._replace(config=ended), request, progress)
+      progress.doing(f'testing {name}')
+      outcomes.write(built[name], setup._replace(config=ended), progress.say)
   hosts.agreed(0)  # The leading process has written all outcomes.
   return {name: outcomes.read(directory, ended) for name, directory in directories.items()}
 
@@ -99,7 +102,8 @@ def train(run: runs.Run, setup: runs.Setup, request: StopRequest, progress: Prog
           losses = _refuse_infinite(run.name, config, losses, saved.latest_step())
         numbers = _numbers(run, done, loss, measured) if measures else {}
         if validates:
-          numbers |= _validation(run, setup, state)
+          scores = evaluate.scores(setup.task, run.model.predict, state.params, runs.split(setup, 'valid'))
+          numbers |= {f'valid_{key}': value for key, value in scores.items()}
         if numbers and record:
           record.write(done, numbers)
           progress.advance(done, numbers)
@@ -110,21 +114,6 @@ def train(run: runs.Run, setup: runs.Setup, request: StopRequest, progress: Prog
     _save(saved, done, state, config, time.monotonic() - began)  # A signal may have come between two checkpoints.
   if done < config.steps:
     raise Stopped(run.name, request)
-
-
-def _ending(config: ConfigDict, until: int | None) -> ConfigDict:
-  """Returns `config` with its number of steps replaced by `until`, if `until` is given."""
-  if until is None:
-    return config
-  ended = config.copy_and_resolve_references().unlock()
-  ended.steps = until
-  return ended.lock()
-
-
-def _finish(run: runs.Run, setup: runs.Setup, request: StopRequest, progress: Progress) -> None:
-  train(run, setup, request, progress)
-  progress.doing(f'testing {run.name}')
-  outcomes.write(run, setup, progress.say)
 
 
 def _resumed(run: runs.Run, saved: Any, config: ConfigDict, progress: Progress) -> tuple[int, checkpoints.State, float]:
@@ -165,15 +154,3 @@ def _numbers(run: runs.Run, done: int, loss: Array, measured: Mapping[str, Array
   flops = metrics.flops(run.model.contractions, dict(zip(run.sparse, densities)))
   return {**numbers, 'training_flops': flops.training / flops.dense_training,
           'learning_rate': float(run.learning_rate(done - 1))}
-
-
-def _validation(run: runs.Run, setup: runs.Setup, state: checkpoints.State) -> dict[str, Any]:
-  scores = evaluate.scores(setup.task, run.model.predict, state.params, runs.split(setup, 'valid'))
-  return {f'valid_{key}': value for key, value in scores.items()}
-
-
-def _say_what_changed(config: ConfigDict, workdir: pathlib.Path, progress: Progress) -> None:
-  path = workdir / 'config.json'
-  if path.exists():
-    for difference in configs.differences(json.loads(path.read_text()), configs.plain(config)):
-      progress.say(f'Not as the last time: {difference}')
