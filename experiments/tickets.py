@@ -246,8 +246,7 @@ def _judge(base: ConfigDict) -> Callable[[PyTree, PyTree], tuple[dict[str, list[
     test = evaluate.scores(setup.task, predict, average, runs.split(setup, 'test'))
     seeds = len(setup.config.seeds)
     first, second = (jax.tree.map(lambda leaf, i=i: leaf[i * seeds:(i + 1) * seeds], members) for i in range(2))
-    path = jax.tree.map(np.asarray, barrier(first, second))
-    return {key: values.tolist() for key, values in test.items()}, path
+    return {key: values.tolist() for key, values in test.items()}, barrier(first, second)
 
   return judge
 

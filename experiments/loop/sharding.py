@@ -23,27 +23,16 @@ SHARDS = ('replicated', 'fully')
 
 
 class Layout(NamedTuple):
-  """A `Layout` is a mesh of one axis, and whether the state is fully sharded over this axis or replicated.
+  """A `Layout` is a mesh of one axis with its shardings, and whether the state is fully sharded or replicated.
 
   The devices of one process are adjacent in the mesh.
   """
 
   mesh: Mesh
   fully: bool
-
-  @property
-  def replicated(self) -> NamedSharding:
-    return NamedSharding(self.mesh, P())
-
-  @property
-  def batch(self) -> NamedSharding:
-    """The sharding of a batch, for arrays of shape `[B, ...]`."""
-    return NamedSharding(self.mesh, P(AXIS))
-
-  @property
-  def batches(self) -> NamedSharding:
-    """The sharding of the batches of all seeds, for arrays of shape `[seeds, B, ...]`."""
-    return NamedSharding(self.mesh, P(None, AXIS))
+  replicated: NamedSharding
+  batch: NamedSharding  # for a batch, `[B, ...]`
+  batches: NamedSharding  # for the batches of all seeds, `[seeds, B, ...]`
 
 
 def layout(config: ConfigDict) -> Layout:
@@ -66,7 +55,9 @@ def layout(config: ConfigDict) -> Layout:
     fewer = 'a mesh.data that divides it' if hosts.alone() else 'fewer processes'
     raise ValueError(f'config: batch_size={config.batch_size} cannot be shared evenly by {count} devices; use a '
                      f'multiple of {count}, such as {math.ceil(config.batch_size / count) * count}, or {fewer}.')
-  return Layout(Mesh(np.array(devices[:count]), (AXIS,)), config.shard == 'fully')
+  mesh = Mesh(np.array(devices[:count]), (AXIS,))
+  shardings = (NamedSharding(mesh, spec) for spec in (P(), P(AXIS), P(None, AXIS)))
+  return Layout(mesh, config.shard == 'fully', *shardings)
 
 
 def state_shardings(layout: Layout, state: PyTree) -> PyTree:
