@@ -30,7 +30,7 @@ from experiments.loop import commands, evaluate, hosts, optimizers, outcomes, re
 from experiments.loop.stopping import StopRequest
 from experiments.tables import pages
 from experiments.tables import tickets as tables
-from sparsejax import errors, io, metrics
+from sparsejax import io, metrics
 from sparsejax.types import Array, PyTree
 
 DEFAULTS = {
@@ -80,9 +80,7 @@ def settings(config: ConfigDict) -> dict[str, Any]:
   given = configs.plain(config)['tickets']
   if given is None:
     raise ValueError("config: tickets is None; experiments.tickets needs it, such as {'rounds': 3, 'sparsity': 0.9}.")
-  for key in given:
-    if key not in DEFAULTS:
-      raise errors.unknown('config', 'key', f'tickets.{key}', [f'tickets.{known}' for known in DEFAULTS])
+  configs.refuse_unknown('config', 'key', [f'tickets.{key}' for key in given], [f'tickets.{key}' for key in DEFAULTS])
   section = {**DEFAULTS, **given}
   for key in ('rewind_step', 'retrain_steps'):
     section[key] = optimizers.in_steps(section[key], config.steps)

@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -65,9 +65,8 @@ def _check(config: ConfigDict) -> None:
   for run in runs:
     if not re.fullmatch(r'[\w-]+', run):
       raise ValueError(f'config: the run name {run!r} is a directory too; use letters, digits, "-" and "_".')
+  refuse_unknown('config', 'run in models', config['models'], runs)
   for run, changes in config['models'].items():
-    if run not in runs:
-      raise errors.unknown('config', 'run in models', run, runs)
     if not isinstance(changes, ConfigDict):
       raise ValueError(f'config: models.{run} is a section, such as {{"width": 128}}, not {changes!r}.')
 
@@ -110,11 +109,16 @@ def _flat(section: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, A
       yield prefix + key, value
 
 
+def refuse_unknown(function: str, what: str, names: Iterable[str], valid: Collection[str]) -> None:
+  """Raises `ValueError` with the closest `valid` names for the first of `names` that is not valid."""
+  for name in names:
+    if name not in valid:
+      raise errors.unknown(function, what, name, valid)
+
+
 def _complete(config: ConfigDict, known: ConfigDict, prefix: str) -> None:
   """Adds the missing keys, except in the sections of `OPEN`. Raises `ValueError` for an unknown key."""
-  for key in config:
-    if key not in known:
-      raise errors.unknown('config', 'key', prefix + key, [prefix + k for k in known])
+  refuse_unknown('config', 'key', [prefix + key for key in config], [prefix + key for key in known])
   for key, value in known.items():
     if key not in config:
       config[key] = value

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from experiments import configs
 from experiments.loop import hosts
-from sparsejax import errors
 from sparsejax.types import PyTree
 
 AXIS = 'data'  # the one axis of the mesh
@@ -49,8 +49,7 @@ def layout(config: ConfigDict) -> Layout:
   if count < len(devices) and not hosts.alone():
     raise ValueError(f'config: mesh.data={count} leaves out some of the {len(devices)} devices of '
                      f'{jax.process_count()} processes; use -1, or fewer processes.')
-  if config.shard not in SHARDS:
-    raise errors.unknown('config', 'shard', config.shard, SHARDS)
+  configs.refuse_unknown('config', 'shard', [config.shard], SHARDS)
   if config.batch_size % count:
     fewer = 'a mesh.data that divides it' if hosts.alone() else 'fewer processes'
     raise ValueError(f'config: batch_size={config.batch_size} cannot be shared evenly by {count} devices; use a '

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from sparsejax import errors
+from experiments import configs
 from sparsejax.types import Array
 
 Measure = Callable[[Array, Array, Array | None], Array]  # (outputs, labels, weight) -> the weighted mean, a scalar
@@ -70,8 +70,7 @@ TASKS: Mapping[str, Task] = {
 
 def named(name: str) -> Task:
   """Returns the task `name` of `TASKS`. Raises `ValueError` with the closest names for an unknown name."""
-  if name not in TASKS:
-    raise errors.unknown('tasks.named', 'task', name, TASKS)
+  configs.refuse_unknown('tasks.named', 'task', [name], TASKS)
   return TASKS[name]
 
 
