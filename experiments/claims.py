@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 
 from experiments import configs, tickets, train
 from experiments.loop import commands, training
-from experiments.loop.commands import REFUSED, Ended
 from experiments.loop.stopping import StopRequest
 from experiments.tables import claims as tables
 from experiments.tables import pages
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   with StopRequest() as request:
     for name in options.only or claims:
       ended = _tested(claims[name], workdir / name, request, options, again)
-      if ended.status not in (0, REFUSED):
+      if ended.status not in (0, commands.REFUSED):
         return ended.status
       status = max(status, ended.status)
       findings.append(tables.Finding(name, configs.module(claims[name]).CLAIM, ended.outcomes))
@@ -47,7 +46,7 @@ def collected() -> dict[str, pathlib.Path]:
 
 
 def _tested(config: pathlib.Path, workdir: pathlib.Path, request: StopRequest, options: argparse.Namespace,
-            again: str) -> Ended:
+            again: str) -> commands.Ended:
   """Runs the job of one config: rounds of pruning if the config has `tickets`, or else a comparison of runs."""
   def work() -> Mapping:
     loaded = configs.load(config, overrides(config, options.data_dir, options.set))

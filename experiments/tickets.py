@@ -27,12 +27,10 @@ from ml_collections import ConfigDict
 
 from experiments import configs
 from experiments.loop import commands, evaluate, hosts, optimizers, outcomes, records, runs, training
-from experiments.loop.outcomes import Outcome, Outcomes
-from experiments.loop.runs import Setup, Ticket
 from experiments.loop.stopping import StopRequest
 from experiments.tables import pages
 from experiments.tables import tickets as tables
-from sparsejax import errors, io, metrics
+from sparsejax import io, metrics
 from sparsejax.types import Array, PyTree
 
 DEFAULTS = {
@@ -58,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return commands.main(arguments, 'tickets', rounds)
 
 
-def rounds(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> Outcomes:
+def rounds(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> outcomes.Outcomes:
   """Trains and tests whatever is not finished, then shows all rounds. Returns the outcomes by run.
 
   A run is `dense`, or in the last round `imp-<rewind>`, or `member-<number>` and `soup`; in earlier rounds these names
@@ -82,9 +80,7 @@ def settings(config: ConfigDict) -> dict[str, Any]:
   given = configs.plain(config)['tickets']
   if given is None:
     raise ValueError("config: tickets is None; experiments.tickets needs it, such as {'rounds': 3, 'sparsity': 0.9}.")
-  for key in given:
-    if key not in DEFAULTS:
-      raise errors.unknown('config', 'key', f'tickets.{key}', [f'tickets.{known}' for known in DEFAULTS])
+  configs.refuse_unknown('config', 'key', [f'tickets.{key}' for key in given], [f'tickets.{key}' for key in DEFAULTS])
   section = {**DEFAULTS, **given}
   for key in ('rewind_step', 'retrain_steps'):
     section[key] = optimizers.in_steps(section[key], config.steps)
@@ -117,10 +113,9 @@ def rates(optimizer: ConfigDict, rewind: str | None) -> ConfigDict:
   The whole schedule is learning-rate rewinding to step 0, compressed if the retraining is shorter (the CLR and LLR of
   Zimmer et al. 2023). If `rewind` is `None`, the rate is constant, a hundredth of the peak: fine-tuning.
   """
-  optimizer = optimizer.copy_and_resolve_references()
-  if rewind is None:
-    optimizer.update(learning_rate=FINE * optimizer.learning_rate, decay='constant', warmup=0)
-  return optimizer
+  if rewind is not None:
+    return optimizer
+  return configs.changed(optimizer, learning_rate=FINE * optimizer.learning_rate, decay='constant', warmup=0)
 
 
 def soup(params: PyTree, members: int) -> PyTree:
@@ -140,18 +135,17 @@ def soup(params: PyTree, members: int) -> PyTree:
 
 def _refuse_changes(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Raises `ValueError` if `workdir` is of another config: its finished rounds would be taken for those of `config`."""
-  path, now = workdir / 'config.json', configs.plain(config)
-  changes = configs.differences(json.loads(path.read_text()), now) if path.exists() else []
-  if changes := [change for change in changes if not change.startswith(FREE)]:
+  path = workdir / 'config.json'
+  if changes := [change for change in configs.differences_to_file(path, config) if not change.startswith(FREE)]:
     raise ValueError(f'tickets: {workdir} is of another config ({"; ".join(changes)}). Give another --workdir.')
-  records.write_whole(path, json.dumps(now, indent=2) + '\n')
+  records.write_whole(path, json.dumps(configs.plain(config), indent=2) + '\n')
 
 
 def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Path,
              request: StopRequest) -> dict[str, Any]:
   """Trains and tests all phases. Returns the content of `results.json`."""
   run = functools.partial(training.run, workdir=workdir, request=request, keeps_config=False)
-  base, retraining = _phase(config, recipes=DENSE), _retraining(config, section)
+  base, retraining = configs.changed(config, tickets=None), _retraining(config, section)
   early = _early(base, section['rewind_step'], run) if section['rewind'] == 'weights' else None
   dense = run(base)['dense']
   after = functools.lru_cache(1)(functools.partial(_after, dense, retraining, workdir, section['members']))
@@ -167,24 +161,16 @@ def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Pa
   return {'config': configs.plain(config), 'sparsities': sparsities(section), 'outcomes': rows, 'barriers': barriers}
 
 
-def _phase(config: ConfigDict, **changes: Any) -> ConfigDict:
-  """Returns `config` as `training.run` takes it, with `changes`."""
-  phase = config.copy_and_resolve_references().unlock()
-  for key, value in {**changes, 'tickets': None}.items():
-    phase[key] = ConfigDict(value) if isinstance(value, dict) else value
-  return phase.lock()
-
-
 def _retraining(config: ConfigDict, section: Mapping[str, Any]) -> ConfigDict:
   """Returns the config of the rounds. Each round is a run with a row for each member of each seed, member 0 first."""
   seeds = tuple((seed + member * ORDERS) % 2**32 for member in range(section['members']) for seed in config.seeds)
   entries = {f'round-{number}': {'name': 'iterative_magnitude', **section['recipe'], 'sparsity': sparsity}
              for number, sparsity in enumerate(sparsities(section), 1)}
-  return _phase(config, seeds=seeds, steps=section['retrain_steps'], recipes=entries,
-                optimizer=rates(config.optimizer, section['rewind']))
+  return configs.changed(config, tickets=None, seeds=seeds, steps=section['retrain_steps'], recipes=entries,
+                         optimizer=rates(config.optimizer, section['rewind']))
 
 
-def _early(base: ConfigDict, steps: int, run: Callable[..., Outcomes]) -> PyTree:
+def _early(base: ConfigDict, steps: int, run: Callable[..., outcomes.Outcomes]) -> PyTree:
   """Returns the parameters of the dense run after `steps` steps, `[seeds, ...]`.
 
   The first steps are trained apart, because the dense run keeps only its newest checkpoints.
@@ -192,11 +178,11 @@ def _early(base: ConfigDict, steps: int, run: Callable[..., Outcomes]) -> PyTree
   if not steps:
     return jax.tree.map(np.asarray, runs.prepare(base).models['dense'].initial())
   # A run has to be measured at its last step, and the dense run need not measure this step.
-  early = _phase(base, measure_every=steps, recipes={'early': DENSE['dense']})
+  early = configs.changed(base, measure_every=steps, recipes={'early': DENSE['dense']})
   return outcomes.parameters(run(early, until=steps)['early'])
 
 
-def _after(dense: Outcome, retraining: ConfigDict, workdir: pathlib.Path, members: int, number: int) -> PyTree:
+def _after(dense: outcomes.Outcome, retraining: ConfigDict, workdir: pathlib.Path, members: int, number: int) -> PyTree:
   """Returns the parameters that round `number` left, `[seeds, ...]`; for 0 those that the dense training left.
 
   The soup of several members is saved beside their checkpoints.
@@ -211,7 +197,7 @@ def _after(dense: Outcome, retraining: ConfigDict, workdir: pathlib.Path, member
   return params
 
 
-def _tickets(section: Mapping[str, Any], after: Callable[[int], PyTree], early: PyTree | None) -> dict[str, Ticket]:
+def _tickets(section: dict[str, Any], after: Callable[[int], PyTree], early: PyTree | None) -> dict[str, runs.Ticket]:
   """Returns the ticket of each round: the parameters that the round before left choose the mask.
 
   The weights to train are `early`, if given, or else the same parameters. All members start from equal weights.
@@ -219,29 +205,27 @@ def _tickets(section: Mapping[str, Any], after: Callable[[int], PyTree], early: 
   rows = lambda params: jax.tree.map(lambda leaf: np.concatenate([leaf] * section['members']), params)
   trained = lambda number: rows(after(number - 1))
   weights = trained if early is None else lambda number: rows(early)
-  return {f'round-{number}': Ticket(functools.partial(weights, number), functools.partial(trained, number))
+  return {f'round-{number}': runs.Ticket(functools.partial(weights, number), functools.partial(trained, number))
           for number in range(1, section['rounds'] + 1)}
 
 
 # The results.
 
 
-def _part(outcome: Outcome, name: str, number: int, rows: slice = slice(None)) -> dict[str, Any]:
+def _part(outcome: outcomes.Outcome, name: str, number: int, rows: slice = slice(None)) -> dict[str, Any]:
   """Returns the part of a run's outcome that is in `rows`, as the outcome `name` of a round."""
   kept = {key: value for key, value in outcome.items() if key != 'directory'}
   return {**kept, 'name': name, 'round': number, 'seeds': outcome['seeds'][rows], 'empty': outcome['empty'][rows],
           'test': {key: values[rows] for key, values in outcome['test'].items()}}
 
 
-def _members(outcome: Outcome, number: int, section: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _members(outcome: outcomes.Outcome, number: int, section: Mapping[str, Any]) -> list[dict[str, Any]]:
   """Returns an outcome for each member of a round. The members share the round's seconds."""
   members = section['members']
-  if members == 1:
-    return [_part(outcome, _name(section, number, f'imp-{REWINDS[section["rewind"]]}'), number)]
+  kinds = [f'member-{member}' for member in range(members)] if members > 1 else [f'imp-{REWINDS[section["rewind"]]}']
   seeds = len(outcome['seeds']) // members
-  rows = [slice(member * seeds, (member + 1) * seeds) for member in range(members)]
-  return [{**_part(outcome, _name(section, number, f'member-{member}'), number, rows[member]),
-           'seconds': outcome['seconds'] / members} for member in range(members)]
+  return [{**_part(outcome, _name(section, number, kind), number, slice(member * seeds, (member + 1) * seeds)),
+           'seconds': outcome['seconds'] / members} for member, kind in enumerate(kinds)]
 
 
 def _name(section: Mapping[str, Any], number: int, kind: str) -> str:
@@ -260,13 +244,12 @@ def _judge(base: ConfigDict) -> Callable[[PyTree, PyTree], tuple[dict[str, list[
     test = evaluate.scores(setup.task, predict, average, runs.split(setup, 'test'))
     seeds = len(setup.config.seeds)
     first, second = (jax.tree.map(lambda leaf, i=i: leaf[i * seeds:(i + 1) * seeds], members) for i in range(2))
-    path = jax.tree.map(np.asarray, barrier(first, second))
-    return {key: values.tolist() for key, values in test.items()}, path
+    return {key: values.tolist() for key, values in test.items()}, barrier(first, second)
 
   return judge
 
 
-def _barrier(setup: Setup) -> Callable[[PyTree, PyTree], metrics.Barrier]:
+def _barrier(setup: runs.Setup) -> Callable[[PyTree, PyTree], metrics.Barrier]:
   """Returns a function of two models' parameters, of all seeds: the barrier of the test loss between the models."""
   model, task = setup.models['dense'], setup.task
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(dict, setup.data[0].test))

@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,10 +30,11 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
   config, an unknown key, and a value that its key cannot have.
   """
   config = ConfigDict(module(path).get_config(), type_safe=False)
-  _fill(config, default.get_config(), '')
+  _complete(config, default.get_config(), '')
   for override in overrides:
     _override(config, override)
-  check(config)
+  _complete(config, default.get_config(), '')
+  _check(config)
   return config.lock()
 
 
@@ -50,9 +51,8 @@ def module(path: str | os.PathLike) -> types.ModuleType:
   return loaded
 
 
-def check(config: Mapping[str, Any]) -> None:
-  """Raises `ValueError` for a key that is not in `configs/default.py`, and for a value that no run could use."""
-  _check_names(config, default.get_config(), '')
+def _check(config: ConfigDict) -> None:
+  """Raises `ValueError` for a value that no run could use."""
   seeds, runs = config['seeds'], list(config['recipes'])
   whole = isinstance(seeds, tuple) and all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
   if not whole or not seeds or len(set(seeds)) < len(seeds):
@@ -65,10 +65,9 @@ def check(config: Mapping[str, Any]) -> None:
   for run in runs:
     if not re.fullmatch(r'[\w-]+', run):
       raise ValueError(f'config: the run name {run!r} is a directory too; use letters, digits, "-" and "_".')
+  refuse_unknown('config', 'run in models', config['models'], runs)
   for run, changes in config['models'].items():
-    if run not in runs:
-      raise errors.unknown('config', 'run in models', run, runs)
-    if not isinstance(changes, (Mapping, ConfigDict)):
+    if not isinstance(changes, ConfigDict):
       raise ValueError(f'config: models.{run} is a section, such as {{"width": 128}}, not {changes!r}.')
 
 
@@ -82,11 +81,24 @@ def runs(config: ConfigDict) -> list[str]:
   return list(plain(config)['recipes'])
 
 
+def changed(config: ConfigDict, **values: Any) -> ConfigDict:
+  """Returns a copy of `config` with other `values` of its keys, locked."""
+  copy = config.copy_and_resolve_references().unlock()
+  for key, value in values.items():
+    copy[key] = value
+  return copy.lock()
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Returns one text `key: old -> new` for each value that differs."""
   old, new = dict(_flat(old)), dict(_flat(new))
   return [f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
           for key in sorted(old | new) if old.get(key, _flat) != new.get(key, _flat)]
+
+
+def differences_to_file(path: pathlib.Path, config: ConfigDict) -> list[str]:
+  """Returns the `differences` from the config that was written to `path` as JSON; none if there is no file."""
+  return differences(json.loads(path.read_text()), plain(config)) if path.exists() else []
 
 
 def _flat(section: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any]]:
@@ -97,24 +109,24 @@ def _flat(section: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, A
       yield prefix + key, value
 
 
-def _check_names(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> None:
-  for key in config:
-    if key not in known:
-      raise errors.unknown('config', 'key', prefix + key, [prefix + k for k in known])
-    section = isinstance(known[key], (Mapping, ConfigDict))
-    if section and not isinstance(config[key], (Mapping, ConfigDict)):
-      raise ValueError(f'config: {prefix}{key} is a section, not {config[key]!r}.')
-    if section and prefix + key not in OPEN:
-      _check_names(config[key], known[key], f'{prefix}{key}.')
+def refuse_unknown(function: str, what: str, names: Iterable[str], valid: Collection[str]) -> None:
+  """Raises `ValueError` with the closest `valid` names for the first of `names` that is not valid."""
+  for name in names:
+    if name not in valid:
+      raise errors.unknown(function, what, name, valid)
 
 
-def _fill(config: ConfigDict, known: Mapping[str, Any], prefix: str) -> None:
-  """Adds the missing keys, except in the sections of `OPEN`."""
+def _complete(config: ConfigDict, known: ConfigDict, prefix: str) -> None:
+  """Adds the missing keys, except in the sections of `OPEN`. Raises `ValueError` for an unknown key."""
+  refuse_unknown('config', 'key', [prefix + key for key in config], [prefix + key for key in known])
   for key, value in known.items():
     if key not in config:
       config[key] = value
-    elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict) and prefix + key not in OPEN:
-      _fill(config[key], value, f'{prefix}{key}.')
+    elif isinstance(value, ConfigDict):
+      if not isinstance(config[key], ConfigDict):
+        raise ValueError(f'config: {prefix}{key} is a section, not {config[key]!r}.')
+      if prefix + key not in OPEN:
+        _complete(config[key], value, f'{prefix}{key}.')
 
 
 def _override(config: ConfigDict, override: str) -> None:

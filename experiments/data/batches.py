@@ -5,22 +5,21 @@
     len(batches)          # 3 for a batch size of 64
 """
 
-import collections.abc
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
 
-from experiments.data.order import SequentialOrder, ShuffledOrder
+from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder
 
 Batch = Mapping[str, np.ndarray]
 Reader = Callable[[np.ndarray], Batch]  # rows of a split -> their `inputs` and `labels`
 
 
-class Batches(collections.abc.Sequence):
+class Batches(Sequence):
   """A `Batches` gives each batch as a pure function of its number, in any order and at the same cost."""
 
   def __init__(self, dataset: grain.MapDataset):
@@ -60,6 +59,16 @@ def from_datasets(train: grain.MapDataset, valid: grain.MapDataset, test: grain.
   """Returns the `Data` of three grain data sets. The first training batch gives the shapes of `example`."""
   example = {key: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype) for key, value in train[0].items()}
   return Data(Batches(train), Batches(valid), Batches(test), num_classes, example)
+
+
+def ordered(splits: Sequence[tuple[Reader, np.ndarray]], part: BatchPart, seed: int) -> list[grain.MapDataset]:
+  """Returns the data set of each split, a reader and its rows: the first split without end, shuffled by `seed`.
+
+  The other splits are read in order, and their batches have a `weight`.
+  """
+  (read, rows), *others = splits
+  return [in_order(ShuffledOrder(len(rows), part, seed), read, rows),
+          *(in_order(SequentialOrder(len(rows), part), read, rows) for read, rows in others)]
 
 
 def in_order(order: ShuffledOrder | SequentialOrder, read: Reader, rows: np.ndarray) -> grain.MapDataset:

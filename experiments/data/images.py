@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.data.batches import Batch, Data, Reader, from_datasets, in_order
-from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder
+from experiments.data.batches import Batch, Data, Reader, from_datasets, ordered
+from experiments.data.order import BatchPart
 from sparsejax import errors
 
 IN_MEMORY = 2**30  # bytes; a split up to this size is decoded once, and a larger split at each access
@@ -40,10 +40,9 @@ Preparation = Callable[[ImageSplits], tuple[Callable[[Batch], Batch], int]]  # -
 def image_batches(splits: ImageSplits, part: BatchPart, seed: int, augment: bool, task: str) -> Data:
   """Returns the batches of images, prepared for `task` as `PREPARATIONS` says; `augment` shifts training images."""
   prepare, outputs = PREPARATIONS[task](splits)
-  train = in_order(ShuffledOrder(len(splits.train[1]), part, seed), *splits.train)
+  train, valid, test = ordered((splits.train, splits.valid, splits.test), part, seed)
   if augment:
     train = train.seed(seed).random_map(functools.partial(_shifted, part))
-  valid, test = (in_order(SequentialOrder(len(rows), part), read, rows) for read, rows in (splits.valid, splits.test))
   return from_datasets(*(dataset.map(prepare) for dataset in (train, valid, test)), outputs, part.batch_size)
 
 
@@ -65,16 +64,12 @@ def image_splits(name: str, builder: tfds.core.DatasetBuilder, valid_fraction: f
                      f'its features are {dict(features)}.')
   if missing := {'train', 'test'} - set(splits):
     raise ValueError(f'data.load: {name!r} has no split {errors.some(sorted(missing))}, only {errors.some(splits)}.')
-  rows = {split: np.arange(splits[split].num_examples) for split in splits}
-  train = _reader(builder, 'train', image, label)
-  train_rows, valid_rows = _held_out(len(rows['train']), valid_fraction)
-  own = 'validation' in splits
-  return ImageSplits(
-      train=(train, rows['train'] if own else train_rows),
-      valid=(_reader(builder, 'validation', image, label), rows['validation']) if own else (train, valid_rows),
-      test=(_reader(builder, 'test', image, label), rows['test']),
-      num_classes=features[label].num_classes,
-  )
+  read = {split: (_reader(builder, split, image, label), np.arange(splits[split].num_examples))
+          for split in ('train', 'validation', 'test') if split in splits}
+  if 'validation' not in splits:
+    reader, rows = read['train']
+    read['train'], read['validation'] = ((reader, part) for part in _held_out(len(rows), valid_fraction))
+  return ImageSplits(read['train'], read['validation'], read['test'], features[label].num_classes)
 
 
 def _held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:

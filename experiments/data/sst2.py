@@ -7,13 +7,13 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import grain
 import numpy as np
 
-from experiments.data.batches import Batch, Data, from_datasets, in_order
-from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder
+from experiments.data.batches import Batch, Data, from_datasets, ordered
+from experiments.data.order import BatchPart
+from experiments.data.text import utf8
 from experiments.models import encoders
 
 NAME = 'sst2_sentences'
@@ -24,13 +24,11 @@ FILES = {'train': 'train.tsv', 'valid': 'dev.tsv', 'test': 'test.tsv'}
 
 def sentence_batches(splits: Mapping[str, Batch], part: BatchPart, seed: int) -> Data:
   """Returns the batches of sentences from the splits that `load` returns."""
-  def dataset(split: str, order: Callable[[int], ShuffledOrder | SequentialOrder]) -> grain.MapDataset:
-    arrays, count = splits[split], len(splits[split]['labels'])
-    return in_order(order(count), lambda rows: {key: value[rows] for key, value in arrays.items()}, np.arange(count))
+  def read(split: str, rows: np.ndarray) -> Batch:
+    return {key: value[rows] for key, value in splits[split].items()}
 
-  train = dataset('train', lambda count: ShuffledOrder(count, part, seed))
-  valid, test = (dataset(split, lambda count: SequentialOrder(count, part)) for split in ('valid', 'test'))
-  return from_datasets(train, valid, test, CLASSES, part.batch_size)
+  readers = [(functools.partial(read, split), np.arange(len(splits[split]['labels']))) for split in FILES]
+  return from_datasets(*ordered(readers, part, seed), CLASSES, part.batch_size)
 
 
 def load(root: pathlib.Path, length: int) -> Mapping[str, Batch]:
@@ -44,21 +42,10 @@ def load(root: pathlib.Path, length: int) -> Mapping[str, Batch]:
   """
   if length < 3:
     raise ValueError(f'data.load: sequence_length={length} has no room for [CLS], a token and [SEP]; take 3 or more.')
-  texts = {split: _read(root / NAME / file) for split, file in FILES.items()}
+  remedy = (f'{NAME!r} is not downloaded: put the sentence-level SST-2 as {", ".join(FILES.values())}, lines of '
+            f'sentence<TAB>label with labels 0 and 1, into the folder {NAME!r} of data.data_dir, {str(root)!r}.')
+  texts = {split: utf8(root / NAME / file, remedy).decode() for split, file in FILES.items()}
   return {split: _tokenised(text, str(root / NAME / FILES[split]), length) for split, text in texts.items()}
-
-
-def _read(path: pathlib.Path) -> str:
-  try:
-    return path.read_bytes().decode('utf-8')
-  except OSError as error:
-    raise ValueError(
-        f'data.load: cannot read {str(path)!r} ({error.strerror}). {NAME!r} is not downloaded: put the sentence-level '
-        f'SST-2 as {", ".join(FILES.values())}, lines of sentence<TAB>label with labels 0 and 1, into the folder '
-        f'{NAME!r} of data.data_dir, which is {str(path.parent.parent)!r}.') from error
-  except UnicodeDecodeError as error:
-    raise ValueError(f'data.load: {str(path)!r} is not UTF-8 text: byte {error.start} is not; '
-                     'convert it first.') from error
 
 
 @functools.lru_cache(maxsize=8)  # The sets of several seeds share the arrays.

@@ -7,7 +7,7 @@
 
 import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -67,11 +67,8 @@ def _evaluation_windows(text: np.ndarray, length: int, positions: Batch) -> Batc
 
 def builder_splits(builder: tfds.core.DatasetBuilder) -> TextSplits:
   """Returns the joined texts of the splits `train`, `validation` and `test` of a TFDS set."""
-  return TextSplits(*(_joined(builder.as_data_source(split=split)) for split in ('train', 'validation', 'test')))
-
-
-def _joined(source: Any) -> np.ndarray:
-  return np.frombuffer(b''.join(example['text'] for example in source), np.uint8)
+  sources = (builder.as_data_source(split=split) for split in ('train', 'validation', 'test'))
+  return TextSplits(*(np.frombuffer(b''.join(example['text'] for example in source), np.uint8) for source in sources))
 
 
 def file_splits(path: pathlib.Path, valid_fraction: float) -> TextSplits:
@@ -80,17 +77,22 @@ def file_splits(path: pathlib.Path, valid_fraction: float) -> TextSplits:
   Half of the last `valid_fraction` is `valid`, the other half `test`, and all before is `train`. Raises `ValueError`
   for a file that cannot be read, and for a file that is not UTF-8.
   """
+  text = np.frombuffer(utf8(path, 'Give the path of another file as data.name.'), np.uint8)
+  cuts = [_next_character(text, round(len(text) * (1 - part))) for part in (valid_fraction, valid_fraction / 2)]
+  return TextSplits(*np.split(text, cuts))
+
+
+def utf8(path: pathlib.Path, remedy: str) -> bytes:
+  """Returns the bytes of a UTF-8 file. Raises `ValueError` for another encoding, and, with `remedy`, without a file."""
   try:
     content = path.read_bytes()
     content.decode('utf-8')
   except OSError as error:
-    raise ValueError(f'data.load: cannot read the text file {str(path)!r}: {error.strerror}.') from error
+    raise ValueError(f'data.load: cannot read the text file {str(path)!r}: {error.strerror}. {remedy}') from error
   except UnicodeDecodeError as error:
     raise ValueError(f'data.load: {str(path)!r} is not UTF-8 text: byte {error.start} is not; '
                      'convert it first.') from error
-  text = np.frombuffer(content, np.uint8)
-  cuts = [_next_character(text, round(len(text) * (1 - part))) for part in (valid_fraction, valid_fraction / 2)]
-  return TextSplits(*np.split(text, cuts))
+  return content
 
 
 def _next_character(text: np.ndarray, position: int) -> int:

@@ -52,9 +52,8 @@ def open_(directory: str | os.PathLike) -> ocp.CheckpointManager:
   for unfinished in directory.glob('*.orbax-checkpoint-tmp*') if hosts.leads() else ():
     shutil.rmtree(unfinished)
   hosts.agreed(0)
-  handlers = {item: ocp.StandardCheckpointHandler() for item in State._fields}
+  handlers = {item: ocp.StandardCheckpointHandler() for item in State._fields} | {'meta': ocp.JsonCheckpointHandler()}
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
-  handlers['meta'] = ocp.JsonCheckpointHandler()
   return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
@@ -153,9 +152,10 @@ def _words(leaf: Array) -> Array:
   """Returns the bits of `leaf` as `uint32`, with a last axis of two for 64-bit types."""
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
-  if leaf.dtype == jnp.bool_ or leaf.dtype.itemsize >= 4:
-    return leaf.astype(jnp.uint32) if leaf.dtype == jnp.bool_ else lax.bitcast_convert_type(leaf, jnp.uint32)
-  return lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}[leaf.dtype.itemsize]).astype(jnp.uint32)
+  if leaf.dtype == jnp.bool_:
+    return leaf.astype(jnp.uint32)
+  word = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+  return lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
 
 
 @contextlib.contextmanager

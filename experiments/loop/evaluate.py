@@ -43,7 +43,7 @@ def scores(task: Task, predict: Predict, params: PyTree, batches: Iterable[Batch
 
 def same_predictions(predict: Predict, params: PyTree, others: PyTree, batches: Iterable[Batch]) -> bool:
   """Returns whether the outputs of `params` and of `others` have equal bits on all of `batches`."""
-  same = jax.jit(lambda outputs, other: (_bits(outputs) == _bits(other)).all())
+  same = jax.jit(lambda outputs, other: (outputs.view(jnp.uint32) == other.view(jnp.uint32)).all())
   alike = lambda inputs: same(predict(params, inputs), predict(others, inputs))
   return all(bool(sharding.gathered(alike(batch['inputs']))) for batch in batches)
 
@@ -63,10 +63,6 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     return results, jax.tree.map(lambda _: True, results)
 
   return called
-
-
-def _bits(outputs: Array) -> Array:
-  return jax.lax.bitcast_convert_type(outputs, jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -52,7 +52,7 @@ def join(where: str, directory: pathlib.Path) -> None:
     raise ValueError('--distributed: JAX finds no cluster here (Slurm, Open MPI, TPU, Kubernetes); '
                      'give --distributed HOST:PORT,PROCESS,COUNT.') from error
   except RuntimeError as error:
-    raise ValueError(f'--distributed: process 0 cannot listen at {where.partition(",")[0]} ({_one_line(error)}). '
+    raise ValueError(f'--distributed: process 0 cannot listen at {where.partition(",")[0]} ({error}). '
                      'If the port is in use, give all processes another port.') from error
   finally:
     signal.signal(signal.SIGINT, ctrl_c)
@@ -121,8 +121,13 @@ def say(line: str) -> None:
   """Prints one line on standard error, unless another process has printed the same line."""
   if alone():
     print(line, file=sys.stderr)
-  elif _is_first_to_say(line):
-    print(f'{line} (process {jax.process_index()})', file=sys.stderr)
+    return
+  try:
+    _client().key_value_set(f'said/{line}', '')
+  except RuntimeError as error:
+    if 'ALREADY_EXISTS' in str(error):
+      return
+  print(f'{line} (process {jax.process_index()})', file=sys.stderr)
 
 
 def leave(status: int, patience: int) -> int:
@@ -199,19 +204,7 @@ def _on_abort(words: str) -> None:
   ctypes.CDLL(None).signal(signal.SIGABRT, _abort)
 
 
-def _is_first_to_say(line: str) -> bool:
-  try:
-    _client().key_value_set(f'said/{line}', '')
-  except RuntimeError as error:
-    return 'ALREADY_EXISTS' not in str(error)
-  return True
-
-
 def _client() -> Any:
   # JAX has no public access to the service that joins the processes. Orbax imports the same module.
   from jax._src import distributed
   return distributed.global_state.client
-
-
-def _one_line(error: BaseException) -> str:
-  return ' '.join(str(error).split())

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from sparsejax import errors
+from experiments import configs
 
 TABLE = {'adamw': optax.adamw, 'lion': optax.lion, 'sgd': optax.sgd}
 # Each decay maps the peak of the learning rate and a number of steps to a schedule.
@@ -29,12 +29,9 @@ def make(name: str, *, total_steps: int, learning_rate: float, warmup: float, de
   `TABLE`. `clip` is the largest global norm of the gradient, or `None`. Raises `ValueError` for an unknown optimizer,
   option or decay.
   """
-  if name not in TABLE:
-    raise errors.unknown('optimizers.make', 'optimizer', name, TABLE)
+  configs.refuse_unknown('optimizers.make', 'optimizer', [name], TABLE)
   valid = set(inspect.signature(TABLE[name]).parameters) - {'learning_rate', 'weight_decay', 'mask'}
-  for option in options:
-    if option not in valid:
-      raise errors.unknown('optimizers.make', f'option of {name}', option, valid)
+  configs.refuse_unknown('optimizers.make', f'option of {name}', options, valid)
   schedule = learning_rates(learning_rate, decay, in_steps(warmup, total_steps), total_steps)
   matrices = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
   if name == 'sgd':  # `optax.sgd` has no weight decay of its own.
@@ -49,8 +46,7 @@ def learning_rates(peak: float, decay: str, warmup: int, total_steps: int) -> op
 
   `'cosine'` and `'linear'` reach 0 at step `total_steps`. Raises `ValueError` if `decay` is not one of `DECAYS`.
   """
-  if decay not in DECAYS:
-    raise errors.unknown('optimizers.make', 'decay', decay, DECAYS)
+  configs.refuse_unknown('optimizers.make', 'decay', [decay], DECAYS)
   rise = optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup))
   return optax.join_schedules([rise, DECAYS[decay](peak, max(1, total_steps - warmup))], [warmup])
 

@@ -42,7 +42,8 @@ class Records:
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Appends one line: `step` and `values`, which are numbers or arrays `[seeds]`."""
-    self._lines.write(json.dumps({'step': step, **{key: _plain(value) for key, value in values.items()}}) + '\n')
+    plain = {key: np.asarray(value).tolist() for key, value in values.items()}
+    self._lines.write(json.dumps(_strict({'step': step, **plain})) + '\n')
     self._lines.flush()
     for key, value in values.items():
       if np.isfinite(mean := np.mean(np.asarray(value, np.float64))):
@@ -81,7 +82,3 @@ def _strict(tree: Any) -> Any:
   if isinstance(tree, list | tuple):
     return [_strict(value) for value in tree]
   return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def _plain(value: Any) -> Any:
-  return _strict(np.asarray(value).tolist())

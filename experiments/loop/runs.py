@@ -5,6 +5,7 @@
     state, loss, numbers = run.step.compile()(run.start(), batch(setup, 0), np.int32(0))
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -82,13 +83,11 @@ def prepare(config: ConfigDict) -> Setup:
   layout = sharding.layout(config)
   rows = sharding.local_rows(layout, config.batch_size)
   sets = [data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows) for seed in config.seeds]
-  written, made = configs.plain(config), {}
+  written = configs.plain(config)
   sections = {run: {**written['model'], **written['models'].get(run, {})} for run in written['recipes']}
-  keys = {run: json.dumps(section, sort_keys=True) for run, section in sections.items()}
-  for run, key in keys.items():
-    if key not in made:
-      made[key] = _model(sections[run], sets[0], config.seeds, layout)
-  return Setup(config, layout, tasks.named(config.data.task), sets, {run: made[key] for run, key in keys.items()})
+  made = functools.cache(lambda section: _model(json.loads(section), sets[0], config.seeds, layout))
+  of_runs = {run: made(json.dumps(section, sort_keys=True)) for run, section in sections.items()}
+  return Setup(config, layout, tasks.named(config.data.task), sets, of_runs)
 
 
 def build(setup: Setup, directories: Mapping[str, pathlib.Path],
@@ -224,8 +223,9 @@ def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
       score = task.score(outputs, batch['labels'], None)
       return {task.name: score, **measurements.of_step(paths, grads, state, new)}
 
+    zeros = lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(measure))
     due = ((number + 1) % config.measure_every == 0) | (number + 1 == config.steps)
-    return new, _nan_unless_finite(value, new.params), jax.lax.cond(due, measure, lambda: _zeros(measure))
+    return new, _nan_unless_finite(value, new.params), jax.lax.cond(due, measure, zeros)
 
   return jax.vmap(step, in_axes=(0, 0, None))
 
@@ -233,8 +233,3 @@ def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
 def _nan_unless_finite(loss: Array, params: PyTree) -> Array:
   finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
   return jnp.where(finite & jnp.isfinite(loss), loss, jnp.nan)
-
-
-def _zeros(function: Callable[[], PyTree]) -> PyTree:
-  """Returns zeros in the shapes of what `function` returns."""
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from experiments import configs
 from experiments.loop import hosts
-from sparsejax import errors
 from sparsejax.types import PyTree
 
 AXIS = 'data'  # the one axis of the mesh
@@ -23,27 +23,16 @@ SHARDS = ('replicated', 'fully')
 
 
 class Layout(NamedTuple):
-  """A `Layout` is a mesh of one axis, and whether the state is fully sharded over this axis or replicated.
+  """A `Layout` is a mesh of one axis with its shardings, and whether the state is fully sharded or replicated.
 
   The devices of one process are adjacent in the mesh.
   """
 
   mesh: Mesh
   fully: bool
-
-  @property
-  def replicated(self) -> NamedSharding:
-    return NamedSharding(self.mesh, P())
-
-  @property
-  def batch(self) -> NamedSharding:
-    """The sharding of a batch, for arrays of shape `[B, ...]`."""
-    return NamedSharding(self.mesh, P(AXIS))
-
-  @property
-  def batches(self) -> NamedSharding:
-    """The sharding of the batches of all seeds, for arrays of shape `[seeds, B, ...]`."""
-    return NamedSharding(self.mesh, P(None, AXIS))
+  replicated: NamedSharding
+  batch: NamedSharding  # for a batch, `[B, ...]`
+  batches: NamedSharding  # for the batches of all seeds, `[seeds, B, ...]`
 
 
 def layout(config: ConfigDict) -> Layout:
@@ -60,13 +49,14 @@ def layout(config: ConfigDict) -> Layout:
   if count < len(devices) and not hosts.alone():
     raise ValueError(f'config: mesh.data={count} leaves out some of the {len(devices)} devices of '
                      f'{jax.process_count()} processes; use -1, or fewer processes.')
-  if config.shard not in SHARDS:
-    raise errors.unknown('config', 'shard', config.shard, SHARDS)
+  configs.refuse_unknown('config', 'shard', [config.shard], SHARDS)
   if config.batch_size % count:
     fewer = 'a mesh.data that divides it' if hosts.alone() else 'fewer processes'
     raise ValueError(f'config: batch_size={config.batch_size} cannot be shared evenly by {count} devices; use a '
                      f'multiple of {count}, such as {math.ceil(config.batch_size / count) * count}, or {fewer}.')
-  return Layout(Mesh(np.array(devices[:count]), (AXIS,)), config.shard == 'fully')
+  mesh = Mesh(np.array(devices[:count]), (AXIS,))
+  shardings = (NamedSharding(mesh, spec) for spec in (P(), P(AXIS), P(None, AXIS)))
+  return Layout(mesh, config.shard == 'fully', *shardings)
 
 
 def state_shardings(layout: Layout, state: PyTree) -> PyTree:

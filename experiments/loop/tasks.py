@@ -8,13 +8,12 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import errors
+from experiments import configs
+from sparsejax.types import Array
 
-Array = jax.Array
 Measure = Callable[[Array, Array, Array | None], Array]  # (outputs, labels, weight) -> the weighted mean, a scalar
 
 SMALLEST_ERROR = 1e-10  # mean squared error; the PSNR is then at most 100 dB, and finite for a perfect image
@@ -71,8 +70,7 @@ TASKS: Mapping[str, Task] = {
 
 def named(name: str) -> Task:
   """Returns the task `name` of `TASKS`. Raises `ValueError` with the closest names for an unknown name."""
-  if name not in TASKS:
-    raise errors.unknown('tasks.named', 'task', name, TASKS)
+  configs.refuse_unknown('tasks.named', 'task', [name], TASKS)
   return TASKS[name]
 
 

@@ -20,10 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments import configs
 from experiments.loop import checkpoints, evaluate, hosts, outcomes, records, runs
-from experiments.loop.checkpoints import State
-from experiments.loop.outcomes import Outcomes
 from experiments.loop.progress import Progress
-from experiments.loop.runs import Run, Setup, Ticket
 from experiments.loop.stopping import StopRequest
 from sparsejax import metrics
 from sparsejax.types import Array
@@ -38,8 +35,8 @@ class Stopped(Exception):
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
-        tickets: Mapping[str, Ticket] = MappingProxyType({}), until: int | None = None,
-        keeps_config: bool = True) -> Outcomes:
+        tickets: Mapping[str, runs.Ticket] = MappingProxyType({}), until: int | None = None,
+        keeps_config: bool = True) -> outcomes.Outcomes:
   """Trains and tests each run of `config` that is not finished in `workdir`; returns the outcomes of all runs.
 
   The runs are trained one after the other, each in `workdir/<run>`, from its newest checkpoint if there is one. All
@@ -52,12 +49,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
   """
   workdir.mkdir(parents=True, exist_ok=True)
   hosts.check(configs.plain(config), workdir)
-  ended = _ending(config, until)
+  ended = config if until is None else configs.changed(config, steps=until)
   directories = {name: workdir / name for name in configs.runs(config)}
   todo = [name for name, directory in directories.items() if hosts.first(outcomes.read(directory, ended) is None)]
   with Progress(len(todo), ended.steps, console()) as progress:
     if keeps_config:
-      _say_what_changed(config, workdir, progress)
+      for difference in configs.differences_to_file(workdir / 'config.json', config):
+        progress.say(f'Not as the last time: {difference}')
     progress.doing('reading data, tracing')
     setup = runs.prepare(config) if todo else None
     built = runs.build(setup, directories, tickets) if todo else {}
@@ -66,7 +64,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
     if keeps_config and hosts.leads():
       records.write_whole(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
     for name in todo:
-      _finish(built[name], setup._replace(config=ended), request, progress)
+      train(built[name], setup._replace(config=ended), request, progress)
+      progress.doing(f'testing {name}')
+      outcomes.write(built[name], setup._replace(config=ended), progress.say)
   hosts.agreed(0)  # The leading process has written all outcomes.
   return {name: outcomes.read(directory, ended) for name, directory in directories.items()}
 
@@ -76,7 +76,7 @@ def console() -> rich.console.Console:
   return rich.console.Console(file=None if hosts.leads() else io.StringIO())
 
 
-def train(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> None:
+def train(run: runs.Run, setup: runs.Setup, request: StopRequest, progress: Progress) -> None:
   """Trains one run to its last step, from its newest checkpoint if there is one, and saves the state.
 
   Raises `Stopped` if `request` stopped the run, after saving. Raises `FloatingPointError` where the loss or a parameter
@@ -99,38 +99,24 @@ def train(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> N
             config.measure_every, config.validate_every, config.checkpoint_every))
         waits = measures or validates or saves
         if waits:
-          losses = _refuse_infinite(run, config, losses, saved.latest_step())
+          losses = _refuse_infinite(run.name, config, losses, saved.latest_step())
         numbers = _numbers(run, done, loss, measured) if measures else {}
         if validates:
-          numbers |= _validation(run, setup, state)
+          scores = evaluate.scores(setup.task, run.model.predict, state.params, runs.split(setup, 'valid'))
+          numbers |= {f'valid_{key}': value for key, value in scores.items()}
         if numbers and record:
           record.write(done, numbers)
           progress.advance(done, numbers)
         if saves:
           _save(saved, done, state, config, time.monotonic() - began)
         stopped = request.agreed() if waits or hosts.alone() else False
-    _refuse_infinite(run, config, losses, saved.latest_step())
+    _refuse_infinite(run.name, config, losses, saved.latest_step())
     _save(saved, done, state, config, time.monotonic() - began)  # A signal may have come between two checkpoints.
   if done < config.steps:
     raise Stopped(run.name, request)
 
 
-def _ending(config: ConfigDict, until: int | None) -> ConfigDict:
-  """Returns `config` with its number of steps replaced by `until`, if `until` is given."""
-  if until is None:
-    return config
-  ended = config.copy_and_resolve_references().unlock()
-  ended.steps = until
-  return ended.lock()
-
-
-def _finish(run: Run, setup: Setup, request: StopRequest, progress: Progress) -> None:
-  train(run, setup, request, progress)
-  progress.doing(f'testing {run.name}')
-  outcomes.write(run, setup, progress.say)
-
-
-def _resumed(run: Run, saved: Any, config: ConfigDict, progress: Progress) -> tuple[int, State, float]:
+def _resumed(run: runs.Run, saved: Any, config: ConfigDict, progress: Progress) -> tuple[int, checkpoints.State, float]:
   """Returns the number of steps done, the state after these steps, and the seconds that the steps took."""
   restored = checkpoints.restore(saved, run.state, progress.say)
   if restored is None:
@@ -143,11 +129,11 @@ def _resumed(run: Run, saved: Any, config: ConfigDict, progress: Progress) -> tu
   return done, state, meta['seconds']
 
 
-def _save(saved: Any, done: int, state: State, config: ConfigDict, seconds: float) -> None:
+def _save(saved: Any, done: int, state: checkpoints.State, config: ConfigDict, seconds: float) -> None:
   checkpoints.save(saved, done, state, seconds=seconds, seeds=list(config.seeds))
 
 
-def _refuse_infinite(run: Run, config: ConfigDict, losses: Mapping[int, Array], good: int | None) -> dict[int, Array]:
+def _refuse_infinite(name: str, config: ConfigDict, losses: Mapping[int, Array], good: int | None) -> dict[int, Array]:
   """Returns an empty dict if all `losses`, by step, are finite. Raises `FloatingPointError` otherwise.
 
   `good` is the step of the newest checkpoint, or `None` if nothing is saved yet.
@@ -156,27 +142,15 @@ def _refuse_infinite(run: Run, config: ConfigDict, losses: Mapping[int, Array], 
     bad = np.flatnonzero(~np.isfinite(loss))
     if len(bad):
       kept = 'nothing is saved yet' if good is None else f'the last good checkpoint, of step {good}, is kept'
-      raise FloatingPointError(f'{run.name}: loss or parameters of seed {config.seeds[bad[0]]} are not finite at step '
+      raise FloatingPointError(f'{name}: loss or parameters of seed {config.seeds[bad[0]]} are not finite at step '
                                f'{step}; {kept}. A lower optimizer.learning_rate or a clip may help.')
   return {}
 
 
-def _numbers(run: Run, done: int, loss: Array, measured: Mapping[str, Array]) -> dict[str, Any]:
+def _numbers(run: runs.Run, done: int, loss: Array, measured: Mapping[str, Array]) -> dict[str, Any]:
   """Returns the record of a measured step: numbers per seed, and the step's FLOPs relative to those of a dense step."""
   numbers = {'loss': loss, **measured}
   densities = np.mean(numbers.pop('densities'), axis=0)
   flops = metrics.flops(run.model.contractions, dict(zip(run.sparse, densities)))
   return {**numbers, 'training_flops': flops.training / flops.dense_training,
           'learning_rate': float(run.learning_rate(done - 1))}
-
-
-def _validation(run: Run, setup: Setup, state: State) -> dict[str, Any]:
-  scores = evaluate.scores(setup.task, run.model.predict, state.params, runs.split(setup, 'valid'))
-  return {f'valid_{key}': value for key, value in scores.items()}
-
-
-def _say_what_changed(config: ConfigDict, workdir: pathlib.Path, progress: Progress) -> None:
-  path = workdir / 'config.json'
-  if path.exists():
-    for difference in configs.differences(json.loads(path.read_text()), configs.plain(config)):
-      progress.say(f'Not as the last time: {difference}')

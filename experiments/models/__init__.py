@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from experiments import configs
 from experiments.models.convolutional import CNN, Perceptron, SuperResolution
 from experiments.models.encoders import MiniLM
 from experiments.models.lm import LM
@@ -32,12 +33,9 @@ def make(name: str, num_classes: int, **config: Any) -> nn.Module:
   `dtype` may be a name, such as `'bfloat16'`. Raises `ValueError` with the closest names for an unknown model, field or
   dtype.
   """
-  if name not in MODELS:
-    raise errors.unknown('models.make', 'model', name, MODELS)
+  configs.refuse_unknown('models.make', 'model', [name], MODELS)
   outputs, *fields = (field.name for field in dataclasses.fields(MODELS[name]) if field.name not in ('parent', 'name'))
-  for key in config:
-    if key not in fields:
-      raise errors.unknown('models.make', f'key of model {name!r}', key, fields)
+  configs.refuse_unknown('models.make', f'key of model {name!r}', config, fields)
   if 'dtype' in config:
     config['dtype'] = _dtype(config['dtype'])
   config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}  # from JSON

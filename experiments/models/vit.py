@@ -8,12 +8,10 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from experiments.models import transformer
-
-Array = jax.Array
+from sparsejax.types import Array
 
 
 class ViT(nn.Module):

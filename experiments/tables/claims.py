@@ -31,7 +31,7 @@ class Finding(NamedTuple):
   @property
   def judgements(self) -> list[Judgement]:
     """The judgements of the claim's comparisons; none without outcomes."""
-    return [judged(comparison) for comparison in self.claim.comparisons(scored(self.outcomes))] if self.outcomes else []
+    return [judged(compare(scored(self.outcomes))) for compare in self.claim.comparisons] if self.outcomes else []
 
 
 def scored(outcomes: Outcomes) -> Scores:

@@ -48,12 +48,12 @@ def made_up(runs, task='classification', seeds=4, **scores):
 
 def test_a_comparison_is_seed_by_seed_in_the_unit_of_the_score():
   scores = tables.scored(made_up('ab', a=[0.2, 0.6, 0.9], b=[0.1, 0.5, 0.8], seeds=3))
-  found = tables.judged(better(scores, 'a', 'b'))
+  found = tables.judged(better('a', 'b')(scores))
   assert found['difference'] == pytest.approx(10) and found['ci95'] < 1e-6 and found['verdict'] == 'reproduced'
   assert found['unit'] == '%' and found['more'] == pytest.approx(100 * 1.7 / 3)
-  assert tables.judged(better(scores, 'b', 'a'))['verdict'] == 'the opposite'
+  assert tables.judged(better('b', 'a')(scores))['verdict'] == 'the opposite'
   images = made_up('ab', 'super_resolution', a=[30.0, 31.0], b=[29.0, 30.5])
-  decibel = tables.judged(better(tables.scored(images), 'a', 'b'))
+  decibel = tables.judged(better('a', 'b')(tables.scored(images)))
   assert decibel['unit'] == 'dB' and decibel['difference'] == pytest.approx(0.75)
   assert decibel['verdict'] == 'not reproduced'
 
@@ -87,8 +87,7 @@ FAKE = """
 from experiments.configs import claims, default
 
 get_config = default.get_config
-CLAIM = claims.Claim({!r}, 'b is better than a.', 'Nobody 2000',
-                     lambda scores: [claims.better(scores, 'b', 'a')])
+CLAIM = claims.Claim({!r}, 'b is better than a.', 'Nobody 2000', [claims.better('b', 'a')])
 """
 
 

@@ -119,7 +119,8 @@ def test_results_have_each_seed_of_dense_members_and_soup(whole, capsys):
   np.testing.assert_allclose(ends, [found[name]['test']['loss'] for name in each[:2]], rtol=1e-5)
   assert '| soup | 2 |' in (whole / 'results.md').read_text()
   assert (whole / 'results.png').read_bytes()[:4] == b'\x89PNG'
-  comparison, = configs.module(claims.collected()['soup_vit_digits']).comparisons(tables.scored(found))
+  compare, = configs.module(claims.collected()['soup_vit_digits']).CLAIM.comparisons
+  comparison = compare(tables.scored(found))
   mean = np.mean([found[name]['test']['accuracy'] for name in each[:2]], axis=0)
   np.testing.assert_allclose(np.subtract(comparison.more, comparison.less),
                              100 * (np.array(found['soup']['test']['accuracy']) - mean))

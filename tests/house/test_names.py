@@ -15,7 +15,6 @@ LIBRARY, PACKAGES = ('sparsejax', 'kernels_pallas'), ('sparsejax', 'kernels_pall
 SIGNATURES = {
     'main': r'.*',  # a command
     'get_config': r'experiments/configs/.*',  # what ml_collections calls a config
-    'comparisons': r'experiments/configs/claims/.*',  # what a claim compares
     'draw': r'experiments/tables/.*',  # a picture of the results of one command
     'page': r'experiments/tables/.*',  # a page of them
     'named': r'sparsejax/(allocation|schedules)|experiments/loop/tasks',  # a word by the name in a configuration

@@ -1,13 +1,13 @@
 """Holds a config for each claim of a paper, the claim beside its config, and the words in which a claim is stated.
 
     CLAIM = claims.Claim('FreezeNet', 'Frozen weights are better than zeros.', 'Wimmer et al. 2020, 2011.14087',
-                         lambda scores: [claims.better(scores, 'FreezeNet', 'SNIP')])
+                         [claims.better('FreezeNet', 'SNIP')])
 
 The name of a claim is the name of the file.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -36,22 +36,30 @@ class Comparison(NamedTuple):
 
 class Claim(NamedTuple):
   """A `Claim` says what a paper claims, in a `sentence` of our own words, and which runs of the config test the claim.
+
+  `comparisons` are functions, because the scores exist only after the runs.
   """
 
   title: str
   sentence: str
   reference: str
-  comparisons: Callable[[Scores], list[Comparison]]
+  comparisons: Sequence[Callable[[Scores], Comparison]]
 
 
-def better(scores: Scores, more: str, less: str, bar: float = 0.0) -> Comparison:
-  """Returns the comparison of two runs' test scores. `bar` is in the score's unit."""
-  return Comparison(f'{more} > {less}', scores.unit, scores.test[more], scores.test[less], bar)
+def better(more: str, less: str, bar: float = 0.0) -> Callable[[Scores], Comparison]:
+  """Returns the function that compares two runs' test scores. `bar` is in the score's unit."""
+  return lambda scores: Comparison(f'{more} > {less}', scores.unit, scores.test[more], scores.test[less], bar)
 
 
-def emptier(scores: Scores, more: str, less: str) -> Comparison:
-  """Returns the comparison of the numbers of sparse layers that two runs left without any weight."""
-  return Comparison(f'empty: {more} > {less}', 'layers', scores.empty[more], scores.empty[less])
+def emptier(more: str, less: str) -> Callable[[Scores], Comparison]:
+  """Returns the function that compares the numbers of sparse layers that two runs left without any weight."""
+  return lambda scores: Comparison(f'empty: {more} > {less}', 'layers', scores.empty[more], scores.empty[less])
+
+
+def at_sparsities(percents: Sequence[int], methods: Mapping[str, Mapping], **shared: Any) -> dict[str, dict[str, Any]]:
+  """Returns a recipe `<method>-<percent>` for each percentage and method, with `shared` as further arguments."""
+  return {f'{name}-{percent}': {**method, **shared, 'sparsity': percent / 100}
+          for percent in percents for name, method in methods.items()}
 
 
 def vit_digits(seeds: int, steps: int, width: int = 32) -> ConfigDict:

@@ -26,21 +26,14 @@ def get_config():
       'SET': {'name': 'set_', 'every': 20},
       'RigL': {'name': 'rigl', 'every': 20},
   }
-  shared = {'where': ['attention/*/kernel', 'mlp/*/kernel'], 'allocation': 'erk'}
-  config.recipes = {'dense': {'name': 'dense'}}
-  for percent in (90, 95):
-    for name, method in methods.items():
-      config.recipes[f'{name}-{percent}'] = {**method, **shared, 'sparsity': percent / 100}
+  where = ['attention/*/kernel', 'mlp/*/kernel']
+  config.recipes.update(claims.at_sparsities((90, 95), methods, where=where, allocation='erk'))
   return config
-
-
-def comparisons(scores):
-  return [claims.better(scores, f'{more}-{percent}', f'{less}-{percent}')
-          for percent in (90, 95) for more, less in (('RigL', 'SET'), ('SET', 'static'))]
 
 
 CLAIM = claims.Claim(
     title='Dynamic sparse training',
     sentence='At 90 and 95 % RigL is better than SET, and SET than a fixed random mask.',
     reference='Evci et al. 2020, Rigging the Lottery, 1911.11134, figure 2',
-    comparisons=comparisons)
+    comparisons=[claims.better(f'{more}-{percent}', f'{less}-{percent}')
+                 for percent in (90, 95) for more, less in (('RigL', 'SET'), ('SET', 'static'))])

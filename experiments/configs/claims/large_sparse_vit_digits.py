@@ -37,4 +37,4 @@ CLAIM = claims.Claim(
     title='Large sparse, small dense',
     sentence='With as many non-zero parameters, a large model pruned gradually is better than a small dense one.',
     reference='Zhu and Gupta 2017, 1710.01878',
-    comparisons=lambda scores: [claims.better(scores, f'sparse-{width}', f'dense-{width}') for width in SMALL])
+    comparisons=[claims.better(f'sparse-{width}', f'dense-{width}') for width in SMALL])

@@ -42,4 +42,4 @@ CLAIM = claims.Claim(
     title='Movement pruning',
     sentence='In fine-tuning to 10 % of the weights movement is better than magnitude.',
     reference='Sanh et al. 2020, Movement Pruning, 2005.07683',
-    comparisons=lambda scores: [claims.better(scores, 'movement', 'magnitude')])
+    comparisons=[claims.better('movement', 'magnitude')])

@@ -21,17 +21,10 @@ MARGIN = 1.0  # points of accuracy
 
 def get_config():
   config = claims.vit_digits(seeds=10, steps=400)
-  shared = {'pattern': 'channel', 'where': ['mlp/fc1/kernel'], 'allocation': 'uniform'}
   methods = {'random': {'name': 'random_pruning'}, 'search': {'name': 'random_search', 'candidates': 100}}
-  config.recipes = {'dense': {'name': 'dense'}}
-  for percent in (75, 90):
-    for name, method in methods.items():
-      config.recipes[f'{name}-{percent}'] = {**method, **shared, 'sparsity': percent / 100}
+  config.recipes.update(claims.at_sparsities(
+      (75, 90), methods, pattern='channel', where=['mlp/fc1/kernel'], allocation='uniform'))
   return config
-
-
-def comparisons(scores):
-  return [claims.better(scores, f'random-{percent}', f'search-{percent}', bar=-MARGIN) for percent in (75, 90)]
 
 
 CLAIM = claims.Claim(
@@ -39,4 +32,4 @@ CLAIM = claims.Claim(
     sentence='The best of many random subnetworks is no better than any one of them; here: it is better by less than '
     'one point of accuracy.',
     reference='Farahani 2024, random search in node space',
-    comparisons=comparisons)
+    comparisons=[claims.better(f'random-{percent}', f'search-{percent}', bar=-MARGIN) for percent in (75, 90)])

@@ -31,15 +31,14 @@ def get_config():
   return config
 
 
-def comparisons(scores):
-  gap = lambda width: scores.test[f'dense-{width}'] - scores.test[f'ERK-{width}']
-  closing = [claims.Comparison(f'gap of ERK-{narrow} > gap of ERK-{wide}', scores.unit, gap(narrow), gap(wide))
-             for narrow, wide in zip(WIDTHS, WIDTHS[1:])]
-  return [claims.better(scores, 'ERK-48', 'uniform-48'), *closing]
+def closing(narrow, wide):
+  gap = lambda scores, width: scores.test[f'dense-{width}'] - scores.test[f'ERK-{width}']
+  return lambda scores: claims.Comparison(f'gap of ERK-{narrow} > gap of ERK-{wide}', scores.unit,
+                                          gap(scores, narrow), gap(scores, wide))
 
 
 CLAIM = claims.Claim(
     title='Random pruning',
     sentence='At 95 % ERK is better than uniform shares, and the gap to dense closes with the width.',
     reference='Evci et al. 2020, 1911.11134, figure 2; Liu et al. 2022, Random Pruning, 2202.02643, figure 1',
-    comparisons=comparisons)
+    comparisons=[claims.better('ERK-48', 'uniform-48'), *map(closing, WIDTHS, WIDTHS[1:])])

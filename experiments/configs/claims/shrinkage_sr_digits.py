@@ -36,20 +36,13 @@ def get_config():
       'hard': {**shrinkage, 'shrink': 0.0},
       'ISS-P': {**shrinkage, 'shrink': 0.95},
   }
-  config.recipes = {'dense': {'name': 'dense'}}
-  for percent in (90, 95):
-    for name, method in methods.items():
-      config.recipes[f'{name}-{percent}'] = {**method, 'sparsity': percent / 100}
+  config.recipes.update(claims.at_sparsities((90, 95), methods))
   return config
-
-
-def comparisons(scores):
-  return [claims.better(scores, f'ISS-P-{percent}', f'{other}-{percent}')
-          for percent in (90, 95) for other in ('hard', 'once')]
 
 
 CLAIM = claims.Claim(
     title='Soft shrinkage',
     sentence='In 2x super-resolution shrinking a little at each step is better than setting to zero.',
     reference='Wang et al. 2023, ISS-P, 2303.09650',
-    comparisons=comparisons)
+    comparisons=[claims.better(f'ISS-P-{percent}', f'{other}-{percent}')
+                 for percent in (90, 95) for other in ('hard', 'once')])

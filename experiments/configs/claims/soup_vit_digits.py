@@ -24,9 +24,9 @@ def get_config():
   return config
 
 
-def comparisons(scores):
+def better_than_members(scores):
   members = [score for run, score in scores.test.items() if run.startswith('member-')]
-  return [claims.Comparison('soup > mean of members', scores.unit, scores.test['soup'], np.mean(members, axis=0))]
+  return claims.Comparison('soup > mean of members', scores.unit, scores.test['soup'], np.mean(members, axis=0))
 
 
 CLAIM = claims.Claim(
@@ -34,4 +34,4 @@ CLAIM = claims.Claim(
     sentence='At 90 % the average of models that were retrained from one pruned model is better than these are in the '
     'mean.',
     reference='Zimmer et al. 2023, Sparse Model Soups, 2306.16788',
-    comparisons=comparisons)
+    comparisons=[better_than_members])

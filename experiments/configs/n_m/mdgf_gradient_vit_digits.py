@@ -19,11 +19,9 @@ def get_config():
   config.validate_every = 50
   config.checkpoint_every = 300
   config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
-  recipes = {'dense': {'name': 'dense'}}
   for pattern in ('1:4', '1:16'):
     for gradient in ('scaled', 'straight_through'):
-      recipes[f'{gradient}-{pattern.replace(":", "of")}'] = {
+      config.recipes[f'{gradient}-{pattern.replace(":", "of")}'] = {
           'name': 'mdgf', 'pattern': pattern, 'where': ['mlp/*/kernel'], 'gradient': gradient,
           'decay': {'name': 'linear', 'begin': 0.0, 'end': 0.7}, 'fine_tune_steps': 0.1}
-  config.recipes = recipes
   return config
