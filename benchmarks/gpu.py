@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
-from benchmarks import timing
+from benchmarks import results, timing
 from benchmarks.gpu_cases import Entry, GpuCase, cases, dot, entries, line, operands
 from sparsejax import formats
 from sparsejax.types import Array
@@ -79,19 +79,17 @@ def measured(case: GpuCase) -> dict[str, Any]:
 
 def table(begin: float) -> Iterator[dict[str, Any]]:
   """Yields a row for each entry, as `sparsejax.advice.Measured` reads it; entries that fail are printed instead."""
-  here = environment()
   for entry in entries():
     op, *shape, block, sparsity = entry
     try:
       if time.perf_counter() - begin > SECONDS:
         raise ValueError(f'left out: {SECONDS} seconds had passed')
-      found = {f'ratio_{name}': round(ratio, 3) for name, ratio in _ratios(entry).items()}
+      ratios = _ratios(entry)
       chosen = op(*operands(entry)[:2], explain=True)['cuda'].implementation
     except Exception as error:
       print(f'benchmarks gpu: {op.__name__} {shape} {block} {sparsity}: {line(error)}', file=sys.stderr)
       continue
-    row = {'op': op.__name__, 'implementation': chosen, **dict(zip('mkn', shape)), 'block': list(block),
-           'sparsity': sparsity, **found, 'hardware': here['device'], 'jax': here['jax'], 'commit': here['commit']}
+    row = results.table_row(*entry, chosen, ratios)
     print(json.dumps(row), flush=True)
     yield row
 
@@ -99,17 +97,10 @@ def table(begin: float) -> Iterator[dict[str, Any]]:
 def _ratios(entry: Entry) -> dict[str, float]:
   """Returns how many times faster than dense the op is: 'forward', and 'train', which includes both gradients."""
   x, packed, dense, dy = operands(entry)
-
-  def trained(product):
-    def step(x, w, dy, like):
-      y, back = jax.vjp(lambda x, w: product(x, w, like), x, w)
-      return y, *back(dy)
-    return jax.jit(step)
-
-  sparse_step = trained(lambda x, values, like: entry.op(x, formats.with_values(like, values)))
-  dense_step = trained(lambda x, w, like: x @ w)  # Its gradients are products of 16 bits too.
+  sparse_step = timing.with_gradients(lambda x, values, like: entry.op(x, formats.with_values(like, values)))
+  dense_step = timing.with_gradients(jnp.matmul)  # Its gradients are products of 16 bits too.
   ways = {'forward': ((jax.jit(entry.op), (x, packed)), (jax.jit(dot), (x, dense))),
-          'train': ((sparse_step, (x, packed.values, dy, packed)), (dense_step, (x, dense, dy, dense)))}
+          'train': ((sparse_step, (x, packed.values, dy, packed)), (dense_step, (x, dense, dy)))}
   found = {}
   for name, (sparse, other) in ways.items():
     one, two = (jax.tree.leaves(f(*args)) for f, args in (sparse, other))
@@ -149,5 +140,5 @@ def main(out: str, table_out: str | None) -> int:
       said = row.get('failure') or times.format(**row)
       print(f'{row["kernel"]:16} {row["shape"]:40} {row["sparsity"]:>4}  {said}', flush=True)
   if table_out:
-    pathlib.Path(table_out).write_text('[\n' + ',\n'.join(json.dumps(row) for row in table(begin)) + '\n]\n')
+    results.write_table(pathlib.Path(table_out), table(begin))
   return 0

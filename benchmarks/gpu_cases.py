@@ -60,10 +60,10 @@ def cases() -> Iterator[tuple[str, str, float, Callable[[], GpuCase]]]:
     label = f'16 x 8192 x 8192, {LAYERS} times, blocks of 128 x 128'
     yield 'block-sparse, decode', label, sparsity, functools.partial(_decoded, 16, 8192, sparsity)
   for n in (4096, 8192):
-    yield '2:4', f'{n} x {n} x {n}', 0.5, functools.partial(_two_of_four, n, n, 1, 2.0, 1.2)
+    yield '2:4', f'{n} x {n} x {n}', 0.5, functools.partial(_halved, n, n, 1, 2.0, 1.2)
   for tokens in (1, 8, 16):
     label = f'{tokens} x 8192 x 8192, {LAYERS} times'
-    yield '2:4, decode', label, 0.5, functools.partial(_two_of_four, tokens, 8192, LAYERS, 16 / 9, 1.4)
+    yield '2:4, decode', label, 0.5, functools.partial(_halved, tokens, 8192, LAYERS, 16 / 9, 1.4)
   for n in (8192, 16384):
     for sparsity in (0.75, 0.9):
       yield 'attention', f'{n} x {n}, 8 heads of 128', sparsity, functools.partial(_attention, n, sparsity)
@@ -93,11 +93,11 @@ def _blocks(block: tuple[int, int], sparsity: float, share: float, which: str) -
     blocks = lambda: dot(x, dense, 0, 0).reshape(n // block[0], block[0], n // block[1], block[1])
     expected = lambda: blocks()[w.rows, :, w.cols].reshape(-1, block[1])
     return GpuCase(run, (x, dense, w), functools.partial(dot, i=0, j=0), (x, dense), expected, ideal, share * ideal)
-  product = functools.partial(block_sparse_matmul, implementation='mosaic_gpu')
   if which == 'dx':
     back = functools.partial(dot, i=1, j=1)
     kernel = importlib.import_module('kernels_pallas.block_sparse.gpu').matmul_transposed
     return GpuCase(kernel, (x, w), back, (x, dense), lambda: back(x, dense), ideal, share * ideal)
+  product = functools.partial(block_sparse_matmul, implementation='mosaic_gpu')
   return GpuCase(product, (x, w), dot, (x, dense), lambda: dot(x, dense), ideal, share * ideal)
 
 
@@ -106,29 +106,26 @@ def _packed(block: tuple[int, int], sparsity: float, k: int, n: int, seed: int =
   return BlockSparseArray.from_dense(_random(seed, k, n), np.repeat(np.repeat(mask, block[0], 0), block[1], 1), block)
 
 
-def _half(seed: int, k: int, n: int) -> Array:
+def _two_of_four(seed: int, k: int, n: int) -> Sparse24Array:
   """Returns a 2:4 weight `[k, n]`, scaled so that a product with it keeps the variance of its input."""
   groups = _random(seed, k // 4, 4, n) / jnp.bfloat16(k / 2) ** 0.5
   place = jnp.argsort(jnp.argsort(jnp.abs(groups.astype(jnp.float32)), axis=1), axis=1)
-  return jnp.where(place >= 2, groups, jnp.zeros((), groups.dtype)).reshape(k, n)
+  return Sparse24Array.from_dense(jnp.where(place >= 2, groups, 0).reshape(k, n), check=False)
 
 
-def _two_of_four(tokens: int, n: int, layers: int, ideal: float, bar: float) -> GpuCase:
-  dense = [_half(seed, n, n) for seed in range(layers)]
-  packed = [Sparse24Array.from_dense(w, check=False) for w in dense]
-  return _through(sparse24_matmul, _random(layers, tokens, n), packed, dense, ideal, bar)
+def _halved(tokens: int, n: int, layers: int, ideal: float, bar: float) -> GpuCase:
+  packed = [_two_of_four(seed, n, n) for seed in range(layers)]
+  return _through(sparse24_matmul, _random(layers, tokens, n), packed, ideal, bar)
 
 
 def _decoded(tokens: int, n: int, sparsity: float) -> GpuCase:
   packed = [_packed((128, 128), sparsity, n, n, seed) for seed in range(LAYERS)]
-  dense = [w.to_dense() for w in packed]
-  return _through(block_sparse_matmul, _random(LAYERS, tokens, n), packed, dense, 1 / packed[0].density, 1.0)
+  return _through(block_sparse_matmul, _random(LAYERS, tokens, n), packed, 1 / packed[0].density, 1.0)
 
 
-def _through(op: Callable[..., Any], x: Array, packed: list[Any], dense: list[Array], ideal: float,
-             bar: float) -> GpuCase:
+def _through(op: Callable[..., Any], x: Array, packed: list[Any], ideal: float, bar: float) -> GpuCase:
   """Returns the case that multiplies `x` by one weight after the other."""
-  kernel = functools.partial(op, implementation='mosaic_gpu')
+  kernel, dense = functools.partial(op, implementation='mosaic_gpu'), [w.to_dense() for w in packed]
   through = lambda product: lambda x, weights: functools.reduce(product, weights, x)
   return GpuCase(through(kernel), (x, packed), through(dot), (x, dense), lambda: through(dot)(x, dense), ideal, bar)
 
@@ -185,13 +182,8 @@ def entries() -> Iterator[Entry]:
 def operands(entry: Entry) -> tuple[Array, Any, Array, Array]:
   """Returns the input, the packed weight, the dense weight and a cotangent of the product."""
   _, m, k, n, block, sparsity = entry
-  if block == (4, 1):
-    dense = _half(0, k, n)
-    packed = Sparse24Array.from_dense(dense, check=False)
-  else:
-    packed = _packed(block, sparsity, k, n)
-    dense = packed.to_dense()
-  return _random(1, m, k), packed, dense, _random(2, m, n)
+  packed = _two_of_four(0, k, n) if block == (4, 1) else _packed(block, sparsity, k, n)
+  return _random(1, m, k), packed, packed.to_dense(), _random(2, m, n)
 
 
 def line(error: Exception) -> str:

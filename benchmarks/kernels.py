@@ -5,7 +5,6 @@ forward product is timed by itself, and together with its gradients. All ratios 
 `sparsejax/advice/tables/cpu.json`, which `sparsejax advise` reads.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import results, timing
 from benchmarks.timing import Measurement
 from kernels_pallas import block_sparse_matmul, nm_matmul, unstructured_matmul
 from sparsejax import advice, formats, patterns
@@ -21,7 +20,6 @@ from sparsejax.formats import BlockSparseArray, CSCArray, NMArray
 from sparsejax.types import Axes
 
 TABLE = advice.TABLES / 'cpu.json'
-OPS = {'block_sparse_matmul': block_sparse_matmul, 'nm_matmul': nm_matmul, 'unstructured_matmul': unstructured_matmul}
 WHAT = {'forward': 'forward', 'train': 'forward and backward'}
 
 
@@ -33,7 +31,7 @@ class Case(NamedTuple):
   that each block column keeps equally many blocks.
   """
 
-  op: str
+  op: Callable[..., Any]
   tokens: int
   k: int
   n: int
@@ -45,13 +43,13 @@ class Case(NamedTuple):
 
   def __str__(self) -> str:
     group = '{}x{}'.format(*self.block)
-    kind = {'block_sparse_matmul': f'blocks of {group}', 'nm_matmul': f'N:M of {group}'}.get(self.op, 'unstructured')
+    kind = {block_sparse_matmul: f'blocks of {group}', nm_matmul: f'N:M of {group}'}.get(self.op, 'unstructured')
     return (f'({self.tokens}, {self.k}, {self.n}), {kind}{"" if self.balanced else ", unbalanced"}, '
             f'{self.sparsity:.1%} zero')
 
 
 def _blocks(tokens: int, k: int, n: int, block: int, *bars: tuple[Any, ...], balanced: bool = True) -> list[Case]:
-  return [Case('block_sparse_matmul', tokens, k, n, (block, block), *bar, balanced=balanced) for bar in bars]
+  return [Case(block_sparse_matmul, tokens, k, n, (block, block), *bar, balanced=balanced) for bar in bars]
 
 
 LARGE, SMALL = (1024, 1024, 4096), (256, 1024, 1024)
@@ -60,14 +58,14 @@ CASES = (
     *_blocks(*SMALL, 128, (0.5, 1.4, 1.6), (0.75, 2.5, 2.8), (0.875, 3.2, 4.4)),
     *_blocks(1, 4096, 4096, 64, (0.8, 5.0), (0.9, 10.0), (0.95, 20.0)),
     *_blocks(*LARGE, 128, (0.5, 1.3), (0.9, 3.5), balanced=False),
-    *(Case('unstructured_matmul', *shape, (1, 1), *bars) for shape in (SMALL, LARGE)
+    *(Case(unstructured_matmul, *shape, (1, 1), *bars) for shape in (SMALL, LARGE)
       for bars in ((0.9, 1.6, 1.0), (0.95, 2.5, 1.0))),
     # The cases below have no bar, because sparse does not win or no claim needs a number; they are rows of the table.
     *_blocks(16, 1024, 4096, 128, (0.5,), (0.75,), (0.875,)),
     *_blocks(*LARGE, 64, (0.5,), (0.75,), (0.875,)), *_blocks(*SMALL, 64, (0.5,), (0.75,), (0.875,)),
     *_blocks(*LARGE, 32, (0.5,), (0.75,), (0.875,)), *_blocks(*SMALL, 32, (0.5,), (0.75,), (0.875,)),
-    *(Case('unstructured_matmul', *shape, (1, 1), 0.8) for shape in (SMALL, LARGE)),
-    *(Case('nm_matmul', *SMALL, (m, width), 1 - n / m) for n, m, width in (
+    *(Case(unstructured_matmul, *shape, (1, 1), 0.8) for shape in (SMALL, LARGE)),
+    *(Case(nm_matmul, *SMALL, (m, width), 1 - n / m) for n, m, width in (
         (2, 4, 1), (1, 4, 1), (2, 4, 128), (1, 4, 128), (1, 8, 128))),
 )
 
@@ -79,11 +77,11 @@ def kept(case: Case) -> np.ndarray:
   unstructured zeros, positions are random. N:M masks come from `patterns.NM` of random scores.
   """
   rng = np.random.default_rng(0)
-  if case.op == 'nm_matmul':
+  if case.op is nm_matmul:
     pattern = patterns.NM(round((1 - case.sparsity) * case.block[0]), *case.block)
     return np.asarray(pattern(jnp.asarray(rng.random((case.k, case.n)), jnp.float32)))
   kb, nb = case.k // case.block[0], case.n // case.block[1]
-  if not case.balanced or case.op == 'unstructured_matmul':
+  if not case.balanced or case.op is unstructured_matmul:
     grid = rng.permutation(kb * nb).reshape(kb, nb) >= round(case.sparsity * kb * nb)
   else:  # Each column takes the rows that have the fewest blocks so far; ties are broken at random.
     grid = np.zeros((kb, nb), bool)
@@ -93,33 +91,26 @@ def kept(case: Case) -> np.ndarray:
 
 
 def packed(case: Case, w: np.ndarray, mask: np.ndarray) -> formats.PackedArray:
-  if case.op == 'nm_matmul':
+  if case.op is nm_matmul:
     m, width = case.block
     return NMArray.from_dense(jnp.asarray(w), round((1 - case.sparsity) * m), m, 0, width=width)
-  if case.op == 'unstructured_matmul':
+  if case.op is unstructured_matmul:
     return CSCArray.from_dense(w, mask)
   return BlockSparseArray.from_dense(w, mask, case.block)
 
 
 def contestants(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
   """Returns, for 'forward' and 'train', a call each for 'dense' and 'packed', after comparing their results."""
-  rng, mask, op = np.random.default_rng(1), kept(case), OPS[case.op]
+  rng, mask = np.random.default_rng(1), kept(case)
   w = np.where(mask, rng.standard_normal((case.k, case.n)), 0).astype(np.float32)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
   x, dy, sparse, w = draw(case.tokens, case.k), draw(case.tokens, case.n), packed(case, w, mask), jnp.asarray(w)
-  dense_forward, sparse_forward = jax.jit(jnp.dot), jax.jit(op)
-
-  def trained(product):
-    def step(x, w, dy, *index):
-      y, back = jax.vjp(lambda x, w: product(x, w, *index), x, w)
-      return y, back(dy)
-    return jax.jit(step)
-
-  dense_train = trained(jnp.dot)
-  sparse_train = trained(lambda x, values, index: op(x, formats.with_values(index, values)))
+  dense_forward, sparse_forward = jax.jit(jnp.dot), jax.jit(case.op)
+  dense_train = timing.with_gradients(jnp.dot)
+  sparse_train = timing.with_gradients(lambda x, values, index: case.op(x, formats.with_values(index, values)))
   near = lambda a, b, terms: np.testing.assert_allclose(a, b, atol=1e-5 * np.sqrt(terms), rtol=1e-4)
   near(sparse_forward(x, sparse), dense_forward(x, w), case.k)
-  (_, (dx, dw)), (_, (dx_sparse, dv)) = dense_train(x, w, dy), sparse_train(x, sparse.values, dy, sparse)
+  (_, dx, dw), (_, dx_sparse, dv) = dense_train(x, w, dy), sparse_train(x, sparse.values, dy, sparse)
   near(dx_sparse, dx, case.n)
   near(formats.with_values(sparse, dv).to_dense(), jnp.where(mask, dw, 0), case.tokens)
   return {'forward': {'dense': lambda: dense_forward(x, w), 'packed': lambda: sparse_forward(x, sparse)},
@@ -139,11 +130,9 @@ def convolution(rounds: int) -> Measurement:
       'NHWC', 'HWIO', 'NHWC')))
   product = jax.jit(block_sparse_matmul)
   np.testing.assert_allclose(product(x, sparse), dense(x, w), atol=1e-3)
-  seconds = list(timing.take_turns(
-      {'dense': lambda: dense(x, w), 'packed': lambda: product(x, sparse)}, rounds, calls=3))
-  speed, spread = timing.ratio(seconds, 'dense', 'packed')
-  return Measurement('1x1 convolution 512 to 512, 8 x 14 x 14, 85 % zero in blocks of 64x64: times faster than dense',
-                     speed, spread, 1.0, True, rounds)
+  seconds = timing.take_turns({'dense': lambda: dense(x, w), 'packed': lambda: product(x, sparse)}, rounds, calls=3)
+  return timing.claim('1x1 convolution 512 to 512, 8 x 14 x 14, 85 % zero in blocks of 64x64: times faster than dense',
+                      seconds, 'dense', 'packed', 1.0)
 
 
 def run(rounds: int = 20) -> Iterator[Measurement]:
@@ -153,26 +142,20 @@ def run(rounds: int = 20) -> Iterator[Measurement]:
     ratios = {}
     for name, ways in contestants(case).items():
       # Small products run several times in a row, so that the packed weight is in the cache, as in a loop over tokens.
-      seconds = list(timing.take_turns(ways, rounds, calls=1 + 2048 // (case.tokens + 128)))
-      ratios[name], spread = timing.ratio(seconds, 'dense', 'packed')
-      bar = getattr(case, name)
+      seconds = timing.take_turns(ways, rounds, calls=1 + 2048 // (case.tokens + 128))
+      what, bar = f'{case}: {WHAT[name]}, times faster than dense', getattr(case, name)
+      claim = timing.claim(what, seconds, 'dense', 'packed', bar)
+      ratios[name] = claim.measured
       if bar is not None:
-        yield Measurement(f'{case}: {WHAT[name]}, times faster than dense', ratios[name], spread, bar, True, rounds)
+        yield claim
     if case.balanced:
-      rows.append(_row(case, ratios))
+      rows.append(results.table_row(*case[:6], implementation(case), ratios))
   yield convolution(rounds)
   TABLE.parent.mkdir(exist_ok=True)
-  TABLE.write_text('[\n' + ',\n'.join(json.dumps(row) for row in rows) + '\n]\n')
+  results.write_table(TABLE, rows)
 
 
-def _row(case: Case, ratios: dict[str, float]) -> dict[str, Any]:
-  """Returns the row of the table for a case, as `sparsejax.advice.Measured` reads it."""
-  abstract = jax.ShapeDtypeStruct((case.tokens, case.k), jnp.float32)
-  mask = kept(case)
-  choice = OPS[case.op](jnp.zeros(abstract.shape, abstract.dtype), packed(case, mask.astype(np.float32), mask),
-                        explain=True)['cpu']
-  here = timing.environment()
-  return {'op': case.op, 'implementation': choice.implementation, 'm': case.tokens, 'k': case.k, 'n': case.n,
-          'block': list(case.block), 'sparsity': case.sparsity, 'ratio_forward': round(ratios['forward'], 3),
-          'ratio_train': round(ratios['train'], 3), 'hardware': here['device'], 'jax': here['jax'],
-          'commit': here['commit']}
+def implementation(case: Case) -> str:
+  """Returns the name of the implementation that runs for a case on this CPU."""
+  x, mask = jnp.zeros((case.tokens, case.k), jnp.float32), kept(case)
+  return case.op(x, packed(case, mask.astype(np.float32), mask), explain=True)['cpu'].implementation

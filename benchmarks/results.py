@@ -6,11 +6,13 @@
 """
 
 import csv
+import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from benchmarks import timing
 from benchmarks.timing import Measurement
 
 HEAD = ('what', 'median', '10 to 90 %', 'bar', 'holds', 'rounds')
@@ -73,6 +75,23 @@ def _claim(row: Sequence[str]) -> Measurement:
                      int(rounds))
 
 
+def table_row(op: Callable[..., Any], m: int, k: int, n: int, block: tuple[int, int], sparsity: float,
+              implementation: str, ratios: Mapping[str, float]) -> dict[str, Any]:
+  """Returns a row of a table for `sparsejax advise`, as `sparsejax.advice.Measured` reads it.
+
+  `ratios` says how many times faster than dense the op is: 'forward', and 'train', which includes both gradients.
+  """
+  here = timing.environment()
+  return {'op': op.__name__, 'implementation': implementation, 'm': m, 'k': k, 'n': n, 'block': list(block),
+          'sparsity': sparsity, 'ratio_forward': round(ratios['forward'], 3), 'ratio_train': round(ratios['train'], 3),
+          'hardware': here['device'], 'jax': here['jax'], 'commit': here['commit']}
+
+
+def write_table(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+  """Writes the rows of a table as JSON, one a line."""
+  path.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
+
+
 def of_gpu(path: pathlib.Path) -> tuple[Section, list[str]]:
   """Returns the section for a CSV of `python -m benchmarks gpu`, and a line for each case that failed.
 
@@ -85,15 +104,12 @@ def of_gpu(path: pathlib.Path) -> tuple[Section, list[str]]:
               'times faster than dense')
   failures = [f'not measured: {row["kernel"]}, {row["shape"]}, {row["sparsity"]}: {row["failure"]}'
               for row in rows if row['failure']]
-  return Section(hardware, 'least to most', tuple(_claims_of_gpu(rows))), failures
+  return Section(hardware, 'least to most', tuple(_claim_of_gpu(row) for row in rows if not row['failure'])), failures
 
 
-def _claims_of_gpu(rows: Sequence[dict[str, str]]) -> Iterator[Measurement]:
-  for row in rows:
-    if row['failure']:
-      continue
-    number = {name: float(row[name]) for name in (
-        'sparse_us', 'dense_us', 'ideal', 'speedup', 'least', 'most', 'bar')}
-    yield Measurement(f'{row["kernel"]}, {row["shape"]}, {row["sparsity"].replace("%", " %")} zero: '
-                f'{number["sparse_us"]:,.0f} us, dense {number["dense_us"]:,.0f}, ideal {number["ideal"]:.3g}',
-                number['speedup'], (number['least'], number['most']), number['bar'], True, int(row['rounds']))
+def _claim_of_gpu(row: Mapping[str, str]) -> Measurement:
+  number = {name: float(row[name]) for name in ('sparse_us', 'dense_us', 'ideal', 'speedup', 'least', 'most', 'bar')}
+  what = (f'{row["kernel"]}, {row["shape"]}, {row["sparsity"].replace("%", " %")} zero: '
+          f'{number["sparse_us"]:,.0f} us, dense {number["dense_us"]:,.0f}, ideal {number["ideal"]:.3g}')
+  return Measurement(what, number['speedup'], (number['least'], number['most']), number['bar'], True,
+                     int(row['rounds']))

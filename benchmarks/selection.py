@@ -45,5 +45,4 @@ def run(rounds: int = 20) -> Iterator[Measurement]:
       raise AssertionError(f'selection: the masks of ranking and {name} differ.')
   seconds = list(timing.take_turns({name: lambda f=choose: f(w) for name, choose in chosen.items()}, rounds))
   for name, bar in BARS.items():
-    speed, spread = timing.ratio(seconds, name, 'ranking')
-    yield Measurement(f'10 % mask of 4096 x 4096, times faster than {name}', speed, spread, bar, True, rounds)
+    yield timing.claim(f'10 % mask of 4096 x 4096, times faster than {name}', seconds, name, 'ranking', bar)

@@ -1,15 +1,14 @@
 """Measures on a noisy machine: the contestants take turns, and the result is the median of ratios paired by round.
 
-    seconds = list(take_turns({'dense': lambda: dense(x, w), 'packed': lambda: op(x, sparse)}, rounds=20))
-    speed, spread = ratio(seconds, 'dense', 'packed')
-    claim = Measurement('times faster than dense', speed, spread, bar=1.4, at_least=True, rounds=20)
+    seconds = take_turns({'dense': lambda: dense(x, w), 'packed': lambda: op(x, sparse)}, rounds=20)
+    claim('times faster than dense', seconds, 'dense', 'packed', bar=1.4).holds
 """
 
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +55,21 @@ def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, calls:
     yield seconds
 
 
-def ratio(rounds: list[dict[str, float]], over: str, under: str) -> tuple[float, tuple[float, float]]:
-  """Returns the median of `over / under`, paired by round, and the 10th and the 90th percentile."""
+def claim(what: str, rounds: Iterable[dict[str, float]], over: str, under: str, bar: float,
+          at_least: bool = True) -> Measurement:
+  """Returns the claim on `over / under`, paired by round: the median, and the 10th and the 90th percentile."""
   ratios = [seconds[over] / seconds[under] for seconds in rounds]
   low, median, high = np.percentile(ratios, [10, 50, 90])
-  return float(median), (float(low), float(high))
+  return Measurement(what, float(median), (float(low), float(high)), bar, at_least, len(ratios))
+
+
+def with_gradients(product: Callable[..., jax.Array]) -> Callable[..., tuple[Any, Any, Any]]:
+  """Returns the compiled `step(x, w, dy, *rest)`: `product(x, w, *rest)`, and the gradients of `x` and `w` for `dy`."""
+  def step(x, w, dy, *rest):
+    y, back = jax.vjp(lambda x, w: product(x, w, *rest), x, w)
+    return y, *back(dy)
+
+  return jax.jit(step)
 
 
 def environment() -> dict[str, str]:

@@ -32,8 +32,7 @@ def run(rounds: int = 20, width: int = 512, depth: int = 12) -> Iterator[Measure
     steps = {name: _step(*problem(width, depth), name) for name in (base, *bars)}
     seconds = list(timing.take_turns(steps, rounds))
     for name, bar in bars.items():
-      slower, spread = timing.ratio(seconds, name, base)
-      yield Measurement(f'{name} {what}', slower, spread, bar, False, rounds)
+      yield timing.claim(f'{name} {what}', seconds, name, base, bar, at_least=False)
 
 
 def problem(width: int = 512, depth: int = 12, dtype: str = 'float32') -> tuple[Any, Any, jax.Array]:

@@ -62,9 +62,8 @@ def check(args: argparse.Namespace) -> int:
 def pack(args: argparse.Namespace) -> int:
   """Writes the packed parameters, and prints the bytes before and after."""
   _refuse_to_overwrite(args)
-  params = formats.unpack(io.read(args.checkpoint, args.item))
-  where = _where(args)
-  packed = formats.pack(params, _pattern(args, str), where=where, axes=_axes(args, params, where))
+  params, picked = _read(args)
+  packed = formats.pack(params, _pattern(args, str), **picked)
   io.save(args.out, packed, metadata=_metadata(args.checkpoint))
   leaves = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]
   before = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in leaves)
@@ -84,9 +83,8 @@ def unpack(args: argparse.Namespace) -> int:
 
 def advise(args: argparse.Namespace) -> int:
   """Prints the table of `sparsejax.advise`, whose last line says what to do."""
-  params, where = formats.unpack(io.read(args.checkpoint, args.item)), _where(args)
-  print(advice.advise(params, _pattern(args, str), device=args.device, tokens=args.tokens, where=where,
-                      axes=_axes(args, params, where)))
+  params, picked = _read(args)
+  print(advice.advise(params, _pattern(args, str), device=args.device, tokens=args.tokens, **picked))
   return 0
 
 
@@ -174,13 +172,15 @@ def _output(command: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> reports.Report:
-  params, where = formats.unpack(io.read(args.checkpoint, args.item)), _where(args)
-  return reports.report(params, pattern=_pattern(args), where=where, axes=_axes(args, params, where))
+  params, picked = _read(args)
+  return reports.report(params, pattern=_pattern(args), **picked)
 
 
-def _where(args: argparse.Namespace) -> Predicate:
-  where = trees.named(*args.where) if args.where else trees.matrices
-  return trees.all_but(*args.but, where=where) if args.but else where
+def _read(args: argparse.Namespace) -> tuple[PyTree, dict[str, Any]]:
+  """Returns the dense parameters of the checkpoint, and the arguments `where` and `axes` that the options ask for."""
+  params = formats.unpack(io.read(args.checkpoint, args.item))
+  where = trees.all_but(*args.but, where=trees.named(*args.where) if args.where else trees.matrices)
+  return params, {'where': where, 'axes': _axes(args, params, where)}
 
 
 def _formats() -> list[str]:

@@ -23,7 +23,6 @@ import os
 import runpy
 import sys
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from sparsejax import errors, trees
 from sparsejax.programs import hlo
 from sparsejax.states import SparseState
 from sparsejax.tables import aligned
-from sparsejax.types import PyTree
+from sparsejax.types import PyTree, moved
 
 # These options of XLA are for programs on a CPU that are only read. A CPU widens bfloat16 to float32 to send it. Only a
 # rounding to bfloat16 between two float32 values shows this, and the first option keeps XLA from dropping the rounding.
@@ -252,13 +251,7 @@ def _or_unknown(collective: hlo.Collective, sent: int) -> str:
   return f'{sent:,} x ?' if collective.times is None else f'{sent * collective.times:,}'
 
 
-def __getattr__(name: str) -> Any:
-  """Returns `ArgumentBytes` by its former name `Row`, with a warning."""
-  if name != 'Row':
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  warnings.warn('planning.Row is now planning.ArgumentBytes; the old name goes in the next release.',
-                DeprecationWarning, stacklevel=2)
-  return ArgumentBytes
+__getattr__ = moved(__name__, {'Row': (ArgumentBytes, 'planning.ArgumentBytes')})
 
 
 def _where(path: str, problem: BaseException) -> str:

@@ -184,13 +184,10 @@ def top_n_in_groups(scores: Array, n: Any, m: int, axis: int) -> Array:
 
   `n` may be traced. The caller must make sure that `m` divides the length of the axis.
   """
-  axis = axis % scores.ndim
-  shape = scores.shape
+  axis, shape = axis % scores.ndim, scores.shape
   keys = order_keys(scores).reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
-  place = lax.broadcasted_iota(jnp.int32, (m,) + (1,) * (scores.ndim - axis - 1), 0)
-  place = place.reshape((1,) * (axis + 1) + place.shape)
   pick = _count_in_groups if m <= _COUNT_MOST else _bisect_groups
-  return pick(keys, jnp.asarray(n, jnp.int32), place, axis + 1).reshape(shape)
+  return pick(keys, jnp.asarray(n, jnp.int32), _along(axis + 1, keys.shape), axis + 1).reshape(shape)
 
 
 def _count_in_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:

@@ -146,18 +146,17 @@ def _row(path: str, leaf: Any, pattern: Pattern, axes: Axes, tokens: int, table:
   if not fitting and not _prunes_outputs(pattern, shape, axes):
     raise errors.at_leaf('advise', path, shape, f'no format of formats.TABLE fits {pattern}; choose another pattern.')
   sparsity = _sparsity(path, leaf, pattern, axes)
-  ops = [each.product for each in fitting if each.product]
+  with_product = [each for each in fitting if each.product]
   outputs = n if fitting else n - round(sparsity * n)
-  packed = math.prod(shape) // n * outputs * size
-  if fitting:
-    format_ = next((each for each in fitting if each.product), fitting[0])
-    packed = format_.expected_nbytes(shape, leaf.dtype, pattern, axes, sparsity)
+  packed = ((with_product or fitting)[0].expected_nbytes(shape, leaf.dtype, pattern, axes, sparsity) if fitting
+            else math.prod(shape) // n * outputs * size)
   moved = lambda weights, outputs: weights + layers * tokens * (k + outputs) * size
   row = ParameterAdvice(path, shape, _name(pattern), sparsity, dense, packed, flops, round(flops * (1 - sparsity)),
                         moved(dense, n) / moved(packed, outputs))
   if not fitting:
     return row._replace(note='cut the channels out: a smaller dense product, which takes no kernel')
-  return row._replace(**measured.speed(table, ops, pattern.group, (k, n), tokens, sparsity)._asdict())
+  speed = measured.speed(table, [each.product for each in with_product], pattern.group, (k, n), tokens, sparsity)
+  return row._replace(**speed._asdict())
 
 
 def _name(pattern: Pattern) -> str:

@@ -16,7 +16,6 @@ command line then use it.
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ from sparsejax.formats.blocks import BlockSparseArray
 from sparsejax.formats.columns import CSCArray
 from sparsejax.formats.n_m import NMArray
 from sparsejax.formats.sparse24 import Sparse24Array
-from sparsejax.types import Array, Axes, Pattern, PyTree
+from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
     'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'Misfit', 'NMArray', 'PackedArray', 'RelativeIndexArray',
@@ -149,11 +148,6 @@ def matmul(x: Array, packed: PackedArray) -> Array:
   return jax.lax.dot_general(x, w, contraction, preferred_element_type=sums).astype(x.dtype)
 
 
-def __getattr__(name: str) -> Any:
-  """Returns what had these names until this release, with a warning."""
-  former = {'ANYWHERE': lambda: {kind: TABLE[kind] for kind in ('bitmask', 'relative_index')},
-            'of_kind': lambda: TABLE.get}
-  if name not in former:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  warnings.warn(f'formats.{name} goes in the next release; read formats.TABLE.', DeprecationWarning, stacklevel=2)
-  return former[name]()
+__getattr__ = moved(__name__, {
+    'ANYWHERE': ({kind: TABLE[kind] for kind in ('bitmask', 'relative_index')}, 'formats.TABLE'),
+    'of_kind': (TABLE.get, 'formats.TABLE.get')})

@@ -41,11 +41,8 @@ class BitmaskArray(arrays.PackedArray):
     """Packs the concrete array `w` on the host. Raises `ValueError` if `w` is traced."""
     if misfit := arrays.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
-    return _bitmask_packed(w)
-
-  @classmethod
-  def fits(cls, pattern):
-    return isinstance(pattern, patterns.Unstructured)
+    kept = arrays.stored_entries(w)
+    return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(np.packbits(kept, bitorder='little')), tuple(w.shape))
 
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True):
@@ -56,11 +53,19 @@ class BitmaskArray(arrays.PackedArray):
     size = math.prod(shape)
     return (size - round(sparsity * size)) * np.dtype(dtype).itemsize + -(-size // 8)
 
+  @jax.jit
   def to_dense(self) -> Array:
-    return _bitmask_dense(self)
+    return neighbours.exactly(_spread, self.values, self.mask, math.prod(self.shape)).reshape(self.shape)
 
   def problem(self) -> str | None:
-    return _bitmask_problem(self)
+    size = math.prod(self.shape)
+    if self.mask.dtype != jnp.uint8 or self.mask.shape != (-(-size // 8),) or self.values.ndim != 1:
+      return (f'mask {self.mask.dtype}{list(self.mask.shape)} and values {list(self.values.shape)} do not '
+              f'belong to shape {self.shape}: that takes a mask uint8[{-(-size // 8)}] and one axis of values.')
+    bits = np.unpackbits(np.asarray(self.mask), bitorder='little')
+    if bits.sum() != len(self.values) or bits[size:].any():
+      return f'its mask has {bits.sum()} bits set, {bits[size:].sum()} past the end, for {len(self.values)} values.'
+    return None
 
 
 @jax.tree_util.register_dataclass
@@ -94,11 +99,9 @@ class RelativeIndexArray(arrays.PackedArray):
     """
     if misfit := arrays.host_misfit(w) or arrays.mask_misfit(w, mask):
       raise arrays.Misfit('RelativeIndexArray.from_dense', w.shape, misfit)
-    return _relative_packed(w, mask)
-
-  @classmethod
-  def fits(cls, pattern):
-    return isinstance(pattern, patterns.Unstructured)
+    kept = arrays.stored_entries(w, mask)
+    code = gaps.encoded(np.flatnonzero(kept))
+    return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(code), tuple(w.shape))
 
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True):
@@ -124,16 +127,13 @@ class RelativeIndexArray(arrays.PackedArray):
     return self.to_dense(base)
 
   def problem(self) -> str | None:
-    return _relative_problem(self)
+    if self.gaps.dtype != jnp.uint8 or self.gaps.ndim != 1 or self.values.ndim != 1:
+      return (f'gaps {self.gaps.dtype}{list(self.gaps.shape)} and values {list(self.values.shape)} do not belong '
+              'together: that takes one axis of each, and uint8 gaps.')
+    return gaps.misfit(np.asarray(self.gaps), len(self.values), math.prod(self.shape))
 
 
 # Bitmask.
-
-
-def _bitmask_packed(w: Array) -> BitmaskArray:
-  flat = np.asarray(w).reshape(-1)
-  kept = flat.view(f'u{flat.dtype.itemsize}') != 0
-  return BitmaskArray(jnp.asarray(flat[kept]), jnp.asarray(np.packbits(kept, bitorder='little')), tuple(w.shape))
 
 
 def _spread(values: Array, mask: Array, size: int) -> Array:
@@ -148,30 +148,7 @@ def _spread(values: Array, mask: Array, size: int) -> Array:
   return neighbours.expanded(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
 
 
-@jax.jit
-def _bitmask_dense(packed: BitmaskArray) -> Array:
-  return neighbours.exactly(_spread, packed.values, packed.mask, math.prod(packed.shape)).reshape(packed.shape)
-
-
-def _bitmask_problem(packed: BitmaskArray) -> str | None:
-  size = math.prod(packed.shape)
-  if packed.mask.dtype != jnp.uint8 or packed.mask.shape != (-(-size // 8),) or packed.values.ndim != 1:
-    return (f'mask {packed.mask.dtype}{list(packed.mask.shape)} and values {list(packed.values.shape)} do not '
-            f'belong to shape {packed.shape}: that takes a mask uint8[{-(-size // 8)}] and one axis of values.')
-  bits = np.unpackbits(np.asarray(packed.mask), bitorder='little')
-  if bits.sum() != len(packed.values) or bits[size:].any():
-    return f'its mask has {bits.sum()} bits set, {bits[size:].sum()} past the end, for {len(packed.values)} values.'
-  return None
-
-
 # Relative indices.
-
-
-def _relative_packed(w: Array, mask: Array | None) -> RelativeIndexArray:
-  flat = np.asarray(w).reshape(-1)
-  kept = flat.view(f'u{flat.dtype.itemsize}') != 0 if mask is None else np.asarray(mask).reshape(-1)
-  code = gaps.encoded(np.flatnonzero(kept))
-  return RelativeIndexArray(jnp.asarray(flat[kept]), jnp.asarray(code), tuple(w.shape))
 
 
 def _put(entries: tuple[Array, ...], code: Array, size: int) -> Array:
@@ -187,10 +164,3 @@ def _put(entries: tuple[Array, ...], code: Array, size: int) -> Array:
 def _relative_dense(packed: RelativeIndexArray, base: Array | None) -> Array:
   entries = (packed.values,) if base is None else (packed.values, base.reshape(-1))
   return neighbours.exactly(_put, entries, packed.gaps, math.prod(packed.shape)).reshape(packed.shape)
-
-
-def _relative_problem(packed: RelativeIndexArray) -> str | None:
-  if packed.gaps.dtype != jnp.uint8 or packed.gaps.ndim != 1 or packed.values.ndim != 1:
-    return (f'gaps {packed.gaps.dtype}{list(packed.gaps.shape)} and values {list(packed.values.shape)} do not belong '
-            'together: that takes one axis of each, and uint8 gaps.')
-  return gaps.misfit(np.asarray(packed.gaps), len(packed.values), math.prod(packed.shape))

@@ -12,14 +12,14 @@ A weight counts as zero if all its bits are those of `+0.0`. `-0.0`, NaN payload
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import neighbours
+from sparsejax import errors, neighbours
 from sparsejax.types import Array, Axes, Pattern
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
@@ -81,8 +81,11 @@ class PackedArray:
 
   @classmethod
   def fits(cls, pattern: Any) -> bool:
-    """Returns whether the format is made for `pattern`: `pack` takes the first format of `formats.TABLE` that fits."""
-    return False
+    """Returns whether the format is made for `pattern`: `pack` takes the first format of `formats.TABLE` that fits.
+
+    The default is for formats that are made for all patterns of the type of `default_pattern`, and for no others.
+    """
+    return cls.default_pattern is not None and isinstance(pattern, type(cls.default_pattern))
 
   @classmethod
   def from_pattern(cls, w: Array, pattern: Pattern, axes: Axes | None, check: bool = True) -> Self:
@@ -162,15 +165,25 @@ class MatrixArray(PackedArray):
     """The lengths of the axes that are not contracted; their product is N."""
     return tuple(n for a, n in enumerate(self.sizes) if a - len(self.sizes) not in self.axes)
 
+  @jax.jit
   def to_dense(self) -> Array:
-    return _dense(self)
+    sizes, lead, scattered = self.sizes, self.leading, self.scattered
+    for _ in range(lead):
+      scattered = jax.vmap(scattered)
+    dense = neighbours.exactly(scattered, self.values, self.coordinates())
+    dense = dense.reshape(*dense.shape[:lead], *(sizes[a] for a in self.axes), *self.output_sizes)
+    outputs = [a for a in range(-len(sizes), 0) if a not in self.axes]
+    order = np.argsort([a + len(sizes) for a in (*self.axes, *outputs)])
+    return jnp.transpose(dense, (*range(lead), *(lead + order)))
 
   def coordinates(self) -> Any:
-    """Returns where each of the `values` belongs in its matrix, in the form that `scattered` reads."""
+    """Returns where each of the `values` belongs in its matrix, in the form that `scattered` reads, with all layers."""
     raise NotImplementedError
 
   def scattered(self, values: Array, coordinates: Any) -> Array:
-    """Returns `[..., K, N]`: `values`, or their bits, at `coordinates`, and zeros elsewhere. Reads no array of `self`.
+    """Returns one matrix `[K, N]` with its `values`, or their bits, at its `coordinates`, and zeros elsewhere.
+
+    Reads no array of `self`. `to_dense` maps the function over the layers of a stack.
     """
     raise NotImplementedError
 
@@ -188,16 +201,6 @@ class MatrixArray(PackedArray):
     if lead < 0 or not axes or not set(axes) < set(range(lead, len(shape))) or len(set(axes)) < len(axes):
       raise ValueError(f'cannot be {cls.kind} along the axes {axes} of shape {shape}, of which {lead} are of a stack')
     return {'axes': tuple(a - len(shape) for a in axes), 'sizes': tuple(shape[lead:])}
-
-
-@jax.jit
-def _dense(packed: MatrixArray) -> Array:
-  sizes, lead = packed.sizes, packed.leading
-  dense = neighbours.exactly(packed.scattered, packed.values, packed.coordinates())
-  dense = dense.reshape(*dense.shape[:lead], *(sizes[a] for a in packed.axes), *packed.output_sizes)
-  outputs = [a for a in range(-len(sizes), 0) if a not in packed.axes]
-  order = np.argsort([a + len(sizes) for a in (*packed.axes, *outputs)])
-  return jnp.transpose(dense, (*range(lead), *(lead + order)))
 
 
 def nbytes(tree: Any) -> int:
@@ -247,6 +250,23 @@ def as_matrices(w: np.ndarray, axes: Axes) -> np.ndarray:
   return np.transpose(w, (*axes.layer, *axes.contracted, *sorted(axes.output))).reshape(matrix_sizes(w.shape, axes))
 
 
+def places(shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the fields `axes` and `sizes` of a `MatrixArray` of this dense `shape`."""
+  return from_end(axes.contracted, len(shape)), tuple(shape[len(axes.layer):])
+
+
+def stored_entries(w: Array, mask: Array | None = None) -> np.ndarray:
+  """Returns which entries of `w` are stored, as a bool array on the host: `mask`, or else where `w` is not zero."""
+  w = np.asarray(w)
+  return w.view(f'u{w.dtype.itemsize}') != 0 if mask is None else np.asarray(mask)
+
+
+def with_layers(parts: Iterable[Any], shape: tuple[int, ...], axes: Axes) -> list[Array]:
+  """Returns an array for each of `parts`, which hold one array for each layer, with the layers of the dense `shape`."""
+  lead = [shape[a] for a in axes.layer]
+  return [jnp.asarray(np.reshape(part, (*lead, *np.shape(part)[1:]))) for part in parts]
+
+
 # Refusals: each returns why an array cannot be packed, with the remedy, or `None`.
 
 TRACED = ('its values are not known here (traced, or a mere shape), so its zeros cannot be counted. Pack outside of '
@@ -283,6 +303,14 @@ def mask_misfit(w: Array, mask: Array | None) -> str | None:
   if mask is not None and not concrete(mask):
     return 'its mask has no values here (traced, or a mere shape). Pack outside of jit, vmap and grad.'
   return None
+
+
+def stack_misfit(stored: np.ndarray, units: str) -> str | None:
+  """Returns why the layers of a stack, of which the bool masks `stored` say what is stored, do not fit, or `None`."""
+  counts = {str(matrix.sum()) for matrix in stored}
+  return None if len(counts) <= 1 else (
+      f'the matrices of the stack have different numbers of {units}, {errors.some(sorted(counts))}; pack them one by '
+      'one, or prune all to the same.')
 
 
 def host_misfit(w: Array) -> str | None:

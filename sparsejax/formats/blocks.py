@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, patterns
+from sparsejax import patterns
 from sparsejax.formats import arrays
 from sparsejax.types import Array, Axes
 
@@ -65,13 +65,12 @@ class BlockSparseArray(arrays.MatrixArray):
     axes = arrays.matrix_axes('BlockSparseArray.from_dense', w, axes)
     if why := arrays.host_misfit(w) or arrays.matrix_misfit(axes) or _misfit(w, mask, block):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, why)
-    w, mask = np.asarray(w), None if mask is None else np.asarray(mask)
-    blocks = _split(w if mask is None else np.where(mask, w, np.zeros((), w.dtype)), axes, block)
-    kept = _any(blocks.view(f'u{w.dtype.itemsize}') != 0) if mask is None else _any(_split(mask, axes, block))
+    chosen = arrays.stored_entries(w, mask)
+    blocks = _split(np.where(chosen, w, np.zeros((), w.dtype)), axes, block)
+    kept = _split(chosen, axes, block).any((-2, -1))
     stored = np.stack([_in_every_row_and_column(matrix) for matrix in kept])
-    if len(counts := {str(matrix.sum()) for matrix in stored}) > 1:
-      raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, 'the matrices of the stack have different numbers of '
-                          f'blocks, {errors.some(sorted(counts))}; pack them one by one, or prune all to the same.')
+    if misfit := arrays.stack_misfit(stored, 'blocks'):
+      raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, misfit)
     return _packed(blocks, stored, kept, axes, w.shape)
 
   @classmethod
@@ -111,16 +110,11 @@ class BlockSparseArray(arrays.MatrixArray):
     return self.rows, self.cols
 
   def scattered(self, values, coordinates):
-    (kb, nb), (bk, bn) = self.grid, values.shape[-2:]
-
-    def matrix(values, coordinates):
-      zeros = jnp.zeros((kb, nb, bk, bn), values.dtype)
-      blocks = zeros.at[coordinates].set(values, mode='promise_in_bounds', unique_indices=True)
-      return blocks.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
-
-    for _ in values.shape[:-3]:
-      matrix = jax.vmap(matrix)
-    return matrix(values, coordinates)[..., :self.contracted_size, :math.prod(self.output_sizes)]
+    (kb, nb), (bk, bn) = self.grid, self.block
+    zeros = jnp.zeros((kb, nb, bk, bn), values.dtype)
+    blocks = zeros.at[coordinates].set(values, mode='promise_in_bounds', unique_indices=True)
+    matrix = blocks.transpose(0, 2, 1, 3).reshape(kb * bk, nb * bn)
+    return matrix[:self.contracted_size, :math.prod(self.output_sizes)]
 
   @classmethod
   def restored(cls, parts, shape, about):
@@ -133,7 +127,24 @@ class BlockSparseArray(arrays.MatrixArray):
     return dataclasses.replace(packed, fan_in=fans[0], fan_out=fans[1])
 
   def problem(self) -> str | None:
-    return _problem(self)
+    indices = [np.asarray(a) for a in (self.rows, self.cols, self.order)]
+    if any(a.shape != self.values.shape[:-2] or a.dtype != np.int32 for a in indices):
+      return (f'values {list(self.values.shape)} take rows, cols and order int32{list(self.values.shape[:-2])}, not '
+              f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in indices)}.')
+    if self.kept.shape != self.rows.shape or self.kept.dtype != bool or self.full != self.kept.all():
+      return f'its kept must be bool{list(self.rows.shape)}, and its full say whether all are.'
+    for rows, cols, order in zip(*(a.reshape(-1, a.shape[-1]) for a in indices)):
+      for name, index, n in zip(('rows', 'cols'), (rows, cols), self.grid):
+        if set(index.tolist()) != set(range(n)):
+          return f'its {name} must be all of 0 to {n - 1}, each at least once.'
+      if (np.diff(cols.astype(np.int64) * self.grid[0] + rows) <= 0).any():
+        return 'its blocks are not in the order of their columns and rows, each once.'
+      if not np.array_equal(order, np.lexsort((cols, rows))):
+        return 'its order is not that of the rows, then the columns, of its blocks.'
+    fans = [_fan(a, n) for a, n in zip((indices[1], indices[0]), reversed(self.grid))]
+    if fans != [self.fan_in, self.fan_out]:
+      return 'its fan_in and fan_out are not the numbers of blocks in its columns and rows.'
+    return _padding_problem(self, indices)
 
 
 def _misfit(w: Array, mask: Array | None, block: tuple[int, int]) -> str | None:
@@ -150,10 +161,6 @@ def _split(w: np.ndarray, axes: Axes, block: tuple[int, int]) -> np.ndarray:
   return padded.reshape(layers, k // block[0], block[0], n // block[1], block[1]).transpose(0, 1, 3, 2, 4)
 
 
-def _any(blocks: np.ndarray) -> np.ndarray:
-  return blocks.any((-2, -1))
-
-
 def _in_every_row_and_column(stored: np.ndarray) -> np.ndarray:
   """Returns `stored`, bool `[Kb, Nb]`, with at least one `True` in every row and column."""
   stored = stored.copy()
@@ -166,16 +173,13 @@ def _in_every_row_and_column(stored: np.ndarray) -> np.ndarray:
 
 def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, axes: Axes, shape: tuple[int, ...]
             ) -> BlockSparseArray:
-  lead = [shape[a] for a in axes.layer]
   coordinates = [np.nonzero(matrix.T)[::-1] for matrix in stored]  # by column, then by row
   rows, cols = (np.stack(index).astype(np.int32) for index in zip(*coordinates))
   order = np.stack([np.lexsort(index) for index in zip(cols, rows)]).astype(np.int32)
   values, kept = (np.stack([a[r, c] for a, r, c in zip(stack, rows, cols)]) for stack in (blocks, kept))
-  stacked = lambda a: jnp.asarray(a.reshape(*lead, *a.shape[1:]))
-  return BlockSparseArray(
-      stacked(values), stacked(rows), stacked(cols), stacked(order), stacked(kept), _fan(cols, stored.shape[2]),
-      _fan(rows, stored.shape[1]), bool(kept.all()), arrays.from_end(axes.contracted, len(shape)),
-      tuple(shape[len(lead):]))
+  parts = arrays.with_layers((values, rows, cols, order, kept), shape, axes)
+  fans = _fan(cols, stored.shape[2]), _fan(rows, stored.shape[1])
+  return BlockSparseArray(*parts, *fans, bool(kept.all()), *arrays.places(shape, axes))
 
 
 def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
@@ -184,31 +188,9 @@ def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
   return counts.pop() if len(counts) == 1 else None
 
 
-def _problem(packed: BlockSparseArray) -> str | None:
-  indices = [np.asarray(a) for a in (packed.rows, packed.cols, packed.order)]
-  if any(a.shape != packed.values.shape[:-2] or a.dtype != np.int32 for a in indices):
-    return (f'values {list(packed.values.shape)} take rows, cols and order int32{list(packed.values.shape[:-2])}, not '
-            f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in indices)}.')
-  if packed.kept.shape != packed.rows.shape or packed.kept.dtype != bool or packed.full != packed.kept.all():
-    return f'its kept must be bool{list(packed.rows.shape)}, and its full say whether all are.'
-  for rows, cols, order in zip(*(a.reshape(-1, a.shape[-1]) for a in indices)):
-    for name, index, n in zip(('rows', 'cols'), (rows, cols), packed.grid):
-      if set(index.tolist()) != set(range(n)):
-        return f'its {name} must be all of 0 to {n - 1}, each at least once.'
-    if (np.diff(cols.astype(np.int64) * packed.grid[0] + rows) <= 0).any():
-      return 'its blocks are not in the order of their columns and rows, each once.'
-    if not np.array_equal(order, np.lexsort((cols, rows))):
-      return 'its order is not that of the rows, then the columns, of its blocks.'
-  fans = [_fan(a, n) for a, n in zip((indices[1], indices[0]), reversed(packed.grid))]
-  if fans != [packed.fan_in, packed.fan_out]:
-    return 'its fan_in and fan_out are not the numbers of blocks in its columns and rows.'
-  return _padding_problem(packed, indices)
-
-
 def _padding_problem(packed: BlockSparseArray, indices: list[np.ndarray]) -> str | None:
   """Returns why the padding of the last blocks is wrong: a value in it is not zero; or `None`."""
-  values = np.asarray(packed.values)
-  bits = values.view(f'u{values.dtype.itemsize}') != 0
+  bits = arrays.stored_entries(packed.values)
   sizes = packed.contracted_size, math.prod(packed.output_sizes)
   for axis, index, length, size in zip((-2, -1), indices, packed.block, sizes):
     if size % length:

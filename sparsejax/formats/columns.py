@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, patterns
+from sparsejax import patterns
 from sparsejax.formats import arrays
 from sparsejax.types import Array, Axes
 
@@ -58,21 +58,12 @@ class CSCArray(arrays.MatrixArray):
     axes = arrays.matrix_axes('CSCArray.from_dense', w, axes)
     if why := arrays.host_misfit(w) or arrays.matrix_misfit(axes) or arrays.mask_misfit(w, mask):
       raise arrays.Misfit('CSCArray.from_dense', w.shape, why)
-    w = np.asarray(w)
-    stored = w.view(f'u{w.dtype.itemsize}') != 0 if mask is None else np.asarray(mask)
-    values, stored = (arrays.as_matrices(a, axes) for a in (w, stored))
-    if len(counts := {str(matrix.sum()) for matrix in stored}) > 1:
-      raise arrays.Misfit('CSCArray.from_dense', w.shape, 'the matrices of the stack have different numbers of '
-                          f'nonzeros, {errors.some(sorted(counts))}; pack them one by one, or prune all to the same.')
+    values, stored = (arrays.as_matrices(a, axes) for a in (np.asarray(w), arrays.stored_entries(w, mask)))
+    if misfit := arrays.stack_misfit(stored, 'nonzeros'):
+      raise arrays.Misfit('CSCArray.from_dense', w.shape, misfit)
     indices = [_indices(*np.nonzero(matrix.T)[::-1], matrix.shape) for matrix in stored]
-    lead = [w.shape[a] for a in axes.layer]
-    stacked = lambda parts: jnp.asarray(np.stack(parts).reshape(*lead, len(parts[0])))
-    parts = [stacked(part) for part in ([v.T[s.T] for v, s in zip(values, stored)], *zip(*indices))]
-    return cls(*parts, arrays.from_end(axes.contracted, w.ndim), tuple(w.shape[len(lead):]))
-
-  @classmethod
-  def fits(cls, pattern):
-    return isinstance(pattern, patterns.Unstructured)
+    parts = ([v.T[s.T] for v, s in zip(values, stored)], *zip(*indices))
+    return cls(*arrays.with_layers(parts, w.shape, axes), *arrays.places(w.shape, axes))
 
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True):
@@ -92,16 +83,30 @@ class CSCArray(arrays.MatrixArray):
     return self.rows, self.cols
 
   def scattered(self, values, coordinates):
-    def matrix(values, coordinates):
-      zeros = jnp.zeros((self.contracted_size, math.prod(self.output_sizes)), values.dtype)
-      return zeros.at[coordinates].set(values, mode='promise_in_bounds')
-
-    for _ in values.shape[:-1]:
-      matrix = jax.vmap(matrix)
-    return matrix(values, coordinates)
+    zeros = jnp.zeros((self.contracted_size, math.prod(self.output_sizes)), values.dtype)
+    return zeros.at[coordinates].set(values, mode='promise_in_bounds')
 
   def problem(self) -> str | None:
-    return _problem(self)
+    lead, count = self.values.shape[:-1], self.values.shape[-1]
+    k, n = self.contracted_size, math.prod(self.output_sizes)
+    lengths = {'rows': count, 'cols': count, 'order': count, 'starts': n + 1, 'row_starts': k + 1}
+    indices = {name: np.asarray(getattr(self, name)) for name in lengths}
+    for name, length in lengths.items():
+      if indices[name].shape != (*lead, length) or indices[name].dtype != np.int32:
+        return (f'its {name} {indices[name].dtype}{list(indices[name].shape)} must be int32{[*lead, length]} for '
+                f'values {list(self.values.shape)}.')
+    for given in zip(*(a.reshape(math.prod(lead), a.shape[-1]) for a in indices.values())):
+      rows, cols = given[:2]
+      for name, index, length in (('rows', rows, k), ('cols', cols, n)):
+        if count and (index.min() < 0 or index.max() >= length):
+          return f'its {name} are not all from 0 to {length - 1}.'
+      if (np.diff(cols.astype(np.int64) * k + rows) <= 0).any():
+        return 'its values are not in the order of their columns and rows, each once.'
+      expected = _indices(rows, cols, (k, n))
+      wrong = [name for name, a, b in zip(lengths, given, expected) if not np.array_equal(a, b)]
+      if wrong:
+        return f'its {" and ".join(wrong)} do not list what is in its rows and cols.'
+    return None
 
 
 def _indices(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> list[np.ndarray]:
@@ -109,26 +114,3 @@ def _indices(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> list
   starts = lambda index, n: np.append(0, np.cumsum(np.bincount(index, minlength=n)))
   indices = (rows, cols, np.lexsort((cols, rows)), starts(cols, shape[1]), starts(rows, shape[0]))
   return [index.astype(np.int32) for index in indices]
-
-
-def _problem(packed: CSCArray) -> str | None:
-  lead, count = packed.values.shape[:-1], packed.values.shape[-1]
-  k, n = packed.contracted_size, math.prod(packed.output_sizes)
-  lengths = {'rows': count, 'cols': count, 'order': count, 'starts': n + 1, 'row_starts': k + 1}
-  indices = {name: np.asarray(getattr(packed, name)) for name in lengths}
-  for name, length in lengths.items():
-    if indices[name].shape != (*lead, length) or indices[name].dtype != np.int32:
-      return (f'its {name} {indices[name].dtype}{list(indices[name].shape)} must be int32{[*lead, length]} for values '
-              f'{list(packed.values.shape)}.')
-  for given in zip(*(a.reshape(math.prod(lead), a.shape[-1]) for a in indices.values())):
-    rows, cols = given[:2]
-    for name, index, length in (('rows', rows, k), ('cols', cols, n)):
-      if count and (index.min() < 0 or index.max() >= length):
-        return f'its {name} are not all from 0 to {length - 1}.'
-    if (np.diff(cols.astype(np.int64) * k + rows) <= 0).any():
-      return 'its values are not in the order of their columns and rows, each once.'
-    expected = _indices(rows, cols, (k, n))
-    wrong = [name for name, a, b in zip(lengths, given, expected) if not np.array_equal(a, b)]
-    if wrong:
-      return f'its {" and ".join(wrong)} do not list what is in its rows and cols.'
-  return None

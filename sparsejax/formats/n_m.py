@@ -72,9 +72,7 @@ class NMArray(arrays.PackedArray):
     why = _misfit(w, n, m, axes, check, width, outputs)
     if why:
       raise arrays.Misfit('NMArray.from_dense', w.shape, why)
-    if width > 1:
-      return _packed_vectors(w, int(n), int(m), axes, int(width), outputs)
-    return _packed(w, int(n), int(m), axes)
+    return _packed(w, int(n), int(m), axes, int(width), outputs)
 
   @classmethod
   def fits(cls, pattern):
@@ -129,8 +127,9 @@ class NMArray(arrays.PackedArray):
     """
     return neighbours.decoded(self.indices, self.values.shape[self.axis], self.m, self.indices.ndim - 2)
 
+  @jax.jit
   def to_dense(self) -> Array:
-    return _dense(self)
+    return neighbours.unmerged(to_merged(self), tuple(a + self.ndim for a in self.axes), self.sizes)
 
   def described(self) -> dict[str, Any]:
     vectors = {'width': self.width, 'outputs': [a + self.ndim for a in self.outputs]} if self.width > 1 else {}
@@ -139,19 +138,33 @@ class NMArray(arrays.PackedArray):
   @classmethod
   def restored(cls, parts, shape, about):
     n, m, axes = about['n'], about['m'], about['axes']
-    valid = axes and set(axes) <= set(range(len(shape))) and len(set(axes)) == len(axes)
-    if not valid or not 1 <= n <= m <= 1024:
-      raise ValueError(f'cannot be {n}:{m} along the axes {axes} of shape {shape}')
     width, outputs = about.get('width', 1), about.get('outputs', [])  # Files without vectors have neither.
     along = [*axes, *outputs]
-    if not set(along) <= set(range(len(shape))) or len(set(along)) < len(along) or width < 1 or (
-        bool(outputs) != (width > 1)):
-      raise ValueError(f'cannot have vectors of {width} along the axes {outputs} of shape {shape}')
+    distinct = axes and set(along) <= set(range(len(shape))) and len(set(along)) == len(along)
+    if not distinct or not 1 <= n <= m <= 1024 or width < 1 or bool(outputs) != (width > 1):
+      raise ValueError(f'cannot be {n}:{m} along the axes {axes}, in vectors of {width} along the axes {outputs} of '
+                       f'shape {shape}')
     return cls(**parts, n=n, m=m, axes=arrays.from_end(axes, len(shape)), sizes=tuple(shape[a] for a in axes),
                width=width, outputs=arrays.from_end(outputs, len(shape)))
 
   def problem(self) -> str | None:
-    return _problem(self)
+    values, indices, k = self.values, self.indices, math.prod(self.sizes)
+    if self.leading < 0:
+      return f'values {list(values.shape)} do not have the axes {(*self.axes, *self.outputs)} of its dense shape.'
+    entries, (front, contraction, outputs) = list(values.shape), self.value_axes()
+    entries[contraction] = k * self.n // self.m
+    n_outputs = math.prod(values.shape[a] for a in outputs)
+    expected, axis = (entries, contraction) if self.width == 1 else (
+        [*(values.shape[a] for a in front), entries[contraction], n_outputs // self.width], len(front))
+    expected = [-(-n // 8) * neighbours.width(self.m) if a == axis else n for a, n in enumerate(expected)]
+    divided = k % self.m == 0 and n_outputs % self.width == 0
+    if not divided or list(values.shape) != entries or list(indices.shape) != expected or indices.dtype != jnp.uint8:
+      return (f'values {list(values.shape)} and indices {indices.dtype}{list(indices.shape)} do not make groups of '
+              f'{patterns.NM(self.n, self.m, self.width)} along a length of {k}: that takes values {entries} and '
+              f'indices uint8{expected}.')
+    if not _ordered(indices, entries[contraction], self.n, self.m, axis):
+      return f'its indices are not strictly increasing positions below {self.m} in every group, followed by zero bits.'
+    return None
 
 
 def _outputs(w: Array, axes: Axes | int | tuple[int, ...], width: int) -> tuple[int, ...]:
@@ -176,7 +189,7 @@ def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, output
   """Returns which groups have more than `n` nonzeros, or that nobody can know; `None` if no group has."""
   if not arrays.concrete(w):
     return arrays.TRACED
-  counts = _nonzeros(w, m, axes, width, outputs)
+  counts = np.asarray(_nonzeros(w, m, axes, width, outputs))
   bad = np.argwhere(counts > n)
   if not len(bad):
     return None
@@ -193,47 +206,35 @@ def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, output
           'choose another pattern, axis or `where`. sparsejax.check names every such parameter.')
 
 
-def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> np.ndarray:
-  """Returns the number of nonzeros of each group or, with a `width`, of vectors that are not zero."""
-  return np.asarray(_counts(w, m, axes) if width == 1 else _vector_counts(w, m, axes, width, outputs))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> Array:
+  """Returns the number of nonzeros of each group: `[..., K / m, ...]`.
 
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _counts(w: Array, m: int, axes: tuple[int, ...]) -> Array:
-  """Returns the number of nonzeros of each group: `[..., K / m, ...]`."""
+  With a `width` these are the vectors of each group that are not zero: `[..., K / m, N / width]`.
+  """
+  if width > 1:
+    vectors = neighbours.tiled(neighbours.bits(w) != 0, axes, outputs, (m, width))[0]
+    return jnp.sum(jnp.any(vectors, -1), -2, dtype=jnp.int16)
   nonzero = neighbours.split(neighbours.bits(neighbours.merged(w, axes, m)) != 0, m, min(axes))
   return jnp.sum(nonzero, axis=min(axes) + 1, dtype=jnp.int16)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _vector_counts(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> Array:
-  """Returns the number of vectors of each group that are not zero: `[..., K / m, N / width]`."""
-  vectors = neighbours.tiled(neighbours.bits(w) != 0, axes, outputs, (m, width))[0]
-  return jnp.sum(jnp.any(vectors, -1), -2, dtype=jnp.int16)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _packed(w: Array, n: int, m: int, axes: tuple[int, ...]) -> NMArray:
-  axis = min(axes) + 1
-  octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
-  grouped = neighbours.split(neighbours.merged(w, axes, octets), m, axis - 1)
-  positions = neighbours.first_nonzeros(neighbours.bits(grouped) != 0, n, axis)
-  values = neighbours.joined(neighbours.exactly(neighbours.take, grouped, positions, axis), axis)
-  indices = neighbours.encoded(neighbours.joined(positions, axis), m, axis - 1)
-  return NMArray(values, indices, n, m, arrays.from_end(axes, w.ndim), tuple(w.shape[a] for a in axes))
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _packed_vectors(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> NMArray:
-  octets = m * (8 // math.gcd(n, 8))
-  undivided = neighbours.undivided(w, axes, octets)
-  vectors = neighbours.tiled(undivided, axes, outputs, (m, width))[0]  # [..., K/m, m, N/V, V]
-  axis = vectors.ndim - 3
-  positions = neighbours.first_nonzeros(jnp.any(neighbours.bits(vectors) != 0, -1), n, axis)
-  taken = neighbours.exactly(neighbours.take, vectors, positions[..., None], axis)
+def _packed(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> NMArray:
+  octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
+  if width == 1:
+    axis, grouped = min(axes) + 1, neighbours.split(neighbours.merged(w, axes, octets), m, min(axes))
+    positions = neighbours.first_nonzeros(neighbours.bits(grouped) != 0, n, axis)
+    values = neighbours.joined(neighbours.exactly(neighbours.take, grouped, positions, axis), axis)
+  else:
+    undivided = neighbours.undivided(w, axes, octets)
+    vectors = neighbours.tiled(undivided, axes, outputs, (m, width))[0]  # [..., K/m, m, N/V, V]
+    axis = vectors.ndim - 3
+    positions = neighbours.first_nonzeros(jnp.any(neighbours.bits(vectors) != 0, -1), n, axis)
+    taken = neighbours.exactly(neighbours.take, vectors, positions[..., None], axis)
+    rows = neighbours.joined(neighbours.joined(taken, vectors.ndim - 1), axis)
+    values = _in_place(rows, _value_axes(w.ndim, axes, outputs), [w.shape[a] for a in outputs])
   indices = neighbours.encoded(neighbours.joined(positions, axis), m, axis - 1)
-  rows = neighbours.joined(neighbours.joined(taken, vectors.ndim - 1), axis)
-  values = _in_place(rows, _value_axes(w.ndim, axes, outputs), [w.shape[a] for a in outputs])
   return NMArray(values, indices, n, m, arrays.from_end(axes, w.ndim), tuple(w.shape[a] for a in axes), width,
                  arrays.from_end(outputs, w.ndim))
 
@@ -260,31 +261,6 @@ def to_merged(packed: NMArray) -> Array:
   axis = packed.values.ndim + packed.axis + 1
   values, positions = (neighbours.split(a, packed.n, axis - 1) for a in (packed.values, packed.positions()))
   return neighbours.joined(neighbours.exactly(neighbours.placed, values, positions, packed.m, axis), axis)
-
-
-@jax.jit
-def _dense(packed: NMArray) -> Array:
-  return neighbours.unmerged(to_merged(packed), tuple(a + packed.ndim for a in packed.axes), packed.sizes)
-
-
-def _problem(packed: NMArray) -> str | None:
-  values, indices, k = packed.values, packed.indices, math.prod(packed.sizes)
-  if packed.leading < 0:
-    return f'values {list(values.shape)} do not have the axes {(*packed.axes, *packed.outputs)} of its dense shape.'
-  entries, (front, contraction, outputs) = list(values.shape), packed.value_axes()
-  entries[contraction] = k * packed.n // packed.m
-  n_outputs = math.prod(values.shape[a] for a in outputs)
-  expected, axis = (entries, contraction) if packed.width == 1 else (
-      [*(values.shape[a] for a in front), entries[contraction], n_outputs // packed.width], len(front))
-  expected = [-(-n // 8) * neighbours.width(packed.m) if a == axis else n for a, n in enumerate(expected)]
-  divided = k % packed.m == 0 and n_outputs % packed.width == 0
-  if not divided or list(values.shape) != entries or list(indices.shape) != expected or indices.dtype != jnp.uint8:
-    return (f'values {list(values.shape)} and indices {indices.dtype}{list(indices.shape)} do not make groups of '
-            f'{patterns.NM(packed.n, packed.m, packed.width)} along a length of {k}: that takes values {entries} and '
-            f'indices uint8{expected}.')
-  if not _ordered(indices, entries[contraction], packed.n, packed.m, axis):
-    return f'its indices are not strictly increasing positions below {packed.m} in every group, followed by zero bits.'
-  return None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

@@ -64,7 +64,7 @@ class Sparse24Array(arrays.MatrixArray):
     if why:
       raise arrays.Misfit('Sparse24Array.from_dense', w.shape, why)
     values, metadata = _packed(w, axes)
-    return cls(values, metadata, arrays.from_end(axes.contracted, w.ndim), tuple(w.shape[len(axes.layer):]))
+    return cls(values, metadata, *arrays.places(w.shape, axes))
 
   @classmethod
   def fits(cls, pattern):
@@ -87,7 +87,21 @@ class Sparse24Array(arrays.MatrixArray):
     return jnp.swapaxes(dense[..., :math.prod(self.output_sizes), :self.contracted_size], -1, -2)
 
   def problem(self) -> str | None:
-    return _problem(self)
+    n, k = math.prod(self.output_sizes), self.contracted_size
+    rows, depths = -(-n // ROWS), -(-k // DEPTH)
+    lead = self.values.shape[:-2]
+    entries, registers = (*lead, rows * ROWS, depths * DEPTH // 2), (*lead, rows, depths, 128, 2)
+    if self.values.shape != entries or self.metadata.shape != registers or self.metadata.dtype != jnp.int32:
+      return (f'values {list(self.values.shape)} and metadata {self.metadata.dtype}{list(self.metadata.shape)} '
+              f'are not those of {k} x {n}: that takes values {list(entries)} and metadata int32{list(registers)}.')
+    positions = np.asarray(_decoded(jnp.asarray(self.metadata))).reshape(*entries[:-1], -1, 2)
+    if (positions[..., 0] >= positions[..., 1]).any():
+      return 'its metadata are not two increasing places in every four.'
+    depth = 4 * np.arange(positions.shape[-2])[:, None] + positions
+    nonzero = arrays.stored_entries(self.values).reshape(positions.shape)
+    if nonzero[..., n:, :, :].any() or nonzero[depth >= k].any():
+      return 'what fills up K and N is not zero.'
+    return None
 
 
 def _padded(w: Array, axes: Axes) -> Array:
@@ -168,22 +182,3 @@ def dense_transposed(values: Array, positions: Array) -> Array:
   axis = values.ndim
   pairs = (neighbours.split(a, 2, axis - 1) for a in (values, positions))
   return neighbours.joined(neighbours.placed(*pairs, 4, axis), axis)
-
-
-def _problem(packed: Sparse24Array) -> str | None:
-  n, k = math.prod(packed.output_sizes), packed.contracted_size
-  rows, depths = -(-n // ROWS), -(-k // DEPTH)
-  lead = packed.values.shape[:-2]
-  entries, registers = (*lead, rows * ROWS, depths * DEPTH // 2), (*lead, rows, depths, 128, 2)
-  if packed.values.shape != entries or packed.metadata.shape != registers or packed.metadata.dtype != jnp.int32:
-    return (f'values {list(packed.values.shape)} and metadata {packed.metadata.dtype}{list(packed.metadata.shape)} '
-            f'are not those of {k} x {n}: that takes values {list(entries)} and metadata int32{list(registers)}.')
-  positions = np.asarray(_decoded(jnp.asarray(packed.metadata))).reshape(*entries[:-1], -1, 2)
-  if (positions[..., 0] >= positions[..., 1]).any():
-    return 'its metadata are not two increasing places in every four.'
-  depth = 4 * np.arange(positions.shape[-2])[:, None] + positions
-  values = np.asarray(packed.values)
-  nonzero = values.view(f'u{values.dtype.itemsize}').reshape(positions.shape) != 0
-  if nonzero[..., n:, :, :].any() or nonzero[depth >= k].any():
-    return 'what fills up K and N is not zero.'
-  return None

@@ -138,8 +138,7 @@ def _entry(path: str, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     kind, parts = {'kind': 'dense'}, {path: leaf}
   for part in parts.values():
     _refuse(path, part)
-  problem = leaf.problem() if formats.is_packed(leaf) else None
-  if problem:
+  if formats.is_packed(leaf) and (problem := leaf.problem()):
     raise errors.at_leaf('io.save', path, leaf.shape, problem)
   return {**kind, 'shape': list(leaf.shape), 'dtype': np.dtype(leaf.dtype).name}, parts
 

@@ -8,6 +8,7 @@ compiler does not print. A collective in a branch is marked, because the text do
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -84,20 +85,18 @@ def collectives(text: str) -> tuple[Collective, ...]:
   computations, entry = _read(text)
   header = text[:text.index('\n') + 1]
   devices = math.prod(int(n) for n in re.findall(r'(?:num_partitions|replica_count)=(\d+)', header))
-  busy: dict[str, bool] = {}
 
+  @functools.cache
   def has_any(name: str) -> bool:
     if name not in computations:
       raise ValueError(f'hlo.collectives: the text calls {name!r}, which is not in it; pass all of compiled.as_text().')
-    if name not in busy:
-      busy[name] = False
-      busy[name] = any(_kind(i) or any(map(has_any, _called(i))) for i in computations[name].values())
-    return busy[name]
+    return any(_kind(instruction) or any(has_any(callee) for callee, _, _ in _runs(instruction))
+               for instruction in computations[name].values())
 
   def walk(name: str, times: int | None, branch: bool) -> Iterator[Collective]:
     for instruction in computations[name].values():
-      if kind := _kind(instruction):
-        yield _collective(kind, instruction, name, computations, devices, times, branch)
+      if _kind(instruction):
+        yield _collective(instruction, name, computations, devices, times, branch)
       for callee, runs, in_branch in _runs(instruction):
         if has_any(callee):
           known = None if times is None or runs is None else times * runs
@@ -119,12 +118,13 @@ def type_bytes(type_: str) -> int:
 
 
 def group_size(groups: str, devices: int) -> int:
-  """Returns the number of devices in a replica group; `groups` is the HLO text of all groups.
+  """Returns the number of devices in a replica group; `groups` begins with the HLO text of all groups.
 
-  The forms are `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=2,'b'=4] {'b'}`, and `{}` for one group of all `devices`.
-  Raises `ValueError` for other forms, and for groups of different sizes.
+  The forms are `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=2,'b'=4] {'b'}`, and `{}` for one group of all `devices`. No
+  text means the same as `{}`. Raises `ValueError` for other forms, and for groups of different sizes.
   """
-  if groups in ('', '{}', '{{}}'):
+  listed = re.match(r'\{(?:\{[\d,]*\},?)*\}', groups)
+  if not groups or listed and listed[0] in ('{}', '{{}}'):
     return devices
   if iota := re.match(r'\[\d+,(\d+)\]<=', groups):
     return int(iota[1])
@@ -133,8 +133,7 @@ def group_size(groups: str, devices: int) -> int:
     axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])  # 'b':(1)2 is a part of an axis, of length 2
     if all(part or axis in sizes for axis, part in axes):
       return math.prod(int(part or sizes[axis]) for axis, part in axes)
-  listed = re.findall(r'\{([\d,]+)\}', groups) if re.fullmatch(r'\{[\d,{}]*\}', groups) else []
-  sizes = {group.count(',') + 1 for group in listed}
+  sizes = {group.count(',') + 1 for group in re.findall(r'\{([\d,]+)\}', listed[0] if listed else '')}
   if len(sizes) != 1:
     raise ValueError(f'hlo.collectives: cannot read the replica groups {groups[:80]!r}: known are {{{{0,1}},{{2,3}}}}, '
                      "[2,2]<=[4] and mesh['a'=2,'b'=2] {'a'}, all groups of one size.")
@@ -181,10 +180,6 @@ def _kind(instruction: _Instruction) -> str | None:
   return kind if kind in SENT else None
 
 
-def _called(instruction: _Instruction) -> list[str]:
-  return [callee for callee, _, _ in _runs(instruction)]
-
-
 def _runs(instruction: _Instruction) -> Iterator[tuple[str, int | None, bool]]:
   """Yields each computation that an instruction runs, its number of runs, and whether a conditional may skip it."""
   if instruction.opcode in ('async-update', 'async-done'):  # both name the computation of async-start again
@@ -201,17 +196,14 @@ def _runs(instruction: _Instruction) -> Iterator[tuple[str, int | None, bool]]:
         yield callee, 1, instruction.opcode == 'conditional'
 
 
-def _collective(kind, instruction, inside, computations, devices, times, branch) -> Collective:
+def _collective(instruction: _Instruction, inside: str, computations: dict[str, _Computation], devices: int,
+                times: int | None, branch: bool) -> Collective:
   within = computations[inside]
   operands = tuple(_plain(within[name].type) for name in instruction.operands)
   values = tuple(_narrowest(name, inside, computations) for name in instruction.operands)
-  groups = re.search(r"replica_groups=(mesh\[.*?\].*?\{[^}]*\}|\[[\d,]+\]<=|\{(?:\{[\d,]*\},?)*\})",
-                     instruction.attributes)
-  if not groups and 'replica_groups=' in instruction.attributes:
-    group_size(instruction.attributes.partition('replica_groups=')[2], devices)
+  group = group_size(instruction.attributes.partition('replica_groups=')[2], devices)
   name = re.search(r'op_name="([^"]*)"', instruction.attributes)
-  return Collective(kind, operands, values, group_size(groups[1] if groups else '', devices), times, branch,
-                    name[1] if name else '')
+  return Collective(_kind(instruction), operands, values, group, times, branch, name[1] if name else '')
 
 
 def _plain(type_: str) -> str:
@@ -232,7 +224,7 @@ def _narrowest(name: str, inside: str, computations: dict[str, _Computation]) ->
       name = instruction.operands[0]
     elif instruction.opcode == 'fusion' and not instruction.type.startswith('('):
       outer.append((inside, instruction))
-      inside = next(iter(_called(instruction)))
+      inside, _, _ = next(_runs(instruction))
       name = next(reversed(computations[inside]))
     elif instruction.opcode == 'parameter' and outer:
       inside, fusion = outer.pop()

@@ -50,10 +50,6 @@ class DiagonalArray(formats.PackedArray):
   shape: tuple[int, ...] = dataclasses.field(metadata={'static': True})
 
   @classmethod
-  def fits(cls, pattern):
-    return isinstance(pattern, Diagonal)
-
-  @classmethod
   def from_pattern(cls, w, pattern, axes, check=True):
     if check and (problem := pattern.violation(w, axes)):
       raise formats.Misfit('DiagonalArray', w.shape, problem)
