@@ -79,10 +79,8 @@ def _number(sparsity: float | None) -> str:
   return '-' if sparsity is None else f'{sparsity:.4f}'
 
 
-def report(
-    params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
-    where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None,
-) -> Report:
+def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
+           where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None) -> Report:
   """Reports asked and achieved sparsity of each sparse parameter, its pattern checked along the contraction axis.
 
   With an optimizer state, the recipe in the state says what was asked. Without a state, `pattern` (or one pattern per
@@ -110,10 +108,8 @@ def _row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) ->
   return LeafReport(path, w.shape, pattern, axes, pattern.sparsity, _sparsity(w), pattern.violation(w, axes))
 
 
-def check(
-    params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
-    where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None,
-) -> Report:
+def check(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
+          where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None) -> Report:
   """Returns the `report`. Raises `ValueError` that names every parameter that does not keep what was asked of it."""
   made = report(params, opt_state, pattern=pattern, where=where, axes=axes)
   if made.violations:
@@ -138,9 +134,8 @@ def _of_state(params: PyTree, opt_state: Any) -> Report:
   return Report(tuple(rows), tuple(dict.fromkeys(notes)), _overall(rows, asked))
 
 
-def _rows_of_state(
-    state: states.SparseState, held: Mapping[str, Array], points: Mapping[str, Array], around: str, extra: int,
-) -> list[LeafReport]:
+def _rows_of_state(state: states.SparseState, held: Mapping[str, Array], points: Mapping[str, Array], around: str,
+                   extra: int) -> list[LeafReport]:
   """Returns the rows of one state. `held` are the user's parameters, `points` the sparse point of the state."""
   rows, masks, frozen = [], states.by_path(state.masks), _frozen(state)
   together = '' if frozen else _together(state, held, points)

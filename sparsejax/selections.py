@@ -34,15 +34,9 @@ class Selection(NamedTuple):
   threshold: float | None = None
 
 
-def leafwise(
-    pattern: Pattern | Mapping[str, Pattern],
-    *,
-    score: Score = scores.magnitude,
-    update: Update = updates.reselect,
-    sparsity: float | None = None,
-    ramp: Schedule | None = None,
-    allocation: Allocation | allocations.Ranked = allocations.uniform,
-) -> Selection:
+def leafwise(pattern: Pattern | Mapping[str, Pattern], *, score: Score = scores.magnitude,
+             update: Update = updates.reselect, sparsity: float | None = None, ramp: Schedule | None = None,
+             allocation: Allocation | allocations.Ranked = allocations.uniform) -> Selection:
   """Returns the selection that prunes each leaf by `pattern`, or by one pattern per glob, over `score`.
 
   `sparsity` (default: the pattern's own) is shared out by `allocation`. If `sparsity` is `None`, N:M patterns, and
@@ -126,9 +120,8 @@ def at(pattern: Pattern, step: Any) -> Pattern:
   return pattern.at(step) if hasattr(pattern, 'at') else pattern
 
 
-def select_leaf(
-    update: Update, leaf: SparseLeaf, pattern: Pattern, count: Any, mask: Array, values: Array, w: Array,
-    signals: Signals) -> Array:
+def select_leaf(update: Update, leaf: SparseLeaf, pattern: Pattern, count: Any, mask: Array, values: Array, w: Array,
+                signals: Signals) -> Array:
   """Returns the new mask of one leaf: `update` over the scores `values`, with `pattern` told `count`."""
   return update(mask, values, counts.Selector(pattern, count, leaf.axes), w, signals)
 
@@ -151,9 +144,8 @@ def check_comparable(leaves: Leaves) -> None:
                          'allocation=allocation.uniform or erk.')
 
 
-def competed(
-    allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern], ranks: list[Array], progress: Any,
-) -> list[ranking.Count]:
+def competed(allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern], ranks: list[Array],
+             progress: Any) -> list[ranking.Count]:
   """Returns how many units each layer of each leaf keeps when all leaves are ranked together by `ranks`."""
   pools = [pattern.pooled(x, leaf.axes) for pattern, x, leaf in zip(now, ranks, leaves)]
   values = [_normalised(allocation.normalise, pool) if allocation.normalise else pool.scores for pool in pools]
@@ -215,9 +207,8 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
   return Selection(plan, select)
 
 
-def redistributed(
-    pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity: float | None = None,
-    allocation: Allocation = allocations.uniform) -> Selection:
+def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity: float | None = None,
+                  allocation: Allocation = allocations.uniform) -> Selection:
   """Returns the selection that drops by magnitude in each layer and grows as many weights by `grow` in all layers.
 
   The rule is that of sparse momentum (Dettmers and Zettlemoyer 2019, section 3.2). A layer's share of the grown weights

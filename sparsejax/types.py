@@ -15,9 +15,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import optax
 
 Array = jax.Array
 PyTree = Any
+Inner = optax.GradientTransformation  # the user's own optimizer
+Optimizer = optax.GradientTransformationExtraArgs  # a recipe around the user's optimizer
 Step = Any  # an int or an `int32[]`, traced or not
 
 ALWAYS = 'always'  # a schedule with this fact is `True` at every step

@@ -31,19 +31,9 @@ from sparsejax.recipes.gradual import (
   movement_pruning,
   soft_movement_pruning,
 )
-from sparsejax.recipes.n_m import (
-  asp,
-  bdwp,
-  dense,
-  mdgf,
-  sdgf_geometric,
-  sdgf_stepwise,
-  sr_ste,
-  st3,
-  ste,
-)
+from sparsejax.recipes.n_m import asp, bdwp, dense, mdgf, sdgf_geometric, sdgf_stepwise, sr_ste, st3, ste
 from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot
-from sparsejax.types import moved
+from sparsejax.types import Inner, Optimizer, moved
 
 TABLE = {f.__name__: f for f in (
     dense,
@@ -80,10 +70,8 @@ def arguments(recipe: Callable[..., Any]) -> list[str]:
                  if p.kind is not p.VAR_KEYWORD and p.name != 'inner'})
 
 
-def from_config(
-    inner: optax.GradientTransformation, config: Mapping[str, Any], *, total_steps: int,
-    axes: Mapping[str, Any] | None = None, signals: Mapping[str, Any] = MappingProxyType({}),
-) -> optax.GradientTransformationExtraArgs:
+def from_config(inner: Inner, config: Mapping[str, Any], *, total_steps: int, axes: Mapping[str, Any] | None = None,
+                signals: Mapping[str, Any] = MappingProxyType({})) -> Optimizer:
   """Returns the recipe that plain data describe: `{'name': 'mdgf', 'pattern': '1:8', 'where': ['mlp/*/kernel'], ...}`.
 
   `signals`: values that a configuration cannot hold (`loss`, `outputs`, `ticket`, `key`). The recipe gets those that it

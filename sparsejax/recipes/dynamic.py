@@ -13,28 +13,22 @@ parameters. Each recipe also takes the options of `transforms.sparsify`.
 from collections.abc import Mapping
 from typing import Any
 
-import optax
-
 from sparsejax import allocation as allocations
 from sparsejax import flows, patterns, schedules, scores, selections, transforms, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import random_pruning
-from sparsejax.types import Allocation, Pattern, Schedule, Update
-
-Optimizer = optax.GradientTransformationExtraArgs
+from sparsejax.types import Allocation, Inner, Optimizer, Pattern, Schedule, Update
 
 
-def static_sparse(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    allocation: Allocation = allocations.erk, **options: Any) -> Optimizer:
+def static_sparse(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+                  allocation: Allocation = allocations.erk, **options: Any) -> Optimizer:
   """Trains under a fixed random mask: `random_pruning`, the baseline of this file (Mocanu et al. 2018; Evci 2020)."""
   return random_pruning(inner, sparsity, pattern, allocation=allocation, **options)
 
 
-def set_(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
-    allocation: Allocation = allocations.erdos_renyi, total_steps: int | None = None, **options: Any) -> Optimizer:
+def set_(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+         fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
+         allocation: Allocation = allocations.erdos_renyi, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Drops by magnitude and grows at random: SET (Mocanu et al. 2018, 1707.04780, algorithm 1).
 
   `fraction`: a schedule, or the start of a cosine that is 0 at `end` (default: three quarters of `total_steps`). The
@@ -46,10 +40,9 @@ def set_(
   return _moving('set_', inner, update, sparsity, pattern, allocation, every, last, total_steps=total_steps, **options)
 
 
-def rigl(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
-    allocation: Allocation = allocations.erk, total_steps: int | None = None, **options: Any) -> Optimizer:
+def rigl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+         fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
+         allocation: Allocation = allocations.erk, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Drops by magnitude and grows where the gradient is largest: RigL (Evci et al. 2020, 1911.11134, algorithm 1).
 
   On steps that change the mask the weights stay as they are (algorithm 1). The optimizer's own step count does not
@@ -62,7 +55,7 @@ def rigl(
                  **options)
 
 
-def _moving(recipe: str, inner: optax.GradientTransformation, update: Update, sparsity: float | None, pattern: Pattern,
+def _moving(recipe: str, inner: Inner, update: Update, sparsity: float | None, pattern: Pattern,
             allocation: Allocation, every: int, last: int, **options: Any) -> Optimizer:
   """Returns the sentence of `set_` and `rigl`: random masks first, then `update` every `every` steps before `last`."""
   _refuse_dense(recipe, sparsity, pattern)
@@ -71,10 +64,9 @@ def _moving(recipe: str, inner: optax.GradientTransformation, update: Update, sp
                              refresh=_until(every, last), **{'slots': 'fresh'} | options)
 
 
-def snfs(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    fraction: float | Schedule = 0.5, every: int = 100, end: int | None = None, momentum: float = 0.9,
-    allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:
+def snfs(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+         fraction: float | Schedule = 0.5, every: int = 100, end: int | None = None, momentum: float = 0.9,
+         allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Grows by |momentum|, more in layers where it is large: SNFS, sparse momentum (Dettmers, Zettlemoyer 2019).
 
   1907.04840, algorithm 1. The momentum is an average of gradients that is stored beside any optimizer. Counts move

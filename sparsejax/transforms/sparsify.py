@@ -23,13 +23,13 @@ from sparsejax.states import SparseState
 from sparsejax.transforms import phases, refusals
 from sparsejax.transforms.leaves import Leaves, plain_key
 from sparsejax.transforms.method import Method
-from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Schedule, Start
+from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTree, Schedule, Start
 
 SLOTS = ('kept', 'fresh')
 
 
 def sparsify(
-    inner: optax.GradientTransformation,
+    inner: Inner,
     flow: Flow,
     selection: Selection,
     *,
@@ -46,7 +46,7 @@ def sparsify(
     start: Start | None = None,
     first: Selection | None = None,
     pause: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Optimizer:
   """Returns `inner` wrapped so that the parameters that it trains are sparse. Every recipe is a call of `sparsify`.
 
   `where`: the sparse leaves, a predicate `(path, leaf)` or a prefix pytree of bools. The default is `trees.matrices`,
