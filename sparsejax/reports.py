@@ -104,7 +104,8 @@ def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[
 
 def _row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
   if pattern is None:
-    return LeafReport(path, w.shape, _tightest(w, axes), axes, None, _sparsity(w))
+    tightest = next((p for p in _COMMON if axes.contracted and not p.violation(w, axes)), None)
+    return LeafReport(path, w.shape, tightest, axes, None, _sparsity(w))
   return LeafReport(path, w.shape, pattern, axes, pattern.sparsity, _sparsity(w), pattern.violation(w, axes))
 
 
@@ -142,11 +143,11 @@ def _rows_of_state(state: states.SparseState, held: Mapping[str, Array], points:
   for leaf in state.plan.leaves:
     w, axes = held[leaf.path], _batched(leaf.axes, extra)
     if frozen:
-      share = 1 - float(jnp.mean(masks[leaf.path], dtype=jnp.float32))
-      rows.append(LeafReport(leaf.path, w.shape, leaf.pattern, axes, leaf.sparsity, share))
-      continue
-    problem = _revived(w, points[leaf.path], around) or _broken(leaf, w, points[leaf.path], axes) or together
-    rows.append(LeafReport(leaf.path, w.shape, leaf.pattern, axes, leaf.sparsity, _sparsity(w), problem))
+      achieved, problem = 1 - float(jnp.mean(masks[leaf.path], dtype=jnp.float32)), ''
+    else:
+      point = points[leaf.path]
+      achieved, problem = _sparsity(w), _revived(w, point, around) or _broken(leaf, w, point, axes) or together
+    rows.append(LeafReport(leaf.path, w.shape, leaf.pattern, axes, leaf.sparsity, achieved, problem))
   return rows
 
 
@@ -216,12 +217,6 @@ def _broken(leaf: states.SparseLeaf, w: Array, point: Array, axes: Axes) -> str:
   if problem and bool(jnp.any(point != 0)) and leaf.pattern.violation(point, axes, leaf.sparsity):
     return f'not there yet (dense phase or decay): {problem}'
   return problem
-
-
-def _tightest(w: Array, axes: Axes) -> NM | None:
-  """Returns the sparsest of the common patterns that `w` keeps, for a parameter of which nothing was asked."""
-  fits = (p for p in _COMMON if axes.contracted and not p.violation(w, axes))
-  return next(fits, None)
 
 
 def _sparsity(w: Array) -> float:

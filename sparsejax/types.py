@@ -96,11 +96,6 @@ class Asked:
   sparsity: float | None = None
   together: bool = False
 
-  @property
-  def alone(self) -> float | None:
-    """The sparsity that is asked of the leaf by itself, or `None`."""
-    return None if self.together else self.sparsity
-
 
 Predicate = Callable[[str, Array], bool]  # where: (path, leaf) -> whether the leaf is sparse
 Score = Callable[[Array, Signals], Array]  # (w, signals) -> scores shaped like w; a larger score is more worth keeping

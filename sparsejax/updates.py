@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsejax import ranking
+from sparsejax import counts, ranking
 from sparsejax.types import Array, Schedule, Score, Signals, Update
 
 
@@ -87,12 +87,8 @@ def swap(fraction: Schedule) -> Update:
   at the border; here ties keep the lower index.
   """
   def update(mask, scores, select, w, signals):
-    layers, each = signals.axes.layer if signals.axes else (), _swapped
-    for _ in layers:
-      each = jax.vmap(each, in_axes=(0, 0, 0, None))
-    front = tuple(range(len(layers)))
-    stacked = [jnp.moveaxis(x, layers, front) for x in (mask, select(scores), scores)]
-    return jnp.moveaxis(each(*stacked, jnp.asarray(fraction(signals.step), jnp.float32)), front, layers)
+    layers, part = signals.axes.layer if signals.axes else (), jnp.asarray(fraction(signals.step), jnp.float32)
+    return counts.by_layer(lambda *each: _swapped(*each, part), layers, [mask, select(scores), scores])
 
   return update
 

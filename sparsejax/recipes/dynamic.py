@@ -17,7 +17,8 @@ from sparsejax import allocation as allocations
 from sparsejax import flows, patterns, schedules, scores, selections, transforms, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import random_pruning
-from sparsejax.types import Allocation, Inner, Optimizer, Pattern, Schedule, Update
+from sparsejax.selections import Selection
+from sparsejax.types import Allocation, Inner, Optimizer, Pattern, Schedule
 
 
 def static_sparse(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
@@ -37,7 +38,9 @@ def set_(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
   """
   last = _last('set_', end, total_steps)
   update = updates.drop_and_grow(scores.random, _falling(fraction, last))
-  return _moving('set_', inner, update, sparsity, pattern, allocation, every, last, total_steps=total_steps, **options)
+  selection = selections.leafwise(pattern, update=update, sparsity=sparsity, allocation=allocation)
+  return _moving('set_', inner, selection, sparsity, pattern, allocation, every, last, total_steps=total_steps,
+                 **options)
 
 
 def rigl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
@@ -51,17 +54,9 @@ def rigl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
   """
   last = _last('rigl', end, total_steps)
   update = updates.drop_and_grow(scores.gradient, _falling(fraction, last))
-  return _moving('rigl', inner, update, sparsity, pattern, allocation, every, last, total_steps=total_steps, pause=True,
-                 **options)
-
-
-def _moving(recipe: str, inner: Inner, update: Update, sparsity: float | None, pattern: Pattern,
-            allocation: Allocation, every: int, last: int, **options: Any) -> Optimizer:
-  """Returns the sentence of `set_` and `rigl`: random masks first, then `update` every `every` steps before `last`."""
-  _refuse_dense(recipe, sparsity, pattern)
-  chosen_by = lambda **words: selections.leafwise(pattern, sparsity=sparsity, allocation=allocation, **words)
-  return transforms.sparsify(inner, flows.hard(), chosen_by(update=update), first=chosen_by(score=scores.random),
-                             refresh=_until(every, last), **{'slots': 'fresh'} | options)
+  selection = selections.leafwise(pattern, update=update, sparsity=sparsity, allocation=allocation)
+  return _moving('rigl', inner, selection, sparsity, pattern, allocation, every, last, total_steps=total_steps,
+                 pause=True, **options)
 
 
 def snfs(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
@@ -72,22 +67,27 @@ def snfs(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
   1907.04840, algorithm 1. The momentum is an average of gradients that is stored beside any optimizer. Counts move
   between layers and are exact together, while the authors' code only comes near and has a floor for dense layers.
   """
-  _refuse_dense('snfs', sparsity, pattern)
-  last, memory = _last('snfs', end, total_steps), scores.gradient_average(momentum)
+  last = _last('snfs', end, total_steps)
   selection = selections.redistributed(pattern, sparsity=sparsity, grow=scores.momentum, allocation=allocation,
                                        fraction=_falling(fraction, last))
-  first = selections.leafwise(pattern, score=scores.random, sparsity=sparsity, allocation=allocation)
-  return transforms.sparsify(inner, flows.hard(), selection, memory=memory, first=first, total_steps=total_steps,
-                             refresh=_until(every, last), **{'slots': 'fresh'} | options)
+  return _moving('snfs', inner, selection, sparsity, pattern, allocation, every, last, total_steps=total_steps,
+                 memory=scores.gradient_average(momentum), **options)
 
 
-def _refuse_dense(recipe: str, sparsity: float | None, pattern: Any) -> None:
-  """Raises `ValueError` if nothing is pruned."""
+def _moving(recipe: str, inner: Inner, selection: Selection, sparsity: float | None, pattern: Any,
+            allocation: Allocation, every: int, last: int, **options: Any) -> Optimizer:
+  """Returns the sentence of all recipes that move masks: random ones first, then `selection` every `every` steps.
+
+  From step `last` on the mask is fixed. Raises `ValueError` if nothing is pruned.
+  """
   pattern = patterns.parse(pattern)
   several = list(pattern.values()) if isinstance(pattern, Mapping) else [pattern]
   if sparsity == 0 or sparsity is None and all(p.sparsity == 0 for p in several):
     raise ValueError(f'recipes.{recipe}: nothing is pruned, so that there is nothing to grow into; raise `sparsity`, '
                      'or take recipes.dense.')
+  first = selections.leafwise(pattern, score=scores.random, sparsity=sparsity, allocation=allocation)
+  return transforms.sparsify(inner, flows.hard(), selection, first=first, **{'slots': 'fresh'} | options,
+                             refresh=schedules.before(schedules.every(every), last))
 
 
 def _last(recipe: str, end: int | None, total_steps: int | None) -> int:
@@ -103,7 +103,3 @@ def _last(recipe: str, end: int | None, total_steps: int | None) -> int:
 
 def _falling(fraction: float | Schedule, end: int) -> Schedule:
   return fraction if callable(fraction) else schedules.cosine(fraction, 0.0, end=end)
-
-
-def _until(every: int, end: int) -> Schedule:
-  return schedules.before(schedules.every(every), end)

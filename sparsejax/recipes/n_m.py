@@ -96,13 +96,12 @@ def sdgf_geometric(inner: Inner, pattern: Patterns = NM(2, 4), *, k: int = 8, gr
   return _sdgf(inner, pattern, Bound(geometric_stages, (k,)), gradient, **options)
 
 
-def _sdgf(inner, pattern, stages, gradient, *, total_steps=None, dense_steps=0, fine_tune_steps=0, **options):
-  if total_steps is None:
+def _sdgf(inner: Inner, pattern: Patterns, stages: Any, gradient: str, **options: Any) -> Optimizer:
+  if options.get('total_steps') is None:
     raise ValueError('recipes.sdgf: its stages share out the training; pass total_steps=, the number of updates.')
-  selection = selections.leafwise(_staged(patterns.parse(pattern), stages, dense_steps, total_steps - fine_tune_steps))
-  return transforms.sparsify(
-      inner, flows.decayed(schedules.constant(0.0), gradient), selection, total_steps=total_steps,
-      dense_steps=dense_steps, fine_tune_steps=fine_tune_steps, **options)
+  begin, end = options.get('dense_steps', 0), options['total_steps'] - options.get('fine_tune_steps', 0)
+  selection = selections.leafwise(_staged(patterns.parse(pattern), stages, begin, end))
+  return transforms.sparsify(inner, flows.decayed(schedules.constant(0.0), gradient), selection, **options)
 
 
 def _staged(pattern: Patterns, stages: Callable[[NM], tuple[NM, ...]], begin: int, end: int) -> Patterns:
