@@ -126,12 +126,12 @@ def _of_state(params: PyTree, opt_state: Any) -> Report:
   for _ in range(extra):
     project = jax.vmap(project)
   points = states.by_path(project(params, opt_state))
-  rows, notes, asked = [], [], []
+  rows, notes = [], []
   for state, around in zip(sparse, states.surroundings(opt_state)):
     added = _rows_of_state(state, held, points, around, extra)
     rows += added
-    notes += _notes(state, added, extra)
-    asked += [leaf.sparsity if state.plan.sparsity is None else state.plan.sparsity for leaf in state.plan.leaves]
+    notes += _notes(state, added)
+  asked = [leaf.asked.sparsity for state in sparse for leaf in state.plan.leaves]
   return Report(tuple(rows), tuple(dict.fromkeys(notes)), _overall(rows, asked))
 
 
@@ -151,7 +151,7 @@ def _rows_of_state(state: states.SparseState, held: Mapping[str, Array], points:
   return rows
 
 
-def _notes(state: states.SparseState, rows: Sequence[LeafReport], extra: int) -> list[str]:
+def _notes(state: states.SparseState, rows: Sequence[LeafReport]) -> list[str]:
   """Returns what a reader of the rows of one state should know besides."""
   notes, masks = [], states.by_path(state.masks)
   if _frozen(state):

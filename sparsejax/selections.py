@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
 from sparsejax import counts, errors, patterns, ranking, scores, trees, updates
@@ -162,7 +163,6 @@ def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False)
   sparsity is 0. The count is that of the linearly interpolated quantile, with ties pruned: the count is not exact.
   """
   def select(leaves, weights, masks, signals):
-    del masks
     units = [sum(leaf.layer_shape) ** -0.5 if scaled else 1.0 for leaf in leaves]
     share, sizes = sparsity(signals[0].step), [jnp.abs(w).astype(jnp.float32) for w in weights]
     common = ranking.quantile([size / unit for size, unit in zip(sizes, units)], share)
@@ -180,7 +180,6 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
   so nothing is on record as asked.
   """
   def select(leaves, weights, masks, signals):
-    del masks
     chosen = []
     for leaf, w, s in zip(leaves, weights, signals):
       values, fewest = score(w, s), int(least * math.prod(leaf.layer_shape)) + 1
@@ -231,17 +230,11 @@ def _survivors(pattern: Pattern, leaf: SparseLeaf, w: Array, mask: Array, signal
 
 def _grown(pattern: Pattern, leaves: Leaves, masks: Masks, survivors: Masks, growing: list[Array]) -> list[Array]:
   """Returns how many units each layer of each leaf keeps after growth, `int32[*layers]` for each leaf."""
-  units = lambda trees: _flat([_units_in(pattern, mask, leaf) for mask, leaf in zip(trees, leaves)])
-  before, left, whole = units(masks), units(survivors), units([jnp.ones_like(mask) for mask in masks])
-  strength = _flat([_mean_over(*row) for row in zip(masks, growing, leaves)])
-  grown = left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, whole - left)
-  shapes = [[leaf.shape[a] for a in leaf.axes.layer] for leaf in leaves]
-  ends = [sum(map(math.prod, shapes[:i])) for i in range(len(shapes) + 1)]
-  return [grown[begin:end].reshape(shape) for begin, end, shape in zip(ends, ends[1:], shapes)]
-
-
-def _flat(arrays: list[Array]) -> Array:
-  return jnp.concatenate([x.reshape(-1) for x in arrays])
+  units = lambda trees: ravel_pytree([_units_in(pattern, mask, leaf) for mask, leaf in zip(trees, leaves)])
+  (before, restored), (left, _) = units(masks), units(survivors)
+  room = units([jnp.ones_like(mask) for mask in masks])[0] - left
+  strength, _ = ravel_pytree([_mean_over(*row) for row in zip(masks, growing, leaves)])
+  return restored(left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, room))
 
 
 def _units_in(pattern: Pattern, mask: Array, leaf: SparseLeaf) -> Array:

@@ -177,9 +177,7 @@ def apply_masks(tree: PyTree, opt_state: Any) -> PyTree:
 
 def masks(params: PyTree, opt_state: Any) -> PyTree:
   """Returns the masks in the parameters' structure, `True` where kept; the scalar `True` for a dense leaf."""
-  sparse = {}
-  for state in find(opt_state):
-    sparse.update(by_path(state.masks))
+  sparse = {path: mask for state in find(opt_state) for path, mask in by_path(state.masks).items()}
   paths, _, treedef = trees.flatten(params)
   for path in sparse:
     _refuse_unless_among(paths, path)

@@ -19,13 +19,11 @@ from sparsejax.types import Array, Schedule, Score, Signals, Update
 
 def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask of the best of all weights. A pruned weight returns as soon as its score is high enough."""
-  del mask, w, signals
   return select(scores)
 
 
 def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask of the best of the kept weights. A pruned weight stays pruned unless the count needs it."""
-  del w, signals
   return select(kept_first(mask, scores))
 
 
@@ -49,7 +47,6 @@ def ranked_by(update: Update, mask: Array, scores: Array, w: Array, signals: Sig
   handed = []
 
   def select(scores: Array, drop: Array | None = None) -> Array:
-    del drop
     handed.append(scores)
     return mask
 

@@ -111,8 +111,7 @@ def robust_at_init(
   factor a row and another constant, and initialises on the edge instead of rescaling to it.
   """
   loss = starts.needed('robust_at_init', 'loss', loss, 'a function params -> scalar on a scoring batch')
-  start = starts.probed(starts.gradient(loss))
-  return fixed(inner, pattern, sparsity, allocation, scores.snip, start, flow=flows.on_the_edge(gain), **options)
+  return snip(inner, sparsity, pattern, loss=loss, allocation=allocation, flow=flows.on_the_edge(gain), **options)
 
 
 def freeze_net(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.99), *,
@@ -123,9 +122,7 @@ def freeze_net(inner: Inner, sparsity: float | None = None, pattern: Pattern = U
   `states.freeze_net_trained` returns what a file has to hold, and the seed of the first parameters stands for the rest.
   `loss` is that of `snip`.
   """
-  start = loss and starts.probed(starts.gradient(loss))
-  return fixed(inner, pattern, sparsity, allocation, scores.snip, start, flow=flows.frozen(),
-               at_first_update=loss is None, **options)
+  return snip(inner, sparsity, pattern, loss=loss, allocation=allocation, flow=flows.frozen(), **options)
 
 
 def random_search(inner: Inner, sparsity: float | None = None, pattern: Pattern = Channel(0.5), *,

@@ -101,10 +101,9 @@ def iterative_soft_shrinkage(inner: Inner, sparsity: float | None = None, patter
   leaves at least 0.5 % of a layer.
   """
   total = _end('iterative_soft_shrinkage', None, total_steps, 1.0, 0, options)
-  selection = selections.leafwise(pattern, sparsity=sparsity)
-  return transforms.sparsify(
-      inner, flows.soft_shrink(shrink), selection, total_steps=total,
-      fine_tune_steps=total // 2 if fine_tune_steps is None else fine_tune_steps, **options)
+  tuned = total // 2 if fine_tune_steps is None else fine_tune_steps
+  return transforms.sparsify(inner, flows.soft_shrink(shrink), selections.leafwise(pattern, sparsity=sparsity),
+                             total_steps=total, fine_tune_steps=tuned, **options)
 
 
 def _part(initial: float, sparsity: float | None, pattern: Pattern) -> float:

@@ -44,14 +44,13 @@ def sr_ste(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: float = 2e-4, d
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), **options)
 
 
-def asp(inner: Inner, pattern: Patterns = NM(2, 4), *, dense_steps: int = 0, **options: Any) -> Optimizer:
+def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
   """Prunes by magnitude once, after `dense_steps`, then trains under the mask: ASP (Mishra et al. 2021, section 4).
 
   arXiv 2104.08378. No master is stored. NVIDIA's code also permutes channels first; this recipe does not.
   """
   selection = selections.leafwise(pattern, update=updates.prune_to)
-  once = schedules.once(0)
-  return transforms.sparsify(inner, flows.hard(), selection, refresh=once, dense_steps=dense_steps, **options)
+  return transforms.sparsify(inner, flows.hard(), selection, refresh=schedules.once(0), **options)
 
 
 def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule = schedules.linear(1.0, 0.0, begin=0, end=5000),
