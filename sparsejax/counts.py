@@ -7,6 +7,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,12 +129,20 @@ def best_units(pattern: Pattern, scores: Array, count: Any = None, axes: Axes | 
   pooled, layers, whole = pattern.pooled(scores, axes)
   size = math.prod(n for a, n in enumerate(pooled.shape) if a not in layers)
   kept = kept_of(pattern.sparsity, size) if count is None else checked(f'patterns.{pattern}', count)
-  each = 0 if isinstance(kept, ranking.Count) and jnp.ndim(kept.low) else None  # a count for each layer
-  select = ranking.top_n
-  for _ in layers:
-    select = jax.vmap(select, in_axes=(0, each))
+  if isinstance(kept, ranking.Count) and jnp.ndim(kept.low):  # a count for each layer
+    return whole(by_layer(ranking.top_n, layers, [pooled], kept))
+  return whole(by_layer(lambda scores: ranking.top_n(scores, kept), layers, [pooled]))
+
+
+def by_layer(function: Callable[..., Array], layers: tuple[int, ...], arrays: Sequence[Array], *each: Any) -> Array:
+  """Returns `function(*arrays, *each)` of each layer by itself; `layers` are the layer axes of arrays and result.
+
+  `each` are pytrees of arrays whose layer axes are the first axes.
+  """
   front = tuple(range(len(layers)))
-  return whole(jnp.moveaxis(select(jnp.moveaxis(pooled, layers, front), kept), front, layers))
+  for _ in layers:
+    function = jax.vmap(function)
+  return jnp.moveaxis(function(*(jnp.moveaxis(x, layers, front) for x in arrays), *each), front, layers)
 
 
 def too_many(pattern: Any, w: Array, axes: Axes, sparsity: float | None = None) -> str:

@@ -125,22 +125,18 @@ def recorded(flow: Flow) -> Flow:
 
 
 def _unknown(*args: Any) -> Array:
-  del args
   raise ValueError('sparsejax.project: the flow has coefficients that are arrays; give numbers to the recipe.')
 
 
 def _masked(master: Array, mask: Array, signals: Signals) -> Array:
-  del signals
   return jnp.where(mask, master, jnp.zeros((), master.dtype))  # not a product: 0 * NaN is NaN
 
 
 def _whole(master: Array, mask: Array, signals: Signals) -> Array:
-  del mask, signals
   return master
 
 
 def _shrunk(master: Array, mask: Array, signals: Signals, ratio: float) -> Array:
-  del signals
   return jnp.where(mask, master, master * jnp.asarray(ratio, master.dtype))
 
 
@@ -149,12 +145,10 @@ def _fixed(master: Array, mask: Array, signals: Signals) -> Array:
 
 
 def _score_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
-  del mask
   return grad * signals.stats.astype(master.dtype)
 
 
 def _first_scores(master: Array, mask: Array, signals: Signals, kept: float, pruned: float) -> Array:
-  del signals
   return jnp.where(mask, jnp.asarray(kept, master.dtype), jnp.asarray(pruned, master.dtype))
 
 
@@ -167,17 +161,14 @@ def _rescaled(master: Array, mask: Array, signals: Signals, gain: float) -> Arra
 
 
 def _masked_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
-  del master, signals
   return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
 
 
 def _whole_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
-  del master, mask, signals
   return grad
 
 
 def _sparse_refined_gradient(grad: Array, master: Array, mask: Array, signals: Signals, decay: float) -> Array:
-  del signals
   return grad + jnp.where(mask, jnp.zeros((), grad.dtype), (decay * master).astype(grad.dtype))
 
 
@@ -191,7 +182,6 @@ def _decayed(master: Array, mask: Array, signals: Signals, beta: Schedule) -> Ar
 
 
 def _decayed_gradient(grad: Array, master: Array, mask: Array, signals: Signals, beta: Schedule) -> Array:
-  del master
   return jnp.where(mask, grad, _faded(grad, beta(signals.step)))
 
 
@@ -234,7 +224,6 @@ def bidirectional(op: Any) -> Any:
 
   @jax.custom_vjp
   def rule(x, w, w_backward):
-    del w_backward
     return op(x, w)
 
   def forward(x, w, w_backward):

@@ -145,6 +145,16 @@ class NM:
             f'{int(excess[first]) + n}')
 
 
+def _check_sparsity(pattern: Any) -> None:
+  if pattern.sparsity is not None and not 0 <= pattern.sparsity <= 1:
+    raise ValueError(f'{type(pattern).__name__}: sparsity is the fraction of zeros, from 0 to 1, '
+                     f'not {pattern.sparsity!r}.')
+
+
+def _with_sparsity(name: str, sparsity: float | None) -> str:
+  return name if sparsity is None else f'{name} {sparsity:g}'
+
+
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
   """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even."""
@@ -152,14 +162,11 @@ class Unstructured:
   sparsity: float | None = None
   static = True
   unit = 'weights'
-  __call__, violation = best_units, too_many
+  __post_init__, __call__, violation = _check_sparsity, best_units, too_many
   group = 1, 1
 
-  def __post_init__(self):
-    _check_sparsity('Unstructured', self.sparsity)
-
   def __str__(self) -> str:
-    return 'unstructured' if self.sparsity is None else f'unstructured {self.sparsity:g}'
+    return _with_sparsity('unstructured', self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     return None
@@ -195,11 +202,10 @@ class Block:
     if len(self.shape) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in self.shape):
       raise ValueError('Block: shape is two whole numbers, weights along the contraction and along the output, as in '
                        f'(128, 128), not {self.shape!r}.')
-    _check_sparsity('Block', self.sparsity)
+    _check_sparsity(self)
 
   def __str__(self) -> str:
-    balanced = ' balanced' if self.balanced else ''
-    return '{}x{}'.format(*self.shape) + balanced + ('' if self.sparsity is None else f' {self.sparsity:g}')
+    return _with_sparsity('{}x{}'.format(*self.shape) + (' balanced' if self.balanced else ''), self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     if not axes.contracted or not axes.output:
@@ -223,14 +229,10 @@ class Block:
     """Returns the sums of the blocks, taps and layers first, then along contraction and output."""
     blocks, restored = neighbours.tiled(scores, axes.contracted, axes.output, self.shape)
     whole = lambda kept: restored(jnp.broadcast_to(jnp.expand_dims(kept, (-3, -1)), blocks.shape))
-    columns = (blocks.ndim - 3,) if self.balanced else ()
-    return Pooled(jnp.sum(blocks, (-3, -1), dtype=jnp.float32), (*self._layers(axes), *columns),
-                  lambda kept: neighbours.alike(whole(kept), scores))
-
-  def _layers(self, axes: Axes) -> tuple[int, ...]:
-    """Returns where the layer axes are among the axes in front."""
     front = sorted((*axes.spatial, *axes.layer))
-    return tuple(front.index(a) for a in axes.layer)
+    layers = tuple(front.index(a) for a in axes.layer) + ((blocks.ndim - 3,) if self.balanced else ())
+    return Pooled(jnp.sum(blocks, (-3, -1), dtype=jnp.float32), layers,
+                  lambda kept: neighbours.alike(whole(kept), scores))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,14 +247,11 @@ class Channel:
   sparsity: float | None = None
   static = True
   unit = 'channels'
-  __call__, violation = best_units, too_many
+  __post_init__, __call__, violation = _check_sparsity, best_units, too_many
   group = 1, 1
 
-  def __post_init__(self):
-    _check_sparsity('Channel', self.sparsity)
-
   def __str__(self) -> str:
-    return 'channel' if self.sparsity is None else f'channel {self.sparsity:g}'
+    return _with_sparsity('channel', self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     if axes.contracted and axes.output:
@@ -267,11 +266,6 @@ class Channel:
     whole = lambda kept: jnp.broadcast_to(jnp.expand_dims(kept, along), scores.shape)
     return Pooled(jnp.sum(scores, along, dtype=jnp.float32), tuple(left.index(a) for a in axes.layer),
                   lambda kept: neighbours.alike(whole(kept), scores))
-
-
-def _check_sparsity(name: str, sparsity: float | None) -> None:
-  if sparsity is not None and not 0 <= sparsity <= 1:
-    raise ValueError(f'{name}: sparsity is the fraction of zeros, from 0 to 1, not {sparsity!r}.')
 
 
 class Spelling(NamedTuple):

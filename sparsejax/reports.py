@@ -79,10 +79,8 @@ def _number(sparsity: float | None) -> str:
   return '-' if sparsity is None else f'{sparsity:.4f}'
 
 
-def report(
-    params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
-    where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None,
-) -> Report:
+def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
+           where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None) -> Report:
   """Reports asked and achieved sparsity of each sparse parameter, its pattern checked along the contraction axis.
 
   With an optimizer state, the recipe in the state says what was asked. Without a state, `pattern` (or one pattern per
@@ -106,14 +104,13 @@ def report(
 
 def _row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
   if pattern is None:
-    return LeafReport(path, w.shape, _tightest(w, axes), axes, None, _sparsity(w))
+    tightest = next((p for p in _COMMON if axes.contracted and not p.violation(w, axes)), None)
+    return LeafReport(path, w.shape, tightest, axes, None, _sparsity(w))
   return LeafReport(path, w.shape, pattern, axes, pattern.sparsity, _sparsity(w), pattern.violation(w, axes))
 
 
-def check(
-    params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
-    where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None,
-) -> Report:
+def check(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
+          where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None) -> Report:
   """Returns the `report`. Raises `ValueError` that names every parameter that does not keep what was asked of it."""
   made = report(params, opt_state, pattern=pattern, where=where, axes=axes)
   if made.violations:
@@ -129,33 +126,32 @@ def _of_state(params: PyTree, opt_state: Any) -> Report:
   for _ in range(extra):
     project = jax.vmap(project)
   points = states.by_path(project(params, opt_state))
-  rows, notes, asked = [], [], []
+  rows, notes = [], []
   for state, around in zip(sparse, states.surroundings(opt_state)):
     added = _rows_of_state(state, held, points, around, extra)
     rows += added
-    notes += _notes(state, added, extra)
-    asked += [leaf.sparsity if state.plan.sparsity is None else state.plan.sparsity for leaf in state.plan.leaves]
+    notes += _notes(state, added)
+  asked = [leaf.asked.sparsity for state in sparse for leaf in state.plan.leaves]
   return Report(tuple(rows), tuple(dict.fromkeys(notes)), _overall(rows, asked))
 
 
-def _rows_of_state(
-    state: states.SparseState, held: Mapping[str, Array], points: Mapping[str, Array], around: str, extra: int,
-) -> list[LeafReport]:
+def _rows_of_state(state: states.SparseState, held: Mapping[str, Array], points: Mapping[str, Array], around: str,
+                   extra: int) -> list[LeafReport]:
   """Returns the rows of one state. `held` are the user's parameters, `points` the sparse point of the state."""
   rows, masks, frozen = [], states.by_path(state.masks), _frozen(state)
   together = '' if frozen else _together(state, held, points)
   for leaf in state.plan.leaves:
     w, axes = held[leaf.path], _batched(leaf.axes, extra)
     if frozen:
-      share = 1 - float(jnp.mean(masks[leaf.path], dtype=jnp.float32))
-      rows.append(LeafReport(leaf.path, w.shape, leaf.pattern, axes, leaf.sparsity, share))
-      continue
-    problem = _revived(w, points[leaf.path], around) or _broken(leaf, w, points[leaf.path], axes) or together
-    rows.append(LeafReport(leaf.path, w.shape, leaf.pattern, axes, leaf.sparsity, _sparsity(w), problem))
+      achieved, problem = 1 - float(jnp.mean(masks[leaf.path], dtype=jnp.float32)), ''
+    else:
+      point = points[leaf.path]
+      achieved, problem = _sparsity(w), _revived(w, point, around) or _broken(leaf, w, point, axes) or together
+    rows.append(LeafReport(leaf.path, w.shape, leaf.pattern, axes, leaf.sparsity, achieved, problem))
   return rows
 
 
-def _notes(state: states.SparseState, rows: Sequence[LeafReport], extra: int) -> list[str]:
+def _notes(state: states.SparseState, rows: Sequence[LeafReport]) -> list[str]:
   """Returns what a reader of the rows of one state should know besides."""
   notes, masks = [], states.by_path(state.masks)
   if _frozen(state):
@@ -221,12 +217,6 @@ def _broken(leaf: states.SparseLeaf, w: Array, point: Array, axes: Axes) -> str:
   if problem and bool(jnp.any(point != 0)) and leaf.pattern.violation(point, axes, leaf.sparsity):
     return f'not there yet (dense phase or decay): {problem}'
   return problem
-
-
-def _tightest(w: Array, axes: Axes) -> NM | None:
-  """Returns the sparsest of the common patterns that `w` keeps, for a parameter of which nothing was asked."""
-  fits = (p for p in _COMMON if axes.contracted and not p.violation(w, axes))
-  return next(fits, None)
 
 
 def _sparsity(w: Array) -> float:

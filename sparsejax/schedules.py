@@ -139,7 +139,6 @@ def _progress(step: Step, begin: int, end: int) -> Any:
 
 
 def _constant(step: Step, value: float) -> Any:
-  del step
   return jnp.asarray(value)
 
 

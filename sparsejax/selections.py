@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
 from sparsejax import counts, errors, patterns, ranking, scores, trees, updates
 from sparsejax.states import Plan, SparseLeaf
-from sparsejax.types import Allocation, Array, Asked, Axes, Pattern, Pooled, Schedule, Score, Signals, Update
+from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
 
 Leaves, Masks = Sequence[SparseLeaf], list[Array]
 
@@ -34,15 +34,9 @@ class Selection(NamedTuple):
   threshold: float | None = None
 
 
-def leafwise(
-    pattern: Pattern | Mapping[str, Pattern],
-    *,
-    score: Score = scores.magnitude,
-    update: Update = updates.reselect,
-    sparsity: float | None = None,
-    ramp: Schedule | None = None,
-    allocation: Allocation | allocations.Ranked = allocations.uniform,
-) -> Selection:
+def leafwise(pattern: Pattern | Mapping[str, Pattern], *, score: Score = scores.magnitude,
+             update: Update = updates.reselect, sparsity: float | None = None, ramp: Schedule | None = None,
+             allocation: Allocation | allocations.Ranked = allocations.uniform) -> Selection:
   """Returns the selection that prunes each leaf by `pattern`, or by one pattern per glob, over `score`.
 
   `sparsity` (default: the pattern's own) is shared out by `allocation`. If `sparsity` is `None`, N:M patterns, and
@@ -96,7 +90,8 @@ class _Leafwise:
     values = [self.score(w, s) for w, s in zip(weights, signals)]
     told = self._counts(leaves, now, values, weights, masks, signals)
     rows = zip(leaves, now, told, masks, values, weights, signals)
-    return [select_leaf(self.update, *row) for row in rows], None
+    return [self.update(mask, values, counts.Selector(pattern, count, leaf.axes), w, s)
+            for leaf, pattern, count, mask, values, w, s in rows], None
 
   def _counts(self, leaves, now, values, weights, masks, signals) -> list[Any]:
     """Returns what each leaf's pattern is told: `None` where the pattern's own count holds."""
@@ -126,13 +121,6 @@ def at(pattern: Pattern, step: Any) -> Pattern:
   return pattern.at(step) if hasattr(pattern, 'at') else pattern
 
 
-def select_leaf(
-    update: Update, leaf: SparseLeaf, pattern: Pattern, count: Any, mask: Array, values: Array, w: Array,
-    signals: Signals) -> Array:
-  """Returns the new mask of one leaf: `update` over the scores `values`, with `pattern` told `count`."""
-  return update(mask, values, counts.Selector(pattern, count, leaf.axes), w, signals)
-
-
 def check_comparable(leaves: Leaves) -> None:
   """Raises `ValueError` where leaves cannot be ranked together."""
   sizes: dict[int, SparseLeaf] = {}
@@ -151,12 +139,13 @@ def check_comparable(leaves: Leaves) -> None:
                          'allocation=allocation.uniform or erk.')
 
 
-def competed(
-    allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern], ranks: list[Array], progress: Any,
-) -> list[ranking.Count]:
+def competed(allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern], ranks: list[Array],
+             progress: Any) -> list[ranking.Count]:
   """Returns how many units each layer of each leaf keeps when all leaves are ranked together by `ranks`."""
   pools = [pattern.pooled(x, leaf.axes) for pattern, x, leaf in zip(now, ranks, leaves)]
-  values = [_normalised(allocation.normalise, pool) if allocation.normalise else pool.scores for pool in pools]
+  # Layers are matrices of their own, however they are stored.
+  normalise = allocation.normalise
+  values = [counts.by_layer(normalise, pool.layers, [pool.scores]) if normalise else pool.scores for pool in pools]
   kept = counts.kept_of(leaves[0].asked.sparsity, sum(math.prod(v.shape) for v in values), progress)
   masks = ranking.top_n_of_leaves(values, kept)
   return [ranking.count(_per_layer(mask, pool)) for mask, pool in zip(masks, pools)]
@@ -167,31 +156,20 @@ def _per_layer(kept: Array, pool: Pooled) -> Array:
   return jnp.sum(kept, tuple(a for a in range(kept.ndim) if a not in pool.layers), dtype=jnp.int32)
 
 
-def _normalised(normalise: Callable[[Array], Array], pool: Pooled) -> Array:
-  """Returns the normalised scores of each layer by itself: layers are matrices, however they are stored."""
-  for axis in sorted(pool.layers):
-    normalise = jax.vmap(normalise, axis, axis)
-  return normalise(pool.scores)
-
-
 def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False) -> Selection:
   """Returns the selection that keeps the weights above the `sparsity(step)`-quantile of |w| over all sparse leaves.
 
   `scaled`: each leaf is measured in units of `1 / sqrt(sum(shape without layers))`. A leaf's threshold is -1 while the
   sparsity is 0. The count is that of the linearly interpolated quantile, with ties pruned: the count is not exact.
   """
-  def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
-    asked, pattern = Asked(target, together=True), patterns.Unstructured()
-    return Plan(tuple(SparseLeaf(path, w.shape, axes[path], pattern, asked) for path, w in arrays.items()))
-
   def select(leaves, weights, masks, signals):
-    del masks
     units = [sum(leaf.layer_shape) ** -0.5 if scaled else 1.0 for leaf in leaves]
     share, sizes = sparsity(signals[0].step), [jnp.abs(w).astype(jnp.float32) for w in weights]
     common = ranking.quantile([size / unit for size, unit in zip(sizes, units)], share)
     thresholds = [jnp.where(share > 0, common * unit, jnp.float32(-1)) for unit in units]
     return [size > th for size, th in zip(sizes, thresholds)], thresholds
 
+  plan = Bound(_all_alike, (patterns.Unstructured(), Asked(target, together=True)))
   return Selection(plan, select, threshold=-1.0)
 
 
@@ -201,23 +179,23 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
   Each layer keeps at least `int(least * size) + 1` weights, the best of the layer. The sparsity comes out of training,
   so nothing is on record as asked.
   """
-  def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
-    return Plan(tuple(SparseLeaf(path, w.shape, axes[path], None, Asked()) for path, w in arrays.items()))
-
   def select(leaves, weights, masks, signals):
-    del masks
     chosen = []
     for leaf, w, s in zip(leaves, weights, signals):
       values, fewest = score(w, s), int(least * math.prod(leaf.layer_shape)) + 1
       chosen.append((values > threshold(s.step)) | patterns.Unstructured()(values, fewest, leaf.axes))
     return chosen, None
 
-  return Selection(plan, select)
+  return Selection(Bound(_all_alike, (None, Asked())), select)
 
 
-def redistributed(
-    pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity: float | None = None,
-    allocation: Allocation = allocations.uniform) -> Selection:
+def _all_alike(arrays: dict[str, Array], axes: dict[str, Axes], pattern: Pattern | None, asked: Asked) -> Plan:
+  """Returns the plan that asks the same of all leaves."""
+  return Plan(tuple(SparseLeaf(path, w.shape, axes[path], pattern, asked) for path, w in arrays.items()))
+
+
+def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity: float | None = None,
+                  allocation: Allocation = allocations.uniform) -> Selection:
   """Returns the selection that drops by magnitude in each layer and grows as many weights by `grow` in all layers.
 
   The rule is that of sparse momentum (Dettmers and Zettlemoyer 2019, section 3.2). A layer's share of the grown weights
@@ -252,17 +230,11 @@ def _survivors(pattern: Pattern, leaf: SparseLeaf, w: Array, mask: Array, signal
 
 def _grown(pattern: Pattern, leaves: Leaves, masks: Masks, survivors: Masks, growing: list[Array]) -> list[Array]:
   """Returns how many units each layer of each leaf keeps after growth, `int32[*layers]` for each leaf."""
-  units = lambda trees: _flat([_units_in(pattern, mask, leaf) for mask, leaf in zip(trees, leaves)])
-  before, left, whole = units(masks), units(survivors), units([jnp.ones_like(mask) for mask in masks])
-  strength = _flat([_mean_over(*row) for row in zip(masks, growing, leaves)])
-  grown = left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, whole - left)
-  shapes = [[leaf.shape[a] for a in leaf.axes.layer] for leaf in leaves]
-  ends = [sum(map(math.prod, shapes[:i])) for i in range(len(shapes) + 1)]
-  return [grown[begin:end].reshape(shape) for begin, end, shape in zip(ends, ends[1:], shapes)]
-
-
-def _flat(arrays: list[Array]) -> Array:
-  return jnp.concatenate([x.reshape(-1) for x in arrays])
+  units = lambda trees: ravel_pytree([_units_in(pattern, mask, leaf) for mask, leaf in zip(trees, leaves)])
+  (before, restored), (left, _) = units(masks), units(survivors)
+  room = units([jnp.ones_like(mask) for mask in masks])[0] - left
+  strength, _ = ravel_pytree([_mean_over(*row) for row in zip(masks, growing, leaves)])
+  return restored(left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, room))
 
 
 def _units_in(pattern: Pattern, mask: Array, leaf: SparseLeaf) -> Array:

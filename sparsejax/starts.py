@@ -133,7 +133,6 @@ def of(other: PyTree) -> Probe:
 
 
 def _other(params: PyTree, other: PyTree) -> PyTree:
-  del params
   return other
 
 

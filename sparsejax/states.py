@@ -34,7 +34,7 @@ class SparseLeaf:
   @property
   def sparsity(self) -> float | None:
     """The sparsity that is asked of the leaf by itself, or `None`."""
-    return self.asked.alone
+    return None if self.asked.together else self.asked.sparsity
 
   @property
   def layer_shape(self) -> tuple[int, ...]:
@@ -106,14 +106,14 @@ def _around(node: Any, keys: Sequence[Any]) -> list[str]:
       places.append(f'member {key.idx + 1} of a chain, before {" and ".join(later)}')
     elif isinstance(node, tuple) and type(node) is not tuple:
       places.append(f'in {type(node).__name__}')
-    # Each kind of container is read by its own kind of key.
-    if isinstance(key, jax.tree_util.GetAttrKey):
-      node = getattr(node, key.name)
-    elif isinstance(key, (jax.tree_util.SequenceKey, jax.tree_util.DictKey)):
-      node = node[getattr(key, 'idx', getattr(key, 'key', None))]
-    else:
-      return places
+    node = _children(node)[key]
   return places
+
+
+def _children(node: Any) -> dict[Any, Any]:
+  """Maps the keys of the members of one container to the members."""
+  with_paths, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+  return {key: child for (key,), child in with_paths}
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
@@ -177,9 +177,7 @@ def apply_masks(tree: PyTree, opt_state: Any) -> PyTree:
 
 def masks(params: PyTree, opt_state: Any) -> PyTree:
   """Returns the masks in the parameters' structure, `True` where kept; the scalar `True` for a dense leaf."""
-  sparse = {}
-  for state in find(opt_state):
-    sparse.update(by_path(state.masks))
+  sparse = {path: mask for state in find(opt_state) for path, mask in by_path(state.masks).items()}
   paths, _, treedef = trees.flatten(params)
   for path in sparse:
     _refuse_unless_among(paths, path)

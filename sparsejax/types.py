@@ -15,9 +15,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import optax
 
 Array = jax.Array
 PyTree = Any
+Inner = optax.GradientTransformation  # the user's own optimizer
+Optimizer = optax.GradientTransformationExtraArgs  # a recipe around the user's optimizer
 Step = Any  # an int or an `int32[]`, traced or not
 
 ALWAYS = 'always'  # a schedule with this fact is `True` at every step
@@ -92,11 +95,6 @@ class Asked:
 
   sparsity: float | None = None
   together: bool = False
-
-  @property
-  def alone(self) -> float | None:
-    """The sparsity that is asked of the leaf by itself, or `None`."""
-    return None if self.together else self.sparsity
 
 
 Predicate = Callable[[str, Array], bool]  # where: (path, leaf) -> whether the leaf is sparse

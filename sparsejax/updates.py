@@ -13,19 +13,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsejax import ranking
+from sparsejax import counts, ranking
 from sparsejax.types import Array, Schedule, Score, Signals, Update
 
 
 def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask of the best of all weights. A pruned weight returns as soon as its score is high enough."""
-  del mask, w, signals
   return select(scores)
 
 
 def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask of the best of the kept weights. A pruned weight stays pruned unless the count needs it."""
-  del w, signals
   return select(kept_first(mask, scores))
 
 
@@ -49,7 +47,6 @@ def ranked_by(update: Update, mask: Array, scores: Array, w: Array, signals: Sig
   handed = []
 
   def select(scores: Array, drop: Array | None = None) -> Array:
-    del drop
     handed.append(scores)
     return mask
 
@@ -87,12 +84,8 @@ def swap(fraction: Schedule) -> Update:
   at the border; here ties keep the lower index.
   """
   def update(mask, scores, select, w, signals):
-    layers, each = signals.axes.layer if signals.axes else (), _swapped
-    for _ in layers:
-      each = jax.vmap(each, in_axes=(0, 0, 0, None))
-    front = tuple(range(len(layers)))
-    stacked = [jnp.moveaxis(x, layers, front) for x in (mask, select(scores), scores)]
-    return jnp.moveaxis(each(*stacked, jnp.asarray(fraction(signals.step), jnp.float32)), front, layers)
+    layers, part = signals.axes.layer if signals.axes else (), jnp.asarray(fraction(signals.step), jnp.float32)
+    return counts.by_layer(lambda *each: _swapped(*each, part), layers, [mask, select(scores), scores])
 
   return update
 

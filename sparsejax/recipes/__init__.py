@@ -31,19 +31,9 @@ from sparsejax.recipes.gradual import (
   movement_pruning,
   soft_movement_pruning,
 )
-from sparsejax.recipes.n_m import (
-  asp,
-  bdwp,
-  dense,
-  mdgf,
-  sdgf_geometric,
-  sdgf_stepwise,
-  sr_ste,
-  st3,
-  ste,
-)
+from sparsejax.recipes.n_m import asp, bdwp, dense, mdgf, sdgf_geometric, sdgf_stepwise, sr_ste, st3, ste
 from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot
-from sparsejax.types import moved
+from sparsejax.types import Inner, Optimizer, moved
 
 TABLE = {f.__name__: f for f in (
     dense,
@@ -72,18 +62,15 @@ def arguments(recipe: Callable[..., Any]) -> list[str]:
 
   `memory` and `start` are no options: a recipe takes them only where its own signature names them.
   """
-  own = inspect.signature(recipe).parameters
-  handed_on = inspect.signature(transforms.sparsify).parameters
-  options = [p for p in handed_on.values() if p.kind is p.KEYWORD_ONLY and p.name not in _OWN]
-  takes_options = any(p.kind is p.VAR_KEYWORD for p in own.values())
-  return sorted({p.name for p in [*own.values(), *(options if takes_options else [])]
-                 if p.kind is not p.VAR_KEYWORD and p.name != 'inner'})
+  own, handed_on = (inspect.signature(f).parameters.values() for f in (recipe, transforms.sparsify))
+  names = {p.name for p in own if p.kind is not p.VAR_KEYWORD}
+  if len(names) < len(own):  # the recipe takes `**options`
+    names |= {p.name for p in handed_on if p.kind is p.KEYWORD_ONLY} - {*_OWN}
+  return sorted(names - {'inner'})
 
 
-def from_config(
-    inner: optax.GradientTransformation, config: Mapping[str, Any], *, total_steps: int,
-    axes: Mapping[str, Any] | None = None, signals: Mapping[str, Any] = MappingProxyType({}),
-) -> optax.GradientTransformationExtraArgs:
+def from_config(inner: Inner, config: Mapping[str, Any], *, total_steps: int, axes: Mapping[str, Any] | None = None,
+                signals: Mapping[str, Any] = MappingProxyType({})) -> Optimizer:
   """Returns the recipe that plain data describe: `{'name': 'mdgf', 'pattern': '1:8', 'where': ['mlp/*/kernel'], ...}`.
 
   `signals`: values that a configuration cannot hold (`loss`, `outputs`, `ticket`, `key`). The recipe gets those that it
@@ -114,10 +101,6 @@ def _adam(value: Any) -> Any:
   return optax.adam(**value) if isinstance(value, Mapping) else value
 
 
-def _every(value: Any) -> Any:
-  return schedules.every(value) if isinstance(value, int) else value
-
-
 _READERS = {'pattern': patterns.parse, 'allocation': allocation.named, 'where': _globs, 'score_optimizer': _adam}
 
 
@@ -130,7 +113,7 @@ def _read(key: str, value: Any, total_steps: int) -> Any:
   if isinstance(value, Mapping) and 'name' in value:
     steps = {k: _steps(k, v, total_steps) if k in _SCHEDULE_STEPS else v for k, v in value.items() if k != 'name'}
     return schedules.named(value['name'], **steps)
-  return _every(value) if key == 'refresh' else value
+  return schedules.every(value) if key == 'refresh' and isinstance(value, int) else value
 
 
 def _steps(key: str, value: Any, total_steps: int) -> int:

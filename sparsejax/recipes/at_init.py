@@ -16,22 +16,18 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optax
-
 from sparsejax import allocation as allocations
 from sparsejax import flows, schedules, scores, selections, starts, transforms, updates
 from sparsejax.patterns import Channel, Unstructured
-from sparsejax.types import Allocation, Array, Flow, Pattern, PyTree, Score, Start
+from sparsejax.types import Allocation, Array, Flow, Inner, Optimizer, Pattern, PyTree, Score, Start
 
-Optimizer = optax.GradientTransformationExtraArgs
 Shares = Allocation | allocations.Ranked
 Loss = Callable[[PyTree], Array]
 
 
-def fixed(
-    inner: optax.GradientTransformation, pattern: Pattern, sparsity: float | None, allocation: Shares | None,
-    score: Score, start: Start | None = None, *, flow: Flow = flows.hard(), at_first_update: bool = False,
-    **options: Any) -> Optimizer:
+def fixed(inner: Inner, pattern: Pattern, sparsity: float | None, allocation: Shares | None, score: Score,
+          start: Start | None = None, *, flow: Flow = flows.hard(), at_first_update: bool = False,
+          **options: Any) -> Optimizer:
   """Returns the sentence of all recipes here: a fixed mask, by `score`, from `init` or the first update's gradient."""
   selection = selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=allocation or together(pattern))
   dense_steps = options.pop('dense_steps', 0) + int(at_first_update)
@@ -45,9 +41,8 @@ def together(pattern: Pattern | Mapping[str, Pattern]) -> Shares:
   return allocations.uniform if any(getattr(p, 'fixed', False) for p in several) else allocations.global_()
 
 
-def random_pruning(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    loss: Loss | None = None, allocation: Shares = allocations.erk, **options: Any) -> Optimizer:
+def random_pruning(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+                   loss: Loss | None = None, allocation: Shares = allocations.erk, **options: Any) -> Optimizer:
   """Prunes at random (Liu et al. 2022, The Unreasonable Effectiveness of Random Pruning, 2202.02643). Needs `key=`.
 
   `loss` is read by an `allocation` that looks at gradients: `allocation.from_scores(scores.snip)`, the SNIP ratios.
@@ -58,16 +53,14 @@ def random_pruning(
   return fixed(inner, pattern, sparsity, allocation, scores.random, start, **options)
 
 
-def magnitude_at_init(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    allocation: Shares | None = None, **options: Any) -> Optimizer:
+def magnitude_at_init(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+                      allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Prunes by |w| at initialisation, ranked over all leaves (the baseline of Frankle et al. 2021, 2009.08576)."""
   return fixed(inner, pattern, sparsity, allocation, scores.magnitude, **options)
 
 
-def snip(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    loss: Loss | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
+def snip(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *, loss: Loss | None = None,
+         allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Prunes by |w dL/dw|, ranked over all leaves: SNIP (Lee et al. 2019, 1810.02340, algorithm 1).
 
   Without `loss`, scores read the gradient of the first update, and that update only prunes. The authors' code also
@@ -77,10 +70,9 @@ def snip(
   return fixed(inner, pattern, sparsity, allocation, scores.snip, start, at_first_update=loss is None, **options)
 
 
-def grasp(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    loss: Callable[..., Array] | None = None, temperature: float | None = None,
-    allocation: Shares | None = None, **options: Any) -> Optimizer:
+def grasp(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+          loss: Callable[..., Array] | None = None, temperature: float | None = None, allocation: Shares | None = None,
+          **options: Any) -> Optimizer:
   """Keeps the highest w (H g), so that gradient flow falls least: GraSP (Wang et al. 2020, 2002.07376, algorithm 1).
 
   The authors divide the logits by 200, without which most scores change sign. Either `loss` divides them, or `loss`
@@ -93,10 +85,9 @@ def grasp(
   return fixed(inner, pattern, sparsity, allocation, scores.grasp, start, **options)
 
 
-def synflow(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    outputs: Callable[[PyTree], Array] | None = None, rounds: int = 100,
-    allocation: Shares | None = None, **options: Any) -> Optimizer:
+def synflow(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+            outputs: Callable[[PyTree], Array] | None = None, rounds: int = 100, allocation: Shares | None = None,
+            **options: Any) -> Optimizer:
   """Prunes by |w| dR/d|w| without data, exponentially more in each of `rounds`: SynFlow (Tanaka 2020, algorithm 1).
 
   `outputs` maps parameters to the model's outputs for an input of ones. A pruned weight stays pruned. The authors' code
@@ -111,7 +102,7 @@ def synflow(
 
 
 def robust_at_init(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+    inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     loss: Loss | None = None, gain: float = 2.0, allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Prunes by SBP with the rescaling trick (Hayou et al. 2021, Robust Pruning at Initialization, section 3).
 
@@ -120,28 +111,23 @@ def robust_at_init(
   factor a row and another constant, and initialises on the edge instead of rescaling to it.
   """
   loss = starts.needed('robust_at_init', 'loss', loss, 'a function params -> scalar on a scoring batch')
-  start = starts.probed(starts.gradient(loss))
-  return fixed(inner, pattern, sparsity, allocation, scores.snip, start, flow=flows.on_the_edge(gain), **options)
+  return snip(inner, sparsity, pattern, loss=loss, allocation=allocation, flow=flows.on_the_edge(gain), **options)
 
 
-def freeze_net(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.99), *,
-    loss: Loss | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
+def freeze_net(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.99), *,
+               loss: Loss | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Trains the weights that SNIP picks, and freezes all others: FreezeNet (Wimmer et al. 2020, 2011.14087).
 
   `sparsity` is the fraction of frozen weights, which keep their initial value and are not zero.
   `states.freeze_net_trained` returns what a file has to hold, and the seed of the first parameters stands for the rest.
   `loss` is that of `snip`.
   """
-  start = loss and starts.probed(starts.gradient(loss))
-  return fixed(inner, pattern, sparsity, allocation, scores.snip, start, flow=flows.frozen(),
-               at_first_update=loss is None, **options)
+  return snip(inner, sparsity, pattern, loss=loss, allocation=allocation, flow=flows.frozen(), **options)
 
 
-def random_search(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Channel(0.5), *,
-    loss: Loss | None = None, candidates: int = 100, allocation: Shares = allocations.uniform, **options: Any,
-) -> Optimizer:
+def random_search(inner: Inner, sparsity: float | None = None, pattern: Pattern = Channel(0.5), *,
+                  loss: Loss | None = None, candidates: int = 100, allocation: Shares = allocations.uniform,
+                  **options: Any) -> Optimizer:
   """Keeps the random subset of nodes with the lowest initial loss: random search in node space (Farahani 2024).
 
   No code is public, and that the initial loss decides is our reading. Leave the output layer out of `where`, since its

@@ -13,28 +13,23 @@ parameters. Each recipe also takes the options of `transforms.sparsify`.
 from collections.abc import Mapping
 from typing import Any
 
-import optax
-
 from sparsejax import allocation as allocations
 from sparsejax import flows, patterns, schedules, scores, selections, transforms, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import random_pruning
-from sparsejax.types import Allocation, Pattern, Schedule, Update
+from sparsejax.selections import Selection
+from sparsejax.types import Allocation, Inner, Optimizer, Pattern, Schedule
 
-Optimizer = optax.GradientTransformationExtraArgs
 
-
-def static_sparse(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    allocation: Allocation = allocations.erk, **options: Any) -> Optimizer:
+def static_sparse(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+                  allocation: Allocation = allocations.erk, **options: Any) -> Optimizer:
   """Trains under a fixed random mask: `random_pruning`, the baseline of this file (Mocanu et al. 2018; Evci 2020)."""
   return random_pruning(inner, sparsity, pattern, allocation=allocation, **options)
 
 
-def set_(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
-    allocation: Allocation = allocations.erdos_renyi, total_steps: int | None = None, **options: Any) -> Optimizer:
+def set_(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+         fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
+         allocation: Allocation = allocations.erdos_renyi, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Drops by magnitude and grows at random: SET (Mocanu et al. 2018, 1707.04780, algorithm 1).
 
   `fraction`: a schedule, or the start of a cosine that is 0 at `end` (default: three quarters of `total_steps`). The
@@ -43,13 +38,14 @@ def set_(
   """
   last = _last('set_', end, total_steps)
   update = updates.drop_and_grow(scores.random, _falling(fraction, last))
-  return _moving('set_', inner, update, sparsity, pattern, allocation, every, last, total_steps=total_steps, **options)
+  selection = selections.leafwise(pattern, update=update, sparsity=sparsity, allocation=allocation)
+  return _moving('set_', inner, selection, sparsity, pattern, allocation, every, last, total_steps=total_steps,
+                 **options)
 
 
-def rigl(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
-    allocation: Allocation = allocations.erk, total_steps: int | None = None, **options: Any) -> Optimizer:
+def rigl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+         fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
+         allocation: Allocation = allocations.erk, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Drops by magnitude and grows where the gradient is largest: RigL (Evci et al. 2020, 1911.11134, algorithm 1).
 
   On steps that change the mask the weights stay as they are (algorithm 1). The optimizer's own step count does not
@@ -58,44 +54,40 @@ def rigl(
   """
   last = _last('rigl', end, total_steps)
   update = updates.drop_and_grow(scores.gradient, _falling(fraction, last))
-  return _moving('rigl', inner, update, sparsity, pattern, allocation, every, last, total_steps=total_steps, pause=True,
-                 **options)
+  selection = selections.leafwise(pattern, update=update, sparsity=sparsity, allocation=allocation)
+  return _moving('rigl', inner, selection, sparsity, pattern, allocation, every, last, total_steps=total_steps,
+                 pause=True, **options)
 
 
-def _moving(recipe: str, inner: optax.GradientTransformation, update: Update, sparsity: float | None, pattern: Pattern,
-            allocation: Allocation, every: int, last: int, **options: Any) -> Optimizer:
-  """Returns the sentence of `set_` and `rigl`: random masks first, then `update` every `every` steps before `last`."""
-  _refuse_dense(recipe, sparsity, pattern)
-  chosen_by = lambda **words: selections.leafwise(pattern, sparsity=sparsity, allocation=allocation, **words)
-  return transforms.sparsify(inner, flows.hard(), chosen_by(update=update), first=chosen_by(score=scores.random),
-                             refresh=_until(every, last), **{'slots': 'fresh'} | options)
-
-
-def snfs(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    fraction: float | Schedule = 0.5, every: int = 100, end: int | None = None, momentum: float = 0.9,
-    allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:
+def snfs(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+         fraction: float | Schedule = 0.5, every: int = 100, end: int | None = None, momentum: float = 0.9,
+         allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Grows by |momentum|, more in layers where it is large: SNFS, sparse momentum (Dettmers, Zettlemoyer 2019).
 
   1907.04840, algorithm 1. The momentum is an average of gradients that is stored beside any optimizer. Counts move
   between layers and are exact together, while the authors' code only comes near and has a floor for dense layers.
   """
-  _refuse_dense('snfs', sparsity, pattern)
-  last, memory = _last('snfs', end, total_steps), scores.gradient_average(momentum)
+  last = _last('snfs', end, total_steps)
   selection = selections.redistributed(pattern, sparsity=sparsity, grow=scores.momentum, allocation=allocation,
                                        fraction=_falling(fraction, last))
-  first = selections.leafwise(pattern, score=scores.random, sparsity=sparsity, allocation=allocation)
-  return transforms.sparsify(inner, flows.hard(), selection, memory=memory, first=first, total_steps=total_steps,
-                             refresh=_until(every, last), **{'slots': 'fresh'} | options)
+  return _moving('snfs', inner, selection, sparsity, pattern, allocation, every, last, total_steps=total_steps,
+                 memory=scores.gradient_average(momentum), **options)
 
 
-def _refuse_dense(recipe: str, sparsity: float | None, pattern: Any) -> None:
-  """Raises `ValueError` if nothing is pruned."""
+def _moving(recipe: str, inner: Inner, selection: Selection, sparsity: float | None, pattern: Any,
+            allocation: Allocation, every: int, last: int, **options: Any) -> Optimizer:
+  """Returns the sentence of all recipes that move masks: random ones first, then `selection` every `every` steps.
+
+  From step `last` on the mask is fixed. Raises `ValueError` if nothing is pruned.
+  """
   pattern = patterns.parse(pattern)
   several = list(pattern.values()) if isinstance(pattern, Mapping) else [pattern]
   if sparsity == 0 or sparsity is None and all(p.sparsity == 0 for p in several):
     raise ValueError(f'recipes.{recipe}: nothing is pruned, so that there is nothing to grow into; raise `sparsity`, '
                      'or take recipes.dense.')
+  first = selections.leafwise(pattern, score=scores.random, sparsity=sparsity, allocation=allocation)
+  return transforms.sparsify(inner, flows.hard(), selection, first=first, **{'slots': 'fresh'} | options,
+                             refresh=schedules.before(schedules.every(every), last))
 
 
 def _last(recipe: str, end: int | None, total_steps: int | None) -> int:
@@ -111,7 +103,3 @@ def _last(recipe: str, end: int | None, total_steps: int | None) -> int:
 
 def _falling(fraction: float | Schedule, end: int) -> Schedule:
   return fraction if callable(fraction) else schedules.cosine(fraction, 0.0, end=end)
-
-
-def _until(every: int, end: int) -> Schedule:
-  return schedules.before(schedules.every(every), end)

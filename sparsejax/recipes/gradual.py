@@ -15,13 +15,11 @@ from sparsejax import allocation as allocations
 from sparsejax import flows, schedules, scores, selections, transforms, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import Shares, together
-from sparsejax.types import Pattern, Score
-
-Optimizer = optax.GradientTransformationExtraArgs
+from sparsejax.types import Inner, Optimizer, Pattern, Score
 
 
 def gradual_magnitude(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+    inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     begin: int = 0, end: int | None = None, every: int = 100, initial: float = 0.0, score: Score = scores.magnitude,
     memory: scores.Memory | None = None, allocation: Shares = allocations.uniform, total_steps: int | None = None,
     **options: Any) -> Optimizer:
@@ -40,7 +38,7 @@ def gradual_magnitude(
 
 
 def movement_pruning(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+    inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     begin: int = 0, end: int | None = None, every: int = 1, initial: float = 0.0,
     score_optimizer: optax.GradientTransformation = optax.sgd(1.0), allocation: Shares = allocations.uniform,
     total_steps: int | None = None, **options: Any) -> Optimizer:
@@ -57,10 +55,9 @@ def movement_pruning(
       total_steps=total_steps, refresh=schedules.every(every, begin=begin), **options)
 
 
-def soft_movement_pruning(
-    inner: optax.GradientTransformation, threshold: float = 0.1, penalty: float = 1.0, *, begin: int = 0,
-    end: int | None = None, score_optimizer: optax.GradientTransformation = optax.adam(1e-2),
-    total_steps: int | None = None, **options: Any) -> Optimizer:
+def soft_movement_pruning(inner: Inner, threshold: float = 0.1, penalty: float = 1.0, *, begin: int = 0,
+                          end: int | None = None, score_optimizer: optax.GradientTransformation = optax.adam(1e-2),
+                          total_steps: int | None = None, **options: Any) -> Optimizer:
   """Keeps sigmoid(S) > tau, with a penalty on mean(sigmoid(S)): soft movement pruning (Sanh et al. 2020, section 4.2).
 
   tau rises from 0 to `threshold`, and the penalty, of each leaf's own mean, from 0 to `penalty`. Both are cubic from
@@ -74,10 +71,9 @@ def soft_movement_pruning(
       memory=scores.accumulated_movement(score_optimizer, rise(penalty)), total_steps=total_steps, **options)
 
 
-def global_sparse_momentum(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    weight_decay: float = 1e-4, dense_steps: int | None = None, total_steps: int | None = None, **options: Any,
-) -> Optimizer:
+def global_sparse_momentum(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+                           weight_decay: float = 1e-4, dense_steps: int | None = None, total_steps: int | None = None,
+                           **options: Any) -> Optimizer:
   """Passes the gradient to the global top of |w dL/dw|, while the rest decays: GSM (Ding et al. 2019, algorithm 1).
 
   `inner` is SGD with a momentum of 0.98 or 0.99 in the paper. The coupled `weight_decay` of all sparse leaves is added
@@ -95,10 +91,9 @@ def global_sparse_momentum(
                              refresh=schedules.once(0), dense_steps=dense_steps, total_steps=total_steps, **options)
 
 
-def iterative_soft_shrinkage(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    shrink: float = 0.95, total_steps: int | None = None, fine_tune_steps: int | None = None,
-    **options: Any) -> Optimizer:
+def iterative_soft_shrinkage(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+                             shrink: float = 0.95, total_steps: int | None = None, fine_tune_steps: int | None = None,
+                             **options: Any) -> Optimizer:
   """Multiplies the smallest weights by `shrink` after every step: ISS-P (Wang et al. 2023, 2303.09650).
 
   The mask is chosen anew at every step, at the full sparsity from the first step on, in each layer. In the last
@@ -106,10 +101,9 @@ def iterative_soft_shrinkage(
   leaves at least 0.5 % of a layer.
   """
   total = _end('iterative_soft_shrinkage', None, total_steps, 1.0, 0, options)
-  selection = selections.leafwise(pattern, sparsity=sparsity)
-  return transforms.sparsify(
-      inner, flows.soft_shrink(shrink), selection, total_steps=total,
-      fine_tune_steps=total // 2 if fine_tune_steps is None else fine_tune_steps, **options)
+  tuned = total // 2 if fine_tune_steps is None else fine_tune_steps
+  return transforms.sparsify(inner, flows.soft_shrink(shrink), selections.leafwise(pattern, sparsity=sparsity),
+                             total_steps=total, fine_tune_steps=tuned, **options)
 
 
 def _part(initial: float, sparsity: float | None, pattern: Pattern) -> float:

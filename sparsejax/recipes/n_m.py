@@ -14,30 +14,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import optax
 
 from sparsejax import flows, patterns, schedules, selections, transforms, updates
 from sparsejax.patterns import NM, Staged, Switch
-from sparsejax.types import Bound, Pattern, Schedule
+from sparsejax.types import Bound, Inner, Optimizer, Pattern, Schedule
 
 Patterns = Pattern | Mapping[str, Pattern]
-Optimizer = optax.GradientTransformationExtraArgs
 
 
-def dense(inner: optax.GradientTransformation) -> Optimizer:
+def dense(inner: Inner) -> Optimizer:
   """Returns the baseline: `inner` as it is, in the same state as every recipe, so that a table can hold both."""
   return transforms.identity(inner)
 
 
-def ste(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
+def ste(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
   """Trains N:M weights straight-through (Bengio et al. 2013, arXiv 1308.3432; the baseline of Zhou et al. 2021)."""
   return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
 
 
-def sr_ste(
-    inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, decay: float = 2e-4, decoupled: bool = False,
-    learning_rate: float | Schedule = 1.0, **options: Any,
-) -> Optimizer:
+def sr_ste(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: float = 2e-4, decoupled: bool = False,
+           learning_rate: float | Schedule = 1.0, **options: Any) -> Optimizer:
   """Trains straight-through with a decay of the pruned weights: SR-STE (Zhou et al. 2021, equation 8).
 
   arXiv 2102.04010. As published, the term is in the gradient, where Adam divides it by its own size. `decoupled=True`
@@ -48,21 +44,17 @@ def sr_ste(
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), **options)
 
 
-def asp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, dense_steps: int = 0, **options: Any):
+def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
   """Prunes by magnitude once, after `dense_steps`, then trains under the mask: ASP (Mishra et al. 2021, section 4).
 
   arXiv 2104.08378. No master is stored. NVIDIA's code also permutes channels first; this recipe does not.
   """
   selection = selections.leafwise(pattern, update=updates.prune_to)
-  once = schedules.once(0)
-  return transforms.sparsify(inner, flows.hard(), selection, refresh=once, dense_steps=dense_steps, **options)
+  return transforms.sparsify(inner, flows.hard(), selection, refresh=schedules.once(0), **options)
 
 
-def mdgf(
-    inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *,
-    decay: Schedule = schedules.linear(1.0, 0.0, begin=0, end=5000), gradient: str = 'straight_through',
-    dense_steps: int = 0, **options: Any,
-) -> Optimizer:
+def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule = schedules.linear(1.0, 0.0, begin=0, end=5000),
+         gradient: str = 'straight_through', dense_steps: int = 0, **options: Any) -> Optimizer:
   """Shrinks pruned weights by a mask decay beta: MdGf (Bambhaniya et al. 2024, Progressive Gradient Flow, 2402.04744).
 
   `decay` is beta by the number of steps since the dense phase. The default, linear over 5,000 steps, is the released
@@ -81,10 +73,8 @@ def mdgf(
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), dense_steps=dense_steps, **options)
 
 
-def sdgf_stepwise(
-    inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, gradient: str = 'straight_through',
-    **options: Any,
-) -> Optimizer:
+def sdgf_stepwise(inner: Inner, pattern: Patterns = NM(2, 4), *, gradient: str = 'straight_through',
+                  **options: Any) -> Optimizer:
   """Trains through (M-1):M, M/2:M, M/4:M, ... N:M, stages of equal length: SdGf-Stepwise (progressive gradient flow).
 
   Needs `total_steps`. `gradient='straight_through'` is the released code's. `'scaled'` blocks the gradient of pruned
@@ -95,10 +85,8 @@ def sdgf_stepwise(
   return _sdgf(inner, pattern, stepwise_stages, gradient, **options)
 
 
-def sdgf_geometric(
-    inner: optax.GradientTransformation, pattern: Patterns = NM(2, 4), *, k: int = 8,
-    gradient: str = 'straight_through', **options: Any,
-) -> Optimizer:
+def sdgf_geometric(inner: Inner, pattern: Patterns = NM(2, 4), *, k: int = 8, gradient: str = 'straight_through',
+                   **options: Any) -> Optimizer:
   """Trains through kN:kM, kN/2:kM/2, ... N:M, constant density in ever smaller groups: SdGf-Geometric (2402.04744).
 
   `k`, a power of two, is 8 in the released code and 16 in its comments. `gradient` and `total_steps` are those of
@@ -107,13 +95,12 @@ def sdgf_geometric(
   return _sdgf(inner, pattern, Bound(geometric_stages, (k,)), gradient, **options)
 
 
-def _sdgf(inner, pattern, stages, gradient, *, total_steps=None, dense_steps=0, fine_tune_steps=0, **options):
-  if total_steps is None:
+def _sdgf(inner: Inner, pattern: Patterns, stages: Any, gradient: str, **options: Any) -> Optimizer:
+  if options.get('total_steps') is None:
     raise ValueError('recipes.sdgf: its stages share out the training; pass total_steps=, the number of updates.')
-  selection = selections.leafwise(_staged(patterns.parse(pattern), stages, dense_steps, total_steps - fine_tune_steps))
-  return transforms.sparsify(
-      inner, flows.decayed(schedules.constant(0.0), gradient), selection, total_steps=total_steps,
-      dense_steps=dense_steps, fine_tune_steps=fine_tune_steps, **options)
+  begin, end = options.get('dense_steps', 0), options['total_steps'] - options.get('fine_tune_steps', 0)
+  selection = selections.leafwise(_staged(patterns.parse(pattern), stages, begin, end))
+  return transforms.sparsify(inner, flows.decayed(schedules.constant(0.0), gradient), selection, **options)
 
 
 def _staged(pattern: Patterns, stages: Callable[[NM], tuple[NM, ...]], begin: int, end: int) -> Patterns:
@@ -150,10 +137,8 @@ def geometric_stages(pattern: NM, k: int) -> tuple[NM, ...]:
   return tuple(NM(pattern.n * (k >> i), pattern.m * (k >> i), pattern.width) for i in range(k.bit_length()))
 
 
-def st3(
-    inner: optax.GradientTransformation, sparsity: float = 0.9, *, sigma: bool = False, total_steps: int | None = None,
-    ramp_steps: int | None = None, dense_steps: int = 0, fine_tune_steps: int = 0, **options: Any,
-) -> Optimizer:
+def st3(inner: Inner, sparsity: float = 0.9, *, sigma: bool = False, total_steps: int | None = None,
+        ramp_steps: int | None = None, dense_steps: int = 0, fine_tune_steps: int = 0, **options: Any) -> Optimizer:
   """Trains under a global soft threshold, straight-through: ST-3 (Vanderschueren and De Vleeschouwer 2023, WACV).
 
   The masks are unstructured. `sparsity` is that of all sparse leaves together, reached by a cubic ramp `ramp_steps`
@@ -174,7 +159,7 @@ def st3(
       total_steps=total_steps, dense_steps=dense_steps, fine_tune_steps=fine_tune_steps, **options)
 
 
-def bdwp(inner: optax.GradientTransformation, pattern: Patterns = NM(2, 8), **options: Any) -> Optimizer:
+def bdwp(inner: Inner, pattern: Patterns = NM(2, 8), **options: Any) -> Optimizer:
   """Prunes N:M in the forward and in the input-gradient product: BDWP (Fang et al. 2023, arXiv 2309.13015).
 
   The user holds m_f W, the mask along the contraction axis, straight-through into the dense W. The input gradient goes

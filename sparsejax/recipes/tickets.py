@@ -13,16 +13,14 @@ import optax
 from sparsejax import flows, schedules, scores, selections, starts, transforms, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import Shares, fixed
-from sparsejax.types import Pattern, Predicate, PyTree, Schedule
+from sparsejax.types import Inner, Optimizer, Pattern, Predicate, PyTree, Schedule
 
-Optimizer = optax.GradientTransformationExtraArgs
 # The memory of `flows.searched`: the pretrained weight itself, which never changes.
 _WEIGHT = scores.Memory(lambda w: jnp.array(w, copy=True), lambda weight, w, signals: weight)
 
 
-def iterative_magnitude(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    ticket: PyTree | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
+def iterative_magnitude(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+                        ticket: PyTree | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Trains under the mask of the largest magnitudes of `ticket`, trained parameters: a round of IMP.
 
   Frankle and Carbin 2019, 1803.03635, section 2; Renda et al. 2020, 2003.02389. `init` and `update` get the weights to
@@ -35,10 +33,9 @@ def iterative_magnitude(
   return fixed(inner, pattern, sparsity, allocation, score, start, **options)
 
 
-def lottery_jackpot(
-    inner: optax.GradientTransformation, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-    restriction: Schedule | None = None, total_steps: int | None = None, where: Predicate | PyTree | None = None,
-    axes: Any = None, **options: Any) -> Optimizer:
+def lottery_jackpot(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+                    restriction: Schedule | None = None, total_steps: int | None = None,
+                    where: Predicate | PyTree | None = None, axes: Any = None, **options: Any) -> Optimizer:
   """Searches masks of pretrained weights, which are fixed: lottery jackpots (Zhang et al. 2023, 2104.08700).
 
   `inner` trains a score of each weight by w dL/dw'. A score begins at 1 where the magnitude mask keeps the weight, and

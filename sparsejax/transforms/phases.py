@@ -73,7 +73,7 @@ def resumed(call: Call) -> Point:
 def pulled_back(call: Call, point: Point) -> list[Array]:
   """Returns the gradients of the master: the gradients at the sparse point, pulled back by the flow."""
   return [call.method.until_freeze.pull_back(g.astype(w.dtype), w, m, s)
-          for g, w, m, s in zip(call.grads, point.weights, point.masks, _before(call, point))]
+          for g, w, m, s in zip(call.grads, point.weights, point.masks, _signals(call, point, call.state.step))]
 
 
 def observed(call: Call, point: Point) -> Point:
@@ -81,12 +81,13 @@ def observed(call: Call, point: Point) -> Point:
   memory = call.method.memory
   if memory is None:
     return point
-  return point._replace(stats=[memory.observe(*each) for each in zip(point.stats, point.weights, _before(call, point))])
+  rows = zip(point.stats, point.weights, _signals(call, point, call.state.step))
+  return point._replace(stats=[memory.observe(*row) for row in rows])
 
 
-def _before(call: Call, point: Point) -> list[Signals]:
-  """Returns the signals of the step that the state is at."""
-  return call.leaves.signals(call.state.step, point.stats, call.grads, call.state.key)
+def _signals(call: Call, point: Point, step: Array) -> list[Signals]:
+  """Returns the signals of the step that the state is at, or of the step that the update leads to."""
+  return call.leaves.signals(step, point.stats, call.grads, call.state.key)
 
 
 def stepped(call: Call, point: Point, gradients: list[Array]) -> tuple[Point, PyTree]:
@@ -113,7 +114,7 @@ def chosen(call: Call, point: Point) -> Point:
   method = call.method
   if method.never:
     return point
-  choose = lambda: _selected(method.selection, call.leaves, point, _after(call, point))
+  choose = lambda: _selected(method.selection, call.leaves, point, _signals(call, point, call.step))
   if method.always:
     new = choose()
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
@@ -131,11 +132,6 @@ def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signal
   masks, thresholds = selection.select(leaves.plan.leaves, point.weights, point.masks, signals)
   masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
   return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)
-
-
-def _after(call: Call, point: Point) -> list[Signals]:
-  """Returns the signals of the step that the update leads to."""
-  return call.leaves.signals(call.step, point.stats, call.grads, call.state.key)
 
 
 def settled(call: Call, point: Point) -> Point:

@@ -30,10 +30,9 @@ def refuse_empty(plan: Plan, masks: Sequence[Array] = ()) -> None:
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'a sparsity of {leaf.sparsity:.6g} keeps nothing of '
                            f'{size} units, and a layer that is empty passes nothing on. {_WAY_OUT}')
   for leaf, mask in zip(plan.leaves, masks):
-    if mask.size and not isinstance(mask, jax.core.Tracer):
-      along = tuple(a for a in range(mask.ndim) if a not in leaf.axes.layer)
-      if not bool(jnp.all(jnp.any(mask, along))):
-        raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the first mask keeps nothing of it. {_WAY_OUT}')
+    along = tuple(a for a in range(mask.ndim) if a not in leaf.axes.layer)
+    if mask.size and not isinstance(mask, jax.core.Tracer) and not jnp.all(jnp.any(mask, along)):
+      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the first mask keeps nothing of it. {_WAY_OUT}')
 
 
 def refuse_others(leaves: Leaves, keeps_master: bool, state: SparseState, grads: PyTree) -> None:

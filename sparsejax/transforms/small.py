@@ -17,10 +17,10 @@ from sparsejax.selections import Selection
 from sparsejax.states import Plan, SparseState
 from sparsejax.transforms import refusals
 from sparsejax.transforms.leaves import Leaves, default_where
-from sparsejax.types import Array, Axes, Predicate, PyTree
+from sparsejax.types import Array, Axes, Inner, Optimizer, Predicate, PyTree
 
 
-def identity(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def identity(inner: Inner) -> Optimizer:
   """Returns `inner` in a `SparseState` without sparse leaves, so that the tools of recipes work on dense baselines."""
   inner = optax.with_extra_args_support(inner)
 
@@ -39,9 +39,8 @@ def identity(inner: optax.GradientTransformation) -> optax.GradientTransformatio
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def updating(
-    selection: Selection, *, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
-    weight_decay: float = 0.0) -> optax.GradientTransformation:
+def updating(selection: Selection, *, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
+             weight_decay: float = 0.0) -> optax.GradientTransformation:
   """Returns a transform that passes the gradients of the weights that `selection` picks at each step, and zero else.
 
   The transform stands in front of an optimizer, inside of a recipe with the same `where` and `axes`. `weight_decay`
