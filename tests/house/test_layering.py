@@ -47,7 +47,7 @@ KERNELS = (
     ('active', 'attention', 'block_sparse', 'n_m', 'sparse24', 'unstructured'),
     ('held',),
     ('models',),
-    ('__init__', 'bench'),
+    ('__init__', 'bench', 'nn'),  # and former names
 )
 EXPERIMENTS = (
     ('configs',),
