@@ -79,7 +79,7 @@ def test_without_a_state_each_row_names_the_tightest_common_pattern():
 
 
 def test_a_pattern_without_a_state_is_checked_along_the_contraction():
-  """2:4 along the rows, where a mask on the last axis would put it, is not 2:4 to a matrix product."""
+  """Checks that 2:4 along the rows, where a mask on the last axis would put it, is not 2:4 to a matrix product."""
   params = parameters()
   right, wrong = (params | {'fc': {'kernel': pruned(params['fc']['kernel'], 2, 4, axes)}} for axes in ((0,), (1,)))
   where = trees.named('fc/kernel')
@@ -120,7 +120,7 @@ def test_a_group_may_keep_fewer():
 # Violations follow.
 
 
-SPOILERS = {  # what spoils the zeros, and what it is called
+SPOILERS = {  # transforms that spoil the zeros, and how a report names them
     'rescaled': (lambda tx: optax.chain(tx, optax.scale(0.5)), 'it is member 1 of a chain, before EmptyState'),
     'scheduled': (lambda tx: optax.chain(optax.clip(9.0), tx, optax.scale_by_schedule(lambda t: 0.5), optax.identity()),
                   'it is member 2 of a chain, before ScaleByScheduleState and EmptyState'),
@@ -132,7 +132,7 @@ SPOILERS = {  # what spoils the zeros, and what it is called
 
 @pytest.mark.parametrize('recipe, spoiler', [
     (recipe, spoiler) for recipe in ('ste', 'asp', 'st3', 'mdgf-scaled-linear') for spoiler in SPOILERS
-    if (recipe, spoiler) != ('asp', 'averaged')])  # what is always sent to zero is zero on average
+    if (recipe, spoiler) != ('asp', 'averaged')])  # weights that are always sent to zero are zero on average
 def test_what_changes_the_updates_afterwards_is_found_and_named(recipe, spoiler):
   wrap, name = SPOILERS[spoiler]
   tx = wrap(cases.CASES[recipe].make())
@@ -144,6 +144,27 @@ def test_what_changes_the_updates_afterwards_is_found_and_named(recipe, spoiler)
     assert int(row.problem.split()[0]) > 0
   with pytest.raises(ValueError, match=r'check: .*\n  .*kernel .*are not zero: something after the recipe changes'):
     sparsejax.check(params, state)
+
+
+@jax.tree_util.register_pytree_node_class
+class Keyless:
+  """A `Keyless` is a container that gives its member no key of its own."""
+
+  def __init__(self, member):
+    self.member = member
+
+  def tree_flatten(self):
+    return (self.member,), None
+
+  @classmethod
+  def tree_unflatten(cls, aux, children):
+    return cls(*children)
+
+
+def test_what_surrounds_a_recipe_is_named_through_a_container_without_keys():
+  state = recipes.ste(optax.sgd(0.1)).init(parameters())
+  chained = {'a': Keyless([optax.EmptyState(), (state, optax.ScaleByScheduleState(0))])}
+  assert states.surroundings(chained) == ['member 1 of a chain, before ScaleByScheduleState']
 
 
 def test_before_the_first_update_the_remedy_is_project():
@@ -178,7 +199,7 @@ def test_a_sparsity_of_all_leaves_together_is_checked_together(sigma):
 
 
 def test_zeros_that_were_lost_on_the_way_are_found():
-  """A merge, an average, another run's weights: whatever is held is compared with the state."""
+  """Checks that parameters of any origin, such as a merge or another run, are compared with the state."""
   params, state = trained(recipes.ste(optax.sgd(0.1)), parameters())
   params['head']['kernel'] = params['head']['kernel'] + 0.01
   assert [row.path for row in sparsejax.report(params, state).violations] == ['head/kernel']
