@@ -34,9 +34,15 @@ class Selection(NamedTuple):
   threshold: float | None = None
 
 
-def leafwise(pattern: Pattern | Mapping[str, Pattern], *, score: Score = scores.magnitude,
-             update: Update = updates.reselect, sparsity: float | None = None, ramp: Schedule | None = None,
-             allocation: Allocation | allocations.Ranked = allocations.uniform) -> Selection:
+def leafwise(
+    pattern: Pattern | Mapping[str, Pattern],
+    *,
+    score: Score = scores.magnitude,
+    update: Update = updates.reselect,
+    sparsity: float | None = None,
+    ramp: Schedule | None = None,
+    allocation: Allocation | allocations.Ranked = allocations.uniform,
+) -> Selection:
   """Returns the selection that prunes each leaf by `pattern`, or by one pattern per glob, over `score`.
 
   `sparsity` (default: the pattern's own) is shared out by `allocation`. If `sparsity` is `None`, N:M patterns, and

@@ -28,11 +28,25 @@ from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTr
 SLOTS = ('kept', 'fresh')
 
 
-def sparsify(inner: Inner, flow: Flow, selection: Selection, *, where: Predicate | PyTree | None = None,
-             axes: Mapping[str, Axes] | None = None, refresh: Schedule = schedules.every(1), dense_steps: int = 0,
-             fine_tune_steps: int = 0, total_steps: int | None = None, slots: str = 'kept', key: Array | None = None,
-             allow_empty: bool = False, memory: scores.Memory | None = None, start: Start | None = None,
-             first: Selection | None = None, pause: bool = False) -> Optimizer:
+def sparsify(
+    inner: Inner,
+    flow: Flow,
+    selection: Selection,
+    *,
+    where: Predicate | PyTree | None = None,
+    axes: Mapping[str, Axes] | None = None,
+    refresh: Schedule = schedules.every(1),
+    dense_steps: int = 0,
+    fine_tune_steps: int = 0,
+    total_steps: int | None = None,
+    slots: str = 'kept',
+    key: Array | None = None,
+    allow_empty: bool = False,
+    memory: scores.Memory | None = None,
+    start: Start | None = None,
+    first: Selection | None = None,
+    pause: bool = False,
+) -> Optimizer:
   """Returns `inner` wrapped so that the parameters that it trains are sparse. Every recipe is a call of `sparsify`.
 
   `where`: the sparse leaves, a predicate `(path, leaf)` or a prefix pytree of bools. The default is `trees.matrices`,
