@@ -86,7 +86,7 @@ class _Frame:
 
   def write(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
     needed = _last_uses(self.jaxpr)
-    self.values.update((v, value) for v, value in zip(variables, values) if v in needed)
+    self.values.update((v, value) for v, value in zip(variables, values, strict=True) if v in needed)
 
   def take(self, variables: Sequence[Any]) -> list[Any]:
     """Returns the operands of the next operation, and drops the operands that no later operation needs."""

@@ -100,7 +100,9 @@ def body(eqn: Any) -> Any | None:
   `jit`, `remat` and functions with derivatives of their own run such a program. The shapes of its inputs and outputs
   tell, so that the names of a new version of JAX do not matter.
   """
-  for program in core.jaxprs_in_params({key: p for key, p in eqn.params.items() if not isinstance(p, tuple)}):
+  for program in eqn.params.values():  # `core.jaxprs_in_params` would open a closed jaxpr, and lose its constants
+    if not isinstance(program, (core.Jaxpr, core.ClosedJaxpr)):
+      continue
     inside = opened(program)
     if shapes(inside.invars) == shapes(eqn.invars) and shapes(inside.outvars) == shapes(eqn.outvars):
       return program
@@ -110,6 +112,12 @@ def body(eqn: Any) -> Any | None:
 def remat_options(eqn: Any) -> dict[str, Any]:
   """Returns the arguments of `jax.checkpoint` that reproduce an operation of `remat`."""
   return {name: eqn.params[name] for name in ('prevent_cse', 'policy')}
+
+
+def captured(eqn: Any, operands: list[Any]) -> tuple[list[Any], list[Any]]:
+  """Returns the values that a function with derivatives of its own closes over, and its arguments."""
+  number = eqn.params.get('num_consts', 0)
+  return operands[:number], operands[number:]
 
 
 STRUCTURES: dict[str, Callable[[Any], Sequence[Any]]] = {

@@ -62,9 +62,13 @@ class Inside(NamedTuple):
   def all_dense(self, values: Sequence[Any], why: str) -> list[Any]:
     return [self.dense(value, why) for value in values]
 
-  def for_derivatives(self, values: list[Any]) -> list[Any]:
-    """Returns the results of the operation, whose derivatives are those of its own rule for arrays."""
-    return self.original(self.all_dense(values, 'a derivative rule takes it'))
+  def for_derivatives(self, captured: list[Any]) -> Callable[[list[Any]], list[Any]]:
+    """Returns the operation as a function of its arguments, whose derivatives are those of its own rule for arrays.
+
+    `captured` are the values that the user's function closes over, in which a derivative rule has no derivatives.
+    """
+    why = 'a derivative rule takes it'
+    return lambda given: self.original([*self.all_dense(captured, why), *self.all_dense(given, why)])
 
 
 # Kept.
@@ -77,19 +81,28 @@ def _kept_remat(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
 
 def _kept_custom_jvp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
   """Takes values from the body as the caller runs it, and tangents from the function's own rule for arrays."""
-  run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
+  run = lambda captured, given: inside.run(jaxprs.body(eqn), [*captured, *given], 0)
+
+  def tangents(primals: Any, tangents: Any) -> Any:
+    captured, given = primals
+    return run(captured, given), jax.jvp(inside.for_derivatives(captured), (given,), tangents[1:])[1]
+
   call = jax.custom_jvp(run)
-  call.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(inside.for_derivatives, primals, tangents)[1]))
-  return call(values)
+  call.defjvp(tangents)
+  return call(*jaxprs.captured(eqn, values))
 
 
 def _kept_custom_vjp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
   """Takes values from the body as the caller runs it, and gradients from the function's own rule for arrays."""
-  run = lambda values: inside.run(jaxprs.body(eqn), values, 0)
+  run = lambda captured, given: inside.run(jaxprs.body(eqn), [*captured, *given], 0)
+
+  def gradients(saved: Any, dy: Any) -> Any:
+    captured, given = saved
+    return None, *jax.vjp(inside.for_derivatives(captured), given)[1](dy)
+
   call = jax.custom_vjp(run)
-  call.defvjp(lambda values: (run(values), values),
-              lambda values, dy: jax.vjp(inside.for_derivatives, values)[1](dy))
-  return call(values)
+  call.defvjp(lambda *values: (run(*values), values), gradients)
+  return call(*jaxprs.captured(eqn, values))
 
 
 def _kept_cond(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:

@@ -1,12 +1,14 @@
 """Runs every program of `tests/support/programs.py` through every client of `sparsejax.programs`.
 
 The results must be those of the program itself: shown operand by operand, with operands replaced by themselves, and
-with packed parameters. `test_contractions.py` compares the contractions with known answers.
+with packed parameters. Random programs (`tests/support/generated.py`) run too. `test_contractions.py` compares the
+contractions with known answers.
 """
 
 import functools
 import types
 
+import generated
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,3 +137,32 @@ def test_packed_parameters_give_the_dense_result_and_are_all_listed(i, name):
   explained = packed(this.apply, explain=True)(small, *this.inputs)
   names, leaves, _ = trees.flatten(small, is_leaf=formats.is_packed)
   assert {use.path for use in explained} == {n for n, leaf in zip(names, leaves) if formats.is_packed(leaf)}
+
+
+# Random programs.
+
+
+def pytest_generate_tests(metafunc):
+  """Runs 8 programs, and 400 with `--cells all`."""
+  if 'seed' in metafunc.fixturenames:
+    metafunc.parametrize('seed', range(400 if metafunc.config.getoption('--cells') == 'all' else 8))
+
+
+def test_packed_programs_give_the_values_and_gradients_of_dense_ones(seed):
+  apply, params, inputs = generated.program(seed)
+  found = contractions(apply, params, *inputs)
+  dense, small = packed_tree(found, params, KINDS[seed % 3:] + KINDS[:seed % 3])
+  assert any(map(formats.is_packed, jax.tree.leaves(small, is_leaf=formats.is_packed)))
+  loss = lambda apply: lambda p, h: (jnp.sum((y := apply(p, h)) ** 2), y)
+  by_input = lambda apply: jax.jit(jax.grad(loss(apply), argnums=1, has_aux=True))
+  assert_same(by_input(packed(apply))(small, *inputs), by_input(apply)(dense, *inputs), 2e-3)
+
+
+def test_clients_that_change_nothing_change_nothing(seed):
+  apply, params, inputs = generated.program(seed)
+  found, expected, seen = contractions(apply, params, *inputs), jax.jit(apply)(params, *inputs), []
+  answered = operands(apply, lambda site: seen.append(site.path) or (site.product() if len(seen) % 2 else None))
+  assert_same(answered(params, *inputs), expected, 2e-3)
+  keys = {(path, n): lambda x: x for path, uses in found.uses.items() for n in range(len(uses))}
+  assert_same(jax.jit(replace(apply, keys))(params, *inputs), expected, 2e-3)
+  assert seen

@@ -1,0 +1,170 @@
+"""Generates random programs: nested, with constants captured at every level and weights used more than once.
+
+    apply, params, inputs = program(seed=3)
+    apply(params, *inputs)                          # `float32[4, 8]`, the same on every call
+
+A program is drawn once, as a tree of blocks `block(params, h) -> h` over `h`, `float32[4, 8]`. Drawing is separate from
+running, so that every trace of `apply` is the same program.
+"""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+ROWS, WIDTH, STACK = 4, 8, 3
+
+
+class Drawer:
+  """A `Drawer` draws blocks, and collects the parameters that the blocks use."""
+
+  def __init__(self, seed):
+    self.random, self.params, self.operations = random.Random(seed), {}, 0
+
+  def array(self, *shape):
+    values = np.random.default_rng(self.random.randrange(2**31)).standard_normal(shape)
+    return np.asarray(values / np.sqrt(shape[-1]), np.float32)
+
+  def weight(self, *shape):
+    """Returns the name of a parameter of this shape, in two of five cases one that another block uses too."""
+    same = [name for name, w in self.params.items() if w.shape == shape]
+    if same and self.random.random() < 0.4:
+      return self.random.choice(same)
+    name = f'w{len(self.params)}'
+    self.params[name] = jnp.asarray(self.array(*shape))
+    return name
+
+  def block(self, depth):
+    """Returns a block; at depth 0 a product or an elementwise operation, else any of the structures around blocks."""
+    self.operations += 1
+    kinds = LEAVES if depth == 0 or self.random.random() < 0.25 else STRUCTURES
+    return self.random.choice(kinds)(self, depth)
+
+  def sequence(self, depth, least=1):
+    blocks = [self.block(depth) for _ in range(self.random.randint(least, least + 2))]
+
+    def run(p, h):
+      for block in blocks:
+        h = block(p, h)
+      return h
+
+    return run
+
+
+# Products and elementwise operations.
+
+
+def _product(draw, depth):
+  name, kind = draw.weight(WIDTH, WIDTH), draw.random.randrange(9)
+  ways = [lambda w, h: h @ w, lambda w, h: h @ w.T, lambda w, h: (w @ h.T).T,
+          lambda w, h: jnp.einsum('bi,io->bo', h, w), lambda w, h: h @ (w * 0.5),
+          lambda w, h: (h.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32),
+          lambda w, h: jnp.concatenate([h @ w[:, :4], h @ w[:, 4:]], 1),
+          lambda w, h: (h @ w.reshape(WIDTH, 2, 4).transpose(0, 2, 1).reshape(WIDTH, WIDTH)),
+          lambda w, h: h @ jnp.where(h[:1, :1] > 0, w, -w)]
+  return lambda p, h: jnp.tanh(ways[kind](p[name], h))
+
+
+def _wide(draw, depth):
+  up, down = draw.weight(WIDTH, 2 * WIDTH), draw.weight(2 * WIDTH, WIDTH)
+  return lambda p, h: jnp.tanh(jax.nn.relu(h @ p[up]) @ p[down])
+
+
+def _constant(draw, depth):
+  """An elementwise operation with an array from outside of the program."""
+  kind = draw.random.randrange(4)
+  table, mask = jnp.asarray(draw.array(ROWS, WIDTH)), np.tril(np.ones((ROWS, ROWS), np.float32))
+  order = jnp.asarray(draw.random.sample(range(WIDTH), WIDTH))
+  ways = [lambda h: h + table, lambda h: jnp.asarray(mask) @ h, lambda h: h[:, order], lambda h: jnp.sin(h * table)]
+  return lambda p, h: jnp.tanh(ways[kind](h))
+
+
+LEAVES = [_product, _product, _wide, _constant]
+
+
+# Structures around blocks.
+
+
+def _jit(draw, depth):
+  inside, table = draw.sequence(depth - 1), jnp.asarray(draw.array(ROWS, WIDTH))
+  call = jax.jit(lambda p, h, unused: inside(p, h + table))
+  return lambda p, h: call(p, h, 2 * h)
+
+
+def _remat(draw, depth):
+  inside = draw.sequence(depth - 1)
+  return lambda p, h: jax.checkpoint(inside)(p, h)
+
+
+def _cond(draw, depth):
+  first, second = draw.sequence(depth - 1), draw.sequence(depth - 1)
+  return lambda p, h: lax.cond(h.sum() > 0, lambda: first(p, h), lambda: second(p, h))
+
+
+def _switch(draw, depth):
+  blocks = [draw.block(depth - 1) for _ in range(3)]
+  return lambda p, h: lax.switch(jnp.argmax(h[0, :3]), blocks, p, h)
+
+
+def _while(draw, depth):
+  inside, rounds = draw.sequence(depth - 1), draw.random.randint(1, 3)
+  return lambda p, h: lax.fori_loop(0, rounds, lambda i, h: inside(p, h), h)
+
+
+def _layers(draw, depth):
+  """A scan over a stack of weights, whose body also runs other blocks."""
+  name, inside, reverse = draw.weight(STACK, WIDTH, WIDTH), draw.block(depth - 1), draw.random.random() < 0.5
+  scanned = lambda p, h: lax.scan(
+      lambda h, w: (inside(p, jnp.tanh(h @ w)), h.sum()), h, p[name], reverse=reverse)
+  return lambda p, h: (lambda last, sums: last + sums.mean())(*scanned(p, h))
+
+
+def _shared(draw, depth):
+  inside, table = draw.sequence(depth - 1), jnp.asarray(draw.array(STACK, ROWS, WIDTH))
+  return lambda p, h: lax.scan(lambda h, t: (inside(p, h + t), None), h, table)[0]
+
+
+def _members(draw, depth):
+  """A `vmap` over a stack of weights, all of which read the same input or one of their own."""
+  name, own = draw.weight(STACK, WIDTH, WIDTH), draw.random.random() < 0.5
+  inputs = lambda h: jnp.stack([h, -h, 2 * h]) if own else h
+  return lambda p, h: jnp.tanh(jax.vmap(lambda w, h: h @ w, in_axes=(0, 0 if own else None))(p[name], inputs(h)).sum(0))
+
+
+def _rows(draw, depth):
+  name, table = draw.weight(WIDTH, WIDTH), jnp.asarray(draw.array(WIDTH))
+  return lambda p, h: jax.vmap(lambda row: jnp.tanh((row + table) @ p[name]))(h)
+
+
+def _custom_jvp(draw, depth):
+  inside = draw.sequence(depth - 1)
+  call = jax.custom_jvp(inside)
+  call.defjvp(lambda primals, tangents: jax.jvp(inside, primals, tangents))
+  return call
+
+
+def _custom_vjp(draw, depth):
+  inside = draw.sequence(depth - 1)
+  call = jax.custom_vjp(inside)
+  call.defvjp(lambda p, h: (inside(p, h), (p, h)), lambda saved, dy: jax.vjp(inside, *saved)[1](dy))
+  return call
+
+
+STRUCTURES = [_jit, _remat, _cond, _switch, _while, _layers, _shared, _members, _rows, _custom_jvp, _custom_vjp]
+
+
+def program(seed, least=15):
+  """Returns a random program of at least `least` blocks: `apply`, its parameters, and its inputs."""
+  draw = Drawer(seed)
+  blocks = []
+  while draw.operations < least:
+    blocks.append(draw.block(draw.random.randint(1, 3)))
+
+  def apply(p, h):
+    for block in blocks:
+      h = block(p, h)
+    return h
+
+  return apply, draw.params, (jnp.asarray(draw.array(ROWS, WIDTH)),)
