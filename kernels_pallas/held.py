@@ -170,5 +170,6 @@ def _merged(held: Held, ours: Numbers, x: Array, lead: int) -> Array:
   parts = [factor for i in ours.contracted for factor in held.dims[i]]
   axes = [a + held.packed.ndim for a in held.packed.axes]
   order = sorted(range(len(parts)), key=lambda i: (axes.index(parts[i].axes[0]), -parts[i].stride))
-  x = x.reshape(*x.shape[:lead], *(factor.size for factor in parts))
-  return x.transpose(*range(lead), *(lead + i for i in order)).reshape(*x.shape[:lead], -1)
+  sizes = [factor.size for factor in parts]
+  x = x.reshape(*x.shape[:lead], *sizes)
+  return x.transpose(*range(lead), *(lead + i for i in order)).reshape(*x.shape[:lead], math.prod(sizes))

@@ -12,6 +12,7 @@ operation gets the parameter unpacked, bit for bit.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -254,7 +255,7 @@ def _conv_general_dilated(eqn: Any, side: int, x: Array) -> Contracted | Refusal
   left = [i for i in range(x.ndim) if i != conv.lhs[1]]
 
   def placed(y: Array) -> Array:
-    y = y.reshape(*y.shape[:len(left)], -1)  # without the taps
+    y = y.reshape(*y.shape[:len(left)], math.prod(y.shape[len(left):]))  # without the taps
     sources = {place: left.index(i) for i, place in zip(conv.lhs, conv.out) if i in left}
     return y.transpose([sources.get(place, len(left)) for place in range(y.ndim)])
 

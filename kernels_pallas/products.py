@@ -80,6 +80,11 @@ def refused_stack(w: PackedArray, stacked: bool) -> str | None:
           'the matrices of the stack one at a time, with vmap or scan') if stacked else None
 
 
+def as_matrix(x: Array) -> Array:
+  """Returns `x [..., K]` as `[M, K]`; K and M may be 0."""
+  return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def dot(a: Array, b: Array, i: int, j: int) -> Array:
   """Returns the product of two matrices over axis `i` of `a` and axis `j` of `b`, in float32."""
   return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)

@@ -99,7 +99,7 @@ def _check(q: Array, k: Array, v: Array, index: Array, counts: Array | None = No
 
 def _filled(a: Array, block: int) -> Array:
   """Returns `a` as `[batch, T, heads, d]`, with T padded to whole blocks, as implementations take it."""
-  flat = a.reshape(-1, *a.shape[-3:])
+  flat = a.reshape(math.prod(a.shape[:-3]), *a.shape[-3:])
   return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0), (0, 0)))
 
 

@@ -32,11 +32,11 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
   """
   if reason := refusal(x, w):
     raise ValueError(f'block_sparse_matmul: {reason}.')
-  flat = _filled(x.reshape(-1, x.shape[-1]), w.grid[0] * w.block[0])
+  flat = _filled(products.as_matrix(x), w.grid[0] * w.block[0])
   if explain:
     return PRODUCT.explained(flat, w)
   shape = (*x.shape[:-1], *w.output_sizes)
-  if 0 in flat.shape:
+  if 0 in flat.shape or 0 in w.grid:
     return jnp.zeros(shape, x.dtype)
   return PRODUCT(flat, w, implementation)[:, :math.prod(w.output_sizes)].reshape(shape)
 
@@ -55,11 +55,11 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
     raise ValueError(f'sampled_matmul: dy of shape {dy.shape} must be {(*x.shape[:-1], *like.output_sizes)}, as '
                      f'block_sparse_matmul gives for x of shape {x.shape} and a weight of shape {like.shape}.')
   (bk, bn), (kb, nb) = like.block, like.grid
-  x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, math.prod(like.output_sizes))
+  x, dy = products.as_matrix(x), dy.reshape(math.prod(x.shape[:-1]), math.prod(like.output_sizes))
   args = (_filled(x, kb * bk), _filled(dy, nb * bn), like)
   if explain:
     return dispatch.chosen(args, SAMPLED, prefer)
-  if 0 in args[0].shape:
+  if 0 in args[0].shape or 0 in args[1].shape:
     return jnp.zeros_like(like.values)
   return dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer)
 

@@ -36,7 +36,7 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   if reason := refusal(x, w):
     raise ValueError(f'nm_matmul: {reason}.')
   _, _, places = w.value_axes()
-  flat, matrix = x.reshape(-1, x.shape[-1]), _matrix(w)
+  flat, matrix = products.as_matrix(x), _matrix(w)
   if explain:
     return PRODUCT.explained(flat, matrix)
   outputs = [w.values.shape[a] for a in places]
@@ -68,7 +68,8 @@ def prefer(*args: Any) -> Choice:
 def _matrix(w: NMArray) -> NMArray:
   """Returns `w` as `[K, N]`, with the outputs of a vector next to each other."""
   _, contracted, outputs = w.value_axes()
-  flat = lambda a: a.transpose(contracted, *outputs).reshape(a.shape[contracted], -1)
+  columns = lambda a: math.prod(a.shape[i] for i in outputs)
+  flat = lambda a: a.transpose(contracted, *outputs).reshape(a.shape[contracted], columns(a))
   indices = flat(w.indices) if w.width == 1 else w.indices
   return dataclasses.replace(w, values=flat(w.values), indices=indices, axes=(-2,), sizes=(math.prod(w.sizes),),
                              outputs=(-1,) if w.width > 1 else ())

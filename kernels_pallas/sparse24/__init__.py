@@ -28,7 +28,7 @@ def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = 
   """
   if reason := refusal(x, w):
     raise ValueError(f'sparse24_matmul: {reason}.')
-  flat, length = x.reshape(-1, x.shape[-1]), 2 * w.values.shape[1]
+  flat, length = products.as_matrix(x), 2 * w.values.shape[1]
   flat = jnp.pad(flat, ((0, 0), (0, length - flat.shape[1])))
   if explain:
     return PRODUCT.explained(flat, w)

@@ -32,7 +32,7 @@ def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = N
   """
   if reason := refusal(x, w):
     raise ValueError(f'unstructured_matmul: {reason}.')
-  flat = x.reshape(-1, x.shape[-1])
+  flat = products.as_matrix(x)
   if explain:
     return PRODUCT.explained(flat, w)
   shape = (*x.shape[:-1], *w.output_sizes)

@@ -305,6 +305,11 @@ def mask_misfit(w: Array, mask: Array | None) -> str | None:
   return None
 
 
+def as_rows(index: np.ndarray) -> np.ndarray:
+  """Returns `[..., n]` as `[rows, n]`; n may be 0."""
+  return index.reshape(math.prod(index.shape[:-1]), index.shape[-1])
+
+
 def stack_misfit(stored: np.ndarray, units: str) -> str | None:
   """Returns why the layers of a stack, of which the bool masks `stored` say what is stored, do not fit, or `None`."""
   counts = {str(matrix.sum()) for matrix in stored}

@@ -68,9 +68,9 @@ class BlockSparseArray(arrays.MatrixArray):
     chosen = arrays.stored_entries(w, mask)
     blocks = _split(np.where(chosen, w, np.zeros((), w.dtype)), axes, block)
     kept = _split(chosen, axes, block).any((-2, -1))
-    stored = np.stack([_in_every_row_and_column(matrix) for matrix in kept])
-    if misfit := arrays.stack_misfit(stored, 'blocks'):
+    if misfit := arrays.stack_misfit(kept, 'blocks'):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, misfit)
+    stored = _equally_many([_in_every_row_and_column(matrix) for matrix in kept])
     return _packed(blocks, stored, kept, axes, w.shape)
 
   @classmethod
@@ -104,7 +104,7 @@ class BlockSparseArray(arrays.MatrixArray):
   @property
   def density(self) -> float:
     """The fraction of blocks that are stored."""
-    return self.values.shape[-3] / math.prod(self.grid)
+    return self.values.shape[-3] / max(math.prod(self.grid), 1)
 
   def coordinates(self):
     return self.rows, self.cols
@@ -133,7 +133,7 @@ class BlockSparseArray(arrays.MatrixArray):
               f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in indices)}.')
     if self.kept.shape != self.rows.shape or self.kept.dtype != bool or self.full != self.kept.all():
       return f'its kept must be bool{list(self.rows.shape)}, and its full say whether all are.'
-    for rows, cols, order in zip(*(a.reshape(-1, a.shape[-1]) for a in indices)):
+    for rows, cols, order in zip(*map(arrays.as_rows, indices)):
       for name, index, n in zip(('rows', 'cols'), (rows, cols), self.grid):
         if set(index.tolist()) != set(range(n)):
           return f'its {name} must be all of 0 to {n - 1}, each at least once.'
@@ -164,11 +164,24 @@ def _split(w: np.ndarray, axes: Axes, block: tuple[int, int]) -> np.ndarray:
 def _in_every_row_and_column(stored: np.ndarray) -> np.ndarray:
   """Returns `stored`, bool `[Kb, Nb]`, with at least one `True` in every row and column."""
   stored = stored.copy()
+  if 0 in stored.shape:
+    return stored
   for column in np.flatnonzero(~stored.any(0)):
     stored[np.argmin(stored.sum(1)), column] = True  # The row with the fewest blocks keeps the rows balanced.
   for row in np.flatnonzero(~stored.any(1)):
     stored[row, np.argmin(stored.sum(0))] = True
   return stored
+
+
+def _equally_many(stored: list[np.ndarray]) -> np.ndarray:
+  """Returns the matrices `[Kb, Nb]` of a stack as one array, with as many `True` in each as in the fullest.
+
+  Matrices that keep equally many blocks may have different numbers of empty rows and columns, which are stored too.
+  """
+  most = max(matrix.sum() for matrix in stored)
+  for matrix in stored:
+    matrix.reshape(-1)[np.flatnonzero(~matrix)[:most - matrix.sum()]] = True
+  return np.stack(stored)
 
 
 def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, axes: Axes, shape: tuple[int, ...]
@@ -184,7 +197,7 @@ def _packed(blocks: np.ndarray, stored: np.ndarray, kept: np.ndarray, axes: Axes
 
 def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
   """Returns how often each of `n` numbers is in the last axis of `index`, or `None` if its rows differ in this."""
-  counts = {tuple(np.bincount(row, minlength=n).tolist()) for row in index.reshape(-1, index.shape[-1])}
+  counts = {tuple(np.bincount(row, minlength=n).tolist()) for row in arrays.as_rows(index)}
   return counts.pop() if len(counts) == 1 else None
 
 

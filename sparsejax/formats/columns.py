@@ -84,7 +84,7 @@ class CSCArray(arrays.MatrixArray):
 
   def scattered(self, values, coordinates):
     zeros = jnp.zeros((self.contracted_size, math.prod(self.output_sizes)), values.dtype)
-    return zeros.at[coordinates].set(values, mode='promise_in_bounds')
+    return zeros.at[coordinates].set(values, mode='promise_in_bounds', unique_indices=True)
 
   def problem(self) -> str | None:
     lead, count = self.values.shape[:-1], self.values.shape[-1]
@@ -95,7 +95,7 @@ class CSCArray(arrays.MatrixArray):
       if indices[name].shape != (*lead, length) or indices[name].dtype != np.int32:
         return (f'its {name} {indices[name].dtype}{list(indices[name].shape)} must be int32{[*lead, length]} for '
                 f'values {list(self.values.shape)}.')
-    for given in zip(*(a.reshape(math.prod(lead), a.shape[-1]) for a in indices.values())):
+    for given in zip(*map(arrays.as_rows, indices.values())):
       rows, cols = given[:2]
       for name, index, length in (('rows', rows, k), ('cols', cols, n)):
         if count and (index.min() < 0 or index.max() >= length):

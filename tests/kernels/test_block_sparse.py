@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from products import ROUNDING, WAYS, close, normal
 
+import sparsejax as sj
 from benchmarks import packed_training
 from kernels_pallas import block_sparse_matmul, dispatch, sampled_matmul
 from kernels_pallas.block_sparse import reference
@@ -302,3 +303,15 @@ def test_training_packed_weights_is_training_masked_ones(standard_promotion):
   learned = {name: packed_training.losses(run, 12) for name, run in packed_training.runs(sizes).items()}
   np.testing.assert_allclose(learned['packed'], learned['masked'], rtol=1e-5)
   assert abs(learned['dense'][-1] / learned['masked'][-1] - 1) > 0.01
+
+
+def test_a_stack_with_equally_many_blocks_a_layer_packs_though_empty_rows_differ():
+  axes, w = Axes((1,), (2,), layer=(0,)), normal((3, 64, 64))
+  w = jnp.where(sj.Block((8, 8), 0.9)(abs(w), None, axes), w, 0)
+  stack = formats.pack({'kernel': w}, sj.Block((8, 8)), axes={'kernel': axes})['kernel']
+  np.testing.assert_array_equal(stack.to_dense(), w)
+  assert stack.problem() is None and len(set(np.asarray(stack.kept).sum(1))) == 1
+  x = normal((5, 64))
+  for layer in range(3):
+    one = jax.tree.map(lambda a, layer=layer: a[layer], stack)
+    close(block_sparse_matmul(x, one), x @ w[layer], 64)
