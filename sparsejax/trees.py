@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from sparsejax import errors
-from sparsejax.types import Array, Axes, Predicate, PyTree
+from sparsejax.types import Array, Axes, Bound, Predicate, PyTree
 
 DENSE = optax.MaskedNode()
 
@@ -53,58 +53,140 @@ def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple
 def _regex(glob: str) -> re.Pattern[str]:
   words = {'**/': '(?:[^/]+/)*', '**': '.*', '*': '[^/]*', '?': '[^/]'}
   parts = re.split(r'(\*\*/|\*\*|\*|\?)', glob.strip('/'))
-  return re.compile('(?:.*/)?' + ''.join(words.get(part, re.escape(part)) for part in parts))
+  above = '' if glob.startswith('/') else '(?:.*/)?'
+  return re.compile(above + ''.join(words.get(part, re.escape(part)) for part in parts))
 
 
 def matches(glob: str, path: str) -> bool:
   """Returns whether `glob` matches `path` or a tail of `path` that begins at a key.
 
-  `*` matches any characters of one key, `**` any number of keys, and `?` one character of a key.
+  `*` matches any characters of one key, `**` any number of keys, and `?` one character of a key. A glob that begins
+  with `/` matches whole paths only.
   """
   return _regex(glob).fullmatch(path) is not None
 
 
 def named(*globs: str) -> Predicate:
-  """Returns the predicate of all leaves whose path, or a tail of the path, matches one of `globs`; see `matches`."""
-  return lambda path, leaf: any(matches(glob, path) for glob in globs)
+  """Returns the predicate of all leaves whose path, or a tail of the path, matches one of `globs`; see `matches`.
+
+  A tree in which one of the globs matches no path is refused by `select`.
+  """
+  return Bound(_named, globs)
+
+
+def _named(path: str, leaf: Array, *globs: str) -> bool:
+  return any(matches(glob, path) for glob in globs)
 
 
 def matrices(path: str, leaf: Array) -> bool:
   """Returns whether a leaf is sparse by default.
 
   Floating leaves of rank two and more are sparse, except biases, norms and embeddings, which are known by their names.
+  A leaf of size zero stays dense.
   """
-  return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not _NOT_MATRICES.fullmatch(path)
+  named_otherwise = _NOT_MATRICES.fullmatch(path)
+  return leaf.ndim >= 2 and leaf.size > 0 and jnp.issubdtype(leaf.dtype, jnp.floating) and not named_otherwise
 
 
 def all_but(*globs: str, where: Predicate = matrices) -> Predicate:
   """Returns the predicate of the leaves of `where` without the leaves whose path matches one of `globs`.
 
-  `all_but('patch/kernel', 'head/kernel')` keeps the first and the last layer dense.
+  `all_but('patch/kernel', 'head/kernel')` keeps the first and the last layer dense. A tree in which one of the globs
+  matches no path is refused by `select`.
   """
-  dense = named(*globs)
-  return lambda path, leaf: where(path, leaf) and not dense(path, leaf)
+  return Bound(_all_but, (where, *globs))
+
+
+def _all_but(path: str, leaf: Array, where: Predicate, *globs: str) -> bool:
+  return bool(where(path, leaf)) and not _named(path, leaf, *globs)
+
+
+def globs_of(where: Any) -> tuple[str, ...]:
+  """Returns the globs that `named` and `all_but` were given, nested ones too; none of another predicate."""
+  if not isinstance(where, Bound) or where.function not in (_named, _all_but):
+    return ()
+  return where.arguments if where.function is _named else globs_of(where.arguments[0]) + where.arguments[1:]
 
 
 def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]:
   """Returns one bool for each leaf of `tree`: whether `where` picks the leaf.
 
   `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. `function` is the name
-  of the caller, for messages. Raises `ValueError` if `where` picks no leaf, with the paths of `tree`. Raises
-  `ValueError` if `where` picks a leaf that is not floating, or if `where` is neither a predicate nor a prefix.
+  of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an exclusion too,
+  matches no path; the message has the closest paths of `tree`. Raises `ValueError` if `where` picks leaves that are not
+  floating, or if `where` is neither a predicate nor a prefix. A leaf that optax masks counts as a path.
   """
   names, leaves, _ = flatten(tree)
-  if callable(where):
-    picked = [bool(where(name, leaf)) for name, leaf in zip(names, leaves)]
-  else:
-    picked = _prefixed(function, where, tree)
+  picked = _picked(function, where, tree)
+  _refuse_globs(function, where, tree, any(picked))
   if not any(picked):
-    raise ValueError(f'{function}: `where` picks no parameter. Paths look like {errors.some(names)}; '
-                     "match them with trees.named('tail/of/path'), * for one key and ** for several.")
-  for name, leaf, pick in zip(names, leaves, picked):
-    if pick and not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise errors.at_leaf(function, name, leaf.shape, f'dtype {leaf.dtype} is not floating; leave it out of `where`.')
+    raise ValueError(f'{function}: `where` picks no parameter. {_looks(names)}')
+  wrong = lambda leaf: not jnp.issubdtype(leaf.dtype, jnp.floating)
+  problems = [errors.Problem(name, leaf.shape, f'dtype {leaf.dtype} is not floating; leave it out of `where`.')
+              for name, leaf, pick in zip(names, leaves, picked) if pick and wrong(leaf)]
+  if problems:
+    raise refused(errors.at_leaves(function, problems), where, tree)
   return picked
+
+
+def _looks(names: list[str]) -> str:
+  return (f'Paths look like {errors.some(names)}; '
+          "match them with trees.named('tail/of/path'), * for one key and ** for several.")
+
+
+def _refuse_globs(function: str, where: Any, tree: PyTree, picks: bool) -> None:
+  """Raises `ValueError` for a glob of `where` that matches no path; placeholders and `None` have paths, too."""
+  globs = globs_of(where)
+  names = flatten(tree, is_leaf=lambda node: node is None or is_dense(node))[0] if globs else []
+  for glob in globs:
+    if not any(matches(glob, name) for name in names):
+      keys = glob.strip('/').count('/') + 1
+      hint = errors.closest(glob, {'/'.join(name.split('/')[-keys:]) for name in names})
+      what = f'names {glob!r}, which matches no parameter' if picks else 'picks no parameter'
+      raise ValueError(f'{function}: `where` {what}. {_looks(names)}{hint}')
+
+
+def refused(refusal: errors.AtLeaves, where: Any, tree: PyTree) -> errors.AtLeaves:
+  """Returns the refusal of leaves of `tree` with the line that leaves them dense, to paste in the place of `where`.
+
+  `where`: the predicate or prefix pytree that picked the leaves. The line keeps the globs of `named` and `all_but`, and
+  lists paths where `where` is another predicate or a pytree. There is no line if no other leaf is picked.
+  """
+  names, leaves, _ = flatten(tree)
+  bad = [problem.path for problem in refusal.problems]
+  good = [name for name, pick in zip(names, _picked(refusal.function, where, tree)) if pick and name not in bad]
+  usual = [name for name, leaf in zip(names, leaves) if matrices(name, leaf)]
+  others = [name for name in usual if name not in good]
+  composed = [(functools.partial(all_but, where=where), bad)] if where is matrices or globs_of(where) else []
+  lists = [(all_but, others)] * ({*good} <= {*usual}) + [(named, good)]
+  for word, paths in composed + sorted(lists, key=lambda each: len(each[1])) if good else ():
+    for predicate in (word(*paths), word(*('/' + path for path in paths))):
+      if (text := written(predicate)) and good == [n for n, leaf in zip(names, leaves) if predicate(n, leaf)]:
+        return errors.at_leaves(refusal.function, refusal.problems, f'where={text}')
+  return refusal
+
+
+def written(where: Any) -> str:
+  """Returns `where` as code, for example "sj.trees.all_but('head/kernel')"; nothing for a predicate of one's own."""
+  if where is matrices:
+    return 'sj.trees.matrices'
+  if not globs_of(where):
+    return ''
+  if where.function is _named:
+    return f'sj.trees.named({", ".join(map(repr, where.arguments))})'
+  base, *globs = where.arguments
+  if isinstance(base, Bound) and base.function is _all_but:  # one list of exclusions
+    return written(all_but(*base.arguments[1:], *globs, where=base.arguments[0]))
+  inner = written(base)
+  also = [] if base is matrices else [f'where={inner}']
+  return f'sj.trees.all_but({", ".join([*map(repr, globs), *also])})' if inner else ''
+
+
+def _picked(function: str, where: Any, tree: PyTree) -> list[bool]:
+  if not callable(where):
+    return _prefixed(function, where, tree)
+  names, leaves, _ = flatten(tree)
+  return [bool(where(name, leaf)) for name, leaf in zip(names, leaves)]
 
 
 def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors, flows, trees
-from sparsejax.selections import Selection
+from sparsejax.selections import Selection, refuse
 from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Signals
 
 KEYS = 'threefry2x32'
@@ -26,16 +26,16 @@ class Leaves:
 
   def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
     self.paths, leaves, self.treedef = trees.flatten(params)
-    picked = trees.select('sparsejax', where or default_where(axes), params)
+    where = default_where(axes) if where is None else where
+    picked = trees.select('sparsejax', where, params)
     self.index = [i for i, pick in enumerate(picked) if pick]
     self.arrays = {self.paths[i]: leaves[i] for i in self.index}
-    for path, leaf in self.arrays.items():
-      if leaf.dtype.itemsize < 2:
-        raise errors.at_leaf('sparsejax', path, leaf.shape, f'an update of dtype {leaf.dtype} cannot carry the step '
-                             'from one sparse point to the next. Keep the parameter in bfloat16 and cast it in the '
-                             'forward pass, or leave it out of `where`.')
-    self.axes = {path: trees.axes_of('sparsejax', axes, path, w.shape) for path, w in self.arrays.items()}
-    self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
+    try:
+      refuse(self.arrays, map(narrow, self.arrays.values()))
+      self.axes = {path: trees.axes_of('sparsejax', axes, path, w.shape) for path, w in self.arrays.items()}
+      self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
+    except errors.AtLeaves as refusal:
+      raise trees.refused(refusal, where, params) from None
 
   def pick(self, tree: PyTree) -> list[Any]:
     """Returns the sparse leaves of a tree. Raises `ValueError` if its structure is not that of the parameters."""
@@ -75,6 +75,13 @@ class Leaves:
     keys = [now if now is None else jax.random.fold_in(now, np.uint32(name)) for name in names]
     grads = [None] * len(self.index) if grads is None else grads
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
+
+
+def narrow(leaf: Array) -> str | None:
+  """Returns why a leaf of this dtype cannot be sparse, or `None` if it can."""
+  return None if leaf.dtype.itemsize >= 2 else (
+      f'an update of dtype {leaf.dtype} cannot carry the step from one sparse point to the next. Keep the parameter in '
+      'bfloat16 and cast it in the forward pass, or leave it out of `where`.')
 
 
 def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
