@@ -1,4 +1,4 @@
-"""Says what names, ranks and containers tell about a parameter: the axes that are contracted, and whether it is a matrix.
+"""Reads from names, ranks and containers which axes of a parameter are contracted, and whether it is a matrix.
 
 `TABLE` lists every convention. A parameter that no line of `TABLE` fits, or that a second reading fits too, has unknown
 axes: `Axes((), every axis, source='unknown')`. Patterns that lie along axes refuse such a parameter.
@@ -77,7 +77,8 @@ def _own(keys: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def places(tree: PyTree) -> dict[str, Place]:
   """Maps the path of each leaf of `tree` that has a shape to its `Place`: keys, container and siblings."""
-  leaves = [(_own(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if hasattr(leaf, 'shape')]
+  with_keys, _ = jax.tree_util.tree_flatten_with_path(tree)
+  leaves = [(_own(keys), leaf) for keys, leaf in with_keys if hasattr(leaf, 'shape')]
   names = [keys_of(path_name(keys)) for keys, _ in leaves]
   siblings: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
   for name, (_, leaf) in zip(names, leaves):
@@ -192,9 +193,11 @@ def axes(place: Place) -> Axes:
   """Returns the `Axes` that the conventions give to a parameter, with the source `convention` or `unknown`.
 
   A layer whose name says another layout (`ConvTranspose`, `Einsum`, `c_fc` of GPT-2) is unknown. So is a parameter
-  beside a bias that does not have its outputs: a stack of layers, or a transposed kernel.
+  beside a bias that does not have its outputs: a stack of layers, or a transposed kernel. A vector contracts nothing.
   """
   rank = len(place.shape)
+  if rank < 2:
+    return Axes((), tuple(range(rank)), source='convention')
   for each in TABLE:
     if place.name in each.names and rank in each.ranks and each.fits(place):
       found = each.axes(rank)
@@ -231,13 +234,13 @@ def is_matrix(place: Place) -> bool:
   if place.module & _KNOWN and place.name == 'weight':
     return True
   name, layer = _snake(place.name), _snake(place.layer)
-  if place.name in ('b', 'g') or _VECTORS.fullmatch(name) or _TABLES.fullmatch(name) or _TABLES.fullmatch(layer):
+  if place.name in ('b', 'g') or _VECTORS.fullmatch(name) or any(map(_TABLES.fullmatch, (name, layer))):
     return False
   return not (name == 'weight' and _NORMS.fullmatch(layer)) and place.bias != place.shape
 
 
 def is_undecided(place: Place) -> bool:
-  """Returns whether a matrix may as well be a lookup table: a `weight` without a bias under a name that says nothing."""
+  """Returns whether a matrix may be a lookup table too: a `weight` without a bias, whose layer's name says nothing."""
   known = place.module & _KNOWN or place.bias or any(map(_MATRICES.fullmatch, _words(place.layer)))
   return place.name == 'weight' and len(place.shape) == 2 and not known and is_matrix(place)
 

@@ -281,6 +281,8 @@ def tails(path: str, names: Iterable[str]) -> list[str]:
   The result is `path` alone if `names` has it. Otherwise it is every name that is a tail of `path`, or of which `path`
   is a tail.
   """
+  if isinstance(names, Mapping) and path in names:  # the usual case, without a look at all names
+    return [path]
   matching = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
   return [path] if path in matching else matching
 
@@ -302,9 +304,10 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
     raise errors.at_leaf(function, path, shape, f'its axes are not in `axes`: the path {problem}. '
                          'Trace a program that uses it in one contraction, or leave it out of `where`.')
   found = Axes(*axes[names[0]])
-  if sorted(a for group in found[:4] for a in (group if isinstance(group, tuple) else (None,))) != [*range(len(shape))]:
-    raise errors.at_leaf(function, path, shape, f'the {found.source} axes {found} are of another shape; trace again, or '
-                         'put each axis of the parameter in one of the four tuples.')
+  meant = [a for group in found[:4] if isinstance(group, tuple) for a in group]
+  if len(meant) != len(shape) or {*meant} != {*range(len(shape))}:
+    raise errors.at_leaf(function, path, shape, f'the {found.source} axes {found} are of another shape; trace again, '
+                         'or put each axis into one of the four tuples.')
   return found
 
 
@@ -318,8 +321,13 @@ def axes_by_path(function: str, axes: Mapping[str, Axes] | None, tree: PyTree,
   for name in () if is_traced(axes) else axes or ():
     if not any(matches(name, path) or name.endswith('/' + path) for path in known):
       raise errors.unknown(function, 'path in `axes`', name, known)
-  return {path: axes_of(function, axes, path, found[path].shape, found[path])
-          for path in (found if paths is None else paths)}
+  own = {path: axes_of(function, axes, path, found[path].shape, found[path])
+         for path in (found if paths is None else paths)}
+  if axes is None or is_traced(axes):
+    return own
+  written = lambda path: tails(path, axes) or any(matches(name, path) for name in axes)
+  return {path: each._replace(source='given') if each.source == 'convention' and written(path) else each
+          for path, each in own.items()}
 
 
 def undecided(tree: PyTree) -> list[str]:

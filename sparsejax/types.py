@@ -62,8 +62,8 @@ class Axes(NamedTuple):
   `output`: axes with one row of the product for each index. `spatial`: the taps of a convolution. `layer`: independent
   copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer.
 
-  `source`: "traced" if the axes were read from a program, "given" if a user wrote them, "convention" if they follow from
-  name, rank and container, see `conventions`. "unknown" if nothing says what the axes mean: all of them are then in
+  `source`: "traced" if the axes were read from a program, "given" if a user wrote them, "convention" if name, rank and
+  container tell them, see `conventions`. "unknown" if nothing says what the axes mean: all of them are then in
   `output`, patterns that lie along axes refuse the parameter, and `Unstructured` counts over all of it.
   """
 
@@ -71,7 +71,7 @@ class Axes(NamedTuple):
   output: tuple[int, ...]
   spatial: tuple[int, ...] = ()
   layer: tuple[int, ...] = ()
-  source: str = 'given'
+  source: str = 'convention'
 
 
 class Signals(NamedTuple):
