@@ -220,14 +220,18 @@ def _second_reading(place: Place, found: Axes) -> bool:
   return wide(place.bias) != wide((outputs,))
 
 
+def is_vector(shape: tuple[int, ...]) -> bool:
+  """Returns whether fewer than two axes are longer than one; `[n, 1]` is a matrix with one output, `[1, n]` is not."""
+  return sum(n != 1 for n in shape) < 2 and not (len(shape) == 2 and shape[0] != 1)
+
+
 def is_matrix(place: Place) -> bool:
   """Returns whether a floating parameter is sparse by default.
 
-  Parameters with two axes and more that are longer than one are matrices, except lookup tables, norms, biases, scales
-  and vectors. These are known by the class of an Equinox module, by the parameter's own name, for lookup tables and for
+  Parameters that are no vectors are matrices, except lookup tables, norms, biases and scales. These are known by the class of an Equinox module, by the parameter's own name, for lookup tables and for
   the `weight` of a norm also by the name of the layer itself, and by a bias of the same shape, as a stack of norms has.
   """
-  if sum(n != 1 for n in place.shape) < 2 or 0 in place.shape:
+  if is_vector(place.shape) or 0 in place.shape:
     return False
   if place.module & _NO_MATRICES:
     return False

@@ -71,11 +71,11 @@ def _named(path: str, leaf: Array, *globs: str) -> bool:
 def matrices(path: str, leaf: Array) -> bool:
   """Returns whether a leaf is sparse by default.
 
-  A floating leaf is sparse if two of its axes and more are longer than one, except lookup tables, norms, biases, scales
-  and vectors. These are known by the leaf's own name, and the layer's own name, see `conventions.is_matrix`. Where
-  `where=trees.matrices` meets a whole tree (`over`), the container and the leaves beside a leaf are looked at as well:
-  an `equinox.nn.Embedding` or a stack of norms is known under any name. A `weight` without a bias under a name that
-  says nothing may be a lookup table or a matrix. Such a leaf is sparse, and `report` lists it.
+  A floating leaf is sparse unless it is a vector (fewer than two axes longer than one, as of a class token), a lookup
+  table, a norm, a bias or a scale. These are known by the leaf's own name and the layer's own name, see
+  `conventions.is_matrix`. Where `where=trees.matrices` meets a whole tree (`over`), the container and the leaves beside
+  a leaf are looked at as well: an `equinox.nn.Embedding` or a stack of norms is known under any name. A `weight` without
+  a bias under a name that says nothing may be a lookup table or a matrix. Such a leaf is sparse, and `report` lists it.
   """
   place = conventions.Place(conventions.keys_of(path), tuple(getattr(leaf, 'shape', ())))
   return _is_floating(leaf) and conventions.is_matrix(place)
@@ -118,8 +118,8 @@ def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
 
 
 def _contracted(path: str, leaf: Array, axes: Mapping[str, Axes]) -> bool:
-  known = _is_floating(leaf) and sum(n > 1 for n in leaf.shape) > 1 and bool(tails(path, axes))
-  return known and not tails(path, axes.lookups)
+  names = tails(path, axes) if _is_floating(leaf) and not conventions.is_vector(leaf.shape) else []
+  return bool(names) and not any(name in axes.lookups for name in names)
 
 
 def _among(path: str, leaf: Array, where: Predicate, axes: Mapping[str, Axes]) -> bool:
