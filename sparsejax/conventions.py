@@ -228,8 +228,9 @@ def is_vector(shape: tuple[int, ...]) -> bool:
 def is_matrix(place: Place) -> bool:
   """Returns whether a floating parameter is sparse by default.
 
-  Parameters that are no vectors are matrices, except lookup tables, norms, biases and scales. These are known by the class of an Equinox module, by the parameter's own name, for lookup tables and for
-  the `weight` of a norm also by the name of the layer itself, and by a bias of the same shape, as a stack of norms has.
+  Parameters that are no vectors are matrices, except lookup tables, norms, biases and scales. These are known by the
+  class of an Equinox module and by the parameter's own name. Lookup tables, and the `weight` of a norm, are also known
+  by the name of the layer itself, and norms by a bias of the same shape, as a stack of norms has.
   """
   if is_vector(place.shape) or 0 in place.shape:
     return False

@@ -74,8 +74,8 @@ def matrices(path: str, leaf: Array) -> bool:
   A floating leaf is sparse unless it is a vector (fewer than two axes longer than one, as of a class token), a lookup
   table, a norm, a bias or a scale. These are known by the leaf's own name and the layer's own name, see
   `conventions.is_matrix`. Where `where=trees.matrices` meets a whole tree (`over`), the container and the leaves beside
-  a leaf are looked at as well: an `equinox.nn.Embedding` or a stack of norms is known under any name. A `weight` without
-  a bias under a name that says nothing may be a lookup table or a matrix. Such a leaf is sparse, and `report` lists it.
+  a leaf are looked at as well: an `equinox.nn.Embedding` or a stack of norms is known under any name. Without a bias, a
+  `weight` under a name that says nothing may be a lookup table or a matrix. That leaf is sparse; `report` lists it.
   """
   place = conventions.Place(conventions.keys_of(path), tuple(getattr(leaf, 'shape', ())))
   return _is_floating(leaf) and conventions.is_matrix(place)
