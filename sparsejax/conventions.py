@@ -7,8 +7,9 @@ axes: `Axes((), every axis, source='unknown')`. Patterns that lie along axes ref
     axes(Place(('query', 'kernel'), (64, 8, 8)))                # unknown: attention, or a stack of layers
     is_matrix(Place(('norm', 'weight'), (12, 64)))              # False: a stack of norms
 
-A word in the name of a parent decides nothing. The name of the layer itself, the last key above the parameter that is
-no number, says whether a rank of four or five is a convolution, and whether a `weight` is a lookup table or a norm.
+A word in the name of a parent decides nothing. The name of the layer itself is the last key above the parameter that is
+no number. The layer's name says whether a rank of four or five is a convolution, and whether a `weight` is a lookup
+table or a norm.
 """
 
 import functools
@@ -143,7 +144,7 @@ def _equinox_convolution(place: Place) -> bool:
   return 'Conv' in place.module and place.taps == len(place.shape) - 2
 
 
-# What helps a leaf of unknown axes: the end of every refusal.
+# Every refusal of a leaf with unknown axes ends in these remedies.
 REMEDY = ('Trace the program, axes=sj.contractions(apply, params, x), or say the axes of each such leaf, as in '
           "axes={'path/of/leaf': sj.types.Axes(contracted=(0,), output=(1,))}, or leave it dense.")
 
@@ -192,8 +193,9 @@ def _words(key: str) -> list[str]:
 def axes(place: Place) -> Axes:
   """Returns the `Axes` that the conventions give to a parameter, with the source `convention` or `unknown`.
 
-  A layer whose name says another layout (`ConvTranspose`, `Einsum`, `c_fc` of GPT-2) is unknown. So is a parameter
-  beside a bias that does not have its outputs: a stack of layers, or a transposed kernel. A vector contracts nothing.
+  A layer whose name says another layout (`ConvTranspose`, `Einsum`, `c_fc` of GPT-2) is unknown. A
+  parameter beside a bias that does not have its outputs is unknown too: a stack of layers, or a transposed kernel. A
+  vector contracts nothing.
   """
   rank = len(place.shape)
   if rank < 2:
@@ -228,9 +230,9 @@ def is_vector(shape: tuple[int, ...]) -> bool:
 def is_matrix(place: Place) -> bool:
   """Returns whether a floating parameter is sparse by default.
 
-  Parameters that are no vectors are matrices, except lookup tables, norms, biases and scales. These are known by the
-  class of an Equinox module and by the parameter's own name. Lookup tables, and the `weight` of a norm, are also known
-  by the name of the layer itself, and norms by a bias of the same shape, as a stack of norms has.
+  Parameters that are no vectors are matrices, except lookup tables, norms, biases and scales. The class of an Equinox
+  module tells them, and the parameter's own name. The name of the layer itself also tells a lookup table, and the
+  `weight` of a norm. A bias of the same shape tells a norm, as in a stack of norms.
   """
   if is_vector(place.shape) or 0 in place.shape:
     return False

@@ -1,7 +1,8 @@
-"""The law of conventions: over real layers in every container they say what the program says, or that they do not know.
+"""Tests over real layers in every container that conventions say what the program says, or that they do not know.
 
 Each case is a program with the paths whose axes the conventions know. Every other parameter is unknown to them, and no
-parameter has other axes by convention than by its program. What a program looks up, adds or scales stays dense.
+parameter has other axes by convention than by its program. Parameters that a program looks up, adds or scales by stay
+dense.
 """
 
 import typing
@@ -122,7 +123,7 @@ class Scanned(nn.Module):
     return nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True}, length=3)(self.layer(), x, None)[0]
 
 
-# The program, and the paths (or their tails) that the conventions know.
+# Each case holds the program, and the paths (or their tails) that the conventions know.
 CASES = {
     'linen dense': (lambda: linen(lambda: nn.Dense(4), X), ['Dense_0/kernel']),
     'linen frozen': (lambda: linen(lambda: nn.Dense(4), X, frozen=True), ['Dense_0/kernel']),
