@@ -269,8 +269,8 @@ def per_leaf(function: str, what: str, value: Any, paths: list[str]) -> list[Any
 def conventional_axes(path: str, shape: tuple[int, ...]) -> Axes:
   """Returns the `Axes` of a leaf by `conventions.TABLE`, from its path and shape alone.
 
-  A leaf without a convention has the source `unknown`. `axes_by_path` looks at the container and at the leaves beside
-  a leaf as well. That can only turn a convention into `unknown`, except for convolutions of Equinox.
+  A leaf without a convention has the source `unknown`. `axes_by_path` also looks at the container and at the leaves
+  beside a leaf: a bias may speak against a convention, and a module of Equinox tells a convolution of any rank.
   """
   return conventions.axes(conventions.Place(conventions.keys_of(path), tuple(shape)))
 
