@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import errors, schedules, scores
+from sparsejax.arguments import checked
 from sparsejax.selections import Selection
 from sparsejax.states import SparseState
 from sparsejax.transforms import phases, refusals
@@ -28,6 +29,7 @@ from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTr
 SLOTS = ('kept', 'fresh')
 
 
+@checked
 def sparsify(
     inner: Inner,
     flow: Flow,
@@ -122,8 +124,6 @@ def placeholders(optimizer: optax.GradientTransformation) -> tuple[str, ...]:
 
 def _freeze(dense_steps: int, fine_tune_steps: int, total_steps: int | None) -> int | None:
   """Returns the step at which the mask is fixed for good, or `None`."""
-  if min(dense_steps, fine_tune_steps) < 0:
-    raise ValueError(f'sparsejax: dense_steps ({dense_steps}) and fine_tune_steps ({fine_tune_steps}) count updates.')
   if total_steps is None:
     if fine_tune_steps:
       raise ValueError('sparsejax: fine_tune_steps counts from the end of training; pass total_steps= too.')
