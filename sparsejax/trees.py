@@ -118,7 +118,7 @@ def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
 
 
 def _contracted(path: str, leaf: Array, axes: Mapping[str, Axes]) -> bool:
-  names = tails(path, axes) if _is_floating(leaf) and not conventions.is_vector(leaf.shape) else []
+  names = names_in(axes, path) if _is_floating(leaf) and not conventions.is_vector(leaf.shape) else []
   return bool(names) and not any(name in axes.lookups for name in names)
 
 
@@ -287,6 +287,11 @@ def tails(path: str, names: Iterable[str]) -> list[str]:
   return [path] if path in matching else matching
 
 
+def names_in(axes: Mapping[str, Axes], path: str) -> list[str]:
+  """Returns the `tails` of `path` in `axes`, none if a traced program has a parameter there and does not contract it."""
+  return [] if path in getattr(axes, 'elsewhere', ()) else tails(path, axes)
+
+
 def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tuple[int, ...],
             place: conventions.Place | None = None) -> Axes:
   """Returns the `Axes` of one leaf: from `axes`, or else by the conventions; `place` says what is beside the leaf.
@@ -296,7 +301,7 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
   a user wrote (source `given`) need not name all leaves: the others follow the conventions. Raises `ValueError` if no
   traced path or several names match, and if the axes are of another shape.
   """
-  names = [] if axes is None else tails(path, axes) or [name for name in axes if matches(name, path)][:1]
+  names = [] if axes is None else names_in(axes, path) or [name for name in axes if matches(name, path)][:1]
   if not names and not is_traced(axes):
     return conventional_axes(path, shape) if place is None else conventions.axes(place)
   if len(names) != 1:

@@ -45,7 +45,7 @@ def test_two_recipes_on_two_parts():
 @pytest.mark.parametrize('case', ['asp', 'sr_ste', 'mdgf-scaled-linear', 'st3'])
 def test_gradients_that_are_not_finite_revive_nothing(case):
   """Skipped by `apply_if_finite`, nothing moves; taken as they are, they spoil kept weights but no pruned one."""
-  make = lambda: optax.apply_if_finite(CASES[case].make(), 2)
+  make = lambda: optax.apply_if_finite(CASES[case].make(axes=None), 2)
   start, grads = cases.random(0, like=SHAPES), cases.random(1, (STEPS,), SHAPES)
   bad = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf])
   grads['stack']['kernel'] = grads['stack']['kernel'].at[8, 5:8, 1].set(bad)
