@@ -288,8 +288,13 @@ def tails(path: str, names: Iterable[str]) -> list[str]:
 
 
 def names_in(axes: Mapping[str, Axes], path: str) -> list[str]:
-  """Returns the `tails` of `path` in `axes`, none if a traced program has a parameter there and does not contract it."""
-  return [] if path in getattr(axes, 'elsewhere', ()) else tails(path, axes)
+  """Returns the names in `axes` that mean the leaf at `path`, see `tails`.
+
+  A traced program also has parameters that it does not contract: nothing in `axes` means these. Axes that a user wrote
+  may be named by globs, of which the first that matches counts.
+  """
+  names = [] if path in getattr(axes, 'elsewhere', ()) else tails(path, axes)
+  return names if names or is_traced(axes) else [name for name in axes if matches(name, path)][:1]
 
 
 def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tuple[int, ...],
@@ -301,7 +306,7 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
   a user wrote (source `given`) need not name all leaves: the others follow the conventions. Raises `ValueError` if no
   traced path or several names match, and if the axes are of another shape.
   """
-  names = [] if axes is None else names_in(axes, path) or [name for name in axes if matches(name, path)][:1]
+  names = [] if axes is None else names_in(axes, path)
   if not names and not is_traced(axes):
     return conventional_axes(path, shape) if place is None else conventions.axes(place)
   if len(names) != 1:
@@ -330,8 +335,7 @@ def axes_by_path(function: str, axes: Mapping[str, Axes] | None, tree: PyTree,
          for path in (found if paths is None else paths)}
   if axes is None or is_traced(axes):
     return own
-  written = lambda path: tails(path, axes) or any(matches(name, path) for name in axes)
-  return {path: each._replace(source='given') if each.source == 'convention' and written(path) else each
+  return {path: each._replace(source='given') if each.source == 'convention' and names_in(axes, path) else each
           for path, each in own.items()}
 
 
