@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import sparsejax
-from sparsejax import allocation, recipes, schedules, trees
+from sparsejax import allocation, recipes, schedules, trees, types
 
 STEPS, DENSE, TUNED = 12, 2, 3  # updates in all, of the dense phase, of the fine-tune phase
 F32, BF16 = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
@@ -26,7 +26,10 @@ SHAPES = {
 }
 SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants, which differ in time and not in space
 PATTERNS = {'2:4': sparsejax.NM(2, 4), 'block': sparsejax.Block((8, 2), 0.5), 'channel': sparsejax.Channel(0.5)}
-CONTRACTED = {'attention/out/kernel': (0, 1), 'stack/kernel': (1,)}
+# A rank of three has no convention. These axes are as a program would give them.
+AXES = {'attention/out/kernel': types.Axes((0, 1), (2,), source='traced'),
+        'stack/kernel': types.Axes((1,), (2,), layer=(0,), source='traced')}
+CONTRACTED = {path: axes.contracted for path, axes in AXES.items()}
 
 
 class Promise(NamedTuple):
@@ -63,10 +66,12 @@ class Case(NamedTuple):
     """Updates of the fine-tune phase."""
     return self.options.get('fine_tune_steps', 0)
 
-  def make(self, inner: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
+  def make(self, inner: optax.GradientTransformation | None = None,
+           axes: Any = AXES) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer, made from scratch every time, as users do inside of a step."""
     recipe = recipes.TABLE[self.recipe]
-    signals = {key: value for key, value in read(self.recipe).items() if key != 'key' or self.recipe in RANDOM}
+    signals = {key: value for key, value in read(self.recipe, axes=axes).items()
+               if key != 'key' or self.recipe in RANDOM}
     return recipe(optax.sgd(0.3, momentum=0.5) if inner is None else inner, **signals | self.options)
 
 
