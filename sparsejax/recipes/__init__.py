@@ -54,7 +54,7 @@ __getattr__ = moved(__name__, {
 _STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps', 'begin', 'end')
 _SCHEDULE_STEPS = ('begin', 'end', 'half_life')
 # Words of `sparsify` that a recipe chooses by itself.
-_OWN = ('memory', 'start', 'first', 'pause')
+_OWN = ('memory', 'start', 'first', 'pause', 'name')
 
 
 def arguments(recipe: Callable[..., Any]) -> list[str]:

@@ -24,7 +24,7 @@ Patterns = Pattern | Mapping[str, Pattern]
 
 def dense(inner: Inner) -> Optimizer:
   """Returns the baseline: `inner` as it is, in the same state as every recipe, so that a table can hold both."""
-  return transforms.identity(inner)
+  return transforms.identity(inner, 'dense')
 
 
 def ste(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:

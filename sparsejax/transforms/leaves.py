@@ -24,6 +24,13 @@ KEYS = 'threefry2x32'
 class Leaves:
   """A `Leaves` is the view that one call has of the parameters: the paths, the sparse leaves, and the plan of them."""
 
+  @classmethod
+  def of(cls, method: Any, params: PyTree) -> 'Leaves':
+    """Returns the leaves of a `Method`, with a plan that carries the method's identity."""
+    leaves = cls(params, method.where, method.axes, method.selection, method.until_freeze)
+    leaves.plan = dataclasses.replace(leaves.plan, recipe=method.name, words=method.words, once=method.once)
+    return leaves
+
   def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
     self.paths, leaves, self.treedef = trees.flatten(params)
     picked = trees.select('sparsejax', where or default_where(axes), params)
@@ -62,7 +69,7 @@ class Leaves:
     sparse = {self.paths[i]: mask for i, mask in zip(self.index, grown)}
     for i, (name, new) in enumerate(zip(names, jax.tree.leaves(fresh))):
       owner = max((path for path in self.paths if f'/{name}'.endswith(f'/{path}')), key=len, default=None)
-      if owner in sparse and sparse[owner].shape == new.shape:
+      if owner in sparse and sparse[owner].shape == jnp.shape(new):
         leaves[i] = jnp.where(sparse[owner], new, leaves[i])
     return treedef.unflatten(leaves)
 
