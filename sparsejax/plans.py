@@ -75,7 +75,8 @@ class Plan:
   def identity(self) -> str:
     """The identity in words, for messages."""
     kinds = ', '.join(dict.fromkeys(kind_of(leaf.pattern) for leaf in self.leaves))
-    asked = sorted({f'{leaf.asked.sparsity:g}' for leaf in self.leaves if leaf.asked.sparsity is not None})
+    asked = sorted({f'{leaf.asked.sparsity:g}' for leaf in self.leaves
+                    if leaf.asked.sparsity is not None and not getattr(leaf.pattern, 'fixed', False)})
     of = f' of {kinds}' * bool(kinds) + f' at {", ".join(asked)}' * bool(self.once and asked)
     count, paths = len(self.leaves), errors.some((leaf.path for leaf in self.leaves), 3)
     where = f' on {count} lea{"f" if count == 1 else "ves"}, {paths}' if count else ' on no leaf'

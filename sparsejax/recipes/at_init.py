@@ -41,6 +41,7 @@ def together(pattern: Pattern | Mapping[str, Pattern]) -> Shares:
   return allocations.uniform if any(getattr(p, 'fixed', False) for p in several) else allocations.global_()
 
 
+@transforms.recipe
 def random_pruning(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                    loss: Loss | None = None, allocation: Shares = allocations.erk, **options: Any) -> Optimizer:
   """Prunes at random (Liu et al. 2022, The Unreasonable Effectiveness of Random Pruning, 2202.02643). Needs `key=`.
@@ -53,12 +54,14 @@ def random_pruning(inner: Inner, sparsity: float | None = None, pattern: Pattern
   return fixed(inner, pattern, sparsity, allocation, scores.random, start, **options)
 
 
+@transforms.recipe
 def magnitude_at_init(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                       allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Prunes by |w| at initialisation, ranked over all leaves (the baseline of Frankle et al. 2021, 2009.08576)."""
   return fixed(inner, pattern, sparsity, allocation, scores.magnitude, **options)
 
 
+@transforms.recipe
 def snip(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *, loss: Loss | None = None,
          allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Prunes by |w dL/dw|, ranked over all leaves: SNIP (Lee et al. 2019, 1810.02340, algorithm 1).
@@ -70,6 +73,7 @@ def snip(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
   return fixed(inner, pattern, sparsity, allocation, scores.snip, start, at_first_update=loss is None, **options)
 
 
+@transforms.recipe
 def grasp(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
           loss: Callable[..., Array] | None = None, temperature: float | None = None, allocation: Shares | None = None,
           **options: Any) -> Optimizer:
@@ -85,6 +89,7 @@ def grasp(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstru
   return fixed(inner, pattern, sparsity, allocation, scores.grasp, start, **options)
 
 
+@transforms.recipe
 def synflow(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
             outputs: Callable[[PyTree], Array] | None = None, rounds: int = 100, allocation: Shares | None = None,
             **options: Any) -> Optimizer:
@@ -101,6 +106,7 @@ def synflow(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unst
   return transforms.sparsify(inner, flows.hard(), selection, start=start, refresh=schedules.once(0), **options)
 
 
+@transforms.recipe
 def robust_at_init(
     inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     loss: Loss | None = None, gain: float = 2.0, allocation: Shares | None = None, **options: Any) -> Optimizer:
@@ -114,6 +120,7 @@ def robust_at_init(
   return snip(inner, sparsity, pattern, loss=loss, allocation=allocation, flow=flows.on_the_edge(gain), **options)
 
 
+@transforms.recipe
 def freeze_net(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.99), *,
                loss: Loss | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Trains the weights that SNIP picks, and freezes all others: FreezeNet (Wimmer et al. 2020, 2011.14087).
@@ -125,6 +132,7 @@ def freeze_net(inner: Inner, sparsity: float | None = None, pattern: Pattern = U
   return snip(inner, sparsity, pattern, loss=loss, allocation=allocation, flow=flows.frozen(), **options)
 
 
+@transforms.recipe
 def random_search(inner: Inner, sparsity: float | None = None, pattern: Pattern = Channel(0.5), *,
                   loss: Loss | None = None, candidates: int = 100, allocation: Shares = allocations.uniform,
                   **options: Any) -> Optimizer:

@@ -21,12 +21,14 @@ from sparsejax.selections import Selection
 from sparsejax.types import Allocation, Inner, Optimizer, Pattern, Schedule
 
 
+@transforms.recipe
 def static_sparse(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                   allocation: Allocation = allocations.erk, **options: Any) -> Optimizer:
   """Trains under a fixed random mask: `random_pruning`, the baseline of this file (Mocanu et al. 2018; Evci 2020)."""
   return random_pruning(inner, sparsity, pattern, allocation=allocation, **options)
 
 
+@transforms.recipe
 def set_(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
          fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
          allocation: Allocation = allocations.erdos_renyi, total_steps: int | None = None, **options: Any) -> Optimizer:
@@ -43,6 +45,7 @@ def set_(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
                  **options)
 
 
+@transforms.recipe
 def rigl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
          fraction: float | Schedule = 0.3, every: int = 100, end: int | None = None,
          allocation: Allocation = allocations.erk, total_steps: int | None = None, **options: Any) -> Optimizer:
@@ -59,6 +62,7 @@ def rigl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
                  pause=True, **options)
 
 
+@transforms.recipe
 def snfs(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
          fraction: float | Schedule = 0.5, every: int = 100, end: int | None = None, momentum: float = 0.9,
          allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:

@@ -18,6 +18,7 @@ from sparsejax.recipes.at_init import Shares, together
 from sparsejax.types import Inner, Optimizer, Pattern, Score
 
 
+@transforms.recipe
 def gradual_magnitude(
     inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     begin: int = 0, end: int | None = None, every: int = 100, initial: float = 0.0, score: Score = scores.magnitude,
@@ -37,6 +38,7 @@ def gradual_magnitude(
                              refresh=schedules.every(every, begin=begin, end=end), **options)
 
 
+@transforms.recipe
 def movement_pruning(
     inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     begin: int = 0, end: int | None = None, every: int = 1, initial: float = 0.0,
@@ -55,6 +57,7 @@ def movement_pruning(
       total_steps=total_steps, refresh=schedules.every(every, begin=begin), **options)
 
 
+@transforms.recipe
 def soft_movement_pruning(inner: Inner, threshold: float = 0.1, penalty: float = 1.0, *, begin: int = 0,
                           end: int | None = None, score_optimizer: optax.GradientTransformation = optax.adam(1e-2),
                           total_steps: int | None = None, **options: Any) -> Optimizer:
@@ -71,6 +74,7 @@ def soft_movement_pruning(inner: Inner, threshold: float = 0.1, penalty: float =
       memory=scores.accumulated_movement(score_optimizer, rise(penalty)), total_steps=total_steps, **options)
 
 
+@transforms.recipe
 def global_sparse_momentum(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                            weight_decay: float = 1e-4, dense_steps: int | None = None, total_steps: int | None = None,
                            **options: Any) -> Optimizer:
@@ -91,6 +95,7 @@ def global_sparse_momentum(inner: Inner, sparsity: float | None = None, pattern:
                              refresh=schedules.once(0), dense_steps=dense_steps, total_steps=total_steps, **options)
 
 
+@transforms.recipe
 def iterative_soft_shrinkage(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                              shrink: float = 0.95, total_steps: int | None = None, fine_tune_steps: int | None = None,
                              **options: Any) -> Optimizer:

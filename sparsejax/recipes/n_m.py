@@ -27,11 +27,13 @@ def dense(inner: Inner) -> Optimizer:
   return transforms.identity(inner, 'dense')
 
 
+@transforms.recipe
 def ste(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
   """Trains N:M weights straight-through (Bengio et al. 2013, arXiv 1308.3432; the baseline of Zhou et al. 2021)."""
   return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
 
 
+@transforms.recipe
 def sr_ste(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: float = 2e-4, decoupled: bool = False,
            learning_rate: float | Schedule = 1.0, **options: Any) -> Optimizer:
   """Trains straight-through with a decay of the pruned weights: SR-STE (Zhou et al. 2021, equation 8).
@@ -44,6 +46,7 @@ def sr_ste(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: float = 2e-4, d
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), **options)
 
 
+@transforms.recipe
 def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
   """Prunes by magnitude once, after `dense_steps`, then trains under the mask: ASP (Mishra et al. 2021, section 4).
 
@@ -53,6 +56,7 @@ def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer
   return transforms.sparsify(inner, flows.hard(), selection, refresh=schedules.once(0), **options)
 
 
+@transforms.recipe
 def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule = schedules.linear(1.0, 0.0, begin=0, end=5000),
          gradient: str = 'straight_through', dense_steps: int = 0, **options: Any) -> Optimizer:
   """Shrinks pruned weights by a mask decay beta: MdGf (Bambhaniya et al. 2024, Progressive Gradient Flow, 2402.04744).
@@ -73,6 +77,7 @@ def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule = schedu
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), dense_steps=dense_steps, **options)
 
 
+@transforms.recipe
 def sdgf_stepwise(inner: Inner, pattern: Patterns = NM(2, 4), *, gradient: str = 'straight_through',
                   **options: Any) -> Optimizer:
   """Trains through (M-1):M, M/2:M, M/4:M, ... N:M, stages of equal length: SdGf-Stepwise (progressive gradient flow).
@@ -85,6 +90,7 @@ def sdgf_stepwise(inner: Inner, pattern: Patterns = NM(2, 4), *, gradient: str =
   return _sdgf(inner, pattern, stepwise_stages, gradient, **options)
 
 
+@transforms.recipe
 def sdgf_geometric(inner: Inner, pattern: Patterns = NM(2, 4), *, k: int = 8, gradient: str = 'straight_through',
                    **options: Any) -> Optimizer:
   """Trains through kN:kM, kN/2:kM/2, ... N:M, constant density in ever smaller groups: SdGf-Geometric (2402.04744).
@@ -137,6 +143,7 @@ def geometric_stages(pattern: NM, k: int) -> tuple[NM, ...]:
   return tuple(NM(pattern.n * (k >> i), pattern.m * (k >> i), pattern.width) for i in range(k.bit_length()))
 
 
+@transforms.recipe
 def st3(inner: Inner, sparsity: float = 0.9, *, sigma: bool = False, total_steps: int | None = None,
         ramp_steps: int | None = None, dense_steps: int = 0, fine_tune_steps: int = 0, **options: Any) -> Optimizer:
   """Trains under a global soft threshold, straight-through: ST-3 (Vanderschueren and De Vleeschouwer 2023, WACV).
@@ -159,6 +166,7 @@ def st3(inner: Inner, sparsity: float = 0.9, *, sigma: bool = False, total_steps
       total_steps=total_steps, dense_steps=dense_steps, fine_tune_steps=fine_tune_steps, **options)
 
 
+@transforms.recipe
 def bdwp(inner: Inner, pattern: Patterns = NM(2, 8), **options: Any) -> Optimizer:
   """Prunes N:M in the forward and in the input-gradient product: BDWP (Fang et al. 2023, arXiv 2309.13015).
 

@@ -19,6 +19,7 @@ from sparsejax.types import Inner, Optimizer, Pattern, Predicate, PyTree, Schedu
 _WEIGHT = scores.Memory(lambda w: jnp.array(w, copy=True), lambda weight, w, signals: weight)
 
 
+@transforms.recipe
 def iterative_magnitude(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                         ticket: PyTree | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Trains under the mask of the largest magnitudes of `ticket`, trained parameters: a round of IMP.
@@ -33,6 +34,7 @@ def iterative_magnitude(inner: Inner, sparsity: float | None = None, pattern: Pa
   return fixed(inner, pattern, sparsity, allocation, score, start, **options)
 
 
+@transforms.recipe
 def lottery_jackpot(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                     restriction: Schedule | None = None, total_steps: int | None = None,
                     where: Predicate | PyTree | None = None, axes: Any = None, **options: Any) -> Optimizer:

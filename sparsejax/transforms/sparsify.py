@@ -12,8 +12,8 @@ user's parameters to the new sparse point. `optax.contrib.schedule_free` works t
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from sparsejax.transforms.method import Method
 from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTree, Schedule, Start
 
 SLOTS = ('kept', 'fresh')
+Sentence = TypeVar('Sentence', bound=Callable[..., Optimizer])
 
 
 def sparsify(
@@ -134,10 +135,18 @@ def _stand_in(method: Method, params: PyTree) -> SparseState:
                      method.inner.init(params), 0, 0)
 
 
-def named(optimizer: Optimizer, name: str) -> Optimizer:
-  """Returns the optimizer of a recipe under the name of the recipe, which is part of the identity of its states."""
-  method = method_of(optimizer)
-  return optimizer if method is None else _transform(dataclasses.replace(method, name=name))
+def recipe(sentence: Sentence) -> Sentence:
+  """Returns `sentence`, a function that returns an optimizer, such that the states of the optimizer carry its name.
+
+  The name of a recipe is part of the identity of its states. A recipe that calls another one has its own name.
+  """
+  @functools.wraps(sentence)
+  def spoken(*args: Any, **options: Any) -> Optimizer:
+    made = sentence(*args, **options)
+    method = method_of(made)
+    return made if method is None else _transform(dataclasses.replace(method, name=sentence.__name__))
+
+  return spoken
 
 
 def method_of(optimizer: optax.GradientTransformation) -> Method | None:
