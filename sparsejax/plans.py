@@ -1,26 +1,29 @@
 """A plan says what is asked of the sparse leaves of one optimizer state, and who made the state: its identity.
 
 Recipe, pattern, flow and the set of sparse leaves are the identity of a state; numbers and schedules are configuration.
-The plan is part of the treedef, which `jit` sees. Files hold arrays only, so the state carries the identity as an array
-as well: `fingerprint`, `uint8[256]`, 8 bytes of a hash and then the words, zero-padded.
+The plan is part of the treedef, which `jit` sees. Files hold arrays only, so a plan in a state carries its identity as
+an array as well: `fingerprint`, `uint8[256]`, 8 bytes of a hash and then the words, zero-padded.
 
     plan = Plan((SparseLeaf('a/kernel', (8, 4), axes, NM(2, 4)),), flows.hard(), 'asp')
-    plan.identity                                # "asp of 2:4 by masked, masked_gradient on 1 leaf, 'a/kernel'"
-    refuse_unless_of(plan, state.identity)       # raises `ValueError` with both identities if they differ
+    plan.text                                    # "asp of 2:4 by nothing on 1 leaf, 'a/kernel'"
+    refuse_unless_of(plan, state.plan.identity)  # raises `ValueError` with both identities if they differ
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors, flows
-from sparsejax.types import Array, Asked, Axes, Bound, Flow, Pattern
+from sparsejax.types import Asked, Axes, Bound, Flow, Pattern
 
 BYTES, HASHED = 256, 8  # of a fingerprint: all, and those of the hash
 
@@ -49,15 +52,18 @@ class SparseLeaf:
     return tuple(n for a, n in enumerate(self.shape) if a not in self.axes.layer)
 
 
-@jax.tree_util.register_static
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """A `Plan` says what is asked of all sparse leaves. A plan is part of the state's treedef, never saved or traced.
+  """A `Plan` says what is asked of all sparse leaves. A plan is part of the state's treedef, except for one array.
 
   `recipe`: the name of the recipe, empty for a call of `sparsify` without a name. `words`: the names of the flow's
   functions and of the selection's words, without their numbers. `once`: whether masks are chosen only once, so that the
-  sparsity that is asked belongs to the identity, too. Plans compare by value. A pickled plan whose flow holds a
-  function that cannot be pickled comes back without that flow, and is equal to every plan that differs only there.
+  sparsity that is asked belongs to the identity, too. `identity`: in a state, the `fingerprint` of the plan with which
+  the state was made, `uint8[256]`, the only part that is saved or traced.
+
+  Plans compare by value, without the array. Pickle drops a flow that it cannot take (a schedule that is a lambda); such
+  a plan equals every plan that differs only in the flow.
   """
 
   leaves: tuple[SparseLeaf, ...] = ()
@@ -65,6 +71,7 @@ class Plan:
   recipe: str = ''
   words: tuple[str, ...] = ()
   once: bool = False
+  identity: Any = None
 
   @property
   def sparsity(self) -> float | None:
@@ -72,7 +79,7 @@ class Plan:
     return next((leaf.asked.sparsity for leaf in self.leaves if leaf.asked.together), None)
 
   @functools.cached_property
-  def identity(self) -> str:
+  def text(self) -> str:
     """The identity in words, for messages."""
     kinds = ', '.join(dict.fromkeys(kind_of(leaf.pattern) for leaf in self.leaves))
     asked = sorted({f'{leaf.asked.sparsity:g}' for leaf in self.leaves
@@ -85,19 +92,37 @@ class Plan:
   @functools.cached_property
   def fingerprint(self) -> np.ndarray:
     """The identity as an array, `uint8[256]`: a hash of everything that belongs to it, then the words, zero-padded."""
-    leaves = [(leaf.path, leaf.shape, kind_of(leaf.pattern), _bound(leaf), leaf.asked if self.once else None)
+    asked = lambda leaf: (leaf.asked.sparsity and float(leaf.asked.sparsity), leaf.asked.together)
+    leaves = [(leaf.path, tuple(map(int, leaf.shape)), kind_of(leaf.pattern), _bound(leaf), self.once and asked(leaf))
               for leaf in self.leaves]
-    parts = repr((self.recipe, self.words, leaves)).encode()
-    text = self.identity.encode()[:BYTES - HASHED]
-    whole = hashlib.blake2b(parts, digest_size=HASHED).digest() + text
+    whole = hashlib.blake2b(repr((self.recipe, self.words, leaves)).encode(), digest_size=HASHED).digest()
+    whole += self.text.encode()[:BYTES - HASHED]
     return np.frombuffer(whole.ljust(BYTES, b'\0'), np.uint8)
 
+  def carrying(self, identity: Any) -> 'Plan':
+    """Returns the plan with an array in the field `identity`."""
+    plan = object.__new__(Plan)
+    plan.__dict__.update(self.__dict__, identity=identity, _static=self._static)
+    return plan
+
+  @functools.cached_property
+  def _static(self) -> 'Plan':
+    return self if self.identity is None else dataclasses.replace(self, identity=None)
+
+  def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], 'Plan']:
+    return ((jax.tree_util.GetAttrKey('identity'), self.identity),), self._static
+
+  def tree_flatten(self) -> tuple[tuple[Any, ...], 'Plan']:
+    return (self.identity,), self._static
+
+  @classmethod
+  def tree_unflatten(cls, static: 'Plan', children: tuple[Any, ...]) -> 'Plan':
+    return static.carrying(*children)
+
   def __eq__(self, other: object) -> bool:
-    if self is other:
-      return True
     if not isinstance(other, Plan):
       return NotImplemented
-    return self._key == other._key and self.leaves == other.leaves and (
+    return self is other or self._key == other._key and self.leaves == other.leaves and (
         self.flow == other.flow or flows.is_forgotten(self.flow) or flows.is_forgotten(other.flow))
 
   def __hash__(self) -> int:
@@ -116,13 +141,19 @@ class Plan:
     return fields
 
   def __deepcopy__(self, memo: dict[int, Any]) -> 'Plan':
-    return self
+    return self.carrying(copy.deepcopy(self.identity, memo))
+
+
+def first(plan: Plan) -> Plan:
+  """Returns the plan as a new state carries it, with its own fingerprint as the array."""
+  return plan.carrying(jnp.asarray(plan.fingerprint))
 
 
 def kind_of(pattern: Pattern | None) -> str:
   """Returns the pattern in words without its sparsity, which is a number and no part of the identity."""
   fields = [field.name for field in dataclasses.fields(pattern)] if dataclasses.is_dataclass(pattern) else []
-  return str(dataclasses.replace(pattern, sparsity=None) if 'sparsity' in fields else pattern or '-')
+  text = str(dataclasses.replace(pattern, sparsity=None) if 'sparsity' in fields else pattern or '-')
+  return re.sub(r' at 0x[0-9a-f]+', '', text)  # of a pattern from outside that does not print by value
 
 
 def _bound(leaf: SparseLeaf) -> tuple[tuple[int, ...], ...] | None:
@@ -170,16 +201,16 @@ def values_of(array: Any) -> np.ndarray | None:
   return np.pad(held, (0, BYTES - held.size))
 
 
-def refuse_unless_of(plan: Plan, array: Any) -> None:
+def refuse_unless_of(plan: Plan, identity: Any) -> None:
   """Raises `ValueError` naming both identities if the identity of a state, where it is known, is not that of `plan`."""
-  held = values_of(array)
+  held = values_of(identity)
   if held is not None and not np.array_equal(held[:HASHED], plan.fingerprint[:HASHED]):
     raise refusal(text_of(held) or 'something that cannot be read', plan)
 
 
 def refusal(made_by: str, plan: Plan, also: str = '') -> ValueError:
   """Returns the error for a state `made_by` one identity and the optimizer of another. `also` says more about it."""
-  hidden = ' (They differ in a shape, an axis or a path that these words do not show.)' * (made_by == plan.identity)
+  hidden = ' (They differ in a shape, an axis or a path that these words do not show.)' * (made_by == plan.text)
   return ValueError(
-      f'sparsejax: the state was made by {made_by[:BYTES]}. This optimizer is {plan.identity[:BYTES]}.{hidden} {also}'
+      f'sparsejax: the state was made by {made_by[:BYTES]}. This optimizer is {plan.text[:BYTES]}.{hidden} {also}'
       'Make the state by tx.init(params), or go on with the optimizer that made it.')

@@ -30,14 +30,14 @@ class SparseState(NamedTuple):
   the key of random scores, `uint32[2]`, or `None`. `masks`: `bool`, shaped like the sparse parameters, of the point
   that the user holds. `master`: the dense weights behind the point, in float32 for narrower parameters; none for fixed
   masks. `stats`: a threshold that the selection gives to the flow, or the memory of a score: nothing, a scalar, or
-  arrays shaped like the leaf. `inner`: the state of the user's optimizer. `plan`: what is asked, static. `identity`: who
-  made the state, `uint8[256]`, as `plan.fingerprint`.
+  arrays shaped like the leaf. `inner`: the state of the user's optimizer. `plan`: the `Plan`, which is static but for
+  one array, `plan.identity`, `uint8[256]`, the fingerprint of the plan with which the state was made.
 
   Recipe, pattern, flow and the set of sparse leaves are the identity: a state of another identity is refused with both
   in words. In one process `update` refuses it at trace time. The state of a file is refused wherever its values are
   known: in `report`, `check`, `project`, `masks`, and in `update` outside of `jit`. Under `jit` the values are not
   known while JAX traces, so the first sparse leaf gets NaN as its update, and `check` then says why. A checkpoint
-  without `identity`, from before there was one, has another structure, and its tool refuses it.
+  without `plan.identity`, from before there was one, has another structure, and its tool refuses it.
   """
 
   step: Array
@@ -47,23 +47,24 @@ class SparseState(NamedTuple):
   stats: PyTree
   inner: Any
   plan: Plan
-  identity: Array
 
 
 def _plan(state: SparseState) -> Plan:
-  """The plan of the state. Flax looks at each field before it asks how to save it, so that a plan can be made known."""
+  """Returns the plan of a state. Flax reads each field before it looks up how to save it: the moment to say how."""
   _make_known_to(sys.modules.get('flax.serialization'))
-  return state[SparseState._fields.index('plan')]
+  return state[-1]
 
 
 @functools.cache
 def _make_known_to(serialization: Any) -> None:
-  """Tells `flax.serialization`, where it is in use, that a plan has nothing to save and is taken from the target."""
+  """Tells `flax.serialization`, where it is in use, to save the array of a plan and to take the rest of the target."""
   if hasattr(serialization, 'register_serialization_state'):
-    serialization.register_serialization_state(Plan, lambda plan: {}, lambda plan, saved: plan, override=True)
+    serialization.register_serialization_state(
+        Plan, lambda plan: {'identity': plan.identity}, lambda plan, saved: plan.carrying(saved['identity']),
+        override=True)
 
 
-setattr(SparseState, 'plan', property(_plan, doc=_plan.__doc__))
+SparseState.plan = property(_plan)
 
 
 def find(opt_state: Any) -> list[SparseState]:
@@ -78,7 +79,7 @@ def find(opt_state: Any) -> list[SparseState]:
                      'sparsejax.recipes.sr_ste(optax.adamw(1e-3)), and pass the state that init or update returned.')
   for state in sparse:
     if isinstance(state.plan, Plan):
-      plans.refuse_unless_of(state.plan, state.identity)
+      plans.refuse_unless_of(state.plan, state.plan.identity)
   return sparse
 
 

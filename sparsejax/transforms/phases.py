@@ -195,7 +195,7 @@ def recorded(method: Method, leaves: Leaves, point: Point, state: SparseState) -
   """Returns `state`, of which step, key and identity hold, with the point recorded in it."""
   master = leaves.put(point.weights if method.flow.dense else None)
   return state._replace(masks=leaves.put(point.masks), master=master, stats=leaves.put(point.stats), inner=point.inner,
-                        plan=leaves.plan)
+                        plan=leaves.plan.carrying(state.plan.identity))
 
 
 class Beginning(NamedTuple):

@@ -49,8 +49,8 @@ def refuse_others(plan: Plan, state: SparseState) -> None:
     raise ValueError(f'sparsejax: the plan of the state is gone; a {type(state.plan).__name__} is in its place. Make '
                      'the state by tx.init(params), or restore it into such a state.')
   if not np.array_equal(state.plan.fingerprint, plan.fingerprint):
-    raise plans.refusal(state.plan.identity, plan, _first_difference(state.plan, plan))
-  plans.refuse_unless_of(plan, state.identity)
+    raise plans.refusal(state.plan.text, plan, _first_difference(state.plan, plan))
+  plans.refuse_unless_of(plan, state.plan.identity)
 
 
 def _first_difference(made: Plan, asked: Plan) -> str:
@@ -88,13 +88,14 @@ def refuse_other_memory(memory: Memory | None, leaves: Leaves, state: SparseStat
 
 
 def marked(updates: PyTree, leaves: Leaves, state: SparseState) -> PyTree:
-  """Returns the updates, with NaN for the first sparse leaf if the traced identity of the state is not that of `leaves`.
+  """Returns the updates, with NaN for the first sparse leaf if the state, under `jit`, is of another identity.
 
-  The comparison costs 256 bytes a step, and no callback of the host.
+  The identity of a restored state is not known while JAX traces, so the program compares the arrays. The comparison
+  reads 256 bytes a step. A callback of the host, which could raise, would keep the program out of JAX's cache.
   """
-  if plans.values_of(state.identity) is not None or not leaves.index:
+  if plans.values_of(state.plan.identity) is not None or not leaves.index:
     return updates  # compared already
-  ours = jnp.all(jnp.asarray(state.identity, jnp.uint8) == jnp.asarray(leaves.plan.fingerprint))
+  ours = jnp.all(jnp.asarray(state.plan.identity, jnp.uint8) == jnp.asarray(leaves.plan.fingerprint))
   first, *rest = leaves.pick(updates)
   return leaves.put([jnp.where(ours, first, jnp.asarray(jnp.nan, first.dtype)), *rest], updates)
 

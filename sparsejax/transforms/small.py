@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import flows, neighbours, trees
-from sparsejax.selections import Selection
+from sparsejax import flows, neighbours, plans, trees
 from sparsejax.plans import Plan
+from sparsejax.selections import Selection
 from sparsejax.states import SparseState
 from sparsejax.transforms import refusals
 from sparsejax.transforms.leaves import Leaves, default_where
-from sparsejax.types import Array, Axes, Inner, Optimizer, Predicate, PyTree
+from sparsejax.types import Axes, Inner, Optimizer, Predicate, PyTree
 
 
 def identity(inner: Inner, name: str = '') -> Optimizer:
@@ -31,13 +31,12 @@ def identity(inner: Inner, name: str = '') -> Optimizer:
   def init(params: PyTree, **values: Any) -> SparseState:
     refusals.refuse_unfilled((), values)
     nothing = params if is_stand_in(params) else jax.tree.map(lambda _: trees.DENSE, params)
-    return SparseState(jnp.zeros((), jnp.int32), None, nothing, nothing, nothing, inner.init(params), plan,
-                       jnp.asarray(plan.fingerprint))
+    return SparseState(jnp.zeros((), jnp.int32), None, nothing, nothing, nothing, inner.init(params), plans.first(plan))
 
   def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
     refusals.refuse_others(plan, state)
     moves, inner_state = inner.update(grads, state.inner, params, **extra)
-    return moves, state._replace(step=optax.safe_increment(state.step), inner=inner_state, plan=plan)
+    return moves, state._replace(step=optax.safe_increment(state.step), inner=inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import errors, schedules, scores
+from sparsejax import errors, plans, schedules, scores
 from sparsejax.selections import Selection
 from sparsejax.states import SparseState
 from sparsejax.transforms import phases, refusals, small
@@ -75,8 +75,9 @@ def sparsify(
   `init(params, **values)` takes a value for each placeholder (`starts.given`) in `start` and `key`. Keyword arguments
   of `update` go to `inner`. The transform has to be the outermost transform on its leaves. Rescaled updates break the
   zeros (`check` detects and names the transform that rescales). Raises `ValueError` at trace time for leaves that
-  cannot carry the pattern, and for the state of other parameters or of another identity, see `SparseState`. An `inner` that cannot be right is refused, too: a line
-  search across changes of the mask, or an optimizer that calls a function of the parameters at a dense master.
+  cannot carry the pattern, and for the state of other parameters or of another identity, see `SparseState`. An `inner`
+  that cannot be right is refused, too: a line search across changes of the mask, or an optimizer that calls a function
+  of the parameters at a dense master.
   """
   freeze = _freeze(dense_steps, fine_tune_steps, total_steps)
   if slots not in SLOTS:
@@ -119,7 +120,7 @@ def _init(method: Method, params: PyTree, **values: Any) -> SparseState:
   point = point._replace(inner=method.inner.init(leaves.put(point.weights, params)))
   if method.flow.dense or not method.never:
     refusals.refuse_line_search(point.inner)
-  first = SparseState(jnp.zeros((), jnp.int32), plain_key(method.key), *[None] * 5, jnp.asarray(leaves.plan.fingerprint))
+  first = SparseState(jnp.zeros((), jnp.int32), plain_key(method.key), *[None] * 4, plans.first(leaves.plan))
   return phases.recorded(method, leaves, point, first)
 
 
@@ -132,7 +133,7 @@ def _stand_in(method: Method, params: PyTree) -> SparseState:
   like = method.memory and jax.eval_shape(method.memory.start, jax.ShapeDtypeStruct((2, 3), jnp.float32))
   shaped = method.memory is None and method.selection.threshold is None or getattr(like, 'shape', ()) == (2, 3)
   return SparseState(0, None if method.key is None else 0, params, params, params if shaped else 0,
-                     method.inner.init(params), 0, 0)
+                     method.inner.init(params), 0)
 
 
 def recipe(sentence: Sentence) -> Sentence:
