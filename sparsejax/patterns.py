@@ -18,13 +18,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import counts, errors, neighbours, ranking
+from sparsejax import conventions, counts, errors, neighbours, ranking
 from sparsejax.counts import MATRIX, best_units, kept_of, too_many, units
 from sparsejax.stages import Staged, Switch
 from sparsejax.types import Array, Axes, Pattern, Pooled
 
 __all__ = ['MATRIX', 'NM', 'TABLE', 'Block', 'Channel', 'Spelling', 'Staged', 'Switch', 'Unstructured', 'kept_of',
            'parse', 'units']
+
+
+def _needs_axes(pattern: Any, axes: Axes) -> str | None:
+  """Returns why a pattern that lies along axes cannot be carried by a leaf of unknown axes, or `None`."""
+  if axes.source != 'unknown':
+    return None
+  return (f'{pattern} lies along what is contracted, and neither name, rank nor container says which axes those are. '
+          f'{conventions.REMEDY}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,8 @@ class NM:
     return self.m, self.width
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     length, across = (math.prod(shape[a] for a in group) for group in (axes.contracted, axes.output))
     if not axes.contracted:
       return f'no axis is contracted, so {self} has nothing to group along; leave the leaf out of `where`.'
@@ -157,7 +167,10 @@ def _with_sparsity(name: str, sparsity: float | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-  """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even."""
+  """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even.
+
+  A leaf of unknown axes is one matrix without layers: the count then holds for the leaf as a whole.
+  """
 
   sparsity: float | None = None
   static = True
@@ -208,6 +221,8 @@ class Block:
     return _with_sparsity('{}x{}'.format(*self.shape) + (' balanced' if self.balanced else ''), self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     if not axes.contracted or not axes.output:
       return (f'{self} lies along contracted and output axes, and those are {axes.contracted} and {axes.output} '
               f'({axes.source}); leave the leaf out of `where`.')
@@ -254,6 +269,8 @@ class Channel:
     return _with_sparsity('channel', self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     if axes.contracted and axes.output:
       return None
     return (f'{self} lies along output axes, and contracted and output axes are {axes.contracted} and {axes.output} '

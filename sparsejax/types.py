@@ -60,8 +60,11 @@ class Axes(NamedTuple):
 
   `contracted`: axes that are summed over, in the order in which the program flattens them; N:M groups lie along them.
   `output`: axes with one row of the product for each index. `spatial`: the taps of a convolution. `layer`: independent
-  copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer. `source`: "traced" if the
-  axes were read from a program, "convention" if they follow from the parameter's name and rank.
+  copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer.
+
+  `source`: "traced" if the axes were read from a program, "given" if a user wrote them, "convention" if name, rank and
+  container tell them, see `conventions`. "unknown" if nothing says what the axes mean: all of them are then in
+  `output`, patterns that lie along axes refuse the parameter, and `Unstructured` counts over all of it.
   """
 
   contracted: tuple[int, ...]
@@ -158,7 +161,8 @@ class Flow(NamedTuple):
   leaves the master as it is. `dense=True`: the master keeps values behind the zeros and is stored. `dense=False`: the
   user's parameters are the master and nothing is stored. A kept weight then moves by the optimizer's update, and a
   pruned weight moves to its own `project`. `frozen=True`: a pruned weight is not zero but keeps its first value, and
-  reports count the frozen weights.
+  reports count the frozen weights. `along_axes=True`: the flow reads `signals.axes`, and so refuses leaves of unknown
+  axes.
   """
 
   project: Callable[[Array, Array, Signals], Array]
@@ -167,6 +171,7 @@ class Flow(NamedTuple):
   dense: bool = True
   begin: Callable[[Array, Array, Signals], Array] | None = None
   frozen: bool = False
+  along_axes: bool = False
 
 
 def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> Callable[[str], Any]:

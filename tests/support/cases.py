@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import sparsejax
-from sparsejax import allocation, recipes, schedules, trees
+from sparsejax import allocation, recipes, schedules, trees, types
 
 STEPS, DENSE, TUNED = 12, 2, 3  # updates in all, of the dense phase, of the fine-tune phase
 F32, BF16 = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
@@ -26,7 +26,9 @@ SHAPES = {
 }
 SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants, which differ in time and not in space
 PATTERNS = {'2:4': sparsejax.NM(2, 4), 'block': sparsejax.Block((8, 2), 0.5), 'channel': sparsejax.Channel(0.5)}
-CONTRACTED = {'attention/out/kernel': (0, 1), 'stack/kernel': (1,)}
+# A rank of three has no convention: the axes are given.
+AXES = {'attention/out/kernel': types.Axes((0, 1), (2,)), 'stack/kernel': types.Axes((1,), (2,), layer=(0,))}
+CONTRACTED = {path: axes.contracted for path, axes in AXES.items()}
 
 
 class Promise(NamedTuple):
@@ -68,6 +70,8 @@ class Case(NamedTuple):
     recipe = recipes.TABLE[self.recipe]
     valid = {*recipes.arguments(recipe)} - ({'key'} if self.recipe not in RANDOM else set())
     signals = {key: value for key, value in SIGNALS.items() if key in valid}
+    if 'axes' in valid:
+      signals['axes'] = {path: axes for path, axes in AXES.items() if path in by_path(self.shapes)}
     return recipe(optax.sgd(0.3, momentum=0.5) if inner is None else inner, **signals | self.options)
 
 
