@@ -126,7 +126,7 @@ def recorded(flow: Flow) -> Flow:
 
 def forgotten(flow: Flow) -> Flow:
   """Returns the flow as pickle can take it, without its functions; `project` then says what is missing."""
-  return Flow(_forgotten, _forgotten, dense=flow.dense, frozen=flow.frozen)
+  return flow._replace(project=_forgotten, pull_back=_forgotten, settle=None, begin=None)
 
 
 def is_forgotten(flow: Flow | None) -> bool:

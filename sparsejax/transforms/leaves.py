@@ -38,6 +38,8 @@ class Leaves:
     self.index = [i for i, pick in enumerate(picked) if pick]
     self.arrays = {self.paths[i]: leaves[i] for i in self.index}
     try:
+      if where is trees.matrices:
+        refuse_complex(self.paths, leaves, self.treedef)
       refuse(self.arrays, map(narrow, self.arrays.values()))
       self.axes = trees.axes_by_path('sparsejax', axes, params, self.arrays)
       refuse(self.arrays, (unoriented(flow, own) for own in self.axes.values()))
@@ -83,6 +85,16 @@ class Leaves:
     keys = [now if now is None else jax.random.fold_in(now, np.uint32(name)) for name in names]
     grads = [None] * len(self.index) if grads is None else grads
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
+
+
+def refuse_complex(paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> None:
+  """Raises `ValueError` for complex matrices: the default `where` would pass over them in silence."""
+  found = {path: w for path, w in zip(paths, leaves) if jnp.issubdtype(getattr(w, 'dtype', None), jnp.complexfloating)}
+  if found:
+    real = [jax.ShapeDtypeStruct(w.shape, jnp.float32) if path in found else w for path, w in zip(paths, leaves)]
+    picked = trees.select('sparsejax', trees.matrices, treedef.unflatten(real))
+    found = {path: found[path] for path, pick in zip(paths, picked) if pick and path in found}
+    refuse(found, (f'dtype {w.dtype} is not floating; say in `where` that it stays dense.' for w in found.values()))
 
 
 def narrow(leaf: Array) -> str | None:
