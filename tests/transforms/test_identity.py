@@ -21,7 +21,7 @@ PAIRS = [(a, b) for a in recipes.TABLE for b in recipes.TABLE if a != b]
 @functools.cache
 def made(name):
   """Returns the optimizer of a recipe in the table, and one of its states, with zeros for all but the identity."""
-  tx = cases.CASES[name].make()
+  tx = cases.CASES[name]._replace(shapes=LIKE).make()
   return tx, filled(jax.eval_shape(tx.init, PARAMS))
 
 
