@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
 from sparsejax import counts, errors, patterns, ranking, scores, trees, updates
+from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
 from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
 
@@ -34,6 +35,7 @@ class Selection(NamedTuple):
   threshold: float | None = None
 
 
+@checked
 def leafwise(
     pattern: Pattern | Mapping[str, Pattern],
     *,
@@ -171,6 +173,7 @@ def _per_layer(kept: Array, pool: Pooled) -> Array:
   return jnp.sum(kept, tuple(a for a in range(kept.ndim) if a not in pool.layers), dtype=jnp.int32)
 
 
+@checked
 def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False) -> Selection:
   """Returns the selection that keeps the weights above the `sparsity(step)`-quantile of |w| over all sparse leaves.
 
@@ -188,6 +191,7 @@ def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False)
   return Selection(plan, select, threshold=-1.0)
 
 
+@checked
 def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) -> Selection:
   """Returns the selection that keeps the weights with a score above `threshold(step)`.
 
@@ -209,6 +213,7 @@ def _all_alike(arrays: dict[str, Array], axes: dict[str, Axes], pattern: Pattern
   return Plan(tuple(SparseLeaf(path, w.shape, axes[path], pattern, asked) for path, w in arrays.items()))
 
 
+@checked
 def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity: float | None = None,
                   allocation: Allocation = allocations.uniform) -> Selection:
   """Returns the selection that drops by magnitude in each layer and grows as many weights by `grow` in all layers.

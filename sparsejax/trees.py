@@ -158,10 +158,9 @@ def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]
 
   `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. `function` is the name
   of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an exclusion too,
-  matches no path; the message has the closest paths of `tree`. Raises `ValueError` if `where` picks leaves that are not
-  floating, or if `where` is neither a predicate nor a prefix. A leaf that optax masks counts as a path. A predicate is
-  called with arrays only. What is no array (a number, a function), and what is empty, is never picked. Raises
-  `ValueError` for a leaf that is picked and that shares its path with another.
+  matches no path. The message has the closest paths of `tree`, and leaves that optax masks have paths as well. Raises
+  `ValueError` if `where` picks leaves that are not floating or that share their path, or is neither a predicate nor a
+  prefix. A predicate is called with arrays only: a number, a function or an empty array is never picked.
   """
   names, leaves, _ = flatten(tree)
   picked = _picked(function, where, tree)
@@ -204,17 +203,17 @@ def refused(refusal: errors.AtLeaves, where: Any, tree: PyTree) -> errors.AtLeav
   lists paths where `where` is another predicate or a pytree. There is no line if no other leaf is picked.
   """
   names = flatten(tree)[0]
-  bad = [problem.path for problem in refusal.problems]
+  bad = {problem.path for problem in refusal.problems}
   good = [name for name, pick in zip(names, _picked(refusal.function, where, tree)) if pick and name not in bad]
   usual = [name for name, pick in zip(names, _picked(refusal.function, matrices, tree)) if pick]
   others = [name for name in usual if name not in good]
-  composed = [(functools.partial(all_but, where=where), bad)] if where is matrices or globs_of(where) else []
+  composed = [(functools.partial(all_but, where=where), sorted(bad))] if where is matrices or globs_of(where) else []
   lists = [(all_but, others)] * ({*good} <= {*usual}) + [(named, good)]
   for word, paths in composed + sorted(lists, key=lambda each: len(each[1])) if good else ():
-    for predicate in (word(*paths), word(*('/' + path for path in paths))):
-      picked = _picked(refusal.function, predicate, tree)
-      if (text := written(predicate)) and good == [name for name, pick in zip(names, picked) if pick]:
-        return errors.at_leaves(refusal.function, refusal.problems, f'where={text}')
+    predicate = word(*('/' * (sum(matches(path, name) for name in names) > 1) + path for path in paths))
+    picked = _picked(refusal.function, predicate, tree)
+    if (text := written(predicate)) and good == [name for name, pick in zip(names, picked) if pick]:
+      return errors.at_leaves(refusal.function, refusal.problems, f'where={text}')
   return refusal
 
 

@@ -24,6 +24,7 @@ Optimizer = optax.GradientTransformationExtraArgs  # a recipe around the user's 
 Step = Any  # an int or an `int32[]`, traced or not
 
 ALWAYS = 'always'  # a schedule with this fact is `True` at every step
+ENDLESS = 'endless'  # a schedule with this fact is meant to go on after training
 AT_ZERO = 'at zero'  # a schedule with this fact is `True` at step 0 and at no other step
 
 
@@ -32,12 +33,14 @@ class Bound:
   """A `Bound` is `function` with its last arguments filled in: a `functools.partial` that compares and prints by value.
 
   Two optimizers that are made alike are equal as configuration, so a step that makes its own optimizer compiles once.
-  `facts` lists what callers may rely on, see `says`.
+  `facts` lists what callers may rely on, see `says`. `end`: the last step that a schedule names, if any. A training
+  that stops before `end` cuts the schedule off.
   """
 
   function: Callable[..., Any]
   arguments: tuple[Any, ...] = ()
   facts: tuple[str, ...] = ()
+  end: int | None = None
 
   def __call__(self, *args: Any) -> Any:
     return self.function(*args, *self.arguments)
@@ -47,7 +50,7 @@ class Bound:
 
 
 def says(word: Any, fact: str) -> bool:
-  """Returns whether `word` carries `fact`, `ALWAYS` or `AT_ZERO`, in its attribute `facts`.
+  """Returns whether `word` carries `fact`, `ALWAYS`, `AT_ZERO` or `ENDLESS`, in its attribute `facts`.
 
   A fact saves work; a word without `facts` gives the same masks and weights. `schedule.facts = (types.ALWAYS,)` lets a
   user's own function carry one.

@@ -12,14 +12,15 @@ user's parameters to the new sparse point. `optax.contrib.schedule_free` works t
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sparsejax import errors, plans, schedules, scores
+from sparsejax.arguments import checked
 from sparsejax.selections import Selection
 from sparsejax.states import SparseState
 from sparsejax.transforms import phases, refusals, small
@@ -28,9 +29,9 @@ from sparsejax.transforms.method import Method
 from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTree, Schedule, Start
 
 SLOTS = ('kept', 'fresh')
-Sentence = TypeVar('Sentence', bound=Callable[..., Optimizer])
 
 
+@checked
 def sparsify(
     inner: Inner,
     flow: Flow,
@@ -136,18 +137,10 @@ def _stand_in(method: Method, params: PyTree) -> SparseState:
                      method.inner.init(params), 0)
 
 
-def recipe(sentence: Sentence) -> Sentence:
-  """Returns `sentence`, a function that returns an optimizer, such that the states of the optimizer carry its name.
-
-  The name of a recipe is part of the identity of its states. A recipe that calls another one has its own name.
-  """
-  @functools.wraps(sentence)
-  def spoken(*args: Any, **options: Any) -> Optimizer:
-    made = sentence(*args, **options)
-    method = method_of(made)
-    return made if method is None else _transform(dataclasses.replace(method, name=sentence.__name__))
-
-  return spoken
+def under_name(optimizer: Optimizer, name: str) -> Optimizer:
+  """Returns the optimizer of a recipe under the recipe's name, which is part of the identity of its states."""
+  method = method_of(optimizer)
+  return optimizer if method is None else _transform(dataclasses.replace(method, name=name))
 
 
 def method_of(optimizer: optax.GradientTransformation) -> Method | None:
@@ -167,8 +160,6 @@ def placeholders(optimizer: optax.GradientTransformation) -> tuple[str, ...]:
 
 def _freeze(dense_steps: int, fine_tune_steps: int, total_steps: int | None) -> int | None:
   """Returns the step at which the mask is fixed for good, or `None`."""
-  if min(dense_steps, fine_tune_steps) < 0:
-    raise ValueError(f'sparsejax: dense_steps ({dense_steps}) and fine_tune_steps ({fine_tune_steps}) count updates.')
   if total_steps is None:
     if fine_tune_steps:
       raise ValueError('sparsejax: fine_tune_steps counts from the end of training; pass total_steps= too.')

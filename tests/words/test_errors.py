@@ -52,7 +52,8 @@ def without(params, *path):
 
 
 LOUD = jax.tree.map(lambda w: w, PARAMS) | {'head': {'kernel': jnp.full((24, 6), 2.0)}}  # more than half of it all
-ARRAYS = recipes.sr_ste(SGD, decay=jnp.float32(0.1))  # a coefficient that cannot be compared, so not part of a state
+# A coefficient that cannot be compared, so not part of a state.
+ARRAYS = transforms.sparsify(SGD, flows.decayed(jnp.float32(0.1), 'scaled'), selections.leafwise(NM(2, 4)))
 
 # Each entry has the call that is refused, and the parts of the message in their order.
 REFUSALS = {
@@ -146,7 +147,9 @@ REFUSALS = {
     'phases that overlap': (
         lambda: recipes.mdgf(SGD, dense_steps=5, fine_tune_steps=6, total_steps=10),
         ['dense_steps (5)', 'fine_tune_steps (6)', 'total_steps (10)']),
-    'a phase below zero': (lambda: recipes.asp(SGD, dense_steps=-1), ['dense_steps (-1)', 'count updates']),
+    'a phase below zero': (
+        lambda: recipes.asp(SGD, dense_steps=-1),
+        ['recipes.asp', '`dense_steps`', 'number of updates', 'at least 0', '-1']),
     'stages without an end': (lambda: recipes.sdgf_stepwise(SGD), ['sdgf', 'pass total_steps=']),
     'geometric stages without an end': (lambda: recipes.sdgf_geometric(SGD), ['sdgf', 'pass total_steps=']),
     'more stages than updates': (
@@ -160,9 +163,11 @@ REFUSALS = {
     'a ramp of no updates': (
         lambda: recipes.st3(SGD, total_steps=5, dense_steps=2, fine_tune_steps=3),
         ['st3', 'over 0 updates', 'between the dense and the fine-tune phase', 'raise total_steps']),
-    'a sparsity that is none': (lambda: recipes.st3(SGD, 90, total_steps=5), ['st3', 'sparsity 90', 'from 0 to 1']),
+    'a sparsity that is none': (
+        lambda: recipes.st3(SGD, 90, total_steps=5),
+        ['st3', '`sparsity`', 'from 0 to 1', '0.9 for 90 %', 'not 90']),
     'a decay that is a number': (
-        lambda: recipes.mdgf(SGD, decay=0.5), ['mdgf', '`decay` is a schedule', '0.5', 'linear(']),
+        lambda: recipes.mdgf(SGD, decay=0.5), ['mdgf', '`decay` must be a schedule', 'linear(', '0.5']),
     'a gradient that is not known': (
         lambda: recipes.mdgf(SGD, gradient='scale'), ["'scale'", "Did you mean 'scaled'?", 'Valid: scaled, straight']),
     'an end before the beginning': (
@@ -204,7 +209,7 @@ REFUSALS = {
         lambda: recipes.gradual_magnitude(SGD), ['recipes.gradual_magnitude', 'total_steps=', 'end=']),
     'a gradual ramp that ends after training': (
         lambda: recipes.gradual_magnitude(SGD, end=11, total_steps=10),
-        ['recipes.gradual_magnitude', 'begin=0 to end=11', '10 updates', 'raise total_steps']),
+        ['recipes.gradual_magnitude', 'end=11', '10 updates', 'raise total_steps']),
     'a gradual ramp into the fine-tune phase': (
         lambda: recipes.movement_pruning(SGD, end=9, total_steps=10, fine_tune_steps=2),
         ['recipes.movement_pruning', 'end=9', '8 updates', 'fine-tune']),
