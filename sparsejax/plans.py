@@ -144,7 +144,7 @@ class Plan:
     return self.carrying(copy.deepcopy(self.identity, memo))
 
 
-def first(plan: Plan) -> Plan:
+def fresh(plan: Plan) -> Plan:
   """Returns the plan as a new state carries it, with its own fingerprint as the array."""
   return plan.carrying(jnp.asarray(plan.fingerprint))
 

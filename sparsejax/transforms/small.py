@@ -31,7 +31,7 @@ def identity(inner: Inner, name: str = '') -> Optimizer:
   def init(params: PyTree, **values: Any) -> SparseState:
     refusals.refuse_unfilled((), values)
     nothing = params if is_stand_in(params) else jax.tree.map(lambda _: trees.DENSE, params)
-    return SparseState(jnp.zeros((), jnp.int32), None, nothing, nothing, nothing, inner.init(params), plans.first(plan))
+    return SparseState(jnp.zeros((), jnp.int32), None, nothing, nothing, nothing, inner.init(params), plans.fresh(plan))
 
   def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
     refusals.refuse_others(plan, state)

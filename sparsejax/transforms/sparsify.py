@@ -121,7 +121,7 @@ def _init(method: Method, params: PyTree, **values: Any) -> SparseState:
   point = point._replace(inner=method.inner.init(leaves.put(point.weights, params)))
   if method.flow.dense or not method.never:
     refusals.refuse_line_search(point.inner)
-  first = SparseState(jnp.zeros((), jnp.int32), plain_key(method.key), *[None] * 4, plans.first(leaves.plan))
+  first = SparseState(jnp.zeros((), jnp.int32), plain_key(method.key), *[None] * 4, plans.fresh(leaves.plan))
   return phases.recorded(method, leaves, point, first)
 
 
