@@ -59,7 +59,7 @@ def pack(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Map
   a `BlockSparseArray`, `Unstructured()` in a `BitmaskArray`. A string is a pattern, as in '2:4', or the name of a
   format: 'bitmask', 'relative_index', 'csc', 'sparse24'. A dict maps globs to patterns and strings.
 
-  `axes` says which axes of each leaf are contracted; the default is `trees.conventional_axes`. `check=False` is for
+  `axes` says which axes of each leaf are contracted, see `trees.axes_of`; else `conventions` do. `check=False` is for
   traced leaves, see `NMArray.from_dense`. Raises `ValueError` for a leaf that is packed already or whose nonzeros
   do not keep the pattern, and for a pattern that no format fits.
   """
