@@ -60,15 +60,18 @@ class Axes(NamedTuple):
 
   `contracted`: axes that are summed over, in the order in which the program flattens them; N:M groups lie along them.
   `output`: axes with one row of the product for each index. `spatial`: the taps of a convolution. `layer`: independent
-  copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer. `source`: "traced" if the
-  axes were read from a program, "convention" if they follow from the parameter's name and rank.
+  copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer.
+
+  `source`: "traced" if the axes were read from a program, "given" if a user wrote them, "convention" if they follow from
+  name, rank and container, see `conventions`. "unknown" if nothing says what the axes mean: all of them are then in
+  `output`, patterns that lie along axes refuse the parameter, and `Unstructured` counts over all of it.
   """
 
   contracted: tuple[int, ...]
   output: tuple[int, ...]
   spatial: tuple[int, ...] = ()
   layer: tuple[int, ...] = ()
-  source: str = 'convention'
+  source: str = 'given'
 
 
 class Signals(NamedTuple):
