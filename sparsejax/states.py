@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, formats, trees
-from sparsejax.types import Array, Asked, Axes, Flow, Pattern, PyTree, Signals
+from sparsejax import errors, trees
+from sparsejax.types import Array, Asked, Axes, Flow, Pattern, PyTree, Signals, moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,12 +196,6 @@ def _along_output(master: Array, leaf: SparseLeaf) -> Array:
   return jnp.where(leaf.pattern(jnp.abs(master).astype(jnp.float32), None, turned), master, 0)
 
 
-def freeze_net_trained(params: PyTree, opt_state: Any) -> PyTree:
-  """Returns what `recipes.freeze_net` trained: the kept weights of each sparse leaf and their places, packed.
-
-  Dense leaves are returned as they are. `io.save` writes the result, and `formats.unpack(io.load(path),
-  first_parameters)` is `params` again, bit for bit. At 99 % the file has under 2 % of the bytes. Call it outside of
-  `jit`.
-  """
-  packed = lambda w, mask: formats.RelativeIndexArray.from_dense(w, mask) if mask.shape == w.shape else w
-  return jax.tree.map(packed, params, masks(params, opt_state))
+# Former names of this module; the modules where the objects are now add them.
+FORMER: dict[str, tuple[Any, str]] = {}
+__getattr__ = moved(__name__, FORMER)

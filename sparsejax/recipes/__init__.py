@@ -47,7 +47,7 @@ TABLES = {'train': TABLE}
 __all__ = ['TABLE', 'TABLES', 'arguments', 'from_config', *TABLE]
 __getattr__ = moved(__name__, {
     'bdwp_backward': (states.bdwp_backward, 'states.bdwp_backward'),
-    'freeze_net_trained': (states.freeze_net_trained, 'states.freeze_net_trained'),
+    'freeze_net_trained': (formats.freeze_net_trained, 'formats.freeze_net_trained'),
     'model_soup': (metrics.model_soup, 'metrics.model_soup')})
 
 # Arguments of recipes that count updates; a float is a fraction of all updates.
