@@ -44,8 +44,8 @@ def erdos_renyi(
   """Returns Erdos-Renyi (ER) sparsities, with densities proportional to `(n_in + n_out) / (n_in * n_out)`.
 
   The formula is equation 3 of SET (Mocanu et al. 2018). `n_in` is the length of the contracted axes and `n_out` that of
-  the output axes, by `axes` or else by the naming conventions. Taps and layers do not count. A leaf whose density would
-  exceed 1 is dense, and the other leaves share the remaining weights (Evci et al. 2020, RigL, section 3 (1)).
+  the output axes, by `axes` or else by the conventions. Taps and layers do not count; of a leaf with unknown axes, all of
+  its dimensions stand in the place of the two. A leaf whose density would exceed 1 is dense, and the other leaves share the remaining weights (Evci et al. 2020, RigL, section 3 (1)).
   Deviation: the code of RigL first rounds the number of zeros of each leaf down.
   """
   return _by_dimensions(leaves, sparsity, axes, lambda inner, outer, taps: (inner, outer))
@@ -159,11 +159,11 @@ def _by_dimensions(
 
   The ratio is the sum of the numbers `lengths(n_in, n_out, taps)` divided by their product.
   """
-  size, ratio = {}, {}
+  known, size, ratio = trees.axes_by_path('allocation', axes, dict(leaves)), {}, {}
   for path, w in leaves.items():
-    own = trees.axes_of('allocation', axes, path, w.shape)
+    own = known[path]
     inner, outer = (math.prod(w.shape[a] for a in group) for group in (own.contracted, own.output))
-    parts = lengths(inner, outer, [w.shape[a] for a in own.spatial])
+    parts = w.shape if own.source == 'unknown' else lengths(inner, outer, [w.shape[a] for a in own.spatial])
     size[path], ratio[path] = math.prod(w.shape), sum(parts) / math.prod(parts)
   full: set[str] = set()
   while True:

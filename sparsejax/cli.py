@@ -212,7 +212,7 @@ def _axes(args: argparse.Namespace, params: PyTree, where: Predicate) -> dict[st
     return None
   names, leaves, _ = trees.flatten(params)
   shapes = {name: leaf.shape for name, leaf in zip(names, leaves) if where(name, leaf)}
-  axes = {name: trees.conventional_axes(name, shape) for name, shape in shapes.items()}
+  axes = trees.axes_by_path('--axis', None, params, shapes)
   for text in args.axis:
     glob, _, numbers = text.rpartition('=')
     chosen = [name for name in shapes if trees.matches(glob, name)]

@@ -59,7 +59,7 @@ def soft_threshold() -> Flow:
   th is the leaf's threshold, `signals.stats`; a negative threshold counts as 0. s rescales each output channel (of
   `signals.axes`) by 1.01 / (r + 0.01), where r = (mean |W| m + 1e-6) / (mean |W| + 1e-6) over the channel.
   """
-  return Flow(_soft_thresholded, _whole_gradient)
+  return Flow(_soft_thresholded, _whole_gradient, along_axes=True)
 
 
 def remembered() -> Flow:
@@ -99,7 +99,7 @@ def on_the_edge(gain: float) -> Flow:
   Hayou et al. 2021, Robust Pruning at Initialization, section 3. The mean is over all weights of a layer, with pruned
   weights as zeros. fan_in is that of the dense layer, taps included.
   """
-  return Flow(_masked, _masked_gradient, begin=Bound(_rescaled, (gain,)))
+  return Flow(_masked, _masked_gradient, begin=Bound(_rescaled, (gain,)), along_axes=True)
 
 
 def until(flow: Flow, at: int) -> Flow:

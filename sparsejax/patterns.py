@@ -27,6 +27,15 @@ __all__ = ['MATRIX', 'NM', 'TABLE', 'Block', 'Channel', 'Spelling', 'Staged', 'S
            'parse', 'units']
 
 
+def _needs_axes(pattern: Any, axes: Axes) -> str | None:
+  """Returns why a pattern that lies along axes cannot be carried by a leaf of unknown axes, or `None`."""
+  if axes.source != 'unknown':
+    return None
+  return (f'{pattern} lies along what is contracted, and neither name, rank nor container says which axes those are. '
+          'Trace the program, axes=sj.contractions(apply, params, x), or say the axes of each such leaf, as in '
+          "axes={'path/of/leaf': sj.types.Axes(contracted=(0,), output=(1,))}, or leave it dense.")
+
+
 @dataclasses.dataclass(frozen=True)
 class NM:
   """An `NM` keeps exactly `n` of every `m` neighbours along the contraction axis, 1 <= m <= 1024.
@@ -71,6 +80,8 @@ class NM:
     return self.m, self.width
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     length, across = (math.prod(shape[a] for a in group) for group in (axes.contracted, axes.output))
     if not axes.contracted:
       return f'no axis is contracted, so {self} has nothing to group along; leave the leaf out of `where`.'
@@ -157,7 +168,10 @@ def _with_sparsity(name: str, sparsity: float | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-  """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even."""
+  """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even.
+
+  A leaf of unknown axes is one matrix without layers: the count then holds for the leaf as a whole.
+  """
 
   sparsity: float | None = None
   static = True
@@ -208,6 +222,8 @@ class Block:
     return _with_sparsity('{}x{}'.format(*self.shape) + (' balanced' if self.balanced else ''), self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     if not axes.contracted or not axes.output:
       return (f'{self} lies along contracted and output axes, and those are {axes.contracted} and {axes.output} '
               f'({axes.source}); leave the leaf out of `where`.')
@@ -254,6 +270,8 @@ class Channel:
     return _with_sparsity('channel', self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     if axes.contracted and axes.output:
       return None
     return (f'{self} lies along output axes, and contracted and output axes are {axes.contracted} and {axes.output} '
@@ -292,13 +310,20 @@ TABLE = {
 def parse(text: Any) -> Any:
   """Returns the pattern that `text` spells by `TABLE`: `'2:4'` is `NM(2, 4)`, `'128x128'` is `Block((128, 128))`.
 
-  `'2:4x128'` is `NM(2, 4, width=128)`. A pattern is returned as it is, and a dict of patterns is parsed entry by entry.
-  Raises `ValueError` for anything else.
+  `'2:4x128'` is `NM(2, 4, width=128)`. A number behind a pattern is its sparsity: `'128x128 0.9'` is `Block((128, 128),
+  0.9)`. A pattern is returned as it is, and a dict of patterns is parsed entry by entry. Raises `ValueError` for
+  anything else.
   """
   if isinstance(text, Mapping):
     return {glob: parse(each) for glob, each in text.items()}
   if callable(text):
     return text
+  name, _, number = str(text).strip().rpartition(' ')
+  if name and re.fullmatch(r'\d*\.?\d+', number):
+    pattern = parse(name)
+    if pattern.sparsity is not None:
+      raise ValueError(f'patterns.parse: {text!r}: {pattern} says how sparse it is; leave {number} out.')
+    return dataclasses.replace(pattern, sparsity=float(number))
   for spelling in TABLE.values():
     if match := re.fullmatch(spelling.regex, str(text).strip(), re.IGNORECASE):
       return spelling.make(*(int(number) for number in match.groups() if number is not None))

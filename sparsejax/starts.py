@@ -110,7 +110,8 @@ def hessian_gradient(loss: Loss) -> Probe:
 
 def _hessian_gradient(params: PyTree, loss: Loss) -> PyTree:
   paths, leaves, treedef = trees.flatten(jax.grad(loss)(params))
-  moving = [g if trees.matrices(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]
+  sparse = trees.over(trees.matrices, params)
+  moving = [g if sparse(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]
   return jax.jvp(jax.grad(loss), (params,), (treedef.unflatten(moving),))[1]
 
 

@@ -73,6 +73,11 @@ class Axes(NamedTuple):
   layer: tuple[int, ...] = ()
   source: str = 'given'
 
+  def stacked(self, extra: int) -> 'Axes':
+    """Returns the axes of a stack of such parameters, which has `extra` more axes in front."""
+    *groups, layer = (tuple(a + extra for a in group) for group in self[:4])
+    return Axes(*groups, (*range(extra), *layer), self.source)
+
 
 class Signals(NamedTuple):
   """`Signals` hold what a word may read besides the weight itself. A field is `None` where the caller has no value.
@@ -161,7 +166,8 @@ class Flow(NamedTuple):
   leaves the master as it is. `dense=True`: the master keeps values behind the zeros and is stored. `dense=False`: the
   user's parameters are the master and nothing is stored. A kept weight then moves by the optimizer's update, and a
   pruned weight moves to its own `project`. `frozen=True`: a pruned weight is not zero but keeps its first value, and
-  reports count the frozen weights.
+  reports count the frozen weights. `along_axes=True`: the flow reads `signals.axes`, and so refuses leaves of unknown
+  axes.
   """
 
   project: Callable[[Array, Array, Signals], Array]
@@ -170,6 +176,7 @@ class Flow(NamedTuple):
   dense: bool = True
   begin: Callable[[Array, Array, Signals], Array] | None = None
   frozen: bool = False
+  along_axes: bool = False
 
 
 def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> Callable[[str], Any]:

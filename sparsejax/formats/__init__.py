@@ -117,8 +117,9 @@ def packings(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes:
   chosen = [name for name, pick in zip(names, trees.select('pack', where, params)) if pick]
   asked = {name: _formats_and_pattern(each)
            for name, each in zip(chosen, trees.per_leaf('pack', 'pattern', pattern, chosen))}
-  needed = [name for name, (formats, _) in asked.items() if any(each.takes_axes for each in formats)]
-  along = _axes(params, axes, needed) | _known_axes(params, axes, [name for name in asked if name not in needed])
+  needed = [name for name, (formats, _) in asked.items() if all(each.takes_axes for each in formats)]
+  along = trees.axes_by_path('pack', axes, params, needed)
+  along |= _known_axes(params, axes, [name for name in asked if name not in needed])
   return {name: Packing(name, formats, pattern, along.get(name)) for name, (formats, pattern) in asked.items()}
 
 
@@ -129,17 +130,15 @@ def _refuse_packed(params: PyTree) -> None:
     raise ValueError(f'pack: {errors.some(already)} already packed; call unpack first.')
 
 
-def _axes(params: PyTree, axes: Mapping[str, Axes] | None, paths: Sequence[str]) -> dict[str, Axes]:
-  return trees.axes_by_path('pack', axes, params, paths)
-
-
 def _known_axes(params: PyTree, axes: Mapping[str, Axes] | None, paths: Sequence[str]) -> dict[str, Axes]:
-  """Returns the axes of the leaves that are packed without any, if anything tells them."""
-  known = {}
-  for path in paths:
-    with contextlib.suppress(ValueError):
-      known |= _axes(params, axes, [path])
-  return known
+  """Returns the axes of those leaves that have any. Their formats also pack a leaf that no program contracts."""
+  try:
+    return trees.axes_by_path('pack', axes, params, paths)
+  except ValueError:
+    if len(paths) < 2:
+      return {}
+  half = len(paths) // 2
+  return _known_axes(params, axes, paths[:half]) | _known_axes(params, axes, paths[half:])
 
 
 def _packings_of(params: PyTree, opt_state: Any) -> dict[str, Packing]:
@@ -158,7 +157,7 @@ def _packings_of(params: PyTree, opt_state: Any) -> dict[str, Packing]:
         raise errors.at_leaf('pack', leaf.path, leaf.shape, 'the state has a leaf of this path and shape, and `params` '
                              'do not; pass the parameters of this state.')
       formats, pattern = _formats_and_pattern(Unstructured() if leaf.pattern is None else leaf.pattern)
-      plans[leaf.path] = Packing(leaf.path, formats, pattern, leaf.axes.below(extra))
+      plans[leaf.path] = Packing(leaf.path, formats, pattern, leaf.axes.stacked(extra))
   return plans
 
 

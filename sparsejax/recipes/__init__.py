@@ -12,7 +12,7 @@ from typing import Any
 
 import optax
 
-from sparsejax import allocation, errors, metrics, patterns, schedules, states, transforms, trees
+from sparsejax import allocation, errors, formats, metrics, patterns, schedules, states, transforms, trees
 from sparsejax.recipes.at_init import (
   freeze_net,
   grasp,

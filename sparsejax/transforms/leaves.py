@@ -16,7 +16,7 @@ import numpy as np
 
 from sparsejax import errors, flows, trees
 from sparsejax.selections import Selection
-from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Signals
+from sparsejax.types import Array, Axes, Flow, PyTree, Signals
 
 KEYS = 'threefry2x32'
 
@@ -26,7 +26,7 @@ class Leaves:
 
   def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
     self.paths, leaves, self.treedef = trees.flatten(params)
-    picked = trees.select('sparsejax', where or default_where(axes), params)
+    picked = trees.select('sparsejax', where or trees.default_where(axes), params)
     self.index = [i for i, pick in enumerate(picked) if pick]
     self.arrays = {self.paths[i]: leaves[i] for i in self.index}
     for path, leaf in self.arrays.items():
@@ -34,7 +34,9 @@ class Leaves:
         raise errors.at_leaf('sparsejax', path, leaf.shape, f'an update of dtype {leaf.dtype} cannot carry the step '
                              'from one sparse point to the next. Keep the parameter in bfloat16 and cast it in the '
                              'forward pass, or leave it out of `where`.')
-    self.axes = {path: trees.axes_of('sparsejax', axes, path, w.shape) for path, w in self.arrays.items()}
+    self.axes = trees.axes_by_path('sparsejax', axes, params, self.arrays)
+    if flow.along_axes:
+      refuse_unknown(self.arrays, self.axes)
     self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
 
   def pick(self, tree: PyTree) -> list[Any]:
@@ -77,11 +79,13 @@ class Leaves:
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
 
 
-def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
-  """Returns the predicate for `where=None`: matrices, and with `axes` those matrices that the program contracts."""
-  if axes is None:
-    return trees.matrices
-  return lambda path, leaf: trees.matrices(path, leaf) and bool(trees.tails(path, axes))
+def refuse_unknown(arrays: Mapping[str, Array], axes: Mapping[str, Axes]) -> None:
+  """Raises `ValueError` for leaves of unknown axes under a flow that lies along axes."""
+  for path, w in arrays.items():
+    if axes[path].source == 'unknown':
+      raise errors.at_leaf('sparsejax', path, w.shape, 'the flow of this recipe lies along its axes, and nothing says '
+                           'what they mean. Trace the program, axes=sj.contractions(apply, params, x), or say the axes, '
+                           f'as in axes={{{path!r}: sj.types.Axes(contracted=(0,), output=(1,))}}.')
 
 
 def plain_key(key: Array | None) -> Array | None:
