@@ -38,8 +38,7 @@ __all__ = [
     'pack', 'packings', 'unpack', 'values', 'with_axes', 'with_values',
 ]
 
-# The formats by name. `pack` takes the first format that fits a pattern and pays for a leaf, so the order says which one
-# is preferred.
+# The formats by name. `pack` takes the first format that fits a pattern and pays for a leaf, so the order counts.
 TABLE: dict[str, type[PackedArray]] = {each.kind: each for each in (
     NMArray, BlockSparseArray, CSCArray, BitmaskArray, RelativeIndexArray, Sparse24Array)}
 
@@ -80,16 +79,16 @@ def pack(params: PyTree, pattern: Any = None, *, state: Any = None, where: Any =
   """Returns `params` with the leaves that `where` picks replaced by packed arrays.
 
   `pattern` is a pattern: `NM` is packed in an `NMArray`, `Block` in a `BlockSparseArray`. `Unstructured()` is packed in
-  the format whose product is fast, a `CSCArray`, if that takes fewer bytes than the dense leaf (from 75 % zeros on in
-  float32, 86 % in bfloat16) and the leaf is a matrix; otherwise in a `BitmaskArray`. A string is a pattern, as in
-  '2:4' or '128x128 0.9', or the name of a format: 'bitmask', 'relative_index', 'csc', 'sparse24'. The first two take
-  the fewest bytes. A dict maps globs to patterns and strings.
+  the format whose product is fast, a `CSCArray`, or else in a `BitmaskArray`: if the leaf is no matrix, and if a
+  `CSCArray` takes more bytes than the dense leaf, as below 75 % zeros in float32 and 86 % in bfloat16. A string is a
+  pattern, as in '2:4' or '128x128 0.9', or the name of a format: 'bitmask', 'relative_index', 'csc', 'sparse24'. The
+  first two take the fewest bytes. A dict maps globs to patterns and strings.
 
   `axes` says which axes of each leaf are contracted; the default is that of `trees.axes_of`. With `state`, an optimizer
   state, its recipe says pattern, `where` and axes, and nothing else may be given. Packed leaves keep the axes, see
   `axes_of`. A leaf that is in several places of `params` is packed once. `check=False` is for traced leaves, see
   `NMArray.from_dense`. Raises `ValueError` for a leaf that is packed already or whose nonzeros do not keep the pattern,
-  for a pattern that no format fits, and for a state whose pruned weights are frozen and not zero.
+  and for a pattern that no format fits. Raises `ValueError` for a state whose pruned weights are frozen and not zero.
   """
   if state is None:
     plans = packings(params, pattern, where=where, axes=axes)
@@ -112,15 +111,25 @@ def packings(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes:
   """Returns how `pack` packs the leaves that `where` picks, by path. Leaves may be `io.Stored`."""
   _refuse_packed(params)
   if pattern is None:
-    raise ValueError("pack: give a pattern, as in pack(params, '2:4'), or a state, as in pack(params, state=opt_state).")
-  names = trees.flatten(params)[0]
+    raise ValueError("pack: give a pattern, as in pack(params, '2:4'), or an optimizer state, pack(params, state=...).")
+  names, leaves, _ = trees.flatten(params)
   chosen = [name for name, pick in zip(names, trees.select('pack', where, params)) if pick]
   asked = {name: _formats_and_pattern(each)
            for name, each in zip(chosen, trees.per_leaf('pack', 'pattern', pattern, chosen))}
   needed = [name for name, (formats, _) in asked.items() if all(each.takes_axes for each in formats)]
   along = trees.axes_by_path('pack', axes, params, needed)
   along |= _known_axes(params, axes, [name for name in asked if name not in needed])
-  return {name: Packing(name, formats, pattern, along.get(name)) for name, (formats, pattern) in asked.items()}
+  plans = {name: Packing(name, formats, pattern, along.get(name)) for name, (formats, pattern) in asked.items()}
+  _refuse_misfits(plans, dict(zip(names, leaves)))
+  return plans
+
+
+def _refuse_misfits(plans: Mapping[str, Packing], leaves: Mapping[str, Any]) -> None:
+  """Raises `ValueError` for leaves that cannot carry their pattern along their axes, before anything is packed."""
+  for path, plan in plans.items():
+    bound = all(each.takes_axes for each in plan.formats)
+    if bound and (why := plan.pattern.validate(tuple(leaves[path].shape), plan.axes)):
+      raise errors.at_leaf('pack', path, leaves[path].shape, why)
 
 
 def _refuse_packed(params: PyTree) -> None:
@@ -158,6 +167,7 @@ def _packings_of(params: PyTree, opt_state: Any) -> dict[str, Packing]:
                              'do not; pass the parameters of this state.')
       formats, pattern = _formats_and_pattern(Unstructured() if leaf.pattern is None else leaf.pattern)
       plans[leaf.path] = Packing(leaf.path, formats, pattern, leaf.axes.stacked(extra))
+  _refuse_misfits(plans, dict(zip(names, leaves)))
   return plans
 
 

@@ -274,7 +274,7 @@ def matrix_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> 
     taps = tuple(a for a in axes.spatial if w.shape[a] == 1)
     front = lambda group: contracted_axes(function, w, tuple(group))
     return Axes(front((*taps, *axes.contracted)), front(axes.output), front(a for a in axes.spatial if a not in taps),
-                front(axes.layer))
+                front(axes.layer), axes.source)
   contracted = contracted_axes(function, w, axes)
   return Axes(contracted, tuple(a for a in range(w.ndim) if a not in contracted))
 
@@ -320,6 +320,9 @@ TRACED = ('its values are not known here (traced, or a mere shape), so its zeros
 
 def matrix_misfit(axes: Axes) -> str | None:
   """Returns why `axes` of `matrix_axes` describe neither a matrix nor a stack of matrices, or `None`."""
+  if axes.source == 'unknown':
+    return ('neither name, rank nor container says which axes are contracted; trace the program, '
+            'axes=sparsejax.contractions(apply, params, x), or give them, or leave it out of `where`.')
   if axes.spatial:
     return f'its spatial axes {axes.spatial} are not of length one; only 1x1 convolutions are products of matrices.'
   if sorted(axes.layer) != list(range(len(axes.layer))):

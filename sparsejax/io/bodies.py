@@ -83,7 +83,7 @@ class Body:
     self._settle(0)
     self.file.truncate(self.start + self.end)
     text, room = header(self.places, self.digests, 0), self.start - 8
-    if len(text) > room or room - len(text) > 1024 + self.end // 1024:
+    if len(text) > room or room - len(text) > self.end // 1024:
       _move(self.file, self.start, self.end, 8 + len(text))
     else:
       text = header(self.places, self.digests, room)

@@ -18,15 +18,15 @@ INDEX, PART = '.safetensors.index.json', '.safetensors'
 
 
 def tensors(path: str | os.PathLike) -> dict[str, Tensor] | None:
-  """Returns the tensors of a sharded checkpoint by name, or `None` if `path` is neither an index nor such a folder.
+  """Returns the tensors of a safetensors checkpoint by name, or `None` if `path` is a folder without any.
 
-  `path` is the folder, or the index in it. Raises `ValueError` naming the part or the tensor if a part is missing, if
-  a part lacks a tensor of the index, or has a tensor that the index does not have or has in another part. Raises
-  `ValueError` if the folder has several indices, or several files and no index.
+  `path` is a safetensors file, an index, or the folder of either. Raises `ValueError` naming the part if a part is
+  missing, and naming the tensor if index and parts do not agree where it is. Raises `ValueError` if the folder has
+  several indices, or several files and no index.
   """
   folder = pathlib.Path(path)
   if folder.is_file():
-    return _indexed(folder) if folder.name.endswith(INDEX) else None
+    return _indexed(folder) if is_index(path) else of_part(path)
   names = sorted(os.listdir(folder))
   indices, files = ([name for name in names if name.endswith(end)] for end in (INDEX, PART))
   if len(indices) > 1:
@@ -37,6 +37,11 @@ def tensors(path: str | os.PathLike) -> dict[str, Tensor] | None:
     raise ValueError(f'io.read: {path} holds {errors.some(files)}, and no index (...{INDEX}) that says what belongs '
                      'together; give one of the files as the path, or download the index too.')
   return of_part(folder / files[0]) if files else None
+
+
+def is_index(path: str | os.PathLike) -> bool:
+  """Returns whether `path` has the name of an index."""
+  return os.fspath(path).endswith(INDEX)
 
 
 def of_part(path: Any) -> dict[str, Tensor]:

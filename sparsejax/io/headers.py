@@ -68,7 +68,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read(path: str | os.PathLike) -> Header:
   """Returns the header of a safetensors file. The safetensors package checks that the file is sound and complete.
 
-  Raises `OSError` if the file cannot be read, and `ValueError` for any other file, for dtypes that NumPy does not
+  Raises `OSError` if the file cannot be read. Raises `ValueError` for any other file, for dtypes that NumPy does not
   have, and for two tensors of one name.
   """
   try:

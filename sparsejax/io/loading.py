@@ -1,8 +1,8 @@
 """Reads the files that `save` wrote, with every byte verified, and files and checkpoints of other programs.
 
-    load('model.safetensors')        # the tree as nested dicts and lists, packed leaves packed
-    read('anything')                 # the same for files, sharded folders and Orbax checkpoints that others wrote
-    stored('anything')               # the same without the values, which are read leaf by leaf
+    load('model.safetensors')        # the tree as nested dicts and lists, packed leaves packed.
+    read('anything')                 # The same for files, sharded folders and Orbax checkpoints that others wrote.
+    stored('anything')               # The same without the values, which are read leaf by leaf.
 """
 
 import os
@@ -25,12 +25,18 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
   mere shapes, packed or dense, and must have the dense shapes and dtypes of the file's leaves. Raises `ValueError`
   naming the file and the tensor if anything is missing, altered or malformed.
   """
-  header = headers.read(path)
-  if not _ours(header):
-    raise ValueError(f'io.load: {path} was not written by sparsejax.io.save; sparsejax.io.read opens any such file.')
+  header = _own(path)
   about = _verified(header)
   leaves = loaded(_leaves(header, about))
   return _tree(header, about, leaves) if like is None else _like(path, leaves, like)
+
+
+def _own(path: str | os.PathLike) -> headers.Header:
+  """Returns the header of a file that `save` wrote. Raises `ValueError` for another file."""
+  header = headers.read(path)
+  if not _ours(header):
+    raise ValueError(f'io.load: {path} was not written by sparsejax.io.save; sparsejax.io.read opens any such file.')
+  return header
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -53,25 +59,30 @@ def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
   return loaded(stored(path, item))
 
 
-def stored(path: str | os.PathLike, item: str | None = None) -> PyTree:
+def stored(path: str | os.PathLike, item: str | None = None, *, own: bool = False) -> PyTree:
   """Returns the tree of `read` without the values: its leaves are `Stored` and are read when they are asked for.
 
   The leaves of an Orbax checkpoint are arrays, as `read` returns them. Raises `ValueError` as `read` does; damage
-  within a tensor is found when the tensor is read.
+  within a tensor is found when the tensor is read. With `own`, files that `save` did not write are refused, as `load`
+  does.
   """
-  if not os.path.exists(path):
-    raise ValueError(f'io.read: {path} does not exist; give a safetensors file, the folder of a sharded safetensors '
-                     'checkpoint, or the folder of an Orbax checkpoint.')
-  tensors = folders.tensors(path)
-  if tensors is None and os.path.isdir(path):
-    return orbax.read(path, item)
-  header = headers.read(path) if tensors is None else None
-  if header and _ours(header):
+  if own or _is_own(path):
+    header = _own(path)
     about = _verified(header)
     tree = _tree(header, about, _leaves(header, about))
+  elif not os.path.exists(path):
+    raise ValueError(f'io.read: {path} does not exist; give a safetensors file, the folder of a sharded safetensors '
+                     'checkpoint, or the folder of an Orbax checkpoint.')
   else:
-    tree = _split_names({name: tensor.leaf() for name, tensor in (tensors or folders.of_part(path)).items()})
+    tensors = folders.tensors(path)
+    if tensors is None:
+      return orbax.read(path, item)
+    tree = _split_names({name: tensor.leaf() for name, tensor in tensors.items()})
   return tree if item is None else orbax.at_top(path, tree, item)
+
+
+def _is_own(path: str | os.PathLike) -> bool:
+  return os.path.isfile(path) and not folders.is_index(path) and _ours(headers.read(path))
 
 
 def _ours(header: headers.Header) -> bool:
@@ -86,8 +97,8 @@ def _verified(header: headers.Header) -> dict[str, Any]:
   except (KeyError, TypeError, ValueError) as e:
     raise headers.bad(header.path, 'its header was altered') from e
   if version not in headers.READABLE:
-    raise ValueError(f'io.load: {header.path} has format version {version!r}, but {headers.VERSION} is read here; update '
-                     'sparsejax.')
+    raise ValueError(f'io.load: {header.path} has format version {version!r}, but {headers.VERSION} is read here; '
+                     'update sparsejax.')
   if digests.keys() != header.places.keys():
     missing, added = digests.keys() - header.places.keys(), header.places.keys() - digests.keys()
     raise headers.bad(header.path, f'missing tensors: {errors.some(sorted(missing)) or "none"}; tensors that were not '
@@ -118,7 +129,8 @@ def _stored(path: Any, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
     leaf = tensors[entry['path']].leaf()
     if (leaf.shape, leaf.dtype) == (shape, dtype):
       return leaf
-  return Stored(shape, dtype, lambda: _leaf(path, entry, tensors), axes=_roles(path, entry))
+  packed = 0 if entry['kind'] == 'dense' else formats.PackedArray.index_bytes
+  return Stored(shape, dtype, lambda: _leaf(path, entry, tensors), axes=_roles(path, entry), index_bytes=packed)
 
 
 def _roles(path: Any, entry: dict[str, Any]) -> Axes | None:

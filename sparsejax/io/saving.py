@@ -52,7 +52,7 @@ def save(path: str | os.PathLike, params: PyTree, *, metadata: Mapping[str, str]
 class _Planned(NamedTuple):
   """A `_Planned` is a leaf to be written; `entry` is what `__metadata__` says of the leaf.
 
-  `parts` holds the tensors of the leaf by name; it is empty for a leaf that is not read yet. `widest` is the largest
+  `parts` holds the tensors of the leaf by name, and nothing if they are not known before it is read. `widest` is the largest
   item size, in bytes, that a tensor of the leaf may have.
   """
 
@@ -77,7 +77,8 @@ def _planned(params: PyTree) -> list[_Planned]:
       parts, widest = {}, 0
     elif isinstance(leaf, Stored):
       _refuse(path, leaf)
-      parts, widest = {}, leaf.widest
+      entry |= _dense_entry(leaf)
+      parts, widest = {} if leaf.index_bytes else {path: leaf}, leaf.widest
     else:
       leaf = leaf if hasattr(leaf, 'dtype') and hasattr(leaf, 'shape') else np.asarray(leaf)
       about, parts = _entry(path, leaf)
@@ -96,11 +97,10 @@ def _write(body: bodies.Body, planned: _Planned) -> None:
   """Adds the tensors of a leaf to the file, and completes the leaf's entry of `__metadata__`."""
   leaf, parts = planned.leaf, planned.parts
   if isinstance(leaf, Stored) and leaf.blocks:
-    planned.entry.update(_dense_entry(leaf))
     rows = max(1, (1 << 24) // max(leaf.dtype.itemsize * leaf.size // max(leaf.shape[0], 1), 1))
     body.add(planned.path, leaf.blocks(rows), leaf, planned.widest)
     return
-  if isinstance(leaf, Stored):
+  if isinstance(leaf, Stored):  # packed, or made dense, now
     about, parts = _entry(planned.path, leaf.load())
     planned.entry.update(about)
   for name, part in parts.items():
@@ -152,18 +152,24 @@ def _key(path: str, key: Any) -> list[Any]:
 
 
 def _room(leaves: list[_Planned], metadata: dict[str, str]) -> int:
-  """Returns about how many bytes the header will take, a multiple of eight."""
-  tensors = {name: part for leaf in leaves for name, part in leaf.parts.items()}
-  tensors |= {leaf.path: leaf.leaf for leaf in leaves if isinstance(leaf.leaf, Stored) and 'same' not in leaf.entry}
-  far = 10**9  # an offset as long as those of a large file
-  places = {name: headers.Place(np.dtype(part.dtype), tuple(part.shape), far, far) for name, part in tensors.items()}
+  """Returns how many bytes the header will take, about, if leaves are packed later, or else exactly."""
+  parts = {name: part for leaf in leaves for name, part in leaf.parts.items()}
+  later = [leaf for leaf in leaves if not leaf.parts and 'same' not in leaf.entry]
+  parts |= {leaf.path: leaf.leaf for leaf in later}
+  places = {name: headers.Place(np.dtype(part.dtype), tuple(part.shape), 0, 0) for name, part in parts.items()}
   text = _header([leaf.entry for leaf in leaves], places, dict.fromkeys(places, headers.UNKNOWN), metadata, 0)
-  return len(text) + sum(len(leaf.path) + 200 for leaf in leaves if isinstance(leaf.leaf, Stored)) // 8 * 8
+  return len(text) + sum(len(leaf.path) + 400 for leaf in later) // 8 * 8
 
 
 def _header(leaves: list[Any], places: Mapping[str, headers.Place], digests: Mapping[str, str],
             metadata: dict[str, str], length: int) -> bytes:
-  """Returns the JSON of the header, filled up with spaces to `length` and a multiple of eight bytes."""
+  """Returns the JSON of the header, filled up with spaces to `length` or more, a multiple of eight bytes.
+
+  The length does not depend on the offsets of a file of less than 10 GB, so that the header fits in the room for it.
+  """
   about = json.dumps({'version': headers.VERSION, 'leaves': leaves, 'tensors': digests})
-  text = headers.written({**metadata, 'sparsejax': about, 'sha256': headers.UNKNOWN}, places)
-  return headers.signed(text.ljust(length) + b' ' * (-max(len(text), length) % 8))
+  own = {**metadata, 'sparsejax': about, 'sha256': headers.UNKNOWN}
+  far = {name: place._replace(begin=10**9, end=10**9) for name, place in places.items()}
+  text, longest = headers.written(own, places), headers.written(own, far)
+  length = max(length, len(text), len(longest))
+  return headers.signed(text.ljust(length + -length % 8))

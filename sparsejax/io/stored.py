@@ -1,10 +1,9 @@
 """Defines the leaves of files that are read when they are asked for, so that a file need not fit into memory.
 
-    tree = io.stored('model.safetensors')      # `Stored` leaves: shapes and dtypes, without values
-    leaf = tree['mlp']['kernel']
-    leaf.shape, leaf.axes                      # what the file says
-    leaf.load()                                # the array, packed or dense, with every byte verified
-    for block in leaf.blocks(64): ...          # 64 rows of the array at a time
+    leaf = io.stored('model.safetensors')['mlp']['kernel']
+    leaf.shape, leaf.axes                 # This is what the file says.
+    leaf.load()                           # The array is packed or dense, and every byte is verified.
+    list(leaf.blocks(64))                 # Each array has 64 rows.
 """
 
 import dataclasses
@@ -22,11 +21,11 @@ from sparsejax.types import Axes, PyTree
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
-  """A `Stored` leaf stands for an array in a file: it has the shape and dtype of the dense array, and no values yet.
+  """A `Stored` leaf stands for an array in a file. The leaf has the shape and dtype of the dense array, and no values.
 
   `load()` reads and verifies the leaf, packed or dense. `blocks(rows)` yields a dense leaf as arrays of `rows` rows
-  each, along the first axis; a packed leaf has no `blocks`. `axes`: what the file says of the axes, if anything.
-  `index_bytes`: the item size of the widest index array of the loaded leaf.
+  each, along the first axis; a packed leaf has no `blocks`. `axes`: the `Axes` that the file has on record, or `None`.
+  `index_bytes`: the item size of the widest index array of the loaded leaf, 0 for a leaf that is dense when loaded.
   """
 
   shape: tuple[int, ...]
@@ -34,7 +33,10 @@ class Stored:
   load: Callable[[], Any]
   blocks: Callable[[int], Iterator[np.ndarray]] | None = None
   axes: Axes | None = None
-  index_bytes: int = 1
+  index_bytes: int = 0
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.asarray(self.load(), dtype)
 
   @property
   def ndim(self) -> int:
