@@ -101,7 +101,7 @@ def _write(body: bodies.Body, planned: _Planned) -> None:
     body.add(planned.path, leaf.blocks(rows), leaf, planned.widest)
     return
   if isinstance(leaf, Stored):  # packed, or made dense, now
-    about, parts = _entry(planned.path, leaf.load())
+    about, parts = _entry(planned.path, leaf.load(), check=False)
     planned.entry.update(about)
   for name, part in parts.items():
     body.add(name, [part], part, planned.widest)
@@ -111,14 +111,17 @@ def _dense_entry(leaf: Any) -> dict[str, Any]:
   return {'kind': 'dense', 'shape': list(leaf.shape), 'dtype': np.dtype(leaf.dtype).name}
 
 
-def _entry(path: str, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the entry of `__metadata__` of one leaf, without its path, and its tensors by name."""
+def _entry(path: str, leaf: Any, check: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns the entry of `__metadata__` of one leaf, without its path, and its tensors by name.
+
+  `check=False` is for leaves that were verified or made just now.
+  """
   if not formats.is_packed(leaf):
     _refuse(path, leaf)
     return _dense_entry(leaf), {path: leaf}
   for part in leaf.arrays().values():
     _refuse(path, part)
-  if problem := leaf.problem():
+  if check and (problem := leaf.problem()):
     raise errors.at_leaf('io.save', path, leaf.shape, problem)
   parts, axes = leaf.in_files(), formats.axes_of(leaf)
   about = {'kind': leaf.kind, 'parts': list(parts), **leaf.described(), **({'roles': axes._asdict()} if axes else {})}
