@@ -20,6 +20,8 @@ CODES = {
   'float8_e4m3fnuz': 'F8_E4M3FNUZ', 'float8_e5m2fnuz': 'F8_E5M2FNUZ'}
 DTYPES = {code: name for name, code in CODES.items()}
 
+_LONGEST = 100_000_000  # bytes of a header, as the safetensors package has it
+
 VERSION = 2  # of what `__metadata__` says
 READABLE = (1, VERSION)  # Version 1 has no axes and no tied leaves.
 OWN = ('sparsejax', 'sha256')  # the keys of `__metadata__` that belong to this library
@@ -73,10 +75,10 @@ def read(path: str | os.PathLike) -> Header:
   """
   try:
     with open(path, 'rb') as file:
-      with safetensors.safe_open(os.fspath(path), framework='numpy') as opened:
-        metadata = dict(opened.metadata() or {})
-      text = file.read(int.from_bytes(file.read(8), 'little'))
-    entries = parsed(text)
+      text = file.read(min(int.from_bytes(file.read(8), 'little'), _LONGEST))
+    entries = parsed(text)  # first, because the safetensors package does not say that a name is there twice
+    with safetensors.safe_open(os.fspath(path), framework='numpy') as opened:
+      metadata = dict(opened.metadata() or {})
   except OSError as e:
     raise OSError(e.errno, f'io.load: cannot read {path}: {e.strerror or e}') from e
   except (safetensors.SafetensorError, ValueError, RecursionError) as e:
