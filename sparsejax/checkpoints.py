@@ -159,6 +159,7 @@ def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lamb
   """
   plans = formats.packings(opened.params, pattern, where=opened.where, axes=opened.axes)
   _refuse_unknown_axes(opened, [path for path, plan in plans.items() if all(each.takes_axes for each in plan.formats)])
+  formats.refuse_unfit(plans, opened.params)
   names, leaves, treedef = trees.flatten(opened.params)
   made: dict[Any, Any] = {}  # A leaf that is in several places is packed once.
   for name, leaf in zip(names, leaves):

@@ -13,7 +13,6 @@ registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyA
 command line then use it.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 __all__ = [
     'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
     'RelativeIndexArray', 'Sparse24Array', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed', 'matmul', 'nbytes',
-    'pack', 'packings', 'unpack', 'values', 'with_axes', 'with_values',
+    'pack', 'packings', 'refuse_unfit', 'unpack', 'values', 'with_axes', 'with_values',
 ]
 
 # The formats by name. `pack` takes the first format that fits a pattern and pays for a leaf, so the order counts.
@@ -96,6 +95,7 @@ def pack(params: PyTree, pattern: Any = None, *, state: Any = None, where: Any =
     raise ValueError('pack: the optimizer state says what is packed; pass either it or pattern, where and axes.')
   else:
     plans = _packings_of(params, state)
+  refuse_unfit(plans, params)
   names, leaves, treedef = trees.flatten(params, is_leaf=is_packed)
   arrays: dict[Any, Any] = {}
   for name, leaf in zip(names, leaves):
@@ -112,20 +112,19 @@ def packings(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes:
   _refuse_packed(params)
   if pattern is None:
     raise ValueError("pack: give a pattern, as in pack(params, '2:4'), or an optimizer state, pack(params, state=...).")
-  names, leaves, _ = trees.flatten(params)
+  names = trees.flatten(params)[0]
   chosen = [name for name, pick in zip(names, trees.select('pack', where, params)) if pick]
   asked = {name: _formats_and_pattern(each)
            for name, each in zip(chosen, trees.per_leaf('pack', 'pattern', pattern, chosen))}
   needed = [name for name, (formats, _) in asked.items() if all(each.takes_axes for each in formats)]
   along = trees.axes_by_path('pack', axes, params, needed)
   along |= _known_axes(params, axes, [name for name in asked if name not in needed])
-  plans = {name: Packing(name, formats, pattern, along.get(name)) for name, (formats, pattern) in asked.items()}
-  _refuse_misfits(plans, dict(zip(names, leaves)))
-  return plans
+  return {name: Packing(name, formats, pattern, along.get(name)) for name, (formats, pattern) in asked.items()}
 
 
-def _refuse_misfits(plans: Mapping[str, Packing], leaves: Mapping[str, Any]) -> None:
-  """Raises `ValueError` for leaves that cannot carry their pattern along their axes, before anything is packed."""
+def refuse_unfit(plans: Mapping[str, Packing], params: PyTree) -> None:
+  """Raises `ValueError` for the leaves that cannot carry their pattern along their axes, before anything is packed."""
+  leaves = dict(zip(*trees.flatten(params)[:2]))
   for path, plan in plans.items():
     bound = all(each.takes_axes for each in plan.formats)
     if bound and (why := plan.pattern.validate(tuple(leaves[path].shape), plan.axes)):
@@ -167,7 +166,6 @@ def _packings_of(params: PyTree, opt_state: Any) -> dict[str, Packing]:
                              'do not; pass the parameters of this state.')
       formats, pattern = _formats_and_pattern(Unstructured() if leaf.pattern is None else leaf.pattern)
       plans[leaf.path] = Packing(leaf.path, formats, pattern, leaf.axes.stacked(extra))
-  _refuse_misfits(plans, dict(zip(names, leaves)))
   return plans
 
 
@@ -176,9 +174,12 @@ def _formats_and_pattern(asked: Any) -> tuple[tuple[type[PackedArray], ...], Pat
   format_ = TABLE.get(asked) if isinstance(asked, str) else None
   if format_ and format_.default_pattern is not None:
     return (format_,), format_.default_pattern
-  pattern = None
-  with contextlib.suppress(ValueError):  # A string may spell no pattern.
+  try:
     pattern = patterns.parse(asked)
+  except ValueError as refusal:
+    if not str(refusal).startswith('patterns.parse: unknown pattern'):
+      raise  # The text spells a pattern that cannot be.
+    pattern = None
   formats = [] if pattern is None else fitting(pattern)
   if formats:
     return tuple(formats), pattern

@@ -52,8 +52,8 @@ def save(path: str | os.PathLike, params: PyTree, *, metadata: Mapping[str, str]
 class _Planned(NamedTuple):
   """A `_Planned` is a leaf to be written; `entry` is what `__metadata__` says of the leaf.
 
-  `parts` holds the tensors of the leaf by name, and nothing if they are not known before it is read. `widest` is the largest
-  item size, in bytes, that a tensor of the leaf may have.
+  `parts` holds the tensors of the leaf by name, and nothing if they are not known before the leaf is read. `widest` is
+  the largest item size, in bytes, that a tensor of the leaf may have.
   """
 
   path: str

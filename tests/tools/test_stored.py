@@ -193,7 +193,8 @@ def test_commands_take_the_memory_of_one_leaf(tmp_path):
   safetensors.numpy.save_file(tensors, tmp_path / 'all')
   largest = 4 * 1024**2 / 1e6
   grown = peak('run = lambda name: [cli.main([*command.split(), "--pattern", pattern]) for command, pattern in ('
-               '(f"pack {name} out --force", "2:4"), (f"pack {name} out --force", "bitmask"), (f"check {name}", "2:4"))]\n'
+               '(f"pack {name} out --force", "2:4"), (f"pack {name} out --force", "bitmask"), '
+               '(f"check {name}", "2:4"))]\n'
                'assert not any(run("one"))\nbefore = peak()\nassert not any(run("all"))', tmp_path)
   assert grown < 1.3 * largest, f'{grown:.1f} MB more for 16 tensors of {largest:.1f} MB than for one'
 
