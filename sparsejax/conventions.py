@@ -1,4 +1,4 @@
-"""Says what names, ranks and containers tell about a parameter: the axes that are contracted, and whether it is a matrix.
+"""Reads from names, ranks and containers which axes of a parameter are contracted, and whether it is a matrix.
 
 `TABLE` lists every convention. A parameter that no line of `TABLE` fits, or that a second reading fits too, has unknown
 axes: `Axes((), every axis, source='unknown')`. Patterns that lie along axes refuse such a parameter.
@@ -16,7 +16,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from sparsejax.types import Axes
+import jax
+
+from sparsejax.types import Axes, PyTree
 
 
 class Place(NamedTuple):
@@ -62,6 +64,43 @@ def module_of(container: Any) -> tuple[frozenset[str], int | None]:
   return own, getattr(container, 'num_spatial_dims', None) if own else None
 
 
+def path_name(keys: tuple[Any, ...]) -> str:
+  """Returns the path, such as `a/b/0/kernel`, for `keys` of `jax.tree_util`; the last `.value` of NNX is left out."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in _own(keys))
+
+
+def _own(keys: tuple[Any, ...]) -> tuple[Any, ...]:
+  """Returns the keys without the last `.value` of NNX."""
+  held = len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in ('value', 'raw_value')
+  return keys[:-1] if held else keys
+
+
+def places(tree: PyTree) -> dict[str, Place]:
+  """Maps the path of each leaf of `tree` that has a shape to its `Place`: keys, container and siblings."""
+  with_keys, _ = jax.tree_util.tree_flatten_with_path(tree)
+  leaves = [(_own(keys), leaf) for keys, leaf in with_keys if hasattr(leaf, 'shape')]
+  names = [keys_of(path_name(keys)) for keys, _ in leaves]
+  siblings: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+  for name, (_, leaf) in zip(names, leaves):
+    siblings.setdefault(name[:-1], {})[name[-1]] = tuple(leaf.shape)
+  found = {}
+  for name, (keys, leaf) in zip(names, leaves):
+    attribute = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey)
+    module, taps = module_of(_container(tree, keys) if attribute else None)
+    found[path_name(keys)] = Place(name, tuple(leaf.shape), siblings[name[:-1]], module, attribute, taps)
+  return found
+
+
+def _container(tree: PyTree, keys: tuple[Any, ...]) -> Any:
+  """Returns the node of `tree` that holds the leaf at `keys`, or `None` if the keys do not lead there."""
+  for key in keys[:-1]:
+    try:
+      tree = getattr(tree, key.name) if hasattr(key, 'name') else tree[key.idx if hasattr(key, 'idx') else key.key]
+    except (AttributeError, IndexError, KeyError, TypeError):
+      return None
+  return tree
+
+
 class Convention(NamedTuple):
   """A `Convention` gives the layout of the parameters with one of `names` and of `ranks` to which `fits` applies.
 
@@ -103,6 +142,10 @@ def _equinox_convolution(place: Place) -> bool:
   """Returns whether the module is a convolution of Equinox with as many spatial axes as the parameter has."""
   return 'Conv' in place.module and place.taps == len(place.shape) - 2
 
+
+# What helps a leaf of unknown axes: the end of every refusal.
+REMEDY = ('Trace the program, axes=sj.contractions(apply, params, x), or say the axes of each such leaf, as in '
+          "axes={'path/of/leaf': sj.types.Axes(contracted=(0,), output=(1,))}, or leave it dense.")
 
 _KNOWN = {'Linear', 'Conv', 'ConvTranspose', 'Embedding', 'LayerNorm', 'RMSNorm', 'GroupNorm', 'BatchNorm'}
 _NO_MATRICES = {'Embedding', 'LayerNorm', 'RMSNorm', 'GroupNorm', 'BatchNorm'}
@@ -150,9 +193,11 @@ def axes(place: Place) -> Axes:
   """Returns the `Axes` that the conventions give to a parameter, with the source `convention` or `unknown`.
 
   A layer whose name says another layout (`ConvTranspose`, `Einsum`, `c_fc` of GPT-2) is unknown. So is a parameter
-  beside a bias that does not have its outputs: a stack of layers, or a transposed kernel.
+  beside a bias that does not have its outputs: a stack of layers, or a transposed kernel. A vector contracts nothing.
   """
   rank = len(place.shape)
+  if rank < 2:
+    return Axes((), tuple(range(rank)), source='convention')
   for each in TABLE:
     if place.name in each.names and rank in each.ranks and each.fits(place):
       found = each.axes(rank)
@@ -189,13 +234,13 @@ def is_matrix(place: Place) -> bool:
   if place.module & _KNOWN and place.name == 'weight':
     return True
   name, layer = _snake(place.name), _snake(place.layer)
-  if place.name in ('b', 'g') or _VECTORS.fullmatch(name) or _TABLES.fullmatch(name) or _TABLES.fullmatch(layer):
+  if place.name in ('b', 'g') or _VECTORS.fullmatch(name) or any(map(_TABLES.fullmatch, (name, layer))):
     return False
   return not (name == 'weight' and _NORMS.fullmatch(layer)) and place.bias != place.shape
 
 
 def is_undecided(place: Place) -> bool:
-  """Returns whether a matrix may as well be a lookup table: a `weight` without a bias under a name that says nothing."""
+  """Returns whether a matrix may be a lookup table too: a `weight` without a bias, whose layer's name says nothing."""
   known = place.module & _KNOWN or place.bias or any(map(_MATRICES.fullmatch, _words(place.layer)))
   return place.name == 'weight' and len(place.shape) == 2 and not known and is_matrix(place)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import counts, errors, neighbours, ranking
+from sparsejax import conventions, counts, errors, neighbours, ranking
 from sparsejax.counts import MATRIX, best_units, kept_of, too_many, units
 from sparsejax.stages import Staged, Switch
 from sparsejax.types import Array, Axes, Pattern, Pooled
@@ -32,8 +32,7 @@ def _needs_axes(pattern: Any, axes: Axes) -> str | None:
   if axes.source != 'unknown':
     return None
   return (f'{pattern} lies along what is contracted, and neither name, rank nor container says which axes those are. '
-          'Trace the program, axes=sj.contractions(apply, params, x), or say the axes of each such leaf, as in '
-          "axes={'path/of/leaf': sj.types.Axes(contracted=(0,), output=(1,))}, or leave it dense.")
+          f'{conventions.REMEDY}')
 
 
 @dataclasses.dataclass(frozen=True)

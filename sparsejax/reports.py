@@ -85,8 +85,8 @@ def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[
   """Reports asked and achieved sparsity of each sparse parameter, its pattern checked along the contraction axis.
 
   The second argument is an optimizer state or a pattern; `pattern` is another name for the latter. With a state, the
-  recipe in the state says what was asked, and along which axes; `axes`, as `sparsejax.contractions(...)` gives them, are
-  compared with those, and each difference is a problem of the parameter. Without a state, `pattern` (or one pattern per
+  recipe in the state says what was asked, and along which axes. `axes=sparsejax.contractions(...)` are compared with
+  those, and each difference is a problem of the parameter. Without a state, `pattern` (or one pattern per
   glob) is asked of the leaves of `where`, along `axes` or else by the conventions; the default `where` is that of
   recipes. Without `pattern`, each row names the tightest common N:M that the parameter happens to keep.
 

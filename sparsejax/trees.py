@@ -10,6 +10,7 @@ which every tool of optax understands.
     where = lambda path, leaf: leaf.ndim == 2 and leaf.size > 10_000
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,8 @@ import numpy as np
 import optax
 
 from sparsejax import conventions, errors
-from sparsejax.types import Array, Axes, Predicate, PyTree
+from sparsejax.conventions import path_name
+from sparsejax.types import Array, Axes, Bound, Predicate, PyTree
 
 DENSE = optax.MaskedNode()
 
@@ -29,17 +31,6 @@ DENSE = optax.MaskedNode()
 def is_dense(node: Any) -> bool:
   """Returns whether `node` is the placeholder of a leaf that stays dense."""
   return isinstance(node, optax.MaskedNode)
-
-
-def path_name(keys: tuple[Any, ...]) -> str:
-  """Returns the path, such as `a/b/0/kernel`, for `keys` of `jax.tree_util`; the last `.value` of NNX is left out."""
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in _own(keys))
-
-
-def _own(keys: tuple[Any, ...]) -> tuple[Any, ...]:
-  """Returns the keys without the last `.value` of NNX."""
-  held = len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in ('value', 'raw_value')
-  return keys[:-1] if held else keys
 
 
 def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[str], list[Any], Any]:
@@ -52,45 +43,29 @@ def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple
 def _regex(glob: str) -> re.Pattern[str]:
   words = {'**/': '(?:[^/]+/)*', '**': '.*', '*': '[^/]*', '?': '[^/]'}
   parts = re.split(r'(\*\*/|\*\*|\*|\?)', glob.strip('/'))
-  return re.compile('(?:.*/)?' + ''.join(words.get(part, re.escape(part)) for part in parts))
+  above = '' if glob.startswith('/') else '(?:.*/)?'
+  return re.compile(above + ''.join(words.get(part, re.escape(part)) for part in parts))
 
 
 def matches(glob: str, path: str) -> bool:
   """Returns whether `glob` matches `path` or a tail of `path` that begins at a key.
 
-  `*` matches any characters of one key, `**` any number of keys, and `?` one character of a key.
+  `*` matches any characters of one key, `**` any number of keys, and `?` one character of a key. A glob that begins
+  with `/` matches whole paths only.
   """
   return _regex(glob).fullmatch(path) is not None
 
 
 def named(*globs: str) -> Predicate:
-  """Returns the predicate of all leaves whose path, or a tail of the path, matches one of `globs`; see `matches`."""
-  return lambda path, leaf: any(matches(glob, path) for glob in globs)
+  """Returns the predicate of all leaves whose path, or a tail of the path, matches one of `globs`; see `matches`.
+
+  A tree in which one of the globs matches no path is refused by `select`.
+  """
+  return Bound(_named, globs)
 
 
-def places(tree: PyTree) -> dict[str, conventions.Place]:
-  """Maps the path of each leaf of `tree` that has a shape to its `Place`: keys, container and siblings."""
-  leaves = [(_own(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if hasattr(leaf, 'shape')]
-  names = [conventions.keys_of(path_name(keys)) for keys, _ in leaves]
-  siblings: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
-  for name, (_, leaf) in zip(names, leaves):
-    siblings.setdefault(name[:-1], {})[name[-1]] = tuple(leaf.shape)
-  found = {}
-  for name, (keys, leaf) in zip(names, leaves):
-    attribute = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-    module, taps = conventions.module_of(_container(tree, keys) if attribute else None)
-    found[path_name(keys)] = conventions.Place(name, tuple(leaf.shape), siblings[name[:-1]], module, attribute, taps)
-  return found
-
-
-def _container(tree: PyTree, keys: tuple[Any, ...]) -> Any:
-  """Returns the node of `tree` that holds the leaf at `keys`, or `None` if the keys do not lead there."""
-  for key in keys[:-1]:
-    try:
-      tree = getattr(tree, key.name) if hasattr(key, 'name') else tree[key.idx if hasattr(key, 'idx') else key.key]
-    except (AttributeError, IndexError, KeyError, TypeError):
-      return None
-  return tree
+def _named(path: str, leaf: Array, *globs: str) -> bool:
+  return any(matches(glob, path) for glob in globs)
 
 
 def matrices(path: str, leaf: Array) -> bool:
@@ -111,7 +86,7 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _matrices_over(tree: PyTree) -> Predicate:
-  sparse = {path for path, place in places(tree).items() if conventions.is_matrix(place)}
+  sparse = {path for path, place in conventions.places(tree).items() if conventions.is_matrix(place)}
   return lambda path, leaf: _is_floating(leaf) and path in sparse
 
 
@@ -122,8 +97,11 @@ def over(where: Predicate, tree: PyTree) -> Predicate:
   """Returns the predicate that `where` is for the leaves of `tree`.
 
   A predicate with an attribute `over`, as `trees.matrices` has, looks at more than one leaf: `where.over(tree)` is the
-  predicate `(path, leaf) -> bool` for `tree`. Any other predicate is returned as it is.
+  predicate `(path, leaf) -> bool` for `tree`. A `Bound` is asked for the predicates among its arguments, as `all_but`
+  has one. Any other predicate is returned as it is.
   """
+  if isinstance(where, Bound):
+    return dataclasses.replace(where, arguments=tuple(over(a, tree) if callable(a) else a for a in where.arguments))
   return where.over(tree) if hasattr(where, 'over') else where
 
 
@@ -136,13 +114,16 @@ def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
   """
   if not is_traced(axes):
     return matrices
-  if hasattr(axes, 'lookups'):
-    return lambda path, leaf: (_is_floating(leaf) and sum(n > 1 for n in leaf.shape) > 1
-                               and bool(tails(path, axes)) and not tails(path, axes.lookups))
-  among = lambda where: lambda path, leaf: where(path, leaf) and bool(tails(path, axes))
-  predicate = among(matrices)
-  predicate.over = lambda tree: among(over(matrices, tree))
-  return predicate
+  return Bound(_contracted, (axes,)) if hasattr(axes, 'lookups') else Bound(_among, (matrices, axes))
+
+
+def _contracted(path: str, leaf: Array, axes: Mapping[str, Axes]) -> bool:
+  known = _is_floating(leaf) and sum(n > 1 for n in leaf.shape) > 1 and bool(tails(path, axes))
+  return known and not tails(path, axes.lookups)
+
+
+def _among(path: str, leaf: Array, where: Predicate, axes: Mapping[str, Axes]) -> bool:
+  return bool(where(path, leaf)) and bool(tails(path, axes))
 
 
 def is_traced(axes: Mapping[str, Axes] | None) -> bool:
@@ -155,35 +136,110 @@ def is_traced(axes: Mapping[str, Axes] | None) -> bool:
 def all_but(*globs: str, where: Predicate = matrices) -> Predicate:
   """Returns the predicate of the leaves of `where` without the leaves whose path matches one of `globs`.
 
-  `all_but('patch/kernel', 'head/kernel')` keeps the first and the last layer dense.
+  `all_but('patch/kernel', 'head/kernel')` keeps the first and the last layer dense. A tree in which one of the globs
+  matches no path is refused by `select`.
   """
-  dense = named(*globs)
-  without = lambda where: lambda path, leaf: where(path, leaf) and not dense(path, leaf)
-  predicate = without(where)
-  predicate.over = lambda tree: without(over(where, tree))
-  return predicate
+  return Bound(_all_but, (where, *globs))
+
+
+def _all_but(path: str, leaf: Array, where: Predicate, *globs: str) -> bool:
+  return bool(where(path, leaf)) and not _named(path, leaf, *globs)
+
+
+def globs_of(where: Any) -> tuple[str, ...]:
+  """Returns the globs that `named` and `all_but` were given, nested ones too; none of another predicate."""
+  if not isinstance(where, Bound) or where.function not in (_named, _all_but):
+    return ()
+  return where.arguments if where.function is _named else globs_of(where.arguments[0]) + where.arguments[1:]
 
 
 def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]:
   """Returns one bool for each leaf of `tree`: whether `where` picks the leaf.
 
   `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. `function` is the name
-  of the caller, for messages. Raises `ValueError` if `where` picks no leaf, with the paths of `tree`. Raises
-  `ValueError` if `where` picks a leaf that is not floating, or if `where` is neither a predicate nor a prefix.
+  of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an exclusion too,
+  matches no path. The message has the closest paths of `tree`, and leaves that optax masks have paths as well. Raises
+  `ValueError` if `where` picks leaves that are not floating or that share their path, or is neither a predicate nor a
+  prefix. A predicate is called with arrays only: a number, a function or an empty array is never picked.
   """
   names, leaves, _ = flatten(tree)
-  if callable(where):
-    where = over(where, tree)
-    picked = [bool(where(name, leaf)) for name, leaf in zip(names, leaves)]
-  else:
-    picked = _prefixed(function, where, tree)
+  picked = _picked(function, where, tree)
+  _refuse_globs(function, where, tree, any(picked))
   if not any(picked):
-    raise ValueError(f'{function}: `where` picks no parameter. Paths look like {errors.some(names)}; '
-                     "match them with trees.named('tail/of/path'), * for one key and ** for several.")
-  for name, leaf, pick in zip(names, leaves, picked):
-    if pick and not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise errors.at_leaf(function, name, leaf.shape, f'dtype {leaf.dtype} is not floating; leave it out of `where`.')
+    raise ValueError(f'{function}: `where` picks no parameter. {_looks(names)}')
+  wrong = lambda leaf: not jnp.issubdtype(leaf.dtype, jnp.floating)
+  problems = [errors.Problem(name, leaf.shape, f'dtype {leaf.dtype} is not floating; leave it out of `where`.')
+              for name, leaf, pick in zip(names, leaves, picked) if pick and wrong(leaf)]
+  if problems:
+    raise refused(errors.at_leaves(function, problems), where, tree)
+  problems = [errors.Problem(name, leaf.shape, 'two leaves have this path. Rename a key, so that no key holds a `/`.')
+              for name, leaf, pick in zip(names, leaves, picked) if pick and names.count(name) > 1]
+  if problems:
+    raise errors.at_leaves(function, problems)
   return picked
+
+
+def _looks(names: list[str]) -> str:
+  return (f'Paths look like {errors.some(names)}; '
+          "match them with trees.named('tail/of/path'), * for one key and ** for several.")
+
+
+def _refuse_globs(function: str, where: Any, tree: PyTree, picks: bool) -> None:
+  """Raises `ValueError` for a glob of `where` that matches no path; placeholders and `None` have paths, too."""
+  globs = globs_of(where)
+  names = flatten(tree, is_leaf=lambda node: node is None or is_dense(node))[0] if globs else []
+  for glob in globs:
+    if not any(matches(glob, name) for name in names):
+      keys = glob.strip('/').count('/') + 1
+      hint = errors.closest(glob, {'/'.join(name.split('/')[-keys:]) for name in names})
+      what = f'names {glob!r}, which matches no parameter' if picks else 'picks no parameter'
+      raise ValueError(f'{function}: `where` {what}. {_looks(names)}{hint}')
+
+
+def refused(refusal: errors.AtLeaves, where: Any, tree: PyTree) -> errors.AtLeaves:
+  """Returns the refusal of leaves of `tree` with the line that leaves them dense, to paste in the place of `where`.
+
+  `where`: the predicate or prefix pytree that picked the leaves. The line keeps the globs of `named` and `all_but`, and
+  lists paths where `where` is another predicate or a pytree. There is no line if no other leaf is picked.
+  """
+  names = flatten(tree)[0]
+  bad = {problem.path for problem in refusal.problems}
+  good = [name for name, pick in zip(names, _picked(refusal.function, where, tree)) if pick and name not in bad]
+  usual = [name for name, pick in zip(names, _picked(refusal.function, matrices, tree)) if pick]
+  others = [name for name in usual if name not in good]
+  composed = [(functools.partial(all_but, where=where), sorted(bad))] if where is matrices or globs_of(where) else []
+  lists = [(all_but, others)] * ({*good} <= {*usual}) + [(named, good)]
+  for word, paths in composed + sorted(lists, key=lambda each: len(each[1])) if good else ():
+    predicate = word(*('/' * (sum(matches(path, name) for name in names) > 1) + path for path in paths))
+    picked = _picked(refusal.function, predicate, tree)
+    if (text := written(predicate)) and good == [name for name, pick in zip(names, picked) if pick]:
+      return errors.at_leaves(refusal.function, refusal.problems, f'where={text}')
+  return refusal
+
+
+def written(where: Any) -> str:
+  """Returns `where` as code, for example "sj.trees.all_but('head/kernel')"; nothing for a predicate of one's own."""
+  if where is matrices:
+    return 'sj.trees.matrices'
+  if not globs_of(where):
+    return ''
+  if where.function is _named:
+    return f'sj.trees.named({", ".join(map(repr, where.arguments))})'
+  base, *globs = where.arguments
+  if isinstance(base, Bound) and base.function is _all_but:  # one list of exclusions
+    return written(all_but(*base.arguments[1:], *globs, where=base.arguments[0]))
+  inner = written(base)
+  also = [] if base is matrices else [f'where={inner}']
+  return f'sj.trees.all_but({", ".join([*map(repr, globs), *also])})' if inner else ''
+
+
+def _picked(function: str, where: Any, tree: PyTree) -> list[bool]:
+  names, leaves, _ = flatten(tree)
+  arrays = [hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') and 0 not in leaf.shape for leaf in leaves]
+  if not callable(where):
+    return [pick and array for pick, array in zip(_prefixed(function, where, tree), arrays)]
+  where = over(where, tree)
+  return [array and bool(where(name, leaf)) for name, leaf, array in zip(names, leaves, arrays)]
 
 
 def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:
@@ -232,6 +288,8 @@ def tails(path: str, names: Iterable[str]) -> list[str]:
   The result is `path` alone if `names` has it. Otherwise it is every name that is a tail of `path`, or of which `path`
   is a tail.
   """
+  if isinstance(names, Mapping) and path in names:  # the usual case, without a look at all names
+    return [path]
   matching = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
   return [path] if path in matching else matching
 
@@ -253,9 +311,10 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
     raise errors.at_leaf(function, path, shape, f'its axes are not in `axes`: the path {problem}. '
                          'Trace a program that uses it in one contraction, or leave it out of `where`.')
   found = Axes(*axes[names[0]])
-  if sorted(a for group in found[:4] for a in (group if isinstance(group, tuple) else (None,))) != [*range(len(shape))]:
-    raise errors.at_leaf(function, path, shape, f'the {found.source} axes {found} are of another shape; trace again, or '
-                         'put each axis of the parameter in one of the four tuples.')
+  meant = [a for group in found[:4] if isinstance(group, tuple) for a in group]
+  if len(meant) != len(shape) or {*meant} != {*range(len(shape))}:
+    raise errors.at_leaf(function, path, shape, f'the {found.source} axes {found} are of another shape; trace again, '
+                         'or put each axis into one of the four tuples.')
   return found
 
 
@@ -265,14 +324,19 @@ def axes_by_path(function: str, axes: Mapping[str, Axes] | None, tree: PyTree,
 
   Raises `ValueError` for a name in axes that a user wrote which is the name of no leaf of `tree`.
   """
-  found, known = places(tree), [] if axes is None else flatten(tree, is_leaf=is_dense)[0]
+  found, known = conventions.places(tree), [] if axes is None else flatten(tree, is_leaf=is_dense)[0]
   for name in () if is_traced(axes) else axes or ():
     if not any(matches(name, path) or name.endswith('/' + path) for path in known):
       raise errors.unknown(function, 'path in `axes`', name, known)
-  return {path: axes_of(function, axes, path, found[path].shape, found[path])
-          for path in (found if paths is None else paths)}
+  own = {path: axes_of(function, axes, path, found[path].shape, found[path])
+         for path in (found if paths is None else paths)}
+  if axes is None or is_traced(axes):
+    return own
+  written = lambda path: tails(path, axes) or any(matches(name, path) for name in axes)
+  return {path: each._replace(source='given') if each.source == 'convention' and written(path) else each
+          for path, each in own.items()}
 
 
 def undecided(tree: PyTree) -> list[str]:
   """Returns the paths of the leaves that are matrices or lookup tables; their names do not say which."""
-  return [path for path, place in places(tree).items() if conventions.is_undecided(place)]
+  return [path for path, place in conventions.places(tree).items() if conventions.is_undecided(place)]

@@ -226,7 +226,7 @@ def freeze_net_trained(params: PyTree, opt_state: Any) -> PyTree:
   first_parameters)` is `params` again, bit for bit. At 99 % the file has under 2 % of the bytes. Call it outside of
   `jit`.
   """
-  packed = lambda w, mask: RelativeIndexArray.from_dense(w, mask) if mask.shape == w.shape else w
+  packed = lambda w, mask: RelativeIndexArray.from_dense(w, mask) if mask.ndim else w
   return jax.tree.map(packed, params, states.masks(params, opt_state))
 
 

@@ -23,6 +23,7 @@ FAMILIES = {
 SPARSEJAX = (
     ('types',),
     ('errors', 'tables', 'conventions'),
+    ('arguments',),
     ('trees',),
     ('programs',),
     ('ranking', 'neighbours'),
@@ -30,6 +31,7 @@ SPARSEJAX = (
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
      'solvers', 'collectives'),
+    ('plans',),
     ('states',),
     ('formats',),
     ('selections',),
@@ -66,7 +68,7 @@ INSIDE = {
                            ('contractions',), ('operands',), ('replace',)),
     'sparsejax.formats': (('gaps', 'arrays'), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
-    'sparsejax.recipes': (('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
+    'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('headers', 'orbax', 'slots'), ('stored', 'bodies'), ('folders',), ('saving', 'loading')),
 }

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import sparsejax
-from sparsejax import allocation, recipes, schedules, trees
+from sparsejax import allocation, recipes, schedules, trees, types
 
 STEPS, DENSE, TUNED = 12, 2, 3  # updates in all, of the dense phase, of the fine-tune phase
 F32, BF16 = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
@@ -26,7 +26,9 @@ SHAPES = {
 }
 SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants, which differ in time and not in space
 PATTERNS = {'2:4': sparsejax.NM(2, 4), 'block': sparsejax.Block((8, 2), 0.5), 'channel': sparsejax.Channel(0.5)}
-CONTRACTED = {'attention/out/kernel': (0, 1), 'stack/kernel': (1,)}
+# A rank of three has no convention: the axes are given.
+AXES = {'attention/out/kernel': types.Axes((0, 1), (2,)), 'stack/kernel': types.Axes((1,), (2,), layer=(0,))}
+CONTRACTED = {path: axes.contracted for path, axes in AXES.items()}
 
 
 class Promise(NamedTuple):
@@ -66,8 +68,10 @@ class Case(NamedTuple):
   def make(self, inner: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer, made from scratch every time, as users do inside of a step."""
     recipe = recipes.TABLE[self.recipe]
-    valid = {*recipes.arguments(recipe)} - ({'key'} if self.recipe not in RANDOM else set())
+    valid = {*recipes.arguments(recipe)} - UNREAD.get(self.recipe, set() if self.recipe in RANDOM else {'key'})
     signals = {key: value for key, value in SIGNALS.items() if key in valid}
+    if 'axes' in valid:
+      signals['axes'] = {path: axes for path, axes in AXES.items() if path in by_path(self.shapes)}
     return recipe(optax.sgd(0.3, momentum=0.5) if inner is None else inner, **signals | self.options)
 
 
@@ -76,7 +80,7 @@ PROMISES = {
     'ste': Promise(((2, 4),)),
     'sr_ste': Promise(((2, 4),)),
     'asp': Promise(((2, 4),), memory=1),
-    'mdgf': Promise(((2, 4),), None),  # by default it decays over 5000 updates
+    'mdgf': Promise(((2, 4),), None),  # by default it decays up to the last update
     'sdgf_stepwise': Promise(((3, 4), (2, 4))),
     'sdgf_geometric': Promise(((16, 32), (8, 16), (4, 8), (2, 4))),
     'st3': Promise(),
@@ -103,6 +107,7 @@ OPTIONS = {
     'random_search': {'candidates': 3},
     'global_sparse_momentum': {'sparsity': 0.7},
 }
+UNREAD = {'random_pruning': {'loss'}}  # its allocation, erk, looks at no gradient
 RANDOM = ('random_pruning', 'random_search', 'static_sparse', 'set_', 'rigl', 'snfs')
 # At initialisation a recipe may look at a loss, at outputs and at a key: of any pytree of parameters, and of each leaf
 # by itself, so that it is the same for a shard of it.

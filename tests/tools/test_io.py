@@ -34,7 +34,7 @@ def params():
 def packed():
   patterns = {'free/*': 'bitmask', 'rare/*': 'relative_index', '**': '2:4'}
   stack = {'layers/1/kernel': sj.types.Axes((1,), (2,), layer=(0,))}
-  return formats.pack(params(), patterns, where=sj.trees.all_but('none'), axes=stack)
+  return formats.pack(params(), patterns, where=sj.trees.matrices, axes=stack)
 
 
 def contents(path):
