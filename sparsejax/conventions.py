@@ -7,8 +7,9 @@ axes: `Axes((), every axis, source='unknown')`. Patterns that lie along axes ref
     axes(Place(('query', 'kernel'), (64, 8, 8)))                # unknown: attention, or a stack of layers
     is_matrix(Place(('norm', 'weight'), (12, 64)))              # False: a stack of norms
 
-A word in the name of a parent decides nothing. The name of the layer itself, the last key above the parameter that is
-no number, says whether a rank of four or five is a convolution, and whether a `weight` is a lookup table or a norm.
+A word in the name of a parent decides nothing. The name of the layer itself is the last key above the parameter that is
+no number. The layer's name says whether a rank of four or five is a convolution, and whether a `weight` is a lookup
+table or a norm.
 """
 
 import functools
@@ -143,7 +144,7 @@ def _equinox_convolution(place: Place) -> bool:
   return 'Conv' in place.module and place.taps == len(place.shape) - 2
 
 
-# What helps a leaf of unknown axes: the end of every refusal.
+# Every refusal of a leaf with unknown axes ends in these remedies.
 REMEDY = ('Trace the program, axes=sj.contractions(apply, params, x), or say the axes of each such leaf, as in '
           "axes={'path/of/leaf': sj.types.Axes(contracted=(0,), output=(1,))}, or leave it dense.")
 
@@ -192,8 +193,9 @@ def _words(key: str) -> list[str]:
 def axes(place: Place) -> Axes:
   """Returns the `Axes` that the conventions give to a parameter, with the source `convention` or `unknown`.
 
-  A layer whose name says another layout (`ConvTranspose`, `Einsum`, `c_fc` of GPT-2) is unknown. So is a parameter
-  beside a bias that does not have its outputs: a stack of layers, or a transposed kernel. A vector contracts nothing.
+  A layer whose name says another layout (`ConvTranspose`, `Einsum`, `c_fc` of GPT-2) is unknown. A
+  parameter beside a bias that does not have its outputs is unknown too: a stack of layers, or a transposed kernel. A
+  vector contracts nothing.
   """
   rank = len(place.shape)
   if rank < 2:
@@ -220,14 +222,19 @@ def _second_reading(place: Place, found: Axes) -> bool:
   return wide(place.bias) != wide((outputs,))
 
 
+def is_vector(shape: tuple[int, ...]) -> bool:
+  """Returns whether fewer than two axes are longer than one; `[n, 1]` is a matrix with one output, `[1, n]` is not."""
+  return sum(n != 1 for n in shape) < 2 and not (len(shape) == 2 and shape[0] != 1)
+
+
 def is_matrix(place: Place) -> bool:
   """Returns whether a floating parameter is sparse by default.
 
-  Parameters with two axes and more that are longer than one are matrices, except lookup tables, norms, biases, scales
-  and vectors. These are known by the class of an Equinox module, by the parameter's own name, for lookup tables and for
-  the `weight` of a norm also by the name of the layer itself, and by a bias of the same shape, as a stack of norms has.
+  Parameters that are no vectors are matrices, except lookup tables, norms, biases and scales. The class of an Equinox
+  module tells them, and the parameter's own name. The name of the layer itself also tells a lookup table, and the
+  `weight` of a norm. A bias of the same shape tells a norm, as in a stack of norms.
   """
-  if sum(n != 1 for n in place.shape) < 2 or 0 in place.shape:
+  if is_vector(place.shape) or 0 in place.shape:
     return False
   if place.module & _NO_MATRICES:
     return False

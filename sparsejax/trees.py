@@ -71,11 +71,11 @@ def _named(path: str, leaf: Array, *globs: str) -> bool:
 def matrices(path: str, leaf: Array) -> bool:
   """Returns whether a leaf is sparse by default.
 
-  A floating leaf is sparse if two of its axes and more are longer than one, except lookup tables, norms, biases, scales
-  and vectors. These are known by the leaf's own name, and the layer's own name, see `conventions.is_matrix`. Where
-  `where=trees.matrices` meets a whole tree (`over`), the container and the leaves beside a leaf are looked at as well:
-  an `equinox.nn.Embedding` or a stack of norms is known under any name. A `weight` without a bias under a name that
-  says nothing may be a lookup table or a matrix. Such a leaf is sparse, and `report` lists it.
+  A floating leaf is sparse unless it is a vector (fewer than two axes longer than one, as of a class token), a lookup
+  table, a norm, a bias or a scale. The leaf's own name and the layer's own name tell which, see
+  `conventions.is_matrix`. Where `where=trees.matrices` meets a whole tree (`over`), the container and the leaves beside
+  a leaf are looked at as well: an `equinox.nn.Embedding` or a stack of norms is known under any name. Without a bias, a
+  `weight` under a name that says nothing may be a lookup table or a matrix. That leaf is sparse; `report` lists it.
   """
   place = conventions.Place(conventions.keys_of(path), tuple(getattr(leaf, 'shape', ())))
   return _is_floating(leaf) and conventions.is_matrix(place)
@@ -118,8 +118,8 @@ def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
 
 
 def _contracted(path: str, leaf: Array, axes: Mapping[str, Axes]) -> bool:
-  known = _is_floating(leaf) and sum(n > 1 for n in leaf.shape) > 1 and bool(tails(path, axes))
-  return known and not tails(path, axes.lookups)
+  names = tails(path, axes) if _is_floating(leaf) and not conventions.is_vector(leaf.shape) else []
+  return bool(names) and not any(name in axes.lookups for name in names)
 
 
 def _among(path: str, leaf: Array, where: Predicate, axes: Mapping[str, Axes]) -> bool:
@@ -127,7 +127,7 @@ def _among(path: str, leaf: Array, where: Predicate, axes: Mapping[str, Axes]) -
 
 
 def is_traced(axes: Mapping[str, Axes] | None) -> bool:
-  """Returns whether `axes` were read from a program, at least one of them: what they do not name is not contracted."""
+  """Returns whether `axes` were read from a program, at least one of them. The program contracts no other leaf."""
   if axes is None:
     return False
   return hasattr(axes, 'lookups') or any(Axes(*each).source == 'traced' for each in axes.values())
@@ -276,8 +276,8 @@ def per_leaf(function: str, what: str, value: Any, paths: list[str]) -> list[Any
 def conventional_axes(path: str, shape: tuple[int, ...]) -> Axes:
   """Returns the `Axes` of a leaf by `conventions.TABLE`, from its path and shape alone.
 
-  A leaf without a convention has the source `unknown`. `axes_by_path` looks at the container and at the leaves beside
-  a leaf as well, which can only turn a convention into `unknown`, except for convolutions of Equinox.
+  A leaf without a convention has the source `unknown`. `axes_by_path` also looks at the container and at the leaves
+  beside a leaf: a bias may speak against a convention, and a module of Equinox tells a convolution of any rank.
   """
   return conventions.axes(conventions.Place(conventions.keys_of(path), tuple(shape)))
 
@@ -299,7 +299,7 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
   """Returns the `Axes` of one leaf: from `axes`, or else by the conventions; `place` says what is beside the leaf.
 
   The traced tree and the tree of the optimizer may have different first keys, such as `params/...`. A leaf therefore
-  takes the axes of the name of which its path is a tail, or vice versa; a name in `axes` may also be a glob. Axes that
+  takes the axes of the name of which its path is a tail, or vice versa. A name in `axes` may also be a glob. Axes that
   a user wrote (source `given`) need not name all leaves: the others follow the conventions. Raises `ValueError` if no
   traced path or several names match, and if the axes are of another shape.
   """

@@ -55,8 +55,9 @@ def sparsify(
   """Returns `inner` wrapped so that the parameters that it trains are sparse. Every recipe is a call of `sparsify`.
 
   `where`: the sparse leaves, a predicate `(path, leaf)` or a prefix pytree of bools. The default is `trees.matrices`,
-    and with `axes` those matrices that the traced program contracts.
-  `axes`: `sparsejax.contractions(...)`, or any mapping from paths to `Axes`. The default is the naming conventions.
+    and with traced `axes` what the program contracts, see `trees.default_where`.
+  `axes`: `sparsejax.contractions(...)`, or a mapping from paths or globs to `Axes`. Leaves that the latter does not
+    name, and all leaves by default, follow `conventions`; a leaf without a convention is refused where axes count.
   `refresh`: a schedule of bools, `True` when masks are chosen, on the step counted from the end of the dense phase.
   `dense_steps`: the number of updates before anything is pruned.
   `fine_tune_steps`: the number of updates, the last of `total_steps`, under a fixed mask. In them only kept weights get

@@ -26,8 +26,9 @@ SHAPES = {
 }
 SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants, which differ in time and not in space
 PATTERNS = {'2:4': sparsejax.NM(2, 4), 'block': sparsejax.Block((8, 2), 0.5), 'channel': sparsejax.Channel(0.5)}
-# A rank of three has no convention: the axes are given.
-AXES = {'attention/out/kernel': types.Axes((0, 1), (2,)), 'stack/kernel': types.Axes((1,), (2,), layer=(0,))}
+# A rank of three has no convention. These axes are as a program would give them.
+AXES = {'attention/out/kernel': types.Axes((0, 1), (2,), source='traced'),
+        'stack/kernel': types.Axes((1,), (2,), layer=(0,), source='traced')}
 CONTRACTED = {path: axes.contracted for path, axes in AXES.items()}
 
 
@@ -65,13 +66,14 @@ class Case(NamedTuple):
     """Updates of the fine-tune phase."""
     return self.options.get('fine_tune_steps', 0)
 
-  def make(self, inner: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
+  def make(self, inner: optax.GradientTransformation | None = None,
+           axes: Any = AXES) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer, made from scratch every time, as users do inside of a step."""
     recipe = recipes.TABLE[self.recipe]
     valid = {*recipes.arguments(recipe)} - UNREAD.get(self.recipe, set() if self.recipe in RANDOM else {'key'})
     signals = {key: value for key, value in SIGNALS.items() if key in valid}
     if 'axes' in valid:
-      signals['axes'] = {path: axes for path, axes in AXES.items() if path in by_path(self.shapes)}
+      signals['axes'] = axes
     return recipe(optax.sgd(0.3, momentum=0.5) if inner is None else inner, **signals | self.options)
 
 

@@ -489,6 +489,11 @@ def test_refusals_say_what_is_wrong_and_what_is_right(make, message):
     make()
 
 
+@pytest.mark.parametrize('pattern', [Unstructured(0.5), Block((2, 2), 0.5), Channel(0.5), NM(2, 4)])
+def test_a_stack_of_no_layers_keeps_every_pattern(pattern):
+  assert pattern.violation(jnp.zeros((0, 4, 4)), Axes((1,), (2,), layer=(0,))) == ''
+
+
 @pytest.mark.parametrize('pattern, shape, axes, words', [
     (NM(2, 4), (6, 8), Axes((0,), (1,)), ['2:4', 'axes (0,) (convention) have 6', 'all_but', 'to 8', '(say 3)']),
     (NM(1, 8), (3, 4, 8), Axes((0, 1), (2,), source='traced'), ['axes (0, 1) (traced) have 12', 'to 16', '(say 6)']),
