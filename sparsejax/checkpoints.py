@@ -1,8 +1,8 @@
 """Opens the checkpoints of the command line, and reports on them or packs them with one leaf in memory at a time.
 
-    opened = checkpoints.opened('model.safetensors', given=['c_attn/weight=0'])
+    opened = checkpoints.picked('model.safetensors', given=['c_attn/weight=0'])
     opened.params                                    # The leaves are not read yet.
-    checkpoints.report(opened, sj.NM(2, 4))          # At most one parameter is in memory.
+    checkpoints.reported(opened, sj.NM(2, 4))          # At most one parameter is in memory.
     io.save('out', checkpoints.packed(opened, '2:4'))
 """
 
@@ -33,7 +33,7 @@ class Opened(NamedTuple):
   notes: tuple[str, ...]
 
 
-def opened(path: str, item: str | None = None, *, where: Predicate | None = None, but: Sequence[str] = (),
+def picked(path: str, item: str | None = None, *, where: Predicate | None = None, but: Sequence[str] = (),
            given: Sequence[str] = ()) -> Opened:
   """Returns the checkpoint at `path`; leaves that are packed there are unpacked when they are read.
 
@@ -118,7 +118,7 @@ def _likely(glob: str, rank: int) -> str:
   return {'weight': '0', 'kernel': '1'}.get(name, 'AXIS') if conv1d else 'AXIS'
 
 
-def report(opened: Opened, pattern: Pattern | Mapping[str, Pattern] | None) -> Report:
+def reported(opened: Opened, pattern: Pattern | Mapping[str, Pattern] | None) -> Report:
   """Returns the `sparsejax.report` of the parameters that `where` picks; one block of one of them is read at a time."""
   leaves = dict(zip(*trees.flatten(opened.params)[:2]))
   asked = dict(zip(opened.axes, trees.per_leaf('report', 'pattern', pattern, list(opened.axes))))
@@ -159,7 +159,8 @@ def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lamb
   """
   plans = formats.packings(opened.params, pattern, where=opened.where, axes=opened.axes)
   _refuse_unknown_axes(opened, [path for path, plan in plans.items() if all(each.takes_axes for each in plan.formats)])
-  formats.refuse_unfit(plans, opened.params)
+  if problems := formats.unfit(plans, opened.params):
+    raise errors.at_leaves('pack', problems, f'--except {" ".join(problem.path for problem in problems)}')
   names, leaves, treedef = trees.flatten(opened.params)
   made: dict[Any, Any] = {}  # A leaf that is in several places is packed once.
   for name, leaf in zip(names, leaves):

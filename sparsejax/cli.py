@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> int:
   """Prints the table of `sparsejax.report`."""
-  print(checkpoints.report(_opened(args), _pattern(args)))
+  print(checkpoints.reported(_opened(args), _pattern(args)))
   return 0
 
 
 def check(args: argparse.Namespace) -> int:
   """Prints one line for each parameter that does not keep the pattern, and returns 1 if there is any."""
   opened = _opened(args)
-  checked = checkpoints.report(opened, _pattern(args))
+  checked = checkpoints.reported(opened, _pattern(args))
   for row in checked.violations:
     print(f'{row.path} {"x".join(map(str, row.shape))}: {row.problem}')
   if not checked.violations:
@@ -179,7 +179,7 @@ def _output(command: argparse.ArgumentParser) -> None:
 
 def _opened(args: argparse.Namespace) -> checkpoints.Opened:
   where = trees.named(*args.where) if args.where else None
-  return checkpoints.opened(args.checkpoint, args.item, where=where, but=args.but, given=args.axis)
+  return checkpoints.picked(args.checkpoint, args.item, where=where, but=args.but, given=args.axis)
 
 
 def _print_notes(opened: checkpoints.Opened) -> None:

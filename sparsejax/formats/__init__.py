@@ -34,7 +34,7 @@ from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 __all__ = [
     'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
     'RelativeIndexArray', 'Sparse24Array', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed', 'matmul', 'nbytes',
-    'pack', 'packings', 'refuse_unfit', 'unpack', 'values', 'with_axes', 'with_values',
+    'pack', 'packings', 'unfit', 'unpack', 'values', 'with_axes', 'with_values',
 ]
 
 # The formats by name. `pack` takes the first format that fits a pattern and pays for a leaf, so the order counts.
@@ -70,7 +70,7 @@ class Packing(NamedTuple):
         return with_axes(format_.from_blocks(leaf, self.pattern, self.axes), self.axes)
       return with_axes(format_.from_pattern(leaf, self.pattern, self.axes, check), self.axes)
     except Misfit as misfit:
-      raise errors.at_leaf('pack', self.path, leaf.shape, misfit.why) from None
+      raise errors.at_leaves('pack', [errors.Problem(self.path, tuple(leaf.shape), misfit.why)]) from None
 
 
 def pack(params: PyTree, pattern: Any = None, *, state: Any = None, where: Any = trees.matrices,
@@ -95,15 +95,28 @@ def pack(params: PyTree, pattern: Any = None, *, state: Any = None, where: Any =
     raise ValueError('pack: the optimizer state says what is packed; pass either it or pattern, where and axes.')
   else:
     plans = _packings_of(params, state)
-  refuse_unfit(plans, params)
+  packed, problems = _packed(plans, params, check, unfit(plans, params))
+  if problems:
+    refusal = errors.at_leaves('pack', problems)
+    raise refusal if state is not None else trees.refused(refusal, where, params)
+  return packed
+
+
+def _packed(plans: Mapping[str, Packing], params: PyTree, check: bool, problems: list[errors.Problem]
+            ) -> tuple[PyTree, list[errors.Problem]]:
+  """Returns the packed tree and why leaves of it cannot be packed; with `problems`, nothing is packed."""
   names, leaves, treedef = trees.flatten(params, is_leaf=is_packed)
-  arrays: dict[Any, Any] = {}
-  for name, leaf in zip(names, leaves):
-    key = id(leaf), plans[name][1:] if name in plans else None
-    if key not in arrays:
-      arrays[key] = plans[name].packed(leaf, check) if name in plans else leaf
-    arrays[name] = arrays[key]
-  return treedef.unflatten([arrays[name] for name in names])
+  once: dict[Any, Any] = {}  # A leaf in several places is packed once.
+  arrays = []
+  for name, leaf in zip(names, leaves) if not problems else ():
+    key = (id(leaf), *plans[name][1:]) if name in plans else name
+    try:
+      if key not in once:
+        once[key] = plans[name].packed(leaf, check) if name in plans else leaf
+      arrays.append(once[key])
+    except errors.AtLeaves as refusal:
+      problems = [*problems, *refusal.problems]
+  return (None if problems else treedef.unflatten(arrays)), problems
 
 
 def packings(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Mapping[str, Axes] | None = None
@@ -122,13 +135,14 @@ def packings(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes:
   return {name: Packing(name, formats, pattern, along.get(name)) for name, (formats, pattern) in asked.items()}
 
 
-def refuse_unfit(plans: Mapping[str, Packing], params: PyTree) -> None:
-  """Raises `ValueError` for the leaves that cannot carry their pattern along their axes, before anything is packed."""
+def unfit(plans: Mapping[str, Packing], params: PyTree) -> list[errors.Problem]:
+  """Returns why leaves cannot carry their pattern along their axes, as can be said before anything is packed."""
   leaves = dict(zip(*trees.flatten(params)[:2]))
-  for path, plan in plans.items():
-    bound = all(each.takes_axes for each in plan.formats)
-    if bound and (why := plan.pattern.validate(tuple(leaves[path].shape), plan.axes)):
-      raise errors.at_leaf('pack', path, leaves[path].shape, why)
+  shapes = {path: tuple(leaves[path].shape) for path, plan in plans.items()
+            if all(each.takes_axes for each in plan.formats)}
+  problems = [errors.Problem(path, shape, plans[path].pattern.validate(shape, plans[path].axes) or '')
+              for path, shape in shapes.items()]
+  return [problem for problem in problems if problem.reason]
 
 
 def _refuse_packed(params: PyTree) -> None:

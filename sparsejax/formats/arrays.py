@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, neighbours
+from sparsejax import conventions, errors, neighbours
 from sparsejax.types import Array, Axes, Pattern
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
@@ -321,8 +321,7 @@ TRACED = ('its values are not known here (traced, or a mere shape), so its zeros
 def matrix_misfit(axes: Axes) -> str | None:
   """Returns why `axes` of `matrix_axes` describe neither a matrix nor a stack of matrices, or `None`."""
   if axes.source == 'unknown':
-    return ('neither name, rank nor container says which axes are contracted; trace the program, '
-            'axes=sparsejax.contractions(apply, params, x), or give them, or leave it out of `where`.')
+    return f'neither name, rank nor container says which axes are contracted. {conventions.REMEDY}'
   if axes.spatial:
     return f'its spatial axes {axes.spatial} are not of length one; only 1x1 convolutions are products of matrices.'
   if sorted(axes.layer) != list(range(len(axes.layer))):

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparsejax.io.headers import Place
+from sparsejax.io.headers import Extent
 
 _COPY = 1 << 24  # bytes that are moved at a time
 
@@ -32,9 +32,9 @@ class Body:
 
   def __init__(self, file: BinaryIO, room: int):
     self.file, self.start, self.end = file, 8 + room, 0
-    self.places: dict[str, Place] = {}
+    self.places: dict[str, Extent] = {}
     self.digests: dict[str, str] = {}
-    self._waiting: dict[int, tuple[BinaryIO, dict[str, Place]]] = {}
+    self._waiting: dict[int, tuple[BinaryIO, dict[str, Extent]]] = {}
     file.seek(self.start)
 
   def add(self, name: str, blocks: Iterable[Any], like: Any, front: int) -> None:
@@ -59,7 +59,7 @@ class Body:
       hashed.update(data)
       file.write(data)
     end = begin + math.prod(like.shape) * dtype.itemsize
-    places[name], self.digests[name] = Place(dtype, tuple(like.shape), begin, end), hashed.hexdigest()
+    places[name], self.digests[name] = Extent(dtype, tuple(like.shape), begin, end), hashed.hexdigest()
     if places is self.places:
       self.end = end
 
@@ -74,7 +74,7 @@ class Body:
                       for name, place in places.items()}
       self.end = max((place.end for place in self.places.values()), default=0)
 
-  def finish(self, header: Callable[[Mapping[str, Place], Mapping[str, str], int], bytes]) -> None:
+  def finish(self, header: Callable[[Mapping[str, Extent], Mapping[str, str], int], bytes]) -> None:
     """Writes what is waiting, and the header, which `header(places, digests, length)` makes.
 
     `header` pads its text to `length` bytes if the text is shorter. The data move if the header does not fit, or if it

@@ -29,8 +29,8 @@ UNKNOWN = '0' * 64  # stands for a digest until it is known
 _DIGEST = b'"sha256":"'  # The header's own digest begins behind this text: other quotes in JSON text are escaped.
 
 
-class Place(NamedTuple):
-  """A `Place` says where in a file the bytes of a tensor are: from `begin` to `end`, row-major and little-endian."""
+class Extent(NamedTuple):
+  """An `Extent` says where in a file the bytes of a tensor are: from `begin` to `end`, row-major and little-endian."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Header(NamedTuple):
   path: Any
   text: bytes
   metadata: dict[str, str]
-  places: dict[str, Place]
+  places: dict[str, Extent]
 
 
 def bad(path: Any, what: str) -> ValueError:
@@ -88,14 +88,14 @@ def read(path: str | os.PathLike) -> Header:
                                        for name, entry in entries.items()})
 
 
-def _place(path: Any, name: str, entry: dict[str, Any], start: int) -> Place:
+def _place(path: Any, name: str, entry: dict[str, Any], start: int) -> Extent:
   if entry['dtype'] not in DTYPES:
     raise bad(path, f'tensor {name!r} has dtype {entry["dtype"]}; {", ".join(DTYPES)} can be read')
   begin, end = entry['data_offsets']
-  return Place(np.dtype(DTYPES[entry['dtype']]), tuple(entry['shape']), start + begin, start + end)
+  return Extent(np.dtype(DTYPES[entry['dtype']]), tuple(entry['shape']), start + begin, start + end)
 
 
-def written(metadata: dict[str, str], places: dict[str, Place]) -> bytes:
+def written(metadata: dict[str, str], places: dict[str, Extent]) -> bytes:
   """Returns the JSON of a header, in the order of `places`, whose offsets count from the first byte of data."""
   header: dict[str, Any] = {'__metadata__': metadata}
   for name, place in places.items():

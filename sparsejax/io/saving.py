@@ -159,12 +159,12 @@ def _room(leaves: list[_Planned], metadata: dict[str, str]) -> int:
   parts = {name: part for leaf in leaves for name, part in leaf.parts.items()}
   later = [leaf for leaf in leaves if not leaf.parts and 'same' not in leaf.entry]
   parts |= {leaf.path: leaf.leaf for leaf in later}
-  places = {name: headers.Place(np.dtype(part.dtype), tuple(part.shape), 0, 0) for name, part in parts.items()}
+  places = {name: headers.Extent(np.dtype(part.dtype), tuple(part.shape), 0, 0) for name, part in parts.items()}
   text = _header([leaf.entry for leaf in leaves], places, dict.fromkeys(places, headers.UNKNOWN), metadata, 0)
   return len(text) + sum(len(leaf.path) + 400 for leaf in later) // 8 * 8
 
 
-def _header(leaves: list[Any], places: Mapping[str, headers.Place], digests: Mapping[str, str],
+def _header(leaves: list[Any], places: Mapping[str, headers.Extent], digests: Mapping[str, str],
             metadata: dict[str, str], length: int) -> bytes:
   """Returns the JSON of the header, filled up with spaces to `length` or more, a multiple of eight bytes.
 

@@ -58,7 +58,7 @@ class Tensor:
 
   path: Any
   name: str
-  place: headers.Place
+  place: headers.Extent
   digest: str | None = None
 
   def leaf(self) -> Stored:

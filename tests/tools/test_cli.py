@@ -222,7 +222,7 @@ def test_blocks_of_a_parameter_decide_as_the_whole_parameter_does(run, monkeypat
     for pattern in (None, sj.NM(2, 4), sj.NM(2, 5), sj.Unstructured()):
       axes = {where: sj.trees.conventional_axes(where, each.shape)}
       whole = sj.report({'fc': {name: each}}, pattern=pattern, axes=axes)
-      assert str(checkpoints.report(checkpoints.opened('F'), pattern)) == str(whole)
+      assert str(checkpoints.reported(checkpoints.picked('F'), pattern)) == str(whole)
     for pattern in ('2:4', 'bitmask'):
       status, _, err = run('pack', 'F', 'out', '--force', '--pattern', pattern)
       try:

@@ -196,7 +196,7 @@ def forge(path, change):
   change(about, tensors)
   data = {name: bytes(bodies.raw(tensor)) for name, tensor in tensors.items()}
   ends = itertools.accumulate(map(len, data.values()))
-  places = {name: headers.Place(tensors[name].dtype, tensors[name].shape, end - len(data[name]), end)
+  places = {name: headers.Extent(tensors[name].dtype, tensors[name].shape, end - len(data[name]), end)
             for name, end in zip(data, ends)}
   digests = {name: hashlib.sha256(each).hexdigest() for name, each in data.items()}
   text = saving._header(about['leaves'], places, digests, {}, 0)
