@@ -9,8 +9,8 @@ index is kept first, in row-major order within the group or the leaf. -0.0 equal
     ranking.top_n_of_leaves([a, b], 1000)                    # 1000 of two leaves together
 
 No function sorts. In a small group each entry counts the entries that precede it. In large groups, and in whole leaves,
-bisection settles the bits of the least score that is kept, by comparisons and sums only. The counts of a leaf are
-scalars, which add up across shards. A `Count` has two words, so that counts above 2^31 are exact.
+bisection settles the bits of the least key that is kept, by comparisons and sums only: `keys` says what a key is. The
+counts of a leaf are scalars, which add up across shards. A `Count` has two words, so that counts above 2^31 are exact.
 """
 
 import functools
@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparsejax.keys import byte_of, key_scores, largest_key, order_keys, varying
 from sparsejax.types import Array
 
 # Counting costs m comparisons for each entry of a group of m; bisection costs about 31 passes over memory. On a 2-core
 # CPU, for 4096 x 4096 float32, counting takes half the time of bisection at m = 64, and twice the time at m = 128.
 _COUNT_MOST = 64
-_RUN = 128  # so many entries of a mask are counted in one byte; at most 255
+_RUN = 128  # the number of entries of a mask whose sum is one byte; at most 255
 _WORD = 31  # bits of the low word of a `Count`; a sum is split into two words before it needs more than 32 bits
 
 
@@ -147,58 +148,15 @@ def _added(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
   return [x + y for x, y in zip(a, b)]
 
 
-def order_keys(scores: Array, dtype: Any = jnp.float32) -> Array:
-  """Returns integer keys, shaped like `scores`, that are ordered as the scores are; NaN gets the least key.
-
-  The score with the larger key ranks first. Keys are the `int32` of the scores as `float32`: exact for float32,
-  bfloat16, float16 and float8; a float64 score is compared as float32. If `dtype` has two bytes, the scores are cast to
-  `dtype`, and keys are `int16`.
-  """
-  # The keys are computed from the bits alone: XLA:CPU compares floats below the normal range as zeros. In groups of
-  # four the keys are most of the work, so that the sign is applied by two operations without a selection.
-  kind = jnp.int32 if jnp.dtype(dtype).itemsize == 4 else jnp.int16
-  infinity, most, least = np.array(np.inf, dtype).view(kind), kind(jnp.iinfo(kind).max), kind(jnp.iinfo(kind).min)
-  bits = lax.bitcast_convert_type(scores.astype(dtype), kind)
-  magnitude, sign = bits & most, bits >> (jnp.iinfo(kind).bits - 1)
-  return jnp.where(magnitude > infinity, least, (magnitude ^ sign) - sign)
-
-
-def key_scores(keys: Array) -> Array:
-  """Returns the `float32` scores that have these `int32` keys; the least key gives NaN."""
-  least = jnp.int32(jnp.iinfo(jnp.int32).min)
-  bits = jnp.where(keys < 0, least - keys, keys)  # the sign and the magnitude of a negative key
-  return jnp.where(keys == least, jnp.float32(np.nan), lax.bitcast_convert_type(bits, jnp.float32))
-
-
-def largest_key(enough: Callable[[list[Array]], list[Array]], like: Array, bits: int = 2) -> Array:
-  """Returns the largest key for which `enough` is `True`, elementwise, in the shape and dtype of `like`.
-
-  If `enough` is `True` for no key, the result is the least key. `enough` maps a list of `2^bits - 1` increasing keys to
-  a list of bools; each call settles `bits` bits. `enough` must be `False` above every key for which it is `False`. If
-  `enough` says that at least `n` entries are as large as the key, the result is the `n`-th largest key, counted from 1.
-  """
-  info = jnp.iinfo(like.dtype)
-
-  def settle_bits(i, t):
-    step = jnp.left_shift(like.dtype.type(1), jnp.asarray(info.bits - bits - bits * i, like.dtype))
-    return t + step * sum(hold.astype(like.dtype) for hold in enough([t + k * step for k in range(1, 2**bits)]))
-
-  return lax.fori_loop(0, info.bits // bits, settle_bits, _varying(jnp.full_like(like, info.min), enough))
-
-
-def _varying(keys: Array, enough: Callable[[list[Array]], list[Array]]) -> Array:
-  """Returns `keys`, as an array that varies between the devices of a `shard_map` as the answers of `enough` do."""
-  # The carry of a loop must vary from the start. XLA removes the product with zero, and with it the call.
-  return keys + 0 * enough([keys])[0].astype(keys.dtype)
-
-
 def top_n_in_groups(scores: Array, n: Any, m: int, axis: int) -> Array:
   """Returns the mask of the `n` largest scores in each group of `m` neighbours along `axis`.
 
   `n` may be traced. The caller must make sure that `m` divides the length of the axis.
   """
   axis, shape = axis % scores.ndim, scores.shape
-  keys = order_keys(scores).reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
+  # Two-byte keys halve the work, but along the minor axis XLA:CPU does not vectorize them.
+  keys = order_keys(scores, _keyed([scores]) if axis < scores.ndim - 1 else jnp.float32)
+  keys = keys.reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
   pick = _count_in_groups if m <= _COUNT_MOST else _bisect_groups
   return pick(keys, jnp.asarray(n, jnp.int32), _along(axis + 1, keys.shape), axis + 1).reshape(shape)
 
@@ -208,18 +166,18 @@ def _count_in_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
 
   An entry is kept if fewer than `n` entries of its group are larger, or equal and of lower index.
   """
-  m = keys.shape[axis]
-  if axis == keys.ndim - 1 and 8 <= m <= 32:  # XLA vectorizes the reduction along the minor axis
+  m, kind, minor = keys.shape[axis], keys.dtype, axis == keys.ndim - 1
+  # Among equal keys the lower index ranks first: 1 more or 1 less turns > into >= of integer keys. Nothing overflows,
+  # because the largest key is that of +inf, and the least that of NaN. Along the minor axis 1 less is the faster.
+  if minor and 8 <= m <= 32:  # XLA vectorizes the reduction along the minor axis
     other, i = jnp.expand_dims(keys, axis), jnp.expand_dims(place, axis)
-    earlier = (i < jnp.swapaxes(i, axis, axis + 1)).astype(jnp.int32)
-    return jnp.sum(other + earlier > jnp.expand_dims(keys, axis + 1), axis + 1, dtype=jnp.int32) < n
+    earlier = (i < jnp.swapaxes(i, axis, axis + 1)).astype(kind)
+    return jnp.sum(other > jnp.expand_dims(keys, axis + 1) - earlier, axis + 1, dtype=jnp.int32) < n
   ahead = jnp.zeros_like(keys)
   for j in range(m):
-    # Among equal keys the lower index ranks first: adding 1 to an integer key turns > into >=. The addition does not
-    # overflow, because the largest key is that of +inf.
-    other = lax.slice_in_dim(keys, j, j + 1, axis=axis) + (j < place).astype(jnp.int32)
-    ahead += (other > keys).astype(jnp.int32)
-  return ahead < n
+    other, earlier = lax.slice_in_dim(keys, j, j + 1, axis=axis), (j < place).astype(kind)
+    ahead += (other > keys - earlier if minor else other + earlier > keys).astype(kind)
+  return ahead < jnp.clip(n, 0, m).astype(kind)
 
 
 def _bisect_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
@@ -232,7 +190,7 @@ def _bisect_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
   least = largest_key(lambda ts: [count(keys >= t) >= n for t in ts], like, bits=1)
   equal = keys == least
   missing = n - count(keys > least)
-  stop = jnp.zeros_like(like)
+  stop = jnp.zeros(like.shape, jnp.int32)
   for bit in reversed(range(keys.shape[axis].bit_length())):
     candidate = stop + (1 << bit)
     stop = jnp.where(count(equal & (place < candidate)) <= missing, candidate, stop)
@@ -275,34 +233,26 @@ def _keyed(leaves: Sequence[Array]) -> Any:
 
 
 def _least_key(leaves: Sequence[Array], n: Count) -> Array:
-  """Returns the key of the `n`-th largest score of all leaves, or the least key if there are fewer scores.
+  """Returns the key of the `n`-th largest score of all leaves, or the least integer if there are fewer scores.
 
-  Each byte of the key is settled by passes over one byte of each score: a quarter of the memory of the scores.
+  Each byte of the key is settled by passes over one byte of each score, a quarter of the memory of the scores.
   """
   dtype = _keyed(leaves)
   kind = jnp.dtype(jnp.int32 if dtype.itemsize == 4 else jnp.int16).type
 
+  def enough(keys):
+    return lambda ts: [at_least(c, n) for c in _totals([[k >= t for t in ts] for k in keys])]
+
   def settle_byte(i, key):
     shift = jnp.asarray(8 * (dtype.itemsize - 1 - i), kind)
-    # The keys are computed anew for each byte. That takes less time than to read them, and no memory.
+    # To compute the keys anew for each byte takes less time than to read keys, and no memory. Without the barrier, XLA
+    # computes them once before the loop.
     anew = lax.optimization_barrier((leaves, i))[0]
-    bytes_ = [_byte(order_keys(leaf, dtype), key, shift) for leaf in anew]
-    enough = lambda ts: [at_least(c, n) for c in _totals([[b >= t for t in ts] for b in bytes_])]
-    byte = largest_key(enough, jnp.int8(0))
+    byte = largest_key(enough([byte_of(order_keys(leaf, dtype), key, shift) for leaf in anew]), jnp.int8(0))
     return key + jnp.left_shift(byte.astype(kind) + kind(128), shift)
 
-  start = _varying(jnp.asarray(jnp.iinfo(kind).min, kind), lambda ts: [
-      at_least(c, n) for c in _totals([[order_keys(leaf, dtype) >= t for t in ts] for leaf in leaves])])
+  start = varying(jnp.asarray(jnp.iinfo(kind).min, kind), enough([order_keys(leaf, dtype) for leaf in leaves]))
   return lax.fori_loop(0, dtype.itemsize, settle_byte, start)
-
-
-def _byte(keys: Array, prefix: Array, shift: Array) -> Array:
-  """Returns the byte of each key above `shift`, as `int8` in increasing order; `prefix` has the bytes before it.
-
-  A key below all keys with this prefix gets the least byte, and one above all of them the largest.
-  """
-  last = prefix + (jnp.left_shift(prefix.dtype.type(1), shift + 8) - 1)  # wraps around for the first byte
-  return (lax.shift_right_logical(lax.clamp(prefix, keys, last) - prefix, shift) ^ 128).astype(jnp.int8)
 
 
 def _first(mask: Callable[[], Array], n: Count, total: Count) -> Array:
@@ -329,7 +279,7 @@ def _before(mask: Array, fits: Array, stop: Array) -> Array:
 def _stop_in_rows(mask: Array, n: Array) -> Array:
   """Returns the multi-index of the entry of `mask` that `n` entries precede, as `int32[ndim]`.
 
-  One pass counts the entries at each index of the first axis. The rest happens within the index that is cut.
+  A single pass counts the entries at each index of the first axis. The rest happens within the index that is cut.
   """
   stop = []
   for length in mask.shape:

@@ -22,7 +22,7 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types',),
-    ('errors', 'tables'),
+    ('errors', 'tables', 'keys'),
     ('trees',),
     ('programs',),
     ('ranking', 'neighbours'),
