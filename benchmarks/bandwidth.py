@@ -1,7 +1,7 @@
-"""Compares exact masks of 4096 x 4096 scores with the time to read the scores once, at the bandwidth of a measured copy.
+"""Compares exact masks of 4096 x 4096 scores with one reading of the scores at the bandwidth of a measured copy.
 
-The copy is that of numpy into an array that is there already. A copy reads and writes, so that the bound, one reading of
-the scores, is half of its time. Scores of two bytes are compared with float32 scores of the same values.
+The copy is that of numpy into an array that is there already. A copy reads and writes, so that the bound, one reading,
+is half of its time. Scores of two bytes are compared with float32 scores of the same values.
 """
 
 from collections.abc import Callable, Iterator

@@ -128,9 +128,18 @@ class Pattern(Protocol):
   pattern that changes over the steps: the last pattern, and the pattern at `step`.
   """
 
-  sparsity: float | None  # the pattern reaches this fraction when the caller asks for no other
-  static: bool  # whether the pattern contains no traced number
-  group: tuple[int, int]  # lengths, along contraction and output, of the group of weights that a kernel treats as one
+  # Properties, because a member of a protocol that is not one would have to be assignable, which no pattern allows.
+  @property
+  def sparsity(self) -> float | None:
+    """The fraction of zeros that the pattern reaches when the caller asks for no other."""
+
+  @property
+  def static(self) -> bool:
+    """Whether the pattern contains no traced number."""
+
+  @property
+  def group(self) -> tuple[int, int]:
+    """The lengths, along contraction and output, of the group of weights that a kernel treats as one."""
 
   def __call__(self, scores: Array, count: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
     """Returns the mask, `bool` shaped like `scores`, `True` where kept.

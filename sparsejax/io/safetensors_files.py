@@ -41,7 +41,7 @@ _UNKNOWN = '0' * 64  # stands for a digest until it is known
 _DIGEST = b'"sha256":"'  # The header's own digest begins behind this text: other quotes in JSON text are escaped.
 
 
-def save(path: str | os.PathLike, params: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
+def save(path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
   """Writes `params`, whose leaves may be packed or dense, to one safetensors file, or leaves nothing behind.
 
   `metadata` holds strings of the caller, which `io.metadata` reads back. A file at `path` is replaced in one step,
@@ -67,7 +67,7 @@ def save(path: str | os.PathLike, params: PyTree, *, metadata: Mapping[str, str]
     file.write(_header(leaves, tensors, digests, metadata))
 
 
-def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
+def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
   """Returns the tree in a file that `save` wrote, after every byte is verified.
 
   Leaves are NumPy arrays, and packed arrays of NumPy arrays. The tree consists of nested dicts and lists or, with
@@ -87,12 +87,12 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
   return tree if like is None else _like(path, leaves, like)
 
 
-def metadata(path: str | os.PathLike) -> dict[str, str]:
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
   """Returns the strings that were given to `save`, or the metadata of any other safetensors file."""
   return {key: value for key, value in _contents(path).metadata.items() if key not in _OWN}
 
 
-def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
+def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
   """Returns the parameters in a file or checkpoint of unknown structure, as NumPy arrays on this host.
 
   `path` is a file that `save` wrote, any other safetensors file, or an Orbax checkpoint. The names of another
@@ -193,7 +193,7 @@ def _bytes(tensor: Any) -> memoryview:
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   """Opens a new file that replaces `path` once it is complete and on the disk. An error removes the new file."""
   target = os.path.realpath(path)
   if os.path.exists(target) and not os.path.isfile(target):
@@ -232,7 +232,7 @@ def _bad(path: Any, what: str) -> ValueError:
   return ValueError(f'io.load: {path}: {what}. Nothing was loaded; copy the file again, or save it anew.')
 
 
-def _contents(path: str | os.PathLike) -> _File:
+def _contents(path: str | os.PathLike[str]) -> _File:
   """Returns the contents of the file. The safetensors package checks that the header is sound and the file complete."""
   try:
     buffer = np.fromfile(path, np.uint8)
