@@ -207,12 +207,12 @@ def _pattern(args: argparse.Namespace, read: Callable[[str], Any] = _one_pattern
 
 
 def _axes(args: argparse.Namespace, params: PyTree, where: Predicate) -> dict[str, Axes] | None:
-  """Returns the axes of the parameters that `where` picks, or `None` without `--axis`."""
+  """Returns the axes that `--axis` gives to parameters that `where` picks, or `None` without `--axis`."""
   if not args.axis:
     return None
   names, leaves, _ = trees.flatten(params)
   shapes = {name: leaf.shape for name, leaf in zip(names, leaves) if where(name, leaf)}
-  axes = {name: trees.conventional_axes(name, shape) for name, shape in shapes.items()}
+  axes: dict[str, Axes] = {}
   for text in args.axis:
     glob, _, numbers = text.rpartition('=')
     chosen = [name for name in shapes if trees.matches(glob, name)]

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
 from sparsejax import counts, errors, patterns, ranking, scores, trees, updates
+from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
 from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
 
@@ -34,6 +35,7 @@ class Selection(NamedTuple):
   threshold: float | None = None
 
 
+@checked
 def leafwise(
     pattern: Pattern | Mapping[str, Pattern],
     *,
@@ -76,20 +78,35 @@ class _Leafwise:
     return trees.per_leaf('sparsejax', 'pattern', self.pattern, list(paths))
 
   def plan(self, arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
+    paths_and_patterns = list(zip(arrays, self.of(arrays)))
     alone = self.sparsity is not None and not self.ranked
+    carried = [pattern.validate(arrays[path].shape, axes[path]) for path, pattern in paths_and_patterns]
+    refuse(arrays, carried)
     shares = self.allocation(arrays, self.sparsity, axes) if alone else {}
-    leaves = []
-    for path, pattern in zip(arrays, self.of(arrays)):
-      sparsity = self.sparsity if self.ranked else shares.get(path, pattern.sparsity)
-      if hasattr(pattern, 'at') and (alone or self.ramp):
-        raise errors.at_leaf('sparsejax', path, arrays[path].shape, f'the stages on the way to {pattern} have counts '
-                             'of their own. Leave out `sparsity=` and `ramp=`.')
-      if pattern.static and sparsity is None and not self.ranked:
-        raise errors.at_leaf('sparsejax', path, arrays[path].shape, f'{pattern} has no sparsity; pass `sparsity=`.')
-      leaves.append(planned(path, arrays[path].shape, axes[path], pattern, Asked(sparsity, self.ranked)))
+    asked = [Asked(self.sparsity if self.ranked else shares.get(path, pattern.sparsity), self.ranked)
+             for path, pattern in paths_and_patterns]
+    refuse(arrays, [self._unasked(pattern, each) for (_, pattern), each in zip(paths_and_patterns, asked)])
+    leaves = tuple(SparseLeaf(path, arrays[path].shape, axes[path], on_record(pattern), each)
+                   for (path, pattern), each in zip(paths_and_patterns, asked))
     if self.ranked:
       check_comparable(leaves)
-    return Plan(tuple(leaves))
+    return Plan(leaves)
+
+  def _unasked(self, pattern: Pattern, asked: Asked) -> str | None:
+    """Returns why the pattern cannot have the sparsity that is asked of a leaf, or `None` if it can."""
+    if hasattr(pattern, 'at') and (self.ramp or self.sparsity is not None and not self.ranked):
+      return f'the stages on the way to {pattern} have counts of their own. Leave out `sparsity=` and `ramp=`.'
+    if pattern.static and asked.sparsity is None and not self.ranked:
+      return f'{pattern} has no sparsity; pass `sparsity=`.'
+    if getattr(pattern, 'fixed', False) and pattern.static and not self.ranked and not self._same(pattern, asked):
+      return (f'{pattern} keeps {1 - pattern.sparsity:.4g} of every group, and sparsity={asked.sparsity:.4g} asks for '
+              'another fraction. Leave out `sparsity=`, or take the pattern that keeps as many.')
+    return None
+
+  @staticmethod
+  def _same(pattern: Pattern, asked: Asked) -> bool:
+    size = pattern.group[0]
+    return counts.kept_of(asked.sparsity, size) == counts.kept_of(pattern.sparsity, size)
 
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
     now = [at(pattern, s.step) for pattern, s in zip(self.of([leaf.path for leaf in leaves]), signals)]
@@ -112,14 +129,16 @@ class _Leafwise:
             for leaf, pattern in zip(leaves, now)]
 
 
-def planned(path: str, shape: tuple[int, ...], axes: Axes, pattern: Pattern, asked: Asked) -> SparseLeaf:
-  """Returns what is asked of one leaf. Raises `ValueError` if the leaf cannot carry the pattern.
+def refuse(arrays: Mapping[str, Array], reasons: Sequence[str | None]) -> None:
+  """Raises one `ValueError` for all leaves that have a reason, see `errors.at_leaves`."""
+  problems = [errors.Problem(path, w.shape, why) for (path, w), why in zip(arrays.items(), reasons) if why]
+  if problems:
+    raise errors.at_leaves('sparsejax', problems)
 
-  A pattern with a traced N cannot be part of a treedef. The leaf then has no pattern on record.
-  """
-  if why := pattern.validate(shape, axes):
-    raise errors.at_leaf('sparsejax', path, shape, why)
-  return SparseLeaf(path, shape, axes, getattr(pattern, 'target', pattern) if pattern.static else None, asked)
+
+def on_record(pattern: Pattern) -> Pattern | None:
+  """Returns the pattern that a leaf records; none for a traced N, which cannot be part of a treedef."""
+  return getattr(pattern, 'target', pattern) if pattern.static else None
 
 
 def at(pattern: Pattern, step: Any) -> Pattern:
@@ -128,21 +147,21 @@ def at(pattern: Pattern, step: Any) -> Pattern:
 
 
 def check_comparable(leaves: Leaves) -> None:
-  """Raises `ValueError` where leaves cannot be ranked together."""
-  sizes: dict[int, SparseLeaf] = {}
-  for leaf in leaves:
-    if leaf.asked.sparsity is None:
-      raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
-    if leaf.pattern is None or not counts.competes(leaf.pattern, leaf.shape, leaf.axes):
-      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'{leaf.pattern} fixes how many every group keeps, '
-                           'so that leaves cannot be ranked together. Use allocation=allocation.uniform, or another '
-                           'pattern.')
-    sizes.setdefault(counts.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf)
-  if len(sizes) > 1:
-    (a, first), (b, other) = list(sizes.items())[:2]
-    raise errors.at_leaf('sparsejax', other.path, other.shape, f'a unit of {other.pattern} has {b} weights here and '
-                         f'{a} in {first.path!r}, so that leaves cannot be ranked together. Use '
-                         'allocation=allocation.uniform or erk.')
+  """Raises one `ValueError` for all leaves that cannot be ranked together."""
+  if any(leaf.asked.sparsity is None for leaf in leaves):
+    raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
+  others = [errors.Problem(leaf.path, leaf.shape, f'{leaf.pattern} fixes how many every group keeps, so that leaves '
+                           'cannot be ranked together. Use allocation=allocation.uniform, or another pattern.')
+            for leaf in leaves if leaf.pattern is None or not counts.competes(leaf.pattern, leaf.shape, leaf.axes)]
+  if others:
+    raise errors.at_leaves('sparsejax', others)
+  sizes = [(counts.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf) for leaf in leaves]
+  usual, first = sizes[0]
+  others = [errors.Problem(leaf.path, leaf.shape, f'a unit of {leaf.pattern} has {size} weights here and {usual} in '
+                           f'{first.path!r}, so that leaves cannot be ranked together. Use '
+                           'allocation=allocation.uniform or erk.') for size, leaf in sizes if size != usual]
+  if others:
+    raise errors.at_leaves('sparsejax', others)
 
 
 def competed(allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern], ranks: list[Array],
@@ -162,6 +181,7 @@ def _per_layer(kept: Array, pool: Pooled) -> Array:
   return jnp.sum(kept, tuple(a for a in range(kept.ndim) if a not in pool.layers), dtype=jnp.int32)
 
 
+@checked
 def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False) -> Selection:
   """Returns the selection that keeps the weights above the `sparsity(step)`-quantile of |w| over all sparse leaves.
 
@@ -179,6 +199,7 @@ def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False)
   return Selection(plan, select, threshold=-1.0)
 
 
+@checked
 def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) -> Selection:
   """Returns the selection that keeps the weights with a score above `threshold(step)`.
 
@@ -200,6 +221,7 @@ def _all_alike(arrays: dict[str, Array], axes: dict[str, Axes], pattern: Pattern
   return Plan(tuple(SparseLeaf(path, w.shape, axes[path], pattern, asked) for path, w in arrays.items()))
 
 
+@checked
 def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity: float | None = None,
                   allocation: Allocation = allocations.uniform) -> Selection:
   """Returns the selection that drops by magnitude in each layer and grows as many weights by `grow` in all layers.

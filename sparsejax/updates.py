@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import counts, ranking
+from sparsejax.arguments import checked
 from sparsejax.types import Array, Schedule, Score, Signals, Update
 
 
@@ -59,6 +60,7 @@ def ranked_by(update: Update, mask: Array, scores: Array, w: Array, signals: Sig
                      'use allocation=allocation.uniform.') from problem
 
 
+@checked
 def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
   """Returns an update that drops `fraction(step)` of the kept weights by `scores` and grows as many by `grow`.
 
@@ -75,6 +77,7 @@ def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
   return update
 
 
+@checked
 def swap(fraction: Schedule) -> Update:
   """Returns an update that makes at most `fraction(step)`, rounded up, of the changes that `select` would make.
 

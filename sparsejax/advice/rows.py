@@ -109,7 +109,8 @@ def advise(params: PyTree, pattern: Pattern | str | Mapping[str, Pattern | str],
   names, leaves, _ = trees.flatten(params)
   chosen = [(name, leaf) for name, leaf, pick in zip(names, leaves, trees.select('advise', where, params)) if pick]
   asked = trees.per_leaf('advise', 'pattern', pattern, [name for name, _ in chosen])
-  rows = tuple(_row(name, leaf, _parsed(own), trees.axes_of('advise', axes, name, leaf.shape), tokens, table)
+  known = trees.axes_by_path('advise', axes, params, [name for name, _ in chosen])
+  rows = tuple(_row(name, leaf, _parsed(own), known[name], tokens, table)
                for (name, leaf), own in zip(chosen, asked))
   hardware = dict.fromkeys(f'{row.hardware}, jax {row.jax}, commit {row.commit}' for row in table)
   return Advice(rows, device, tokens, _sentence(rows, device, tokens), tuple(hardware))
@@ -134,7 +135,7 @@ def _parsed(pattern: Any) -> Pattern:
 
 def _row(path: str, leaf: Any, pattern: Pattern, axes: Axes, tokens: int, table: Sequence[Measured]) -> ParameterAdvice:
   shape, size, taps = tuple(leaf.shape), np.dtype(leaf.dtype).itemsize, math.prod(leaf.shape[a] for a in axes.spatial)
-  layers, k, n = matrix_sizes(shape, axes)
+  layers, k, n = matrix_sizes(shape, axes) if axes.source != 'unknown' else (1, 0, 0)
   dense, flops = math.prod(shape) * size, 2 * tokens * math.prod(shape)
   fitting = formats.fitting(pattern)
   why = pattern.validate(shape, axes)
@@ -146,7 +147,7 @@ def _row(path: str, leaf: Any, pattern: Pattern, axes: Axes, tokens: int, table:
   if not fitting and not _prunes_outputs(pattern, shape, axes):
     raise errors.at_leaf('advise', path, shape, f'no format of formats.TABLE fits {pattern}; choose another pattern.')
   sparsity = _sparsity(path, leaf, pattern, axes)
-  with_product = [each for each in fitting if each.product]
+  with_product = [each for each in fitting if each.product and k]
   outputs = n if fitting else n - round(sparsity * n)
   packed = ((with_product or fitting)[0].expected_nbytes(shape, leaf.dtype, pattern, axes, sparsity) if fitting
             else math.prod(shape) // n * outputs * size)
@@ -155,6 +156,8 @@ def _row(path: str, leaf: Any, pattern: Pattern, axes: Axes, tokens: int, table:
                         moved(dense, n) / moved(packed, outputs))
   if not fitting:
     return row._replace(note='cut the channels out: a smaller dense product, which takes no kernel')
+  if not k:
+    return row._replace(note='what it contracts is unknown, so no product was looked up; trace it, or say its axes')
   speed = measured.speed(table, [each.product for each in with_product], pattern.group, (k, n), tokens, sparsity)
   return row._replace(**speed._asdict())
 

@@ -59,7 +59,7 @@ def pack(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Map
   a `BlockSparseArray`, `Unstructured()` in a `BitmaskArray`. A string is a pattern, as in '2:4', or the name of a
   format: 'bitmask', 'relative_index', 'csc', 'sparse24'. A dict maps globs to patterns and strings.
 
-  `axes` says which axes of each leaf are contracted; the default is `trees.conventional_axes`. `check=False` is for
+  `axes` says which axes of each leaf are contracted, see `trees.axes_of`; else `conventions` do. `check=False` is for
   traced leaves, see `NMArray.from_dense`. Raises `ValueError` for a leaf that is packed already or whose nonzeros
   do not keep the pattern, and for a pattern that no format fits.
   """
@@ -70,7 +70,9 @@ def pack(params: PyTree, pattern: Any, *, where: Any = trees.matrices, axes: Map
   chosen = [name for name, pick in zip(names, trees.select('pack', where, params)) if pick]
   plans = {name: _format_and_pattern(asked)
            for name, asked in zip(chosen, trees.per_leaf('pack', 'pattern', pattern, chosen))}
-  return treedef.unflatten([_pack_leaf(name, leaf, *plans[name], axes, check) if name in plans else leaf
+  oriented = [name for name, (format_, _) in plans.items() if format_.takes_axes]
+  known = trees.axes_by_path('pack', axes, params, oriented)
+  return treedef.unflatten([_pack_leaf(name, leaf, *plans[name], known.get(name), check) if name in plans else leaf
                             for name, leaf in zip(names, leaves)])
 
 
@@ -90,11 +92,10 @@ def _format_and_pattern(asked: Any) -> tuple[type[PackedArray], Pattern]:
   raise errors.unknown('pack', 'pattern', asked, [*spelled, *named])
 
 
-def _pack_leaf(path: str, leaf: Array, format_: type[PackedArray], pattern: Pattern, axes: Mapping[str, Axes] | None,
+def _pack_leaf(path: str, leaf: Array, format_: type[PackedArray], pattern: Pattern, axes: Axes | None,
                check: bool) -> PackedArray:
   try:
-    own_axes = trees.axes_of('pack', axes, path, leaf.shape) if format_.takes_axes else None
-    return format_.from_pattern(leaf, pattern, own_axes, check)
+    return format_.from_pattern(leaf, pattern, axes, check)
   except Misfit as misfit:
     raise errors.at_leaf('pack', path, leaf.shape, misfit.why) from None
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, flows, trees
-from sparsejax.selections import Selection
-from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Signals
+from sparsejax import conventions, errors, flows, trees
+from sparsejax.selections import Selection, refuse
+from sparsejax.types import Array, Axes, Flow, PyTree, Signals
 
 KEYS = 'threefry2x32'
 
@@ -26,16 +26,17 @@ class Leaves:
 
   def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
     self.paths, leaves, self.treedef = trees.flatten(params)
-    picked = trees.select('sparsejax', where or default_where(axes), params)
+    where = trees.default_where(axes) if where is None else where
+    picked = trees.select('sparsejax', where, params)
     self.index = [i for i, pick in enumerate(picked) if pick]
     self.arrays = {self.paths[i]: leaves[i] for i in self.index}
-    for path, leaf in self.arrays.items():
-      if leaf.dtype.itemsize < 2:
-        raise errors.at_leaf('sparsejax', path, leaf.shape, f'an update of dtype {leaf.dtype} cannot carry the step '
-                             'from one sparse point to the next. Keep the parameter in bfloat16 and cast it in the '
-                             'forward pass, or leave it out of `where`.')
-    self.axes = {path: trees.axes_of('sparsejax', axes, path, w.shape) for path, w in self.arrays.items()}
-    self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
+    try:
+      refuse(self.arrays, map(narrow, self.arrays.values()))
+      self.axes = trees.axes_by_path('sparsejax', axes, params, self.arrays)
+      refuse(self.arrays, (unoriented(flow, own) for own in self.axes.values()))
+      self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
+    except errors.AtLeaves as refusal:
+      raise trees.refused(refusal, where, params) from None
 
   def pick(self, tree: PyTree) -> list[Any]:
     """Returns the sparse leaves of a tree. Raises `ValueError` if its structure is not that of the parameters."""
@@ -77,11 +78,18 @@ class Leaves:
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
 
 
-def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
-  """Returns the predicate for `where=None`: matrices, and with `axes` those matrices that the program contracts."""
-  if axes is None:
-    return trees.matrices
-  return lambda path, leaf: trees.matrices(path, leaf) and bool(trees.tails(path, axes))
+def narrow(leaf: Array) -> str | None:
+  """Returns why a leaf of this dtype cannot be sparse, or `None` if it can."""
+  return None if leaf.dtype.itemsize >= 2 else (
+      f'an update of dtype {leaf.dtype} cannot carry the step from one sparse point to the next. Keep the parameter in '
+      'bfloat16 and cast it in the forward pass, or leave it out of `where`.')
+
+
+def unoriented(flow: Flow, axes: Axes) -> str | None:
+  """Returns why a flow that lies along axes cannot be that of a leaf with these axes, or `None` if it can."""
+  return None if not flow.along_axes or axes.source != 'unknown' else (
+      'the flow of this recipe lies along axes, and neither name, rank nor container says what those of the parameter '
+      f'mean. {conventions.REMEDY}')
 
 
 def plain_key(key: Array | None) -> Array | None:

@@ -16,7 +16,7 @@ from sparsejax import flows, neighbours, trees
 from sparsejax.selections import Selection
 from sparsejax.states import Plan, SparseState
 from sparsejax.transforms import refusals
-from sparsejax.transforms.leaves import Leaves, default_where
+from sparsejax.transforms.leaves import Leaves
 from sparsejax.types import Array, Axes, Inner, Optimizer, Predicate, PyTree
 
 
@@ -65,7 +65,7 @@ def only(*, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | 
   """
   def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
     leaves, treedef = jax.tree.flatten(updates)
-    picked = trees.select('sparsejax', where or default_where(axes), params)
+    picked = trees.select('sparsejax', trees.default_where(axes) if where is None else where, params)
     return treedef.unflatten([u if p else jnp.zeros_like(u) for u, p in zip(leaves, picked)]), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

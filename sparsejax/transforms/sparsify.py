@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import errors, schedules, scores
+from sparsejax.arguments import checked
 from sparsejax.selections import Selection
 from sparsejax.states import SparseState
 from sparsejax.transforms import phases, refusals
@@ -28,6 +29,7 @@ from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTr
 SLOTS = ('kept', 'fresh')
 
 
+@checked
 def sparsify(
     inner: Inner,
     flow: Flow,
@@ -50,8 +52,9 @@ def sparsify(
   """Returns `inner` wrapped so that the parameters that it trains are sparse. Every recipe is a call of `sparsify`.
 
   `where`: the sparse leaves, a predicate `(path, leaf)` or a prefix pytree of bools. The default is `trees.matrices`,
-    and with `axes` those matrices that the traced program contracts.
-  `axes`: `sparsejax.contractions(...)`, or any mapping from paths to `Axes`. The default is the naming conventions.
+    and with traced `axes` what the program contracts, see `trees.default_where`.
+  `axes`: `sparsejax.contractions(...)`, or a mapping from paths or globs to `Axes`. Leaves that the latter does not
+    name, and all leaves by default, follow `conventions`; a leaf without a convention is refused where axes count.
   `refresh`: a schedule of bools, `True` when masks are chosen, on the step counted from the end of the dense phase.
   `dense_steps`: the number of updates before anything is pruned.
   `fine_tune_steps`: the number of updates, the last of `total_steps`, under a fixed mask. In them only kept weights get
@@ -121,8 +124,6 @@ def placeholders(optimizer: optax.GradientTransformation) -> tuple[str, ...]:
 
 def _freeze(dense_steps: int, fine_tune_steps: int, total_steps: int | None) -> int | None:
   """Returns the step at which the mask is fixed for good, or `None`."""
-  if min(dense_steps, fine_tune_steps) < 0:
-    raise ValueError(f'sparsejax: dense_steps ({dense_steps}) and fine_tune_steps ({fine_tune_steps}) count updates.')
   if total_steps is None:
     if fine_tune_steps:
       raise ValueError('sparsejax: fine_tune_steps counts from the end of training; pass total_steps= too.')

@@ -22,7 +22,8 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types',),
-    ('errors', 'tables', 'keys'),
+    ('errors', 'tables', 'conventions', 'keys'),
+    ('arguments',),
     ('trees',),
     ('programs',),
     ('ranking', 'neighbours'),
@@ -65,7 +66,7 @@ INSIDE = {
                            ('contractions',), ('operands',), ('replace',)),
     'sparsejax.formats': (('gaps', 'arrays'), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
-    'sparsejax.recipes': (('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
+    'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('orbax',), ('safetensors_files',)),
 }

@@ -32,7 +32,7 @@ def params():
 
 def packed():
   patterns = {'free/*': 'bitmask', 'rare/*': 'relative_index', '**': '2:4'}
-  return formats.pack(params(), patterns, where=sj.trees.all_but('none'))
+  return formats.pack(params(), patterns, where=sj.trees.matrices)
 
 
 @pytest.fixture
