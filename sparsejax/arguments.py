@@ -118,7 +118,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life'), POSITIVE),
     **dict.fromkeys(('init_value', 'end_value', 'kept', 'pruned'), NUMBER),
     **dict.fromkeys(('decoupled', 'sigma', 'scaled', 'allow_empty', 'pause', 'balanced', 'at_first_update'), FLAG),
-    **dict.fromkeys(('gradient', 'slots', 'uniform_plus.first', 'uniform_plus.last'), NAME),
+    **dict.fromkeys(('gradient', 'slots', 'sparsify.name', 'uniform_plus.first', 'uniform_plus.last'), NAME),
     **dict.fromkeys(('restriction', 'ramp', 'schedule', 'mdgf.decay', 'accumulated_movement.penalty',
                      'score_threshold.threshold', 'global_threshold.sparsity', 'drop_and_grow.fraction',
                      'swap.fraction', 'redistributed.fraction'), SCHEDULE),

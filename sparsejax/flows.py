@@ -147,6 +147,21 @@ def _now(coefficient: Any, signals: Signals) -> Any:
   return coefficient(signals.step) if callable(coefficient) else coefficient
 
 
+def forgotten(flow: Flow) -> Flow:
+  """Returns the flow as pickle can take it, without its functions; `project` then says what is missing."""
+  return flow._replace(project=_forgotten, pull_back=_forgotten, settle=None, begin=None)
+
+
+def is_forgotten(flow: Flow | None) -> bool:
+  """Returns whether the functions of a flow were lost in a pickle."""
+  return flow is not None and flow.project is _forgotten
+
+
+def _forgotten(*args: Any) -> Array:
+  raise ValueError('sparsejax.project: the state comes from a pickle, which cannot hold the schedule of its flow (a '
+                   'lambda or a closure). Make one update, or use a schedule of sparsejax.schedules.')
+
+
 def _unknown(*args: Any) -> Array:
   raise ValueError('sparsejax.project: the flow has coefficients that are arrays; give numbers to the recipe.')
 

@@ -160,7 +160,8 @@ def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]
   never picked, since it has nothing to prune. `function` is the name
   of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an exclusion too,
   matches no path. The message has the closest paths of `tree`, and leaves that optax masks have paths as well. Raises
-  `ValueError` if `where` picks leaves that are not floating, or is neither a predicate nor a prefix.
+  `ValueError` if `where` picks leaves that are not floating or that share their path, or is neither a predicate nor a
+  prefix. A predicate is called with arrays only: a number, a function or an empty array is never picked.
   """
   names, leaves, _ = flatten(tree)
   picked = [pick and getattr(leaf, 'size', 1) > 0 for pick, leaf in zip(_picked(function, where, tree), leaves)]
@@ -172,6 +173,10 @@ def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]
               for name, leaf, pick in zip(names, leaves, picked) if pick and wrong(leaf)]
   if problems:
     raise refused(errors.at_leaves(function, problems), where, tree)
+  problems = [errors.Problem(name, leaf.shape, 'two leaves have this path. Rename a key, so that no key holds a `/`.')
+              for name, leaf, pick in zip(names, leaves, picked) if pick and names.count(name) > 1]
+  if problems:
+    raise errors.at_leaves(function, problems)
   return picked
 
 
@@ -230,10 +235,12 @@ def written(where: Any) -> str:
 
 
 def _picked(function: str, where: Any, tree: PyTree) -> list[bool]:
+  names, leaves, _ = flatten(tree)
+  arrays = [hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') and 0 not in leaf.shape for leaf in leaves]
   if not callable(where):
-    return _prefixed(function, where, tree)
-  (names, leaves, _), where = flatten(tree), over(where, tree)
-  return [bool(where(name, leaf)) for name, leaf in zip(names, leaves)]
+    return [pick and array for pick, array in zip(_prefixed(function, where, tree), arrays)]
+  where = over(where, tree)
+  return [array and bool(where(name, leaf)) for name, leaf, array in zip(names, leaves, arrays)]
 
 
 def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:

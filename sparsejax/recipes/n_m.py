@@ -27,7 +27,7 @@ Patterns = Pattern | Mapping[str, Pattern]
 @sentence()
 def dense(inner: Inner) -> Optimizer:
   """Returns the baseline: `inner` as it is, in the same state as every recipe, so that a table can hold both."""
-  return transforms.identity(inner)
+  return transforms.identity(inner, 'dense')
 
 
 @sentence()

@@ -19,7 +19,7 @@ from sparsejax.types import says
 
 F = TypeVar('F', bound=Callable[..., Any])
 # Words of `sparsify` that a recipe chooses by itself.
-OWN = ('memory', 'start', 'first', 'pause')
+OWN = ('memory', 'start', 'first', 'pause', 'name')
 _OPTIONS = {p.name: p.default for p in inspect.signature(transforms.sparsify).parameters.values()
             if p.kind is p.KEYWORD_ONLY and p.name not in OWN}
 
@@ -31,7 +31,8 @@ def sentence(*sets: str) -> Callable[[F], F]:
 
     @functools.wraps(recipe)
     def call(*args: Any, **kwargs: Any) -> Any:
-      return recipe(**told(name, parameters(call), own.bind_partial(*args).arguments | kwargs))
+      made = recipe(**told(name, parameters(call), own.bind_partial(*args).arguments | kwargs))
+      return transforms.under_name(made, recipe.__name__)
 
     call.sets, call.__signature__ = sets, Signature([*own.parameters.values()])
     call.__signature__.function = name

@@ -24,6 +24,13 @@ KEYS = 'threefry2x32'
 class Leaves:
   """A `Leaves` is the view that one call has of the parameters: the paths, the sparse leaves, and the plan of them."""
 
+  @classmethod
+  def of(cls, method: Any, params: PyTree) -> 'Leaves':
+    """Returns the leaves of a `Method`, with a plan that carries the method's identity."""
+    leaves = cls(params, method.where, method.axes, method.selection, method.until_freeze)
+    leaves.plan = dataclasses.replace(leaves.plan, recipe=method.name, words=method.words, once=method.once)
+    return leaves
+
   def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
     self.paths, leaves, self.treedef = trees.flatten(params)
     where = trees.default_where(axes) if where is None else where
@@ -31,6 +38,8 @@ class Leaves:
     self.index = [i for i, pick in enumerate(picked) if pick]
     self.arrays = {self.paths[i]: leaves[i] for i in self.index}
     try:
+      if where is trees.matrices:
+        refuse_complex(self.paths, leaves, self.treedef)
       refuse(self.arrays, map(narrow, self.arrays.values()))
       self.axes = trees.axes_by_path('sparsejax', axes, params, self.arrays)
       refuse(self.arrays, (unoriented(flow, own) for own in self.axes.values()))
@@ -63,7 +72,7 @@ class Leaves:
     sparse = {self.paths[i]: mask for i, mask in zip(self.index, grown)}
     for i, (name, new) in enumerate(zip(names, jax.tree.leaves(fresh))):
       owner = max((path for path in self.paths if f'/{name}'.endswith(f'/{path}')), key=len, default=None)
-      if owner in sparse and sparse[owner].shape == new.shape:
+      if owner in sparse and sparse[owner].shape == jnp.shape(new):
         leaves[i] = jnp.where(sparse[owner], new, leaves[i])
     return treedef.unflatten(leaves)
 
@@ -76,6 +85,16 @@ class Leaves:
     keys = [now if now is None else jax.random.fold_in(now, np.uint32(name)) for name in names]
     grads = [None] * len(self.index) if grads is None else grads
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
+
+
+def refuse_complex(paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> None:
+  """Raises `ValueError` for complex matrices: the default `where` would pass over them in silence."""
+  found = {path: w for path, w in zip(paths, leaves) if jnp.issubdtype(getattr(w, 'dtype', None), jnp.complexfloating)}
+  if found:
+    real = [jax.ShapeDtypeStruct(w.shape, jnp.float32) if path in found else w for path, w in zip(paths, leaves)]
+    picked = trees.select('sparsejax', trees.matrices, treedef.unflatten(real))
+    found = {path: found[path] for path, pick in zip(paths, picked) if pick and path in found}
+    refuse(found, (f'dtype {w.dtype} is not floating; say in `where` that it stays dense.' for w in found.values()))
 
 
 def narrow(leaf: Array) -> str | None:

@@ -31,7 +31,7 @@ SPARSEJAX = (
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
      'solvers', 'collectives'),
-    ('formats',),
+    ('formats', 'plans'),
     ('states',),
     ('selections',),
     ('transforms', 'planning'),

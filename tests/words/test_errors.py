@@ -290,9 +290,11 @@ REFUSALS = {
     'a state of the optimizer alone': (
         lambda: update(recipes.ste(SGD), SGD.init(PARAMS)), ['the state is a tuple', 'SparseState', 'tx.init(params)']),
     'a state of a recipe without a master': (
-        lambda: update(recipes.ste(SGD), start(recipes.asp(SGD))), ['no dense master', 'another', 'tx.init(params)']),
+        lambda: update(recipes.ste(SGD), start(recipes.asp(SGD))),
+        ['made by asp of 2:4', 'is ste of 2:4', 'tx.init(params)']),
     'a state of a recipe with a master': (
-        lambda: update(recipes.asp(SGD), start(recipes.ste(SGD))), ['a dense master', 'another', 'tx.init(params)']),
+        lambda: update(recipes.asp(SGD), start(recipes.ste(SGD))),
+        ['made by ste of 2:4', 'is asp of 2:4', 'tx.init(params)']),
     'a state of the baseline': (
         lambda: update(recipes.ste(SGD), start(recipes.dense(SGD))), ["'fc/kernel'", 'not sparse', 'tx.init(params)']),
     'the point of parameters of another shape': (
