@@ -76,6 +76,11 @@ class Axes(NamedTuple):
   layer: tuple[int, ...] = ()
   source: str = 'convention'
 
+  def stacked(self, extra: int) -> 'Axes':
+    """Returns the axes of a stack of such parameters, which has `extra` more axes in front."""
+    *groups, layer = (tuple(a + extra for a in group) for group in self[:4])
+    return Axes(*groups, (*range(extra), *layer), self.source)
+
 
 class Signals(NamedTuple):
   """`Signals` hold what a word may read besides the weight itself. A field is `None` where the caller has no value.

@@ -11,7 +11,7 @@ from typing import Any
 
 import optax
 
-from sparsejax import allocation, errors, metrics, patterns, schedules, states, trees
+from sparsejax import allocation, errors, formats, metrics, patterns, schedules, states, trees
 from sparsejax.arguments import is_number
 from sparsejax.recipes.at_init import (
   freeze_net,
@@ -55,7 +55,7 @@ __all__ = [
 ]
 __getattr__ = moved(__name__, {
     'bdwp_backward': (states.bdwp_backward, 'states.bdwp_backward'),
-    'freeze_net_trained': (states.freeze_net_trained, 'states.freeze_net_trained'),
+    'freeze_net_trained': (formats.freeze_net_trained, 'formats.freeze_net_trained'),
     'model_soup': (metrics.model_soup, 'metrics.model_soup')})
 
 # Arguments of recipes that count updates; a float is a fraction of all updates.

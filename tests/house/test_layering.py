@@ -31,14 +31,16 @@ SPARSEJAX = (
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
      'solvers', 'collectives'),
-    ('formats', 'plans'),
+    ('plans',),
     ('states',),
+    ('formats',),
     ('selections',),
     ('transforms', 'planning'),
     tuple(FAMILIES),
     ('recipes',),
     ('reports', 'advice'),
     ('io',),
+    ('checkpoints',),
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
 )
@@ -68,7 +70,7 @@ INSIDE = {
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
-    'sparsejax.io': (('orbax',), ('safetensors_files',)),
+    'sparsejax.io': (('headers', 'orbax', 'slots'), ('stored', 'bodies'), ('folders',), ('saving', 'loading')),
 }
 LAYERS = {'sparsejax': SPARSEJAX, 'kernels_pallas': KERNELS, 'experiments': EXPERIMENTS}
 # Who may import which package of the repository.
