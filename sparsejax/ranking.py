@@ -9,8 +9,8 @@ index is kept first, in row-major order within the group or the leaf. -0.0 equal
     ranking.top_n_of_leaves([a, b], 1000)                    # 1000 of two leaves together
 
 No function sorts. In a small group each entry counts the entries that precede it. In large groups, and in whole leaves,
-bisection settles the bits of the least score that is kept, by comparisons and sums only. The counts of a leaf are
-scalars, which add up across shards. A `Count` has two words, so that counts above 2^31 are exact.
+bisection settles the bits of the least key that is kept, by comparisons and sums only: `keys` says what a key is. The
+counts of a leaf are scalars, which add up across shards. A `Count` has two words, so that counts above 2^31 are exact.
 """
 
 import functools
@@ -23,11 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparsejax.keys import byte_of, key_scores, largest_key, order_keys, varying
 from sparsejax.types import Array
 
 # Counting costs m comparisons for each entry of a group of m; bisection costs about 31 passes over memory. On a 2-core
 # CPU, for 4096 x 4096 float32, counting takes half the time of bisection at m = 64, and twice the time at m = 128.
 _COUNT_MOST = 64
+_RUN = 128  # the number of entries of a mask whose sum is one byte; at most 255
 _WORD = 31  # bits of the low word of a `Count`; a sum is split into two words before it needs more than 32 bits
 
 
@@ -125,10 +127,17 @@ def _sums(masks: Sequence[Array]) -> list[Array]:
   """Returns the number of `True` entries of each mask, as `int32[]`."""
   # XLA:CPU compiles one `reduce` of several arrays to a single loop. Sums become a tree of windows, each with a copy of
   # its mask, which takes ten times as long. Between shards, however, sums become all-reduces, and `reduce` a gather.
-  if _one_cpu():
-    ones = [mask.astype(jnp.int32) for mask in masks]
-    return lax.reduce(ones, [np.int32(0)] * len(masks), _added, tuple(range(masks[0].ndim)))
-  return [jnp.sum(mask, dtype=jnp.int32) for mask in masks]
+  if not _one_cpu():
+    return [jnp.sum(mask, dtype=jnp.int32) for mask in masks]
+  masks, size = [mask.reshape(-1) for mask in masks], masks[0].size
+  if size % _RUN == 0:  # the two processors share the runs, and a sum of bytes takes a quarter of the instructions
+    masks = _reduced([mask.reshape(-1, _RUN) for mask in masks], 1, np.uint8)
+  return _reduced(masks, 0, np.int32)
+
+
+def _reduced(arrays: Sequence[Array], axis: int, dtype: Any) -> list[Array]:
+  """Returns the sum of each array along `axis`, computed in `dtype`, by one reduction of all of them."""
+  return lax.reduce([array.astype(dtype) for array in arrays], [dtype(0)] * len(arrays), _added, (axis,))
 
 
 def _one_cpu() -> bool:
@@ -139,53 +148,15 @@ def _added(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
   return [x + y for x, y in zip(a, b)]
 
 
-def order_keys(scores: Array, dtype: Any = jnp.float32) -> Array:
-  """Returns integer keys, shaped like `scores`, that are ordered as the scores are; NaN gets the least key.
-
-  The score with the larger key ranks first. Keys are the `int32` of the scores as `float32`: exact for float32,
-  bfloat16, float16 and float8; a float64 score is compared as float32. If `dtype` has two bytes, the scores are cast to
-  `dtype`, and keys are `int16`.
-  """
-  # The keys are computed from the bits alone. In groups of four the keys are most of the work, and comparing the floats
-  # as well would take a third longer.
-  kind = jnp.int32 if jnp.dtype(dtype).itemsize == 4 else jnp.int16
-  infinity, most, least = np.array(np.inf, dtype).view(kind), jnp.iinfo(kind).max, kind(jnp.iinfo(kind).min)
-  bits = lax.bitcast_convert_type(scores.astype(dtype), kind)
-  # `least` has the bits of -0.0, and is less than the key of -inf.
-  ordered = jnp.where(bits == least, kind(0), bits ^ ((bits >> (jnp.iinfo(kind).bits - 1)) & kind(most)))
-  return jnp.where((bits & kind(most)) > infinity, least, ordered)
-
-
-def key_scores(keys: Array) -> Array:
-  """Returns the `float32` scores that have these `int32` keys; the least key gives NaN."""
-  return lax.bitcast_convert_type(jnp.where(keys < 0, keys ^ jnp.int32(0x7FFFFFFF), keys), jnp.float32)
-
-
-def largest_key(enough: Callable[[list[Array]], list[Array]], like: Array, bits: int = 2) -> Array:
-  """Returns the largest key for which `enough` is `True`, elementwise, in the shape and dtype of `like`.
-
-  If `enough` is `True` for no key, the result is the least key. `enough` maps a list of `2^bits - 1` increasing keys to
-  a list of bools; each call settles `bits` bits. `enough` must be `False` above every key for which it is `False`. If
-  `enough` says that at least `n` entries are as large as the key, the result is the `n`-th largest key, counted from 1.
-  """
-  info = jnp.iinfo(like.dtype)
-
-  def settle_bits(i, t):
-    step = jnp.left_shift(like.dtype.type(1), jnp.asarray(info.bits - bits - bits * i, like.dtype))
-    return t + step * sum(hold.astype(like.dtype) for hold in enough([t + k * step for k in range(1, 2**bits)]))
-
-  # The first bits are settled outside the loop: within `shard_map` the carry must vary between devices from the start.
-  start = settle_bits(0, jnp.full_like(like, info.min))
-  return lax.fori_loop(1, info.bits // bits, settle_bits, start)
-
-
 def top_n_in_groups(scores: Array, n: Any, m: int, axis: int) -> Array:
   """Returns the mask of the `n` largest scores in each group of `m` neighbours along `axis`.
 
   `n` may be traced. The caller must make sure that `m` divides the length of the axis.
   """
   axis, shape = axis % scores.ndim, scores.shape
-  keys = order_keys(scores).reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
+  # Two-byte keys halve the work, but along the minor axis XLA:CPU does not vectorize them.
+  keys = order_keys(scores, _keyed([scores]) if axis < scores.ndim - 1 else jnp.float32)
+  keys = keys.reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
   pick = _count_in_groups if m <= _COUNT_MOST else _bisect_groups
   return pick(keys, jnp.asarray(n, jnp.int32), _along(axis + 1, keys.shape), axis + 1).reshape(shape)
 
@@ -195,18 +166,18 @@ def _count_in_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
 
   An entry is kept if fewer than `n` entries of its group are larger, or equal and of lower index.
   """
-  m = keys.shape[axis]
-  if axis == keys.ndim - 1 and 8 <= m <= 32:  # XLA vectorizes the reduction along the minor axis
+  m, kind, minor = keys.shape[axis], keys.dtype, axis == keys.ndim - 1
+  # Among equal keys the lower index ranks first: 1 more or 1 less turns > into >= of integer keys. Nothing overflows,
+  # because the largest key is that of +inf, and the least that of NaN. Along the minor axis 1 less is the faster.
+  if minor and 8 <= m <= 32:  # XLA vectorizes the reduction along the minor axis
     other, i = jnp.expand_dims(keys, axis), jnp.expand_dims(place, axis)
-    earlier = (i < jnp.swapaxes(i, axis, axis + 1)).astype(jnp.int32)
-    return jnp.sum(other + earlier > jnp.expand_dims(keys, axis + 1), axis + 1, dtype=jnp.int32) < n
+    earlier = (i < jnp.swapaxes(i, axis, axis + 1)).astype(kind)
+    return jnp.sum(other > jnp.expand_dims(keys, axis + 1) - earlier, axis + 1, dtype=jnp.int32) < n
   ahead = jnp.zeros_like(keys)
   for j in range(m):
-    # Among equal keys the lower index ranks first: adding 1 to an integer key turns > into >=. The addition does not
-    # overflow, because the largest key is that of +inf.
-    other = lax.slice_in_dim(keys, j, j + 1, axis=axis) + (j < place).astype(jnp.int32)
-    ahead += (other > keys).astype(jnp.int32)
-  return ahead < n
+    other, earlier = lax.slice_in_dim(keys, j, j + 1, axis=axis), (j < place).astype(kind)
+    ahead += (other > keys - earlier if minor else other + earlier > keys).astype(kind)
+  return ahead < jnp.clip(n, 0, m).astype(kind)
 
 
 def _bisect_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
@@ -219,7 +190,7 @@ def _bisect_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
   least = largest_key(lambda ts: [count(keys >= t) >= n for t in ts], like, bits=1)
   equal = keys == least
   missing = n - count(keys > least)
-  stop = jnp.zeros_like(like)
+  stop = jnp.zeros(like.shape, jnp.int32)
   for bit in reversed(range(keys.shape[axis].bit_length())):
     candidate = stop + (1 << bit)
     stop = jnp.where(count(equal & (place < candidate)) <= missing, candidate, stop)
@@ -244,53 +215,100 @@ def top_n_of_leaves(leaves: Sequence[Array], n: Any) -> list[Array]:
 # programs in flight have deadlocked XLA:CPU with more devices than cores.
 @functools.partial(jax.jit, inline=True)
 def _top_n_of_leaves(leaves: list[Array], n: Count) -> list[Array]:
-  keys = _keys(leaves)
-  enough = lambda ts: [at_least(c, n) for c in _totals([[k >= t for t in ts] for k in keys])]
-  least = largest_key(enough, jnp.zeros((), keys[0].dtype))
-  counts = [_totals([[k > least, k == least]]) for k in keys]
+  least = _least_key(leaves, n)
+  keys = [functools.partial(order_keys, leaf, _keyed(leaves)) for leaf in leaves]
+  counts = [_totals([[k() > least, k() == least]]) for k in keys]
   missing = functools.reduce(minus, [larger for larger, _ in counts], n)
   masks = []
   for k, (_, equals) in zip(keys, counts):
-    masks.append((k > least) | _first(k == least, missing, equals))
+    masks.append((k() > least) | _first(lambda k=k: k() == least, missing, equals))
     missing = minus(missing, equals)
   return masks
 
 
-def _keys(leaves: Sequence[Array]) -> list[Array]:
-  """Returns the keys of all leaves in one dtype: `int16` if all are bfloat16 or all are float16, else `int32`."""
+def _keyed(leaves: Sequence[Array]) -> Any:
+  """Returns the dtype whose bits order all leaves: bfloat16 or float16 if all leaves have this dtype, else float32."""
   dtypes = {leaf.dtype for leaf in leaves}
-  narrow = len(dtypes) == 1 and dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
-  return [order_keys(leaf, leaf.dtype if narrow else jnp.float32) for leaf in leaves]
+  return dtypes.pop() if dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}) else jnp.dtype(jnp.float32)
 
 
-def _first(mask: Array, n: Count, total: Count) -> Array:
-  """Returns the mask of the first `n` entries, in row-major order, of the `total` entries that are `True` in `mask`.
+def _least_key(leaves: Sequence[Array], n: Count) -> Array:
+  """Returns the key of the `n`-th largest score of all leaves, or the least integer if there are fewer scores.
 
-  Bisection settles, axis by axis, the multi-index at which the mask stops. An index into the flattened leaf would need
-  two words.
+  Each byte of the key is settled by passes over one byte of each score, a quarter of the memory of the scores.
   """
-  fits = at_least(n, total)
+  dtype = _keyed(leaves)
+  kind = jnp.dtype(jnp.int32 if dtype.itemsize == 4 else jnp.int16).type
+
+  def enough(keys):
+    return lambda ts: [at_least(c, n) for c in _totals([[k >= t for t in ts] for k in keys])]
+
+  def settle_byte(i, key):
+    shift = jnp.asarray(8 * (dtype.itemsize - 1 - i), kind)
+    # To compute the keys anew for each byte takes less time than to read keys, and no memory. Without the barrier, XLA
+    # computes them once before the loop.
+    anew = lax.optimization_barrier((leaves, i))[0]
+    byte = largest_key(enough([byte_of(order_keys(leaf, dtype), key, shift) for leaf in anew]), jnp.int8(0))
+    return key + jnp.left_shift(byte.astype(kind) + kind(128), shift)
+
+  start = varying(jnp.asarray(jnp.iinfo(kind).min, kind), enough([order_keys(leaf, dtype) for leaf in leaves]))
+  return lax.fori_loop(0, dtype.itemsize, settle_byte, start)
+
+
+def _first(mask: Callable[[], Array], n: Count, total: Count) -> Array:
+  """Returns the mask of the first `n` entries, in row-major order, of the `total` entries that are `True` in `mask()`.
+
+  The mask is a function, so that XLA computes the mask anew in each pass, and a branch that is not taken needs none.
+  """
+  fits, shape = at_least(n, total), jax.eval_shape(mask).shape
+  decided, whole = fits | ~at_least(n, count(1)), jnp.where(fits, jnp.asarray(shape, jnp.int32), 0)
+  if _one_cpu() and 0 < math.prod(shape) < 2**31:
+    return _before(mask(), fits, lax.cond(decided, lambda: whole, lambda: _stop_in_rows(mask(), n.low)))
+  return _before(mask(), fits, _stop(mask(), n, fits, decided, whole))
+
+
+def _before(mask: Array, fits: Array, stop: Array) -> Array:
+  """Returns the entries of `mask` whose multi-index comes before `stop`; all entries if `fits`."""
+  earlier = fits
+  for axis in reversed(range(mask.ndim)):
+    place = _along(axis, mask.shape)
+    earlier = (place < stop[axis]) | ((place == stop[axis]) & earlier)
+  return mask & earlier
+
+
+def _stop_in_rows(mask: Array, n: Array) -> Array:
+  """Returns the multi-index of the entry of `mask` that `n` entries precede, as `int32[ndim]`.
+
+  A single pass counts the entries at each index of the first axis. The rest happens within the index that is cut.
+  """
+  stop = []
+  for length in mask.shape:
+    rows, place = mask.reshape(length, -1), _along(0, (length,))
+    kept, left = _reduced([rows, ~rows], 1, np.int32)
+    counts = (kept - left + rows.shape[1]) >> 1  # `kept`, but XLA:CPU makes a tree of windows where it is alone
+    before = lambda at, counts=counts, place=place: jnp.sum(jnp.where(place < at, counts, 0), dtype=jnp.int32)
+    stop.append(largest_key(lambda ats, n=n, before=before: [before(at) <= n for at in ats], jnp.int32(0)))
+    n, mask = n - before(stop[-1]), lax.dynamic_index_in_dim(mask, stop[-1], 0, keepdims=False)
+  return jnp.stack(stop)
+
+
+def _stop(mask: Array, n: Count, fits: Array, decided: Array, whole: Array) -> Array:
+  """Returns what `_stop_in_rows` does, by bisection of one axis after the other; `whole` if it is `decided`.
+
+  Devices exchange counts only. An index into the flattened leaf would need two words.
+  """
   steps = [[1 << shift if a == axis else 0 for a in range(mask.ndim)]
            for axis, length in enumerate(mask.shape) for shift in reversed(range(0, length.bit_length(), 2))]
   if not steps:
-    return mask & fits
-
-  def before(stop):
-    earlier = fits
-    for axis in reversed(range(mask.ndim)):
-      place = _along(axis, mask.shape)
-      earlier = (place < stop[axis]) | ((place == stop[axis]) & earlier)
-    return mask & earlier
+    return whole
 
   def settle_digit(i, stop):
     step = jnp.asarray(steps, jnp.int32)[i]
     stops = [stop + digit * step for digit in (1, 2, 3)]
-    counts = _totals([[before(s) for s in stops]])
+    counts = _totals([[_before(mask, fits, s) for s in stops]])
     return stop + step * sum((at_least(n, c) & jnp.all(s >= 0)).astype(jnp.int32) for s, c in zip(stops, counts))
 
-  decided = fits | ~at_least(n, count(1))
-  stop = jnp.where(fits, jnp.asarray(mask.shape, jnp.int32), 0)
-  return before(lax.fori_loop(jnp.where(decided, len(steps), 0), len(steps), settle_digit, stop))
+  return lax.fori_loop(jnp.where(decided, len(steps), 0), len(steps), settle_digit, whole)
 
 
 def quantile(leaves: Sequence[Array], q: Any) -> Array:

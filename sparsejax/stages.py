@@ -11,7 +11,7 @@ from typing import Any
 from jax import lax
 
 from sparsejax import counts
-from sparsejax.types import Array, Axes, Pattern, Schedule
+from sparsejax.types import Array, Axes, Pattern, Pooled, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,18 @@ class Staged:
       raise AttributeError(name)
     return getattr(self.target, name)
 
+  @property
+  def sparsity(self) -> float | None:
+    return self.target.sparsity
+
+  @property
+  def static(self) -> bool:
+    return self.target.static
+
+  @property
+  def group(self) -> tuple[int, int]:
+    return self.target.group
+
   def at(self, step: Any) -> Pattern:
     """Returns the pattern at `step`."""
     return self.schedule(step)
@@ -43,6 +55,12 @@ class Staged:
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     return self.at(0).validate(shape, axes) or self.target.validate(shape, axes)
+
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    return self.target.violation(w, axes, sparsity)
+
+  def pooled(self, scores: Array, axes: Axes) -> Pooled:
+    return self.target.pooled(scores, axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types',),
-    ('errors', 'tables', 'conventions'),
+    ('errors', 'tables', 'conventions', 'keys'),
     ('arguments',),
     ('trees',),
     ('programs',),
