@@ -156,14 +156,15 @@ def globs_of(where: Any) -> tuple[str, ...]:
 def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]:
   """Returns one bool for each leaf of `tree`: whether `where` picks the leaf.
 
-  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. `function` is the name
+  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. A leaf of size zero is
+  never picked, since it has nothing to prune. `function` is the name
   of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an exclusion too,
   matches no path. The message has the closest paths of `tree`, and leaves that optax masks have paths as well. Raises
   `ValueError` if `where` picks leaves that are not floating or that share their path, or is neither a predicate nor a
   prefix. A predicate is called with arrays only: a number, a function or an empty array is never picked.
   """
   names, leaves, _ = flatten(tree)
-  picked = _picked(function, where, tree)
+  picked = [pick and getattr(leaf, 'size', 1) > 0 for pick, leaf in zip(_picked(function, where, tree), leaves)]
   _refuse_globs(function, where, tree, any(picked))
   if not any(picked):
     raise ValueError(f'{function}: `where` picks no parameter. {_looks(names)}')
