@@ -10,8 +10,8 @@ which every tool of optax understands.
     where = lambda path, leaf: leaf.ndim == 2 and leaf.size > 10_000
 """
 
-import dataclasses
 import collections
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
