@@ -14,6 +14,7 @@ scalars, which add up across shards. A `Count` has two words, so that counts abo
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparsejax import kinds
 from sparsejax.types import Array
 
 # Counting costs m comparisons for each entry of a group of m; bisection costs about 31 passes over memory. On a 2-core
@@ -59,20 +61,40 @@ def count(n: Any) -> Count:
   return Count((n >> _WORD).astype(jnp.int32), (n & ((1 << _WORD) - 1)).astype(jnp.int32))
 
 
+def counted(n: Count, size: int) -> Any:
+  """Returns `n` in the form in which `size` entries are counted: `int32` below 2^31 entries, else a `Count`.
+
+  The `int32` is -1 for a negative `n`, and `size` for an `n` that is larger than an `int32`.
+  """
+  if size > _most():
+    return n
+  where = np.where if isinstance(n.high, (int, np.integer)) else jnp.where
+  return where(n.high < 0, np.int32(-1), where(n.high > 0, np.int32(size), n.low))
+
+
+def _most() -> int:
+  """Returns how many entries are counted in one word."""
+  return (1 << _WORD) - 1
+
+
 def plus(a: Count, b: Count) -> Count:
   """Returns `a + b`."""
   carried = _words(jnp.add(a.low, b.low))
   return Count(a.high + b.high + carried.high, carried.low)
 
 
-def minus(a: Count, b: Count) -> Count:
-  """Returns `a - b`; the `high` of a negative difference is negative."""
+def minus(a: Any, b: Any) -> Any:
+  """Returns `a - b`, of two `int32` or of two `Count`; the `high` of a negative difference is negative."""
+  if not isinstance(a, Count):
+    return a - b
   low = a.low - b.low
   return Count(a.high - b.high + (low >> _WORD), low & ((1 << _WORD) - 1))
 
 
-def at_least(a: Count, b: Count) -> Array:
-  """Returns whether `a >= b`, as `bool[]`."""
+def at_least(a: Any, b: Any) -> Array:
+  """Returns whether `a >= b`, of two `int32` or of two `Count`, elementwise."""
+  if not isinstance(a, Count):
+    return a >= b
   return (a.high > b.high) | ((a.high == b.high) & (a.low >= b.low))
 
 
@@ -81,20 +103,20 @@ def _words(total: Any) -> Count:
   return Count(lax.shift_right_logical(total, np.int32(_WORD)), total & ((1 << _WORD) - 1))
 
 
-def _totals(masks: Sequence[Sequence[Array]]) -> list[Count]:
+def _totals(masks: Sequence[Sequence[Array]]) -> list[Any]:
   """Returns, for each `i`, the number of `True` entries of `masks[0][i]`, `masks[1][i]`, ... together.
 
-  `masks[j]` holds the masks of leaf `j`, all of the same shape.
+  `masks[j]` holds the masks of leaf `j`, all of the same shape. Numbers have the form of `counted` of all entries.
   """
-  most = (2 << _WORD) - 1
-  totals, sums, entries = [count(0)] * len(masks[0]), [np.int32(0)] * len(masks[0]), 0
+  most, number = (2 << _WORD) - 1, len(masks[0])
+  totals, sums, entries, wide = [count(0)] * number, [np.int32(0)] * number, 0, False
   for leaf in masks:
     for size, slab in _slabs(leaf[0].shape, most):
       if entries + size > most:
-        totals, sums, entries = [plus(t, _words(s)) for t, s in zip(totals, sums)], [np.int32(0)] * len(sums), 0
+        totals, sums, entries, wide = [plus(t, _words(s)) for t, s in zip(totals, sums)], [np.int32(0)] * number, 0, True
       more = _sums(leaf if slab is None else [mask & slab for mask in leaf])
       sums, entries = [s + m for s, m in zip(sums, more)], entries + size
-  return [plus(t, _words(s)) for t, s in zip(totals, sums)]
+  return [plus(t, _words(s)) for t, s in zip(totals, sums)] if wide or entries > _most() else sums
 
 
 def _slabs(shape: tuple[int, ...], most: int) -> list[tuple[int, Array | None]]:
@@ -237,23 +259,60 @@ def top_n_of_leaves(leaves: Sequence[Array], n: Any) -> list[Array]:
   Among equal scores those of the earlier leaf are kept first. `n` is any argument of `count`, and may be traced. Leaves
   are not concatenated, and devices exchange only the counts of a sharded leaf.
   """
-  return _top_n_of_leaves(list(leaves), count(n))
+  return _top_n_of_leaves(list(leaves), counted(count(n), sum(leaf.size for leaf in leaves)))
 
 
 # The selection is a single program outside of `jit` too. Each sum of a sharded leaf waits for all devices. Many such
 # programs in flight have deadlocked XLA:CPU with more devices than cores.
 @functools.partial(jax.jit, inline=True)
-def _top_n_of_leaves(leaves: list[Array], n: Count) -> list[Array]:
-  keys = _keys(leaves)
+def _top_n_of_leaves(leaves: list[Array], n: Any) -> list[Array]:
+  groups, stacks = _stacks(leaves)
+  keys = _keys(stacks)
   enough = lambda ts: [at_least(c, n) for c in _totals([[k >= t for t in ts] for k in keys])]
   least = largest_key(enough, jnp.zeros((), keys[0].dtype))
-  counts = [_totals([[k > least, k == least]]) for k in keys]
-  missing = functools.reduce(minus, [larger for larger, _ in counts], n)
-  masks = []
-  for k, (_, equals) in zip(keys, counts):
-    masks.append((k > least) | _first(k == least, missing, equals))
-    missing = minus(missing, equals)
-  return masks
+  counts = [_of_rows([k > least, k == least], isinstance(n, Count)) for k in keys]
+  missing = _missing(n, groups, counts)
+  masks = [(k > least) | _first(k == least, each, equals) for k, each, (_, equals) in zip(keys, missing, counts)]
+  rows = dict(zip(itertools.chain(*groups), itertools.chain(*map(kinds.unstacked, masks))))
+  return [rows[i] for i in range(len(leaves))]
+
+
+def _stacks(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
+  """Returns the places of the leaves of each kind, and the leaves of each kind as one array, `[leaves, ...]`.
+
+  A leaf that is too large for 32-bit counts is a kind of its own.
+  """
+  groups = []
+  for places in kinds.of(leaves):
+    first = leaves[places[0]]
+    groups += [places] if first.size <= _most() and kinds.stackable(first) else [[i] for i in places]
+  return groups, [kinds.stacked([leaves[i] for i in places]) for places in groups]
+
+
+def _of_rows(masks: Sequence[Array], wide: bool) -> list[Any]:
+  """Returns the numbers of `True` entries in each row of masks `[rows, ...]`; with `wide`, as a `Count`."""
+  numbers = jax.vmap(lambda *row: _totals([row]))(*masks)
+  return [Count(jnp.zeros_like(n), n) if wide and not isinstance(n, Count) else n for n in numbers]
+
+
+def _missing(n: Any, groups: Sequence[Sequence[int]], counts: Sequence[Sequence[Any]]) -> list[Any]:
+  """Returns how many of its scores with the least key each leaf keeps, `[rows]` for each stack.
+
+  `counts`: the numbers of scores above the least key, and with the least key, `[rows]` for each stack. Earlier leaves
+  keep theirs first, so that a number may be larger than there are scores, or negative.
+  """
+  larger, equals = (jax.tree.map(lambda *each: jnp.concatenate(each), *of_stacks) for of_stacks in zip(*counts))
+  place = np.concatenate(groups)  # of each row among the leaves
+  if len(place) == 1:
+    return [minus(jax.tree.map(lambda word: jnp.asarray(word)[None], n), larger)]
+  left, _ = _before(n, larger)
+  _, missing = _before(left, jax.tree.map(lambda word: word[np.argsort(place)], equals))
+  return [jax.tree.map(lambda word: word[np.asarray(places)], missing) for places in groups]
+
+
+def _before(n: Any, counts: Any) -> tuple[Any, Any]:
+  """Returns what is left of `n` after all of the counts `[rows]` are taken away, and before each of them, `[rows]`."""
+  return lax.scan(lambda left, taken: (minus(left, taken), left), n, counts)
 
 
 def _keys(leaves: Sequence[Array]) -> list[Array]:
@@ -263,34 +322,54 @@ def _keys(leaves: Sequence[Array]) -> list[Array]:
   return [order_keys(leaf, leaf.dtype if narrow else jnp.float32) for leaf in leaves]
 
 
-def _first(mask: Array, n: Count, total: Count) -> Array:
-  """Returns the mask of the first `n` entries, in row-major order, of the `total` entries that are `True` in `mask`.
+def _first(mask: Array, n: Any, total: Any) -> Array:
+  """Returns the mask of the first `n[i]` entries, in row-major order, of the `total[i]` that are `True` in `mask[i]`.
 
-  Bisection settles, axis by axis, the multi-index at which the mask stops. An index into the flattened leaf would need
-  two words.
+  Bisection settles the index at which the mask of a row stops. A row has several indices if one would not fit 32 bits.
   """
-  fits = at_least(n, total)
-  steps = [[1 << shift if a == axis else 0 for a in range(mask.ndim)]
-           for axis, length in enumerate(mask.shape) for shift in reversed(range(0, length.bit_length(), 2))]
-  if not steps:
-    return mask & fits
+  indices = _indices(mask.shape)
+  lengths = np.array([math.prod(mask.shape[a] for a in axes) for axes in indices], np.int32)
+  places = [_index(axes, mask.shape) for axes in indices]
+  steps = np.array([[1 << shift if j == i else 0 for j in range(len(indices))] for i, length in enumerate(lengths)
+                    for shift in reversed(range(0, max(int(length), 1).bit_length(), 2))], np.int32)
 
-  def before(stop):
-    earlier = fits
-    for axis in reversed(range(mask.ndim)):
-      place = _along(axis, mask.shape)
-      earlier = (place < stop[axis]) | ((place == stop[axis]) & earlier)
+  def before(stop):  # `[indices, rows]`
+    earlier = False
+    for place, one in reversed(list(zip(places, stop))):
+      one = lax.expand_dims(one, range(1, mask.ndim))
+      earlier = (place < one) | ((place == one) & earlier) if earlier is not False else place < one
     return mask & earlier
 
   def settle_digit(i, stop):
-    step = jnp.asarray(steps, jnp.int32)[i]
+    step = lax.dynamic_index_in_dim(steps, i, 0, keepdims=False, allow_negative_indices=False)[:, None]
     stops = [stop + digit * step for digit in (1, 2, 3)]
-    counts = _totals([[before(s) for s in stops]])
-    return stop + step * sum((at_least(n, c) & jnp.all(s >= 0)).astype(jnp.int32) for s, c in zip(stops, counts))
+    fit = [at_least(n, c) & (functools.reduce(jnp.minimum, s) >= 0)
+           for s, c in zip(stops, _of_rows([before(s) for s in stops], isinstance(n, Count)))]
+    return stop + step * sum(f.astype(jnp.int32) for f in fit)[None]
 
-  decided = fits | ~at_least(n, count(1))
-  stop = jnp.where(fits, jnp.asarray(mask.shape, jnp.int32), 0)
-  return before(lax.fori_loop(jnp.where(decided, len(steps), 0), len(steps), settle_digit, stop))
+  fits = at_least(n, total)
+  decided = fits | ~at_least(n, count(1) if isinstance(n, Count) else 1)
+  stop = jnp.where(fits, lengths[:, None], 0)
+  return before(lax.fori_loop(jnp.where(jnp.all(decided), len(steps), 0), len(steps), settle_digit, stop))
+
+
+def _indices(shape: tuple[int, ...]) -> list[list[int]]:
+  """Returns the axes that each index of an entry of a row merges: one index if a row of `shape` fits 32 bits."""
+  indices, size = [[]], 1
+  for axis, length in list(enumerate(shape))[1:]:
+    if size * length > _most():
+      indices, size = [*indices, []], 1
+    indices[-1].append(axis)
+    size *= length
+  return [axes for axes in indices if axes] or [[]]
+
+
+def _index(axes: Sequence[int], shape: tuple[int, ...]) -> Array:
+  """Returns the index that merges `axes`, row-major, of each entry: `int32`, of length 1 along all other axes."""
+  place, stride = jnp.zeros([1] * len(shape), jnp.int32), 1
+  for axis in reversed(axes):
+    place, stride = place + _along(axis, shape) * np.int32(stride), stride * shape[axis]
+  return place
 
 
 def quantile(leaves: Sequence[Array], q: Any) -> Array:
@@ -300,16 +379,17 @@ def quantile(leaves: Sequence[Array], q: Any) -> Array:
   order. `q` may be traced. NaN counts as the least value. The place is a `float32`, and is off by up to 2^-24 of the
   size.
   """
-  keys, size = [order_keys(leaf) for leaf in leaves], sum(leaf.size for leaf in leaves)
+  keys, size = [order_keys(stack) for stack in _stacks(leaves)[1]], sum(leaf.size for leaf in leaves)
+  number = lambda n: counted(count(n), size)
   place = jnp.float32(size - 1) * jnp.asarray(q, jnp.float32)
-  last = at_least(count(jnp.floor(place)), count(size - 1))
-  below = jax.tree.map(functools.partial(jnp.where, last), count(size - 1), count(jnp.floor(place)))
-  rank = minus(count(size), below)  # of the lower neighbour; the largest value has rank 1
+  last = at_least(number(jnp.floor(place)), number(size - 1))
+  below = jax.tree.map(functools.partial(jnp.where, last), number(size - 1), number(jnp.floor(place)))
+  rank = minus(number(size), below)  # of the lower neighbour; the largest value has rank 1
   low = largest_key(lambda ts: [at_least(c, rank) for c in _totals([[k >= t for t in ts] for k in keys])], jnp.int32(0))
   # `high` is the next key in increasing order: `low` again if the key occurs there as well, else the least key above.
   most = jnp.int32(jnp.iinfo(jnp.int32).max)
   above = functools.reduce(jnp.minimum, [jnp.min(k, initial=most, where=k > low) for k in keys])
   larger, _ = _totals([[k > low, k == low] for k in keys])
-  high = jnp.where(at_least(larger, minus(rank, count(1))) & ~last, above, low)
+  high = jnp.where(at_least(larger, minus(rank, number(1))) & ~last, above, low)
   low, high = key_scores(low), key_scores(high)
   return low + (place - jnp.floor(place)) * (high - low)

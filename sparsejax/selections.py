@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
-from sparsejax import counts, errors, patterns, ranking, scores, trees, updates
+from sparsejax import counts, errors, kinds, patterns, ranking, scores, trees, updates
 from sparsejax.states import Plan, SparseLeaf
 from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
 
@@ -92,24 +92,48 @@ class _Leafwise:
     return Plan(tuple(leaves))
 
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
-    now = [at(pattern, s.step) for pattern, s in zip(self.of([leaf.path for leaf in leaves]), signals)]
-    values = [self.score(w, s) for w, s in zip(weights, signals)]
-    told = self._counts(leaves, now, values, weights, masks, signals)
-    rows = zip(leaves, now, told, masks, values, weights, signals)
-    return [self.update(mask, values, counts.Selector(pattern, count, leaf.axes), w, s)
-            for leaf, pattern, count, mask, values, w, s in rows], None
+    rows = list(zip(masks, weights, map(_arrays, signals)))
+    facts = list(zip(map(_fact, leaves), self.of([leaf.path for leaf in leaves])))
+    step = signals[0].step
+    progress = self.ramp and self.ramp(step)
+    told = self._competed(leaves, facts, rows, step, progress) if self.ranked else [None] * len(rows)
 
-  def _counts(self, leaves, now, values, weights, masks, signals) -> list[Any]:
-    """Returns what each leaf's pattern is told: `None` where the pattern's own count holds."""
-    progress = self.ramp and self.ramp(signals[0].step)
-    if self.ranked:
-      first = self.allocation.score and [self.allocation.score(w, s) for w, s in zip(weights, signals)]
-      rows = zip(masks, first or values, weights, signals)
-      return competed(self.allocation, leaves, now, [updates.ranked_by(self.update, *row) for row in rows], progress)
-    if self.sparsity is None and self.ramp is None:
-      return [None] * len(leaves)
-    return [counts.count_of(pattern, leaf.asked.sparsity, leaf.shape, leaf.axes, progress)
-            for leaf, pattern in zip(leaves, now)]
+    def chosen(fact: Any, row: Any) -> Array:
+      (leaf, pattern), (mask, w, arrays, count, step, progress) = fact, row
+      signals = Signals(*arrays, step, leaf.axes)
+      pattern = at(pattern, step)
+      if not self.ranked and not (self.sparsity is None and self.ramp is None):
+        count = counts.count_of(pattern, leaf.asked.sparsity, leaf.shape, leaf.axes, progress)
+      return self.update(mask, self.score(w, signals), counts.Selector(pattern, count, leaf.axes), w, signals)
+
+    return kinds.each(chosen, facts, [(*row, count) for row, count in zip(rows, told)], (step, progress), _ranks), None
+
+  def _competed(self, leaves: Leaves, facts: Any, rows: Any, step: Any, progress: Any) -> list[ranking.Count]:
+    """Returns how many units each layer of each leaf keeps, where all leaves are ranked together."""
+    score = self.allocation.score or self.score
+
+    def ranks(fact: Any, row: Any) -> Array:
+      (leaf, _), (mask, w, arrays, step) = fact, row
+      signals = Signals(*arrays, step, leaf.axes)
+      return updates.ranked_by(self.update, mask, score(w, signals), w, signals)
+
+    now = [at(pattern, step) for _, pattern in facts]
+    return competed(self.allocation, leaves, now, kinds.each(ranks, facts, rows, (step,)), progress)
+
+
+def _ranks(fact: tuple[SparseLeaf, Pattern]) -> bool:
+  """Returns whether the pattern ranks a whole leaf by a loop, and not groups of a few neighbours."""
+  import os; return bool(os.environ.get('LOOP')) or not getattr(fact[1], 'fixed', False)
+
+
+def _fact(leaf: SparseLeaf) -> SparseLeaf:
+  """Returns what a leaf has in common with the leaves of its kind."""
+  return dataclasses.replace(leaf, path='')
+
+
+def _arrays(signals: Signals) -> tuple[Any, Any, Any]:
+  """Returns the signals of one leaf that are arrays."""
+  return signals.grad, signals.key, signals.stats
 
 
 def planned(path: str, shape: tuple[int, ...], axes: Axes, pattern: Pattern, asked: Asked) -> SparseLeaf:

@@ -23,7 +23,7 @@ FAMILIES = {
 SPARSEJAX = (
     ('types',),
     ('errors', 'tables'),
-    ('trees',),
+    ('trees', 'kinds'),
     ('programs',),
     ('ranking', 'neighbours'),
     ('counts',),
