@@ -48,7 +48,9 @@ def compiled(model: Any, params: Any, tokens: jax.Array, name: str, abstract: bo
 
   If `abstract`, the arguments are shapes only.
   """
-  tx = sj.recipes.TABLE[name](optax.adamw(1e-3), **OPTIONS.get(name, {}))
+  apply = lambda params, tokens: model.apply({'params': params}, tokens)
+  axes = {} if name == 'dense' else {'axes': sj.contractions(apply, params, tokens[:, :-1])}
+  tx = sj.recipes.TABLE[name](optax.adamw(1e-3), **OPTIONS.get(name, {}), **axes)
   start = lambda params: (params, tx.init(params))
   state = jax.eval_shape(start, params) if abstract else start(jax.tree.map(jnp.copy, params))
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsejax import planning, recipes, trees
+from sparsejax import planning, recipes, trees, types
 
 HEAD = 128  # width of one attention head
 
@@ -32,7 +32,8 @@ def program(
   `pattern` is for all other recipes.
   """
   config = {'dense': {}, 'st3': {'sparsity': sparsity}}.get(recipe, {'pattern': pattern})
-  own = {} if recipe == 'dense' else {'where': trees.all_but('head')}
+  blocks = {'blocks/*': types.Axes((1,), (2,), layer=(0,)), 'head': types.Axes((0,), (1,))}
+  own = {} if recipe == 'dense' else {'where': trees.all_but('head'), 'axes': blocks}
   tx = recipes.from_config(optax.adamw(1e-4), {'name': recipe, **config, **own}, total_steps=100_000)
   specs, params = _params(mesh, jnp.dtype(dtype), layers, width, hidden, heads, kv_heads, vocabulary)
   state = planning.abstract_state(tx, params)

@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from sparsejax import errors, trees
+from sparsejax import arguments, errors, trees
+from sparsejax.arguments import checked
 from sparsejax.types import Allocation, Array, Axes, Score
+
+OF_ITS_OWN = 'sparsities of its own'  # an allocation with this fact does not look at the sparsity that is asked
 
 
 class Ranked(NamedTuple):
@@ -33,24 +36,28 @@ class Ranked(NamedTuple):
   score: Score | None = None
 
 
+@checked
 def uniform(leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] | None = None) -> dict[str, float]:
   """Returns the same sparsity for every leaf."""
   del axes
   return dict.fromkeys(leaves, sparsity)
 
 
+@checked
 def erdos_renyi(
     leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] | None = None) -> dict[str, float]:
   """Returns Erdos-Renyi (ER) sparsities, with densities proportional to `(n_in + n_out) / (n_in * n_out)`.
 
   The formula is equation 3 of SET (Mocanu et al. 2018). `n_in` is the length of the contracted axes and `n_out` that of
-  the output axes, by `axes` or else by the naming conventions. Taps and layers do not count. A leaf whose density would
-  exceed 1 is dense, and the other leaves share the remaining weights (Evci et al. 2020, RigL, section 3 (1)).
+  the output axes, by `axes` or else by the conventions. Taps and layers do not count. Of a leaf with unknown axes, all
+  dimensions count. A leaf whose density would exceed 1 is dense, and the other leaves share the remaining weights
+  (Evci et al. 2020, RigL, section 3 (1)).
   Deviation: the code of RigL first rounds the number of zeros of each leaf down.
   """
   return _by_dimensions(leaves, sparsity, axes, lambda inner, outer, taps: (inner, outer))
 
 
+@checked
 def erk(leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] | None = None) -> dict[str, float]:
   """Returns Erdos-Renyi-Kernel (ERK) sparsities: like `erdos_renyi`, with the taps of convolutions.
 
@@ -60,6 +67,7 @@ def erk(leaves: Mapping[str, Array], sparsity: float, axes: Mapping[str, Axes] |
   return _by_dimensions(leaves, sparsity, axes, lambda inner, outer, taps: (inner, outer, *taps))
 
 
+@checked
 def uniform_plus(first: str | None = None, last: str | None = None, least: float = 0.2) -> Allocation:
   """Returns the allocation Uniform+ (Gale et al. 2019, The State of Sparsity, section 5.2).
 
@@ -96,10 +104,13 @@ def custom(sparsities: Mapping[str, float]) -> Allocation:
   The first glob that matches a leaf decides. The allocation raises `ValueError` for a leaf that no glob matches, and
   for a glob that matches no leaf.
   """
+  numbers = {glob: arguments.verified('allocation.custom', 'sparsity', value) for glob, value in sparsities.items()}
+
   def allocate(leaves, sparsity, axes=None):
     del sparsity, axes
-    return dict(zip(leaves, trees.per_leaf('allocation.custom', 'sparsities', sparsities, list(leaves))))
+    return dict(zip(leaves, trees.per_leaf('allocation.custom', 'sparsities', numbers, list(leaves))))
 
+  allocate.facts = (OF_ITS_OWN,)
   return allocate
 
 
@@ -159,11 +170,11 @@ def _by_dimensions(
 
   The ratio is the sum of the numbers `lengths(n_in, n_out, taps)` divided by their product.
   """
-  size, ratio = {}, {}
+  known, size, ratio = trees.axes_by_path('allocation', axes, dict(leaves)), {}, {}
   for path, w in leaves.items():
-    own = trees.axes_of('allocation', axes, path, w.shape)
+    own = known[path]
     inner, outer = (math.prod(w.shape[a] for a in group) for group in (own.contracted, own.output))
-    parts = lengths(inner, outer, [w.shape[a] for a in own.spatial])
+    parts = w.shape if own.source == 'unknown' else lengths(inner, outer, [w.shape[a] for a in own.spatial])
     size[path], ratio[path] = math.prod(w.shape), sum(parts) / math.prod(parts)
   full: set[str] = set()
   while True:

@@ -154,5 +154,7 @@ def too_many(pattern: Any, w: Array, axes: Axes, sparsity: float | None = None) 
   kept = np.sum(units, tuple(a for a in range(units.ndim) if a not in pool.layers)).reshape(-1)
   sparsity = pattern.sparsity if sparsity is None else sparsity
   allowed = kept_of(sparsity or 0, units.size // max(kept.size, 1))
+  if not kept.size:  # a stack of no layers
+    return ''
   where = f' in layer {kept.argmax()}' if pool.layers else ''
-  return f'{kept.max()} {pattern.unit} are kept{where}, {allowed} asked' if kept.max(initial=0) > allowed else ''
+  return f'{kept.max()} {pattern.unit} are kept{where}, {allowed} asked' if kept.max() > allowed else ''

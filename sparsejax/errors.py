@@ -5,7 +5,8 @@
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 
 def unknown(function: str, what: str, name: object, valid: Iterable[str]) -> ValueError:
@@ -15,14 +16,52 @@ def unknown(function: str, what: str, name: object, valid: Iterable[str]) -> Val
   which kind of name was expected, for example 'recipe'.
   """
   valid = sorted(valid)
-  close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
-  hint = f' Did you mean {" or ".join(map(repr, close))}?' if close else ''
+  hint = closest(str(name), valid)
   return ValueError(f'{function}: unknown {what} {name!r}.{hint} Valid: {", ".join(valid) or "none"}.')
 
 
 def at_leaf(function: str, path: str, shape: tuple[int, ...], problem: str) -> ValueError:
   """Returns the error for a parameter that `function` cannot use; the text of `problem` must end in the remedy."""
   return ValueError(f'{function}: parameter {path!r} of shape {tuple(shape)}: {problem}')
+
+
+class Problem(NamedTuple):
+  """A `Problem` says why one parameter is refused: its path, its shape, and the reason, which ends in the remedy."""
+
+  path: str
+  shape: tuple[int, ...]
+  reason: str
+
+
+class AtLeaves(ValueError):
+  """An `AtLeaves` is one refusal of several parameters, made by `at_leaves`. `trees.refused` adds the line to paste."""
+
+  function: str
+  problems: tuple[Problem, ...]
+
+
+def at_leaves(function: str, problems: Sequence[Problem], line: str = '') -> AtLeaves:
+  """Returns one error for all parameters that `function` cannot use, grouped by equal reason.
+
+  `problems`: at least one `Problem`, in the order of the parameters. `line`: the argument that leaves them all dense,
+  for example "where=sj.trees.all_but('stem/kernel')". The message ends in the line, alone on its own last line.
+  """
+  groups: dict[str, list[str]] = {}
+  for path, shape, reason in problems:
+    groups.setdefault(reason, []).append(f'{path!r} of shape {tuple(shape)}')
+  several = len(problems) > 1
+  parts = [f'parameter{"s" if len(where) > 1 else ""} {", ".join(where)}: {reason}' for reason, where in groups.items()]
+  text = f'{function}: ' + (f'{len(problems)} parameters are refused.\n' if len(groups) > 1 else '') + '\n'.join(parts)
+  text += f'\nTo leave {"them" if several else "it"} dense:\n{line}' if line else ''
+  error = AtLeaves(text)
+  error.function, error.problems = function, tuple(Problem(*problem) for problem in problems)
+  return error
+
+
+def closest(name: str, valid: Iterable[str], most: int = 3) -> str:
+  """Returns ' Did you mean ...?' with up to `most` names like `name`, or an empty string if none is like it."""
+  close = difflib.get_close_matches(name, sorted(valid), n=most, cutoff=0.5)
+  return f' Did you mean {" or ".join(map(repr, close))}?' if close else ''
 
 
 def some(names: Iterable[str], most: int = 12) -> str:

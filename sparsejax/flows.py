@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import errors
+from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, Flow, Schedule, Signals
 
 GRADIENTS = ('scaled', 'straight_through')
@@ -31,19 +32,26 @@ def straight_through() -> Flow:
   return Flow(_masked, _whole_gradient)
 
 
-def sr_ste(decay: float, *, decoupled: bool = False, learning_rate: float | Schedule = 1.0) -> Flow:
+@checked
+def sr_ste(decay: float | Schedule, *, decoupled: bool = False, learning_rate: float | Schedule | None = None) -> Flow:
   """Returns the flow q = m W with gradient G + decay (1 - m) W (Zhou et al. 2021, equation 8).
 
   `decoupled`: the gradient is G. After the optimizer's step, pruned master weights lose `learning_rate * decay` of
-  themselves, as weights under AdamW's weight decay do.
+  themselves, as weights under AdamW's weight decay do. `decay` and `learning_rate` (default 1) are numbers, or
+  schedules of `signals.step`. Raises `ValueError` for a `learning_rate` without `decoupled`, where it has no effect.
   """
   if not decoupled:
+    if learning_rate is not None:
+      raise ValueError('flows.sr_ste: learning_rate= scales the decay that is decoupled from the gradient; pass '
+                       'decoupled=True, or leave learning_rate out.')
     return Flow(_masked, Bound(_sparse_refined_gradient, (decay,)))
-  return Flow(_masked, _whole_gradient, settle=Bound(_shrink_pruned, (decay, learning_rate)))
+  rate = 1.0 if learning_rate is None else learning_rate
+  return Flow(_masked, _whole_gradient, settle=Bound(_shrink_pruned, (decay, rate)))
 
 
-def decayed(beta: Schedule, gradient: str) -> Flow:
-  """Returns the flow q = m W + beta(step) (1 - m) W, with beta from 1 (dense) to 0 (N:M).
+@checked
+def decayed(beta: float | Schedule, gradient: str) -> Flow:
+  """Returns the flow q = m W + beta(step) (1 - m) W, with beta from 1 (dense) to 0 (N:M), a schedule or a number.
 
   `gradient='scaled'`: (m + beta (1 - m)) G, the derivative of q. `'straight_through'`: G on every weight.
   """
@@ -59,7 +67,7 @@ def soft_threshold() -> Flow:
   th is the leaf's threshold, `signals.stats`; a negative threshold counts as 0. s rescales each output channel (of
   `signals.axes`) by 1.01 / (r + 0.01), where r = (mean |W| m + 1e-6) / (mean |W| + 1e-6) over the channel.
   """
-  return Flow(_soft_thresholded, _whole_gradient)
+  return Flow(_soft_thresholded, _whole_gradient, along_axes=True)
 
 
 def remembered() -> Flow:
@@ -71,8 +79,12 @@ def remembered() -> Flow:
   return Flow(_masked, _masked_gradient)
 
 
-def soft_shrink(ratio: float) -> Flow:
-  """Returns the flow q = W with gradient G that shrinks pruned weights by `ratio` at every step (ISS-P, Wang 2023)."""
+@checked
+def soft_shrink(ratio: float | Schedule) -> Flow:
+  """Returns the flow q = W with gradient G that multiplies pruned weights by `ratio` at every step (ISS-P, Wang 2023).
+
+  `ratio`: a number, or a schedule of `signals.step`.
+  """
   return Flow(_whole, _whole_gradient, settle=Bound(_shrunk, (ratio,)))
 
 
@@ -85,6 +97,7 @@ def frozen() -> Flow:
   return Flow(_whole, _masked_gradient, dense=False, frozen=True)
 
 
+@checked
 def searched(kept: float = 1.0, pruned: float = 0.99) -> Flow:
   """Returns the flow q = m W with W fixed in `signals.stats`; the master is a score S with gradient W G (Zhang 2023).
 
@@ -93,13 +106,14 @@ def searched(kept: float = 1.0, pruned: float = 0.99) -> Flow:
   return Flow(_fixed, _score_gradient, begin=Bound(_first_scores, (kept, pruned)))
 
 
+@checked
 def on_the_edge(gain: float) -> Flow:
   """Returns `remembered` with each leaf rescaled to the edge of chaos, E[fan_in w^2] = `gain`, at the first mask.
 
   Hayou et al. 2021, Robust Pruning at Initialization, section 3. The mean is over all weights of a layer, with pruned
   weights as zeros. fan_in is that of the dense layer, taps included.
   """
-  return Flow(_masked, _masked_gradient, begin=Bound(_rescaled, (gain,)))
+  return Flow(_masked, _masked_gradient, begin=Bound(_rescaled, (gain,)), along_axes=True)
 
 
 def until(flow: Flow, at: int) -> Flow:
@@ -117,11 +131,35 @@ def until(flow: Flow, at: int) -> Flow:
 
 def recorded(flow: Flow) -> Flow:
   """Returns the flow as a treedef can hold it: without its functions if their coefficients are arrays."""
+  return Flow(*(_unknown if callable(word) and not _hashes(word) else word for word in flow))
+
+
+def _hashes(word: Any) -> bool:
   try:
-    hash(flow)
+    hash(word)
   except TypeError:
-    return Flow(_unknown, _unknown, dense=flow.dense, frozen=flow.frozen)
-  return flow
+    return False
+  return True
+
+
+def _now(coefficient: Any, signals: Signals) -> Any:
+  """Returns a coefficient, which is a number or a schedule, at the step of the signals."""
+  return coefficient(signals.step) if callable(coefficient) else coefficient
+
+
+def forgotten(flow: Flow) -> Flow:
+  """Returns the flow as pickle can take it, without its functions; `project` then says what is missing."""
+  return flow._replace(project=_forgotten, pull_back=_forgotten, settle=None, begin=None)
+
+
+def is_forgotten(flow: Flow | None) -> bool:
+  """Returns whether the functions of a flow were lost in a pickle."""
+  return flow is not None and flow.project is _forgotten
+
+
+def _forgotten(*args: Any) -> Array:
+  raise ValueError('sparsejax.project: the state comes from a pickle, which cannot hold the schedule of its flow (a '
+                   'lambda or a closure). Make one update, or use a schedule of sparsejax.schedules.')
 
 
 def _unknown(*args: Any) -> Array:
@@ -136,8 +174,8 @@ def _whole(master: Array, mask: Array, signals: Signals) -> Array:
   return master
 
 
-def _shrunk(master: Array, mask: Array, signals: Signals, ratio: float) -> Array:
-  return jnp.where(mask, master, master * jnp.asarray(ratio, master.dtype))
+def _shrunk(master: Array, mask: Array, signals: Signals, ratio: Any) -> Array:
+  return jnp.where(mask, master, master * jnp.asarray(_now(ratio, signals), master.dtype))
 
 
 def _fixed(master: Array, mask: Array, signals: Signals) -> Array:
@@ -168,21 +206,22 @@ def _whole_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -
   return grad
 
 
-def _sparse_refined_gradient(grad: Array, master: Array, mask: Array, signals: Signals, decay: float) -> Array:
-  return grad + jnp.where(mask, jnp.zeros((), grad.dtype), (decay * master).astype(grad.dtype))
+def _sparse_refined_gradient(grad: Array, master: Array, mask: Array, signals: Signals, decay: Any) -> Array:
+  pulled = (_now(decay, signals) * master).astype(grad.dtype)
+  return grad + jnp.where(mask, jnp.zeros((), grad.dtype), pulled)
 
 
-def _shrink_pruned(master: Array, mask: Array, signals: Signals, decay: float, learning_rate: Any) -> Array:
-  rate = learning_rate(signals.step) if callable(learning_rate) else learning_rate
-  return jnp.where(mask, master, master * jnp.asarray(1 - rate * decay, master.dtype))
+def _shrink_pruned(master: Array, mask: Array, signals: Signals, decay: Any, learning_rate: Any) -> Array:
+  loss = _now(learning_rate, signals) * _now(decay, signals)
+  return jnp.where(mask, master, master * jnp.asarray(1 - loss, master.dtype))
 
 
-def _decayed(master: Array, mask: Array, signals: Signals, beta: Schedule) -> Array:
-  return jnp.where(mask, master, _faded(master, beta(signals.step)))
+def _decayed(master: Array, mask: Array, signals: Signals, beta: Any) -> Array:
+  return jnp.where(mask, master, _faded(master, _now(beta, signals)))
 
 
-def _decayed_gradient(grad: Array, master: Array, mask: Array, signals: Signals, beta: Schedule) -> Array:
-  return jnp.where(mask, grad, _faded(grad, beta(signals.step)))
+def _decayed_gradient(grad: Array, master: Array, mask: Array, signals: Signals, beta: Any) -> Array:
+  return jnp.where(mask, grad, _faded(grad, _now(beta, signals)))
 
 
 def _faded(x: Array, beta: Any) -> Array:

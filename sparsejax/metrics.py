@@ -113,8 +113,8 @@ def collapsed(tree: PyTree) -> dict[str, Array]:
 
 def _prunable(tree: PyTree) -> dict[str, Array]:
   """Maps the path of each leaf that can be pruned to the mask of its nonzero entries; see `kept`."""
-  paths, leaves, _ = trees.flatten(tree)
-  picked = lambda path, leaf: leaf.ndim if leaf.dtype == bool else trees.matrices(path, leaf)
+  (paths, leaves, _), sparse = trees.flatten(tree), trees.over(trees.matrices, tree)
+  picked = lambda path, leaf: leaf.ndim if leaf.dtype == bool else sparse(path, leaf)
   return {path: leaf.astype(bool) for path, leaf in zip(paths, leaves) if jnp.ndim(leaf) and picked(path, leaf)}
 
 
@@ -287,9 +287,9 @@ def model_soup(members: Sequence[PyTree], weights: Sequence[float] | None = None
                      'to 1.')
   paths, _, treedef = trees.flatten(members[0])
   columns = zip(*(treedef.flatten_up_to(member) for member in members))
-  soup = []
+  soup, sparse = [], trees.over(trees.matrices, members[0])
   for path, leaves in zip(paths, columns):
-    if trees.matrices(path, leaves[0]):
+    if sparse(path, leaves[0]):
       _refuse_other_zeros(path, leaves)
     dtype = leaves[0].dtype
     if jnp.issubdtype(dtype, jnp.floating):

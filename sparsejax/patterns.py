@@ -12,19 +12,27 @@ patterns of units share are `counts.best_units` and `counts.too_many`.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import counts, errors, neighbours, ranking
+from sparsejax import arguments, conventions, counts, errors, neighbours, ranking
 from sparsejax.counts import MATRIX, best_units, kept_of, too_many, units
 from sparsejax.stages import Staged, Switch
 from sparsejax.types import Array, Axes, Pattern, Pooled
 
 __all__ = ['MATRIX', 'NM', 'TABLE', 'Block', 'Channel', 'Spelling', 'Staged', 'Switch', 'Unstructured', 'kept_of',
            'parse', 'units']
+
+
+def _needs_axes(pattern: Any, axes: Axes) -> str | None:
+  """Returns why a pattern that lies along axes cannot be carried by a leaf of unknown axes, or `None`."""
+  if axes.source != 'unknown':
+    return None
+  return (f'{pattern} lies along what is contracted, and neither name, rank nor container says which axes those are. '
+          f'{conventions.REMEDY}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +54,13 @@ class NM:
   fixed = True
 
   def __post_init__(self):
-    if not isinstance(self.m, (int, np.integer)) or not 1 <= self.m <= 1024:
+    if not arguments.whole(1)(self.m) or self.m > 1024:
       raise ValueError(f'NM: m must be a whole number from 1 to 1024, not {self.m!r}.')
     if isinstance(self.n, (int, np.integer)) and not 0 <= self.n <= self.m:
       raise ValueError(f'NM: {self.n}:{self.m} keeps {self.n} of {self.m}; n must be from 0 to m.')
-    if isinstance(self.n, (float, str, type(None))):
+    if isinstance(self.n, bool) or not isinstance(self.n, (int, np.integer, np.ndarray, jnp.ndarray)):
       raise ValueError(f'NM: n must be a whole number, not {self.n!r}; give sparsity to Unstructured instead.')
-    if not isinstance(self.width, (int, np.integer)) or self.width < 1:
+    if not arguments.whole(1)(self.width):
       raise ValueError(f'NM: width must be a whole number, at least 1, not {self.width!r}.')
 
   def __str__(self) -> str:
@@ -71,6 +79,8 @@ class NM:
     return self.m, self.width
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     length, across = (math.prod(shape[a] for a in group) for group in (axes.contracted, axes.output))
     if not axes.contracted:
       return f'no axis is contracted, so {self} has nothing to group along; leave the leaf out of `where`.'
@@ -146,9 +156,8 @@ class NM:
 
 
 def _check_sparsity(pattern: Any) -> None:
-  if pattern.sparsity is not None and not 0 <= pattern.sparsity <= 1:
-    raise ValueError(f'{type(pattern).__name__}: sparsity is the fraction of zeros, from 0 to 1, '
-                     f'not {pattern.sparsity!r}.')
+  own = arguments.verified(type(pattern).__name__, 'sparsity', pattern.sparsity, None)
+  object.__setattr__(pattern, 'sparsity', own)  # a number out of a scalar array
 
 
 def _with_sparsity(name: str, sparsity: float | None) -> str:
@@ -157,7 +166,10 @@ def _with_sparsity(name: str, sparsity: float | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-  """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even."""
+  """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even.
+
+  A leaf of unknown axes is one matrix without layers: the count then holds for the leaf as a whole.
+  """
 
   sparsity: float | None = None
   static = True
@@ -198,16 +210,20 @@ class Block:
   __call__, violation = best_units, too_many
 
   def __post_init__(self):
-    object.__setattr__(self, 'shape', tuple(self.shape))  # a list, from a configuration
-    if len(self.shape) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in self.shape):
+    shape = self.shape if isinstance(self.shape, Iterable) else (self.shape,)
+    object.__setattr__(self, 'shape', tuple(shape))  # a list, from a configuration
+    if len(self.shape) != 2 or not all(map(arguments.whole(1), self.shape)):
       raise ValueError('Block: shape is two whole numbers, weights along the contraction and along the output, as in '
                        f'(128, 128), not {self.shape!r}.')
     _check_sparsity(self)
+    arguments.verified('Block', 'balanced', self.balanced)
 
   def __str__(self) -> str:
     return _with_sparsity('{}x{}'.format(*self.shape) + (' balanced' if self.balanced else ''), self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     if not axes.contracted or not axes.output:
       return (f'{self} lies along contracted and output axes, and those are {axes.contracted} and {axes.output} '
               f'({axes.source}); leave the leaf out of `where`.')
@@ -254,6 +270,8 @@ class Channel:
     return _with_sparsity('channel', self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
+    if why := _needs_axes(self, axes):
+      return why
     if axes.contracted and axes.output:
       return None
     return (f'{self} lies along output axes, and contracted and output axes are {axes.contracted} and {axes.output} '
@@ -292,13 +310,20 @@ TABLE = {
 def parse(text: Any) -> Any:
   """Returns the pattern that `text` spells by `TABLE`: `'2:4'` is `NM(2, 4)`, `'128x128'` is `Block((128, 128))`.
 
-  `'2:4x128'` is `NM(2, 4, width=128)`. A pattern is returned as it is, and a dict of patterns is parsed entry by entry.
-  Raises `ValueError` for anything else.
+  `'2:4x128'` is `NM(2, 4, width=128)`. A number behind a pattern is its sparsity: `'128x128 0.9'` is `Block((128, 128),
+  0.9)`. A pattern is returned as it is, and a dict of patterns is parsed entry by entry. Raises `ValueError` for
+  anything else.
   """
   if isinstance(text, Mapping):
     return {glob: parse(each) for glob, each in text.items()}
   if callable(text):
     return text
+  name, _, number = str(text).strip().rpartition(' ')
+  if name and re.fullmatch(r'\d*\.?\d+', number):
+    pattern = parse(name)
+    if pattern.sparsity is not None:
+      raise ValueError(f'patterns.parse: {text!r}: {pattern} says how sparse it is; leave {number} out.')
+    return dataclasses.replace(pattern, sparsity=float(number))
   for spelling in TABLE.values():
     if match := re.fullmatch(spelling.regex, str(text).strip(), re.IGNORECASE):
       return spelling.make(*(int(number) for number in match.groups() if number is not None))

@@ -2,7 +2,8 @@
 
     print(sj.report(params, opt_state))
     sj.check(params, opt_state)                  # raises `ValueError` if a parameter breaks its pattern
-    sj.check(params, pattern=sj.NM(2, 4)).rows[0].achieved
+    sj.check(params, sj.NM(2, 4)).rows[0].achieved
+    sj.check(params, opt_state, axes=sj.contractions(apply, params, x))  # and that the masks follow the program
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import states, tables, trees, types
+from sparsejax import errors, patterns, states, tables, trees, types
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
@@ -80,26 +81,49 @@ def _number(sparsity: float | None) -> str:
 
 
 def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
-           where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None) -> Report:
+           where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None) -> Report:
   """Reports asked and achieved sparsity of each sparse parameter, its pattern checked along the contraction axis.
 
-  With an optimizer state, the recipe in the state says what was asked. Without a state, `pattern` (or one pattern per
-  glob) is asked of the leaves of `where`. Without `pattern`, each row names the tightest common N:M that the parameter
-  happens to keep. `along` says which axes were taken for the contraction, and whether they were traced or follow the
-  naming conventions. Parameters with more leading axes than the state was made with (a `vmap`ped ensemble) are checked
-  member by member.
+  The second argument is an optimizer state or a pattern; `pattern` is another name for the latter. With a state, the
+  recipe in the state says what was asked, and along which axes. `axes=sparsejax.contractions(...)` are compared with
+  those, and each difference is a problem of the parameter. Without a state, `pattern` (or one pattern per
+  glob) is asked of the leaves of `where`, along `axes` or else by the conventions; the default `where` is that of
+  recipes. Without `pattern`, each row names the tightest common N:M that the parameter happens to keep.
+
+  `along` says which axes were taken for the contraction, and whether they were traced, given or follow a convention. A
+  note lists the parameters that may as well be lookup tables, for all that their names say. Parameters with more
+  leading axes than the state was made with (a `vmap`ped ensemble) are checked member by member.
   """
+  if _is_pattern(opt_state):
+    if pattern is not None:
+      raise ValueError(f'report: two patterns were asked, {opt_state} and {pattern}; pass one.')
+    opt_state, pattern = None, opt_state
   if opt_state is not None:
-    if (pattern, where, axes) != (None, trees.matrices, None):
-      raise ValueError('report: what was asked is in the optimizer state; pass either it or pattern, where and axes.')
-    return _of_state(params, opt_state)
+    if (pattern, where) != (None, None):
+      raise ValueError('report: what was asked is in the optimizer state; pass either it or pattern and where.')
+    return with_note(params, _of_state(params, opt_state, axes))
   paths, leaves, _ = trees.flatten(params)
-  picked = trees.select('report', where, params)
+  picked = trees.select('report', where or trees.default_where(axes), params)
   arrays = {path: jnp.asarray(leaf) for path, leaf, pick in zip(paths, leaves, picked) if pick}
-  asked = trees.per_leaf('report', 'pattern', pattern, list(arrays))
-  rows = tuple(_row_of_pattern(path, w, own, trees.axes_of('report', axes, path, w.shape))
-               for (path, w), own in zip(arrays.items(), asked))
-  return Report(rows, asked=_overall(rows, [row.asked for row in rows]))
+  asked = trees.per_leaf('report', 'pattern', patterns.parse(pattern) if pattern else None, list(arrays))
+  known = trees.axes_by_path('report', axes, params, arrays)
+  rows = tuple(_row_of_pattern(path, w, own, known[path]) for (path, w), own in zip(arrays.items(), asked))
+  return with_note(params, Report(rows, asked=overall(rows, [row.asked for row in rows])))
+
+
+def _is_pattern(asked: Any) -> bool:
+  """Returns whether `asked` is a pattern, the text of one, or a dict of patterns, and no optimizer state."""
+  parts = list(asked.values()) if isinstance(asked, Mapping) else [asked]
+  return bool(parts) and all(isinstance(part, str) or hasattr(part, 'validate') for part in parts)
+
+
+def with_note(params: PyTree, made: Report) -> Report:
+  """Returns the report with a note on its rows that may be lookup tables instead of matrices."""
+  conventional = {row.path for row in made.rows if row.axes.source == 'convention'}
+  tables = [path for path in trees.undecided(params) if path in conventional]
+  note = (f'matrices by their rank alone, which may be lookup tables: {errors.some(tables)}. Trace the program, '
+          'axes=sparsejax.contractions(apply, params, x), or leave the tables out of `where`')
+  return dataclasses.replace(made, notes=(*made.notes, note)) if tables else made
 
 
 def _row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
@@ -110,8 +134,12 @@ def _row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) ->
 
 
 def check(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
-          where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None) -> Report:
-  """Returns the `report`. Raises `ValueError` that names every parameter that does not keep what was asked of it."""
+          where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None) -> Report:
+  """Returns the `report`. Raises `ValueError` that names every parameter that does not keep what was asked of it.
+
+  `check(params, opt_state, axes=sparsejax.contractions(...))` also raises where the program contracts other axes than
+  those that the masks were made along.
+  """
   made = report(params, opt_state, pattern=pattern, where=where, axes=axes)
   if made.violations:
     lines = [f'\n  {row.path} {tuple(row.shape)}: {row.problem}' for row in made.violations]
@@ -119,7 +147,7 @@ def check(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[s
   return made
 
 
-def _of_state(params: PyTree, opt_state: Any) -> Report:
+def _of_state(params: PyTree, opt_state: Any, axes: Mapping[str, Axes] | None) -> Report:
   sparse, held = states.find(opt_state), states.by_path(params)
   extra = jax.tree.leaves(sparse[0].step)[0].ndim  # the axes of a vmap around init and update
   project = states.project
@@ -129,10 +157,11 @@ def _of_state(params: PyTree, opt_state: Any) -> Report:
   rows, notes = [], []
   for state, around in zip(sparse, states.surroundings(opt_state)):
     added = _rows_of_state(state, held, points, around, extra)
+    added = [row if axes is None else _compared(row, leaf.axes, axes) for row, leaf in zip(added, state.plan.leaves)]
     rows += added
     notes += _notes(state, added)
   asked = [leaf.asked.sparsity for state in sparse for leaf in state.plan.leaves]
-  return Report(tuple(rows), tuple(dict.fromkeys(notes)), _overall(rows, asked))
+  return Report(tuple(rows), tuple(dict.fromkeys(notes)), overall(rows, asked))
 
 
 def _rows_of_state(state: states.SparseState, held: Mapping[str, Array], points: Mapping[str, Array], around: str,
@@ -149,6 +178,35 @@ def _rows_of_state(state: states.SparseState, held: Mapping[str, Array], points:
       achieved, problem = _sparsity(w), _revived(w, point, around) or _broken(leaf, w, point, axes) or together
     rows.append(LeafReport(leaf.path, w.shape, leaf.pattern, axes, leaf.sparsity, achieved, problem))
   return rows
+
+
+def _compared(row: LeafReport, made: Axes, axes: Mapping[str, Axes]) -> LeafReport:
+  """Returns the row with a problem if its masks were made along other axes than those in `axes`, a traced program's.
+
+  `made`: the axes that the recipe took. Where they are unknown, no axis entered the mask and nothing is compared. Axes
+  of length one do not count.
+  """
+  shape = row.shape[len(row.shape) - sum(map(len, made[:4])):]
+  try:
+    problem = '' if made.source == 'unknown' else _difference(made, axes, row.path, shape)
+  except ValueError as refusal:
+    problem = f'its axes cannot be compared: {refusal}'
+  return row._replace(problem='; '.join(filter(None, (row.problem, problem))))
+
+
+def _difference(made: Axes, axes: Mapping[str, Axes], path: str, shape: tuple[int, ...]) -> str:
+  """Returns how the axes of one leaf differ from those in `axes`, or an empty string."""
+  if not trees.names_in(axes, path):
+    elsewhere = getattr(axes, 'elsewhere', {})
+    places = [elsewhere[name] for name in trees.tails(path, elsewhere)]
+    return trees.is_traced(axes) and ('the program contracts it nowhere' + ''.join(f' ({place})' for place in places) +
+                                      '; leave it out of `where`') or ''
+  found = trees.axes_of('check', axes, path, shape)
+  wide, other = ([tuple(a for a in group if shape[a] != 1) for group in each[:4]] for each in (made, found))
+  named = lambda each: ', '.join(f'{name} {group}' for name, group in zip(Axes._fields, each[:4]) if group)
+  return '' if wide == other else (
+      f'its masks were made along {named(made)} ({made.source}), and the program has {named(found)} ({found.source}); '
+      'make the optimizer and its state with axes=sparsejax.contractions(...)')
 
 
 def _notes(state: states.SparseState, rows: Sequence[LeafReport]) -> list[str]:
@@ -177,7 +235,7 @@ def _batched(axes: Axes, extra: int) -> Axes:
   return shifted._replace(layer=(*range(extra), *shifted.layer))
 
 
-def _overall(rows: Sequence[LeafReport], asked: Sequence[float | None]) -> float | None:
+def overall(rows: Sequence[LeafReport], asked: Sequence[float | None]) -> float | None:
   """Returns the sparsity asked of all rows together, or `None` if nothing was asked of some of them."""
   if not rows or any(sparsity is None for sparsity in asked):
     return None

@@ -15,34 +15,40 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sparsejax import errors
-from sparsejax.types import ALWAYS, AT_ZERO, Bound, Schedule, Step
+from sparsejax import arguments, errors
+from sparsejax.arguments import checked
+from sparsejax.types import ALWAYS, AT_ZERO, ENDLESS, Bound, Schedule, Step
 
 
+@checked
 def constant(value: float) -> Schedule:
   """Returns the schedule that is `value` at every step."""
   return Bound(_constant, (value,))
 
 
+@checked
 def linear(init_value: float = 1.0, end_value: float = 0.0, *, begin: int = 0, end: int) -> Schedule:
   """Returns a straight line from `init_value`, up to step `begin`, to exactly `end_value`, from step `end` on."""
-  return Bound(_polynomial, (init_value, end_value, begin, _after('linear', begin, end), 1))
+  return Bound(_polynomial, (init_value, end_value, begin, _after('linear', begin, end), 1), end=end)
 
 
+@checked
 def cubic(init_value: float = 0.0, end_value: float = 1.0, *, begin: int = 0, end: int) -> Schedule:
   """Returns the cubic ramp of gradual pruning, which is fast at first and then ever slower.
 
   The value is `end_value + (init_value - end_value) * (1 - progress)^3` (Zhu and Gupta 2017, equation 1). `progress`
   rises from 0 at `begin` to 1 at `end`.
   """
-  return Bound(_polynomial, (init_value, end_value, begin, _after('cubic', begin, end), 3))
+  return Bound(_polynomial, (init_value, end_value, begin, _after('cubic', begin, end), 3), end=end)
 
 
+@checked
 def cosine(init_value: float = 1.0, end_value: float = 0.0, *, begin: int = 0, end: int) -> Schedule:
   """Returns half a cosine wave from `init_value`, up to step `begin`, to exactly `end_value`, from step `end` on."""
-  return Bound(_cosine, (init_value, end_value, begin, _after('cosine', begin, end)))
+  return Bound(_cosine, (init_value, end_value, begin, _after('cosine', begin, end)), end=end)
 
 
+@checked
 def exponential(rate: float | None = None, *, half_life: float | None = None, begin: int = 0) -> Schedule:
   """Returns the schedule `exp(-rate * (step - begin))`, which is 1 before `begin`.
 
@@ -51,63 +57,86 @@ def exponential(rate: float | None = None, *, half_life: float | None = None, be
   """
   if (rate is None) == (half_life is None):
     raise ValueError('schedules.exponential: give exactly one of `rate` (per step) and `half_life` (in steps).')
-  name, value = ('half_life', half_life) if rate is None else ('rate', rate)
-  if value <= 0:
-    raise ValueError(f'schedules.exponential: `{name}` must be positive, not {value}.')
-  return Bound(_exponential, (0.6931471805599453 / half_life if rate is None else rate, begin))
+  return Bound(_exponential, (0.6931471805599453 / half_life if rate is None else rate, begin), (ENDLESS,), begin)
 
 
+@checked
 def stepwise(values: Sequence[Any], boundaries: Sequence[int]) -> Schedule:
   """Returns the schedule that is `values[i]` from step `boundaries[i]` on, and `values[0]` before all boundaries.
 
   Raises `ValueError` unless `boundaries` holds one step for each value, in increasing order.
   """
-  values, boundaries = tuple(values), tuple(int(b) for b in boundaries)
+  values = tuple(values)
+  boundaries = tuple(int(arguments.verified('schedules.stepwise', 'begin', boundary)) for boundary in boundaries)
   if len(values) != len(boundaries) or not values or list(boundaries) != sorted(set(boundaries)):
     raise ValueError(f'schedules.stepwise: needs one rising boundary for each value, got {len(values)} values and '
                      f'boundaries {boundaries}. A stage of no steps (too few steps for the stages) is a cause.')
-  return Bound(_stepwise, (values, boundaries))
+  return Bound(_stepwise, (values, boundaries), end=boundaries[-1])
 
 
+@checked
 def polynomial(init_value: float = 1.0, end_value: float = 0.0, *, power: float, begin: int = 0, end: int) -> Schedule:
   """Returns the ramp `end_value + (init_value - end_value) * (1 - progress)^power`.
 
   `progress` rises from 0 at `begin` to 1 at `end`. Power 1 gives `linear`, and power 3 gives `cubic`.
   """
-  return Bound(_polynomial, (init_value, end_value, begin, _after('polynomial', begin, end), power))
+  return Bound(_polynomial, (init_value, end_value, begin, _after('polynomial', begin, end), power), end=end)
 
 
+@checked
 def every(steps: int, *, begin: int = 0, end: int | None = None) -> Schedule:
   """Returns the schedule that is `True` at step `begin` and at every `steps`-th step after `begin`.
 
   If `end` is given, the schedule is also `True` at step `end`, and `False` after `end`. Step `end` is included even if
   it is no multiple of `steps` after `begin`: otherwise a ramp that ends there would remain unfinished.
   """
-  if steps < 1:
-    raise ValueError(f'schedules.every: `steps` must be at least 1, not {steps}.')
   facts = (ALWAYS,) if (steps, begin, end) == (1, 0, None) else ()
-  return Bound(_every, (steps, begin) if end is None else (steps, begin, _after('every', begin, end)), facts)
+  return Bound(_every, (steps, begin) if end is None else (steps, begin, _after('every', begin, end)), facts,
+               begin if end is None else end)
 
 
+@checked
 def before(schedule: Schedule, end: int) -> Schedule:
   """Returns the `schedule` of bools up to step `end - 1`, and `False` from step `end` on."""
-  return Bound(_before, (schedule, end))
+  return Bound(_before, (schedule, end), end=end)
 
 
+@checked
 def density_decay(sparsity: float, *, end: int) -> Schedule:
   """Returns a ramp from 0 to 1, reached at step `end`, under which the density decays exponentially.
 
   A sparsity of `ramp(step) * sparsity` leaves a density of `(1 - sparsity)^(step / end)`.
   """
-  return Bound(_density_decay, (sparsity, _after('density_decay', 0, end)))
+  return Bound(_density_decay, (sparsity, _after('density_decay', 0, end)), end=end)
 
 
+@checked
 def once(at: int) -> Schedule:
   """Returns the schedule that is `True` at step `at` only."""
-  return Bound(_once, (at,), (AT_ZERO,) if at == 0 else ())
+  return Bound(_once, (at,), (AT_ZERO,) if at == 0 else (), at)
 
 
-def named(name: str, **arguments: Any) -> Schedule:
+def delayed(schedule: Schedule, steps: int) -> Schedule:
+  """Returns the schedule that is at `step + steps` what `schedule` is at `step`; negative `steps` bring it forward."""
+  end = reach(schedule)
+  return Bound(_delayed, (schedule, steps), end=None if end is None else end + steps)
+
+
+def either(first: Schedule, second: Schedule) -> Schedule:
+  """Returns the schedule of bools that is `True` where one of two schedules is."""
+  return Bound(_either, (first, second), end=max((reach(each) or 0 for each in (first, second)), default=None))
+
+
+def reach(schedule: Any) -> int | None:
+  """Returns the last step that a schedule names, see `types.Bound`, or `None` for another function or value.
+
+  The attribute `end` lets a user's own function carry one: `schedule.end = 300`.
+  """
+  end = getattr(schedule, 'end', None) if callable(schedule) else None
+  return end if isinstance(end, int) else None
+
+
+def named(name: str, **values: Any) -> Schedule:
   """Returns the schedule that a configuration gives by its `name` and the arguments of the function of that name.
 
   Raises `ValueError` for a missing argument, and, with the most similar names, for an unknown schedule or argument.
@@ -117,13 +146,13 @@ def named(name: str, **arguments: Any) -> Schedule:
   if name not in known:
     raise errors.unknown('schedules.named', 'schedule', name, known)
   parameters = inspect.signature(known[name]).parameters
-  for argument in arguments:
+  for argument in values:
     if argument not in parameters:
       raise errors.unknown('schedules.named', f'argument of schedule {name!r}:', argument, parameters)
-  missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
+  missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in values]
   if missing:
     raise ValueError(f'schedules.named: schedule {name!r} needs `{"`, `".join(missing)}`.')
-  return known[name](**arguments)
+  return known[name](**values)
 
 
 def _after(name: str, begin: int, end: int) -> int:
@@ -166,6 +195,14 @@ def _every(step: Step, steps: int, begin: int, end: int | None = None) -> Any:
   step = jnp.asarray(step)
   due = (step >= begin) & ((step - begin) % steps == 0)
   return due if end is None else (due & (step < end)) | (step == end)
+
+
+def _delayed(step: Step, schedule: Schedule, steps: int) -> Any:
+  return schedule(step - steps)
+
+
+def _either(step: Step, first: Schedule, second: Schedule) -> Any:
+  return jnp.asarray(first(step)) | second(step)
 
 
 def _before(step: Step, schedule: Schedule, end: int) -> Any:

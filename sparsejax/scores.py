@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import neighbours, trees
+from sparsejax.arguments import checked
 from sparsejax.types import Array, Schedule, Signals
 
 
@@ -122,6 +123,7 @@ class Movement(NamedTuple):
   state: Any
 
 
+@checked
 def accumulated_movement(
     optimizer: optax.GradientTransformation = optax.sgd(1.0), penalty: Schedule = lambda step: 0.0) -> Memory:
   """Returns the memory of a score S that starts at 0 and that `optimizer` trains by the gradient dL/dS = w dL/dw'.
@@ -143,6 +145,7 @@ def accumulated_movement(
   return Memory(start, observe)
 
 
+@checked
 def gradient_average(decay: float = 0.9) -> Memory:
   """Returns the memory of an exponential moving average of the gradient, which starts at 0.
 
@@ -151,6 +154,7 @@ def gradient_average(decay: float = 0.9) -> Memory:
   return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * s.grad.astype(jnp.float32))
 
 
+@checked
 def squared_gradient_average(decay: float = 0.99) -> Memory:
   """Returns the memory of an exponential moving average of the squared gradient, which starts at 0, not debiased."""
   return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(s.grad.astype(jnp.float32)))

@@ -6,15 +6,18 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
 from sparsejax import counts, errors, kinds, patterns, ranking, scores, trees, updates
+from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
 from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
 
@@ -34,6 +37,7 @@ class Selection(NamedTuple):
   threshold: float | None = None
 
 
+@checked
 def leafwise(
     pattern: Pattern | Mapping[str, Pattern],
     *,
@@ -76,20 +80,35 @@ class _Leafwise:
     return trees.per_leaf('sparsejax', 'pattern', self.pattern, list(paths))
 
   def plan(self, arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
+    paths_and_patterns = list(zip(arrays, self.of(arrays)))
     alone = self.sparsity is not None and not self.ranked
+    carried = [pattern.validate(arrays[path].shape, axes[path]) for path, pattern in paths_and_patterns]
+    refuse(arrays, carried)
     shares = self.allocation(arrays, self.sparsity, axes) if alone else {}
-    leaves = []
-    for path, pattern in zip(arrays, self.of(arrays)):
-      sparsity = self.sparsity if self.ranked else shares.get(path, pattern.sparsity)
-      if hasattr(pattern, 'at') and (alone or self.ramp):
-        raise errors.at_leaf('sparsejax', path, arrays[path].shape, f'the stages on the way to {pattern} have counts '
-                             'of their own. Leave out `sparsity=` and `ramp=`.')
-      if pattern.static and sparsity is None and not self.ranked:
-        raise errors.at_leaf('sparsejax', path, arrays[path].shape, f'{pattern} has no sparsity; pass `sparsity=`.')
-      leaves.append(planned(path, arrays[path].shape, axes[path], pattern, Asked(sparsity, self.ranked)))
+    asked = [Asked(self.sparsity if self.ranked else shares.get(path, pattern.sparsity), self.ranked)
+             for path, pattern in paths_and_patterns]
+    refuse(arrays, [self._unasked(pattern, each) for (_, pattern), each in zip(paths_and_patterns, asked)])
+    leaves = tuple(SparseLeaf(path, arrays[path].shape, axes[path], on_record(pattern), each)
+                   for (path, pattern), each in zip(paths_and_patterns, asked))
     if self.ranked:
       check_comparable(leaves)
-    return Plan(tuple(leaves))
+    return Plan(leaves)
+
+  def _unasked(self, pattern: Pattern, asked: Asked) -> str | None:
+    """Returns why the pattern cannot have the sparsity that is asked of a leaf, or `None` if it can."""
+    if hasattr(pattern, 'at') and (self.ramp or self.sparsity is not None and not self.ranked):
+      return f'the stages on the way to {pattern} have counts of their own. Leave out `sparsity=` and `ramp=`.'
+    if pattern.static and asked.sparsity is None and not self.ranked:
+      return f'{pattern} has no sparsity; pass `sparsity=`.'
+    if getattr(pattern, 'fixed', False) and pattern.static and not self.ranked and not self._same(pattern, asked):
+      return (f'{pattern} keeps {1 - pattern.sparsity:.4g} of every group, and sparsity={asked.sparsity:.4g} asks for '
+              'another fraction. Leave out `sparsity=`, or take the pattern that keeps as many.')
+    return None
+
+  @staticmethod
+  def _same(pattern: Pattern, asked: Asked) -> bool:
+    size = pattern.group[0]
+    return counts.kept_of(asked.sparsity, size) == counts.kept_of(pattern.sparsity, size)
 
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
     rows = list(zip(masks, weights, map(_arrays, signals)))
@@ -123,7 +142,7 @@ class _Leafwise:
 
 def _ranks(fact: tuple[SparseLeaf, Pattern]) -> bool:
   """Returns whether the pattern ranks a whole leaf by a loop, and not groups of a few neighbours."""
-  import os; return bool(os.environ.get('LOOP')) or not getattr(fact[1], 'fixed', False)
+  return not getattr(fact[1], 'fixed', False)
 
 
 def _fact(leaf: SparseLeaf) -> SparseLeaf:
@@ -136,14 +155,16 @@ def _arrays(signals: Signals) -> tuple[Any, Any, Any]:
   return signals.grad, signals.key, signals.stats
 
 
-def planned(path: str, shape: tuple[int, ...], axes: Axes, pattern: Pattern, asked: Asked) -> SparseLeaf:
-  """Returns what is asked of one leaf. Raises `ValueError` if the leaf cannot carry the pattern.
+def refuse(arrays: Mapping[str, Array], reasons: Sequence[str | None]) -> None:
+  """Raises one `ValueError` for all leaves that have a reason, see `errors.at_leaves`."""
+  problems = [errors.Problem(path, w.shape, why) for (path, w), why in zip(arrays.items(), reasons) if why]
+  if problems:
+    raise errors.at_leaves('sparsejax', problems)
 
-  A pattern with a traced N cannot be part of a treedef. The leaf then has no pattern on record.
-  """
-  if why := pattern.validate(shape, axes):
-    raise errors.at_leaf('sparsejax', path, shape, why)
-  return SparseLeaf(path, shape, axes, getattr(pattern, 'target', pattern) if pattern.static else None, asked)
+
+def on_record(pattern: Pattern) -> Pattern | None:
+  """Returns the pattern that a leaf records; none for a traced N, which cannot be part of a treedef."""
+  return getattr(pattern, 'target', pattern) if pattern.static else None
 
 
 def at(pattern: Pattern, step: Any) -> Pattern:
@@ -152,21 +173,21 @@ def at(pattern: Pattern, step: Any) -> Pattern:
 
 
 def check_comparable(leaves: Leaves) -> None:
-  """Raises `ValueError` where leaves cannot be ranked together."""
-  sizes: dict[int, SparseLeaf] = {}
-  for leaf in leaves:
-    if leaf.asked.sparsity is None:
-      raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
-    if leaf.pattern is None or not counts.competes(leaf.pattern, leaf.shape, leaf.axes):
-      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'{leaf.pattern} fixes how many every group keeps, '
-                           'so that leaves cannot be ranked together. Use allocation=allocation.uniform, or another '
-                           'pattern.')
-    sizes.setdefault(counts.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf)
-  if len(sizes) > 1:
-    (a, first), (b, other) = list(sizes.items())[:2]
-    raise errors.at_leaf('sparsejax', other.path, other.shape, f'a unit of {other.pattern} has {b} weights here and '
-                         f'{a} in {first.path!r}, so that leaves cannot be ranked together. Use '
-                         'allocation=allocation.uniform or erk.')
+  """Raises one `ValueError` for all leaves that cannot be ranked together."""
+  if any(leaf.asked.sparsity is None for leaf in leaves):
+    raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
+  others = [errors.Problem(leaf.path, leaf.shape, f'{leaf.pattern} fixes how many every group keeps, so that leaves '
+                           'cannot be ranked together. Use allocation=allocation.uniform, or another pattern.')
+            for leaf in leaves if leaf.pattern is None or not counts.competes(leaf.pattern, leaf.shape, leaf.axes)]
+  if others:
+    raise errors.at_leaves('sparsejax', others)
+  sizes = [(counts.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf) for leaf in leaves]
+  usual, first = sizes[0]
+  others = [errors.Problem(leaf.path, leaf.shape, f'a unit of {leaf.pattern} has {size} weights here and {usual} in '
+                           f'{first.path!r}, so that leaves cannot be ranked together. Use '
+                           'allocation=allocation.uniform or erk.') for size, leaf in sizes if size != usual]
+  if others:
+    raise errors.at_leaves('sparsejax', others)
 
 
 def competed(allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern], ranks: list[Array],
@@ -177,15 +198,20 @@ def competed(allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern],
   normalise = allocation.normalise
   values = [counts.by_layer(normalise, pool.layers, [pool.scores]) if normalise else pool.scores for pool in pools]
   kept = counts.kept_of(leaves[0].asked.sparsity, sum(math.prod(v.shape) for v in values), progress)
-  masks = ranking.top_n_of_leaves(values, kept)
-  return [ranking.count(_per_layer(mask, pool)) for mask, pool in zip(masks, pools)]
+  if not any(pool.layers for pool in pools):
+    return list(map(ranking.count, ranking.shares_of_leaves(values, kept)))
+  return list(map(_per_layer, ranking.top_n_of_leaves(values, kept), pools))
 
 
-def _per_layer(kept: Array, pool: Pooled) -> Array:
-  """Returns how many units each layer keeps, `int32[*layers]`, of a mask of the units."""
-  return jnp.sum(kept, tuple(a for a in range(kept.ndim) if a not in pool.layers), dtype=jnp.int32)
+def _per_layer(kept: Array, pool: Pooled) -> ranking.Count:
+  """Returns how many units each layer keeps, a `Count` of words `int32[*layers]`, of a mask of the units."""
+  number = ranking.number
+  for _ in pool.layers:
+    number = jax.vmap(number)
+  return number(jnp.moveaxis(kept, pool.layers, range(len(pool.layers))))
 
 
+@checked
 def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False) -> Selection:
   """Returns the selection that keeps the weights above the `sparsity(step)`-quantile of |w| over all sparse leaves.
 
@@ -203,6 +229,7 @@ def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False)
   return Selection(plan, select, threshold=-1.0)
 
 
+@checked
 def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) -> Selection:
   """Returns the selection that keeps the weights with a score above `threshold(step)`.
 
@@ -224,6 +251,7 @@ def _all_alike(arrays: dict[str, Array], axes: dict[str, Axes], pattern: Pattern
   return Plan(tuple(SparseLeaf(path, w.shape, axes[path], pattern, asked) for path, w in arrays.items()))
 
 
+@checked
 def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity: float | None = None,
                   allocation: Allocation = allocations.uniform) -> Selection:
   """Returns the selection that drops by magnitude in each layer and grows as many weights by `grow` in all layers.
@@ -242,35 +270,58 @@ def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity
     return Plan(leaves)
 
   def select(leaves, weights, masks, signals):
-    rows, drop = list(zip(leaves, weights, masks, signals)), fraction(signals[0].step)
-    growing = [grow(w, s) for _, w, _, s in rows]
-    survivors = [_survivors(pattern, *row, drop) for row in rows]
-    grown = _grown(pattern, leaves, masks, survivors, growing)
-    return [pattern(jnp.where(alive, jnp.inf, updates.bounded(g)), ranking.count(count), leaf.axes)
-            for leaf, alive, g, count in zip(leaves, survivors, growing, grown)], None
+    facts, step = [(_fact(leaf), pattern) for leaf in leaves], signals[0].step
+    rows = list(zip(masks, weights, map(_arrays, signals)))
+    survivors = kinds.each(functools.partial(_survived, grow), facts, rows, (step, fraction(step)), _ranks)
+    grown = _grown([numbers for _, numbers in survivors])
+    alive = [mask for mask, _ in survivors]
+    rows = [(mask, count, *row) for mask, count, row in zip(alive, grown, rows)]
+    return kinds.each(functools.partial(_regrown, grow), facts, rows, (step,), _ranks), None
 
   return Selection(plan, select)
 
 
-def _survivors(pattern: Pattern, leaf: SparseLeaf, w: Array, mask: Array, signals: Signals, drop: Any) -> Array:
-  """Returns the mask of the kept weights of a leaf without the fraction `drop` of them, the smallest of each layer."""
-  keep = counts.fewer(ranking.count(_units_in(pattern, mask, leaf)), drop)
-  return pattern(updates.kept_first(mask, scores.magnitude(w, signals)), keep, leaf.axes) & mask
+class _Numbers(NamedTuple):
+  """A `_Numbers` says of each layer of a leaf, `[*layers]`, how many units were kept, survive, and could be kept.
+
+  `strength`: the mean of the growth scores over the kept weights. Numbers are `int32`: a layer has below 2^31 units.
+  """
+
+  before: Array
+  left: Array
+  most: Array
+  strength: Array
 
 
-def _grown(pattern: Pattern, leaves: Leaves, masks: Masks, survivors: Masks, growing: list[Array]) -> list[Array]:
+def _survived(grow: Score, fact: Any, row: Any) -> tuple[Array, _Numbers]:
+  """Returns the mask of the kept weights of a leaf without the smallest of each layer, and the numbers of its units."""
+  (leaf, pattern), (mask, w, arrays, step, drop) = fact, row
+  signals = Signals(*arrays, step, leaf.axes)
+  before = _units_in(pattern, mask, leaf)
+  keep = counts.fewer(ranking.count(before), drop)
+  alive = pattern(updates.kept_first(mask, scores.magnitude(w, signals)), keep, leaf.axes) & mask
+  left, most = (_units_in(pattern, each, leaf) for each in (alive, jnp.ones_like(mask)))
+  return alive, _Numbers(before, left, most, _mean_over(mask, grow(w, signals), leaf))
+
+
+def _regrown(grow: Score, fact: Any, row: Any) -> Array:
+  """Returns the mask of the survivors and of the best others, `count` units in each layer."""
+  (leaf, pattern), (alive, count, _, w, arrays, step) = fact, row
+  values = updates.bounded(grow(w, Signals(*arrays, step, leaf.axes)))
+  return pattern(jnp.where(alive, jnp.inf, values), ranking.count(count), leaf.axes)
+
+
+def _grown(numbers: Sequence[_Numbers]) -> list[Array]:
   """Returns how many units each layer of each leaf keeps after growth, `int32[*layers]` for each leaf."""
-  units = lambda trees: ravel_pytree([_units_in(pattern, mask, leaf) for mask, leaf in zip(trees, leaves)])
-  (before, restored), (left, _) = units(masks), units(survivors)
-  room = units([jnp.ones_like(mask) for mask in masks])[0] - left
-  strength, _ = ravel_pytree([_mean_over(*row) for row in zip(masks, growing, leaves)])
-  return restored(left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, room))
+  (before, restored), *others = (ravel_pytree(list(each)) for each in zip(*numbers))
+  left, most, strength = (flat for flat, _ in others)
+  return restored(left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, most - left))
 
 
 def _units_in(pattern: Pattern, mask: Array, leaf: SparseLeaf) -> Array:
-  """Returns how many units of a mask are kept, `int32[*layers]`."""
+  """Returns how many units of a mask are kept, `int32[*layers]`: fewer than 2^31 in each layer."""
   pool = pattern.pooled(mask.astype(jnp.float32), leaf.axes)
-  return _per_layer(pool.scores > 0, pool)
+  return _per_layer(pool.scores > 0, pool).low
 
 
 def _mean_over(mask: Array, values: Array, leaf: SparseLeaf) -> Array:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import trees
+from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, PyTree, Start
 
 Probe = Callable[[PyTree], PyTree]
@@ -64,6 +65,7 @@ def _parts(word: Any) -> tuple[Any, ...]:
   return word.arguments if isinstance(word, Bound) else ()
 
 
+@checked
 def probed(probe: Probe, rounds: int = 1) -> Start:
   """Returns a start that chooses masks `rounds` times by scores of `probe`, each time at the point of the masks before.
 
@@ -77,6 +79,7 @@ def _probed(choose: Any, place: Any, masks: Any, key: Array | None, probe: Probe
   return once(rounds, jax.lax.fori_loop(1, rounds, once, masks) if rounds > 1 else masks)
 
 
+@checked
 def best_of(loss: Loss, candidates: int) -> Start:
   """Returns a start that keeps the random mask with the lowest `loss(params)` out of `candidates`.
 
@@ -91,6 +94,7 @@ def _best_of(choose: Any, place: Any, masks: Any, key: Array, loss: Loss, candid
   return choose(masks, key=keys[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))])
 
 
+@checked
 def gradient(loss: Loss) -> Probe:
   """Returns the probe dL/dw."""
   return Bound(_gradient, (loss,))
@@ -100,6 +104,7 @@ def _gradient(params: PyTree, loss: Loss) -> PyTree:
   return jax.grad(loss)(params)
 
 
+@checked
 def hessian_gradient(loss: Loss) -> Probe:
   """Returns the probe H g: the Hessian of the loss times its gradient, g held fixed (Wang et al. 2020, equation 8).
 
@@ -110,10 +115,12 @@ def hessian_gradient(loss: Loss) -> Probe:
 
 def _hessian_gradient(params: PyTree, loss: Loss) -> PyTree:
   paths, leaves, treedef = trees.flatten(jax.grad(loss)(params))
-  moving = [g if trees.matrices(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]
+  sparse = trees.over(trees.matrices, params)
+  moving = [g if sparse(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]
   return jax.jvp(jax.grad(loss), (params,), (treedef.unflatten(moving),))[1]
 
 
+@checked
 def synaptic_flow(outputs: Callable[[PyTree], Array]) -> Probe:
   """Returns the probe dR/d|w|, R the sum of `outputs(|params|)` for an input of ones (Tanaka et al. 2020, algorithm 1).
 

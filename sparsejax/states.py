@@ -7,53 +7,20 @@ A recipe may be wrapped, chained and partitioned by any transform of optax. The 
     masks = states.masks(params, state)     # `True` where kept
 """
 
-import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, formats, trees
-from sparsejax.types import Array, Asked, Axes, Flow, Pattern, PyTree, Signals
+from sparsejax import errors, plans, trees
+from sparsejax.plans import Plan, SparseLeaf
+from sparsejax.types import Array, PyTree, Signals, moved
 
-
-@dataclasses.dataclass(frozen=True)
-class SparseLeaf:
-  """A `SparseLeaf` says what is asked of one sparse parameter: static, compared by value.
-
-  `pattern` is `None` where none is on record: a score's threshold decides, or the pattern has a traced number.
-  """
-
-  path: str
-  shape: tuple[int, ...]
-  axes: Axes
-  pattern: Pattern | None
-  asked: Asked = Asked()
-
-  @property
-  def sparsity(self) -> float | None:
-    """The sparsity that is asked of the leaf by itself, or `None`."""
-    return None if self.asked.together else self.asked.sparsity
-
-  @property
-  def layer_shape(self) -> tuple[int, ...]:
-    """The shape of one layer of the leaf."""
-    return tuple(n for a, n in enumerate(self.shape) if a not in self.axes.layer)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """A `Plan` says what is asked of all sparse leaves. A plan is part of the state's treedef, never saved or traced."""
-
-  leaves: tuple[SparseLeaf, ...] = ()
-  flow: Flow | None = None
-
-  @property
-  def sparsity(self) -> float | None:
-    """The sparsity that is asked of all leaves together, or `None` if each leaf is asked by itself."""
-    return next((leaf.asked.sparsity for leaf in self.leaves if leaf.asked.together), None)
+__all__ = ['Plan', 'SparseLeaf', 'SparseState', 'apply_masks', 'bdwp_backward', 'by_path', 'find', 'masks',
+            'project', 'reproject', 'surroundings']
 
 
 class SparseState(NamedTuple):
@@ -63,7 +30,14 @@ class SparseState(NamedTuple):
   the key of random scores, `uint32[2]`, or `None`. `masks`: `bool`, shaped like the sparse parameters, of the point
   that the user holds. `master`: the dense weights behind the point, in float32 for narrower parameters; none for fixed
   masks. `stats`: a threshold that the selection gives to the flow, or the memory of a score: nothing, a scalar, or
-  arrays shaped like the leaf. `inner`: the state of the user's optimizer.
+  arrays shaped like the leaf. `inner`: the state of the user's optimizer. `plan`: the `Plan`, which is static but for
+  one array, `plan.identity`, `uint8[256]`, the fingerprint of the plan with which the state was made.
+
+  Recipe, pattern, flow and the set of sparse leaves are the identity: a state of another identity is refused with both
+  in words. In one process `update` refuses it at trace time. The state of a file is refused wherever its values are
+  known: in `report`, `check`, `project`, `masks`, and in `update` outside of `jit`. Under `jit` the values are not
+  known while JAX traces, so the first sparse leaf gets NaN as its update, and `check` then says why. A checkpoint
+  without `plan.identity`, from before there was one, has another structure, and its tool refuses it.
   """
 
   step: Array
@@ -75,16 +49,37 @@ class SparseState(NamedTuple):
   plan: Plan
 
 
+def _plan(state: SparseState) -> Plan:
+  """Returns the plan of a state. Flax reads each field before it looks up how to save it: the moment to say how."""
+  _make_known_to(sys.modules.get('flax.serialization'))
+  return state[-1]
+
+
+@functools.cache
+def _make_known_to(serialization: Any) -> None:
+  """Tells `flax.serialization`, where it is in use, to save the array of a plan and to take the rest of the target."""
+  if hasattr(serialization, 'register_serialization_state'):
+    serialization.register_serialization_state(
+        Plan, lambda plan: {'identity': plan.identity}, lambda plan, saved: plan.carrying(saved['identity']),
+        override=True)
+
+
+SparseState.plan = property(_plan)
+
+
 def find(opt_state: Any) -> list[SparseState]:
   """Returns every `SparseState` inside an optimizer state, however it was wrapped, chained or partitioned.
 
-  Raises `ValueError` if there is none.
+  Raises `ValueError` if there is none, or if the arrays in a state come from an optimizer of another identity.
   """
   is_state = lambda node: isinstance(node, SparseState)
   sparse = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
   if not sparse:
     raise ValueError('sparsejax: no SparseState in this optimizer state. Wrap the optimizer in a recipe, as in '
                      'sparsejax.recipes.sr_ste(optax.adamw(1e-3)), and pass the state that init or update returned.')
+  for state in sparse:
+    if isinstance(state.plan, Plan):
+      plans.refuse_unless_of(state.plan, state.plan.identity)
   return sparse
 
 
@@ -172,7 +167,8 @@ def apply_masks(tree: PyTree, opt_state: Any) -> PyTree:
   Averages of parameters from different updates (EMA, SWA, schedule-free's) need these zeros: an average is zero only
   where all of the averaged parameters are zero.
   """
-  return jax.tree.map(lambda x, mask: jnp.where(mask, x, jnp.zeros((), x.dtype)), tree, masks(tree, opt_state))
+  zeroed = lambda x, mask: jnp.where(mask, x, jnp.zeros((), x.dtype)) if mask.ndim else x
+  return jax.tree.map(zeroed, tree, masks(tree, opt_state))
 
 
 def masks(params: PyTree, opt_state: Any) -> PyTree:
@@ -196,12 +192,6 @@ def _along_output(master: Array, leaf: SparseLeaf) -> Array:
   return jnp.where(leaf.pattern(jnp.abs(master).astype(jnp.float32), None, turned), master, 0)
 
 
-def freeze_net_trained(params: PyTree, opt_state: Any) -> PyTree:
-  """Returns what `recipes.freeze_net` trained: the kept weights of each sparse leaf and their places, packed.
-
-  Dense leaves are returned as they are. `io.save` writes the result, and `formats.unpack(io.load(path),
-  first_parameters)` is `params` again, bit for bit. At 99 % the file has under 2 % of the bytes. Call it outside of
-  `jit`.
-  """
-  packed = lambda w, mask: formats.RelativeIndexArray.from_dense(w, mask) if mask.shape == w.shape else w
-  return jax.tree.map(packed, params, masks(params, opt_state))
+# Former names of this module; the modules where the objects are now add them.
+FORMER: dict[str, tuple[Any, str]] = {}
+__getattr__ = moved(__name__, FORMER)

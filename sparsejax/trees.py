@@ -10,6 +10,7 @@ which every tool of optax understands.
     where = lambda path, leaf: leaf.ndim == 2 and leaf.size > 10_000
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,27 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax import errors
-from sparsejax.types import Array, Axes, Predicate, PyTree
+from sparsejax import conventions, errors
+from sparsejax.conventions import path_name
+from sparsejax.types import Array, Axes, Bound, Predicate, PyTree
 
 DENSE = optax.MaskedNode()
-
-# The pattern matches parameters of rank two and more that are no matrices: biases of DenseGeneral, stacked norms and
-# embeddings.
-_NOT_MATRICES = re.compile(
-    r'(^|.*/)(bias\w*|b|scale|offset|gamma|beta)$|.*(embed|norm|pos_enc|cls_token).*', re.IGNORECASE)
 
 
 def is_dense(node: Any) -> bool:
   """Returns whether `node` is the placeholder of a leaf that stays dense."""
   return isinstance(node, optax.MaskedNode)
-
-
-def path_name(keys: tuple[Any, ...]) -> str:
-  """Returns the path, such as `a/b/0/kernel`, for `keys` of `jax.tree_util`; the last `.value` of NNX is left out."""
-  if len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in ('value', 'raw_value'):
-    keys = keys[:-1]
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in keys)
 
 
 def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[str], list[Any], Any]:
@@ -53,58 +43,204 @@ def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple
 def _regex(glob: str) -> re.Pattern[str]:
   words = {'**/': '(?:[^/]+/)*', '**': '.*', '*': '[^/]*', '?': '[^/]'}
   parts = re.split(r'(\*\*/|\*\*|\*|\?)', glob.strip('/'))
-  return re.compile('(?:.*/)?' + ''.join(words.get(part, re.escape(part)) for part in parts))
+  above = '' if glob.startswith('/') else '(?:.*/)?'
+  return re.compile(above + ''.join(words.get(part, re.escape(part)) for part in parts))
 
 
 def matches(glob: str, path: str) -> bool:
   """Returns whether `glob` matches `path` or a tail of `path` that begins at a key.
 
-  `*` matches any characters of one key, `**` any number of keys, and `?` one character of a key.
+  `*` matches any characters of one key, `**` any number of keys, and `?` one character of a key. A glob that begins
+  with `/` matches whole paths only.
   """
   return _regex(glob).fullmatch(path) is not None
 
 
 def named(*globs: str) -> Predicate:
-  """Returns the predicate of all leaves whose path, or a tail of the path, matches one of `globs`; see `matches`."""
-  return lambda path, leaf: any(matches(glob, path) for glob in globs)
+  """Returns the predicate of all leaves whose path, or a tail of the path, matches one of `globs`; see `matches`.
+
+  A tree in which one of the globs matches no path is refused by `select`.
+  """
+  return Bound(_named, globs)
+
+
+def _named(path: str, leaf: Array, *globs: str) -> bool:
+  return any(matches(glob, path) for glob in globs)
 
 
 def matrices(path: str, leaf: Array) -> bool:
   """Returns whether a leaf is sparse by default.
 
-  Floating leaves of rank two and more are sparse, except biases, norms and embeddings, which are known by their names.
+  A floating leaf is sparse unless it is a vector (fewer than two axes longer than one, as of a class token), a lookup
+  table, a norm, a bias or a scale. The leaf's own name and the layer's own name tell which, see
+  `conventions.is_matrix`. Where `where=trees.matrices` meets a whole tree (`over`), the container and the leaves beside
+  a leaf are looked at as well: an `equinox.nn.Embedding` or a stack of norms is known under any name. Without a bias, a
+  `weight` under a name that says nothing may be a lookup table or a matrix. That leaf is sparse; `report` lists it.
   """
-  return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not _NOT_MATRICES.fullmatch(path)
+  place = conventions.Place(conventions.keys_of(path), tuple(getattr(leaf, 'shape', ())))
+  return _is_floating(leaf) and conventions.is_matrix(place)
+
+
+def _is_floating(leaf: Any) -> bool:
+  return hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _matrices_over(tree: PyTree) -> Predicate:
+  sparse = {path for path, place in conventions.places(tree).items() if conventions.is_matrix(place)}
+  return lambda path, leaf: _is_floating(leaf) and path in sparse
+
+
+matrices.over = _matrices_over
+
+
+def over(where: Predicate, tree: PyTree) -> Predicate:
+  """Returns the predicate that `where` is for the leaves of `tree`.
+
+  A predicate with an attribute `over`, as `trees.matrices` has, looks at more than one leaf: `where.over(tree)` is the
+  predicate `(path, leaf) -> bool` for `tree`. A `Bound` is asked for the predicates among its arguments, as `all_but`
+  has one. Any other predicate is returned as it is.
+  """
+  if isinstance(where, Bound):
+    return dataclasses.replace(where, arguments=tuple(over(a, tree) if callable(a) else a for a in where.arguments))
+  return where.over(tree) if hasattr(where, 'over') else where
+
+
+def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
+  """Returns the predicate for `where=None`: `matrices`, or what a traced program says.
+
+  With `axes=contractions(...)` the program decides: the leaves that it contracts are sparse, but those of which it also
+  looks up rows (tied embeddings) and vectors are not. Of another mapping with traced axes, the matrices in it are
+  sparse. Axes that a user wrote do not change which leaves are sparse.
+  """
+  if not is_traced(axes):
+    return matrices
+  return Bound(_contracted, (axes,)) if hasattr(axes, 'lookups') else Bound(_among, (matrices, axes))
+
+
+def _contracted(path: str, leaf: Array, axes: Mapping[str, Axes]) -> bool:
+  names = names_in(axes, path) if _is_floating(leaf) and not conventions.is_vector(leaf.shape) else []
+  return bool(names) and not any(name in axes.lookups for name in names)
+
+
+def _among(path: str, leaf: Array, where: Predicate, axes: Mapping[str, Axes]) -> bool:
+  return bool(where(path, leaf)) and bool(tails(path, axes))
+
+
+def is_traced(axes: Mapping[str, Axes] | None) -> bool:
+  """Returns whether `axes` were read from a program, at least one of them. The program contracts no other leaf."""
+  if axes is None:
+    return False
+  return hasattr(axes, 'lookups') or any(Axes(*each).source == 'traced' for each in axes.values())
 
 
 def all_but(*globs: str, where: Predicate = matrices) -> Predicate:
   """Returns the predicate of the leaves of `where` without the leaves whose path matches one of `globs`.
 
-  `all_but('patch/kernel', 'head/kernel')` keeps the first and the last layer dense.
+  `all_but('patch/kernel', 'head/kernel')` keeps the first and the last layer dense. A tree in which one of the globs
+  matches no path is refused by `select`.
   """
-  dense = named(*globs)
-  return lambda path, leaf: where(path, leaf) and not dense(path, leaf)
+  return Bound(_all_but, (where, *globs))
+
+
+def _all_but(path: str, leaf: Array, where: Predicate, *globs: str) -> bool:
+  return bool(where(path, leaf)) and not _named(path, leaf, *globs)
+
+
+def globs_of(where: Any) -> tuple[str, ...]:
+  """Returns the globs that `named` and `all_but` were given, nested ones too; none of another predicate."""
+  if not isinstance(where, Bound) or where.function not in (_named, _all_but):
+    return ()
+  return where.arguments if where.function is _named else globs_of(where.arguments[0]) + where.arguments[1:]
 
 
 def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]:
   """Returns one bool for each leaf of `tree`: whether `where` picks the leaf.
 
-  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. `function` is the name
-  of the caller, for messages. Raises `ValueError` if `where` picks no leaf, with the paths of `tree`. Raises
-  `ValueError` if `where` picks a leaf that is not floating, or if `where` is neither a predicate nor a prefix.
+  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. A leaf of size zero is
+  never picked, since it has nothing to prune. `function` is the name
+  of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an exclusion too,
+  matches no path. The message has the closest paths of `tree`, and leaves that optax masks have paths as well. Raises
+  `ValueError` if `where` picks leaves that are not floating or that share their path, or is neither a predicate nor a
+  prefix. A predicate is called with arrays only: a number, a function or an empty array is never picked.
   """
   names, leaves, _ = flatten(tree)
-  if callable(where):
-    picked = [bool(where(name, leaf)) for name, leaf in zip(names, leaves)]
-  else:
-    picked = _prefixed(function, where, tree)
+  picked = [pick and getattr(leaf, 'size', 1) > 0 for pick, leaf in zip(_picked(function, where, tree), leaves)]
+  _refuse_globs(function, where, tree, any(picked))
   if not any(picked):
-    raise ValueError(f'{function}: `where` picks no parameter. Paths look like {errors.some(names)}; '
-                     "match them with trees.named('tail/of/path'), * for one key and ** for several.")
-  for name, leaf, pick in zip(names, leaves, picked):
-    if pick and not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise errors.at_leaf(function, name, leaf.shape, f'dtype {leaf.dtype} is not floating; leave it out of `where`.')
+    raise ValueError(f'{function}: `where` picks no parameter. {_looks(names)}')
+  wrong = lambda leaf: not jnp.issubdtype(leaf.dtype, jnp.floating)
+  problems = [errors.Problem(name, leaf.shape, f'dtype {leaf.dtype} is not floating; leave it out of `where`.')
+              for name, leaf, pick in zip(names, leaves, picked) if pick and wrong(leaf)]
+  if problems:
+    raise refused(errors.at_leaves(function, problems), where, tree)
+  problems = [errors.Problem(name, leaf.shape, 'two leaves have this path. Rename a key, so that no key holds a `/`.')
+              for name, leaf, pick in zip(names, leaves, picked) if pick and names.count(name) > 1]
+  if problems:
+    raise errors.at_leaves(function, problems)
   return picked
+
+
+def _looks(names: list[str]) -> str:
+  return (f'Paths look like {errors.some(names)}; '
+          "match them with trees.named('tail/of/path'), * for one key and ** for several.")
+
+
+def _refuse_globs(function: str, where: Any, tree: PyTree, picks: bool) -> None:
+  """Raises `ValueError` for a glob of `where` that matches no path; placeholders and `None` have paths, too."""
+  globs = globs_of(where)
+  names = flatten(tree, is_leaf=lambda node: node is None or is_dense(node))[0] if globs else []
+  for glob in globs:
+    if not any(matches(glob, name) for name in names):
+      keys = glob.strip('/').count('/') + 1
+      hint = errors.closest(glob, {'/'.join(name.split('/')[-keys:]) for name in names})
+      what = f'names {glob!r}, which matches no parameter' if picks else 'picks no parameter'
+      raise ValueError(f'{function}: `where` {what}. {_looks(names)}{hint}')
+
+
+def refused(refusal: errors.AtLeaves, where: Any, tree: PyTree) -> errors.AtLeaves:
+  """Returns the refusal of leaves of `tree` with the line that leaves them dense, to paste in the place of `where`.
+
+  `where`: the predicate or prefix pytree that picked the leaves. The line keeps the globs of `named` and `all_but`, and
+  lists paths where `where` is another predicate or a pytree. There is no line if no other leaf is picked.
+  """
+  names = flatten(tree)[0]
+  bad = {problem.path for problem in refusal.problems}
+  good = [name for name, pick in zip(names, _picked(refusal.function, where, tree)) if pick and name not in bad]
+  usual = [name for name, pick in zip(names, _picked(refusal.function, matrices, tree)) if pick]
+  others = [name for name in usual if name not in good]
+  composed = [(functools.partial(all_but, where=where), sorted(bad))] if where is matrices or globs_of(where) else []
+  lists = [(all_but, others)] * ({*good} <= {*usual}) + [(named, good)]
+  for word, paths in composed + sorted(lists, key=lambda each: len(each[1])) if good else ():
+    predicate = word(*('/' * (sum(matches(path, name) for name in names) > 1) + path for path in paths))
+    picked = _picked(refusal.function, predicate, tree)
+    if (text := written(predicate)) and good == [name for name, pick in zip(names, picked) if pick]:
+      return errors.at_leaves(refusal.function, refusal.problems, f'where={text}')
+  return refusal
+
+
+def written(where: Any) -> str:
+  """Returns `where` as code, for example "sj.trees.all_but('head/kernel')"; nothing for a predicate of one's own."""
+  if where is matrices:
+    return 'sj.trees.matrices'
+  if not globs_of(where):
+    return ''
+  if where.function is _named:
+    return f'sj.trees.named({", ".join(map(repr, where.arguments))})'
+  base, *globs = where.arguments
+  if isinstance(base, Bound) and base.function is _all_but:  # one list of exclusions
+    return written(all_but(*base.arguments[1:], *globs, where=base.arguments[0]))
+  inner = written(base)
+  also = [] if base is matrices else [f'where={inner}']
+  return f'sj.trees.all_but({", ".join([*map(repr, globs), *also])})' if inner else ''
+
+
+def _picked(function: str, where: Any, tree: PyTree) -> list[bool]:
+  names, leaves, _ = flatten(tree)
+  arrays = [hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') and 0 not in leaf.shape for leaf in leaves]
+  if not callable(where):
+    return [pick and array for pick, array in zip(_prefixed(function, where, tree), arrays)]
+  where = over(where, tree)
+  return [array and bool(where(name, leaf)) for name, leaf, array in zip(names, leaves, arrays)]
 
 
 def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:
@@ -139,27 +275,12 @@ def per_leaf(function: str, what: str, value: Any, paths: list[str]) -> list[Any
 
 
 def conventional_axes(path: str, shape: tuple[int, ...]) -> Axes:
-  """Returns the `Axes` of a leaf by the naming conventions of Flax, Haiku and Equinox, if no program has been traced.
+  """Returns the `Axes` of a leaf by `conventions.TABLE`, from its path and shape alone.
 
-  - `weight` (Equinox) is `[out, in, *spatial]`.
-  - `query/kernel`, `key/kernel` and `value/kernel` (attention in Flax) are `[*layer, in, heads, head_dim]`.
-  - `out/kernel` of rank three and more (attention in Flax) is `[*layer, heads, head_dim, out]`.
-  - Every other leaf is `[*leading, in, out]`. Leading axes are taps if the path contains `conv` or if the rank is four
-    or five, and layers otherwise. The N:M groups are the same for taps and for layers.
+  A leaf without a convention has the source `unknown`. `axes_by_path` also looks at the container and at the leaves
+  beside a leaf: a bias may speak against a convention, and a module of Equinox tells a convolution of any rank.
   """
-  rank, keys = len(shape), path.split('/')
-  parent = keys[-2].lower() if len(keys) > 1 else ''
-  if rank < 2:
-    return Axes(contracted=(), output=tuple(range(rank)))
-  if keys[-1] == 'weight':
-    return Axes(contracted=(1,), output=(0,), spatial=tuple(range(2, rank)))
-  if rank >= 3 and parent in ('query', 'key', 'value'):
-    return Axes(contracted=(rank - 3,), output=(rank - 2, rank - 1), layer=tuple(range(rank - 3)))
-  if rank >= 3 and parent == 'out':
-    return Axes(contracted=(rank - 3, rank - 2), output=(rank - 1,), layer=tuple(range(rank - 3)))
-  leading = tuple(range(rank - 2))
-  spatial, layer = (leading, ()) if 'conv' in path.lower() or rank in (4, 5) else ((), leading)
-  return Axes(contracted=(rank - 2,), output=(rank - 1,), spatial=spatial, layer=layer)
+  return conventions.axes(conventions.Place(conventions.keys_of(path), tuple(shape)))
 
 
 def tails(path: str, names: Iterable[str]) -> list[str]:
@@ -168,25 +289,64 @@ def tails(path: str, names: Iterable[str]) -> list[str]:
   The result is `path` alone if `names` has it. Otherwise it is every name that is a tail of `path`, or of which `path`
   is a tail.
   """
+  if isinstance(names, Mapping) and path in names:  # the usual case, without a look at all names
+    return [path]
   matching = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
   return [path] if path in matching else matching
 
 
-def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tuple[int, ...]) -> Axes:
-  """Returns the `Axes` of one leaf: from `axes`, read from a traced program, or else by `conventional_axes`.
+def names_in(axes: Mapping[str, Axes], path: str) -> list[str]:
+  """Returns the names in `axes` that mean the leaf at `path`, see `tails`.
+
+  A traced program also has parameters that it does not contract: nothing in `axes` means these. Axes that a user wrote
+  may be named by globs, of which the first that matches counts.
+  """
+  names = [] if path in getattr(axes, 'elsewhere', ()) else tails(path, axes)
+  return names if names or is_traced(axes) else [name for name in axes if matches(name, path)][:1]
+
+
+def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tuple[int, ...],
+            place: conventions.Place | None = None) -> Axes:
+  """Returns the `Axes` of one leaf: from `axes`, or else by the conventions; `place` says what is beside the leaf.
 
   The traced tree and the tree of the optimizer may have different first keys, such as `params/...`. A leaf therefore
-  takes the axes of the traced path of which its path is a tail, or vice versa. Raises `ValueError` if no traced path or
-  several traced paths match, and if the traced axes are of another shape.
+  takes the axes of the name of which its path is a tail, or vice versa. A name in `axes` may also be a glob. Axes that
+  a user wrote (source `given`) need not name all leaves: the others follow the conventions. Raises `ValueError` if no
+  traced path or several names match, and if the axes are of another shape.
   """
-  if axes is None:
-    return conventional_axes(path, shape)
-  names = tails(path, axes)
+  names = [] if axes is None else names_in(axes, path)
+  if not names and not is_traced(axes):
+    return conventional_axes(path, shape) if place is None else conventions.axes(place)
   if len(names) != 1:
     problem = f'fits {errors.some(names)}' if names else f'is none of {errors.some(axes)}'
     raise errors.at_leaf(function, path, shape, f'its axes are not in `axes`: the path {problem}. '
                          'Trace a program that uses it in one contraction, or leave it out of `where`.')
-  traced = Axes(*axes[names[0]])
-  if sorted(sum(traced[:4], ())) != list(range(len(shape))):
-    raise errors.at_leaf(function, path, shape, f'the traced axes {traced} are of another shape; trace again.')
-  return traced
+  found = Axes(*axes[names[0]])
+  meant = [a for group in found[:4] if isinstance(group, tuple) for a in group]
+  if len(meant) != len(shape) or {*meant} != {*range(len(shape))}:
+    raise errors.at_leaf(function, path, shape, f'the {found.source} axes {found} are of another shape; trace again, '
+                         'or put each axis into one of the four tuples.')
+  return found
+
+
+def axes_by_path(function: str, axes: Mapping[str, Axes] | None, tree: PyTree,
+                 paths: Iterable[str] | None = None) -> dict[str, Axes]:
+  """Returns the `Axes` of the leaves of `tree` at `paths` (default: of all leaves), see `axes_of`.
+
+  Raises `ValueError` for a name in axes that a user wrote which is the name of no leaf of `tree`.
+  """
+  found, known = conventions.places(tree), [] if axes is None else flatten(tree, is_leaf=is_dense)[0]
+  for name in () if is_traced(axes) else axes or ():
+    if not any(matches(name, path) or name.endswith('/' + path) for path in known):
+      raise errors.unknown(function, 'path in `axes`', name, known)
+  own = {path: axes_of(function, axes, path, found[path].shape, found[path])
+         for path in (found if paths is None else paths)}
+  if axes is None or is_traced(axes):
+    return own
+  return {path: each._replace(source='given') if each.source == 'convention' and names_in(axes, path) else each
+          for path, each in own.items()}
+
+
+def undecided(tree: PyTree) -> list[str]:
+  """Returns the paths of the leaves that are matrices or lookup tables; their names do not say which."""
+  return [path for path, place in conventions.places(tree).items() if conventions.is_undecided(place)]

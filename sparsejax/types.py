@@ -24,6 +24,7 @@ Optimizer = optax.GradientTransformationExtraArgs  # a recipe around the user's 
 Step = Any  # an int or an `int32[]`, traced or not
 
 ALWAYS = 'always'  # a schedule with this fact is `True` at every step
+ENDLESS = 'endless'  # a schedule with this fact is meant to go on after training
 AT_ZERO = 'at zero'  # a schedule with this fact is `True` at step 0 and at no other step
 
 
@@ -32,12 +33,14 @@ class Bound:
   """A `Bound` is `function` with its last arguments filled in: a `functools.partial` that compares and prints by value.
 
   Two optimizers that are made alike are equal as configuration, so a step that makes its own optimizer compiles once.
-  `facts` lists what callers may rely on, see `says`.
+  `facts` lists what callers may rely on, see `says`. `end`: the last step that a schedule names, if any. A training
+  that stops before `end` cuts the schedule off.
   """
 
   function: Callable[..., Any]
   arguments: tuple[Any, ...] = ()
   facts: tuple[str, ...] = ()
+  end: int | None = None
 
   def __call__(self, *args: Any) -> Any:
     return self.function(*args, *self.arguments)
@@ -47,7 +50,7 @@ class Bound:
 
 
 def says(word: Any, fact: str) -> bool:
-  """Returns whether `word` carries `fact`, `ALWAYS` or `AT_ZERO`, in its attribute `facts`.
+  """Returns whether `word` carries `fact`, `ALWAYS`, `AT_ZERO` or `ENDLESS`, in its attribute `facts`.
 
   A fact saves work; a word without `facts` gives the same masks and weights. `schedule.facts = (types.ALWAYS,)` lets a
   user's own function carry one.
@@ -60,8 +63,11 @@ class Axes(NamedTuple):
 
   `contracted`: axes that are summed over, in the order in which the program flattens them; N:M groups lie along them.
   `output`: axes with one row of the product for each index. `spatial`: the taps of a convolution. `layer`: independent
-  copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer. `source`: "traced" if the
-  axes were read from a program, "convention" if they follow from the parameter's name and rank.
+  copies (a scanned stack, a `vmap`ped ensemble). Groups never cross a row, a tap or a layer.
+
+  `source`: "traced" if the axes were read from a program, "given" if a user wrote them, "convention" if name, rank and
+  container tell them, see `conventions`. "unknown" if nothing says what the axes mean: all of them are then in
+  `output`, patterns that lie along axes refuse the parameter, and `Unstructured` counts over all of it.
   """
 
   contracted: tuple[int, ...]
@@ -69,6 +75,11 @@ class Axes(NamedTuple):
   spatial: tuple[int, ...] = ()
   layer: tuple[int, ...] = ()
   source: str = 'convention'
+
+  def stacked(self, extra: int) -> 'Axes':
+    """Returns the axes of a stack of such parameters, which has `extra` more axes in front."""
+    *groups, layer = (tuple(a + extra for a in group) for group in self[:4])
+    return Axes(*groups, (*range(extra), *layer), self.source)
 
 
 class Signals(NamedTuple):
@@ -128,9 +139,18 @@ class Pattern(Protocol):
   pattern that changes over the steps: the last pattern, and the pattern at `step`.
   """
 
-  sparsity: float | None  # the pattern reaches this fraction when the caller asks for no other
-  static: bool  # whether the pattern contains no traced number
-  group: tuple[int, int]  # lengths, along contraction and output, of the group of weights that a kernel treats as one
+  # Properties, because a member of a protocol that is not one would have to be assignable, which no pattern allows.
+  @property
+  def sparsity(self) -> float | None:
+    """The fraction of zeros that the pattern reaches when the caller asks for no other."""
+
+  @property
+  def static(self) -> bool:
+    """Whether the pattern contains no traced number."""
+
+  @property
+  def group(self) -> tuple[int, int]:
+    """The lengths, along contraction and output, of the group of weights that a kernel treats as one."""
 
   def __call__(self, scores: Array, count: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
     """Returns the mask, `bool` shaped like `scores`, `True` where kept.
@@ -158,7 +178,8 @@ class Flow(NamedTuple):
   leaves the master as it is. `dense=True`: the master keeps values behind the zeros and is stored. `dense=False`: the
   user's parameters are the master and nothing is stored. A kept weight then moves by the optimizer's update, and a
   pruned weight moves to its own `project`. `frozen=True`: a pruned weight is not zero but keeps its first value, and
-  reports count the frozen weights.
+  reports count the frozen weights. `along_axes=True`: the flow reads `signals.axes`, and so refuses leaves of unknown
+  axes.
   """
 
   project: Callable[[Array, Array, Signals], Array]
@@ -167,6 +188,7 @@ class Flow(NamedTuple):
   dense: bool = True
   begin: Callable[[Array, Array, Signals], Array] | None = None
   frozen: bool = False
+  along_axes: bool = False
 
 
 def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> Callable[[str], Any]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import counts, ranking
+from sparsejax.arguments import checked
 from sparsejax.types import Array, Schedule, Score, Signals, Update
 
 
@@ -59,6 +60,7 @@ def ranked_by(update: Update, mask: Array, scores: Array, w: Array, signals: Sig
                      'use allocation=allocation.uniform.') from problem
 
 
+@checked
 def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
   """Returns an update that drops `fraction(step)` of the kept weights by `scores` and grows as many by `grow`.
 
@@ -75,6 +77,7 @@ def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
   return update
 
 
+@checked
 def swap(fraction: Schedule) -> Update:
   """Returns an update that makes at most `fraction(step)`, rounded up, of the changes that `select` would make.
 
@@ -107,12 +110,15 @@ def shared_out(total: Array, weights: Array, room: Array) -> Array:
   largest weights first. The caller ensures that `total` fits into the room of all parts together; nothing is raised
   otherwise.
   """
-  given, weights = jnp.zeros_like(room), jnp.maximum(bounded(weights), 0)
-  for _ in range(weights.size):
+  weights = jnp.maximum(bounded(weights), 0)
+
+  def share(_, given):
     open_, missing = jnp.where(given < room, weights, 0), total - jnp.sum(given)
     part = open_ / jnp.maximum(jnp.sum(open_), jnp.finfo(jnp.float32).tiny)
     more = jnp.minimum(jnp.floor(part * missing.astype(jnp.float32)).astype(jnp.int32), room - given)
-    given += jnp.clip(missing - (jnp.cumsum(more) - more), 0, more)  # above 2^24 a float32 product rounds up, too
+    return given + jnp.clip(missing - (jnp.cumsum(more) - more), 0, more)  # above 2^24 a float32 product rounds up, too
+
+  given = jax.lax.fori_loop(0, weights.size, share, jnp.zeros_like(room))
   order = jnp.argsort(-weights, stable=True)
   left = (room - given)[order]
   before = jnp.cumsum(left) - left

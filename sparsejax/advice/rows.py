@@ -11,7 +11,6 @@ from memory traffic instead.
 import dataclasses
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,7 +96,8 @@ def advise(params: PyTree, pattern: Pattern | str | Mapping[str, Pattern | str],
 
   A speed is interpolated, in sparsity and in tokens, between the fastest implementations that were measured at the
   nearest shape. Beyond the measured tokens, or above the highest sparsity, it is that of the nearest measurement, and
-  `note` says so. Below the lowest sparsity there is no speed. Raises `ValueError` for an unknown device or pattern.
+  `note` says so. There is no speed below the lowest sparsity, and none for a weight that is more than four times as
+  long or as short, along an axis, as any that was measured. Raises `ValueError` for an unknown device or pattern.
   """
   known = sorted({*DEVICES, *(path.stem for path in pathlib.Path(tables).glob('*.json'))})
   if device not in known:
@@ -109,20 +109,15 @@ def advise(params: PyTree, pattern: Pattern | str | Mapping[str, Pattern | str],
   names, leaves, _ = trees.flatten(params)
   chosen = [(name, leaf) for name, leaf, pick in zip(names, leaves, trees.select('advise', where, params)) if pick]
   asked = trees.per_leaf('advise', 'pattern', pattern, [name for name, _ in chosen])
-  rows = tuple(_row(name, leaf, _parsed(own), trees.axes_of('advise', axes, name, leaf.shape), tokens, table)
+  known = trees.axes_by_path('advise', axes, params, [name for name, _ in chosen])
+  rows = tuple(_row(name, leaf, _parsed(own), known[name], tokens, table)
                for (name, leaf), own in zip(chosen, asked))
   hardware = dict.fromkeys(f'{row.hardware}, jax {row.jax}, commit {row.commit}' for row in table)
   return Advice(rows, device, tokens, _sentence(rows, device, tokens), tuple(hardware))
 
 
 def _parsed(pattern: Any) -> Pattern:
-  """Returns the pattern of a string, with its sparsity: `'128x128 0.9'` is `Block((128, 128), 0.9)`."""
-  name, _, sparsity = pattern.strip().rpartition(' ') if isinstance(pattern, str) else ('', '', '')
-  if name and re.fullmatch(r'\d*\.?\d+', sparsity):
-    parsed = patterns.parse(name)
-    if parsed.sparsity is not None:
-      raise ValueError(f'advise: {pattern!r}: {parsed} says how sparse it is; leave {sparsity} out.')
-    return dataclasses.replace(parsed, sparsity=float(sparsity))
+  """Returns the pattern of a string. Raises `ValueError` for a pattern with a traced number."""
   parsed = patterns.parse(pattern)
   if not parsed.static:
     raise errors.unknown('advise', 'pattern', parsed, ['NM(n, m)', 'Block', 'Unstructured', 'Channel'])
@@ -134,7 +129,7 @@ def _parsed(pattern: Any) -> Pattern:
 
 def _row(path: str, leaf: Any, pattern: Pattern, axes: Axes, tokens: int, table: Sequence[Measured]) -> ParameterAdvice:
   shape, size, taps = tuple(leaf.shape), np.dtype(leaf.dtype).itemsize, math.prod(leaf.shape[a] for a in axes.spatial)
-  layers, k, n = matrix_sizes(shape, axes)
+  layers, k, n = matrix_sizes(shape, axes) if axes.source != 'unknown' else (1, 0, 0)
   dense, flops = math.prod(shape) * size, 2 * tokens * math.prod(shape)
   fitting = formats.fitting(pattern)
   why = pattern.validate(shape, axes)
@@ -146,7 +141,7 @@ def _row(path: str, leaf: Any, pattern: Pattern, axes: Axes, tokens: int, table:
   if not fitting and not _prunes_outputs(pattern, shape, axes):
     raise errors.at_leaf('advise', path, shape, f'no format of formats.TABLE fits {pattern}; choose another pattern.')
   sparsity = _sparsity(path, leaf, pattern, axes)
-  with_product = [each for each in fitting if each.product]
+  with_product = [each for each in fitting if each.product and k]
   outputs = n if fitting else n - round(sparsity * n)
   packed = ((with_product or fitting)[0].expected_nbytes(shape, leaf.dtype, pattern, axes, sparsity) if fitting
             else math.prod(shape) // n * outputs * size)
@@ -155,6 +150,8 @@ def _row(path: str, leaf: Any, pattern: Pattern, axes: Axes, tokens: int, table:
                         moved(dense, n) / moved(packed, outputs))
   if not fitting:
     return row._replace(note='cut the channels out: a smaller dense product, which takes no kernel')
+  if not k:
+    return row._replace(note='what it contracts is unknown, so no product was looked up; trace it, or say its axes')
   speed = measured.speed(table, [each.product for each in with_product], pattern.group, (k, n), tokens, sparsity)
   return row._replace(**speed._asdict())
 

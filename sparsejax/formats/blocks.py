@@ -51,6 +51,7 @@ class BlockSparseArray(arrays.MatrixArray):
   full: bool = arrays.static()
   axes: tuple[int, ...] = arrays.static()
   sizes: tuple[int, ...] = arrays.static()
+  roles: Axes | None = arrays.static(default=None)
 
   @classmethod
   def from_dense(cls, w: Array, mask: Array | None = None, block: tuple[int, int] = (128, 128),

@@ -45,6 +45,7 @@ class NMArray(arrays.PackedArray):
   kind = 'nm'
   product = 'nm_matmul'
   takes_axes = True
+  index_bytes = 1
 
   values: Array
   indices: Array
@@ -54,6 +55,7 @@ class NMArray(arrays.PackedArray):
   sizes: tuple[int, ...] = arrays.static()
   width: int = arrays.static(default=1)
   outputs: tuple[int, ...] = arrays.static(default=())
+  roles: Axes | None = arrays.static(default=None)
 
   @classmethod
   def from_dense(cls, w: Array, n: int, m: int, axes: Axes | int | tuple[int, ...], check: bool = True,
@@ -81,6 +83,25 @@ class NMArray(arrays.PackedArray):
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True):
     return cls.from_dense(w, pattern.n, pattern.m, axes, check, pattern.width)
+
+  @classmethod
+  def from_blocks(cls, leaf, pattern, axes):
+    w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    whole = jax.eval_shape(lambda w: cls.from_pattern(w, pattern, axes, check=False), w)
+    multiple = _multiple_of_rows(pattern, leaf.shape, axes.contracted)
+    if not leaf.blocks or not leaf.size or not multiple:
+      return super().from_blocks(leaf, pattern, axes)
+    arrays_ = {name: np.empty(part.shape, part.dtype) for name, part in whole.arrays().items()}
+    filled = dict.fromkeys(arrays_, 0)
+    for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, multiple)):
+      try:
+        packed = cls.from_pattern(block, pattern, axes)
+      except arrays.Misfit:  # The refusal of the whole leaf counts all of its groups.
+        return super().from_blocks(leaf, pattern, axes)
+      for name, part in packed.arrays().items():
+        arrays_[name][filled[name]:filled[name] + len(part)] = part
+        filled[name] += len(part)
+    return dataclasses.replace(whole, **arrays_)
 
   @property
   def axis(self) -> int:
@@ -165,6 +186,14 @@ class NMArray(arrays.PackedArray):
     if not _ordered(indices, entries[contraction], self.n, self.m, axis):
       return f'its indices are not strictly increasing positions below {self.m} in every group, followed by zero bits.'
     return None
+
+
+def _multiple_of_rows(pattern: patterns.NM, shape: tuple[int, ...], axes: tuple[int, ...]) -> int | None:
+  """Returns a number of rows of which multiples, packed one after another, are the packed array; `None` if none is."""
+  if pattern.width > 1 or 0 in axes[1:]:
+    return None
+  octets = pattern.m * (8 // math.gcd(pattern.n, 8)) if axes[0] == 0 else 1
+  return octets // math.gcd(octets, math.prod(shape[a] for a in axes[1:]))
 
 
 def _outputs(w: Array, axes: Axes | int | tuple[int, ...], width: int) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ class Sparse24Array(arrays.MatrixArray):
   metadata: Array
   axes: tuple[int, ...] = arrays.static()
   sizes: tuple[int, ...] = arrays.static()
+  roles: Axes | None = arrays.static(default=None)
 
   @classmethod
   def from_dense(cls, w: Array, axes: Axes | int | tuple[int, ...] = -2, check: bool = True) -> 'Sparse24Array':

@@ -5,14 +5,14 @@
     tx = sj.recipes.from_config(optax.adamw(1e-3), {'name': 'mdgf', 'pattern': '1:8'}, total_steps=10_000)
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import optax
 
-from sparsejax import allocation, errors, metrics, patterns, schedules, states, transforms, trees
+from sparsejax import allocation, errors, formats, metrics, patterns, schedules, states, trees
+from sparsejax.arguments import is_number
 from sparsejax.recipes.at_init import (
   freeze_net,
   grasp,
@@ -32,6 +32,7 @@ from sparsejax.recipes.gradual import (
   soft_movement_pruning,
 )
 from sparsejax.recipes.n_m import asp, bdwp, dense, mdgf, sdgf_geometric, sdgf_stepwise, sr_ste, st3, ste
+from sparsejax.recipes.sentence import parameters, without_effect
 from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot
 from sparsejax.types import Inner, Optimizer, moved
 
@@ -44,29 +45,31 @@ TABLE = {f.__name__: f for f in (
     iterative_magnitude, lottery_jackpot)}
 # Each kind of sentence has a table. A family adds the table of its kind.
 TABLES = {'train': TABLE}
-__all__ = ['TABLE', 'TABLES', 'arguments', 'from_config', *TABLE]
+# Type checkers read this list, and cannot read a table: a test compares both.
+__all__ = [
+    'TABLE', 'TABLES', 'arguments', 'from_config', 'asp', 'bdwp', 'dense', 'freeze_net', 'global_sparse_momentum',
+    'gradual_magnitude', 'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'lottery_jackpot',
+    'magnitude_at_init', 'mdgf', 'movement_pruning', 'random_pruning', 'random_search', 'rigl', 'robust_at_init',
+    'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sr_ste', 'st3',
+    'static_sparse', 'ste', 'synflow',
+]
 __getattr__ = moved(__name__, {
     'bdwp_backward': (states.bdwp_backward, 'states.bdwp_backward'),
-    'freeze_net_trained': (states.freeze_net_trained, 'states.freeze_net_trained'),
+    'freeze_net_trained': (formats.freeze_net_trained, 'formats.freeze_net_trained'),
     'model_soup': (metrics.model_soup, 'metrics.model_soup')})
 
 # Arguments of recipes that count updates; a float is a fraction of all updates.
 _STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps', 'begin', 'end')
 _SCHEDULE_STEPS = ('begin', 'end', 'half_life')
-# Words of `sparsify` that a recipe chooses by itself.
-_OWN = ('memory', 'start', 'first', 'pause')
 
 
 def arguments(recipe: Callable[..., Any]) -> list[str]:
   """Returns the names that a recipe takes besides the optimizer: its own, and the options that it hands to `sparsify`.
 
-  `memory` and `start` are no options: a recipe takes them only where its own signature names them.
+  `memory`, `start` and the words that the recipe chooses by itself are no options: a recipe takes them only where its
+  own signature names them.
   """
-  own, handed_on = (inspect.signature(f).parameters.values() for f in (recipe, transforms.sparsify))
-  names = {p.name for p in own if p.kind is not p.VAR_KEYWORD}
-  if len(names) < len(own):  # the recipe takes `**options`
-    names |= {p.name for p in handed_on if p.kind is p.KEYWORD_ONLY} - {*_OWN}
-  return sorted(names - {'inner'})
+  return sorted({*parameters(recipe)} - {'inner'})
 
 
 def from_config(inner: Inner, config: Mapping[str, Any], *, total_steps: int, axes: Mapping[str, Any] | None = None,
@@ -74,11 +77,11 @@ def from_config(inner: Inner, config: Mapping[str, Any], *, total_steps: int, ax
   """Returns the recipe that plain data describe: `{'name': 'mdgf', 'pattern': '1:8', 'where': ['mlp/*/kernel'], ...}`.
 
   `signals`: values that a configuration cannot hold (`loss`, `outputs`, `ticket`, `key`). The recipe gets those that it
-  takes. `starts.given(name)` as a value is filled by `init`, and `transforms.placeholders(tx)` says which names `init`
-  needs. `pattern`: `'N:M'`, or a dict of them by glob. `where`: globs. A schedule goes by its name, `{'name': 'linear',
-  'begin': 0.0, 'end': 0.75}`, and `refresh` is a number of updates. `allocation`: a name, or sparsities by glob. A
-  float among the numbers of steps is a fraction of `total_steps`. Raises `ValueError` with the closest names for a name
-  or key that does not exist.
+  takes and reads. `starts.given(name)` as a value is filled by `init`, and `transforms.placeholders(tx)` says which
+  names `init` needs. `pattern`: `'N:M'`, or a dict of them by glob. `where`: globs. A schedule goes by its name,
+  `{'name': 'linear', 'begin': 0.0, 'end': 0.75}`, and `refresh` is a number of updates. `allocation`: a name, or
+  sparsities by glob. A float among the numbers of steps is a fraction of `total_steps`. Raises `ValueError` with the
+  closest names for a name or key that does not exist, and what the recipe itself raises.
   """
   config = dict(config)
   name = config.pop('name', None)
@@ -90,7 +93,9 @@ def from_config(inner: Inner, config: Mapping[str, Any], *, total_steps: int, ax
       raise errors.unknown('recipes.from_config', f'key of recipe {name!r}:', key, ['name', *valid])
   read = {key: _read(key, value, total_steps) for key, value in config.items()}
   rest = {'total_steps': total_steps, 'axes': axes, **signals}
-  return TABLE[name](inner, **{key: value for key, value in rest.items() if key in valid} | read)
+  values = {key: value for key, value in rest.items() if key in valid} | read
+  offered = {key for key in signals if key not in read and without_effect(TABLE[name], key, values)}
+  return TABLE[name](inner, **{key: value for key, value in values.items() if key not in offered})
 
 
 def _globs(value: Any) -> Any:
@@ -113,10 +118,10 @@ def _read(key: str, value: Any, total_steps: int) -> Any:
   if isinstance(value, Mapping) and 'name' in value:
     steps = {k: _steps(k, v, total_steps) if k in _SCHEDULE_STEPS else v for k, v in value.items() if k != 'name'}
     return schedules.named(value['name'], **steps)
-  return schedules.every(value) if key == 'refresh' and isinstance(value, int) else value
+  return schedules.every(value) if key == 'refresh' and is_number(value) else value
 
 
 def _steps(key: str, value: Any, total_steps: int) -> int:
-  if not isinstance(value, (int, float)) or isinstance(value, float) and not (value.is_integer() or 0 <= value <= 1):
+  if not is_number(value) or not (value >= 0 and float(value).is_integer() or 0 <= value <= 1):
     raise ValueError(f'recipes.from_config: {key}={value!r} is neither a number of updates nor a fraction of them.')
   return round(value * total_steps) if isinstance(value, float) and value <= 1 else int(value)

@@ -13,12 +13,14 @@ mean over as many batches as memory takes. Only weights are pruned, never biases
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsejax import allocation as allocations
 from sparsejax import flows, schedules, scores, selections, starts, transforms, updates
 from sparsejax.patterns import Channel, Unstructured
+from sparsejax.recipes.sentence import sentence
 from sparsejax.types import Allocation, Array, Flow, Inner, Optimizer, Pattern, PyTree, Score, Start
 
 Shares = Allocation | allocations.Ranked
@@ -41,24 +43,32 @@ def together(pattern: Pattern | Mapping[str, Pattern]) -> Shares:
   return allocations.uniform if any(getattr(p, 'fixed', False) for p in several) else allocations.global_()
 
 
+def most(pattern: Pattern | Mapping[str, Pattern], sparsity: float | None) -> float:
+  """Returns the sparsity that is asked: `sparsity`, or the pattern's own (1 if unknown), the highest of several."""
+  own = pattern.values() if isinstance(pattern, Mapping) else [pattern]
+  return max(1.0 if each.sparsity is None else each.sparsity for each in own) if sparsity is None else sparsity
+
+
+@sentence('refresh')
 def random_pruning(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                    loss: Loss | None = None, allocation: Shares = allocations.erk, **options: Any) -> Optimizer:
   """Prunes at random (Liu et al. 2022, The Unreasonable Effectiveness of Random Pruning, 2202.02643). Needs `key=`.
 
   `loss` is read by an `allocation` that looks at gradients: `allocation.from_scores(scores.snip)`, the SNIP ratios.
-  Counts are exact, while the authors' code draws every weight by itself.
+  With another allocation `loss` is refused. Counts are exact, while the authors' code draws every weight by itself.
   """
-  looks = isinstance(allocation, allocations.Ranked) and allocation.score and loss
-  start = starts.probed(starts.gradient(loss)) if looks else None
+  start = loss and starts.probed(starts.gradient(loss))
   return fixed(inner, pattern, sparsity, allocation, scores.random, start, **options)
 
 
+@sentence('refresh')
 def magnitude_at_init(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                       allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Prunes by |w| at initialisation, ranked over all leaves (the baseline of Frankle et al. 2021, 2009.08576)."""
   return fixed(inner, pattern, sparsity, allocation, scores.magnitude, **options)
 
 
+@sentence('refresh')
 def snip(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *, loss: Loss | None = None,
          allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Prunes by |w dL/dw|, ranked over all leaves: SNIP (Lee et al. 2019, 1810.02340, algorithm 1).
@@ -66,10 +76,16 @@ def snip(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
   Without `loss`, scores read the gradient of the first update, and that update only prunes. The authors' code also
   scores biases, and trains another draw of the weights than the draw that it scored.
   """
+  return _by_snip(inner, sparsity, pattern, loss, allocation, **options)
+
+
+def _by_snip(inner: Inner, sparsity: float | None, pattern: Pattern, loss: Loss | None, allocation: Shares | None,
+             **options: Any) -> Optimizer:
   start = loss and starts.probed(starts.gradient(loss))
   return fixed(inner, pattern, sparsity, allocation, scores.snip, start, at_first_update=loss is None, **options)
 
 
+@sentence('refresh')
 def grasp(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
           loss: Callable[..., Array] | None = None, temperature: float | None = None, allocation: Shares | None = None,
           **options: Any) -> Optimizer:
@@ -80,11 +96,20 @@ def grasp(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstru
   redrawn linear layers.
   """
   loss = starts.needed('grasp', 'loss', loss, 'a function params -> scalar whose gradient and Hessian it looks at')
-  loss = loss if temperature is None else functools.partial(loss, temperature=temperature)
+  loss = loss if temperature is None else _at_temperature(loss, temperature)
   start = starts.probed(starts.hessian_gradient(loss))
   return fixed(inner, pattern, sparsity, allocation, scores.grasp, start, **options)
 
 
+def _at_temperature(loss: Callable[..., Array], temperature: float) -> Callable[..., Array]:
+  takes = {} if isinstance(loss, starts.Given) else inspect.signature(loss).parameters
+  if takes and not any(p.name == 'temperature' or p.kind is p.VAR_KEYWORD for p in takes.values()):
+    raise ValueError('recipes.grasp: temperature= would have no effect: `loss` takes no keyword `temperature`, by '
+                     'which it would divide its logits. Give it one, or leave temperature out.')
+  return functools.partial(loss, temperature=temperature)
+
+
+@sentence('refresh')
 def synflow(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
             outputs: Callable[[PyTree], Array] | None = None, rounds: int = 100, allocation: Shares | None = None,
             **options: Any) -> Optimizer:
@@ -95,12 +120,13 @@ def synflow(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unst
   """
   outputs = starts.needed('synflow', 'outputs', outputs, 'a function params -> outputs of the model for ones')
   start = starts.probed(starts.synaptic_flow(outputs), rounds)
-  ramp = schedules.density_decay(pattern.sparsity if sparsity is None else sparsity, end=rounds)
+  ramp = schedules.density_decay(most(pattern, sparsity), end=rounds)
   selection = selections.leafwise(pattern, score=scores.synflow, update=updates.prune_to, sparsity=sparsity, ramp=ramp,
                                   allocation=allocation or together(pattern))
   return transforms.sparsify(inner, flows.hard(), selection, start=start, refresh=schedules.once(0), **options)
 
 
+@sentence('refresh')
 def robust_at_init(
     inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     loss: Loss | None = None, gain: float = 2.0, allocation: Shares | None = None, **options: Any) -> Optimizer:
@@ -111,20 +137,22 @@ def robust_at_init(
   factor a row and another constant, and initialises on the edge instead of rescaling to it.
   """
   loss = starts.needed('robust_at_init', 'loss', loss, 'a function params -> scalar on a scoring batch')
-  return snip(inner, sparsity, pattern, loss=loss, allocation=allocation, flow=flows.on_the_edge(gain), **options)
+  return _by_snip(inner, sparsity, pattern, loss, allocation, flow=flows.on_the_edge(gain), **options)
 
 
+@sentence('refresh')
 def freeze_net(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.99), *,
                loss: Loss | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Trains the weights that SNIP picks, and freezes all others: FreezeNet (Wimmer et al. 2020, 2011.14087).
 
   `sparsity` is the fraction of frozen weights, which keep their initial value and are not zero.
-  `states.freeze_net_trained` returns what a file has to hold, and the seed of the first parameters stands for the rest.
-  `loss` is that of `snip`.
+  `formats.freeze_net_trained` returns what a file has to hold, and the seed of the first parameters stands for the
+  rest. `loss` is that of `snip`.
   """
-  return snip(inner, sparsity, pattern, loss=loss, allocation=allocation, flow=flows.frozen(), **options)
+  return _by_snip(inner, sparsity, pattern, loss, allocation, flow=flows.frozen(), **options)
 
 
+@sentence('refresh')
 def random_search(inner: Inner, sparsity: float | None = None, pattern: Pattern = Channel(0.5), *,
                   loss: Loss | None = None, candidates: int = 100, allocation: Shares = allocations.uniform,
                   **options: Any) -> Optimizer:

@@ -14,10 +14,12 @@ import optax
 from sparsejax import allocation as allocations
 from sparsejax import flows, schedules, scores, selections, transforms, updates
 from sparsejax.patterns import Unstructured
-from sparsejax.recipes.at_init import Shares, together
-from sparsejax.types import Inner, Optimizer, Pattern, Score
+from sparsejax.recipes.at_init import Shares, most, together
+from sparsejax.recipes.sentence import sentence
+from sparsejax.types import Inner, Optimizer, Pattern, Schedule, Score
 
 
+@sentence('refresh')
 def gradual_magnitude(
     inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     begin: int = 0, end: int | None = None, every: int = 100, initial: float = 0.0, score: Score = scores.magnitude,
@@ -25,18 +27,20 @@ def gradual_magnitude(
     **options: Any) -> Optimizer:
   """Prunes by magnitude, with a cubic rise from `initial` (Zhu and Gupta 2017, To prune, or not to prune, equation 1).
 
-  Masks are chosen at `begin`, every `every` updates from then on, and at `end` (default: three quarters of
-  `total_steps`). A pruned weight stays pruned, at zero; the authors' code keeps hidden values, which may return.
+  Masks are chosen at `begin`, every `every` updates from then on, and at `end`. The default is three quarters of
+  `total_steps`, or the start of the fine-tune phase if that is earlier. A pruned weight stays pruned, at zero; the
+  authors' code keeps hidden values, which may return.
   Another `score`, with its `memory`, is another method: `scores.fisher`, or `scores.snip`, Taylor pruning.
   """
   end = _end('gradual_magnitude', end, total_steps, 0.75, begin, options)
-  ramp = schedules.cubic(_part(initial, sparsity, pattern), 1.0, begin=begin, end=end)
+  ramp = schedules.cubic(_part('gradual_magnitude', initial, sparsity, pattern), 1.0, begin=begin, end=end)
   selection = selections.leafwise(
       pattern, score=score, update=updates.prune_to, sparsity=sparsity, ramp=ramp, allocation=allocation)
   return transforms.sparsify(inner, flows.hard(), selection, memory=memory, total_steps=total_steps,
-                             refresh=schedules.every(every, begin=begin, end=end), **options)
+                             refresh=_at(end, begin, every, options, then=False), **options)
 
 
+@sentence('refresh')
 def movement_pruning(
     inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
     begin: int = 0, end: int | None = None, every: int = 1, initial: float = 0.0,
@@ -48,13 +52,14 @@ def movement_pruning(
   may return. The sparsity rises as in `gradual_magnitude`.
   """
   end = _end('movement_pruning', end, total_steps, 0.75, begin, options)
-  ramp = schedules.cubic(_part(initial, sparsity, pattern), 1.0, begin=begin, end=end)
+  ramp = schedules.cubic(_part('movement_pruning', initial, sparsity, pattern), 1.0, begin=begin, end=end)
   selection = selections.leafwise(pattern, score=scores.movement, sparsity=sparsity, ramp=ramp, allocation=allocation)
   return transforms.sparsify(
       inner, flows.remembered(), selection, memory=scores.accumulated_movement(score_optimizer),
-      total_steps=total_steps, refresh=schedules.every(every, begin=begin), **options)
+      total_steps=total_steps, refresh=_at(end, begin, every, options, then=True), **options)
 
 
+@sentence()
 def soft_movement_pruning(inner: Inner, threshold: float = 0.1, penalty: float = 1.0, *, begin: int = 0,
                           end: int | None = None, score_optimizer: optax.GradientTransformation = optax.adam(1e-2),
                           total_steps: int | None = None, **options: Any) -> Optimizer:
@@ -71,6 +76,7 @@ def soft_movement_pruning(inner: Inner, threshold: float = 0.1, penalty: float =
       memory=scores.accumulated_movement(score_optimizer, rise(penalty)), total_steps=total_steps, **options)
 
 
+@sentence('refresh')
 def global_sparse_momentum(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                            weight_decay: float = 1e-4, dense_steps: int | None = None, total_steps: int | None = None,
                            **options: Any) -> Optimizer:
@@ -91,9 +97,10 @@ def global_sparse_momentum(inner: Inner, sparsity: float | None = None, pattern:
                              refresh=schedules.once(0), dense_steps=dense_steps, total_steps=total_steps, **options)
 
 
+@sentence()
 def iterative_soft_shrinkage(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-                             shrink: float = 0.95, total_steps: int | None = None, fine_tune_steps: int | None = None,
-                             **options: Any) -> Optimizer:
+                             shrink: float | Schedule = 0.95, total_steps: int | None = None,
+                             fine_tune_steps: int | None = None, **options: Any) -> Optimizer:
   """Multiplies the smallest weights by `shrink` after every step: ISS-P (Wang et al. 2023, 2303.09650).
 
   The mask is chosen anew at every step, at the full sparsity from the first step on, in each layer. In the last
@@ -106,19 +113,37 @@ def iterative_soft_shrinkage(inner: Inner, sparsity: float | None = None, patter
                              total_steps=total, fine_tune_steps=tuned, **options)
 
 
-def _part(initial: float, sparsity: float | None, pattern: Pattern) -> float:
+def _at(end: int, begin: int, every: int, options: Any, *, then: bool) -> Schedule:
+  """Returns when masks are chosen: every `every` updates from `begin` on, and at `end`; after `end` too with `then`.
+
+  `sparsify` counts from the end of the dense phase, while `begin` and `end` count all updates, as the ramp does.
+  """
+  regular = schedules.every(every, begin=begin, end=None if then else end)
+  due = schedules.either(regular, schedules.once(end)) if then and (end - begin) % every else regular
+  dense_steps = options.get('dense_steps', 0)
+  return schedules.delayed(due, -dense_steps) if dense_steps else due
+
+
+def _part(recipe: str, initial: float, sparsity: float | None, pattern: Pattern) -> float:
   """Returns the part of the sparsity that is asked at the beginning."""
-  return initial and initial / (pattern.sparsity if sparsity is None else sparsity)
+  target = most(pattern, sparsity)
+  if initial > target:
+    raise ValueError(f'recipes.{recipe}: initial={initial} is above the sparsity at the end, {target}; the sparsity '
+                     'rises from `initial`.')
+  return initial and initial / target
 
 
 def _end(recipe: str, end: int | None, total_steps: int | None, part: float, begin: int, options: Any) -> int:
-  """Returns the step at which a ramp ends. Raises `ValueError` without an end, or if training ends before it."""
+  """Returns the step at which a ramp ends, by default within its phase. Raises `ValueError` if it has no steps."""
   if end is None and total_steps is None:
     raise ValueError(f'recipes.{recipe}: pass total_steps=, the number of updates{", or end=" if part < 1 else ""}.')
-  end = round(part * total_steps) if end is None else end
-  last = None if total_steps is None else total_steps - options.get('fine_tune_steps', 0)
-  if last is not None and end > last or end <= begin:
-    raise ValueError(f'recipes.{recipe}: the ramp from begin={begin} to end={end} does not reach its target in the '
-                     f'{last} updates before training or its fine-tune phase ends. Let it end earlier, or raise '
+  first = max(begin, options.get('dense_steps', 0))
+  if end is None:
+    last = total_steps - options.get('fine_tune_steps', 0)
+    end = min(round(part * total_steps), last)
+    end = end if end > first else last
+  if end <= first:
+    raise ValueError(f'recipes.{recipe}: the ramp from begin={begin} to end={end} is over before it begins, or before '
+                     f'the dense phase is ({options.get("dense_steps", 0)} updates). Let it end later, or raise '
                      'total_steps.')
   return end

@@ -13,37 +13,44 @@ no gradient. Published code goes on choosing masks in that phase.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from sparsejax import flows, patterns, schedules, selections, transforms, updates
+from sparsejax import flows, schedules, selections, transforms, updates
 from sparsejax.patterns import NM, Staged, Switch
-from sparsejax.types import Bound, Inner, Optimizer, Pattern, Schedule
+from sparsejax.recipes.sentence import sentence
+from sparsejax.types import ENDLESS, Bound, Inner, Optimizer, Pattern, Schedule, says
 
 Patterns = Pattern | Mapping[str, Pattern]
 
 
+@sentence()
 def dense(inner: Inner) -> Optimizer:
   """Returns the baseline: `inner` as it is, in the same state as every recipe, so that a table can hold both."""
-  return transforms.identity(inner)
+  return transforms.identity(inner, 'dense')
 
 
+@sentence()
 def ste(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
   """Trains N:M weights straight-through (Bengio et al. 2013, arXiv 1308.3432; the baseline of Zhou et al. 2021)."""
   return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
 
 
-def sr_ste(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: float = 2e-4, decoupled: bool = False,
-           learning_rate: float | Schedule = 1.0, **options: Any) -> Optimizer:
+@sentence()
+def sr_ste(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: float | Schedule = 2e-4, decoupled: bool = False,
+           learning_rate: float | Schedule | None = None, **options: Any) -> Optimizer:
   """Trains straight-through with a decay of the pruned weights: SR-STE (Zhou et al. 2021, equation 8).
 
   arXiv 2102.04010. As published, the term is in the gradient, where Adam divides it by its own size. `decoupled=True`
   is an extension: after the optimizer's step pruned weights lose `learning_rate * decay` of themselves. Pass the
-  optimizer's own learning rate or schedule to follow it. The default 1 makes `decay` the loss per step.
+  optimizer's own learning rate or schedule to follow it. The default, 1, makes `decay` the loss per step. `decay` is a
+  number or a schedule of the step. Raises `ValueError` for a `learning_rate` without `decoupled`, which needs none.
   """
   flow = flows.sr_ste(decay, decoupled=decoupled, learning_rate=learning_rate)
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), **options)
 
 
+@sentence('refresh')
 def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer:
   """Prunes by magnitude once, after `dense_steps`, then trains under the mask: ASP (Mishra et al. 2021, section 4).
 
@@ -53,26 +60,46 @@ def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer
   return transforms.sparsify(inner, flows.hard(), selection, refresh=schedules.once(0), **options)
 
 
-def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule = schedules.linear(1.0, 0.0, begin=0, end=5000),
+@sentence()
+def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule | None = None,
          gradient: str = 'straight_through', dense_steps: int = 0, **options: Any) -> Optimizer:
   """Shrinks pruned weights by a mask decay beta: MdGf (Bambhaniya et al. 2024, Progressive Gradient Flow, 2402.04744).
 
   `decay` is beta by the number of steps since the dense phase. The default, linear over 5,000 steps, is the released
-  code's 2e-4 a step. `gradient='straight_through'` leaves the gradient of pruned weights whole, as the released PyTorch
-  code does. `'scaled'` multiplies the gradient by beta, as the abstract says and the authors' earlier JAX code does.
-  The default is the one with the lower test loss in experiments/configs/n_m/mdgf_gradient_vit_digits.py; accuracies are
-  the same.
+  code's 2e-4 a step. With `total_steps` it is no longer than the steps between the dense and the fine-tune phase.
+  `gradient='straight_through'` leaves the gradient of pruned weights whole, as the released PyTorch code does.
+  `'scaled'` multiplies the gradient by beta, as the abstract says and the authors' earlier JAX code does. The default
+  is the one with the lower test loss in experiments/configs/n_m/mdgf_gradient_vit_digits.py; accuracies are the same.
 
-  The result is N:M only if beta reaches 0 or `fine_tune_steps` is given; an exponential never reaches 0. Two bugs of
-  the released code are not repeated: a decay that starts a hundredth too late, and a fine-tune phase one epoch short.
+  The result is N:M only if beta reaches 0 or `fine_tune_steps` is given; `schedules.exponential` never reaches 0. With
+  `total_steps` and no fine-tune phase, any other schedule that is not 0 at the end is refused. Two bugs of the released
+  code are not repeated: a decay that starts a hundredth too late, and a fine-tune phase one epoch short.
   """
-  if not callable(decay):
-    raise ValueError(f'recipes.mdgf: `decay` is a schedule, a function of the step, and not {decay!r}: '
-                     "schedules.linear(end=5000), or in a configuration {'name': 'linear', 'end': 5000}.")
-  flow = flows.decayed(Bound(_since, (decay, dense_steps)), gradient)
+  decay = _until_the_end(decay, dense_steps, **options)
+  flow = flows.decayed(schedules.delayed(decay, dense_steps), gradient)
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), dense_steps=dense_steps, **options)
 
 
+def _until_the_end(decay: Schedule | None, dense_steps: int, *, total_steps: int | None = None,
+                   fine_tune_steps: int = 0, **options: Any) -> Schedule:
+  """Returns the decay, by default one that fits. Raises `ValueError` if a schedule without an end does not reach 0."""
+  if total_steps is None:
+    return decay or schedules.linear(end=5000)
+  last = total_steps - dense_steps - fine_tune_steps
+  if last < 1:
+    raise ValueError(f'recipes.mdgf: {last} updates are left for the decay between dense_steps ({dense_steps}) and '
+                     f'fine_tune_steps ({fine_tune_steps}) of total_steps ({total_steps}).')
+  if decay is None or fine_tune_steps or says(decay, ENDLESS):
+    return decay or schedules.linear(end=min(5000, last))
+  with jax.ensure_compile_time_eval():
+    beta = float(decay(last))
+  if beta:
+    raise ValueError(f'recipes.mdgf: `decay` is still {beta:g} after the last of {last} updates, so that no weight '
+                     'would be zero. Let it reach 0 by then, or pass fine_tune_steps=.')
+  return decay
+
+
+@sentence()
 def sdgf_stepwise(inner: Inner, pattern: Patterns = NM(2, 4), *, gradient: str = 'straight_through',
                   **options: Any) -> Optimizer:
   """Trains through (M-1):M, M/2:M, M/4:M, ... N:M, stages of equal length: SdGf-Stepwise (progressive gradient flow).
@@ -85,6 +112,7 @@ def sdgf_stepwise(inner: Inner, pattern: Patterns = NM(2, 4), *, gradient: str =
   return _sdgf(inner, pattern, stepwise_stages, gradient, **options)
 
 
+@sentence()
 def sdgf_geometric(inner: Inner, pattern: Patterns = NM(2, 4), *, k: int = 8, gradient: str = 'straight_through',
                    **options: Any) -> Optimizer:
   """Trains through kN:kM, kN/2:kM/2, ... N:M, constant density in ever smaller groups: SdGf-Geometric (2402.04744).
@@ -99,7 +127,7 @@ def _sdgf(inner: Inner, pattern: Patterns, stages: Any, gradient: str, **options
   if options.get('total_steps') is None:
     raise ValueError('recipes.sdgf: its stages share out the training; pass total_steps=, the number of updates.')
   begin, end = options.get('dense_steps', 0), options['total_steps'] - options.get('fine_tune_steps', 0)
-  selection = selections.leafwise(_staged(patterns.parse(pattern), stages, begin, end))
+  selection = selections.leafwise(_staged(pattern, stages, begin, end))
   return transforms.sparsify(inner, flows.decayed(schedules.constant(0.0), gradient), selection, **options)
 
 
@@ -137,6 +165,7 @@ def geometric_stages(pattern: NM, k: int) -> tuple[NM, ...]:
   return tuple(NM(pattern.n * (k >> i), pattern.m * (k >> i), pattern.width) for i in range(k.bit_length()))
 
 
+@sentence()
 def st3(inner: Inner, sparsity: float = 0.9, *, sigma: bool = False, total_steps: int | None = None,
         ramp_steps: int | None = None, dense_steps: int = 0, fine_tune_steps: int = 0, **options: Any) -> Optimizer:
   """Trains under a global soft threshold, straight-through: ST-3 (Vanderschueren and De Vleeschouwer 2023, WACV).
@@ -150,15 +179,16 @@ def st3(inner: Inner, sparsity: float = 0.9, *, sigma: bool = False, total_steps
   if ramp_steps is None and total_steps is None:
     raise ValueError('recipes.st3: its ramp needs an end; pass total_steps= or ramp_steps=, in updates.')
   ramp = total_steps - dense_steps - fine_tune_steps if ramp_steps is None else ramp_steps
-  if ramp < 1 or not 0 <= sparsity <= 1:
-    raise ValueError(f'recipes.st3: sparsity {sparsity!r} over {ramp} updates: sparsity is the fraction of zeros, from '
-                     '0 to 1, and the ramp needs updates between the dense and the fine-tune phase: raise total_steps.')
+  if ramp < 1:
+    raise ValueError(f'recipes.st3: a ramp over {ramp} updates: it needs updates between the dense and the fine-tune '
+                     'phase: raise total_steps.')
   cubic = schedules.cubic(0.0, sparsity, begin=dense_steps, end=dense_steps + ramp)
   return transforms.sparsify(
       inner, flows.soft_threshold(), selections.global_threshold(cubic, sparsity, scaled=sigma),
       total_steps=total_steps, dense_steps=dense_steps, fine_tune_steps=fine_tune_steps, **options)
 
 
+@sentence()
 def bdwp(inner: Inner, pattern: Patterns = NM(2, 8), **options: Any) -> Optimizer:
   """Prunes N:M in the forward and in the input-gradient product: BDWP (Fang et al. 2023, arXiv 2309.13015).
 
@@ -182,7 +212,3 @@ def bdwp(inner: Inner, pattern: Patterns = NM(2, 8), **options: Any) -> Optimize
   there is no decay term.
   """
   return transforms.sparsify(inner, flows.straight_through(), selections.leafwise(pattern), **options)
-
-
-def _since(step: Any, schedule: Schedule, begin: int) -> Any:
-  return schedule(step - begin)

@@ -13,12 +13,14 @@ import optax
 from sparsejax import flows, schedules, scores, selections, starts, transforms, updates
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import Shares, fixed
+from sparsejax.recipes.sentence import sentence
 from sparsejax.types import Inner, Optimizer, Pattern, Predicate, PyTree, Schedule
 
 # The memory of `flows.searched`: the pretrained weight itself, which never changes.
 _WEIGHT = scores.Memory(lambda w: jnp.array(w, copy=True), lambda weight, w, signals: weight)
 
 
+@sentence('refresh')
 def iterative_magnitude(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                         ticket: PyTree | None = None, allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Trains under the mask of the largest magnitudes of `ticket`, trained parameters: a round of IMP.
@@ -33,6 +35,7 @@ def iterative_magnitude(inner: Inner, sparsity: float | None = None, pattern: Pa
   return fixed(inner, pattern, sparsity, allocation, score, start, **options)
 
 
+@sentence()
 def lottery_jackpot(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                     restriction: Schedule | None = None, total_steps: int | None = None,
                     where: Predicate | PyTree | None = None, axes: Any = None, **options: Any) -> Optimizer:

@@ -8,8 +8,8 @@
 from sparsejax.transforms.leaves import Leaves
 from sparsejax.transforms.method import Method
 from sparsejax.transforms.small import identity, only, updating
-from sparsejax.transforms.sparsify import placeholders, sparsify
+from sparsejax.transforms.sparsify import placeholders, sparsify, under_name
 from sparsejax.types import moved
 
-__all__ = ['Leaves', 'Method', 'identity', 'only', 'placeholders', 'sparsify', 'updating']
+__all__ = ['Leaves', 'Method', 'identity', 'only', 'placeholders', 'sparsify', 'under_name', 'updating']
 __getattr__ = moved(__name__, {'gated': (updating, 'transforms.updating')})

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, flows, trees
-from sparsejax.selections import Selection
-from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Signals
+from sparsejax import conventions, errors, flows, trees
+from sparsejax.selections import Selection, refuse
+from sparsejax.types import Array, Axes, Flow, PyTree, Signals
 
 KEYS = 'threefry2x32'
 
@@ -24,18 +24,28 @@ KEYS = 'threefry2x32'
 class Leaves:
   """A `Leaves` is the view that one call has of the parameters: the paths, the sparse leaves, and the plan of them."""
 
+  @classmethod
+  def of(cls, method: Any, params: PyTree) -> 'Leaves':
+    """Returns the leaves of a `Method`, with a plan that carries the method's identity."""
+    leaves = cls(params, method.where, method.axes, method.selection, method.until_freeze)
+    leaves.plan = dataclasses.replace(leaves.plan, recipe=method.name, words=method.words, once=method.once)
+    return leaves
+
   def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
     self.paths, leaves, self.treedef = trees.flatten(params)
-    picked = trees.select('sparsejax', where or default_where(axes), params)
+    where = trees.default_where(axes) if where is None else where
+    picked = trees.select('sparsejax', where, params)
     self.index = [i for i, pick in enumerate(picked) if pick]
     self.arrays = {self.paths[i]: leaves[i] for i in self.index}
-    for path, leaf in self.arrays.items():
-      if leaf.dtype.itemsize < 2:
-        raise errors.at_leaf('sparsejax', path, leaf.shape, f'an update of dtype {leaf.dtype} cannot carry the step '
-                             'from one sparse point to the next. Keep the parameter in bfloat16 and cast it in the '
-                             'forward pass, or leave it out of `where`.')
-    self.axes = {path: trees.axes_of('sparsejax', axes, path, w.shape) for path, w in self.arrays.items()}
-    self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
+    try:
+      if where is trees.matrices:
+        refuse_complex(self.paths, leaves, self.treedef)
+      refuse(self.arrays, map(narrow, self.arrays.values()))
+      self.axes = trees.axes_by_path('sparsejax', axes, params, self.arrays)
+      refuse(self.arrays, (unoriented(flow, own) for own in self.axes.values()))
+      self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
+    except errors.AtLeaves as refusal:
+      raise trees.refused(refusal, where, params) from None
 
   def pick(self, tree: PyTree) -> list[Any]:
     """Returns the sparse leaves of a tree. Raises `ValueError` if its structure is not that of the parameters."""
@@ -62,7 +72,7 @@ class Leaves:
     sparse = {self.paths[i]: mask for i, mask in zip(self.index, grown)}
     for i, (name, new) in enumerate(zip(names, jax.tree.leaves(fresh))):
       owner = max((path for path in self.paths if f'/{name}'.endswith(f'/{path}')), key=len, default=None)
-      if owner in sparse and sparse[owner].shape == new.shape:
+      if owner in sparse and sparse[owner].shape == jnp.shape(new):
         leaves[i] = jnp.where(sparse[owner], new, leaves[i])
     return treedef.unflatten(leaves)
 
@@ -77,11 +87,28 @@ class Leaves:
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
 
 
-def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
-  """Returns the predicate for `where=None`: matrices, and with `axes` those matrices that the program contracts."""
-  if axes is None:
-    return trees.matrices
-  return lambda path, leaf: trees.matrices(path, leaf) and bool(trees.tails(path, axes))
+def refuse_complex(paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> None:
+  """Raises `ValueError` for complex matrices: the default `where` would pass over them in silence."""
+  found = {path: w for path, w in zip(paths, leaves) if jnp.issubdtype(getattr(w, 'dtype', None), jnp.complexfloating)}
+  if found:
+    real = [jax.ShapeDtypeStruct(w.shape, jnp.float32) if path in found else w for path, w in zip(paths, leaves)]
+    picked = trees.select('sparsejax', trees.matrices, treedef.unflatten(real))
+    found = {path: found[path] for path, pick in zip(paths, picked) if pick and path in found}
+    refuse(found, (f'dtype {w.dtype} is not floating; say in `where` that it stays dense.' for w in found.values()))
+
+
+def narrow(leaf: Array) -> str | None:
+  """Returns why a leaf of this dtype cannot be sparse, or `None` if it can."""
+  return None if leaf.dtype.itemsize >= 2 else (
+      f'an update of dtype {leaf.dtype} cannot carry the step from one sparse point to the next. Keep the parameter in '
+      'bfloat16 and cast it in the forward pass, or leave it out of `where`.')
+
+
+def unoriented(flow: Flow, axes: Axes) -> str | None:
+  """Returns why a flow that lies along axes cannot be that of a leaf with these axes, or `None` if it can."""
+  return None if not flow.along_axes or axes.source != 'unknown' else (
+      'the flow of this recipe lies along axes, and neither name, rank nor container says what those of the parameter '
+      f'mean. {conventions.REMEDY}')
 
 
 def plain_key(key: Array | None) -> Array | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import flows, schedules, scores, starts, types
+from sparsejax import flows, plans, schedules, scores, starts, types
 from sparsejax.selections import Selection
 from sparsejax.types import Array, Axes, Flow, Predicate, PyTree, Schedule, Start
 
@@ -40,6 +40,17 @@ class Method:
   start: Start | None = None
   first: Selection | None = None
   pause: bool = False
+  name: str = ''
+
+  @property
+  def words(self) -> tuple[str, ...]:
+    """The names of the words that are the identity of a state, without their numbers."""
+    return plans.words_of(self.flow, self.selection.select)
+
+  @property
+  def once(self) -> bool:
+    """Whether masks are known to be chosen only once, in `init` or after the dense phase."""
+    return types.says(self.refresh, types.AT_ZERO)
 
   @property
   def until_freeze(self) -> Flow:
@@ -54,7 +65,7 @@ class Method:
   @property
   def never(self) -> bool:
     """Whether masks are known to be chosen in `init` alone."""
-    return self.dense_steps == 0 and types.says(self.refresh, types.AT_ZERO)
+    return self.dense_steps == 0 and self.once
 
   def due(self, step: Array) -> Array:
     """Returns whether masks are chosen at `step`, `bool[]`.

@@ -55,8 +55,10 @@ def opened(method: Method, updates: PyTree, state: SparseState, params: PyTree |
   """Returns the checked arguments of one `update`. Raises `ValueError` where they do not belong together."""
   if params is None:
     raise ValueError('sparsejax: update needs the parameters: tx.update(grads, state, params).')
-  leaves = Leaves(params, method.where, method.axes, method.selection, method.until_freeze)
-  refusals.refuse_others(leaves, method.flow.dense, state, updates)
+  leaves = Leaves.of(method, params)
+  refusals.refuse_others(leaves.plan, state)
+  refusals.refuse_other_shapes(leaves, state, updates)
+  refusals.refuse_other_memory(method.memory, leaves, state)
   if method.flow.dense:
     refusals.refuse_functions(extra)
   return Call(method, leaves, state, params, updates, leaves.pick(params), leaves.pick(updates),
@@ -77,12 +79,22 @@ def pulled_back(call: Call, point: Point) -> list[Array]:
 
 
 def observed(call: Call, point: Point) -> Point:
-  """Returns the point with the memory updated, once per step, before the weights move."""
+  """Returns the point with the memory updated, once per step, before the weights move.
+
+  An entry that would not be finite stays as it was: an optimizer may skip a step with such gradients
+  (`optax.apply_if_finite`), and the memory would keep a NaN for ever. The rule holds for each entry, since a rule for
+  the whole step would read all gradients once more. In a skipped step the finite entries are taken in.
+  """
   memory = call.method.memory
   if memory is None:
     return point
   rows = zip(point.stats, point.weights, _signals(call, point, call.state.step))
-  return point._replace(stats=[memory.observe(*row) for row in rows])
+  return point._replace(stats=[jax.tree.map(_where_finite, memory.observe(*row), row[0]) for row in rows])
+
+
+def _where_finite(new: Array, old: Array) -> Array:
+  """Returns the entries of `new` that are finite, and the entries of `old` in the place of the others."""
+  return jnp.where(jnp.isfinite(new), new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
 
 def _signals(call: Call, point: Point, step: Array) -> list[Signals]:
@@ -176,14 +188,14 @@ def emitted(call: Call, point: Point, before: list[Array], moves: PyTree) -> tup
     deltas = [project(w, m, s).astype(p.dtype) - p for m, _, w, _, p, s in rows]
   else:
     deltas = [jnp.where(m, jnp.where(old, u.astype(p.dtype), 0), project(p, m, s) - p) for m, old, _, u, p, s in rows]
-  return call.leaves.put(deltas, moves), recorded(call.method, call.leaves, point, call.step, call.state.key)
+  return call.leaves.put(deltas, moves), recorded(call.method, call.leaves, point, call.state._replace(step=call.step))
 
 
-def recorded(method: Method, leaves: Leaves, point: Point, step: Array, key: Array | None) -> SparseState:
-  """Returns the state that records a point."""
+def recorded(method: Method, leaves: Leaves, point: Point, state: SparseState) -> SparseState:
+  """Returns `state`, of which step, key and identity hold, with the point recorded in it."""
   master = leaves.put(point.weights if method.flow.dense else None)
-  return SparseState(step=step, key=key, masks=leaves.put(point.masks), master=master, stats=leaves.put(point.stats),
-                     inner=point.inner, plan=leaves.plan)
+  return state._replace(masks=leaves.put(point.masks), master=master, stats=leaves.put(point.stats), inner=point.inner,
+                        plan=leaves.plan.carrying(state.plan.identity))
 
 
 class Beginning(NamedTuple):

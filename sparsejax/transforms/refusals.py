@@ -9,10 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from sparsejax import counts, errors
-from sparsejax.states import Plan, SparseState
+from sparsejax import counts, errors, plans, trees
+from sparsejax.plans import Plan
+from sparsejax.scores import Memory
+from sparsejax.states import SparseState
 from sparsejax.transforms.leaves import Leaves
 from sparsejax.types import Array, PyTree
 
@@ -35,24 +38,66 @@ def refuse_empty(plan: Plan, masks: Sequence[Array] = ()) -> None:
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the first mask keeps nothing of it. {_WAY_OUT}')
 
 
-def refuse_others(leaves: Leaves, keeps_master: bool, state: SparseState, grads: PyTree) -> None:
-  """Raises `ValueError` if state or gradients are of other parameters, or the state is of another kind of recipe."""
+def refuse_others(plan: Plan, state: SparseState) -> None:
+  """Raises `ValueError` with both identities if another recipe, pattern, flow or choice of leaves made the state.
+
+  The plan of the state is compared at trace time, and its array wherever the values are known: outside of `jit`.
+  """
   if not isinstance(state, SparseState):
     raise ValueError(f'sparsejax: the state is a {type(state).__name__}, no SparseState. Make it by tx.init(params).')
-  asked = {leaf.path: leaf.shape for leaf in leaves.plan.leaves}
-  made = {leaf.path: leaf.shape for leaf in state.plan.leaves}
-  for path in [*asked, *made]:
-    if asked.get(path) != made.get(path):
-      raise ValueError(
-          f'sparsejax: parameter {path!r} of shape {asked.get(path, "(not sparse)")} does not belong to this state, '
-          f'where it is {made.get(path, "not sparse")}. Make the state from these parameters: tx.init(params).')
-  if bool(jax.tree.leaves(state.master)) != keeps_master:
-    raise ValueError(f'sparsejax: the state has {"no" if keeps_master else "a"} dense master, unlike those of '
-                     'this recipe: another one made it. Make the state by tx.init(params).')
-  for leaf, grad in zip(leaves.plan.leaves, leaves.pick(grads)):
+  if not isinstance(state.plan, Plan):
+    raise ValueError(f'sparsejax: the plan of the state is gone; a {type(state.plan).__name__} is in its place. Make '
+                     'the state by tx.init(params), or restore it into such a state.')
+  if not np.array_equal(state.plan.fingerprint, plan.fingerprint):
+    raise plans.refusal(state.plan.text, plan, _first_difference(state.plan, plan))
+  plans.refuse_unless_of(plan, state.plan.identity)
+
+
+def _first_difference(made: Plan, asked: Plan) -> str:
+  """Returns a sentence about the first leaf that only one of two plans has, or an empty string."""
+  ours, theirs = ({leaf.path: leaf.shape for leaf in plan.leaves} for plan in (asked, made))
+  for path in [*ours, *theirs]:
+    if ours.get(path) != theirs.get(path):
+      return (f'Parameter {path!r} of shape {ours.get(path, "(not sparse)")} does not belong to this state, where it '
+              f'is {theirs.get(path, "not sparse")}. ')
+  return ''
+
+
+def refuse_other_shapes(leaves: Leaves, state: SparseState, grads: PyTree) -> None:
+  """Raises `ValueError` if gradients, masks, master or memory have not the shapes of the sparse leaves."""
+  for leaf, grad, *kept in zip(leaves.plan.leaves, *map(leaves.pick, (grads, state.masks, state.master))):
     if grad.shape != leaf.shape:
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its gradient has shape {grad.shape}; take it with '
                            'respect to these parameters.')
+    for each in kept:
+      if not trees.is_dense(each) and each.shape != leaf.shape:
+        raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the state holds an array of shape {each.shape} for '
+                             'it; make the state from these parameters: tx.init(params).')
+
+
+def refuse_other_memory(memory: Memory | None, leaves: Leaves, state: SparseState) -> None:
+  """Raises `ValueError` if the state's memory of the first leaf has another structure than that of `memory`."""
+  if memory is None or not leaves.index:
+    return
+  path, w = next(iter(leaves.arrays.items()))
+  new = jax.tree.structure(jax.eval_shape(memory.start, jax.ShapeDtypeStruct(w.shape, jnp.float32)))
+  old = jax.tree.structure(leaves.pick(state.stats)[0])
+  if old != new:
+    raise errors.at_leaf('sparsejax', path, w.shape, f'the memory in the state is {old}, and that of this optimizer is '
+                         f'{new}. Keep the optimizer of the score, or make the state by tx.init(params).')
+
+
+def marked(updates: PyTree, leaves: Leaves, state: SparseState) -> PyTree:
+  """Returns the updates, with NaN for the first sparse leaf if the state, under `jit`, is of another identity.
+
+  The identity of a restored state is not known while JAX traces, so the program compares the arrays. The comparison
+  reads 256 bytes a step. A callback of the host, which could raise, would keep the program out of JAX's cache.
+  """
+  if plans.values_of(state.plan.identity) is not None or not leaves.index:
+    return updates  # compared already
+  ours = jnp.all(jnp.asarray(state.plan.identity, jnp.uint8) == jnp.asarray(leaves.plan.fingerprint))
+  first, *rest = leaves.pick(updates)
+  return leaves.put([jnp.where(ours, first, jnp.asarray(jnp.nan, first.dtype)), *rest], updates)
 
 
 def refuse_line_search(inner_state: Any) -> None:

@@ -12,31 +12,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import flows, neighbours, trees
+from sparsejax import flows, neighbours, plans, trees
+from sparsejax.plans import Plan
 from sparsejax.selections import Selection
-from sparsejax.states import Plan, SparseState
+from sparsejax.states import SparseState
 from sparsejax.transforms import refusals
-from sparsejax.transforms.leaves import Leaves, default_where
-from sparsejax.types import Array, Axes, Inner, Optimizer, Predicate, PyTree
+from sparsejax.transforms.leaves import Leaves
+from sparsejax.types import Axes, Inner, Optimizer, Predicate, PyTree
 
 
-def identity(inner: Inner) -> Optimizer:
-  """Returns `inner` in a `SparseState` without sparse leaves, so that the tools of recipes work on dense baselines."""
-  inner = optax.with_extra_args_support(inner)
+def identity(inner: Inner, name: str = '') -> Optimizer:
+  """Returns `inner` in a `SparseState` without sparse leaves, so that the tools of recipes work on dense baselines.
 
-  def wrap(params: PyTree, step: Array, inner_state: Any) -> SparseState:
-    nothing = jax.tree.map(lambda _: trees.DENSE, params)
-    return SparseState(step, None, nothing, nothing, nothing, inner_state, Plan())
+  `name`: the name of the recipe, part of the identity of a state. Raises `ValueError` for the state of another.
+  """
+  inner, plan = optax.with_extra_args_support(inner), Plan(recipe=name, words=('identity',))
 
   def init(params: PyTree, **values: Any) -> SparseState:
     refusals.refuse_unfilled((), values)
-    return wrap(params, jnp.zeros((), jnp.int32), inner.init(params))
+    nothing = params if is_stand_in(params) else jax.tree.map(lambda _: trees.DENSE, params)
+    return SparseState(jnp.zeros((), jnp.int32), None, nothing, nothing, nothing, inner.init(params), plans.fresh(plan))
 
   def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
+    refusals.refuse_others(plan, state)
     moves, inner_state = inner.update(grads, state.inner, params, **extra)
-    return moves, wrap(grads, optax.safe_increment(state.step), inner_state)
+    return moves, state._replace(step=optax.safe_increment(state.step), inner=inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_stand_in(params: PyTree) -> bool:
+  """Returns whether `params` is what `optax.tree_map_params` gives to `init` in the place of parameters."""
+  return type(params).__name__ == '_ParamsPlaceholder'
 
 
 def updating(selection: Selection, *, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
@@ -65,7 +72,7 @@ def only(*, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | 
   """
   def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
     leaves, treedef = jax.tree.flatten(updates)
-    picked = trees.select('sparsejax', where or default_where(axes), params)
+    picked = trees.select('sparsejax', trees.default_where(axes) if where is None else where, params)
     return treedef.unflatten([u if p else jnp.zeros_like(u) for u, p in zip(leaves, picked)]), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

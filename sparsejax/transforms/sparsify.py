@@ -10,17 +10,20 @@ user's parameters to the new sparse point. `optax.contrib.schedule_free` works t
     updates, state = tx.update(grads, state, params)
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import errors, schedules, scores
+from sparsejax import errors, plans, schedules, scores
+from sparsejax.arguments import checked
 from sparsejax.selections import Selection
 from sparsejax.states import SparseState
-from sparsejax.transforms import phases, refusals
+from sparsejax.transforms import phases, refusals, small
 from sparsejax.transforms.leaves import Leaves, plain_key
 from sparsejax.transforms.method import Method
 from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTree, Schedule, Start
@@ -28,6 +31,7 @@ from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTr
 SLOTS = ('kept', 'fresh')
 
 
+@checked
 def sparsify(
     inner: Inner,
     flow: Flow,
@@ -46,12 +50,14 @@ def sparsify(
     start: Start | None = None,
     first: Selection | None = None,
     pause: bool = False,
+    name: str = '',
 ) -> Optimizer:
   """Returns `inner` wrapped so that the parameters that it trains are sparse. Every recipe is a call of `sparsify`.
 
   `where`: the sparse leaves, a predicate `(path, leaf)` or a prefix pytree of bools. The default is `trees.matrices`,
-    and with `axes` those matrices that the traced program contracts.
-  `axes`: `sparsejax.contractions(...)`, or any mapping from paths to `Axes`. The default is the naming conventions.
+    and with traced `axes` what the program contracts, see `trees.default_where`.
+  `axes`: `sparsejax.contractions(...)`, or a mapping from paths or globs to `Axes`. Leaves that the latter does not
+    name, and all leaves by default, follow `conventions`; a leaf without a convention is refused where axes count.
   `refresh`: a schedule of bools, `True` when masks are chosen, on the step counted from the end of the dense phase.
   `dense_steps`: the number of updates before anything is pruned.
   `fine_tune_steps`: the number of updates, the last of `total_steps`, under a fixed mask. In them only kept weights get
@@ -66,12 +72,14 @@ def sparsify(
   `start`: how the first masks are chosen, see `starts`. The default is one choice by the selection.
   `first`: the selection of the first masks. The default is `selection`.
   `pause`: whether the weights stay as they are on steps that choose masks. The optimizer does not count these steps.
+  `name`: the name of the recipe, part of the identity of a state. Without one, the words alone are the identity.
 
   `init(params, **values)` takes a value for each placeholder (`starts.given`) in `start` and `key`. Keyword arguments
   of `update` go to `inner`. The transform has to be the outermost transform on its leaves. Rescaled updates break the
   zeros (`check` detects and names the transform that rescales). Raises `ValueError` at trace time for leaves that
-  cannot carry the pattern, and for parameters of another state. An `inner` that cannot be right is refused, too: a line
-  search across changes of the mask, or an optimizer that calls a function of the parameters at a dense master.
+  cannot carry the pattern, and for the state of other parameters or of another identity, see `SparseState`. An `inner`
+  that cannot be right is refused, too: a line search across changes of the mask, or an optimizer that calls a function
+  of the parameters at a dense master.
   """
   freeze = _freeze(dense_steps, fine_tune_steps, total_steps)
   if slots not in SLOTS:
@@ -83,7 +91,11 @@ def sparsify(
                      'be; leave out memory=.')
   method = Method(
       optax.with_extra_args_support(inner), flow, selection, where, axes, refresh, dense_steps, freeze, slots, key,
-      allow_empty, memory, start, first, pause)
+      allow_empty, memory, start, first, pause, name)
+  return _transform(method)
+
+
+def _transform(method: Method) -> Optimizer:
   return optax.GradientTransformationExtraArgs(functools.partial(_init, method), functools.partial(_update, method))
 
 
@@ -96,18 +108,46 @@ def _update(method: Method, grads: PyTree, state: SparseState, params: PyTree | 
   point = phases.settled(call, point)
   point = phases.restarted(call, point, before)
   point = phases.frozen(call, point)
-  return phases.emitted(call, point, before, moves)
+  updates, new = phases.emitted(call, point, before, moves)
+  return refusals.marked(updates, call.leaves, state), new
 
 
 def _init(method: Method, params: PyTree, **values: Any) -> SparseState:
+  if small.is_stand_in(params):
+    return _stand_in(method, params)
   refusals.refuse_unfilled(method.placeholders, values)
   method = method.filled(values)
-  leaves = Leaves(params, method.where, method.axes, method.selection, method.until_freeze)
+  leaves = Leaves.of(method, params)
   point = phases.began(method, leaves, params)
   point = point._replace(inner=method.inner.init(leaves.put(point.weights, params)))
   if method.flow.dense or not method.never:
     refusals.refuse_line_search(point.inner)
-  return phases.recorded(method, leaves, point, jnp.zeros((), jnp.int32), plain_key(method.key))
+  first = SparseState(jnp.zeros((), jnp.int32), plain_key(method.key), *[None] * 4, plans.fresh(leaves.plan))
+  return phases.recorded(method, leaves, point, first)
+
+
+def _stand_in(method: Method, params: PyTree) -> SparseState:
+  """Returns the state of optax's stand-in for the parameters, which says to `optax.tree_map_params` what is like them.
+
+  Masks and master are, and a memory of one array a leaf. Everything else is none of the parameters: a plan, too, has to
+  be a leaf here, because `tree_map_params` takes the plan of a state over only in the place of a leaf.
+  """
+  like = method.memory and jax.eval_shape(method.memory.start, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+  shaped = method.memory is None and method.selection.threshold is None or getattr(like, 'shape', ()) == (2, 3)
+  return SparseState(0, None if method.key is None else 0, params, params, params if shaped else 0,
+                     method.inner.init(params), 0)
+
+
+def under_name(optimizer: Optimizer, name: str) -> Optimizer:
+  """Returns the optimizer of a recipe under the recipe's name, which is part of the identity of its states."""
+  method = method_of(optimizer)
+  return optimizer if method is None else _transform(dataclasses.replace(method, name=name))
+
+
+def method_of(optimizer: optax.GradientTransformation) -> Method | None:
+  """Returns the `Method` of an optimizer that `sparsify` made, or `None`."""
+  method = next(iter(getattr(optimizer.init, 'args', ())), None)
+  return method if isinstance(method, Method) else None
 
 
 def placeholders(optimizer: optax.GradientTransformation) -> tuple[str, ...]:
@@ -115,14 +155,12 @@ def placeholders(optimizer: optax.GradientTransformation) -> tuple[str, ...]:
 
   An optimizer that is no recipe, or that wraps one, has none.
   """
-  method = next(iter(getattr(optimizer.init, 'args', ())), None)
-  return method.placeholders if isinstance(method, Method) else ()
+  method = method_of(optimizer)
+  return () if method is None else method.placeholders
 
 
 def _freeze(dense_steps: int, fine_tune_steps: int, total_steps: int | None) -> int | None:
   """Returns the step at which the mask is fixed for good, or `None`."""
-  if min(dense_steps, fine_tune_steps) < 0:
-    raise ValueError(f'sparsejax: dense_steps ({dense_steps}) and fine_tune_steps ({fine_tune_steps}) count updates.')
   if total_steps is None:
     if fine_tune_steps:
       raise ValueError('sparsejax: fine_tune_steps counts from the end of training; pass total_steps= too.')

@@ -412,7 +412,7 @@ NEGATIVE_ZERO = np.copysign(np.zeros((4, 2), np.float32), -1)
      r'1 of 2 groups of 4 along axes \(0,\) have more than 2 vectors of 3 .* \[group 1, 0\], has 3'),
     (lambda: NMArray.from_dense(CROWDED, 2, 4, 0, width=2), r'2:4x2 needs output axes that 2 divides.* have 3.*pad'),
     (lambda: NMArray.from_dense(CROWDED, 2, 4, (0, 1), width=2), 'lies along output axes, and there are none'),
-    (lambda: formats.pack({'a': CROWDED}, '2:4x3'), "'a' of shape .* vectors of 3"),
+    (lambda: formats.pack({'w': CROWDED}, '2:4x3'), "'w' of shape .* vectors of 3"),
     (lambda: NMArray.restored({'values': CROWDED, 'indices': CROWDED}, (8, 3), {
         'n': 2, 'm': 4, 'axes': [0], 'width': 3}), r'vectors of 3 along the axes \[\] of shape \(8, 3\)'),
     (lambda: NMArray.restored({'values': CROWDED, 'indices': CROWDED}, (8, 3), {

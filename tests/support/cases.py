@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import sparsejax
-from sparsejax import allocation, recipes, schedules, trees
+from sparsejax import allocation, recipes, schedules, trees, types
 
 STEPS, DENSE, TUNED = 12, 2, 3  # updates in all, of the dense phase, of the fine-tune phase
 F32, BF16 = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
@@ -26,7 +26,10 @@ SHAPES = {
 }
 SMALL = {'stack': SHAPES['stack'], 'norm': SHAPES['norm']}  # for the variants, which differ in time and not in space
 PATTERNS = {'2:4': sparsejax.NM(2, 4), 'block': sparsejax.Block((8, 2), 0.5), 'channel': sparsejax.Channel(0.5)}
-CONTRACTED = {'attention/out/kernel': (0, 1), 'stack/kernel': (1,)}
+# A rank of three has no convention. These axes are as a program would give them.
+AXES = {'attention/out/kernel': types.Axes((0, 1), (2,), source='traced'),
+        'stack/kernel': types.Axes((1,), (2,), layer=(0,), source='traced')}
+CONTRACTED = {path: axes.contracted for path, axes in AXES.items()}
 
 
 class Promise(NamedTuple):
@@ -63,11 +66,12 @@ class Case(NamedTuple):
     """Updates of the fine-tune phase."""
     return self.options.get('fine_tune_steps', 0)
 
-  def make(self, inner: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
+  def make(self, inner: optax.GradientTransformation | None = None,
+           axes: Any = AXES) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer, made from scratch every time, as users do inside of a step."""
     recipe = recipes.TABLE[self.recipe]
-    valid = {*recipes.arguments(recipe)} - ({'key'} if self.recipe not in RANDOM else set())
-    signals = {key: value for key, value in SIGNALS.items() if key in valid}
+    signals = {key: value for key, value in read(self.recipe, axes=axes).items()
+               if key != 'key' or self.recipe in RANDOM}
     return recipe(optax.sgd(0.3, momentum=0.5) if inner is None else inner, **signals | self.options)
 
 
@@ -76,7 +80,7 @@ PROMISES = {
     'ste': Promise(((2, 4),)),
     'sr_ste': Promise(((2, 4),)),
     'asp': Promise(((2, 4),), memory=1),
-    'mdgf': Promise(((2, 4),), None),  # by default it decays over 5000 updates
+    'mdgf': Promise(((2, 4),), None),  # by default it decays up to the last update
     'sdgf_stepwise': Promise(((3, 4), (2, 4))),
     'sdgf_geometric': Promise(((16, 32), (8, 16), (4, 8), (2, 4))),
     'st3': Promise(),
@@ -103,6 +107,7 @@ OPTIONS = {
     'random_search': {'candidates': 3},
     'global_sparse_momentum': {'sparsity': 0.7},
 }
+UNREAD = {'random_pruning': {'loss'}}  # its allocation, erk, looks at no gradient
 RANDOM = ('random_pruning', 'random_search', 'static_sparse', 'set_', 'rigl', 'snfs')
 # At initialisation a recipe may look at a loss, at outputs and at a key: of any pytree of parameters, and of each leaf
 # by itself, so that it is the same for a shard of it.
@@ -111,6 +116,14 @@ SIGNALS = {
     'outputs': lambda params: sum(jnp.sum(jnp.square(w.astype(jnp.float32))) for w in jax.tree.leaves(params)),
     'key': jax.random.key(0),
 }
+
+
+def read(name: str, **more: Any) -> dict[str, Any]:
+  """Returns the values that a recipe takes and reads, of `SIGNALS` and of `more`."""
+  valid = {*recipes.arguments(recipes.TABLE[name])} - UNREAD.get(name, set())
+  return {key: value for key, value in {**SIGNALS, **more}.items() if key in valid}
+
+
 DECAYS = {
     'linear': schedules.linear(1.0, 0.0, end=5), 'cosine': schedules.cosine(1.0, 0.0, end=5),
     'exponential': schedules.exponential(half_life=2),

@@ -43,6 +43,10 @@ def only(*args, **kwargs):
   return row
 
 
+AXES = {'mlp/kernel': sj.types.Axes((0,), (1,)), 'out/kernel': sj.types.Axes((0, 1), (2,)),
+        'stack/kernel': sj.types.Axes((1,), (2,), layer=(0,))}
+
+
 @pytest.mark.parametrize('pattern, kind', [
     ('2:4', '2:4'), ('1:8', '1:8'), ('2:4x4', '2:4x4'), ('4x8 0.5', '4x8'), ('4x8 1', '4x8'),
     ('unstructured 0.875', 'csc')])
@@ -52,15 +56,15 @@ def test_bytes_are_those_of_the_packed_array(pattern, kind, path, shape):
   """Compares the bytes from shapes, before pruning, from zeros, after pruning, and of the packed array."""
   one, two = path.split('/')
   w = np.random.default_rng(0).standard_normal(shape).astype('float32')
-  at = sj.trees.conventional_axes(path, shape)
+  at = AXES[path]
   along = lambda axes: np.ravel_multi_index([np.indices(shape)[a] for a in axes], [shape[a] for a in axes])
   chequered = (along(at.contracted) // 4 + along(at.output) // 8) % 2  # leaves no row or column of blocks empty
   scores = np.abs(w) + np.float32(10) * chequered.astype('float32') * ('x8' in pattern)
   pruned = np.where(rows._parsed(pattern)(jnp.asarray(scores), None, at), w, 0)
-  row = only({one: {two: jax.ShapeDtypeStruct(shape, 'float32')}}, pattern, tokens=10)
-  packed = formats.pack({one: {two: pruned}}, kind)
+  row = only({one: {two: jax.ShapeDtypeStruct(shape, 'float32')}}, pattern, tokens=10, axes={path: at})
+  packed = formats.pack({one: {two: pruned}}, kind, axes={path: at})
   assert (row.bytes_dense, row.bytes_packed) == (w.nbytes, formats.nbytes(packed))
-  assert only({one: {two: pruned}}, pattern.split()[0], tokens=10) == row
+  assert only({one: {two: pruned}}, pattern.split()[0], tokens=10, axes={path: at}) == row
   assert row.flops_dense == 2 * 10 * w.size and row.flops_packed == 2 * 10 * np.count_nonzero(pruned)
   k, n = np.prod([shape[a] for a in at.contracted]), np.prod([shape[a] for a in at.output])
   moved = w.size // (k * n) * 10 * (k + n) * 4
@@ -84,6 +88,9 @@ def test_channels_are_a_smaller_dense_product(tables):
     ((64, 64), '4x4 0.9', 1024, 4.0, 1.5, 0.6, ['of 256 tokens, the nearest measured', 'training of 64 tokens']),
     ((128, 64), '4x4 0.75', 64, 1.05, 1.0, 0.75, ['of 64 x 64, the nearest measured']),
     ((512, 64), '4x4 0.9', 64, 9.0, None, 0.9, ['of 1024 x 64, the nearest measured']),
+    ((64, 256), '4x4 0.75', 64, 1.05, 1.0, 0.75, ['of 64 x 64, the nearest measured']),
+    ((64, 12), '4x4 0.75', 64, None, None, None, ['not measured within 4 times of 64 x 12: the nearest is 64 x 64']),
+    ((8192, 64), '4x4 0.75', 64, None, None, None, ['not measured within 4 times of 8192 x 64: the nearest is 1024']),
     ((64, 64), '2:4', 64, 0.3, None, None, []),
     ((64, 64), '2:8', 64, None, None, None, ['not measured for groups of 8x1, but for 4x1']),
     ((64, 64), '4x4 0.9', 64, 2.0, 1.5, 0.75, []),

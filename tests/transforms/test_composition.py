@@ -45,11 +45,12 @@ def test_two_recipes_on_two_parts():
 @pytest.mark.parametrize('case', ['asp', 'sr_ste', 'mdgf-scaled-linear', 'st3'])
 def test_gradients_that_are_not_finite_revive_nothing(case):
   """Skipped by `apply_if_finite`, nothing moves; taken as they are, they spoil kept weights but no pruned one."""
-  make = lambda: optax.apply_if_finite(CASES[case].make(), 2)
+  make = lambda: optax.apply_if_finite(CASES[case].make(axes=None), 2)
   start, grads = cases.random(0, like=SHAPES), cases.random(1, (STEPS,), SHAPES)
   bad = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf])
   grads['stack']['kernel'] = grads['stack']['kernel'].at[8, 5:8, 1].set(bad)
-  run = jax.jit(lambda start, grads: [cases.scanned(m, start, grads) for m in (make, CASES[case].make)])
+  run = jax.jit(lambda start, grads: [cases.scanned(m, start, grads) for m in (
+      make, functools.partial(CASES[case].make, axes=None))])
   for skipped, ((_, state), (seen, points, masks)) in zip((True, False), run(start, grads)):
     held = np.asarray(seen['stack']['kernel'])
     if skipped:
@@ -130,7 +131,7 @@ def test_factored_slots_stay_for_they_belong_to_a_row():
 
 @pytest.mark.parametrize('recipe', ['sr_ste', 'asp', 'mdgf-scaled-linear'])
 def test_an_average_of_parameters_is_sparse_again_by_the_masks(recipe):
-  average, steps = None, [*run(CASES[recipe].make)]
+  average, steps = None, [*run(functools.partial(CASES[recipe].make, axes=None))]
   for params, _ in steps:
     average = params if average is None else optax.incremental_update(params, average, 0.3)
   state = steps[-1][1]
@@ -220,11 +221,11 @@ def test_an_ensemble_trains_as_its_members_do(recipe):
   """A leading axis under `vmap`, as of `eqx.filter_vmap` and `nnx.vmap`, and the same axis as one stack of layers."""
   members = [cases.random(seed, like=SHAPES) for seed in range(3)]
   grads = [cases.random(seed, (STEPS,), SHAPES) for seed in range(3, 6)]
-  alone = [jax.jit(functools.partial(cases.scanned, CASES[recipe].make, watch=False))(*one)[0]
+  make = functools.partial(CASES[recipe].make, axes=None)
+  alone = [jax.jit(functools.partial(cases.scanned, make, watch=False))(*one)[0]
            for one in zip(members, grads)]
   stack = lambda trees, axis=0: jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
-  tx = CASES[recipe].make()
-  start = stack(members)
+  tx, start = make(), stack(members)
 
   def loop(grads, update, state):
     body = lambda carry, g: (update(*carry, g), None)
@@ -234,7 +235,8 @@ def test_an_ensemble_trains_as_its_members_do(recipe):
   together = loop(stack(grads, 1), jax.vmap(step), jax.vmap(tx.init)(start))
   cases.assert_same(together, stack(alone))
   assert sparsejax.check(*together).achieved == 0.5
-  layers = loop(stack(grads, 1), step, tx.init(start))
+  tx = CASES[recipe].make()
+  layers = loop(stack(grads, 1), functools.partial(cases.step, tx), tx.init(start))
   assert states.find(layers[1])[0].plan.leaves[0].axes.layer == (0,)
   cases.assert_same(layers[0], together[0])
 
@@ -263,17 +265,21 @@ IN_A_BLOCK = {'attention/query/kernel': (0,), 'attention/key/kernel': (0,), 'att
               'attention/out/kernel': (0, 1), 'fc1/kernel': (0,), 'fc2/kernel': (0,)}
 
 
-@pytest.mark.parametrize('traced', [True, False])
-def test_matrices_of_a_transformer_are_sparse_and_nothing_else(traced):
+def test_matrices_of_a_transformer_are_sparse_and_nothing_else():
   model, tokens = Transformer(), jnp.zeros((2, 5), jnp.int32)
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
-  axes = sparsejax.contractions(model.apply, variables, tokens) if traced else None
+  axes = sparsejax.contractions(model.apply, variables, tokens)
   state = jax.eval_shape(recipes.ste(optax.sgd(0.1), axes=axes).init, variables)
   found = {leaf.path: leaf.axes for leaf in states.find(state)[0].plan.leaves}
   expected = {'params/conv/kernel': (1,), 'params/head/kernel': (0,)}
   expected |= {f'params/block/{path}': contracted for path, contracted in IN_A_BLOCK.items()}
   expected |= {f'params/blocks/{path}': tuple(a + 1 for a in contracted) for path, contracted in IN_A_BLOCK.items()}
   assert {path: axes.contracted for path, axes in found.items()} == expected
-  assert {axes.source for axes in found.values()} == {'traced' if traced else 'convention'}
+  assert {axes.source for axes in found.values()} == {'traced'}
   for path, axes in found.items():
     assert axes.layer == ((0,) if '/blocks/' in path else ())
+  with pytest.raises(ValueError) as refusal:  # without the program, all that has no convention at once
+    recipes.ste(optax.sgd(0.1)).init(variables)
+  assert {path for path in found if f"'{path}'" in str(refusal.value)} == {
+      path for path in found if '/block/fc' not in path and '/head/' not in path}
+

@@ -1,6 +1,7 @@
 """Checks that a user's own word behaves as the built-in word that it equals: same masks, weights and reports."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import cases
@@ -12,11 +13,11 @@ import pytest
 
 import sparsejax as sj
 from sparsejax import NM, Block, Unstructured, allocation, flows, schedules, scores, selections, starts, updates
-from sparsejax.transforms import sparsify
-from sparsejax.types import Flow
+from sparsejax.types import Axes, Flow
 
 LIKE = {'a': {'kernel': cases.F32((8, 6))}, 'b': {'kernel': cases.F32((2, 12, 6))}}
 STEPS = 8
+sparsify = functools.partial(sj.transforms.sparsify, axes={'b/kernel': Axes((1,), (2,), layer=(0,))})
 
 
 def loss(params):

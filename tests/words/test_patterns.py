@@ -463,7 +463,7 @@ REFUSED = [
     (lambda: NM(2, 4, 0), 'NM: width must be a whole number, at least 1, not 0'),
     (lambda: NM(2, 4, 1.5), 'not 1.5'),
     (lambda: patterns.parse('2:4x'), "unknown pattern '2:4x'"),
-    (lambda: Unstructured(1.5), 'sparsity is the fraction of zeros, from 0 to 1, not 1.5'),
+    (lambda: Unstructured(1.5), '`sparsity` must be the fraction of zeros, a number from 0 to 1, .*not 1.5'),
     (lambda: Unstructured(-0.1), 'not -0.1'),
     (lambda: Unstructured(90), 'not 90'),
     (lambda: patterns.parse('2:'),
@@ -473,9 +473,9 @@ REFUSED = [
     (lambda: patterns.parse('0x4'), r'Block: shape is two whole numbers.* as in \(128, 128\), not \(0, 4\)'),
     (lambda: Block((4, 4, 4)), r'not \(4, 4, 4\)'),
     (lambda: Block((4, 4.0)), r'not \(4, 4.0\)'),
-    (lambda: Block((4, 4), 4), 'Block: sparsity is the fraction of zeros, from 0 to 1, not 4'),
+    (lambda: Block((4, 4), 4), 'Block: `sparsity` must be the fraction of zeros, .*not 4'),
     (lambda: Block((4, 4))(jnp.ones((4, 4))), 'how many weights are kept. Give a sparsity'),
-    (lambda: Channel(-0.5), 'Channel: sparsity is the fraction of zeros, from 0 to 1, not -0.5'),
+    (lambda: Channel(-0.5), 'Channel: `sparsity` must be the fraction of zeros, .*not -0.5'),
     (lambda: Channel()(jnp.ones((4, 4))), 'how many weights are kept. Give a sparsity'),
     (lambda: patterns.parse('channels'), "Did you mean 'channel'"),
     (lambda: patterns.parse('unstructed'), "Did you mean 'unstructured'"),
@@ -487,6 +487,11 @@ REFUSED = [
 def test_refusals_say_what_is_wrong_and_what_is_right(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+@pytest.mark.parametrize('pattern', [Unstructured(0.5), Block((2, 2), 0.5), Channel(0.5), NM(2, 4)])
+def test_a_stack_of_no_layers_keeps_every_pattern(pattern):
+  assert pattern.violation(jnp.zeros((0, 4, 4)), Axes((1,), (2,), layer=(0,))) == ''
 
 
 @pytest.mark.parametrize('pattern, shape, axes, words', [

@@ -222,7 +222,8 @@ def test_what_cannot_be_ranked_together_is_refused(what, shares):
 
 @pytest.mark.parametrize('name', ['uniform', 'erk', 'global', 'lamp', {'a/*': 0.2, '**': 0.8}])
 def test_allocations_go_by_name(name):
-  tx = recipes.from_config(optax.sgd(0.1), {'name': 'magnitude_at_init', 'sparsity': 0.5, 'allocation': name},
+  asked = {} if isinstance(name, dict) else {'sparsity': 0.5}
+  tx = recipes.from_config(optax.sgd(0.1), {'name': 'magnitude_at_init', 'allocation': name} | asked,
                            total_steps=9, axes=AXES)
   params = {path: jnp.asarray(w) for path, w in drawn(8, 'normal').items()}
   zeros = {path: int(jnp.sum(~m)) for path, m in sj.masks(params, tx.init(params)).items()}

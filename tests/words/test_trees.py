@@ -92,6 +92,25 @@ MATRICES = [
     ('cls_token', (1, 1, 4), False),
     ('pos_enc', (16, 4), False),
     ('rmsnorm/weight', (4, 4), False),
+    ('ln_1/weight', (4, 4), False),
+    ('input_layernorm/weight', (4, 4), False),
+    ('NormedMLP_0/Dense_0/kernel', (4, 4), True),  # a parent's name decides nothing
+    ('embeddings_encoder/layer/dense/kernel', (4, 4), True),
+    ('token_mixer/kernel', (4, 4), True),
+    ('MAPHead_0/probe', (1, 1, 64), False),
+    ('layer_scale', (1, 64), False),
+    ('kernel', (64, 1), True),
+    ('kernel', (1, 64), False),
+    ('log_std', (2, 8), False),
+    ('mixer.A_log', (16, 4), False),
+    ('wte/weight', (100, 4), False),
+    ('transformer.wpe.weight', (100, 4), False),
+    ('tok/weight', (100, 4), False),
+    ('model/embed_tokens/weight', (100, 4), False),
+    ('pos', (16, 4), False),
+    ('relative_position_bias_table', (49, 4), False),
+    ('head/w', (4, 4), True),
+    ('empty/w', (4, 0), False),
     ('mlp/scaled', (4, 4), True),
     ('mlp/weight_b', (4, 4), True),
     ('scalar', (), False),
@@ -182,35 +201,66 @@ def test_per_leaf_refuses_gaps_and_typos(value, message):
 
 
 AXES = [
-    # path, shape, contracted, output, spatial, layer
-    ('Dense_0/kernel', (3, 4), (0,), (1,), (), ()),
-    ('w', (3, 4), (0,), (1,), (), ()),
-    ('layers/0/weight', (4, 3), (1,), (0,), (), ()),
-    ('conv/weight', (4, 3, 2, 2), (1,), (0,), (2, 3), ()),
-    ('blocks/Dense_0/kernel', (6, 3, 4), (1,), (2,), (), (0,)),
-    ('MultiHeadDotProductAttention_0/query/kernel', (8, 2, 4), (0,), (1, 2), (), ()),
-    ('attention/Key/kernel', (8, 2, 4), (0,), (1, 2), (), ()),
-    ('attention/value/kernel', (6, 8, 2, 4), (1,), (2, 3), (), (0,)),
-    ('attention/out/kernel', (2, 4, 8), (0, 1), (2,), (), ()),
-    ('attention/out/kernel', (6, 2, 4, 8), (1, 2), (3,), (), (0,)),
-    ('attention/out/kernel', (8, 8), (0,), (1,), (), ()),
-    ('attention/query/kernel', (8, 8), (0,), (1,), (), ()),
-    ('Conv_0/kernel', (3, 4, 8), (1,), (2,), (0,), ()),
-    ('Conv_0/kernel', (3, 3, 4, 8), (2,), (3,), (0, 1), ()),
-    ('stem/kernel', (3, 3, 4, 8), (2,), (3,), (0, 1), ()),
-    ('stem/kernel', (2, 3, 3, 4, 8), (3,), (4,), (0, 1, 2), ()),
-    ('stack/Conv_0/kernel', (6, 3, 3, 4, 8), (3,), (4,), (0, 1, 2), ()),
-    ('bias', (4,), (), (0,), (), ()),
-    ('temperature', (), (), (), (), ()),
+    # path, shape, contracted, output, spatial
+    ('Dense_0/kernel', (3, 4), (0,), (1,), ()),
+    ('w', (3, 4), (0,), (1,), ()),
+    ('mlp/~/linear_0/w', (3, 4), (0,), (1,), ()),  # Haiku's names have slashes
+    ('attention/query/kernel', (8, 8), (0,), (1,), ()),
+    ('layers/0/weight', (4, 3), (1,), (0,), ()),
+    ('model.layers.0.q_proj.weight', (4, 3), (1,), (0,), ()),
+    ('conv/weight', (4, 3, 2, 2), (1,), (0,), (2, 3)),
+    ('Conv_0/kernel', (3, 3, 4, 8), (2,), (3,), (0, 1)),
+    ('DepthwiseConv/kernel', (3, 3, 1, 8), (2,), (3,), (0, 1)),
+    ('conv2_d/w', (3, 3, 4, 8), (2,), (3,), (0, 1)),
+    ('bias', (4,), (), (0,), ()),
+    ('temperature', (), (), (), ()),
+]
+UNKNOWN = [
+    ('blocks/Dense_0/kernel', (6, 3, 4)),  # a stack, or a fused projection
+    ('MultiHeadDotProductAttention_0/query/kernel', (8, 2, 4)),
+    ('attention/out/kernel', (2, 4, 8)),
+    ('Conv_0/kernel', (3, 4, 8)),
+    ('stem/kernel', (3, 3, 4, 8)),
+    ('ConvNet_0/Dense_0/kernel', (2, 2, 4, 8)),  # a parent's name decides nothing
+    ('stack/Conv_0/kernel', (6, 3, 3, 4, 8)),  # in space, or a stack in the plane
+    ('ConvTranspose_0/kernel', (3, 3, 4, 8)),
+    ('deconv1/weight', (4, 3, 2, 2)),
+    ('up.weight', (4, 3, 2, 2)),
+    ('ConvLocal_0/kernel', (5, 5, 4, 8)),
+    ('Einsum_0/kernel', (4, 8)),
+    *((f'h.0.{name}', (4, 8)) for name in ('attn.c_attn.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')),
+    ('h/0/mlp/c_fc/kernel', (4, 8)),
+    ('lstm/weight_ih_l0', (16, 8)),
+    ('gru/weight_hh', (16, 8)),
+    ('attn.in_proj_weight', (24, 8)),
+    ('layers/weight', (6, 4, 3)),
+    ('0/1', (4, 8)),
+    ('W', (4, 8)),
 ]
 
 
-@pytest.mark.parametrize('path, shape, contracted, output, spatial, layer', AXES)
-def test_the_conventions_give_every_axis_one_meaning(path, shape, contracted, output, spatial, layer):
+@pytest.mark.parametrize('path, shape, contracted, output, spatial', AXES)
+def test_the_conventions_give_every_axis_one_meaning(path, shape, contracted, output, spatial):
   axes = trees.conventional_axes(path, shape)
-  assert axes == Axes(contracted, output, spatial, layer, 'convention')
+  assert axes == Axes(contracted, output, spatial, (), 'convention')
   assert sorted(sum(axes[:4], ())) == list(range(len(shape)))
   assert trees.axes_of('f', None, path, shape) == axes
+
+
+@pytest.mark.parametrize('path, shape', UNKNOWN)
+def test_what_has_a_second_reading_is_unknown(path, shape):
+  assert trees.conventional_axes(path, shape) == Axes((), tuple(range(len(shape))), source='unknown')
+
+
+@pytest.mark.parametrize('kernel, bias, known', [
+    ((8, 4), (4,), True), ((8, 4), (1, 4), True), ((8, 4), (8,), False), ((8, 4), (2, 4), False),
+    ((3, 3, 4, 8), (8,), True), ((3, 3, 8, 4), (8,), False), ((2, 3, 3, 4, 8), (8,), True),
+    ((2, 3, 3, 4, 8), (2, 8), False)])
+def test_a_bias_that_has_not_the_outputs_speaks_for_another_layout(kernel, bias, known):
+  layer = {'kernel': jnp.zeros(kernel), 'bias': jnp.zeros(bias)}
+  for tree in ({'conv1': layer}, {f'net.conv1.{key}': leaf for key, leaf in layer.items()}):
+    (axes,) = (a for path, a in trees.axes_by_path('f', None, tree).items() if path.endswith('kernel'))
+    assert (axes.source == 'convention') == known
 
 
 TRACED = {
@@ -234,6 +284,19 @@ def test_traced_axes_are_found_by_the_tail_of_the_path(path):
 def test_traced_axes_that_do_not_fit_are_refused(path, shape, message):
   with pytest.raises(ValueError, match=message):
     trees.axes_of('f', TRACED, path, shape)
+
+
+def test_axes_that_a_user_wrote_need_not_name_all_leaves():
+  tree = {'fc': {'kernel': jnp.zeros((4, 8))}, 'a': {'qkv': jnp.zeros((3, 4, 8))}, 'b': {'qkv': jnp.zeros((3, 4, 8))}}
+  axes = trees.axes_by_path('f', {'*/qkv': Axes((1,), (0, 2))}, tree)
+  assert {path: (a.contracted, a.source) for path, a in axes.items()} == {
+      'a/qkv': ((1,), 'given'), 'b/qkv': ((1,), 'given'), 'fc/kernel': ((0,), 'convention')}
+  with pytest.raises(ValueError, match="f: unknown path in `axes` 'c/qkv'. Did you mean 'b/qkv' or 'a/qkv'"):
+    trees.axes_by_path('f', {'c/qkv': Axes((1,), (0, 2))}, tree)
+  for wrong in (Axes(1, (0, 2)), Axes((1,), (0,)), Axes((1,), (0, 2, 2)), Axes((-2,), (0, 2)), ((1,), (0, 'out'))):
+    with pytest.raises(ValueError, match=r"f: parameter 'a/qkv' of shape \(3, 4, 8\): .* put each axis into one of"):
+      trees.axes_by_path('f', {'a/qkv': wrong}, tree)
+  assert trees.axes_by_path('f', {'a/qkv': ((1,), (0, 2))}, {'a': {'qkv': trees.DENSE}, 'w': jnp.zeros((2, 2))})
 
 
 def test_a_path_that_is_there_beats_its_tails():

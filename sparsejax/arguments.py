@@ -1,0 +1,196 @@
+"""Says once what the parameters of words and recipes may be, by name, and refuses other values where they enter.
+
+`KINDS` maps the name of a parameter to its kind. `checked` is the decorator that looks the names of a signature up.
+
+    @checked
+    def cubic(init_value: float = 0.0, end_value: float = 1.0, *, begin: int = 0, end: int) -> Schedule: ...
+
+    cubic(end=-1)  # ValueError: schedules.cubic: `end` must be a number of updates, whole and at least 0, not -1.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from sparsejax import errors
+
+F = TypeVar('F', bound=Callable[..., Any])
+Test = Callable[[Any], bool]
+
+
+class Kind(NamedTuple):
+  """A `Kind` says what a parameter may be: `fits(value)`, and the same in words, which are the remedy.
+
+  `coefficient`: the number only enters arithmetic, so that a scalar array will do as well, traced or not. `scheduled`:
+  a function of the step will do as well.
+  """
+
+  says: str
+  fits: Test
+  coefficient: bool = False
+  scheduled: bool = False
+
+
+def is_number(value: Any) -> bool:
+  """Returns whether `value` is a real number. A bool is none."""
+  return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def between(low: float, high: float, *, open_at: tuple[float, ...] = ()) -> Test:
+  """Returns the test for finite numbers from `low` to `high`, without the ends in `open_at`."""
+  return lambda value: is_number(value) and math.isfinite(value) and low <= value <= high and value not in open_at
+
+
+def whole(low: int) -> Test:
+  """Returns the test for whole numbers of an integer type, from `low` on."""
+  return lambda value: is_number(value) and isinstance(value, (int, np.integer)) and value >= low
+
+
+def having(*names: str) -> Test:
+  """Returns the test for values with these attributes."""
+  return lambda value: all(hasattr(value, name) for name in names)
+
+
+def one_of(*types: Any) -> Test:
+  """Returns the test for values of these types."""
+  return lambda value: isinstance(value, types)
+
+
+def is_key(value: Any) -> bool:
+  """Returns whether `value` is a PRNG key, typed or `uint32`, or an array of keys."""
+  dtype = getattr(value, 'dtype', None)
+  return dtype is not None and (dtype == np.uint32 or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key))
+
+
+_PART, _RATE, _SCHEDULE = 'a number from 0 to 1', 'a finite number, at least 0', 'a schedule, a function of the step'
+_AS_IN = f"{_SCHEDULE}, as in schedules.linear(end=5000), or in a configuration {{'name': 'linear', 'end': 5000}}"
+ANYTHING = Kind('anything', lambda value: True)
+SPARSITY = Kind(f'the fraction of zeros, {_PART}, as in 0.9 for 90 %', between(0, 1))
+STEP = Kind('a number of updates, whole and at least 0', whole(0))
+UPDATES = Kind('a number of updates, whole and at least 1', whole(1))
+TIMES = Kind('a whole number, at least 1', whole(1))
+PART = Kind(_PART, between(0, 1), coefficient=True)
+PART_OR_SCHEDULE = Kind(f'{_PART}, or {_SCHEDULE}', between(0, 1), coefficient=True, scheduled=True)
+AVERAGE = Kind('a number from 0 to below 1', between(0, 1, open_at=(1,)), coefficient=True)
+RATE = Kind(_RATE, between(0, math.inf), coefficient=True)
+RATE_OR_SCHEDULE = Kind(f'{_RATE}, or {_SCHEDULE}', between(0, math.inf), coefficient=True, scheduled=True)
+POSITIVE = Kind('positive', between(0, math.inf, open_at=(0,)), coefficient=True)
+NUMBER = Kind('a finite number', between(-math.inf, math.inf), coefficient=True)
+VALUE = Kind('a finite number, or a bool', lambda value: one_of(bool, np.bool_)(value) or NUMBER.fits(value),
+             coefficient=True)
+FLAG = Kind('True or False', one_of(bool, np.bool_))
+NAME = Kind('a name, a string', one_of(str))
+SCHEDULE = Kind(_AS_IN, callable)
+BOOLS = Kind(f'{_SCHEDULE} that returns a bool, as in schedules.every(100)', callable)
+FUNCTION = Kind('a function', callable)
+# `patterns.parse` answers what is no pattern, with the spellings that it knows.
+PATTERN = Kind("a pattern, as in sj.NM(2, 4), or its spelling, as in '2:4', or a dict of patterns by glob",
+               lambda value: hasattr(value, 'validate') or isinstance(value, (str, Mapping, tuple, list)))
+ALLOCATION = Kind("an allocation, as in allocation.erk, allocation.named('erk') or allocation.custom({'**': 0.9})",
+                  lambda value: having('normalise', 'score')(value) or callable(value))
+OPTIMIZER = Kind('an optimizer of optax, as in optax.adamw(1e-3)', having('init', 'update'))
+KEY = Kind("a PRNG key, as in jax.random.key(0), or starts.given('key')",
+           lambda value: callable(value) or is_key(value))
+AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.apply, params, x)', one_of(Mapping))
+# `trees.select` answers a glob that stands by itself.
+WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of bools", lambda value: not is_number(value))
+MEMORY = Kind('a scores.Memory', having('start', 'observe'))
+SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('plan', 'select'))
+FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
+
+# The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(('sparsity', 'initial', 'target'), SPARSITY),
+    **dict.fromkeys(('begin', 'end', 'dense_steps', 'fine_tune_steps', 'at'), STEP),
+    **dict.fromkeys(('every', 'steps', 'total_steps', 'ramp_steps', 'set_.end', 'rigl.end', 'snfs.end',
+                     'iterative_soft_shrinkage.fine_tune_steps'), UPDATES),
+    **dict.fromkeys(('rounds', 'candidates', 'k'), TIMES),
+    **dict.fromkeys(('threshold', 'least'), PART),
+    **dict.fromkeys(('fraction', 'shrink', 'ratio', 'beta'), PART_OR_SCHEDULE),
+    'momentum': AVERAGE, 'gradient_average.decay': AVERAGE, 'squared_gradient_average.decay': AVERAGE,
+    **dict.fromkeys(('weight_decay', 'penalty'), RATE),
+    **dict.fromkeys(('decay', 'learning_rate'), RATE_OR_SCHEDULE),
+    **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life'), POSITIVE),
+    **dict.fromkeys(('init_value', 'end_value', 'kept', 'pruned'), NUMBER),
+    **dict.fromkeys(('decoupled', 'sigma', 'scaled', 'allow_empty', 'pause', 'balanced', 'at_first_update'), FLAG),
+    **dict.fromkeys(('gradient', 'slots', 'sparsify.name', 'uniform_plus.first', 'uniform_plus.last'), NAME),
+    **dict.fromkeys(('restriction', 'ramp', 'schedule', 'mdgf.decay', 'accumulated_movement.penalty',
+                     'score_threshold.threshold', 'global_threshold.sparsity', 'drop_and_grow.fraction',
+                     'swap.fraction', 'redistributed.fraction'), SCHEDULE),
+    'refresh': BOOLS, 'value': VALUE,
+    **dict.fromkeys(('loss', 'outputs', 'score', 'update', 'grow', 'start'), FUNCTION),
+    'pattern': PATTERN, 'allocation': ALLOCATION, 'key': KEY, 'axes': AXES, 'memory': MEMORY, 'flow': FLOW,
+    **dict.fromkeys(('inner', 'score_optimizer', 'optimizer'), OPTIMIZER),
+    **dict.fromkeys(('selection', 'first'), SELECTION),
+    'where': WHERE, 'ticket': ANYTHING,
+}
+
+
+def kind_of(function: str, name: str) -> Kind | None:
+  """Returns the kind of the parameter `name` of a function, 'recipes.mdgf' for example, or `None` if it has none."""
+  return KINDS.get(f'{function.rpartition(".")[2]}.{name}') or KINDS.get(name)
+
+
+def verified(function: str, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
+  """Returns the value of one parameter; a scalar array becomes a number where the number decides shapes or counts.
+
+  `default` is always valid. `function` is the name for messages. Raises `ValueError` for a value that does not fit.
+  """
+  kind = kind_of(function, name)
+  if kind is None or value is default or kind.scheduled and callable(value):
+    return value
+  scalar = isinstance(value, (jax.Array, np.ndarray)) and value.ndim == 0 and kind.fits in _NUMBERS
+  if scalar and isinstance(value, jax.core.Tracer):
+    if kind.coefficient:
+      return value
+    raise ValueError(f'{function}: `{name}` decides shapes or counts, so that JAX cannot trace it; pass a number that '
+                     'Python knows.')
+  number = value.item() if scalar else value
+  if not kind.fits(number):
+    raise ValueError(f'{function}: `{name}` must be {kind.says}, not {shown(value)}.')
+  return value if kind.coefficient else number
+
+
+_NUMBERS = {kind.fits for kind in KINDS.values() if kind.coefficient} | {
+    kind.fits for kind in (SPARSITY, STEP, UPDATES, TIMES)}
+
+
+def shown(value: Any) -> str:
+  """Returns a value as messages show it: functions by name, other objects without a repr by type, 60 characters."""
+  text = repr(value)
+  if ' at 0x' in text:
+    text = f'the function {value.__name__}' if inspect.isfunction(value) else f'a {type(value).__name__}'
+  return text if len(text) <= 60 else text[:57] + '...'
+
+
+def known(function: str, names: Iterable[str], valid: Iterable[str]) -> None:
+  """Raises `ValueError` for the first of `names` that is no name of a parameter, with the closest of the valid ones."""
+  valid = set(valid)
+  for name in names:
+    if name not in valid:
+      raise errors.unknown(function, 'argument', name, valid)
+
+
+def checked(function: F) -> F:
+  """Returns the function with every argument verified by its kind, under the same name, signature and docstring."""
+  parameters = inspect.signature(function).parameters
+  name = public_name(function)
+
+  @functools.wraps(function)
+  def call(*args: Any, **kwargs: Any) -> Any:
+    known(name, kwargs, parameters)
+    one = lambda key, value: verified(name, key, value, parameters[key].default)
+    first = [one(*each) for each in zip(parameters, args)]
+    return function(*first, *args[len(first):], **{key: one(key, value) for key, value in kwargs.items()})
+
+  return call  # type: ignore[return-value]
+
+
+def public_name(function: Callable[..., Any]) -> str:
+  """Returns how users call a function: 'recipes.mdgf' for `mdgf` of `sparsejax.recipes.n_m`."""
+  return '.'.join([*function.__module__.split('.')[1:2], function.__name__])
