@@ -52,6 +52,8 @@ def everywhere(w: Array) -> Array:
 def alike(mask: Array, other: Array) -> Array:
   """Returns `mask` with the sharding of `other`, which has the same shape, on meshes of Auto and of Explicit axes."""
   sharding = jax.typeof(other).sharding
+  if sharding.mesh.empty:
+    return mask
   if jax.typeof(mask).sharding.spec != sharding.spec:  # happens on Explicit axes only
     return jax.sharding.reshard(mask, sharding)
   return mask & everywhere(other)  # with Auto axes, an operation of both makes the compiler shard both alike
