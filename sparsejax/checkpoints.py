@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors, formats, io, patterns, reports, trees
@@ -131,7 +132,7 @@ def reported(opened: Opened, pattern: Pattern | Mapping[str, Pattern] | None) ->
 
 def _row(path: str, leaf: Any, pattern: Pattern | None, axes: Axes) -> LeafReport:
   """Returns the row of one parameter, from the rows of its blocks if they decide."""
-  row = lambda w: reports.report({path: w}, pattern=pattern, where=lambda path, leaf: True, axes={path: axes}).rows[0]
+  row = lambda w: reports.row_of_pattern(path, jnp.asarray(w), pattern, axes)
   multiple = _rows_that_decide(pattern, axes, leaf.shape)
   if not isinstance(leaf, io.Stored):
     return row(leaf)
@@ -157,7 +158,8 @@ def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lamb
 
   `done` is called for each packed leaf with its bytes, dense and in the file.
   """
-  plans = formats.packings(opened.params, pattern, where=opened.where, axes=opened.axes)
+  plans = {path: plan._replace(axes=opened.axes[path])
+           for path, plan in formats.packings(opened.params, pattern, where=opened.where).items()}
   _refuse_unknown_axes(opened, [path for path, plan in plans.items() if all(each.takes_axes for each in plan.formats)])
   if problems := formats.unfit(plans, opened.params):
     raise errors.at_leaves('pack', problems, f'--except {" ".join(problem.path for problem in problems)}')
