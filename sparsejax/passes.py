@@ -90,13 +90,20 @@ def _stop_in_rows(mask: Array, n: Array) -> Array:
   """
   stop = []
   for length in mask.shape:
-    rows, place = mask.reshape(length, -1), along(0, (length,))
+    rows = mask.reshape(length, -1)
     kept, left = reduced([rows, ~rows], 1, np.int32)
-    counts = (kept - left + rows.shape[1]) >> 1  # `kept`, but XLA:CPU makes a tree of windows where it is alone
-    before = lambda at, counts=counts, place=place: jnp.sum(jnp.where(place < at, counts, 0), dtype=jnp.int32)
-    stop.append(largest_key(lambda ats, n=n, before=before: [before(at) <= n for at in ats], jnp.int32(0)))
-    n, mask = n - before(stop[-1]), lax.dynamic_index_in_dim(mask, stop[-1], 0, keepdims=False)
+    # The sum is `kept`, but XLA:CPU makes a tree of windows where `kept` is alone.
+    at, before = _cut((kept - left + rows.shape[1]) >> 1, n)
+    stop, n, mask = [*stop, at], n - before, lax.dynamic_index_in_dim(mask, at, 0, keepdims=False)
   return jnp.stack(stop)
+
+
+def _cut(counts: Array, n: Array) -> tuple[Array, Array]:
+  """Returns the index of the count that is cut if `n` are taken in order, and the sum of the counts before it."""
+  place = along(0, counts.shape)
+  before = lambda at: jnp.sum(jnp.where(place < at, counts, 0), dtype=jnp.int32)
+  stop = largest_key(lambda ats: [before(at) <= n for at in ats], jnp.int32(0))
+  return stop, before(stop)
 
 
 def _stop(mask: Array, n: Any, fits: Array, decided: Array, whole: Array) -> Array:

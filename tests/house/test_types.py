@@ -38,9 +38,9 @@ def test_pyright_finds_nothing_in_what_a_user_writes(tmp_path):
   pathlib.Path(where, 'others.pth').write_text(sysconfig.get_path('purelib'))
   os.symlink(ROOT / 'sparsejax', pathlib.Path(where, 'sparsejax'))
   (tmp_path / USER.name).write_text(USER.read_text())
-  # optax has neither stubs nor `py.typed`. A mistake is often an expression by itself.
+  # optax has neither stubs nor `py.typed`.
   config = {'include': [USER.name], 'typeCheckingMode': 'strict', 'reportUnnecessaryTypeIgnoreComment': True,
-            'reportMissingTypeStubs': False, 'reportUnusedExpression': False}
+            'reportMissingTypeStubs': False}
   (tmp_path / 'pyrightconfig.json').write_text(json.dumps(config))
   assert '0 errors, 0 warnings' in checked('pyright', '--pythonpath', str(python), cwd=tmp_path)
 

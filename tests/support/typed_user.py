@@ -90,11 +90,11 @@ def train(params: Params, grads: Params, x: Array) -> Params:
 
 
 def mistakes(inner: optax.GradientTransformation, params: Params) -> None:
-  sj.recipes.sr_stee  # type: ignore
+  print(sj.recipes.sr_stee)  # type: ignore
   sj.recipes.sr_ste(inner, 'dense')  # type: ignore
   sj.recipes.sr_ste(inner, sj.NM(2, 4), decoupled=2.5)  # type: ignore
   sj.NM(2)  # type: ignore
   sj.schedules.linear(1.0, 0.0)  # type: ignore
   sj.trees.named(3)  # type: ignore
   sj.io.save('model.safetensors')  # type: ignore
-  sj.report(params).nothing  # type: ignore
+  print(sj.report(params).nothing)  # type: ignore
