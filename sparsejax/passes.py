@@ -88,7 +88,7 @@ def _stop_in_rows(mask: Array, n: Array) -> Array:
 
   A single pass counts the entries at each index of the first axis. The rest happens within the index that is cut.
   """
-  stop = []
+  stop: list[Array] = []
   for length in mask.shape:
     rows = mask.reshape(length, -1)
     kept, left = reduced([rows, ~rows], 1, np.int32)
