@@ -174,7 +174,8 @@ class Unstructured:
   sparsity: float | None = None
   static = True
   unit = 'weights'
-  __post_init__, __call__, violation = _check_sparsity, best_units, too_many
+  __post_init__ = _check_sparsity
+  __call__, violation = best_units, too_many
   group = 1, 1
 
   def __str__(self) -> str:
@@ -263,7 +264,8 @@ class Channel:
   sparsity: float | None = None
   static = True
   unit = 'channels'
-  __post_init__, __call__, violation = _check_sparsity, best_units, too_many
+  __post_init__ = _check_sparsity
+  __call__, violation = best_units, too_many
   group = 1, 1
 
   def __str__(self) -> str:

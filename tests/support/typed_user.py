@@ -48,7 +48,9 @@ def stage(step: int) -> Pattern:
 
 
 staged = sj.patterns.Staged(sj.NM(2, 8), stage)
-patterns: list[Pattern] = [sj.NM(2, 4), sj.Block((16, 16)), sj.Unstructured(0.9), sj.Channel(), staged, Rows()]
+switch = sj.patterns.Switch((sj.NM(4, 16), sj.NM(2, 8)), 0)
+patterns: list[Pattern] = [sj.NM(2, 4), sj.Block((16, 16)), sj.Unstructured(0.9), sj.Channel(), staged, switch,
+                           Rows()]
 where: Predicate = sj.trees.named('dense/kernel')
 rest: Predicate = sj.trees.all_but('head/*', where=where)
 decay: Schedule = sj.schedules.linear(1.0, 0.0, begin=0, end=100)
