@@ -3,7 +3,7 @@
     least = least_key([a, b], 1000)     # the key of the 1000th largest score of both
     mask = top_n_of_large(scores, 1000)
 
-What is done here for the sake of memory takes longer to compile than the passes of `ranking`, which give the same bits.
+The functions of this module take longer to compile than the passes of `ranking`, which give the same bits.
 """
 
 import functools
@@ -24,7 +24,7 @@ from sparsejax.wholes import along, at_least, minus, most, one, one_cpu, reduced
 def top_n_of_large(leaf: Array, n: Any) -> Array:
   """Returns the mask of the `n` largest scores of one leaf that does not fit into the caches of a processor.
 
-  What is written once for a leaf of this size saves passes over memory, and takes longer to compile.
+  The keys are never written to memory, and ties at the cut take a single pass. The program takes longer to compile.
   """
   least = least_key([leaf], n)
   keys = functools.partial(order_keys, leaf, keyed([leaf]))

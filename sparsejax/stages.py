@@ -67,8 +67,8 @@ class Staged:
 class Switch:
   """A `Switch` is one of several patterns, by a traced `index`.
 
-  Only the mask of the chosen stage is computed; under `vmap` the masks of all stages are. What does not depend on the
-  scores, as `group`, is that of the last stage.
+  Only the mask of the chosen stage is computed; under `vmap` the masks of all stages are. The `group`, the
+  units and the violations are those of the last stage.
   """
 
   stages: tuple[Pattern, ...]
