@@ -97,6 +97,8 @@ OPTIMIZER = Kind('an optimizer of optax, as in optax.adamw(1e-3)', having('init'
 KEY = Kind("a PRNG key, as in jax.random.key(0), or starts.given('key')",
            lambda value: callable(value) or is_key(value))
 AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.apply, params, x)', one_of(Mapping))
+# `trees.select` answers a glob that stands by itself.
+WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of bools", lambda value: not is_number(value))
 MEMORY = Kind('a scores.Memory', having('start', 'observe'))
 SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('plan', 'select'))
 FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
@@ -125,7 +127,7 @@ KINDS: dict[str, Kind] = {
     'pattern': PATTERN, 'allocation': ALLOCATION, 'key': KEY, 'axes': AXES, 'memory': MEMORY, 'flow': FLOW,
     **dict.fromkeys(('inner', 'score_optimizer', 'optimizer'), OPTIMIZER),
     **dict.fromkeys(('selection', 'first'), SELECTION),
-    **dict.fromkeys(('where', 'ticket'), ANYTHING),
+    'where': WHERE, 'ticket': ANYTHING,
 }
 
 
@@ -159,8 +161,10 @@ _NUMBERS = {kind.fits for kind in KINDS.values() if kind.coefficient} | {
 
 
 def shown(value: Any) -> str:
-  """Returns a value as messages show it: a function by its name, and at most 60 characters."""
-  text = f'the function {value.__name__}' if inspect.isfunction(value) else repr(value)
+  """Returns a value as messages show it: functions by name, other objects without a repr by type, 60 characters."""
+  text = repr(value)
+  if ' at 0x' in text:
+    text = f'the function {value.__name__}' if inspect.isfunction(value) else f'a {type(value).__name__}'
   return text if len(text) <= 60 else text[:57] + '...'
 
 

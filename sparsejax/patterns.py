@@ -12,13 +12,13 @@ patterns of units share are `counts.best_units` and `counts.too_many`.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import conventions, counts, errors, neighbours, ranking
+from sparsejax import arguments, conventions, counts, errors, neighbours, ranking
 from sparsejax.counts import MATRIX, best_units, kept_of, too_many, units
 from sparsejax.stages import Staged, Switch
 from sparsejax.types import Array, Axes, Pattern, Pooled
@@ -54,13 +54,13 @@ class NM:
   fixed = True
 
   def __post_init__(self):
-    if not isinstance(self.m, (int, np.integer)) or not 1 <= self.m <= 1024:
+    if not arguments.whole(1)(self.m) or self.m > 1024:
       raise ValueError(f'NM: m must be a whole number from 1 to 1024, not {self.m!r}.')
     if isinstance(self.n, (int, np.integer)) and not 0 <= self.n <= self.m:
       raise ValueError(f'NM: {self.n}:{self.m} keeps {self.n} of {self.m}; n must be from 0 to m.')
-    if isinstance(self.n, (float, str, type(None))):
+    if isinstance(self.n, bool) or not isinstance(self.n, (int, np.integer, np.ndarray, jnp.ndarray)):
       raise ValueError(f'NM: n must be a whole number, not {self.n!r}; give sparsity to Unstructured instead.')
-    if not isinstance(self.width, (int, np.integer)) or self.width < 1:
+    if not arguments.whole(1)(self.width):
       raise ValueError(f'NM: width must be a whole number, at least 1, not {self.width!r}.')
 
   def __str__(self) -> str:
@@ -156,9 +156,8 @@ class NM:
 
 
 def _check_sparsity(pattern: Any) -> None:
-  if pattern.sparsity is not None and not 0 <= pattern.sparsity <= 1:
-    raise ValueError(f'{type(pattern).__name__}: sparsity is the fraction of zeros, from 0 to 1, '
-                     f'not {pattern.sparsity!r}.')
+  own = arguments.verified(type(pattern).__name__, 'sparsity', pattern.sparsity, None)
+  object.__setattr__(pattern, 'sparsity', own)  # a number out of a scalar array
 
 
 def _with_sparsity(name: str, sparsity: float | None) -> str:
@@ -211,11 +210,13 @@ class Block:
   __call__, violation = best_units, too_many
 
   def __post_init__(self):
-    object.__setattr__(self, 'shape', tuple(self.shape))  # a list, from a configuration
-    if len(self.shape) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in self.shape):
+    shape = self.shape if isinstance(self.shape, Iterable) else (self.shape,)
+    object.__setattr__(self, 'shape', tuple(shape))  # a list, from a configuration
+    if len(self.shape) != 2 or not all(map(arguments.whole(1), self.shape)):
       raise ValueError('Block: shape is two whole numbers, weights along the contraction and along the output, as in '
                        f'(128, 128), not {self.shape!r}.')
     _check_sparsity(self)
+    arguments.verified('Block', 'balanced', self.balanced)
 
   def __str__(self) -> str:
     return _with_sparsity('{}x{}'.format(*self.shape) + (' balanced' if self.balanced else ''), self.sparsity)

@@ -136,7 +136,7 @@ def parts(arguments: Sequence[PyTree], names: Sequence[str]) -> tuple[ArgumentBy
       if is_state(leaf):
         for field in ('masks', 'master', 'stats', 'inner'):
           add(f'{part}: {"inner optimizer" if field == "inner" else field}', getattr(leaf, field))
-        add(f'{part}: step and key', (leaf.step, leaf.key))
+        add(f'{part}: step, key, plan', (leaf.step, leaf.key, leaf.plan))
         continue
       each, whole = (math.prod(shape) * leaf.dtype.itemsize for shape in (
           _shard(leaf, '/'.join(filter(None, (part, path)))), leaf.shape))

@@ -197,7 +197,7 @@ def _compared(row: LeafReport, made: Axes, axes: Mapping[str, Axes]) -> LeafRepo
 
 def _difference(made: Axes, axes: Mapping[str, Axes], path: str, shape: tuple[int, ...]) -> str:
   """Returns how the axes of one leaf differ from those in `axes`, or an empty string."""
-  if not trees.tails(path, axes):
+  if not trees.names_in(axes, path):
     elsewhere = getattr(axes, 'elsewhere', {})
     places = [elsewhere[name] for name in trees.tails(path, elsewhere)]
     return trees.is_traced(axes) and ('the program contracts it nowhere' + ''.join(f' ({place})' for place in places) +

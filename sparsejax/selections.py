@@ -98,7 +98,15 @@ class _Leafwise:
       return f'the stages on the way to {pattern} have counts of their own. Leave out `sparsity=` and `ramp=`.'
     if pattern.static and asked.sparsity is None and not self.ranked:
       return f'{pattern} has no sparsity; pass `sparsity=`.'
+    if getattr(pattern, 'fixed', False) and pattern.static and not self.ranked and not self._same(pattern, asked):
+      return (f'{pattern} keeps {1 - pattern.sparsity:.4g} of every group, and sparsity={asked.sparsity:.4g} asks for '
+              'another fraction. Leave out `sparsity=`, or take the pattern that keeps as many.')
     return None
+
+  @staticmethod
+  def _same(pattern: Pattern, asked: Asked) -> bool:
+    size = pattern.group[0]
+    return counts.kept_of(asked.sparsity, size) == counts.kept_of(pattern.sparsity, size)
 
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
     now = [at(pattern, s.step) for pattern, s in zip(self.of([leaf.path for leaf in leaves]), signals)]
@@ -139,7 +147,7 @@ def at(pattern: Pattern, step: Any) -> Pattern:
 
 
 def check_comparable(leaves: Leaves) -> None:
-  """Raises one `ValueError` for all leaves that cannot be ranked together. A leaf of size zero hinders nothing."""
+  """Raises one `ValueError` for all leaves that cannot be ranked together."""
   if any(leaf.asked.sparsity is None for leaf in leaves):
     raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
   others = [errors.Problem(leaf.path, leaf.shape, f'{leaf.pattern} fixes how many every group keeps, so that leaves '
@@ -147,8 +155,8 @@ def check_comparable(leaves: Leaves) -> None:
             for leaf in leaves if leaf.pattern is None or not counts.competes(leaf.pattern, leaf.shape, leaf.axes)]
   if others:
     raise errors.at_leaves('sparsejax', others)
-  sizes = [(counts.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf) for leaf in leaves if math.prod(leaf.shape)]
-  usual, first = sizes[0] if sizes else (0, None)
+  sizes = [(counts.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf) for leaf in leaves]
+  usual, first = sizes[0]
   others = [errors.Problem(leaf.path, leaf.shape, f'a unit of {leaf.pattern} has {size} weights here and {usual} in '
                            f'{first.path!r}, so that leaves cannot be ranked together. Use '
                            'allocation=allocation.uniform or erk.') for size, leaf in sizes if size != usual]

@@ -118,7 +118,7 @@ def default_where(axes: Mapping[str, Axes] | None) -> Predicate:
 
 
 def _contracted(path: str, leaf: Array, axes: Mapping[str, Axes]) -> bool:
-  names = tails(path, axes) if _is_floating(leaf) and not conventions.is_vector(leaf.shape) else []
+  names = names_in(axes, path) if _is_floating(leaf) and not conventions.is_vector(leaf.shape) else []
   return bool(names) and not any(name in axes.lookups for name in names)
 
 
@@ -156,14 +156,15 @@ def globs_of(where: Any) -> tuple[str, ...]:
 def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]:
   """Returns one bool for each leaf of `tree`: whether `where` picks the leaf.
 
-  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. `function` is the name
+  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. A leaf of size zero is
+  never picked, since it has nothing to prune. `function` is the name
   of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an exclusion too,
   matches no path. The message has the closest paths of `tree`, and leaves that optax masks have paths as well. Raises
   `ValueError` if `where` picks leaves that are not floating or that share their path, or is neither a predicate nor a
   prefix. A predicate is called with arrays only: a number, a function or an empty array is never picked.
   """
   names, leaves, _ = flatten(tree)
-  picked = _picked(function, where, tree)
+  picked = [pick and getattr(leaf, 'size', 1) > 0 for pick, leaf in zip(_picked(function, where, tree), leaves)]
   _refuse_globs(function, where, tree, any(picked))
   if not any(picked):
     raise ValueError(f'{function}: `where` picks no parameter. {_looks(names)}')
@@ -294,6 +295,16 @@ def tails(path: str, names: Iterable[str]) -> list[str]:
   return [path] if path in matching else matching
 
 
+def names_in(axes: Mapping[str, Axes], path: str) -> list[str]:
+  """Returns the names in `axes` that mean the leaf at `path`, see `tails`.
+
+  A traced program also has parameters that it does not contract: nothing in `axes` means these. Axes that a user wrote
+  may be named by globs, of which the first that matches counts.
+  """
+  names = [] if path in getattr(axes, 'elsewhere', ()) else tails(path, axes)
+  return names if names or is_traced(axes) else [name for name in axes if matches(name, path)][:1]
+
+
 def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tuple[int, ...],
             place: conventions.Place | None = None) -> Axes:
   """Returns the `Axes` of one leaf: from `axes`, or else by the conventions; `place` says what is beside the leaf.
@@ -303,7 +314,7 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
   a user wrote (source `given`) need not name all leaves: the others follow the conventions. Raises `ValueError` if no
   traced path or several names match, and if the axes are of another shape.
   """
-  names = [] if axes is None else tails(path, axes) or [name for name in axes if matches(name, path)][:1]
+  names = [] if axes is None else names_in(axes, path)
   if not names and not is_traced(axes):
     return conventional_axes(path, shape) if place is None else conventions.axes(place)
   if len(names) != 1:
@@ -332,8 +343,7 @@ def axes_by_path(function: str, axes: Mapping[str, Axes] | None, tree: PyTree,
          for path in (found if paths is None else paths)}
   if axes is None or is_traced(axes):
     return own
-  written = lambda path: tails(path, axes) or any(matches(name, path) for name in axes)
-  return {path: each._replace(source='given') if each.source == 'convention' and written(path) else each
+  return {path: each._replace(source='given') if each.source == 'convention' and names_in(axes, path) else each
           for path, each in own.items()}
 
 

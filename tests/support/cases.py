@@ -70,10 +70,8 @@ class Case(NamedTuple):
            axes: Any = AXES) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer, made from scratch every time, as users do inside of a step."""
     recipe = recipes.TABLE[self.recipe]
-    valid = {*recipes.arguments(recipe)} - UNREAD.get(self.recipe, set() if self.recipe in RANDOM else {'key'})
-    signals = {key: value for key, value in SIGNALS.items() if key in valid}
-    if 'axes' in valid:
-      signals['axes'] = axes
+    signals = {key: value for key, value in read(self.recipe, axes=axes).items()
+               if key != 'key' or self.recipe in RANDOM}
     return recipe(optax.sgd(0.3, momentum=0.5) if inner is None else inner, **signals | self.options)
 
 
@@ -118,6 +116,14 @@ SIGNALS = {
     'outputs': lambda params: sum(jnp.sum(jnp.square(w.astype(jnp.float32))) for w in jax.tree.leaves(params)),
     'key': jax.random.key(0),
 }
+
+
+def read(name: str, **more: Any) -> dict[str, Any]:
+  """Returns the values that a recipe takes and reads, of `SIGNALS` and of `more`."""
+  valid = {*recipes.arguments(recipes.TABLE[name])} - UNREAD.get(name, set())
+  return {key: value for key, value in {**SIGNALS, **more}.items() if key in valid}
+
+
 DECAYS = {
     'linear': schedules.linear(1.0, 0.0, end=5), 'cosine': schedules.cosine(1.0, 0.0, end=5),
     'exponential': schedules.exponential(half_life=2),

@@ -102,7 +102,7 @@ def test_state_by_hand_and_no_collective(recipe, extra, width):
   rows = {row.part: row.each for row in found.state}
   assert rows == {
       'params': 128 * 2 + 16 * 2, **{f'opt_state: {part}': size for part, size in extra.items()},
-      'opt_state: inner optimizer': 2 * (128 * width + 16 * 2) + 4, 'opt_state: step and key': 4,
+      'opt_state: inner optimizer': 2 * (128 * width + 16 * 2) + 4, 'opt_state: step, key, plan': 4 + 256,
       'grads': 128 * 2 + 16 * 2}
   assert {row.part: row.whole for row in found.state}['params'] == (64 * 16 + 16) * 2
   assert found.memory['arguments'] == sum(rows.values()), 'XLA counts as we do'

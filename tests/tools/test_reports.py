@@ -135,7 +135,7 @@ SPOILERS = {  # transforms that spoil the zeros, and how a report names them
     if (recipe, spoiler) != ('asp', 'averaged')])  # weights that are always sent to zero are zero on average
 def test_what_changes_the_updates_afterwards_is_found_and_named(recipe, spoiler):
   wrap, name = SPOILERS[spoiler]
-  tx = wrap(cases.CASES[recipe].make())
+  tx = wrap(cases.CASES[recipe].make(axes=None))
   params, state = trained(tx, parameters(), cases.STEPS, project=False)
   report = sparsejax.report(params, state)
   assert report.violations

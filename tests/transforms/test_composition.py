@@ -45,11 +45,12 @@ def test_two_recipes_on_two_parts():
 @pytest.mark.parametrize('case', ['asp', 'sr_ste', 'mdgf-scaled-linear', 'st3'])
 def test_gradients_that_are_not_finite_revive_nothing(case):
   """Skipped by `apply_if_finite`, nothing moves; taken as they are, they spoil kept weights but no pruned one."""
-  make = lambda: optax.apply_if_finite(CASES[case].make(), 2)
+  make = lambda: optax.apply_if_finite(CASES[case].make(axes=None), 2)
   start, grads = cases.random(0, like=SHAPES), cases.random(1, (STEPS,), SHAPES)
   bad = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf])
   grads['stack']['kernel'] = grads['stack']['kernel'].at[8, 5:8, 1].set(bad)
-  run = jax.jit(lambda start, grads: [cases.scanned(m, start, grads) for m in (make, CASES[case].make)])
+  run = jax.jit(lambda start, grads: [cases.scanned(m, start, grads) for m in (
+      make, functools.partial(CASES[case].make, axes=None))])
   for skipped, ((_, state), (seen, points, masks)) in zip((True, False), run(start, grads)):
     held = np.asarray(seen['stack']['kernel'])
     if skipped:
@@ -130,7 +131,7 @@ def test_factored_slots_stay_for_they_belong_to_a_row():
 
 @pytest.mark.parametrize('recipe', ['sr_ste', 'asp', 'mdgf-scaled-linear'])
 def test_an_average_of_parameters_is_sparse_again_by_the_masks(recipe):
-  average, steps = None, [*run(CASES[recipe].make)]
+  average, steps = None, [*run(functools.partial(CASES[recipe].make, axes=None))]
   for params, _ in steps:
     average = params if average is None else optax.incremental_update(params, average, 0.3)
   state = steps[-1][1]

@@ -39,7 +39,7 @@ def moved(name, kind, spec):
   devices = mesh(kind)
   place = NamedSharding(devices, SPECS[spec][0])
   params = jax.device_put(cases.random(0, like=KERNEL), {'kernel': place})
-  tx = CASES[name].make()
+  tx = CASES[name].make(axes=None)
   lie_alike = lambda *states: all(x.sharding.is_equivalent_to(place, 2) for tree in states
                                   for x in jax.tree.leaves((tree.masks, tree.master)) if x.ndim == 2)
   with jax.set_mesh(devices):
