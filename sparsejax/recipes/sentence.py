@@ -3,9 +3,9 @@
     @sentence('refresh')  # the options of `transforms.sparsify` that the recipe sets itself
     def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer: ...
 
-A decorated recipe refuses values that do not fit their kind (`arguments.KINDS`) and unknown names. It refuses schedules
-that end after the training, and arguments that another argument leaves without effect. The coefficients of a recipe are
-the hyperparameters of `optax.inject_hyperparams(recipe)`; all other arguments are handed on unchanged.
+A decorated recipe refuses values that do not fit their kind (`arguments.KINDS`) and unknown names. A schedule that ends
+after the training is refused, and so is an argument that another argument leaves without effect. The coefficients of a
+recipe are the hyperparameters of `optax.inject_hyperparams(recipe)`; all other arguments are handed on unchanged.
 """
 
 import dataclasses
@@ -117,7 +117,7 @@ UNUSED: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Unchanged:
-  """A `Unchanged` holds an argument that is no hyperparameter, which `optax.inject_hyperparams` then hands on."""
+  """An `Unchanged` holds an argument that is no hyperparameter, which `optax.inject_hyperparams` then hands on."""
 
   value: Any
 
@@ -125,8 +125,8 @@ class Unchanged:
 class Signature(inspect.Signature):
   """A `Signature` binds the arguments of a recipe as `optax.inject_hyperparams` needs them.
 
-  That function takes whatever is callable for a schedule, and whatever is a number for a hyperparameter. Here only
-  coefficients are (`arguments.Kind.coefficient`). `bind` verifies all other arguments and holds them in a `Unchanged`.
+  optax takes all callables for schedules, and all numbers for hyperparameters, while only the coefficients of a recipe
+  are (`arguments.Kind.coefficient`). `bind` verifies all other arguments and puts each into an `Unchanged`.
   """
 
   function = 'recipes'
