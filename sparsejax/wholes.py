@@ -19,6 +19,7 @@ from jax import lax
 from sparsejax.types import Array
 
 _RUN = 128  # the number of entries of a mask whose sum is one byte; at most 255
+_RUNS = 1 << 18  # a mask of fewer entries is summed at once: one kernel to compile, and no memory to save
 _WORD = 31  # bits of the low word of a `Count`; a sum is split into two words before it needs more than 32 bits
 
 
@@ -145,7 +146,7 @@ def _sums(masks: Sequence[Array]) -> list[Array]:
   if not one_cpu():
     return [jnp.sum(mask, dtype=jnp.int32) for mask in masks]
   masks, size = [mask.reshape(-1) for mask in masks], masks[0].size
-  if size % _RUN == 0:  # the two processors share the runs, and a sum of bytes takes a quarter of the instructions
+  if size >= _RUNS and size % _RUN == 0:  # processors share the runs, and bytes take a quarter of the instructions
     masks = reduced([mask.reshape(-1, _RUN) for mask in masks], 1, np.uint8)
   return reduced(masks, 0, np.int32)
 
