@@ -321,7 +321,7 @@ def parse(text: Any) -> Any:
   if callable(text):
     return text
   name, _, number = str(text).strip().rpartition(' ')
-  if name and re.fullmatch(r'\d*\.?\d+', number):
+  if name and re.fullmatch(r'[01]?\.\d+', number):
     pattern = parse(name)
     if pattern.sparsity is not None:
       raise ValueError(f'patterns.parse: {text!r}: {pattern} says how sparse it is; leave {number} out.')
