@@ -10,6 +10,7 @@ status is 2 if the command could not be carried out; one line on the standard er
 
 import argparse
 import ast
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,10 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from sparsejax import advice, errors, formats, io, patterns, reports, trees
-from sparsejax.types import Axes, Pattern, Predicate, PyTree
+from sparsejax import advice, checkpoints, formats, io, patterns, trees
+from sparsejax.types import Pattern
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,46 +45,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> int:
   """Prints the table of `sparsejax.report`."""
-  print(_report(args))
+  print(checkpoints.reported(_opened(args), _pattern(args)))
   return 0
 
 
 def check(args: argparse.Namespace) -> int:
   """Prints one line for each parameter that does not keep the pattern, and returns 1 if there is any."""
-  checked = _report(args)
+  opened = _opened(args)
+  checked = checkpoints.reported(opened, _pattern(args))
   for row in checked.violations:
     print(f'{row.path} {"x".join(map(str, row.shape))}: {row.problem}')
   if not checked.violations:
     print(f'ok: {len(checked.rows)} parameters keep {" ".join(args.pattern)}')
+  _print_notes(opened)
   return 1 if checked.violations else 0
 
 
 def pack(args: argparse.Namespace) -> int:
   """Writes the packed parameters, and prints the bytes before and after."""
   _refuse_to_overwrite(args)
-  params, picked = _read(args)
-  packed = formats.pack(params, _pattern(args, str), **picked)
+  opened, sizes = _opened(args), []
+  packed = checkpoints.packed(opened, _pattern(args, str), lambda *both: sizes.append(both))
   io.save(args.out, packed, metadata=_metadata(args.checkpoint))
-  leaves = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]
-  before = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in leaves)
-  print(_sizes(f'{len(leaves)} packed parameters', before, formats.nbytes(leaves)))
-  print(_sizes(f'all of {args.out}', formats.nbytes(params), os.path.getsize(args.out)))
+  print(_sizes(f'{len(sizes)} packed parameters', *map(sum, zip(*sizes))))
+  print(_sizes(f'all of {args.out}', checkpoints.dense_nbytes(opened), os.path.getsize(args.out)))
+  _print_notes(opened)
   return 0
 
 
 def unpack(args: argparse.Namespace) -> int:
   """Writes the dense parameters, bit for bit, and prints the bytes before and after."""
   _refuse_to_overwrite(args)
-  packed = io.load(args.file)
-  io.save(args.out, formats.unpack(packed), metadata=_metadata(args.file))
-  print(_sizes(f'all of {args.out}', formats.nbytes(packed), os.path.getsize(args.out)))
+  tree, before = io.stored(args.file, own=True), os.path.getsize(args.file)
+  io.save(args.out, checkpoints.unpacked(tree), metadata=_metadata(args.file))
+  print(_sizes(f'all of {args.out}', before, os.path.getsize(args.out)))
   return 0
 
 
 def advise(args: argparse.Namespace) -> int:
   """Prints the table of `sparsejax.advise`, whose last line says what to do."""
-  params, picked = _read(args)
-  print(advice.advise(params, _pattern(args, str), device=args.device, tokens=args.tokens, **picked))
+  opened = _opened(args)
+  print(advice.advise(opened.params, _pattern(args), device=args.device, tokens=args.tokens, where=opened.where,
+                      axes=opened.axes))
+  _print_notes(opened)
   return 0
 
 
@@ -115,6 +118,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser('sparsejax', description='Reports on sparse checkpoints, checks, packs and unpacks '
                    'them, advises on patterns, and plans training on devices that are not here.')
+  parser.add_argument('--version', action='version', version=f'sparsejax {importlib.metadata.version("sparsejax")}')
   commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
   command = _command(commands, 'report', report, 'print a table of the sparsity and pattern of each parameter')
   _selection(command, pattern_required=False)
@@ -152,13 +156,15 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 
 
 def _selection(command: argparse.ArgumentParser, pattern_required: bool) -> None:
-  command.add_argument('checkpoint', metavar='CKPT', help='a safetensors file, or the folder of an Orbax checkpoint')
+  command.add_argument('checkpoint', metavar='CKPT', help='a safetensors file, the folder of a sharded '
+                       'safetensors checkpoint or its index, or the folder of an Orbax checkpoint')
   command.add_argument('--pattern', action='append', required=pattern_required, metavar='[GLOB=]PATTERN',
-                       help='a pattern, as in 2:4 or 128x128, or the name of a format: '
+                       help='a pattern, as in 2:4, 128x128 or "unstructured 0.9", or the name of a format: '
                        f'{", ".join(_formats())}. bitmask and relative_index (smaller above 88 %% sparsity) store '
                        'zeros anywhere. GLOB=PATTERN for some parameters; repeatable')
   command.add_argument('--where', nargs='+', metavar='GLOB', help='the parameters to read, as in '
-                       'mlp/*/kernel; default: all matrices and convolutions, no embeddings, norms and biases')
+                       'mlp/*/kernel; default: all matrices and convolutions, no embeddings, norms and biases, and '
+                       'nothing that an optimizer keeps')
   command.add_argument('--except', nargs='+', metavar='GLOB', default=[], dest='but', help='leave these '
                        'parameters out')
   command.add_argument('--axis', action='append', default=[], metavar='GLOB=AXIS', help='the contraction axis of some '
@@ -171,16 +177,14 @@ def _output(command: argparse.ArgumentParser) -> None:
   command.add_argument('--force', action='store_true', help='replace OUT if it exists')
 
 
-def _report(args: argparse.Namespace) -> reports.Report:
-  params, picked = _read(args)
-  return reports.report(params, pattern=_pattern(args), **picked)
+def _opened(args: argparse.Namespace) -> checkpoints.Opened:
+  where = trees.named(*args.where) if args.where else None
+  return checkpoints.picked(args.checkpoint, args.item, where=where, but=args.but, given=args.axis)
 
 
-def _read(args: argparse.Namespace) -> tuple[PyTree, dict[str, Any]]:
-  """Returns the dense parameters of the checkpoint, and the arguments `where` and `axes` that the options ask for."""
-  params = formats.unpack(io.read(args.checkpoint, args.item))
-  where = trees.all_but(*args.but, where=trees.named(*args.where) if args.where else trees.matrices)
-  return params, {'where': where, 'axes': _axes(args, params, where)}
+def _print_notes(opened: checkpoints.Opened) -> None:
+  for note in opened.notes:
+    print(note)
 
 
 def _formats() -> list[str]:
@@ -204,30 +208,6 @@ def _pattern(args: argparse.Namespace, read: Callable[[str], Any] = _one_pattern
     raise ValueError('--pattern: two are for the same parameters; give one for each GLOB, and at most one without.')
   everywhere = asked.pop('**', None)
   return {**asked, '**': everywhere} if asked and everywhere else asked or everywhere
-
-
-def _axes(args: argparse.Namespace, params: PyTree, where: Predicate) -> dict[str, Axes] | None:
-  """Returns the axes that `--axis` gives to parameters that `where` picks, or `None` without `--axis`."""
-  if not args.axis:
-    return None
-  names, leaves, _ = trees.flatten(params)
-  shapes = {name: leaf.shape for name, leaf in zip(names, leaves) if where(name, leaf)}
-  axes: dict[str, Axes] = {}
-  for text in args.axis:
-    glob, _, numbers = text.rpartition('=')
-    chosen = [name for name in shapes if trees.matches(glob, name)]
-    if not chosen:
-      raise errors.unknown('--axis', 'parameter', glob, shapes)
-    axes |= {name: _given(text, name, shapes[name], numbers.split(',')) for name in chosen}
-  return axes
-
-
-def _given(text: str, path: str, shape: tuple[int, ...], numbers: list[str]) -> Axes:
-  try:
-    contracted = tuple(range(len(shape))[int(number)] for number in numbers)
-  except (ValueError, IndexError) as e:
-    raise errors.at_leaf(f'--axis {text}', path, shape, f'the axes are the numbers 0 to {len(shape) - 1}.') from e
-  return Axes(contracted, tuple(a for a in range(len(shape)) if a not in contracted), source='given')
 
 
 def _positive(text: str) -> int:

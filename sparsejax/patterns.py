@@ -174,7 +174,8 @@ class Unstructured:
   sparsity: float | None = None
   static = True
   unit = 'weights'
-  __post_init__, __call__, violation = _check_sparsity, best_units, too_many
+  __post_init__ = _check_sparsity
+  __call__, violation = best_units, too_many
   group = 1, 1
 
   def __str__(self) -> str:
@@ -263,7 +264,8 @@ class Channel:
   sparsity: float | None = None
   static = True
   unit = 'channels'
-  __post_init__, __call__, violation = _check_sparsity, best_units, too_many
+  __post_init__ = _check_sparsity
+  __call__, violation = best_units, too_many
   group = 1, 1
 
   def __str__(self) -> str:
@@ -310,13 +312,20 @@ TABLE = {
 def parse(text: Any) -> Any:
   """Returns the pattern that `text` spells by `TABLE`: `'2:4'` is `NM(2, 4)`, `'128x128'` is `Block((128, 128))`.
 
-  `'2:4x128'` is `NM(2, 4, width=128)`. A pattern is returned as it is, and a dict of patterns is parsed entry by entry.
-  Raises `ValueError` for anything else.
+  `'2:4x128'` is `NM(2, 4, width=128)`. A number behind a pattern is its sparsity: `'128x128 0.9'` is `Block((128, 128),
+  0.9)`. A pattern is returned as it is, and a dict of patterns is parsed entry by entry. Raises `ValueError` for
+  anything else.
   """
   if isinstance(text, Mapping):
     return {glob: parse(each) for glob, each in text.items()}
   if callable(text):
     return text
+  name, _, number = str(text).strip().rpartition(' ')
+  if name and re.fullmatch(r'[01]?\.\d+', number):
+    pattern = parse(name)
+    if pattern.sparsity is not None:
+      raise ValueError(f'patterns.parse: {text!r}: {pattern} says how sparse it is; leave {number} out.')
+    return dataclasses.replace(pattern, sparsity=float(number))
   for spelling in TABLE.values():
     if match := re.fullmatch(spelling.regex, str(text).strip(), re.IGNORECASE):
       return spelling.make(*(int(number) for number in match.groups() if number is not None))

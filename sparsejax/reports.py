@@ -18,7 +18,7 @@ from sparsejax import errors, patterns, states, tables, trees, types
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
-_COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
+COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
 _HEAD = ('parameter', 'shape', 'pattern', 'along', 'asked', 'achieved', '')
 
 
@@ -73,7 +73,7 @@ class Report:
     return '\n'.join([tables.aligned(_HEAD, [*(row.cells for row in self.rows), total]), *self.notes])
 
 
-__getattr__ = types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
+types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
 
 
 def _number(sparsity: float | None) -> str:
@@ -101,14 +101,14 @@ def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[
   if opt_state is not None:
     if (pattern, where) != (None, None):
       raise ValueError('report: what was asked is in the optimizer state; pass either it or pattern and where.')
-    return _with_note(params, _of_state(params, opt_state, axes))
+    return with_note(params, _of_state(params, opt_state, axes))
   paths, leaves, _ = trees.flatten(params)
   picked = trees.select('report', where or trees.default_where(axes), params)
   arrays = {path: jnp.asarray(leaf) for path, leaf, pick in zip(paths, leaves, picked) if pick}
   asked = trees.per_leaf('report', 'pattern', patterns.parse(pattern) if pattern else None, list(arrays))
   known = trees.axes_by_path('report', axes, params, arrays)
-  rows = tuple(_row_of_pattern(path, w, own, known[path]) for (path, w), own in zip(arrays.items(), asked))
-  return _with_note(params, Report(rows, asked=_overall(rows, [row.asked for row in rows])))
+  rows = tuple(row_of_pattern(path, w, own, known[path]) for (path, w), own in zip(arrays.items(), asked))
+  return with_note(params, Report(rows, asked=overall(rows, [row.asked for row in rows])))
 
 
 def _is_pattern(asked: Any) -> bool:
@@ -117,7 +117,7 @@ def _is_pattern(asked: Any) -> bool:
   return bool(parts) and all(isinstance(part, str) or hasattr(part, 'validate') for part in parts)
 
 
-def _with_note(params: PyTree, made: Report) -> Report:
+def with_note(params: PyTree, made: Report) -> Report:
   """Returns the report with a note on its rows that may be lookup tables instead of matrices."""
   conventional = {row.path for row in made.rows if row.axes.source == 'convention'}
   tables = [path for path in trees.undecided(params) if path in conventional]
@@ -126,9 +126,10 @@ def _with_note(params: PyTree, made: Report) -> Report:
   return dataclasses.replace(made, notes=(*made.notes, note)) if tables else made
 
 
-def _row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
+def row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
+  """Returns the row of a parameter of which `pattern` is asked; without it, the row names the tightest common N:M."""
   if pattern is None:
-    tightest = next((p for p in _COMMON if axes.contracted and not p.violation(w, axes)), None)
+    tightest = next((p for p in COMMON if axes.contracted and not p.violation(w, axes)), None)
     return LeafReport(path, w.shape, tightest, axes, None, _sparsity(w))
   return LeafReport(path, w.shape, pattern, axes, pattern.sparsity, _sparsity(w), pattern.violation(w, axes))
 
@@ -161,7 +162,7 @@ def _of_state(params: PyTree, opt_state: Any, axes: Mapping[str, Axes] | None) -
     rows += added
     notes += _notes(state, added)
   asked = [leaf.asked.sparsity for state in sparse for leaf in state.plan.leaves]
-  return Report(tuple(rows), tuple(dict.fromkeys(notes)), _overall(rows, asked))
+  return Report(tuple(rows), tuple(dict.fromkeys(notes)), overall(rows, asked))
 
 
 def _rows_of_state(state: states.SparseState, held: Mapping[str, Array], points: Mapping[str, Array], around: str,
@@ -235,7 +236,7 @@ def _batched(axes: Axes, extra: int) -> Axes:
   return shifted._replace(layer=(*range(extra), *shifted.layer))
 
 
-def _overall(rows: Sequence[LeafReport], asked: Sequence[float | None]) -> float | None:
+def overall(rows: Sequence[LeafReport], asked: Sequence[float | None]) -> float | None:
   """Returns the sparsity asked of all rows together, or `None` if nothing was asked of some of them."""
   if not rows or any(sparsity is None for sparsity in asked):
     return None

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, formats, plans, trees
+from sparsejax import errors, plans, trees
 from sparsejax.plans import Plan, SparseLeaf
-from sparsejax.types import Array, PyTree, Signals
+from sparsejax.types import Array, PyTree, Signals, moved
 
-__all__ = ['Plan', 'SparseLeaf', 'SparseState', 'apply_masks', 'bdwp_backward', 'by_path', 'find', 'freeze_net_trained',
-           'masks', 'project', 'reproject', 'surroundings']
+__all__ = ['Plan', 'SparseLeaf', 'SparseState', 'apply_masks', 'bdwp_backward', 'by_path', 'find', 'masks',
+            'project', 'reproject', 'surroundings']
 
 
 class SparseState(NamedTuple):
@@ -192,12 +192,6 @@ def _along_output(master: Array, leaf: SparseLeaf) -> Array:
   return jnp.where(leaf.pattern(jnp.abs(master).astype(jnp.float32), None, turned), master, 0)
 
 
-def freeze_net_trained(params: PyTree, opt_state: Any) -> PyTree:
-  """Returns what `recipes.freeze_net` trained: the kept weights of each sparse leaf and their places, packed.
-
-  Dense leaves are returned as they are. `io.save` writes the result, and `formats.unpack(io.load(path),
-  first_parameters)` is `params` again, bit for bit. At 99 % the file has under 2 % of the bytes. Call it outside of
-  `jit`.
-  """
-  packed = lambda w, mask: formats.RelativeIndexArray.from_dense(w, mask) if mask.ndim else w
-  return jax.tree.map(packed, params, masks(params, opt_state))
+# Former names of this module; the modules where the objects are now add them.
+FORMER: dict[str, tuple[Any, str]] = {}
+moved(__name__, FORMER)

@@ -25,7 +25,7 @@ from sparsejax.patterns import NM
 from sparsejax.types import PyTree
 
 FILE = 'outcome.json'
-PACKED = 'packed.safetensors'
+PACKED, DENSE = 'packed.safetensors', 'dense.safetensors'
 
 Outcome = Mapping[str, Any]  # of one run, as `write` writes it
 Outcomes = Mapping[str, Outcome]  # by run name, the baseline first
@@ -119,6 +119,7 @@ def _empty(run: Run, params: PyTree) -> list[int]:
 def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparsejax.Report) -> dict[str, Any] | None:
   """Writes the parameters packed, reads the file back, and compares predictions. Returns `None` if no pattern is N:M.
 
+  The same parameters are written dense beside the packed file, so that the sizes of two files can be compared.
   `params` are sharded; `state` holds the same parameters whole.
   """
   rows = {row.path: row for row in report.rows if isinstance(row.pattern, NM)}
@@ -129,12 +130,14 @@ def _packed(run: Run, setup: Setup, params: PyTree, state: State, report: sparse
                         where=lambda path, leaf: path in rows, axes={path: row.axes for path, row in rows.items()})
   if hosts.leads():
     io.save(path, packed)
+    io.save(run.directory / DENSE, state.params)
   hosts.agreed(0)
   unpacked = sharding.sharded(formats.unpack(io.load(path)), params)
   if not evaluate.same_predictions(run.model.predict, params, unpacked, split(setup, 'test')):
     raise ValueError(f'{run.name}: the predictions of {path} are not those of the checkpoint; please report it.')
   small = [leaf for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed) if formats.is_packed(leaf)]
-  return {'path': path.name, 'bytes': path.stat().st_size, 'sparse_bytes': formats.nbytes(small),
+  return {'path': path.name, 'bytes': path.stat().st_size, 'dense_bytes': (run.directory / DENSE).stat().st_size,
+          'sparse_bytes': formats.nbytes(small),
           'sparse_dense_bytes': sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in small)}
 
 

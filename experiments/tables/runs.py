@@ -79,6 +79,7 @@ FILES = {
     'run': lambda outcome: outcome['name'],
     'parameters': lambda outcome: f'{outcome["checkpoint"]["dense_bytes"]:,}',
     'checkpoint': lambda outcome: f'{outcome["checkpoint"]["bytes"]:,}',
+    'dense file': _packed('dense_bytes'),
     'packed file': _packed('bytes'),
     'sparse part': _packed('sparse_dense_bytes'),
     'packed': _packed('sparse_bytes'),
@@ -89,7 +90,8 @@ FILES = {
 def _notes(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[str]:
   first, task = outcomes[0], task_of(outcomes)
   params = f'{workdir}/<run>/{first["checkpoint"]["path"]}/params'
-  files = params + (' and packed.safetensors' if any(outcome['packed'] for outcome in outcomes) else '')
+  packed = any(outcome['packed'] for outcome in outcomes)
+  files = params + (', dense.safetensors and packed.safetensors' if packed else '')
   return [
       f'{first["steps"]} steps, seeds {", ".join(map(str, first["seeds"]))}. ±: 95 % confidence interval (Student t). '
       f'Difference: in {task.difference} to {first["name"]}, seed by seed. Loss: in {task.loss_unit}.',
@@ -97,9 +99,9 @@ def _notes(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[str]:
       'the mean over the steps by the densities there, with (2 density + 1) / 3 on a sparse product.',
       'Time: training without compilation, all seeds together, on '
       f'{pages.machine(outcomes[-1]["environment"])}.',
-      f'Files: bytes, all seeds, in {files}. Orbax compresses, the packed file does not; sparse part: the sparse '
-      'parameters alone, dense and packed. Predictions on the test set: the packed file, read back, against the '
-      'checkpoint, read back, bit for bit.',
+      f'Files: bytes, all seeds, in {files}. Orbax compresses, the dense and the packed file are not compressed; '
+      'sparse part: the sparse parameters alone, dense and packed. Predictions on the test set: the packed file, read '
+      'back, against the checkpoint, read back, bit for bit.',
       f'Picture: {workdir / "results.png"}. Tables: {workdir / "results.md"}, results.csv, results.json.']
 
 

@@ -4,8 +4,8 @@
     measured.speed(table, ('nm_matmul',), (4, 1), (1024, 1024), tokens=256, sparsity=0.5)
     # Speed(forward=..., training=..., crossover=..., note='')
 
-A number beyond the measurements is the nearest measured one, and `note` says so; where nothing was measured there is
-none.
+A number beyond the measurements is the nearest measured one, and `note` says so. No shape stands for another one that
+is more than `FAR` times as long or as short along an axis. Where nothing was measured there is no number.
 """
 
 import json
@@ -18,6 +18,7 @@ import numpy as np
 
 TABLES = pathlib.Path(__file__).parent / 'tables'
 DEVICES = ('cpu', 'h200', 'tpu')  # There are kernels for these devices, measured or not.
+FAR = 4  # times as long or as short along an axis; the speed of such a shape says nothing
 FASTER = 1.05  # times dense; two measurements of the same product differ by less
 _NUMBERS = {'m': int, 'k': int, 'n': int, 'sparsity': (int, float), 'ratio_forward': (int, float)}
 _TEXTS = ('op', 'implementation', 'hardware', 'jax', 'commit')
@@ -104,8 +105,9 @@ def speed(table: Sequence[Measured], ops: Sequence[str], group: tuple[int, int],
           sparsity: float) -> Speed:
   """Returns the speed to expect of a product of `tokens` rows with a packed weight of `shape`, `(k, n)`.
 
-  The speed is that of the fastest implementation of `ops`, at the nearest measured shape with the same `group`. The
-  interpolation is linear in the sparsity and in the logarithm of the tokens.
+  The speed is that of the fastest implementation of `ops`, at the nearest measured shape with the same `group`. Without
+  a measured shape within a factor of `FAR` along both axes, there is no speed. The interpolation is linear in the
+  sparsity and in the logarithm of the tokens.
   """
   if not table:
     return Speed(note='not measured on that device')
@@ -115,8 +117,12 @@ def speed(table: Sequence[Measured], ops: Sequence[str], group: tuple[int, int],
     others = ', '.join(sorted({'{}x{}'.format(*row.block) for row in of_ops}))
     note = 'not measured for groups of {}x{}'.format(*group)
     return Speed(note=f'{note}, but for {others}' if others else note)
-  distance = lambda row: (abs(math.log2(row.k / shape[0])) + abs(math.log2(row.n / shape[1])), row.k, row.n)
-  nearest = min(map(distance, rows))
+  away = lambda row: [abs(math.log2(length / asked)) for length, asked in zip((row.k, row.n), shape)]
+  distance = lambda row: (sum(away(row)), row.k, row.n)
+  nearest = min([distance(row) for row in rows if max(away(row)) <= math.log2(FAR)], default=None)
+  if not nearest:
+    _, k, n = min(map(distance, rows))
+    return Speed(note=f'not measured within {FAR} times of {shape[0]} x {shape[1]}: the nearest is {k} x {n}')
   near = [row for row in rows if distance(row) == nearest]
   notes = [f'of {near[0].k} x {near[0].n}, the nearest measured'] if nearest[0] else []
   forward = _curves([(row.m, row.sparsity, row.ratio_forward) for row in near], tokens)

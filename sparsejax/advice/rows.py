@@ -11,7 +11,6 @@ from memory traffic instead.
 import dataclasses
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,7 +96,9 @@ def advise(params: PyTree, pattern: Pattern | str | Mapping[str, Pattern | str],
 
   A speed is interpolated, in sparsity and in tokens, between the fastest implementations that were measured at the
   nearest shape. Beyond the measured tokens, or above the highest sparsity, it is that of the nearest measurement, and
-  `note` says so. Below the lowest sparsity there is no speed. Raises `ValueError` for an unknown device or pattern.
+  `note` says so. There is no speed below the lowest sparsity. There is no speed for a weight that is more than four
+  times as long or as short, along an axis, as every measured weight. Raises `ValueError` for an unknown device or
+  pattern.
   """
   known = sorted({*DEVICES, *(path.stem for path in pathlib.Path(tables).glob('*.json'))})
   if device not in known:
@@ -117,13 +118,7 @@ def advise(params: PyTree, pattern: Pattern | str | Mapping[str, Pattern | str],
 
 
 def _parsed(pattern: Any) -> Pattern:
-  """Returns the pattern of a string, with its sparsity: `'128x128 0.9'` is `Block((128, 128), 0.9)`."""
-  name, _, sparsity = pattern.strip().rpartition(' ') if isinstance(pattern, str) else ('', '', '')
-  if name and re.fullmatch(r'\d*\.?\d+', sparsity):
-    parsed = patterns.parse(name)
-    if parsed.sparsity is not None:
-      raise ValueError(f'advise: {pattern!r}: {parsed} says how sparse it is; leave {sparsity} out.')
-    return dataclasses.replace(parsed, sparsity=float(sparsity))
+  """Returns the pattern of a string. Raises `ValueError` for a pattern with a traced number."""
   parsed = patterns.parse(pattern)
   if not parsed.static:
     raise errors.unknown('advise', 'pattern', parsed, ['NM(n, m)', 'Block', 'Unstructured', 'Channel'])

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, neighbours
+from sparsejax import neighbours
 from sparsejax.types import Array, Axes, Pattern
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
@@ -37,19 +37,24 @@ class PackedArray:
   """A `PackedArray` stores a dense array as several plain arrays; gradients flow to its `values`.
 
   A format is a registered dataclass of this class. Its fields that are not static are arrays, and a file stores each
-  array under the name of its field. Each format says four facts about itself:
+  array under the name of its field. Each format says five facts about itself:
 
   `kind`: the name of the format in files and in `formats.TABLE`.
   `product`: the function of `kernels_pallas` that multiplies with the format; empty if there is none.
   `default_pattern`: the pattern that `kind` alone stands for in `pack`; `None` if `kind` alone says too little.
   `takes_axes`: whether packing needs to know the contracted axes of the array.
+  `index_bytes`: the item size of the widest index array in a file.
+
+  `roles`, a static field that defaults to `None`, says what each axis of the dense array means; see `axes_of`.
   """
 
   kind: ClassVar[str]
   product: ClassVar[str] = ''
   default_pattern: ClassVar[Pattern | None] = None
   takes_axes: ClassVar[bool] = False
+  index_bytes: ClassVar[int] = 4
 
+  roles: Axes | None = None  # The axes count from the end, so that leading axes may come and go.
   axes: tuple[int, ...] = ()  # The contracted axes, counted from the end; empty where the format does not know them.
 
   @property
@@ -97,6 +102,16 @@ class PackedArray:
     raise NotImplementedError
 
   @classmethod
+  def pays(cls, w: Array, pattern: Pattern, axes: Axes | None) -> bool:
+    """Returns whether `pack` should take the format for `w`, or else try the next format that fits `pattern`."""
+    return True
+
+  @classmethod
+  def from_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None) -> Self:
+    """Packs a leaf of a file, an `io.Stored`, with NumPy arrays. Formats that can do so read a block at a time."""
+    return cls.from_pattern(leaf.load(), pattern, axes)
+
+  @classmethod
   def expected_nbytes(cls, shape: tuple[int, ...], dtype: Any, pattern: Pattern, axes: Axes | None,
                       sparsity: float) -> int:
     """Returns the bytes that a packed array will take, before there are values: `sparsity` is the fraction of zeros.
@@ -106,13 +121,17 @@ class PackedArray:
     w = jax.ShapeDtypeStruct(shape, dtype)
     return nbytes(jax.eval_shape(lambda w: cls.from_pattern(w, pattern, axes, check=False), w))
 
+  def in_files(self) -> dict[str, Array]:
+    """Returns the arrays that a file stores, by name. The default is for formats that store `arrays` as they are."""
+    return self.arrays()
+
   def described(self) -> dict[str, Any]:
     """Returns what a file must say beside the arrays and the dense shape, as JSON; `restored` reads it."""
     return {}
 
   @classmethod
   def restored(cls, parts: Mapping[str, Array], shape: tuple[int, ...], about: Mapping[str, Any]) -> Self:
-    """Returns the packed array of the arrays `parts`, of which `about` holds the entries of `described`.
+    """Returns the packed array of the arrays `parts` of `in_files`; `about` holds the entries of `described`.
 
     Raises `ValueError` if `about` cannot describe any array of this shape.
     """
@@ -203,12 +222,38 @@ class MatrixArray(PackedArray):
     return {'axes': tuple(a - len(shape) for a in axes), 'sizes': tuple(shape[lead:])}
 
 
+def axes_of(packed: PackedArray) -> Axes | None:
+  """Returns what each axis of the dense array means, and who said so, or `None` if the packed array does not know.
+
+  Axes are counted from the front. Leading axes that came after packing are layers.
+  """
+  if packed.roles is None:
+    return None
+  *groups, layer = (tuple(a + packed.ndim for a in group if a + packed.ndim >= 0) for group in packed.roles[:4])
+  known = {a for group in (*groups, layer) for a in group}
+  return Axes(*groups, (*(a for a in range(packed.ndim) if a not in known), *layer), packed.roles.source)
+
+
+def with_axes(packed: PackedArray, axes: Axes | None) -> PackedArray:
+  """Returns `packed` with `axes`, counted from the front, on record. Formats without the field `roles` keep none."""
+  if axes is None or 'roles' not in {field.name for field in dataclasses.fields(packed)}:
+    return packed
+  groups = (tuple(a - packed.ndim for a in group) for group in axes[:4])
+  return dataclasses.replace(packed, roles=Axes(*groups, axes.source))
+
+
 def nbytes(tree: Any) -> int:
   """Returns the bytes of all arrays in `tree`, packed or not."""
   return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 # Axes of an array that is used as a matrix.
+
+
+def block_rows(shape: tuple[int, ...], dtype: Any, multiple: int) -> int:
+  """Returns how many rows of an array make a block of about 2 MB, a multiple of `multiple`."""
+  row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+  return max((1 << 21) // max(row, 1) // multiple, 1) * multiple
 
 
 def contracted_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> tuple[int, ...]:
@@ -229,7 +274,7 @@ def matrix_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> 
     taps = tuple(a for a in axes.spatial if w.shape[a] == 1)
     front = lambda group: contracted_axes(function, w, tuple(group))
     return Axes(front((*taps, *axes.contracted)), front(axes.output), front(a for a in axes.spatial if a not in taps),
-                front(axes.layer))
+                front(axes.layer), axes.source)
   contracted = contracted_axes(function, w, axes)
   return Axes(contracted, tuple(a for a in range(w.ndim) if a not in contracted))
 
@@ -265,61 +310,3 @@ def with_layers(parts: Iterable[Any], shape: tuple[int, ...], axes: Axes) -> lis
   """Returns an array for each of `parts`, which hold one array for each layer, with the layers of the dense `shape`."""
   lead = [shape[a] for a in axes.layer]
   return [jnp.asarray(np.reshape(part, (*lead, *np.shape(part)[1:]))) for part in parts]
-
-
-# Refusals: each returns why an array cannot be packed, with the remedy, or `None`.
-
-TRACED = ('its values are not known here (traced, or a mere shape), so its zeros cannot be counted. Pack outside of '
-          'jit, vmap and grad, or, for N:M, with check=False: then each group keeps its first N nonzeros only.')
-
-
-def matrix_misfit(axes: Axes) -> str | None:
-  """Returns why `axes` of `matrix_axes` describe neither a matrix nor a stack of matrices, or `None`."""
-  if axes.spatial:
-    return f'its spatial axes {axes.spatial} are not of length one; only 1x1 convolutions are products of matrices.'
-  if sorted(axes.layer) != list(range(len(axes.layer))):
-    return f'its axes {axes.layer} of a stack must come first; move them there.'
-  if not axes.contracted or not axes.output:
-    return 'a matrix has both contracted and output axes; leave it out of `where`.'
-  return None
-
-
-def dtype_misfit(dtype: np.dtype) -> str | None:
-  """Returns why arrays of `dtype` cannot be packed, or `None`."""
-  bits = 8 if jnp.issubdtype(dtype, jnp.bool_) else None
-  if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer):
-    bits = (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
-  if bits not in (8, 16, 32, 64):
-    return f'dtype {dtype} cannot be packed; real numbers of 8, 16, 32 and 64 bits can. Leave it out of `where`.'
-  if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-    return f'dtype {dtype} would be truncated; set jax_enable_x64, or cast it to 32 bits first.'
-  return None
-
-
-def mask_misfit(w: Array, mask: Array | None) -> str | None:
-  """Returns why `mask` cannot choose the stored entries of `w`, or `None`."""
-  if mask is not None and (tuple(mask.shape) != tuple(w.shape) or mask.dtype != bool):
-    return f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} must be bool of the same shape.'
-  if mask is not None and not concrete(mask):
-    return 'its mask has no values here (traced, or a mere shape). Pack outside of jit, vmap and grad.'
-  return None
-
-
-def stack_misfit(stored: np.ndarray, units: str) -> str | None:
-  """Returns why the layers of a stack, of which the bool masks `stored` say what is stored, do not fit, or `None`."""
-  counts = {str(matrix.sum()) for matrix in stored}
-  return None if len(counts) <= 1 else (
-      f'the matrices of the stack have different numbers of {units}, {errors.some(sorted(counts))}; pack them one by '
-      'one, or prune all to the same.')
-
-
-def host_misfit(w: Array) -> str | None:
-  """Returns why `w` cannot be packed on the host, or `None`."""
-  if w.size >= 2**31:
-    return 'it has 2^31 weights or more; leave it out of `where`.'
-  return dtype_misfit(w.dtype) or (None if concrete(w) else TRACED)
-
-
-def concrete(w: Array) -> bool:
-  """Returns whether `w` has values, and is neither traced nor a mere shape."""
-  return not isinstance(w, (jax.core.Tracer, jax.ShapeDtypeStruct))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import patterns
-from sparsejax.formats import arrays
+from sparsejax.formats import arrays, gaps, misfits
 from sparsejax.types import Array, Axes
 
 
@@ -30,13 +30,14 @@ class CSCArray(arrays.MatrixArray):
 
   `order`, for the product with the transpose, lists the values by row and then by column. The values of row k are those
   of `order` from `row_starts[k]` to `row_starts[k + 1]`. All five index arrays are `int32`: 12 bytes beside each
-  value. The format is for products, not for small files.
+  value. A file stores `values` and one array `gaps` instead, one byte a value; see `formats.gaps`.
   """
 
   kind = 'csc'
   product = 'unstructured_matmul'
   default_pattern = patterns.Unstructured()
   matrix_rank = 1
+  index_bytes = 1
 
   values: Array
   rows: Array
@@ -46,6 +47,7 @@ class CSCArray(arrays.MatrixArray):
   row_starts: Array
   axes: tuple[int, ...] = arrays.static()
   sizes: tuple[int, ...] = arrays.static()
+  roles: Axes | None = arrays.static(default=None)
 
   @classmethod
   def from_dense(cls, w: Array, mask: Array | None = None, axes: Axes | int | tuple[int, ...] = -2) -> 'CSCArray':
@@ -56,10 +58,10 @@ class CSCArray(arrays.MatrixArray):
     another stack, for 2^31 weights, for traced arrays, and for `axes`, a `mask` or a dtype that does not fit.
     """
     axes = arrays.matrix_axes('CSCArray.from_dense', w, axes)
-    if why := arrays.host_misfit(w) or arrays.matrix_misfit(axes) or arrays.mask_misfit(w, mask):
+    if why := misfits.host_misfit(w) or misfits.matrix_misfit(axes) or misfits.mask_misfit(w, mask):
       raise arrays.Misfit('CSCArray.from_dense', w.shape, why)
     values, stored = (arrays.as_matrices(a, axes) for a in (np.asarray(w), arrays.stored_entries(w, mask)))
-    if misfit := arrays.stack_misfit(stored, 'nonzeros'):
+    if misfit := misfits.stack_misfit(stored, 'nonzeros'):
       raise arrays.Misfit('CSCArray.from_dense', w.shape, misfit)
     indices = [_indices(*np.nonzero(matrix.T)[::-1], matrix.shape) for matrix in stored]
     parts = ([v.T[s.T] for v, s in zip(values, stored)], *zip(*indices))
@@ -70,6 +72,16 @@ class CSCArray(arrays.MatrixArray):
     return cls.from_dense(w, axes=axes)
 
   @classmethod
+  def pays(cls, w, pattern, axes):
+    """Returns whether `w` is a matrix, or a stack of equal counts, that takes fewer bytes packed than dense."""
+    if misfits.host_misfit(w) or misfits.matrix_misfit(axes := arrays.matrix_axes('CSCArray', w, axes)):
+      return False
+    stored = arrays.as_matrices(arrays.stored_entries(w), axes)
+    sparsity = 1 - np.count_nonzero(stored) / max(stored.size, 1)
+    smaller = cls.expected_nbytes(w.shape, w.dtype, pattern, axes, sparsity) < w.size * w.dtype.itemsize
+    return smaller and not misfits.stack_misfit(stored, 'nonzeros')
+
+  @classmethod
   def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):
     layers, k, n = arrays.matrix_sizes(shape, axes)
     return layers * ((k * n - round(sparsity * k * n)) * (np.dtype(dtype).itemsize + 12) + 4 * (k + n + 2))
@@ -78,6 +90,34 @@ class CSCArray(arrays.MatrixArray):
   def density(self) -> float:
     """The fraction of weights that are stored."""
     return self.values.shape[-1] / max(math.prod(self.sizes), 1)
+
+  def in_files(self):
+    k, n = self.contracted_size, math.prod(self.output_sizes)
+    *lead, count = self.values.shape
+    rows, cols = (np.asarray(index, np.int64).reshape(math.prod(lead), count) for index in (self.rows, self.cols))
+    layers = np.arange(len(rows))[:, None]
+    return {'values': self.values, 'gaps': gaps.encoded((layers * k * n + cols * k + rows).reshape(-1))}
+
+  @classmethod
+  def restored(cls, parts, shape, about):
+    if 'gaps' not in parts:  # The file has all five index arrays, as version 1 does.
+      return super().restored(parts, shape, about)
+    values, code, fields = parts['values'], parts['gaps'], cls.matrix_fields(shape, about)
+    lead, size = about['stacked'], math.prod(shape)
+    contracted = math.prod(shape[a] for a in about['axes'])
+    if values.ndim != lead + 1 or values.shape[:-1] != shape[:lead] or code.dtype != np.uint8 or code.ndim != 1:
+      raise ValueError(f'values {list(values.shape)} and gaps {code.dtype}{list(code.shape)} are of no stack of {lead} '
+                       'axes')
+    if misfit := gaps.misfit(code, values.size, size):
+      raise ValueError(misfit)
+    layers, matrix = math.prod(shape[:lead]), math.prod(shape[lead:])
+    layer, place = np.divmod(gaps.positions(code), max(matrix, 1))
+    if not np.array_equal(layer, np.repeat(np.arange(layers), values.shape[-1])):
+      raise ValueError('its gaps do not put equally many values into every matrix of the stack')
+    cols, rows = np.divmod(place.reshape(layers, values.shape[-1]), max(contracted, 1))
+    indices = [_indices(*pair, (contracted, matrix // max(contracted, 1))) for pair in zip(rows, cols)]
+    parts = [np.reshape(part, (*shape[:lead], part.shape[-1])) for part in map(np.stack, zip(*indices))]
+    return cls(values, *parts, **fields)
 
   def coordinates(self):
     return self.rows, self.cols

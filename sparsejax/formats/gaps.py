@@ -24,6 +24,12 @@ def encoded(positions: np.ndarray) -> np.ndarray:
   return code
 
 
+def positions(code: np.ndarray) -> np.ndarray:
+  """Returns the positions that `code` encodes, `int64`, computed on the host."""
+  ends = code != _ON
+  return (np.cumsum(code.astype(np.int64) + ends) - 1)[ends]
+
+
 def stored(code: Array, size: int) -> Array:
   """Returns `bool[size]`, `True` at the positions that `code` encodes."""
   ends = code != _ON

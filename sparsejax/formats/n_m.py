@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays
+from sparsejax.formats import arrays, misfits
 from sparsejax.types import Array, Axes
 
 
@@ -45,6 +45,7 @@ class NMArray(arrays.PackedArray):
   kind = 'nm'
   product = 'nm_matmul'
   takes_axes = True
+  index_bytes = 1
 
   values: Array
   indices: Array
@@ -54,6 +55,7 @@ class NMArray(arrays.PackedArray):
   sizes: tuple[int, ...] = arrays.static()
   width: int = arrays.static(default=1)
   outputs: tuple[int, ...] = arrays.static(default=())
+  roles: Axes | None = arrays.static(default=None)
 
   @classmethod
   def from_dense(cls, w: Array, n: int, m: int, axes: Axes | int | tuple[int, ...], check: bool = True,
@@ -81,6 +83,25 @@ class NMArray(arrays.PackedArray):
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True):
     return cls.from_dense(w, pattern.n, pattern.m, axes, check, pattern.width)
+
+  @classmethod
+  def from_blocks(cls, leaf, pattern, axes):
+    w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    whole = jax.eval_shape(lambda w: cls.from_pattern(w, pattern, axes, check=False), w)
+    multiple = _multiple_of_rows(pattern, leaf.shape, axes.contracted)
+    if not leaf.blocks or not leaf.size or not multiple:
+      return super().from_blocks(leaf, pattern, axes)
+    arrays_ = {name: np.empty(part.shape, part.dtype) for name, part in whole.arrays().items()}
+    filled = dict.fromkeys(arrays_, 0)
+    for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, multiple)):
+      try:
+        packed = cls.from_pattern(block, pattern, axes)
+      except arrays.Misfit:  # The refusal of the whole leaf counts all of its groups.
+        return super().from_blocks(leaf, pattern, axes)
+      for name, part in packed.arrays().items():
+        arrays_[name][filled[name]:filled[name] + len(part)] = part
+        filled[name] += len(part)
+    return dataclasses.replace(whole, **arrays_)
 
   @property
   def axis(self) -> int:
@@ -167,6 +188,14 @@ class NMArray(arrays.PackedArray):
     return None
 
 
+def _multiple_of_rows(pattern: patterns.NM, shape: tuple[int, ...], axes: tuple[int, ...]) -> int | None:
+  """Returns a number of rows of which multiples, packed one after another, are the packed array; `None` if none is."""
+  if pattern.width > 1 or 0 in axes[1:]:
+    return None
+  octets = pattern.m * (8 // math.gcd(pattern.n, 8)) if axes[0] == 0 else 1
+  return octets // math.gcd(octets, math.prod(shape[a] for a in axes[1:]))
+
+
 def _outputs(w: Array, axes: Axes | int | tuple[int, ...], width: int) -> tuple[int, ...]:
   """Returns the output axes of vectors, counted from the front; none if `width` is 1 and there are no vectors."""
   if width == 1:
@@ -181,14 +210,14 @@ def _misfit(w: Array, n: Any, m: int, axes: tuple[int, ...], check: bool, width:
   """Returns why `w` cannot be packed along `axes`, with the remedy, or `None`."""
   if not isinstance(n, (int, np.integer)) or n < 1:
     return f'n must be a known whole number, at least 1, to be packed as n:{m}, not {n!r}.'
-  why = patterns.NM(n, m, width).validate(tuple(w.shape), Axes(axes, outputs)) or arrays.dtype_misfit(w.dtype)
+  why = patterns.NM(n, m, width).validate(tuple(w.shape), Axes(axes, outputs)) or misfits.dtype_misfit(w.dtype)
   return why or (_crowded(w, int(n), int(m), axes, int(width), outputs) if check else None)
 
 
 def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> str | None:
   """Returns which groups have more than `n` nonzeros, or that nobody can know; `None` if no group has."""
-  if not arrays.concrete(w):
-    return arrays.TRACED
+  if not misfits.concrete(w):
+    return misfits.TRACED
   counts = np.asarray(_nonzeros(w, m, axes, width, outputs))
   bad = np.argwhere(counts > n)
   if not len(bad):
@@ -253,7 +282,7 @@ def _value_axes(rank: int, axes: tuple[int, ...], outputs: tuple[int, ...]) -> t
 def _in_place(rows: Array, value_axes: tuple[list[int], int, list[int]], lengths: list[int]) -> Array:
   """Returns `rows`, `[..., K n / m, N]`, with N split into outputs of these `lengths` and in the order of `values`."""
   front, contraction, outputs = value_axes
-  return jnp.transpose(rows.reshape(*rows.shape[:-1], *lengths), np.argsort([*front, contraction, *outputs]))
+  return jnp.transpose(rows.reshape(*rows.shape[:-1], *lengths), np.argsort([*front, contraction, *outputs]).tolist())
 
 
 def to_merged(packed: NMArray) -> Array:

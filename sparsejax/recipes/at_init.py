@@ -146,8 +146,8 @@ def freeze_net(inner: Inner, sparsity: float | None = None, pattern: Pattern = U
   """Trains the weights that SNIP picks, and freezes all others: FreezeNet (Wimmer et al. 2020, 2011.14087).
 
   `sparsity` is the fraction of frozen weights, which keep their initial value and are not zero.
-  `states.freeze_net_trained` returns what a file has to hold, and the seed of the first parameters stands for the rest.
-  `loss` is that of `snip`.
+  `formats.freeze_net_trained` returns what a file has to hold, and the seed of the first parameters stands for the
+  rest. `loss` is that of `snip`.
   """
   return _by_snip(inner, sparsity, pattern, loss, allocation, flow=flows.frozen(), **options)
 

@@ -138,6 +138,7 @@ class Signature(inspect.Signature):
   def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
     bound = super().bind(*args, **kwargs)
     bound.apply_defaults()
+    arguments.known(self.function, bound.arguments.get('options', {}), [*_OPTIONS, *self.parameters])
     for name, value in bound.arguments.items():
       kind = arguments.kind_of(self.function, name)
       if kind is None or kind.coefficient and callable(value):

@@ -22,23 +22,26 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types',),
-    ('errors', 'tables', 'conventions'),
+    ('errors', 'tables', 'conventions', 'keys', 'kinds', 'wholes'),
     ('arguments',),
     ('trees',),
     ('programs',),
-    ('ranking', 'neighbours'),
+    ('passes', 'neighbours'),
+    ('ranking',),
     ('counts',),
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
      'solvers', 'collectives'),
-    ('formats', 'plans'),
+    ('plans',),
     ('states',),
+    ('formats',),
     ('selections',),
     ('transforms', 'planning'),
     tuple(FAMILIES),
     ('recipes',),
     ('reports', 'advice'),
     ('io',),
+    ('checkpoints',),
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
 )
@@ -64,11 +67,11 @@ EXPERIMENTS = (
 INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
                            ('contractions',), ('operands',), ('replace',)),
-    'sparsejax.formats': (('gaps', 'arrays'), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
+    'sparsejax.formats': (('gaps', 'misfits'), ('arrays',), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
-    'sparsejax.io': (('orbax',), ('safetensors_files',)),
+    'sparsejax.io': (('headers', 'orbax', 'slots'), ('stored', 'bodies'), ('folders',), ('saving', 'loading')),
 }
 LAYERS = {'sparsejax': SPARSEJAX, 'kernels_pallas': KERNELS, 'experiments': EXPERIMENTS}
 # Who may import which package of the repository.

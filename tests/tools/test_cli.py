@@ -1,5 +1,6 @@
 """Tests the output, the files, the exit status and the one-line errors of the command `sparsejax`."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sparsejax as sj
-from sparsejax import cli, formats, io, planning
+from sparsejax import checkpoints, cli, formats, io, planning
+from sparsejax.formats import arrays
 
 
 def sparse(*shape, dtype='float32', axis=-2):
@@ -130,6 +132,104 @@ def test_orbax_and_foreign_files_are_checkpoints_too(run, tmp_path):
   assert same(formats.unpack(io.load('out')), params() | {'mlp': jax.tree.map(jnp.asarray, params()['mlp'])})
   safetensors.numpy.save_file({'model.fc.weight': sparse(3, 8, axis=1)}, 'torch.safetensors')
   assert run('check', 'torch.safetensors', '--pattern', '2:4') == (0, 'ok: 1 parameters keep 2:4\n', '')
+
+
+def gpt2():
+  """Returns parameters by the names and layouts of GPT-2's torch file: `Conv1D` stores `[in, out]`."""
+  return {'h.0.attn.c_attn.weight': sparse(8, 24), 'h.0.attn.c_attn.bias': np.ones(24, 'float32'),
+          'h.0.mlp.c_fc.weight': sparse(8, 32), 'wte.weight': np.ones((16, 8), 'float32')}
+
+
+@pytest.mark.parametrize('command', ['check F --pattern 2:4', 'pack F out --pattern 2:4', 'pack F out --pattern csc',
+                                     'report F --pattern 4x4'])
+def test_axes_that_nothing_tells_are_asked_for_with_the_option_to_paste(run, command):
+  safetensors.numpy.save_file(gpt2(), 'F')
+  status, out, err = run(*command.split())
+  options = '--axis c_attn/weight=0 --axis c_fc/weight=0'
+  assert (status, out) == (2, '') and options in err and '--except c_attn/weight c_fc/weight' in err
+  assert run(*command.split(), *options.split())[0] == 0
+
+
+def test_a_packed_file_says_its_axes_and_who_said_so(run):
+  safetensors.numpy.save_file(gpt2(), 'F')
+  options = ['--axis', '*/weight=0']
+  assert run('pack', 'F', 'packed', '--pattern', '2:4', *options)[0] == 0
+  assert re.search(r'c_attn/weight +8 x 24 +2:4 +0 \(given\)', run('report', 'packed')[1])
+  assert run('check', 'packed', '--pattern', '2:4')[:2] == (0, 'ok: 2 parameters keep 2:4\n')
+  assert run('pack', 'packed', 'again', '--pattern', '2:4')[0] == 0
+  assert open('again', 'rb').read() == open('packed', 'rb').read()
+
+
+@pytest.mark.parametrize('pattern, kind', [
+    ('4x8 0.5', 'block_sparse'), ('unstructured 0.9', 'csc'), ('unstructured', 'csc'), ('csc', 'csc'),
+    ('sparse24', 'sparse24'), ('channel 0.5', 'no format stores channel 0.5'), ('2:4 0.5', 'leave 0.5 out')])
+def test_pack_takes_every_form_of_a_pattern_that_advise_takes(run, ckpt, pattern, kind):
+  w = np.zeros((64, 16), 'float32')
+  w[::16, 8:] = 1
+  status, out, err = run('pack', ckpt({'a': {'kernel': w}}), 'out', '--pattern', pattern)
+  if kind in formats.TABLE:
+    assert status == 0 and io.load('out')['a']['kernel'].kind == kind
+    assert run('advise', 'ckpt.safetensors', '--pattern', pattern)[0] == 0
+  else:
+    assert status == 2 and kind in err
+
+
+def test_what_an_optimizer_keeps_is_left_out_and_listed(run, ckpt, tmp_path):
+  kernel = sparse(8, 8)
+  tree = {'model': {'fc': {'kernel': kernel}}, 'opt_state': {'mu': {'fc': {'kernel': np.ones((8, 8), 'float32')}}},
+          'ema': {'fc': {'kernel': np.ones((8, 8), 'float32')}}}
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'orbax', jax.tree.map(jnp.asarray, tree))
+  for name in (ckpt(tree), 'orbax'):
+    status, out, _ = run('check', name, '--pattern', '2:4')
+    assert status == 0 and out.startswith('ok: 1 parameters')
+    assert "left out, as an optimizer keeps them beside the parameters: 'ema/fc/kernel', 'opt_state/mu/fc" in out
+    assert len(re.findall('^[a-z_/]+/kernel ', run('report', name)[1], re.MULTILINE)) == 1
+    assert run('check', name, '--pattern', '2:4', '--where', 'mu/fc/kernel')[0] == 1
+  assert run('pack', 'ckpt.safetensors', 'out', '--pattern', '2:4')[0] == 0
+  assert same(formats.unpack(io.load('out')), tree)
+
+
+def test_a_sharded_folder_is_a_checkpoint_too(run):
+  os.mkdir('sharded')
+  for i in (1, 2):
+    safetensors.numpy.save_file({f'layers.{i}.weight': sparse(4, 8, axis=1)}, f'sharded/{i}.safetensors')
+  open('sharded/model.safetensors.index.json', 'w').write(
+    '{"weight_map": {"layers.1.weight": "1.safetensors", "layers.2.weight": "2.safetensors"}}')
+  assert run('check', 'sharded', '--pattern', '2:4') == (0, 'ok: 2 parameters keep 2:4\n', '')
+  assert 'layers/2/weight' in run('report', 'sharded')[1]
+  assert run('pack', 'sharded', 'out', '--pattern', '2:4')[0] == 0
+  assert same(formats.unpack(io.load('out')), io.read('sharded'))
+  os.remove('sharded/2.safetensors')
+  assert "'2.safetensors', which are missing" in run('pack', 'sharded', 'out', '--pattern', '2:4', '--force')[2]
+
+
+def test_the_version_is_that_of_the_package(run):
+  assert run('--version')[:2] == (0, f'sparsejax {importlib.metadata.version("sparsejax")}\n')
+
+
+@pytest.mark.parametrize('axis, dtype', [(0, 'float32'), (1, 'bfloat16')])
+def test_blocks_of_a_parameter_decide_as_the_whole_parameter_does(run, monkeypatch, axis, dtype):
+  """Reads a few rows at a time, and compares with the library on whole arrays: reports, refusals and packed files."""
+  monkeypatch.setattr(checkpoints, 'block_rows', lambda shape, dtype, multiple: multiple)
+  monkeypatch.setattr(arrays, 'block_rows', lambda shape, dtype, multiple: multiple)
+  name = ('kernel', 'weight')[axis]
+  w = sparse(96, 96, dtype=dtype, axis=axis)
+  crowded = w.copy()
+  crowded[6, 5] = crowded[50, 50] = 1
+  for each in (w, crowded):
+    io.save('F', {'fc': {name: each}})
+    for pattern in (None, sj.NM(2, 4), sj.NM(2, 5), sj.Unstructured()):
+      whole = sj.report({'fc': {name: each}}, pattern=pattern)
+      assert str(checkpoints.reported(checkpoints.picked('F'), pattern)) == str(whole)
+    for pattern in ('2:4', 'bitmask'):
+      status, _, err = run('pack', 'F', 'out', '--force', '--pattern', pattern)
+      try:
+        io.save('expected', formats.pack({'fc': {name: each}}, pattern))
+      except ValueError as refusal:
+        assert (status, err) == (2, f'sparsejax: {refusal}\n')
+      else:
+        assert same(io.load('out'), io.load('expected'))
 
 
 def altered():

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import types
@@ -19,7 +20,7 @@ from raw import ANYWHERE, refused, same, sparse
 
 import sparsejax as sj
 from sparsejax import formats, io
-from sparsejax.io import safetensors_files
+from sparsejax.io import bodies, folders, headers, saving
 
 
 def params():
@@ -32,7 +33,13 @@ def params():
 
 def packed():
   patterns = {'free/*': 'bitmask', 'rare/*': 'relative_index', '**': '2:4'}
-  return formats.pack(params(), patterns, where=sj.trees.matrices)
+  stack = {'layers/1/kernel': sj.types.Axes((1,), (2,), layer=(0,))}
+  return formats.pack(params(), patterns, where=sj.trees.matrices, axes=stack)
+
+
+def contents(path):
+  """Returns the metadata and the tensors of a safetensors file."""
+  return headers.read(path).metadata, {name: tensor.read() for name, tensor in folders.of_part(path).items()}
 
 
 @pytest.fixture
@@ -67,7 +74,7 @@ def test_a_tree_comes_back_as_it_was(tree, tmp_path):
   assert os.listdir(tmp_path) == ['f']
 
 
-@pytest.mark.parametrize('dtype', sorted(safetensors_files._CODES))
+@pytest.mark.parametrize('dtype', sorted(headers.CODES))
 @pytest.mark.parametrize('pattern', [None, '2:4', *ANYWHERE])
 def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):
   raw = np.random.default_rng(0).integers(0, 2 if dtype == 'bool' else 256, (8, 3, np.dtype(dtype).itemsize), np.uint8)
@@ -172,24 +179,28 @@ def test_a_longer_file_is_refused(path):
 
 def test_a_tensor_taken_out_or_put_in_is_named(path):
   """Writes the file again by another program, which keeps the metadata."""
-  file = safetensors_files._contents(path)
+  metadata, before = contents(path)
   for change, message in ((lambda t: t.pop('free/kernel.mask'), "missing tensors: 'free/kernel.mask'"),
                           (lambda t: t.update(more=np.ones(2)), "not saved: 'more'")):
-    tensors = {name: np.array(tensor) for name, tensor in file.tensors.items() if 'float8' not in tensor.dtype.name}
-    tensors['layers/1/bias'] = file.tensors['layers/1/bias'].view(np.uint8)
+    tensors = {name: np.array(tensor) for name, tensor in before.items() if 'float8' not in tensor.dtype.name}
+    tensors['layers/1/bias'] = before['layers/1/bias'].view(np.uint8)
     change(tensors)
-    safetensors.numpy.save_file(tensors, path, file.metadata)
+    safetensors.numpy.save_file(tensors, path, metadata)
     refused(path, message)
 
 
 def forge(path, change):
   """Writes a file with correct digests of contents that `change(about, tensors)` made wrong."""
-  file = safetensors_files._contents(path)
-  about, tensors = json.loads(file.metadata['sparsejax']), dict(file.tensors)
+  metadata, tensors = contents(path)
+  about = json.loads(metadata['sparsejax'])
   change(about, tensors)
-  digests = {name: hashlib.sha256(safetensors_files._bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
-  text = safetensors_files._header(about['leaves'], tensors, digests, {})
-  path.write_bytes(text + b''.join(safetensors_files._bytes(tensor) for tensor in tensors.values()))
+  data = {name: bytes(bodies.raw(tensor)) for name, tensor in tensors.items()}
+  ends = itertools.accumulate(map(len, data.values()))
+  places = {name: headers.Extent(tensors[name].dtype, tensors[name].shape, end - len(data[name]), end)
+            for name, end in zip(data, ends)}
+  digests = {name: hashlib.sha256(each).hexdigest() for name, each in data.items()}
+  text = saving._header(about['leaves'], places, digests, {}, 0)
+  path.write_bytes(len(text).to_bytes(8, 'little') + text + b''.join(data.values()))
 
 
 def entry(about, path):
@@ -231,8 +242,16 @@ FORGERIES = {
         {'rare/kernel.gaps': tensors['rare/kernel.gaps'].view('int8')})),
     'values for gaps in two axes': ("'rare/kernel'.*values .*do not belong", lambda about, tensors: tensors.update(
         {'rare/kernel.values': tensors['rare/kernel.values'][None]})),
-    'values of another kind': ('malformed.*free/kernel.gaps', lambda about, tensors: entry(about, 'free/kernel').update(
+    'parts of another kind': ('malformed.*mask', lambda about, tensors: entry(about, 'free/kernel').update(
         kind='relative_index')),
+    'parts that are not there': ('malformed.*free/kernel.gaps', lambda about, tensors: entry(
+        about, 'free/kernel').update(kind='relative_index', parts=['values', 'gaps'])),
+    'axes of another rank': ("'free/kernel' has axes", lambda about, tensors: entry(about, 'free/kernel').update(
+        roles={'contracted': [0], 'output': [1, 2], 'spatial': [], 'layer': [], 'source': 'given'})),
+    'axes without a source': ('malformed.*source', lambda about, tensors: entry(about, 'free/kernel').update(
+        roles={'contracted': [0], 'output': [1], 'spatial': [], 'layer': []})),
+    'the same as no leaf': ("malformed.*'step2'", lambda about, tensors: about['leaves'].append(
+        {'path': 'other', 'keys': [['dict', 'other']], 'same': 'step2'})),
 }
 
 
@@ -246,10 +265,10 @@ def test_contents_that_save_never_writes_are_refused(path, message, change):
 
 
 def test_a_file_of_the_future_says_so(path, monkeypatch):
-  monkeypatch.setattr(safetensors_files, 'VERSION', 2)
+  monkeypatch.setattr(headers, 'VERSION', 3)
   forge(path, lambda about, tensors: None)
   monkeypatch.undo()
-  refused(path, 'format version 2.*update')
+  refused(path, 'format version 3.*update')
 
 
 @pytest.mark.parametrize('like, message', [
@@ -303,18 +322,18 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatc
   before, calls = path.read_bytes(), []
   full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  def fail(*args, error=full, at=1, real=safetensors_files._bytes):
+  def fail(*args, error=full, at=1, real=bodies.raw):
     calls.append(args)
     if len(calls) == at:
       raise error
     return real(*args)
 
   tensors = len(jax.tree.leaves(packed()))
-  targets = {'first write': ('_bytes', fail), 'last write': ('_bytes', lambda t: fail(t, at=tensors)),
+  targets = {'first write': ('raw', fail), 'last write': ('raw', lambda t: fail(t, at=tensors)),
              'sync': ('os', types.SimpleNamespace(**{**vars(os), 'fsync': fail})),
              'replace': ('os', types.SimpleNamespace(**{**vars(os), 'replace': fail})),
-             'interrupt': ('_bytes', lambda t: fail(t, error=KeyboardInterrupt(), at=2))}
-  monkeypatch.setattr(safetensors_files, *targets[moment])
+             'interrupt': ('raw', lambda t: fail(t, error=KeyboardInterrupt(), at=2))}
+  monkeypatch.setattr(bodies, *targets[moment])
   with pytest.raises(KeyboardInterrupt if moment == 'interrupt' else OSError) as failure:
     io.save(path, packed())
   assert calls
@@ -381,7 +400,7 @@ def test_the_file_of_a_frozen_network_is_a_fiftieth_and_the_seed_gives_the_rest(
     held = optax.apply_updates(held, moves)
   mask = sj.masks(held, state)['a']['kernel']
   assert 0.5 < np.mean(held['a']['kernel'][mask] != start['a']['kernel'][mask])
-  io.save(tmp_path / 'frozen.safetensors', sj.states.freeze_net_trained(held, state))
+  io.save(tmp_path / 'frozen.safetensors', formats.freeze_net_trained(held, state))
   assert (tmp_path / 'frozen.safetensors').stat().st_size < 0.02 * formats.nbytes(held)
   again = formats.unpack(io.load(tmp_path / 'frozen.safetensors'), first(3))
   assert jax.tree.structure(again) == jax.tree.structure(held)

@@ -1,0 +1,119 @@
+"""Reads and writes the header of a safetensors file, which says where the bytes of each tensor are.
+
+    header = headers.read('model.safetensors')
+    header.places['a/kernel']        # dtype, shape, and the first and last byte in the file
+    header.metadata                  # the strings under `__metadata__`
+"""
+
+import hashlib
+import json
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+
+CODES = {
+  'bool': 'BOOL', 'int8': 'I8', 'uint8': 'U8', 'int16': 'I16', 'uint16': 'U16', 'int32': 'I32', 'uint32': 'U32',
+  'int64': 'I64', 'uint64': 'U64', 'float16': 'F16', 'bfloat16': 'BF16', 'float32': 'F32', 'float64': 'F64',
+  'complex64': 'C64', 'float8_e4m3fn': 'F8_E4M3', 'float8_e5m2': 'F8_E5M2', 'float8_e8m0fnu': 'F8_E8M0',
+  'float8_e4m3fnuz': 'F8_E4M3FNUZ', 'float8_e5m2fnuz': 'F8_E5M2FNUZ'}
+DTYPES = {code: name for name, code in CODES.items()}
+
+_LONGEST = 100_000_000  # bytes of a header, as the safetensors package has it
+
+VERSION = 2  # of what `__metadata__` says
+READABLE = (1, VERSION)  # Version 1 has no axes and no tied leaves.
+OWN = ('sparsejax', 'sha256')  # the keys of `__metadata__` that belong to this library
+UNKNOWN = '0' * 64  # stands for a digest until it is known
+_DIGEST = b'"sha256":"'  # The header's own digest begins behind this text: other quotes in JSON text are escaped.
+
+
+class Extent(NamedTuple):
+  """An `Extent` says where in a file the bytes of a tensor are: from `begin` to `end`, row-major and little-endian."""
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  begin: int
+  end: int
+
+
+class Header(NamedTuple):
+  """A `Header` is that of one safetensors file. `text` is its JSON, byte for byte."""
+
+  path: Any
+  text: bytes
+  metadata: dict[str, str]
+  places: dict[str, Extent]
+
+
+def bad(path: Any, what: str) -> ValueError:
+  """Returns the error for a file that cannot be read; `what` says why."""
+  return ValueError(f'io.load: {path}: {what}. Nothing was loaded; copy the file again, or save it anew.')
+
+
+def parsed(text: str | bytes) -> Any:
+  """Returns the value of a JSON text. Raises `ValueError` if an object has one name twice."""
+  return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns the pairs of a JSON object as a dict. Other readers let the last of two equal names win in silence."""
+  found: dict[str, Any] = {}
+  for name, value in pairs:
+    if name in found:
+      raise ValueError(f'the name {name!r} is there twice')
+    found[name] = value
+  return found
+
+
+def read(path: str | os.PathLike[str]) -> Header:
+  """Returns the header of a safetensors file. The safetensors package checks that the file is sound and complete.
+
+  Raises `OSError` if the file cannot be read. Raises `ValueError` for any other file, for dtypes that NumPy does not
+  have, and for two tensors of one name.
+  """
+  try:
+    with open(path, 'rb') as file:
+      text = file.read(min(int.from_bytes(file.read(8), 'little'), _LONGEST))
+    entries = parsed(text)  # first, because the safetensors package does not say that a name is there twice
+    with safetensors.safe_open(os.fspath(path), framework='numpy') as opened:
+      metadata = dict(opened.metadata() or {})
+  except OSError as e:
+    raise OSError(e.errno, f'io.load: cannot read {path}: {e.strerror or e}') from e
+  except (safetensors.SafetensorError, ValueError, RecursionError) as e:
+    raise bad(path, f'it is not a whole safetensors file: truncated, altered, or another format ({e})') from e
+  entries.pop('__metadata__', None)
+  return Header(path, text, metadata, {name: _place(path, name, entry, 8 + len(text))
+                                       for name, entry in entries.items()})
+
+
+def _place(path: Any, name: str, entry: dict[str, Any], start: int) -> Extent:
+  if entry['dtype'] not in DTYPES:
+    raise bad(path, f'tensor {name!r} has dtype {entry["dtype"]}; {", ".join(DTYPES)} can be read')
+  begin, end = entry['data_offsets']
+  return Extent(np.dtype(DTYPES[entry['dtype']]), tuple(entry['shape']), start + begin, start + end)
+
+
+def written(metadata: dict[str, str], places: dict[str, Extent]) -> bytes:
+  """Returns the JSON of a header, in the order of `places`, whose offsets count from the first byte of data."""
+  header: dict[str, Any] = {'__metadata__': metadata}
+  for name, place in places.items():
+    header[name] = {'dtype': CODES[place.dtype.name], 'shape': list(place.shape),
+                    'data_offsets': [place.begin, place.end]}
+  return json.dumps(header, separators=(',', ':')).encode()
+
+
+def signed(text: bytes) -> bytes:
+  """Returns the JSON of a header whose own SHA-256 is `UNKNOWN` with this SHA-256 in place."""
+  return _with_digest(text, hashlib.sha256(text).hexdigest())
+
+
+def is_signed(header: Header) -> bool:
+  """Returns whether the header is that of `signed`, unaltered."""
+  return signed(_with_digest(header.text, UNKNOWN)) == header.text
+
+
+def _with_digest(text: bytes, digest: str) -> bytes:
+  own = text.find(_DIGEST) + len(_DIGEST)
+  return text[:own] + digest.encode() + text[own + len(digest):]

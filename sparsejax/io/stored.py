@@ -1,0 +1,109 @@
+"""Defines the leaves of files that are read when they are asked for, so that a file need not fit into memory.
+
+    leaf = io.stored('model.safetensors')['mlp']['kernel']
+    leaf.shape, leaf.axes                 # This is what the file says.
+    leaf.load()                           # The array is packed or dense, and every byte is verified.
+    list(leaf.blocks(64))                 # Each array has 64 rows.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax.io import headers
+from sparsejax.types import Axes, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+  """A `Stored` leaf stands for an array in a file. The leaf has the shape and dtype of the dense array, and no values.
+
+  `load()` reads and verifies the leaf, packed or dense. `blocks(rows)` yields a dense leaf as arrays of `rows` rows
+  each, along the first axis; a packed leaf has no `blocks`. `axes`: the `Axes` that the file has on record, or `None`.
+  `index_bytes`: the item size of the widest index array of the loaded leaf, 0 for a leaf that is dense when loaded.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  load: Callable[[], Any]
+  blocks: Callable[[int], Iterator[np.ndarray]] | None = None
+  axes: Axes | None = None
+  index_bytes: int = 0
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.asarray(self.load(), dtype)
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def widest(self) -> int:
+    """The largest item size, in bytes, that a tensor of the leaf may have."""
+    return max(self.dtype.itemsize, self.index_bytes)
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+  """A `Tensor` is one tensor of a file. If `digest`, a SHA-256, is known, reading the tensor verifies it."""
+
+  path: Any
+  name: str
+  place: headers.Extent
+  digest: str | None = None
+
+  def leaf(self) -> Stored:
+    """Returns the leaf that consists of this tensor."""
+    return Stored(self.place.shape, self.place.dtype, self.read, self.blocks if self.place.shape else None)
+
+  def read(self) -> np.ndarray:
+    """Returns the whole tensor."""
+    data = self._bytes(self.place.begin, self.place.end)
+    self._verify(hashlib.sha256(data) if self.digest else None)
+    return data.view(self.place.dtype).reshape(self.place.shape)
+
+  def blocks(self, rows: int) -> Iterator[np.ndarray]:
+    """Yields `rows` rows of the tensor at a time; the bytes are verified when the last block has been read."""
+    length, *rest = self.place.shape
+    step = rows * math.prod(rest) * self.place.dtype.itemsize
+    hashed = hashlib.sha256() if self.digest else None
+    for begin in range(self.place.begin, self.place.end, max(step, 1)):
+      data = self._bytes(begin, min(begin + step, self.place.end))
+      if hashed:
+        hashed.update(data)
+      yield data.view(self.place.dtype).reshape(-1, *rest)
+      del data  # The consumer may let go of this block before the next block is read.
+    self._verify(hashed)
+
+  def _bytes(self, begin: int, end: int) -> np.ndarray:
+    data = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
+    if len(data) != end - begin:
+      raise headers.bad(self.path, f'tensor {self.name!r} was truncated while it was read')
+    return data
+
+  def _verify(self, hashed: Any) -> None:
+    if hashed and hashed.hexdigest() != self.digest:
+      raise headers.bad(self.path, f'tensor {self.name!r} was altered (its bytes do not have the SHA-256 that was '
+                                   'saved)')
+
+
+def loaded(tree: PyTree) -> PyTree:
+  """Returns `tree` with every `Stored` leaf loaded. A leaf that is in several places stays one array."""
+  arrays: dict[int, Any] = {}
+  def array(leaf: Any) -> Any:
+    if isinstance(leaf, Stored):
+      if id(leaf) not in arrays:
+        arrays[id(leaf)] = leaf.load()
+      return arrays[id(leaf)]
+    return leaf
+
+  return jax.tree.map(array, tree)
