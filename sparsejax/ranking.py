@@ -14,138 +14,30 @@ counts of a leaf are scalars, which add up across shards. A `Count` has two word
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparsejax.keys import byte_of, key_scores, largest_key, order_keys, varying
+from sparsejax import kinds
+from sparsejax.keys import key_scores, largest_key, order_keys
+from sparsejax.passes import keyed, least_key, top_n_of_large
 from sparsejax.types import Array
+from sparsejax.wholes import Count, along, at_least, count, counted, minus, most, one, plus, totals
+
+__all__ = ['Count', 'at_least', 'count', 'key_scores', 'minus', 'number', 'order_keys', 'plus', 'quantile',
+           'shares_of_leaves', 'top_n', 'top_n_in_groups', 'top_n_of_leaves']
 
 # Counting costs m comparisons for each entry of a group of m; bisection costs about 31 passes over memory. On a 2-core
 # CPU, for 4096 x 4096 float32, counting takes half the time of bisection at m = 64, and twice the time at m = 128.
 _COUNT_MOST = 64
-_RUN = 128  # the number of entries of a mask whose sum is one byte; at most 255
-_WORD = 31  # bits of the low word of a `Count`; a sum is split into two words before it needs more than 32 bits
-
-
-class Count(NamedTuple):
-  """A `Count` is the number `high * 2^31 + low`, with `int32` words and `0 <= low < 2^31`.
-
-  Counts are exact up to 2^62 without `jax_enable_x64`. `ranking.count(10**10)` makes a `Count`.
-  """
-
-  high: Any
-  low: Any
-
-
-def count(n: Any) -> Count:
-  """Returns `n` as a `Count`; `n` is an integer of any size, an integer array, a whole `float32` or a `Count`.
-
-  Negative integers become -1, which keeps nothing; integers that are too large for a `Count` become the largest `high`.
-  """
-  if isinstance(n, Count):
-    return n
-  if isinstance(n, (int, np.integer)):
-    n = max(int(n), -1)  # a negative number keeps nothing, whatever its size
-    return Count(np.int32(min(n >> _WORD, 2**31 - 1)), np.int32(n & ((1 << _WORD) - 1)))
-  n = jnp.asarray(n)
-  if jnp.issubdtype(n.dtype, jnp.floating):
-    high = jnp.floor(n * 2.0**-_WORD)
-    return Count(high.astype(jnp.int32), (n - high * 2.0**_WORD).astype(jnp.int32))
-  n = n.astype(jnp.int32) if n.dtype.itemsize < 4 else n
-  return Count((n >> _WORD).astype(jnp.int32), (n & ((1 << _WORD) - 1)).astype(jnp.int32))
-
-
-def plus(a: Count, b: Count) -> Count:
-  """Returns `a + b`."""
-  carried = _words(jnp.add(a.low, b.low))
-  return Count(a.high + b.high + carried.high, carried.low)
-
-
-def minus(a: Count, b: Count) -> Count:
-  """Returns `a - b`; the `high` of a negative difference is negative."""
-  low = a.low - b.low
-  return Count(a.high - b.high + (low >> _WORD), low & ((1 << _WORD) - 1))
-
-
-def at_least(a: Count, b: Count) -> Array:
-  """Returns whether `a >= b`, as `bool[]`."""
-  return (a.high > b.high) | ((a.high == b.high) & (a.low >= b.low))
-
-
-def _words(total: Any) -> Count:
-  """Returns an `int32` sum as a `Count`; the sign bit of `total` is read as the bit of value 2^31."""
-  return Count(lax.shift_right_logical(total, np.int32(_WORD)), total & ((1 << _WORD) - 1))
-
-
-def _totals(masks: Sequence[Sequence[Array]]) -> list[Count]:
-  """Returns, for each `i`, the number of `True` entries of `masks[0][i]`, `masks[1][i]`, ... together.
-
-  `masks[j]` holds the masks of leaf `j`, all of the same shape.
-  """
-  most = (2 << _WORD) - 1
-  totals, sums, entries = [count(0)] * len(masks[0]), [np.int32(0)] * len(masks[0]), 0
-  for leaf in masks:
-    for size, slab in _slabs(leaf[0].shape, most):
-      if entries + size > most:
-        totals, sums, entries = [plus(t, _words(s)) for t, s in zip(totals, sums)], [np.int32(0)] * len(sums), 0
-      more = _sums(leaf if slab is None else [mask & slab for mask in leaf])
-      sums, entries = [s + m for s, m in zip(sums, more)], entries + size
-  return [plus(t, _words(s)) for t, s in zip(totals, sums)]
-
-
-def _slabs(shape: tuple[int, ...], most: int) -> list[tuple[int, Array | None]]:
-  """Returns the parts into which a leaf is split so that each part has at most `most` entries.
-
-  A part is its size and its mask; the mask is `None` if one part is the whole leaf. Masks need no communication, but
-  slices or a reshape of a sharded leaf would. Raises `ValueError` if an axis or one slice is too long to be counted.
-  """
-  size = math.prod(shape)
-  axis = int(np.argmax(shape)) if shape else 0
-  step = most if size <= most else most // (size // shape[axis])
-  if shape and (shape[axis] >= 2**31 or not step):
-    raise ValueError(f'ranking: an axis or a slice of a leaf of shape {shape} does not fit 32-bit counts; reshape it '
-                     'to more axes, each shorter than 2^31.')
-  if size <= most:
-    return [(size, None)]
-  place = _along(axis, shape)
-  starts = range(0, shape[axis], step)
-  return [(step * (size // shape[axis]), (place >= start) & (place - start < step)) for start in starts]
-
-
-def _along(axis: int, shape: tuple[int, ...]) -> Array:
-  """Returns `int32` indices 0, 1, 2, ... along `axis` of a leaf of this shape; all other axes have length 1."""
-  return lax.broadcasted_iota(jnp.int32, [n if a == axis else 1 for a, n in enumerate(shape)], axis)
-
-
-def _sums(masks: Sequence[Array]) -> list[Array]:
-  """Returns the number of `True` entries of each mask, as `int32[]`."""
-  # XLA:CPU compiles one `reduce` of several arrays to a single loop. Sums become a tree of windows, each with a copy of
-  # its mask, which takes ten times as long. Between shards, however, sums become all-reduces, and `reduce` a gather.
-  if not _one_cpu():
-    return [jnp.sum(mask, dtype=jnp.int32) for mask in masks]
-  masks, size = [mask.reshape(-1) for mask in masks], masks[0].size
-  if size % _RUN == 0:  # the two processors share the runs, and a sum of bytes takes a quarter of the instructions
-    masks = _reduced([mask.reshape(-1, _RUN) for mask in masks], 1, np.uint8)
-  return _reduced(masks, 0, np.int32)
-
-
-def _reduced(arrays: Sequence[Array], axis: int, dtype: Any) -> list[Array]:
-  """Returns the sum of each array along `axis`, computed in `dtype`, by one reduction of all of them."""
-  return lax.reduce([array.astype(dtype) for array in arrays], [dtype(0)] * len(arrays), _added, (axis,))
-
-
-def _one_cpu() -> bool:
-  return jax.default_backend() == 'cpu' and jax.device_count() == 1
-
-
-def _added(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
-  return [x + y for x, y in zip(a, b)]
+_LARGE = 1 << 20  # scores that take passes which read few bytes: below, a program that compiles fast
 
 
 def top_n_in_groups(scores: Array, n: Any, m: int, axis: int) -> Array:
@@ -155,10 +47,10 @@ def top_n_in_groups(scores: Array, n: Any, m: int, axis: int) -> Array:
   """
   axis, shape = axis % scores.ndim, scores.shape
   # Two-byte keys halve the work, but along the minor axis XLA:CPU does not vectorize them.
-  keys = order_keys(scores, _keyed([scores]) if axis < scores.ndim - 1 else jnp.float32)
+  keys = order_keys(scores, keyed([scores]) if axis < scores.ndim - 1 else jnp.float32)
   keys = keys.reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
   pick = _count_in_groups if m <= _COUNT_MOST else _bisect_groups
-  return pick(keys, jnp.asarray(n, jnp.int32), _along(axis + 1, keys.shape), axis + 1).reshape(shape)
+  return pick(keys, jnp.asarray(n, jnp.int32), along(axis + 1, keys.shape), axis + 1).reshape(shape)
 
 
 def _count_in_groups(keys: Array, n: Array, place: Array, axis: int) -> Array:
@@ -206,109 +98,154 @@ def top_n_of_leaves(leaves: Sequence[Array], n: Any) -> list[Array]:
   """Returns one mask for each leaf, which together keep the `n` largest scores of all leaves.
 
   Among equal scores those of the earlier leaf are kept first. `n` is any argument of `count`, and may be traced. Leaves
-  are not concatenated, and devices exchange only the counts of a sharded leaf.
+  of one shape, dtype and sharding are stacked, and other leaves are not concatenated. Devices exchange only counts.
   """
-  return _top_n_of_leaves(list(leaves), count(n))
+  return _top_n_of_leaves(list(leaves), counted(count(n), sum(leaf.size for leaf in leaves)))
+
+
+def shares_of_leaves(leaves: Sequence[Array], n: Any) -> list[Count]:
+  """Returns how many of the `n` largest scores of all leaves each leaf has: the sums of `top_n_of_leaves`."""
+  return _shares_of_leaves(list(leaves), counted(count(n), sum(leaf.size for leaf in leaves)))
+
+
+def number(mask: Array) -> Count:
+  """Returns the number of `True` entries of a mask."""
+  return count(totals([[mask]])[0])
 
 
 # The selection is a single program outside of `jit` too. Each sum of a sharded leaf waits for all devices. Many such
 # programs in flight have deadlocked XLA:CPU with more devices than cores.
 @functools.partial(jax.jit, inline=True)
-def _top_n_of_leaves(leaves: list[Array], n: Count) -> list[Array]:
-  least = _least_key(leaves, n)
-  keys = [functools.partial(order_keys, leaf, _keyed(leaves)) for leaf in leaves]
-  counts = [_totals([[k() > least, k() == least]]) for k in keys]
-  missing = functools.reduce(minus, [larger for larger, _ in counts], n)
-  masks = []
-  for k, (_, equals) in zip(keys, counts):
-    masks.append((k() > least) | _first(lambda k=k: k() == least, missing, equals))
-    missing = minus(missing, equals)
-  return masks
+def _top_n_of_leaves(leaves: list[Array], n: Any) -> list[Array]:
+  if len(leaves) == 1 and leaves[0].size >= _LARGE:
+    return [top_n_of_large(leaves[0], n)]
+  groups, keys, least, counts = _ranked(leaves, n)
+  missing = _missing(n, groups, counts)
+  masks = [(k > least) | _first(k == least, each, equals) for k, each, (_, equals) in zip(keys, missing, counts)]
+  rows = dict(zip(itertools.chain(*groups), itertools.chain(*map(kinds.unstacked, masks))))
+  return [rows[i] for i in range(len(leaves))]
 
 
-def _keyed(leaves: Sequence[Array]) -> Any:
-  """Returns the dtype whose bits order all leaves: bfloat16 or float16 if all leaves have this dtype, else float32."""
-  dtypes = {leaf.dtype for leaf in leaves}
-  return dtypes.pop() if dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}) else jnp.dtype(jnp.float32)
+@functools.partial(jax.jit, inline=True)
+def _shares_of_leaves(leaves: list[Array], n: Any) -> list[Count]:
+  groups, _, _, counts = _ranked(leaves, n)
+  rows: dict[int, Count] = {}
+  for places, missing, (larger, equals) in zip(groups, _missing(n, groups, counts), counts):
+    none = jax.tree.map(jnp.zeros_like, equals)
+    ties = _where(at_least(missing, none), _where(at_least(equals, missing), missing, equals), none)
+    rows |= zip(places, kinds.unstacked(minus(larger, minus(none, ties))))
+  return [count(rows[i]) for i in range(len(leaves))]
 
 
-def _least_key(leaves: Sequence[Array], n: Count) -> Array:
-  """Returns the key of the `n`-th largest score of all leaves, or the least integer if there are fewer scores.
+def _where(condition: Array, a: Any, b: Any) -> Any:
+  return jax.tree.map(functools.partial(jnp.where, condition), a, b)
 
-  Each byte of the key is settled by passes over one byte of each score, a quarter of the memory of the scores.
+
+def _ranked(leaves: Sequence[Array], n: Any) -> tuple[list[list[int]], list[Array], Array, list[list[Any]]]:
+  """Returns the places of the leaves of each stack, the keys of each stack, and the `n`-th largest of all keys.
+
+  The last result holds the numbers of keys above the `n`-th largest, and of keys equal to it, `[rows]` for each stack.
   """
-  dtype = _keyed(leaves)
-  kind = jnp.dtype(jnp.int32 if dtype.itemsize == 4 else jnp.int16).type
-
-  def enough(keys):
-    return lambda ts: [at_least(c, n) for c in _totals([[k >= t for t in ts] for k in keys])]
-
-  def settle_byte(i, key):
-    shift = jnp.asarray(8 * (dtype.itemsize - 1 - i), kind)
-    # To compute the keys anew for each byte takes less time than to read keys, and no memory. Without the barrier, XLA
-    # computes them once before the loop.
-    anew = lax.optimization_barrier((leaves, i))[0]
-    byte = largest_key(enough([byte_of(order_keys(leaf, dtype), key, shift) for leaf in anew]), jnp.int8(0))
-    return key + jnp.left_shift(byte.astype(kind) + kind(128), shift)
-
-  start = varying(jnp.asarray(jnp.iinfo(kind).min, kind), enough([order_keys(leaf, dtype) for leaf in leaves]))
-  return lax.fori_loop(0, dtype.itemsize, settle_byte, start)
+  groups, stacks = _stacks(leaves)
+  keys = [order_keys(stack, keyed(stacks)) for stack in stacks]
+  if sum(leaf.size for leaf in leaves) >= _LARGE:
+    least = least_key(stacks, n)
+  else:
+    enough = lambda ts: [at_least(c, n) for c in totals([[k >= t for t in ts] for k in keys])]
+    least = largest_key(enough, jnp.zeros((), keys[0].dtype))
+  return groups, keys, least, [_of_rows([k > least, k == least], isinstance(n, Count)) for k in keys]
 
 
-def _first(mask: Callable[[], Array], n: Count, total: Count) -> Array:
-  """Returns the mask of the first `n` entries, in row-major order, of the `total` entries that are `True` in `mask()`.
+def _stacks(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
+  """Returns the places of the leaves of each kind, and the leaves of each kind as one array, `[leaves, ...]`.
 
-  The mask is a function, so that XLA computes the mask anew in each pass, and a branch that is not taken needs none.
+  A leaf that is too large for 32-bit counts is a kind of its own.
   """
-  fits, shape = at_least(n, total), jax.eval_shape(mask).shape
-  decided, whole = fits | ~at_least(n, count(1)), jnp.where(fits, jnp.asarray(shape, jnp.int32), 0)
-  if _one_cpu() and 0 < math.prod(shape) < 2**31:
-    return _before(mask(), fits, lax.cond(decided, lambda: whole, lambda: _stop_in_rows(mask(), n.low)))
-  return _before(mask(), fits, _stop(mask(), n, fits, decided, whole))
+  groups = []
+  for places in kinds.of(leaves):
+    first = leaves[places[0]]
+    groups += [places] if first.size <= most() and kinds.stackable(first) else [[i] for i in places]
+  return groups, [kinds.stacked([leaves[i] for i in places]) for places in groups]
 
 
-def _before(mask: Array, fits: Array, stop: Array) -> Array:
-  """Returns the entries of `mask` whose multi-index comes before `stop`; all entries if `fits`."""
-  earlier = fits
-  for axis in reversed(range(mask.ndim)):
-    place = _along(axis, mask.shape)
-    earlier = (place < stop[axis]) | ((place == stop[axis]) & earlier)
-  return mask & earlier
+def _of_rows(masks: Sequence[Array], wide: bool) -> list[Any]:
+  """Returns the numbers of `True` entries in each row of masks `[rows, ...]`; with `wide`, as a `Count`."""
+  numbers = jax.vmap(lambda *row: totals([row]))(*masks)
+  return [Count(jnp.zeros_like(n), n) if wide and not isinstance(n, Count) else n for n in numbers]
 
 
-def _stop_in_rows(mask: Array, n: Array) -> Array:
-  """Returns the multi-index of the entry of `mask` that `n` entries precede, as `int32[ndim]`.
+def _missing(n: Any, groups: Sequence[Sequence[int]], counts: Sequence[Sequence[Any]]) -> list[Any]:
+  """Returns how many of its scores with the least key each leaf keeps, `[rows]` for each stack.
 
-  A single pass counts the entries at each index of the first axis. The rest happens within the index that is cut.
+  `counts`: the numbers of scores above the least key, and with the least key, `[rows]` for each stack. Earlier leaves
+  keep theirs first, so that a number may be larger than there are scores, or negative.
   """
-  stop = []
-  for length in mask.shape:
-    rows, place = mask.reshape(length, -1), _along(0, (length,))
-    kept, left = _reduced([rows, ~rows], 1, np.int32)
-    counts = (kept - left + rows.shape[1]) >> 1  # `kept`, but XLA:CPU makes a tree of windows where it is alone
-    before = lambda at, counts=counts, place=place: jnp.sum(jnp.where(place < at, counts, 0), dtype=jnp.int32)
-    stop.append(largest_key(lambda ats, n=n, before=before: [before(at) <= n for at in ats], jnp.int32(0)))
-    n, mask = n - before(stop[-1]), lax.dynamic_index_in_dim(mask, stop[-1], 0, keepdims=False)
-  return jnp.stack(stop)
+  place = np.concatenate(groups)  # of each row among the leaves
+  if len(place) == 1:
+    return [minus(jax.tree.map(lambda word: jnp.asarray(word)[None], n), counts[0][0])]
+  larger, equals = (jax.tree.map(lambda *each: jnp.concatenate(each), *of_stacks) for of_stacks in zip(*counts))
+  if len(groups) > 1:
+    equals = jax.tree.map(lambda word: word[np.argsort(place)], equals)
+  _, missing = _taken(_taken(jax.tree.map(jnp.asarray, n), larger)[0], equals)
+  if len(groups) == 1:
+    return [missing]
+  return [jax.tree.map(operator.itemgetter(np.asarray(places)), missing) for places in groups]
 
 
-def _stop(mask: Array, n: Count, fits: Array, decided: Array, whole: Array) -> Array:
-  """Returns what `_stop_in_rows` does, by bisection of one axis after the other; `whole` if it is `decided`.
+def _taken(n: Any, counts: Any) -> tuple[Any, Any]:
+  """Returns what is left of `n` after all of the counts `[rows]` are taken away, and before each of them, `[rows]`."""
+  return lax.scan(lambda left, taken: (minus(left, taken), left), n, counts)
 
-  Devices exchange counts only. An index into the flattened leaf would need two words.
+
+def _first(mask: Array, n: Any, total: Any) -> Array:
+  """Returns the mask of the first `n[i]` entries, in row-major order, of the `total[i]` that are `True` in `mask[i]`.
+
+  Bisection settles the index at which the mask of a row stops. A row has several indices if one would not fit 32 bits.
   """
-  steps = [[1 << shift if a == axis else 0 for a in range(mask.ndim)]
-           for axis, length in enumerate(mask.shape) for shift in reversed(range(0, length.bit_length(), 2))]
-  if not steps:
-    return whole
+  indices = _indices(mask.shape)
+  lengths = np.array([math.prod(mask.shape[a] for a in axes) for axes in indices], np.int32)
+  places = [_index(axes, mask.shape) for axes in indices]
+  steps = np.array([[1 << shift if j == i else 0 for j in range(len(indices))] for i, length in enumerate(lengths)
+                    for shift in reversed(range(0, max(int(length), 1).bit_length(), 2))], np.int32)
+
+  def before(stop):  # `[indices, rows]`
+    earlier: Any = None
+    for place, end in reversed(list(zip(places, stop))):
+      end = lax.expand_dims(end, range(1, mask.ndim))
+      earlier = place < end if earlier is None else (place < end) | ((place == end) & earlier)
+    return mask & earlier
 
   def settle_digit(i, stop):
-    step = jnp.asarray(steps, jnp.int32)[i]
+    step = lax.dynamic_index_in_dim(steps, i, 0, keepdims=False, allow_negative_indices=False)[:, None]
     stops = [stop + digit * step for digit in (1, 2, 3)]
-    counts = _totals([[_before(mask, fits, s) for s in stops]])
-    return stop + step * sum((at_least(n, c) & jnp.all(s >= 0)).astype(jnp.int32) for s, c in zip(stops, counts))
+    fit = [at_least(n, c) & (functools.reduce(jnp.minimum, s) >= 0)
+           for s, c in zip(stops, _of_rows([before(s) for s in stops], isinstance(n, Count)))]
+    return stop + step * sum(f.astype(jnp.int32) for f in fit)[None]
 
-  return lax.fori_loop(jnp.where(decided, len(steps), 0), len(steps), settle_digit, whole)
+  fits = at_least(n, total)
+  decided = fits | ~at_least(n, one(n))
+  stop = jnp.where(fits, lengths[:, None], 0)
+  return before(lax.fori_loop(jnp.where(jnp.all(decided), len(steps), 0), len(steps), settle_digit, stop))
+
+
+def _indices(shape: tuple[int, ...]) -> list[list[int]]:
+  """Returns the axes that each index of an entry of a row merges: one index if a row of `shape` fits 32 bits."""
+  indices: list[list[int]] = [[]]
+  size = 1
+  for axis, length in list(enumerate(shape))[1:]:
+    if size * length > most():
+      indices, size = [*indices, []], 1
+    indices[-1].append(axis)
+    size *= length
+  return [axes for axes in indices if axes] or [[]]
+
+
+def _index(axes: Sequence[int], shape: tuple[int, ...]) -> Array:
+  """Returns the index that merges `axes`, row-major, of each entry: `int32`, of length 1 along all other axes."""
+  place, stride = jnp.zeros([1] * len(shape), jnp.int32), 1
+  for axis in reversed(axes):
+    place, stride = place + along(axis, shape) * np.int32(stride), stride * shape[axis]
+  return place
 
 
 def quantile(leaves: Sequence[Array], q: Any) -> Array:
@@ -318,16 +255,17 @@ def quantile(leaves: Sequence[Array], q: Any) -> Array:
   order. `q` may be traced. NaN counts as the least value. The place is a `float32`, and is off by up to 2^-24 of the
   size.
   """
-  keys, size = [order_keys(leaf) for leaf in leaves], sum(leaf.size for leaf in leaves)
+  keys, size = [order_keys(stack) for stack in _stacks(leaves)[1]], sum(leaf.size for leaf in leaves)
+  whole = lambda n: counted(count(n), size)
   place = jnp.float32(size - 1) * jnp.asarray(q, jnp.float32)
-  last = at_least(count(jnp.floor(place)), count(size - 1))
-  below = jax.tree.map(functools.partial(jnp.where, last), count(size - 1), count(jnp.floor(place)))
-  rank = minus(count(size), below)  # of the lower neighbour; the largest value has rank 1
-  low = largest_key(lambda ts: [at_least(c, rank) for c in _totals([[k >= t for t in ts] for k in keys])], jnp.int32(0))
+  last = at_least(whole(jnp.floor(place)), whole(size - 1))
+  below = jax.tree.map(functools.partial(jnp.where, last), whole(size - 1), whole(jnp.floor(place)))
+  rank = minus(whole(size), below)  # of the lower neighbour; the largest value has rank 1
+  low = largest_key(lambda ts: [at_least(c, rank) for c in totals([[k >= t for t in ts] for k in keys])], jnp.int32(0))
   # `high` is the next key in increasing order: `low` again if the key occurs there as well, else the least key above.
   most = jnp.int32(jnp.iinfo(jnp.int32).max)
   above = functools.reduce(jnp.minimum, [jnp.min(k, initial=most, where=k > low) for k in keys])
-  larger, _ = _totals([[k > low, k == low] for k in keys])
-  high = jnp.where(at_least(larger, minus(rank, count(1))) & ~last, above, low)
+  larger, _ = totals([[k > low, k == low] for k in keys])
+  high = jnp.where(at_least(larger, minus(rank, whole(1))) & ~last, above, low)
   low, high = key_scores(low), key_scores(high)
   return low + (place - jnp.floor(place)) * (high - low)

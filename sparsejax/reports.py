@@ -18,7 +18,7 @@ from sparsejax import errors, patterns, states, tables, trees, types
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
-_COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
+COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
 _HEAD = ('parameter', 'shape', 'pattern', 'along', 'asked', 'achieved', '')
 
 
@@ -129,7 +129,7 @@ def with_note(params: PyTree, made: Report) -> Report:
 def row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
   """Returns the row of a parameter of which `pattern` is asked; without it, the row names the tightest common N:M."""
   if pattern is None:
-    tightest = next((p for p in _COMMON if axes.contracted and not p.violation(w, axes)), None)
+    tightest = next((p for p in COMMON if axes.contracted and not p.violation(w, axes)), None)
     return LeafReport(path, w.shape, tightest, axes, None, _sparsity(w))
   return LeafReport(path, w.shape, pattern, axes, pattern.sparsity, _sparsity(w), pattern.violation(w, axes))
 

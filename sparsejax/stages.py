@@ -67,7 +67,8 @@ class Staged:
 class Switch:
   """A `Switch` is one of several patterns, by a traced `index`.
 
-  Only the mask of the chosen stage is computed; under `vmap` the masks of all stages are.
+  Only the mask of the chosen stage is computed; under `vmap` the masks of all stages are. The `group`, the
+  units and the violations are those of the last stage.
   """
 
   stages: tuple[Pattern, ...]
@@ -75,6 +76,10 @@ class Switch:
   sparsity = None
   static = False
   fixed = True
+
+  @property
+  def group(self) -> tuple[int, int]:
+    return self.stages[-1].group
 
   def __str__(self) -> str:
     return ' -> '.join(map(str, self.stages))
@@ -89,3 +94,9 @@ class Switch:
     """Returns the mask of the survivors of a drop, by the rule of the chosen stage."""
     rules = [lambda s, p=stage: counts.survivors(p, s, count, axes, drop) for stage in self.stages]
     return lax.switch(self.index, rules, scores)
+
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    return self.stages[-1].violation(w, axes, sparsity)
+
+  def pooled(self, scores: Array, axes: Axes) -> Pooled:
+    return self.stages[-1].pooled(scores, axes)

@@ -117,7 +117,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
     refused(tmp_path / 'f', "'a' is there twice|not written", call=call)
 
 
-# What a file says of the axes.
+# Files say what the axes of a packed leaf are.
 
 
 AXES = {'given': Axes((1,), (2,), layer=(0,), source='given'), 'traced': Axes((1,), (2,), layer=(0,), source='traced')}
