@@ -93,6 +93,9 @@ def test_packed_file_is_small_and_sparse_and_predicts_the_same_bits(demo, run):
   packed = io.load(demo / run / 'packed.safetensors')
   kernels = lambda tree: [tree['block_0']['mlp'][name]['kernel'] for name in ('fc1', 'fc2')]
   assert formats.nbytes(kernels(packed)) < 0.2 * formats.nbytes(kernels(held))
+  dense, small = (demo / run / f'{name}.safetensors' for name in ('dense', 'packed'))
+  saved = formats.nbytes(kernels(held)) - formats.nbytes(kernels(packed))
+  assert dense.stat().st_size - small.stat().st_size > 0.5 * saved
   unpacked = formats.unpack(packed)
   sparsejax.check(unpacked, pattern=sparsejax.NM(1, 8), where=sparsejax.trees.named('mlp/*/kernel'))
   model = models.make('vit', 10, patch=4, width=16, depth=1, heads=2)
