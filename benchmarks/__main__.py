@@ -16,7 +16,7 @@ import sys
 from benchmarks import results, timing
 from sparsejax import errors, tables
 
-SUITES = ('group_selection', 'selection', 'training_step', 'memory', 'kernels', 'packed_training')
+SUITES = ('group_selection', 'selection', 'bandwidth', 'training_step', 'memory', 'kernels', 'packed_training')
 OUT = pathlib.Path('benchmarks/results.md')
 
 

@@ -52,6 +52,8 @@ def everywhere(w: Array) -> Array:
 def alike(mask: Array, other: Array) -> Array:
   """Returns `mask` with the sharding of `other`, which has the same shape, on meshes of Auto and of Explicit axes."""
   sharding = jax.typeof(other).sharding
+  if sharding.mesh.empty:
+    return mask
   if jax.typeof(mask).sharding.spec != sharding.spec:  # happens on Explicit axes only
     return jax.sharding.reshard(mask, sharding)
   return mask & everywhere(other)  # with Auto axes, an operation of both makes the compiler shard both alike
@@ -70,7 +72,7 @@ def unmerged(w: Array, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Array:
   """Returns `w` with its merged axis split into `axes` of these `sizes`: the inverse of `merged`."""
   first = min(axes)
   w = w.reshape(*w.shape[:first], *sizes, *w.shape[first + 1:])
-  return jnp.transpose(w, np.argsort(_order(w.ndim, axes)))
+  return jnp.transpose(w, np.argsort(_order(w.ndim, axes)).tolist())
 
 
 def _order(rank: int, axes: tuple[int, ...]) -> list[int]:
@@ -105,7 +107,8 @@ def tiled(w: Array, contracted: tuple[int, ...], output: tuple[int, ...],
 
   def restored(tiles: Array) -> Array:
     rows = joined(joined(tiles, tiles.ndim - 1), tiles.ndim - 3)
-    return jnp.transpose(rows.reshape(*front, *inner, math.prod(outer)).reshape(moved.shape), np.argsort(order))
+    return jnp.transpose(rows.reshape(*front, *inner, math.prod(outer)).reshape(moved.shape),
+                         np.argsort(order).tolist())
 
   return tiles, restored
 

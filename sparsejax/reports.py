@@ -73,7 +73,7 @@ class Report:
     return '\n'.join([tables.aligned(_HEAD, [*(row.cells for row in self.rows), total]), *self.notes])
 
 
-__getattr__ = types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
+types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
 
 
 def _number(sparsity: float | None) -> str:

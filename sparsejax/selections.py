@@ -6,15 +6,17 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
-from sparsejax import counts, errors, patterns, ranking, scores, trees, updates
+from sparsejax import counts, errors, kinds, patterns, ranking, scores, trees, updates
 from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
 from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
@@ -109,24 +111,48 @@ class _Leafwise:
     return counts.kept_of(asked.sparsity, size) == counts.kept_of(pattern.sparsity, size)
 
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
-    now = [at(pattern, s.step) for pattern, s in zip(self.of([leaf.path for leaf in leaves]), signals)]
-    values = [self.score(w, s) for w, s in zip(weights, signals)]
-    told = self._counts(leaves, now, values, weights, masks, signals)
-    rows = zip(leaves, now, told, masks, values, weights, signals)
-    return [self.update(mask, values, counts.Selector(pattern, count, leaf.axes), w, s)
-            for leaf, pattern, count, mask, values, w, s in rows], None
+    rows = list(zip(masks, weights, map(_arrays, signals)))
+    facts = list(zip(map(_fact, leaves), self.of([leaf.path for leaf in leaves])))
+    step = signals[0].step
+    progress = self.ramp and self.ramp(step)
+    told = self._competed(leaves, facts, rows, step, progress) if self.ranked else [None] * len(rows)
 
-  def _counts(self, leaves, now, values, weights, masks, signals) -> list[Any]:
-    """Returns what each leaf's pattern is told: `None` where the pattern's own count holds."""
-    progress = self.ramp and self.ramp(signals[0].step)
-    if self.ranked:
-      first = self.allocation.score and [self.allocation.score(w, s) for w, s in zip(weights, signals)]
-      rows = zip(masks, first or values, weights, signals)
-      return competed(self.allocation, leaves, now, [updates.ranked_by(self.update, *row) for row in rows], progress)
-    if self.sparsity is None and self.ramp is None:
-      return [None] * len(leaves)
-    return [counts.count_of(pattern, leaf.asked.sparsity, leaf.shape, leaf.axes, progress)
-            for leaf, pattern in zip(leaves, now)]
+    def chosen(fact: Any, row: Any) -> Array:
+      (leaf, pattern), (mask, w, arrays, count, step, progress) = fact, row
+      signals = Signals(*arrays, step, leaf.axes)
+      pattern = at(pattern, step)
+      if not self.ranked and not (self.sparsity is None and self.ramp is None):
+        count = counts.count_of(pattern, leaf.asked.sparsity, leaf.shape, leaf.axes, progress)
+      return self.update(mask, self.score(w, signals), counts.Selector(pattern, count, leaf.axes), w, signals)
+
+    return kinds.each(chosen, facts, [(*row, count) for row, count in zip(rows, told)], (step, progress), _ranks), None
+
+  def _competed(self, leaves: Leaves, facts: Any, rows: Any, step: Any, progress: Any) -> list[ranking.Count]:
+    """Returns how many units each layer of each leaf keeps, where all leaves are ranked together."""
+    score = self.allocation.score or self.score
+
+    def ranks(fact: Any, row: Any) -> Array:
+      (leaf, _), (mask, w, arrays, step) = fact, row
+      signals = Signals(*arrays, step, leaf.axes)
+      return updates.ranked_by(self.update, mask, score(w, signals), w, signals)
+
+    now = [at(pattern, step) for _, pattern in facts]
+    return competed(self.allocation, leaves, now, kinds.each(ranks, facts, rows, (step,)), progress)
+
+
+def _ranks(fact: tuple[SparseLeaf, Pattern]) -> bool:
+  """Returns whether the pattern ranks a whole leaf by a loop, and not groups of a few neighbours."""
+  return not getattr(fact[1], 'fixed', False)
+
+
+def _fact(leaf: SparseLeaf) -> SparseLeaf:
+  """Returns what a leaf has in common with the leaves of its kind."""
+  return dataclasses.replace(leaf, path='')
+
+
+def _arrays(signals: Signals) -> tuple[Any, Any, Any]:
+  """Returns the signals of one leaf that are arrays."""
+  return signals.grad, signals.key, signals.stats
 
 
 def refuse(arrays: Mapping[str, Array], reasons: Sequence[str | None]) -> None:
@@ -172,13 +198,17 @@ def competed(allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern],
   normalise = allocation.normalise
   values = [counts.by_layer(normalise, pool.layers, [pool.scores]) if normalise else pool.scores for pool in pools]
   kept = counts.kept_of(leaves[0].asked.sparsity, sum(math.prod(v.shape) for v in values), progress)
-  masks = ranking.top_n_of_leaves(values, kept)
-  return [ranking.count(_per_layer(mask, pool)) for mask, pool in zip(masks, pools)]
+  if not any(pool.layers for pool in pools):
+    return list(map(ranking.count, ranking.shares_of_leaves(values, kept)))
+  return list(map(_per_layer, ranking.top_n_of_leaves(values, kept), pools))
 
 
-def _per_layer(kept: Array, pool: Pooled) -> Array:
-  """Returns how many units each layer keeps, `int32[*layers]`, of a mask of the units."""
-  return jnp.sum(kept, tuple(a for a in range(kept.ndim) if a not in pool.layers), dtype=jnp.int32)
+def _per_layer(kept: Array, pool: Pooled) -> ranking.Count:
+  """Returns how many units each layer keeps, a `Count` of words `int32[*layers]`, of a mask of the units."""
+  number = ranking.number
+  for _ in pool.layers:
+    number = jax.vmap(number)
+  return number(jnp.moveaxis(kept, pool.layers, range(len(pool.layers))))
 
 
 @checked
@@ -240,35 +270,58 @@ def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity
     return Plan(leaves)
 
   def select(leaves, weights, masks, signals):
-    rows, drop = list(zip(leaves, weights, masks, signals)), fraction(signals[0].step)
-    growing = [grow(w, s) for _, w, _, s in rows]
-    survivors = [_survivors(pattern, *row, drop) for row in rows]
-    grown = _grown(pattern, leaves, masks, survivors, growing)
-    return [pattern(jnp.where(alive, jnp.inf, updates.bounded(g)), ranking.count(count), leaf.axes)
-            for leaf, alive, g, count in zip(leaves, survivors, growing, grown)], None
+    facts, step = [(_fact(leaf), pattern) for leaf in leaves], signals[0].step
+    rows = list(zip(masks, weights, map(_arrays, signals)))
+    survivors = kinds.each(functools.partial(_survived, grow), facts, rows, (step, fraction(step)), _ranks)
+    grown = _grown([numbers for _, numbers in survivors])
+    alive = [mask for mask, _ in survivors]
+    rows = [(mask, count, *row) for mask, count, row in zip(alive, grown, rows)]
+    return kinds.each(functools.partial(_regrown, grow), facts, rows, (step,), _ranks), None
 
   return Selection(plan, select)
 
 
-def _survivors(pattern: Pattern, leaf: SparseLeaf, w: Array, mask: Array, signals: Signals, drop: Any) -> Array:
-  """Returns the mask of the kept weights of a leaf without the fraction `drop` of them, the smallest of each layer."""
-  keep = counts.fewer(ranking.count(_units_in(pattern, mask, leaf)), drop)
-  return pattern(updates.kept_first(mask, scores.magnitude(w, signals)), keep, leaf.axes) & mask
+class _Numbers(NamedTuple):
+  """A `_Numbers` says of each layer of a leaf, `[*layers]`, how many units were kept, survive, and could be kept.
+
+  `strength`: the mean of the growth scores over the kept weights. Numbers are `int32`: a layer has below 2^31 units.
+  """
+
+  before: Array
+  left: Array
+  most: Array
+  strength: Array
 
 
-def _grown(pattern: Pattern, leaves: Leaves, masks: Masks, survivors: Masks, growing: list[Array]) -> list[Array]:
+def _survived(grow: Score, fact: Any, row: Any) -> tuple[Array, _Numbers]:
+  """Returns the mask of the kept weights of a leaf without the smallest of each layer, and the numbers of its units."""
+  (leaf, pattern), (mask, w, arrays, step, drop) = fact, row
+  signals = Signals(*arrays, step, leaf.axes)
+  before = _units_in(pattern, mask, leaf)
+  keep = counts.fewer(ranking.count(before), drop)
+  alive = pattern(updates.kept_first(mask, scores.magnitude(w, signals)), keep, leaf.axes) & mask
+  left, most = (_units_in(pattern, each, leaf) for each in (alive, jnp.ones_like(mask)))
+  return alive, _Numbers(before, left, most, _mean_over(mask, grow(w, signals), leaf))
+
+
+def _regrown(grow: Score, fact: Any, row: Any) -> Array:
+  """Returns the mask of the survivors and of the best others, `count` units in each layer."""
+  (leaf, pattern), (alive, count, _, w, arrays, step) = fact, row
+  values = updates.bounded(grow(w, Signals(*arrays, step, leaf.axes)))
+  return pattern(jnp.where(alive, jnp.inf, values), ranking.count(count), leaf.axes)
+
+
+def _grown(numbers: Sequence[_Numbers]) -> list[Array]:
   """Returns how many units each layer of each leaf keeps after growth, `int32[*layers]` for each leaf."""
-  units = lambda trees: ravel_pytree([_units_in(pattern, mask, leaf) for mask, leaf in zip(trees, leaves)])
-  (before, restored), (left, _) = units(masks), units(survivors)
-  room = units([jnp.ones_like(mask) for mask in masks])[0] - left
-  strength, _ = ravel_pytree([_mean_over(*row) for row in zip(masks, growing, leaves)])
-  return restored(left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, room))
+  (before, restored), *others = (ravel_pytree(list(each)) for each in zip(*numbers))
+  left, most, strength = (flat for flat, _ in others)
+  return restored(left + updates.shared_out(jnp.sum(before - left, dtype=jnp.int32), strength, most - left))
 
 
 def _units_in(pattern: Pattern, mask: Array, leaf: SparseLeaf) -> Array:
-  """Returns how many units of a mask are kept, `int32[*layers]`."""
+  """Returns how many units of a mask are kept, `int32[*layers]`: fewer than 2^31 in each layer."""
   pool = pattern.pooled(mask.astype(jnp.float32), leaf.axes)
-  return _per_layer(pool.scores > 0, pool)
+  return _per_layer(pool.scores > 0, pool).low
 
 
 def _mean_over(mask: Array, values: Array, leaf: SparseLeaf) -> Array:

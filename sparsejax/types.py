@@ -10,6 +10,7 @@ are zero.
 """
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -139,9 +140,18 @@ class Pattern(Protocol):
   pattern that changes over the steps: the last pattern, and the pattern at `step`.
   """
 
-  sparsity: float | None  # the pattern reaches this fraction when the caller asks for no other
-  static: bool  # whether the pattern contains no traced number
-  group: tuple[int, int]  # lengths, along contraction and output, of the group of weights that a kernel treats as one
+  # Properties, because a member of a protocol that is not one would have to be assignable, which no pattern allows.
+  @property
+  def sparsity(self) -> float | None:
+    """The fraction of zeros that the pattern reaches when the caller asks for no other."""
+
+  @property
+  def static(self) -> bool:
+    """Whether the pattern contains no traced number."""
+
+  @property
+  def group(self) -> tuple[int, int]:
+    """The lengths, along contraction and output, of the group of weights that a kernel treats as one."""
 
   def __call__(self, scores: Array, count: Any = None, axes: Axes = Axes((0,), (1,))) -> Array:
     """Returns the mask, `bool` shaped like `scores`, `True` where kept.
@@ -182,10 +192,11 @@ class Flow(NamedTuple):
   along_axes: bool = False
 
 
-def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> Callable[[str], Any]:
-  """Returns a module's `__getattr__` under which former names work for one release, with a `DeprecationWarning`.
+def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> None:
+  """Gives a module a `__getattr__` under which former names work for one release, with a `DeprecationWarning`.
 
-  `names` maps a former name to the object and to the path where it is now.
+  `names` maps a former name to the object and to the path where it is now. Type checkers do not see the former names,
+  and so report them, and names that never were.
   """
   def getattr_(name: str) -> Any:
     if name not in names:
@@ -194,4 +205,4 @@ def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> Callable[[str], 
                   DeprecationWarning, stacklevel=2)
     return names[name][0]
 
-  return getattr_
+  setattr(sys.modules[module], '__getattr__', getattr_)  # noqa: B010

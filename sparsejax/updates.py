@@ -110,12 +110,15 @@ def shared_out(total: Array, weights: Array, room: Array) -> Array:
   largest weights first. The caller ensures that `total` fits into the room of all parts together; nothing is raised
   otherwise.
   """
-  given, weights = jnp.zeros_like(room), jnp.maximum(bounded(weights), 0)
-  for _ in range(weights.size):
+  weights = jnp.maximum(bounded(weights), 0)
+
+  def share(_, given):
     open_, missing = jnp.where(given < room, weights, 0), total - jnp.sum(given)
     part = open_ / jnp.maximum(jnp.sum(open_), jnp.finfo(jnp.float32).tiny)
     more = jnp.minimum(jnp.floor(part * missing.astype(jnp.float32)).astype(jnp.int32), room - given)
-    given += jnp.clip(missing - (jnp.cumsum(more) - more), 0, more)  # above 2^24 a float32 product rounds up, too
+    return given + jnp.clip(missing - (jnp.cumsum(more) - more), 0, more)  # above 2^24 a float32 product rounds up, too
+
+  given = jax.lax.fori_loop(0, weights.size, share, jnp.zeros_like(room))
   order = jnp.argsort(-weights, stable=True)
   left = (room - given)[order]
   before = jnp.cumsum(left) - left

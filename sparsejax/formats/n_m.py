@@ -282,7 +282,7 @@ def _value_axes(rank: int, axes: tuple[int, ...], outputs: tuple[int, ...]) -> t
 def _in_place(rows: Array, value_axes: tuple[list[int], int, list[int]], lengths: list[int]) -> Array:
   """Returns `rows`, `[..., K n / m, N]`, with N split into outputs of these `lengths` and in the order of `values`."""
   front, contraction, outputs = value_axes
-  return jnp.transpose(rows.reshape(*rows.shape[:-1], *lengths), np.argsort([*front, contraction, *outputs]))
+  return jnp.transpose(rows.reshape(*rows.shape[:-1], *lengths), np.argsort([*front, contraction, *outputs]).tolist())
 
 
 def to_merged(packed: NMArray) -> Array:

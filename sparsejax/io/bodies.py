@@ -116,7 +116,7 @@ def _move(file: BinaryIO, start: int, size: int, to: int) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   """Opens a new file that replaces `path` once it is complete and on the disk. An error removes the new file."""
   target = os.path.realpath(path)
   if os.path.exists(target) and not os.path.isfile(target):

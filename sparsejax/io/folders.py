@@ -17,7 +17,7 @@ from sparsejax.io.stored import Tensor
 INDEX, PART = '.safetensors.index.json', '.safetensors'
 
 
-def tensors(path: str | os.PathLike) -> dict[str, Tensor] | None:
+def tensors(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
   """Returns the tensors of a safetensors checkpoint by name, or `None` if `path` is a folder without any.
 
   `path` is a safetensors file, an index, or the folder of either. Raises `ValueError` naming the part if a part is
@@ -39,7 +39,7 @@ def tensors(path: str | os.PathLike) -> dict[str, Tensor] | None:
   return of_part(folder / files[0]) if files else None
 
 
-def is_index(path: str | os.PathLike) -> bool:
+def is_index(path: str | os.PathLike[str]) -> bool:
   """Returns whether `path` has the name of an index."""
   return os.fspath(path).endswith(INDEX)
 

@@ -67,7 +67,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def read(path: str | os.PathLike) -> Header:
+def read(path: str | os.PathLike[str]) -> Header:
   """Returns the header of a safetensors file. The safetensors package checks that the file is sound and complete.
 
   Raises `OSError` if the file cannot be read. Raises `ValueError` for any other file, for dtypes that NumPy does not

@@ -17,7 +17,7 @@ from sparsejax.io.stored import Stored, Tensor, loaded
 from sparsejax.types import Axes, PyTree
 
 
-def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
+def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
   """Returns the tree in a file that `save` wrote, after every byte is verified.
 
   Leaves are NumPy arrays, and packed arrays of NumPy arrays. A leaf that was in several places is one array again. The
@@ -31,7 +31,7 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
   return _tree(header, about, leaves) if like is None else _like(path, leaves, like)
 
 
-def _own(path: str | os.PathLike) -> headers.Header:
+def _own(path: str | os.PathLike[str]) -> headers.Header:
   """Returns the header of a file that `save` wrote. Raises `ValueError` for another file."""
   header = headers.read(path)
   if not _ours(header):
@@ -39,12 +39,12 @@ def _own(path: str | os.PathLike) -> headers.Header:
   return header
 
 
-def metadata(path: str | os.PathLike) -> dict[str, str]:
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
   """Returns the strings that were given to `save`, or the metadata of any other safetensors file."""
   return {key: value for key, value in headers.read(path).metadata.items() if key not in headers.OWN}
 
 
-def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
+def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
   """Returns the parameters in a file or checkpoint of unknown structure, as NumPy arrays on this host.
 
   `path` is a file that `save` wrote, any other safetensors file, the folder of a sharded safetensors checkpoint or its
@@ -59,7 +59,7 @@ def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
   return loaded(stored(path, item))
 
 
-def stored(path: str | os.PathLike, item: str | None = None, *, own: bool = False) -> PyTree:
+def stored(path: str | os.PathLike[str], item: str | None = None, *, own: bool = False) -> PyTree:
   """Returns the tree of `read` without the values: its leaves are `Stored` and are read when they are asked for.
 
   The leaves of an Orbax checkpoint are arrays, as `read` returns them. Raises `ValueError` as `read` does; damage
@@ -81,7 +81,7 @@ def stored(path: str | os.PathLike, item: str | None = None, *, own: bool = Fals
   return tree if item is None else orbax.at_top(path, tree, item)
 
 
-def _is_own(path: str | os.PathLike) -> bool:
+def _is_own(path: str | os.PathLike[str]) -> bool:
   return os.path.isfile(path) and not folders.is_index(path) and _ours(headers.read(path))
 
 

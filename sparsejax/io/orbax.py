@@ -17,7 +17,7 @@ from sparsejax import errors
 from sparsejax.types import PyTree
 
 
-def read(path: str | os.PathLike, item: str | None = None) -> PyTree:
+def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
   """Returns the parameters of the newest complete step: the item `params`, or the only item, or `item`.
 
   `item` may also be a key at the top of the tree. If the tree has `params` beside an optimizer's state, only `params`

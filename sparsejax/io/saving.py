@@ -23,7 +23,7 @@ from sparsejax.io.stored import Stored
 from sparsejax.types import PyTree
 
 
-def save(path: str | os.PathLike, params: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
+def save(path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
   """Writes `params`, whose leaves may be packed or dense, to one safetensors file, or leaves nothing behind.
 
   A leaf that is in several places of the tree, one and the same array, is written once. Leaves may be `Stored`, of

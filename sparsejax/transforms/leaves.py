@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import conventions, errors, flows, trees
+from sparsejax import conventions, errors, flows, kinds, trees
 from sparsejax.selections import Selection, refuse
 from sparsejax.types import Array, Axes, Flow, PyTree, Signals
 
@@ -79,12 +79,17 @@ class Leaves:
   def signals(self, step: Array, stats: Sequence[Any], grads: Sequence[Any] | None = None,
               key: Array | None = None) -> list[Signals]:
     """Returns what words may read, one `Signals` for each sparse leaf. Every leaf and step has its own key."""
-    now = key if key is None else jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEYS), step)
-    # The key depends on the path, so that the other sparse leaves do not change a leaf's draw.
-    names = [zlib.crc32(leaf.path.encode()) for leaf in self.plan.leaves]
-    keys = [now if now is None else jax.random.fold_in(now, np.uint32(name)) for name in names]
+    keys = [None] * len(self.index) if key is None else self._keys(step, key)
     grads = [None] * len(self.index) if grads is None else grads
     return [Signals(*each, step, leaf.axes) for *each, leaf in zip(grads, keys, stats, self.plan.leaves)]
+
+
+  def _keys(self, step: Array, key: Array) -> list[Array]:
+    """Returns the key of each leaf at `step`: it depends on the path, so that other leaves do not change a draw."""
+    now = jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEYS), step)
+    names = np.array([zlib.crc32(leaf.path.encode()) for leaf in self.plan.leaves], np.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(now, names)
+    return [jax.random.wrap_key_data(data, impl=KEYS) for data in kinds.unstacked(jax.random.key_data(keys))]
 
 
 def refuse_complex(paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> None:

@@ -121,16 +121,17 @@ def stepped(call: Call, point: Point, gradients: list[Array]) -> tuple[Point, Py
 def chosen(call: Call, point: Point) -> Point:
   """Returns the point with the masks of this step, where masks are due.
 
-  Masks are chosen by the weights after the step. A schedule that is always or never due takes no branch.
+  Masks are chosen by the weights after the step. A schedule that is never due takes no branch, and one that is always
+  due takes one on CPUs alone: XLA:CPU computes a mask once for each result that needs it, and a branch only once.
   """
   method = call.method
   if method.never:
     return point
   choose = lambda: _selected(method.selection, call.leaves, point, _signals(call, point, call.step))
-  if method.always:
+  if method.always and jax.default_backend() != 'cpu':
     new = choose()
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
-    return new._replace(masks=[mask & (old | True) for mask, old in zip(new.masks, point.masks)])
+    return new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
   due = method.due(call.step)
   # Only masks and thresholds leave the branch, because a `cond` copies its results.
   if method.selection.threshold is None:

@@ -22,11 +22,12 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types',),
-    ('errors', 'tables', 'conventions'),
+    ('errors', 'tables', 'conventions', 'keys', 'kinds', 'wholes'),
     ('arguments',),
     ('trees',),
     ('programs',),
-    ('ranking', 'neighbours'),
+    ('passes', 'neighbours'),
+    ('ranking',),
     ('counts',),
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
