@@ -320,14 +320,14 @@ def parse(text: Any) -> Any:
     return {glob: parse(each) for glob, each in text.items()}
   if callable(text):
     return text
+  for spelling in TABLE.values():
+    if match := re.fullmatch(spelling.regex, str(text).strip(), re.IGNORECASE):
+      return spelling.make(*(int(number) for number in match.groups() if number is not None))
   name, _, number = str(text).strip().rpartition(' ')
-  if name and re.fullmatch(r'[01]?\.\d+', number):
+  if name and re.fullmatch(r'[01]|[01]?\.\d+', number):
     pattern = parse(name)
     if pattern.sparsity is not None:
       raise ValueError(f'patterns.parse: {text!r}: {pattern} says how sparse it is; leave {number} out.')
     return dataclasses.replace(pattern, sparsity=float(number))
-  for spelling in TABLE.values():
-    if match := re.fullmatch(spelling.regex, str(text).strip(), re.IGNORECASE):
-      return spelling.make(*(int(number) for number in match.groups() if number is not None))
   examples = [example for spelling in TABLE.values() for example in spelling.examples]
   raise errors.unknown('patterns.parse', 'pattern', str(text), examples)
