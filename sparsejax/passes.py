@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparsejax import wholes
 from sparsejax.keys import byte_of, largest_key, order_keys, varying
 from sparsejax.types import Array
-from sparsejax.wholes import along, at_least, minus, most, one, one_cpu, reduced, totals
+from sparsejax.wholes import along, at_least, minus, most, one, reduced, totals
 
 
 def top_n_of_large(leaf: Array, n: Any) -> Array:
@@ -68,7 +69,7 @@ def _first(mask: Callable[[], Array], n: Any, total: Any) -> Array:
   """
   fits, shape = at_least(n, total), jax.eval_shape(mask).shape
   decided, whole = fits | ~at_least(n, one(n)), jnp.where(fits, jnp.asarray(shape, jnp.int32), 0)
-  if one_cpu() and 0 < math.prod(shape) <= most():
+  if wholes.one_cpu() and 0 < math.prod(shape) <= most():
     stop = lax.cond(decided, lambda: whole, lambda: _stop_in_rows(mask(), n))
     return _before(mask(), fits, stop)
   return _before(mask(), fits, _stop(mask(), n, fits, decided, whole))
