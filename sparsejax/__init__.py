@@ -7,8 +7,8 @@
 Modules import only from the lines above their own:
 
 - The ground: `types` holds the shared types and signatures, `errors` the texts of refusals, `tables` the printing of
-  tables. `trees` names the leaves of a pytree. `ranking` selects an exact number of the largest scores, and `counts`
-  turns a sparsity into an exact number.
+  tables. `conventions` says what names and containers tell about axes, and `trees` names the leaves of a pytree.
+  `ranking` selects an exact number of the largest scores, and `counts` turns a sparsity into an exact number.
 - `programs` reads JAX programs: the axes that each product contracts, and the collectives of a compiled step.
 - The words, one module each: `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`, `starts`, `metrics`.
 - `formats` packs pruned parameters into smaller arrays.
