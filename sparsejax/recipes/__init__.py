@@ -59,7 +59,7 @@ moved(__name__, {
     'model_soup': (metrics.model_soup, 'metrics.model_soup')})
 
 # Arguments of recipes that count updates; a float is a fraction of all updates.
-_STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps', 'begin', 'end')
+_STEPS = ('dense_steps', 'fine_tune_steps', 'ramp_steps', 'begin', 'end', 'every')
 _SCHEDULE_STEPS = ('begin', 'end', 'half_life')
 
 
@@ -124,4 +124,6 @@ def _read(key: str, value: Any, total_steps: int) -> Any:
 def _steps(key: str, value: Any, total_steps: int) -> int:
   if not is_number(value) or not (value >= 0 and float(value).is_integer() or 0 <= value <= 1):
     raise ValueError(f'recipes.from_config: {key}={value!r} is neither a number of updates nor a fraction of them.')
-  return round(value * total_steps) if isinstance(value, float) and value <= 1 else int(value)
+  if not isinstance(value, float) or value > 1:
+    return int(value)
+  return max(round(value * total_steps), int(key == 'every' and value > 0))

@@ -92,14 +92,17 @@ def _until_the_end(decay: Schedule, dense_steps: int, *, total_steps: int | None
                      f'fine_tune_steps ({fine_tune_steps}) of total_steps ({total_steps}).')
   if decay is LINEAR_5000:
     return schedules.linear(end=min(5000, last))
-  if fine_tune_steps or says(decay, ENDLESS):
-    return decay
+  if not fine_tune_steps and not says(decay, ENDLESS):
+    _refuse_unless_zero(decay, last)
+  return decay
+
+
+def _refuse_unless_zero(decay: Schedule, last: int) -> None:
   with jax.ensure_compile_time_eval():
     beta = float(decay(last))
   if beta:
     raise ValueError(f'recipes.mdgf: `decay` is still {beta:g} after the last of {last} updates, so that no weight '
                      'would be zero. Let it reach 0 by then, or pass fine_tune_steps=.')
-  return decay
 
 
 @sentence()

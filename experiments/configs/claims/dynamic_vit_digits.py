@@ -23,8 +23,8 @@ def get_config():
   config = claims.vit_digits(seeds=10, steps=1000)
   methods = {
       'static': {'name': 'static_sparse'},
-      'SET': {'name': 'set_', 'every': 20},
-      'RigL': {'name': 'rigl', 'every': 20},
+      'SET': {'name': 'set_', 'every': 0.02},
+      'RigL': {'name': 'rigl', 'every': 0.02},
   }
   where = ['attention/*/kernel', 'mlp/*/kernel']
   config.recipes.update(claims.at_sparsities((90, 95), methods, where=where, allocation='erk'))
