@@ -10,6 +10,7 @@ which every tool of optax understands.
     where = lambda path, leaf: leaf.ndim == 2 and leaf.size > 10_000
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -156,26 +157,23 @@ def globs_of(where: Any) -> tuple[str, ...]:
 def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]:
   """Returns one bool for each leaf of `tree`: whether `where` picks the leaf.
 
-  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. A leaf of size zero is
-  never picked, since it has nothing to prune. `function` is the name
-  of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an exclusion too,
-  matches no path. The message has the closest paths of `tree`, and leaves that optax masks have paths as well. Raises
-  `ValueError` if `where` picks leaves that are not floating or that share their path, or is neither a predicate nor a
-  prefix. A predicate is called with arrays only: a number, a function or an empty array is never picked.
+  `where` is a predicate `(path, leaf) -> bool`, or a pytree of bools that is a prefix of `tree`. A predicate is called
+  with arrays only: a number, a function or an empty array, which has nothing to prune, is never picked. `function` is
+  the name of the caller, for messages. Raises `ValueError` if `where` picks no leaf, or if one of its globs, an
+  exclusion too, matches no path. The message has the closest paths of `tree`, and leaves that optax masks have paths as
+  well. Raises `ValueError` if `where` picks leaves that are not floating or that share their path, or is no prefix.
   """
   names, leaves, _ = flatten(tree)
-  picked = [pick and getattr(leaf, 'size', 1) > 0 for pick, leaf in zip(_picked(function, where, tree), leaves)]
+  picked = _picked(function, where, tree)
   _refuse_globs(function, where, tree, any(picked))
   if not any(picked):
     raise ValueError(f'{function}: `where` picks no parameter. {_looks(names)}')
-  wrong = lambda leaf: not jnp.issubdtype(leaf.dtype, jnp.floating)
-  problems = [errors.Problem(name, leaf.shape, f'dtype {leaf.dtype} is not floating; leave it out of `where`.')
-              for name, leaf, pick in zip(names, leaves, picked) if pick and wrong(leaf)]
-  if problems:
+  rows, seen = [(name, leaf) for name, leaf, pick in zip(names, leaves, picked) if pick], collections.Counter(names)
+  if problems := [errors.Problem(name, w.shape, f'dtype {w.dtype} is not floating; leave it out of `where`.')
+                  for name, w in rows if not jnp.issubdtype(w.dtype, jnp.floating)]:
     raise refused(errors.at_leaves(function, problems), where, tree)
-  problems = [errors.Problem(name, leaf.shape, 'two leaves have this path. Rename a key, so that no key holds a `/`.')
-              for name, leaf, pick in zip(names, leaves, picked) if pick and names.count(name) > 1]
-  if problems:
+  if problems := [errors.Problem(name, w.shape, 'two leaves have this path. Rename a key, so that no key holds a `/`.')
+                  for name, w in rows if seen[name] > 1]:
     raise errors.at_leaves(function, problems)
   return picked
 

@@ -1,0 +1,110 @@
+"""Measures how long an AdamW step of each recipe takes to trace, lower and compile, over the step of AdamW alone.
+
+The parameters are 10 to 800 matrices of three shapes. The step has nothing but the optimizer: there is no model in whose
+compile time that of a recipe would vanish. The size of a program is the number of its operations before and after XLA's
+optimizations, which is the same in every round.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sparsejax as sj
+from benchmarks import timing
+from benchmarks.timing import Measurement
+
+SHAPES = ((64, 64), (64, 128), (128, 64))
+LEAVES = (10, 50, 200, 800)
+DENSE_MASTER = ('ste', 'sr_ste', 'mdgf', 'asp')
+OTHERS = ('st3', 'gradual_magnitude', 'gradual_magnitude, global', 'movement_pruning', 'set_', 'rigl', 'snfs',
+          'lottery_jackpot', 'snip')
+BARS = {**dict.fromkeys(DENSE_MASTER, (1.5, 2.0)), **dict.fromkeys(OTHERS, (3.0, 4.0))}  # time and size over dense
+OPTIONS = {'gradual_magnitude, global': {'allocation': sj.allocation.global_()}, 'mdgf': {'total_steps': 5000}}
+STEPS = 5000
+
+
+class Cost(NamedTuple):
+  """A `Cost` is what a step costs before it runs: seconds, and the number of operations before and after XLA."""
+
+  seconds: float
+  operations: int
+  compiled: int | None
+
+
+def run(rounds: int = 20, leaves: Sequence[int] = LEAVES, names: Sequence[str] = tuple(BARS)) -> Iterator[Measurement]:
+  """Yields the claims of each recipe and number of leaves: the seconds, and both sizes of the program, over dense.
+
+  A round compiles everything anew, so that there are at most three rounds, and one from 200 leaves on. The last claim is
+  the time of `init` over the time that a step takes to compile.
+  """
+  jax.config.update('jax_enable_compilation_cache', False)
+  cost(make('dense'), 2)  # what JAX does once in a process
+  for number in leaves:
+    turns = [[(cost(make('dense'), number), *(cost(make(name), number) for name in names))]
+             for _ in range(min(rounds, 3 if number < 200 else 1))]
+    for i, name in enumerate(names):
+      seconds = [{'dense': dense.seconds, name: each[i].seconds} for ((dense, *each),) in turns]
+      title, (slow, large) = f'{name}, {number} leaves', BARS[name]
+      yield timing.claim(f'{title}: seconds to compile a step, over dense', seconds, name, 'dense', slow, at_least=False)
+      (dense, *each), = turns[0]
+      for what, field in (('operations', 'operations'), ('compiled operations', 'compiled')):
+        ratio = getattr(each[i], field) / getattr(dense, field)
+        yield Measurement(f'{title}: {what} over dense', ratio, (ratio, ratio), large, False, 1)
+  yield first_state('rigl', max(leaves))
+
+
+def make(name: str) -> optax.GradientTransformationExtraArgs:
+  """Returns the optimizer of a name of `BARS`, or AdamW alone for 'dense'."""
+  if name == 'dense':
+    return optax.with_extra_args_support(optax.adamw(1e-3))
+  recipe = sj.recipes.TABLE[name.split(',')[0]]
+  common = {'total_steps': STEPS, 'key': jax.random.key(0)}
+  known = {key: value for key, value in common.items() if key in sj.recipes.arguments(recipe)}
+  random = name in ('set_', 'rigl', 'snfs')
+  return recipe(optax.adamw(1e-3), **{key: known[key] for key in known if key != 'key' or random} | OPTIONS.get(name, {}))
+
+
+def matrices(leaves: int) -> dict[str, Any]:
+  """Returns the parameters of a model of so many matrices, as shapes."""
+  return {f'layer_{i}': {'kernel': jax.ShapeDtypeStruct(SHAPES[i % len(SHAPES)], jnp.float32)} for i in range(leaves)}
+
+
+def stepping(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+  """Returns the step of an optimizer, `(params, state, grads) -> (params, state)`."""
+  def step(params, state, grads):
+    moves, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, moves), state
+
+  return step
+
+
+def cost(tx: optax.GradientTransformationExtraArgs, leaves: int, compiled: bool = True) -> Cost:
+  """Returns the cost of a step that donates its arguments; without `compiled`, of its trace and its lowering."""
+  params = matrices(leaves)
+  state = jax.eval_shape(tx.init, params)
+  jax.clear_caches()
+  start = time.perf_counter()
+  lowered = jax.jit(stepping(tx), donate_argnums=(0, 1)).lower(params, state, params)
+  program = lowered.compile() if compiled else None
+  seconds = time.perf_counter() - start
+  operations = len(re.findall(r'^\s*(?:%|return|func|stablehlo)', lowered.as_text(), re.MULTILINE))
+  after = program and len(re.findall(r'^\s+(?:ROOT )?%?[\w.-]+ = ', program.as_text(), re.MULTILINE))
+  return Cost(seconds, operations, after)
+
+
+def first_state(name: str, leaves: int) -> Measurement:
+  """Returns the claim on `init`, called outside of `jit` with no program compiled yet, over a step's time to compile."""
+  tx = make(name)
+  params = jax.tree.map(lambda w: jnp.ones(w.shape, w.dtype), matrices(leaves))
+  step = cost(tx, leaves).seconds
+  jax.clear_caches()
+  start = time.perf_counter()
+  jax.block_until_ready(jax.tree.leaves(tx.init(params)))
+  ratio = (time.perf_counter() - start) / step
+  return Measurement(f'{name}, {leaves} leaves: seconds of init over those to compile a step', ratio, (ratio, ratio), 2.0,
+                     False, 1)
