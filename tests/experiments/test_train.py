@@ -93,8 +93,13 @@ def test_packed_file_is_small_and_sparse_and_predicts_the_same_bits(demo, run):
   packed = io.load(demo / run / 'packed.safetensors')
   kernels = lambda tree: [tree['block_0']['mlp'][name]['kernel'] for name in ('fc1', 'fc2')]
   assert formats.nbytes(kernels(packed)) < 0.2 * formats.nbytes(kernels(held))
+  dense, small = (demo / run / f'{name}.safetensors' for name in ('dense', 'packed'))
+  saved = formats.nbytes(kernels(held)) - formats.nbytes(kernels(packed))
+  assert dense.stat().st_size - small.stat().st_size > 0.5 * saved
   unpacked = formats.unpack(packed)
-  sparsejax.check(unpacked, pattern=sparsejax.NM(1, 8), where=sparsejax.trees.named('mlp/*/kernel'))
+  seeds = {'mlp/*/kernel': sparsejax.types.Axes((1,), (2,), layer=(0,))}
+  assert formats.axes_of(kernels(packed)[0])[:4] == seeds['mlp/*/kernel'][:4]
+  sparsejax.check(unpacked, pattern=sparsejax.NM(1, 8), where=sparsejax.trees.named('mlp/*/kernel'), axes=seeds)
   model = models.make('vit', 10, patch=4, width=16, depth=1, heads=2)
   images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
   logits = lambda params: jax.vmap(lambda p: model.apply({'params': p}, images))(jax.tree.map(jnp.asarray, params))
