@@ -21,7 +21,7 @@ help:
 	@echo 'make test-full    the same without leaving any combination out (96,250 of them: 18 hours on 2 cores; WORKERS=64)'
 	@echo 'make test-matrix  the tests on the oldest JAX that is supported and on the newest, each in its own .venv-...'
 	@echo 'make bench        set up, measure side by side what the README claims (25 minutes, an otherwise idle machine)'
-	@echo 'make lint         set up, run ruff'
+	@echo 'make lint         set up, run ruff and mypy'
 	@echo 'make clean        remove .venv, .venv-... and caches'
 
 setup: $(READY)
@@ -58,6 +58,7 @@ bench: $(READY)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis

@@ -80,7 +80,7 @@ def uniform_plus(first: str | None = None, last: str | None = None, least: float
   """
   def allocate(leaves, sparsity, axes=None):
     del axes
-    fixed = {}
+    fixed: dict[str, Any] = {}
     for glob, most in ((first, 0.0), (last, min(sparsity, 1 - least))):
       paths = [path for path in leaves if glob is not None and trees.matches(glob, path)]
       if glob is not None and not paths:

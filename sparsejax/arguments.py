@@ -152,7 +152,9 @@ def verified(function: str, name: str, value: Any, default: Any = inspect.Parame
                      'Python knows.')
   number = value.item() if scalar else value
   if not kind.fits(number):
-    raise ValueError(f'{function}: `{name}` must be {kind.says}, not {shown(value)}.')
+    several = name == 'sparsity' and (callable(value) or isinstance(value, Mapping))
+    remedy = ' Numbers by leaf are an allocation.custom; recipes.gradual_magnitude raises it over the steps.' * several
+    raise ValueError(f'{function}: `{name}` must be {kind.says}, not {shown(value)}.{remedy}')
   return value if kind.coefficient else number
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors, formats, io, patterns, reports, trees
@@ -130,26 +131,36 @@ def reported(opened: Opened, pattern: Pattern | Mapping[str, Pattern] | None) ->
 
 
 def _row(path: str, leaf: Any, pattern: Pattern | None, axes: Axes) -> LeafReport:
-  """Returns the row of one parameter, from the rows of its blocks if they decide."""
-  row = lambda w: reports.report({path: w}, pattern=pattern, where=lambda path, leaf: True, axes={path: axes}).rows[0]
-  multiple = _rows_that_decide(pattern, axes, leaf.shape)
+  """Returns the row of one parameter, from its blocks if they decide. A problem is told of the whole parameter."""
+  row = lambda w: reports.row_of_pattern(path, jnp.asarray(w), pattern, axes)
   if not isinstance(leaf, io.Stored):
     return row(leaf)
-  if leaf.blocks and leaf.size and multiple:
-    rows = [(block.size, row(block)) for block in leaf.blocks(block_rows(leaf.shape, leaf.dtype, multiple))]
-    zeros = sum(round(size * each.achieved) for size, each in rows)
-    if not any(each.problem for _, each in rows):
-      kept = [each.pattern for _, each in rows]
-      loosest = max(kept, key=lambda each: (each.n / each.m, each.m)) if pattern is None and all(kept) else pattern
-      return LeafReport(path, leaf.shape, loosest, axes, rows[0][1].asked, zeros / leaf.size)
-  return row(leaf.load())
+  asked = [each for each in ([pattern] if pattern else reports.COMMON) if not each.validate(leaf.shape, axes)]
+  multiple = _rows_that_decide(pattern, axes)
+  if not leaf.blocks or not leaf.size or not multiple:
+    return row(leaf.load())
+  zeros = 0
+  for block in leaf.blocks(block_rows(leaf.shape, leaf.dtype, multiple)):
+    nonzero = np.asarray(block != 0)
+    zeros += nonzero.size - np.count_nonzero(nonzero)
+    asked = [each for each in asked if _keeps(nonzero, each, axes)]
+  if pattern and not asked:
+    return row(leaf.load())
+  return LeafReport(path, leaf.shape, next(iter(asked), None), axes, pattern and pattern.sparsity, zeros / leaf.size)
 
 
-def _rows_that_decide(pattern: Pattern | None, axes: Axes, shape: tuple[int, ...]) -> int | None:
+def _rows_that_decide(pattern: Pattern | None, axes: Axes) -> int | None:
   """Returns a number of rows of which multiples keep the pattern if and only if the whole parameter does, or `None`."""
   if 0 in axes.contracted[1:] or not (pattern is None or isinstance(pattern, patterns.NM) and pattern.width == 1):
     return None
-  return (32 if pattern is None else pattern.m) if axes.contracted[:1] == (0,) else 1
+  return math.lcm(*(each.m for each in reports.COMMON)) if pattern is None else pattern.m
+
+
+def _keeps(nonzero: np.ndarray, pattern: patterns.NM, axes: Axes) -> bool:
+  """Returns whether no group of a block has more nonzeros than the pattern, N:M without a width, allows."""
+  rest = [a for a in range(nonzero.ndim) if a not in axes.contracted]
+  groups = nonzero.transpose(*rest, *axes.contracted).reshape(-1, pattern.m)
+  return bool((groups.sum(-1, dtype=np.int16) <= pattern.n).all())
 
 
 def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lambda before, after: None) -> PyTree:
@@ -157,7 +168,8 @@ def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lamb
 
   `done` is called for each packed leaf with its bytes, dense and in the file.
   """
-  plans = formats.packings(opened.params, pattern, where=opened.where, axes=opened.axes)
+  plans = {path: plan._replace(axes=opened.axes[path])
+           for path, plan in formats.packings(opened.params, pattern, where=opened.where).items()}
   _refuse_unknown_axes(opened, [path for path, plan in plans.items() if all(each.takes_axes for each in plan.formats)])
   if problems := formats.unfit(plans, opened.params):
     raise errors.at_leaves('pack', problems, f'--except {" ".join(problem.path for problem in problems)}')

@@ -68,10 +68,10 @@ def unstacked(stack: PyTree) -> list[PyTree]:
   arrays, structure = jax.tree.flatten(stack)
   size = arrays[0].shape[0]
   if size == 1:
-    return [structure.unflatten([lax.squeeze(x, (0,)) for x in arrays])]
+    return [jax.tree.unflatten(structure, [lax.squeeze(x, (0,)) for x in arrays])]
   places = _places(size, arrays[0])
   row = lambda i: [lax.dynamic_index_in_dim(x, i, 0, keepdims=False, allow_negative_indices=False) for x in arrays]
-  return [structure.unflatten(row(i)) for i in places]
+  return [jax.tree.unflatten(structure, row(i)) for i in places]
 
 
 def _places(size: int, like: Array) -> list[Any]:

@@ -72,7 +72,7 @@ def unmerged(w: Array, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Array:
   """Returns `w` with its merged axis split into `axes` of these `sizes`: the inverse of `merged`."""
   first = min(axes)
   w = w.reshape(*w.shape[:first], *sizes, *w.shape[first + 1:])
-  return jnp.transpose(w, np.argsort(_order(w.ndim, axes)))
+  return jnp.transpose(w, np.argsort(_order(w.ndim, axes)).tolist())
 
 
 def _order(rank: int, axes: tuple[int, ...]) -> list[int]:
@@ -107,7 +107,8 @@ def tiled(w: Array, contracted: tuple[int, ...], output: tuple[int, ...],
 
   def restored(tiles: Array) -> Array:
     rows = joined(joined(tiles, tiles.ndim - 1), tiles.ndim - 3)
-    return jnp.transpose(rows.reshape(*front, *inner, math.prod(outer)).reshape(moved.shape), np.argsort(order))
+    return jnp.transpose(rows.reshape(*front, *inner, math.prod(outer)).reshape(moved.shape),
+                         np.argsort(order).tolist())
 
   return tiles, restored
 

@@ -3,7 +3,7 @@
     least = least_key([a, b], 1000)     # the key of the 1000th largest score of both
     mask = top_n_of_large(scores, 1000)
 
-What is done here for the sake of memory takes longer to compile than the passes of `ranking`, which give the same bits.
+The functions of this module take longer to compile than the passes of `ranking`, which give the same bits.
 """
 
 import functools
@@ -25,7 +25,7 @@ from sparsejax.wholes import along, at_least, minus, most, one, reduced, totals
 def top_n_of_large(leaf: Array, n: Any) -> Array:
   """Returns the mask of the `n` largest scores of one leaf that does not fit into the caches of a processor.
 
-  What is written once for a leaf of this size saves passes over memory, and takes longer to compile.
+  The keys are never written to memory, and ties at the cut take a single pass. The program takes longer to compile.
   """
   least = least_key([leaf], n)
   keys = functools.partial(order_keys, leaf, keyed([leaf]))
@@ -89,15 +89,22 @@ def _stop_in_rows(mask: Array, n: Array) -> Array:
 
   A single pass counts the entries at each index of the first axis. The rest happens within the index that is cut.
   """
-  stop = []
+  stop: list[Array] = []
   for length in mask.shape:
-    rows, place = mask.reshape(length, -1), along(0, (length,))
+    rows = mask.reshape(length, -1)
     kept, left = reduced([rows, ~rows], 1, np.int32)
-    counts = (kept - left + rows.shape[1]) >> 1  # `kept`, but XLA:CPU makes a tree of windows where it is alone
-    before = lambda at, counts=counts, place=place: jnp.sum(jnp.where(place < at, counts, 0), dtype=jnp.int32)
-    stop.append(largest_key(lambda ats, n=n, before=before: [before(at) <= n for at in ats], jnp.int32(0)))
-    n, mask = n - before(stop[-1]), lax.dynamic_index_in_dim(mask, stop[-1], 0, keepdims=False)
+    # The sum is `kept`, but XLA:CPU makes a tree of windows where `kept` is alone.
+    at, before = _cut((kept - left + rows.shape[1]) >> 1, n)
+    stop, n, mask = [*stop, at], n - before, lax.dynamic_index_in_dim(mask, at, 0, keepdims=False)
   return jnp.stack(stop)
+
+
+def _cut(counts: Array, n: Array) -> tuple[Array, Array]:
+  """Returns the index of the count that is cut if `n` are taken in order, and the sum of the counts before it."""
+  place = along(0, counts.shape)
+  before = lambda at: jnp.sum(jnp.where(place < at, counts, 0), dtype=jnp.int32)
+  stop = largest_key(lambda ats: [before(at) <= n for at in ats], jnp.int32(0))
+  return stop, before(stop)
 
 
 def _stop(mask: Array, n: Any, fits: Array, decided: Array, whole: Array) -> Array:

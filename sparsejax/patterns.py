@@ -174,7 +174,8 @@ class Unstructured:
   sparsity: float | None = None
   static = True
   unit = 'weights'
-  __post_init__, __call__, violation = _check_sparsity, best_units, too_many
+  __post_init__ = _check_sparsity
+  __call__, violation = best_units, too_many
   group = 1, 1
 
   def __str__(self) -> str:
@@ -263,7 +264,8 @@ class Channel:
   sparsity: float | None = None
   static = True
   unit = 'channels'
-  __post_init__, __call__, violation = _check_sparsity, best_units, too_many
+  __post_init__ = _check_sparsity
+  __call__, violation = best_units, too_many
   group = 1, 1
 
   def __str__(self) -> str:
@@ -319,7 +321,7 @@ def parse(text: Any) -> Any:
   if callable(text):
     return text
   name, _, number = str(text).strip().rpartition(' ')
-  if name and re.fullmatch(r'\d*\.?\d+', number):
+  if name and re.fullmatch(r'[01]?\.\d+', number):
     pattern = parse(name)
     if pattern.sparsity is not None:
       raise ValueError(f'patterns.parse: {text!r}: {pattern} says how sparse it is; leave {number} out.')

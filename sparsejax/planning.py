@@ -251,7 +251,7 @@ def _or_unknown(collective: hlo.Collective, sent: int) -> str:
   return f'{sent:,} x ?' if collective.times is None else f'{sent * collective.times:,}'
 
 
-__getattr__ = moved(__name__, {'Row': (ArgumentBytes, 'planning.ArgumentBytes')})
+moved(__name__, {'Row': (ArgumentBytes, 'planning.ArgumentBytes')})
 
 
 def _where(path: str, problem: BaseException) -> str:

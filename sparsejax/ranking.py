@@ -209,7 +209,7 @@ def _first(mask: Array, n: Any, total: Any) -> Array:
                     for shift in reversed(range(0, max(int(length), 1).bit_length(), 2))], np.int32)
 
   def before(stop):  # `[indices, rows]`
-    earlier = None
+    earlier: Any = None
     for place, end in reversed(list(zip(places, stop))):
       end = lax.expand_dims(end, range(1, mask.ndim))
       earlier = place < end if earlier is None else (place < end) | ((place == end) & earlier)
@@ -230,7 +230,8 @@ def _first(mask: Array, n: Any, total: Any) -> Array:
 
 def _indices(shape: tuple[int, ...]) -> list[list[int]]:
   """Returns the axes that each index of an entry of a row merges: one index if a row of `shape` fits 32 bits."""
-  indices, size = [[]], 1
+  indices: list[list[int]] = [[]]
+  size = 1
   for axis, length in list(enumerate(shape))[1:]:
     if size * length > most():
       indices, size = [*indices, []], 1

@@ -18,7 +18,7 @@ from sparsejax import errors, patterns, states, tables, trees, types
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
-_COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
+COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
 _HEAD = ('parameter', 'shape', 'pattern', 'along', 'asked', 'achieved', '')
 
 
@@ -73,7 +73,7 @@ class Report:
     return '\n'.join([tables.aligned(_HEAD, [*(row.cells for row in self.rows), total]), *self.notes])
 
 
-__getattr__ = types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
+types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
 
 
 def _number(sparsity: float | None) -> str:
@@ -107,7 +107,7 @@ def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[
   arrays = {path: jnp.asarray(leaf) for path, leaf, pick in zip(paths, leaves, picked) if pick}
   asked = trees.per_leaf('report', 'pattern', patterns.parse(pattern) if pattern else None, list(arrays))
   known = trees.axes_by_path('report', axes, params, arrays)
-  rows = tuple(_row_of_pattern(path, w, own, known[path]) for (path, w), own in zip(arrays.items(), asked))
+  rows = tuple(row_of_pattern(path, w, own, known[path]) for (path, w), own in zip(arrays.items(), asked))
   return with_note(params, Report(rows, asked=overall(rows, [row.asked for row in rows])))
 
 
@@ -126,9 +126,10 @@ def with_note(params: PyTree, made: Report) -> Report:
   return dataclasses.replace(made, notes=(*made.notes, note)) if tables else made
 
 
-def _row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
+def row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
+  """Returns the row of a parameter of which `pattern` is asked; without it, the row names the tightest common N:M."""
   if pattern is None:
-    tightest = next((p for p in _COMMON if axes.contracted and not p.violation(w, axes)), None)
+    tightest = next((p for p in COMMON if axes.contracted and not p.violation(w, axes)), None)
     return LeafReport(path, w.shape, tightest, axes, None, _sparsity(w))
   return LeafReport(path, w.shape, pattern, axes, pattern.sparsity, _sparsity(w), pattern.violation(w, axes))
 

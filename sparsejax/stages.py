@@ -11,7 +11,7 @@ from typing import Any
 from jax import lax
 
 from sparsejax import counts
-from sparsejax.types import Array, Axes, Pattern, Schedule
+from sparsejax.types import Array, Axes, Pattern, Pooled, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,18 @@ class Staged:
       raise AttributeError(name)
     return getattr(self.target, name)
 
+  @property
+  def sparsity(self) -> float | None:
+    return self.target.sparsity
+
+  @property
+  def static(self) -> bool:
+    return self.target.static
+
+  @property
+  def group(self) -> tuple[int, int]:
+    return self.target.group
+
   def at(self, step: Any) -> Pattern:
     """Returns the pattern at `step`."""
     return self.schedule(step)
@@ -44,12 +56,19 @@ class Staged:
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
     return self.at(0).validate(shape, axes) or self.target.validate(shape, axes)
 
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    return self.target.violation(w, axes, sparsity)
+
+  def pooled(self, scores: Array, axes: Axes) -> Pooled:
+    return self.target.pooled(scores, axes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
   """A `Switch` is one of several patterns, by a traced `index`.
 
-  Only the mask of the chosen stage is computed; under `vmap` the masks of all stages are.
+  Only the mask of the chosen stage is computed; under `vmap` the masks of all stages are. The `group`, the
+  units and the violations are those of the last stage.
   """
 
   stages: tuple[Pattern, ...]
@@ -57,6 +76,10 @@ class Switch:
   sparsity = None
   static = False
   fixed = True
+
+  @property
+  def group(self) -> tuple[int, int]:
+    return self.stages[-1].group
 
   def __str__(self) -> str:
     return ' -> '.join(map(str, self.stages))
@@ -71,3 +94,9 @@ class Switch:
     """Returns the mask of the survivors of a drop, by the rule of the chosen stage."""
     rules = [lambda s, p=stage: counts.survivors(p, s, count, axes, drop) for stage in self.stages]
     return lax.switch(self.index, rules, scores)
+
+  def violation(self, w: Array, axes: Axes, sparsity: float | None = None) -> str:
+    return self.stages[-1].violation(w, axes, sparsity)
+
+  def pooled(self, scores: Array, axes: Axes) -> Pooled:
+    return self.stages[-1].pooled(scores, axes)

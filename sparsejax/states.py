@@ -194,4 +194,4 @@ def _along_output(master: Array, leaf: SparseLeaf) -> Array:
 
 # Former names of this module; the modules where the objects are now add them.
 FORMER: dict[str, tuple[Any, str]] = {}
-__getattr__ = moved(__name__, FORMER)
+moved(__name__, FORMER)

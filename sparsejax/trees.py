@@ -227,7 +227,7 @@ def written(where: Any) -> str:
   if where.function is _named:
     return f'sj.trees.named({", ".join(map(repr, where.arguments))})'
   base, *globs = where.arguments
-  if isinstance(base, Bound) and base.function is _all_but:  # one list of exclusions
+  if isinstance(base, Bound) and base.function is _all_but:  # exclusions make one list
     return written(all_but(*base.arguments[1:], *globs, where=base.arguments[0]))
   inner = written(base)
   also = [] if base is matrices else [f'where={inner}']

@@ -10,6 +10,7 @@ are zero.
 """
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -191,10 +192,11 @@ class Flow(NamedTuple):
   along_axes: bool = False
 
 
-def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> Callable[[str], Any]:
-  """Returns a module's `__getattr__` under which former names work for one release, with a `DeprecationWarning`.
+def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> None:
+  """Gives a module a `__getattr__` under which former names work for one release, with a `DeprecationWarning`.
 
-  `names` maps a former name to the object and to the path where it is now.
+  `names` maps a former name to the object and to the path where it is now. Type checkers do not see the former names,
+  and so report them, and names that never were.
   """
   def getattr_(name: str) -> Any:
     if name not in names:
@@ -203,4 +205,4 @@ def moved(module: str, names: Mapping[str, tuple[Any, str]]) -> Callable[[str], 
                   DeprecationWarning, stacklevel=2)
     return names[name][0]
 
-  return getattr_
+  setattr(sys.modules[module], '__getattr__', getattr_)  # noqa: B010

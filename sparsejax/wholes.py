@@ -104,7 +104,8 @@ def totals(masks: Sequence[Sequence[Array]]) -> list[Any]:
   `masks[j]` holds the masks of leaf `j`, all of the same shape. Numbers have the form of `counted` for all entries.
   """
   limit, number = (2 << _WORD) - 1, len(masks[0])
-  found, sums, entries, wide = [count(0)] * number, [np.int32(0)] * number, 0, False
+  found, entries, wide = [count(0)] * number, 0, False
+  sums: list[Any] = [np.int32(0)] * number
   for leaf in masks:
     for size, slab in _slabs(leaf[0].shape, limit):
       if entries + size > limit:

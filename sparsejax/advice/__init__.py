@@ -13,4 +13,4 @@ from sparsejax.types import moved
 
 __all__ = ['TABLES', 'Advice', 'Measured', 'ParameterAdvice', 'Speed', 'advise', 'read_table']
 
-__getattr__ = moved(__name__, {'Row': (ParameterAdvice, 'advice.ParameterAdvice')})
+moved(__name__, {'Row': (ParameterAdvice, 'advice.ParameterAdvice')})

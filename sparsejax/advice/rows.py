@@ -96,8 +96,9 @@ def advise(params: PyTree, pattern: Pattern | str | Mapping[str, Pattern | str],
 
   A speed is interpolated, in sparsity and in tokens, between the fastest implementations that were measured at the
   nearest shape. Beyond the measured tokens, or above the highest sparsity, it is that of the nearest measurement, and
-  `note` says so. There is no speed below the lowest sparsity, and none for a weight that is more than four times as
-  long or as short, along an axis, as any that was measured. Raises `ValueError` for an unknown device or pattern.
+  `note` says so. There is no speed below the lowest sparsity. There is no speed for a weight that is more than four
+  times as long or as short, along an axis, as every measured weight. Raises `ValueError` for an unknown device or
+  pattern.
   """
   known = sorted({*DEVICES, *(path.stem for path in pathlib.Path(tables).glob('*.json'))})
   if device not in known:

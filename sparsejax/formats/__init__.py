@@ -269,6 +269,6 @@ def matmul(x: Array, packed: PackedArray) -> Array:
   return jax.lax.dot_general(x, w, contraction, preferred_element_type=sums).astype(x.dtype)
 
 
-__getattr__ = moved(__name__, {
+moved(__name__, {
     'ANYWHERE': ({kind: TABLE[kind] for kind in ('bitmask', 'relative_index')}, 'formats.TABLE'),
     'of_kind': (TABLE.get, 'formats.TABLE.get')})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays, gaps
+from sparsejax.formats import arrays, gaps, misfits
 from sparsejax.types import Array, Axes
 
 
@@ -41,7 +41,7 @@ class BitmaskArray(arrays.PackedArray):
   @classmethod
   def from_dense(cls, w: Array) -> 'BitmaskArray':
     """Packs the concrete array `w` on the host. Raises `ValueError` if `w` is traced."""
-    if misfit := arrays.host_misfit(w):
+    if misfit := misfits.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
     kept = arrays.stored_entries(w)
     return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(np.packbits(kept, bitorder='little')), tuple(w.shape))
@@ -52,7 +52,7 @@ class BitmaskArray(arrays.PackedArray):
 
   @classmethod
   def from_blocks(cls, leaf, pattern, axes):
-    if not leaf.blocks or not leaf.size or arrays.host_misfit(leaf):
+    if not leaf.blocks or not leaf.size or misfits.host_misfit(leaf):
       return super().from_blocks(leaf, pattern, axes)
     octets = 8 // math.gcd(8, math.prod(leaf.shape[1:]))
     values, count, masks = np.empty(leaf.size, leaf.dtype), 0, []  # Memory is taken only where values are written.
@@ -115,7 +115,7 @@ class RelativeIndexArray(arrays.PackedArray):
     entries of `w` are not stored: give them to `to_dense` as `base`. FreezeNet, for example, draws them from a seed.
     Raises `ValueError` if an argument is traced, and if `mask` has another shape or dtype.
     """
-    if misfit := arrays.host_misfit(w) or arrays.mask_misfit(w, mask):
+    if misfit := misfits.host_misfit(w) or misfits.mask_misfit(w, mask):
       raise arrays.Misfit('RelativeIndexArray.from_dense', w.shape, misfit)
     kept = arrays.stored_entries(w, mask)
     code = gaps.encoded(np.flatnonzero(kept))

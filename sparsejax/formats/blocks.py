@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import patterns
-from sparsejax.formats import arrays
+from sparsejax.formats import arrays, misfits
 from sparsejax.types import Array, Axes
 
 
@@ -64,13 +64,13 @@ class BlockSparseArray(arrays.MatrixArray):
     arrays, and for `axes`, a `mask` or a dtype that does not fit.
     """
     axes = arrays.matrix_axes('BlockSparseArray.from_dense', w, axes)
-    if why := arrays.host_misfit(w) or arrays.matrix_misfit(axes) or _misfit(w, mask, block):
+    if why := misfits.host_misfit(w) or misfits.matrix_misfit(axes) or _misfit(w, mask, block):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, why)
     chosen = arrays.stored_entries(w, mask)
     blocks = _split(np.where(chosen, w, np.zeros((), w.dtype)), axes, block)
     kept = _split(chosen, axes, block).any((-2, -1))
     stored = np.stack([_in_every_row_and_column(matrix) for matrix in kept])
-    if misfit := arrays.stack_misfit(stored, 'blocks'):
+    if misfit := misfits.stack_misfit(stored, 'blocks'):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, misfit)
     return _packed(blocks, stored, kept, axes, w.shape)
 
@@ -151,7 +151,7 @@ class BlockSparseArray(arrays.MatrixArray):
 def _misfit(w: Array, mask: Array | None, block: tuple[int, int]) -> str | None:
   if len(block) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in block):
     return f'block must be two whole numbers, as in (128, 128), not {block!r}.'
-  return arrays.mask_misfit(w, mask)
+  return misfits.mask_misfit(w, mask)
 
 
 def _split(w: np.ndarray, axes: Axes, block: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import patterns
-from sparsejax.formats import arrays, gaps
+from sparsejax.formats import arrays, gaps, misfits
 from sparsejax.types import Array, Axes
 
 
@@ -58,10 +58,10 @@ class CSCArray(arrays.MatrixArray):
     another stack, for 2^31 weights, for traced arrays, and for `axes`, a `mask` or a dtype that does not fit.
     """
     axes = arrays.matrix_axes('CSCArray.from_dense', w, axes)
-    if why := arrays.host_misfit(w) or arrays.matrix_misfit(axes) or arrays.mask_misfit(w, mask):
+    if why := misfits.host_misfit(w) or misfits.matrix_misfit(axes) or misfits.mask_misfit(w, mask):
       raise arrays.Misfit('CSCArray.from_dense', w.shape, why)
     values, stored = (arrays.as_matrices(a, axes) for a in (np.asarray(w), arrays.stored_entries(w, mask)))
-    if misfit := arrays.stack_misfit(stored, 'nonzeros'):
+    if misfit := misfits.stack_misfit(stored, 'nonzeros'):
       raise arrays.Misfit('CSCArray.from_dense', w.shape, misfit)
     indices = [_indices(*np.nonzero(matrix.T)[::-1], matrix.shape) for matrix in stored]
     parts = ([v.T[s.T] for v, s in zip(values, stored)], *zip(*indices))
@@ -74,12 +74,12 @@ class CSCArray(arrays.MatrixArray):
   @classmethod
   def pays(cls, w, pattern, axes):
     """Returns whether `w` is a matrix, or a stack of equal counts, that takes fewer bytes packed than dense."""
-    if arrays.host_misfit(w) or arrays.matrix_misfit(axes := arrays.matrix_axes('CSCArray', w, axes)):
+    if misfits.host_misfit(w) or misfits.matrix_misfit(axes := arrays.matrix_axes('CSCArray', w, axes)):
       return False
     stored = arrays.as_matrices(arrays.stored_entries(w), axes)
     sparsity = 1 - np.count_nonzero(stored) / max(stored.size, 1)
     smaller = cls.expected_nbytes(w.shape, w.dtype, pattern, axes, sparsity) < w.size * w.dtype.itemsize
-    return smaller and not arrays.stack_misfit(stored, 'nonzeros')
+    return smaller and not misfits.stack_misfit(stored, 'nonzeros')
 
   @classmethod
   def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):
@@ -93,7 +93,8 @@ class CSCArray(arrays.MatrixArray):
 
   def in_files(self):
     k, n = self.contracted_size, math.prod(self.output_sizes)
-    rows, cols = (np.asarray(index, np.int64).reshape(-1, self.values.shape[-1]) for index in (self.rows, self.cols))
+    *lead, count = self.values.shape
+    rows, cols = (np.asarray(index, np.int64).reshape(math.prod(lead), count) for index in (self.rows, self.cols))
     layers = np.arange(len(rows))[:, None]
     return {'values': self.values, 'gaps': gaps.encoded((layers * k * n + cols * k + rows).reshape(-1))}
 
@@ -113,9 +114,9 @@ class CSCArray(arrays.MatrixArray):
     layer, place = np.divmod(gaps.positions(code), max(matrix, 1))
     if not np.array_equal(layer, np.repeat(np.arange(layers), values.shape[-1])):
       raise ValueError('its gaps do not put equally many values into every matrix of the stack')
-    cols, rows = np.divmod(place.reshape(layers, -1), max(contracted, 1))
+    cols, rows = np.divmod(place.reshape(layers, values.shape[-1]), max(contracted, 1))
     indices = [_indices(*pair, (contracted, matrix // max(contracted, 1))) for pair in zip(rows, cols)]
-    parts = [np.reshape(part, (*shape[:lead], -1)) for part in map(np.stack, zip(*indices))]
+    parts = [np.reshape(part, (*shape[:lead], part.shape[-1])) for part in map(np.stack, zip(*indices))]
     return cls(values, *parts, **fields)
 
   def coordinates(self):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays
+from sparsejax.formats import arrays, misfits
 from sparsejax.types import Array, Axes
 
 
@@ -210,14 +210,14 @@ def _misfit(w: Array, n: Any, m: int, axes: tuple[int, ...], check: bool, width:
   """Returns why `w` cannot be packed along `axes`, with the remedy, or `None`."""
   if not isinstance(n, (int, np.integer)) or n < 1:
     return f'n must be a known whole number, at least 1, to be packed as n:{m}, not {n!r}.'
-  why = patterns.NM(n, m, width).validate(tuple(w.shape), Axes(axes, outputs)) or arrays.dtype_misfit(w.dtype)
+  why = patterns.NM(n, m, width).validate(tuple(w.shape), Axes(axes, outputs)) or misfits.dtype_misfit(w.dtype)
   return why or (_crowded(w, int(n), int(m), axes, int(width), outputs) if check else None)
 
 
 def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> str | None:
   """Returns which groups have more than `n` nonzeros, or that nobody can know; `None` if no group has."""
-  if not arrays.concrete(w):
-    return arrays.TRACED
+  if not misfits.concrete(w):
+    return misfits.TRACED
   counts = np.asarray(_nonzeros(w, m, axes, width, outputs))
   bad = np.argwhere(counts > n)
   if not len(bad):
@@ -282,7 +282,7 @@ def _value_axes(rank: int, axes: tuple[int, ...], outputs: tuple[int, ...]) -> t
 def _in_place(rows: Array, value_axes: tuple[list[int], int, list[int]], lengths: list[int]) -> Array:
   """Returns `rows`, `[..., K n / m, N]`, with N split into outputs of these `lengths` and in the order of `values`."""
   front, contraction, outputs = value_axes
-  return jnp.transpose(rows.reshape(*rows.shape[:-1], *lengths), np.argsort([*front, contraction, *outputs]))
+  return jnp.transpose(rows.reshape(*rows.shape[:-1], *lengths), np.argsort([*front, contraction, *outputs]).tolist())
 
 
 def to_merged(packed: NMArray) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays
+from sparsejax.formats import arrays, misfits
 from sparsejax.types import Array, Axes
 
 # `metadata` covers the outputs of one instruction, and four times its depth of 32, at a time.
@@ -61,7 +61,7 @@ class Sparse24Array(arrays.MatrixArray):
     dtype that does not fit.
     """
     axes = arrays.matrix_axes('Sparse24Array.from_dense', w, axes)
-    why = arrays.matrix_misfit(axes) or arrays.dtype_misfit(w.dtype) or (_crowded(w, axes) if check else None)
+    why = misfits.matrix_misfit(axes) or misfits.dtype_misfit(w.dtype) or (_crowded(w, axes) if check else None)
     if why:
       raise arrays.Misfit('Sparse24Array.from_dense', w.shape, why)
     values, metadata = _packed(w, axes)
@@ -116,8 +116,8 @@ def _padded(w: Array, axes: Axes) -> Array:
 
 def _crowded(w: Array, axes: Axes) -> str | None:
   """Returns how many groups have more than two nonzeros, or that nobody can know; `None` if no group has."""
-  if not arrays.concrete(w):
-    return arrays.TRACED
+  if not misfits.concrete(w):
+    return misfits.TRACED
   counts = np.asarray(_counts(w, axes))
   bad = np.argwhere(counts > 2)
   if not len(bad):

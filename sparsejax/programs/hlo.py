@@ -133,11 +133,11 @@ def group_size(groups: str, devices: int) -> int:
     axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])  # 'b':(1)2 is a part of an axis, of length 2
     if all(part or axis in sizes for axis, part in axes):
       return math.prod(int(part or sizes[axis]) for axis, part in axes)
-  sizes = {group.count(',') + 1 for group in re.findall(r'\{([\d,]+)\}', listed[0] if listed else '')}
-  if len(sizes) != 1:
+  lengths = {group.count(',') + 1 for group in re.findall(r'\{([\d,]+)\}', listed[0] if listed else '')}
+  if len(lengths) != 1:
     raise ValueError(f'hlo.collectives: cannot read the replica groups {groups[:80]!r}: known are {{{{0,1}},{{2,3}}}}, '
                      "[2,2]<=[4] and mesh['a'=2,'b'=2] {'a'}, all groups of one size.")
-  return sizes.pop()
+  return lengths.pop()
 
 
 def _read(text: str) -> tuple[dict[str, _Computation], str]:

@@ -54,7 +54,7 @@ def trace(apply: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 
   def flat(*values: Any) -> list[Any]:
     given = dict(zip(inputs, values))
-    *positional, options = treedef.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
+    *positional, options = jax.tree.unflatten(treedef, [given.get(i, leaf) for i, leaf in enumerate(leaves)])
     results, structure = jax.tree.flatten(apply(*positional, **options))
     kept[:] = structure, {i: result for i, result in enumerate(results) if not isinstance(result, jax.Array)}
     return [result for result in results if isinstance(result, jax.Array)]

@@ -53,7 +53,7 @@ __all__ = [
     'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sr_ste', 'st3',
     'static_sparse', 'ste', 'synflow',
 ]
-__getattr__ = moved(__name__, {
+moved(__name__, {
     'bdwp_backward': (states.bdwp_backward, 'states.bdwp_backward'),
     'freeze_net_trained': (formats.freeze_net_trained, 'formats.freeze_net_trained'),
     'model_soup': (metrics.model_soup, 'metrics.model_soup')})

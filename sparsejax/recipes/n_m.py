@@ -22,6 +22,7 @@ from sparsejax.recipes.sentence import sentence
 from sparsejax.types import ENDLESS, Bound, Inner, Optimizer, Pattern, Schedule, says
 
 Patterns = Pattern | Mapping[str, Pattern]
+LINEAR_5000 = schedules.linear(1.0, 0.0, begin=0, end=5000)  # as a default it is no longer than the training
 
 
 @sentence()
@@ -61,7 +62,7 @@ def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer
 
 
 @sentence()
-def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule | None = None,
+def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule = LINEAR_5000,
          gradient: str = 'straight_through', dense_steps: int = 0, **options: Any) -> Optimizer:
   """Shrinks pruned weights by a mask decay beta: MdGf (Bambhaniya et al. 2024, Progressive Gradient Flow, 2402.04744).
 
@@ -80,17 +81,19 @@ def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule | None =
   return transforms.sparsify(inner, flow, selections.leafwise(pattern), dense_steps=dense_steps, **options)
 
 
-def _until_the_end(decay: Schedule | None, dense_steps: int, *, total_steps: int | None = None,
+def _until_the_end(decay: Schedule, dense_steps: int, *, total_steps: int | None = None,
                    fine_tune_steps: int = 0, **options: Any) -> Schedule:
   """Returns the decay, by default one that fits. Raises `ValueError` if a schedule without an end does not reach 0."""
   if total_steps is None:
-    return decay or schedules.linear(end=5000)
+    return decay
   last = total_steps - dense_steps - fine_tune_steps
   if last < 1:
     raise ValueError(f'recipes.mdgf: {last} updates are left for the decay between dense_steps ({dense_steps}) and '
                      f'fine_tune_steps ({fine_tune_steps}) of total_steps ({total_steps}).')
-  if decay is None or fine_tune_steps or says(decay, ENDLESS):
-    return decay or schedules.linear(end=min(5000, last))
+  if decay is LINEAR_5000:
+    return schedules.linear(end=min(5000, last))
+  if fine_tune_steps or says(decay, ENDLESS):
+    return decay
   with jax.ensure_compile_time_eval():
     beta = float(decay(last))
   if beta:

@@ -3,9 +3,9 @@
     @sentence('refresh')  # the options of `transforms.sparsify` that the recipe sets itself
     def asp(inner: Inner, pattern: Patterns = NM(2, 4), **options: Any) -> Optimizer: ...
 
-A decorated recipe refuses values that do not fit their kind (`arguments.KINDS`) and unknown names. It refuses schedules
-that end after the training, and arguments that another argument leaves without effect. The coefficients of a recipe are
-the hyperparameters of `optax.inject_hyperparams(recipe)`; all other arguments are handed on unchanged.
+A decorated recipe refuses values that do not fit their kind (`arguments.KINDS`) and unknown names. A schedule that ends
+after the training is refused, and so is an argument that another argument leaves without effect. The coefficients of a
+recipe are the hyperparameters of `optax.inject_hyperparams(recipe)`; all other arguments are handed on unchanged.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ def sentence(*sets: str) -> Callable[[F], F]:
       made = recipe(**told(name, parameters(call), own.bind_partial(*args).arguments | kwargs))
       return transforms.under_name(made, recipe.__name__)
 
+    call.__kwdefaults__ = recipe.__kwdefaults__
     call.sets, call.__signature__ = sets, Signature([*own.parameters.values()])
     call.__signature__.function = name
     return call
@@ -58,13 +59,16 @@ def told(recipe: str, defaults: Mapping[str, Any], values: Mapping[str, Any]) ->
   values = {name: arguments.verified(recipe, name, value, defaults[name]) for name, value in values.items()}
   if 'pattern' in values:
     values['pattern'] = patterns.parse(values['pattern'])
-  refuse_late(recipe, {**defaults, **values})
+  refuse_late(recipe, {name: value for name, value in values.items() if value is not defaults[name]})
   refuse_unused(recipe, defaults, values)
   return values
 
 
 def refuse_late(recipe: str, values: Mapping[str, Any]) -> None:
-  """Raises `ValueError` for a step number, or a schedule, beyond the end of training or into the fine-tune phase."""
+  """Raises `ValueError` for a step number, or a schedule, beyond the end of training or into the fine-tune phase.
+
+  `values`: without defaults, which fit themselves into the training.
+  """
   total, tuned, dense = (values.get(name) for name in ('total_steps', 'fine_tune_steps', 'dense_steps'))
   for name, value in values.items() if total else ():
     reach = value if name in ('begin', 'end', 'ramp_steps') else schedules.reach(value)
@@ -117,7 +121,7 @@ UNUSED: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Unchanged:
-  """A `Unchanged` holds an argument that is no hyperparameter, which `optax.inject_hyperparams` then hands on."""
+  """An `Unchanged` holds an argument that is no hyperparameter, which `optax.inject_hyperparams` then hands on."""
 
   value: Any
 
@@ -125,8 +129,8 @@ class Unchanged:
 class Signature(inspect.Signature):
   """A `Signature` binds the arguments of a recipe as `optax.inject_hyperparams` needs them.
 
-  That function takes whatever is callable for a schedule, and whatever is a number for a hyperparameter. Here only
-  coefficients are (`arguments.Kind.coefficient`). `bind` verifies all other arguments and holds them in a `Unchanged`.
+  optax takes all callables for schedules, and all numbers for hyperparameters, while only the coefficients of a recipe
+  are (`arguments.Kind.coefficient`). `bind` verifies all other arguments and puts each into an `Unchanged`.
   """
 
   function = 'recipes'
@@ -134,6 +138,7 @@ class Signature(inspect.Signature):
   def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
     bound = super().bind(*args, **kwargs)
     bound.apply_defaults()
+    arguments.known(self.function, bound.arguments.get('options', {}), [*_OPTIONS, *self.parameters])
     for name, value in bound.arguments.items():
       kind = arguments.kind_of(self.function, name)
       if kind is None or kind.coefficient and callable(value):

@@ -12,4 +12,4 @@ from sparsejax.transforms.sparsify import placeholders, sparsify, under_name
 from sparsejax.types import moved
 
 __all__ = ['Leaves', 'Method', 'identity', 'only', 'placeholders', 'sparsify', 'under_name', 'updating']
-__getattr__ = moved(__name__, {'gated': (updating, 'transforms.updating')})
+moved(__name__, {'gated': (updating, 'transforms.updating')})

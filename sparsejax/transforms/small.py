@@ -73,6 +73,6 @@ def only(*, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | 
   def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
     leaves, treedef = jax.tree.flatten(updates)
     picked = trees.select('sparsejax', trees.default_where(axes) if where is None else where, params)
-    return treedef.unflatten([u if p else jnp.zeros_like(u) for u, p in zip(leaves, picked)]), state
+    return jax.tree.unflatten(treedef, [u if p else jnp.zeros_like(u) for u, p in zip(leaves, picked)]), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

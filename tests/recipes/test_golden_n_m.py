@@ -340,7 +340,7 @@ def test_st3_threshold_mask_scale_and_point(layout):
 def test_st3_sigma_measures_each_leaf_in_units_of_its_dimensions():
   """[code] stthree: weights over std = 1 / sqrt(sum(shape)) before the quantile, th_layer = th std; numpy here."""
   rng = np.random.default_rng(0)
-  shapes = {'a': (6, 4), 'b': (3, 3, 5, 2)}
+  shapes = {'a': (6, 4), 'conv_b': (3, 3, 5, 2)}
   w = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
   params = {name: {'kernel': jnp.asarray(x)} for name, x in w.items()}
   _, state = after(recipes.st3(SGD, 0.7, sigma=True, ramp_steps=1), params, jax.tree.map(jnp.zeros_like, params))

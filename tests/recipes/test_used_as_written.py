@@ -183,9 +183,14 @@ def test_inject_hyperparams_takes_every_recipe_as_it_is(name):
   own = jax.eval_shape(recipe(SGD, **given).init, PARAMS)
   assert jax.tree.leaves(state.inner_state) == jax.tree.leaves(own)
   for wrong in ({'total_steps': -1}, {'sparsity': 90}, {'sparsity': ramp}, {'pattern': None}):
-    if wrong.keys() <= inspect.signature(recipe).parameters.keys():
+    if wrong.keys() <= inspect.signature(recipe).parameters.keys():  # of all arguments, those that the recipe names
       with pytest.raises(ValueError, match=f'recipes.{name}: `{next(iter(wrong))}` must be'):
         optax.inject_hyperparams(recipe)(SGD, **given | wrong)
+
+
+def test_inject_hyperparams_refuses_unknown_names_when_it_is_called():
+  with pytest.raises(ValueError, match="recipes.sr_ste: unknown argument 'dekay'. Did you mean 'decay'"):
+    optax.inject_hyperparams(recipes.sr_ste)(SGD, dekay=0.1)
 
 
 def test_a_hyperparameter_is_changed_by_hand_without_compiling_again():

@@ -27,11 +27,12 @@ def _lines(results):
   recipes, optimizers, containers, meshes = ([*dict.fromkeys(cell[i] for cell in results)] for i in range(4))
   total = collections.Counter(results.values())
   yield '# Recipes x optimizers x containers x meshes\n'
-  yield (f'{len(results):,} cells of the product of {len(recipes)} recipes, {len(optimizers)} optimizers and wrappers '
+  names = {recipe.removesuffix('-phases') for recipe in recipes}
+  yield (f'{len(results):,} cells of the product of {len(names)} recipes, {len(optimizers)} optimizers and wrappers '
          f'of optax, {len(containers)} containers and {len(meshes)} meshes of eight devices. Each is twelve updates: '
          'after every update pruned weights are exactly zero and the rest is at '
          'the sparse point, masks and master lie as their parameter does, and `sparsejax.check` finds the pattern. '
-         '`-phases`: with a dense and a fine-tune phase.\n')
+         '`-phases`: with a dense and a fine-tune phase. `asp` is there with phases and without.\n')
   yield (f'Measured on CPU ({platform.machine()}, eight fake devices), jax {jax.__version__}, optax '
          f'{optax.__version__}, commit {_commit()}. Made by\n')
   yield f'    pytest tests/transforms/test_product.py --cells {len(results)} --table docs/conformance.md\n'

@@ -213,15 +213,14 @@ def test_blocks_of_a_parameter_decide_as_the_whole_parameter_does(run, monkeypat
   """Reads a few rows at a time, and compares with the library on whole arrays: reports, refusals and packed files."""
   monkeypatch.setattr(checkpoints, 'block_rows', lambda shape, dtype, multiple: multiple)
   monkeypatch.setattr(arrays, 'block_rows', lambda shape, dtype, multiple: multiple)
-  name, where = ('kernel', 'fc/kernel') if axis == 0 else ('weight', 'fc/weight')
+  name = ('kernel', 'weight')[axis]
   w = sparse(96, 96, dtype=dtype, axis=axis)
   crowded = w.copy()
   crowded[6, 5] = crowded[50, 50] = 1
   for each in (w, crowded):
     io.save('F', {'fc': {name: each}})
     for pattern in (None, sj.NM(2, 4), sj.NM(2, 5), sj.Unstructured()):
-      axes = {where: sj.trees.conventional_axes(where, each.shape)}
-      whole = sj.report({'fc': {name: each}}, pattern=pattern, axes=axes)
+      whole = sj.report({'fc': {name: each}}, pattern=pattern)
       assert str(checkpoints.reported(checkpoints.picked('F'), pattern)) == str(whole)
     for pattern in ('2:4', 'bitmask'):
       status, _, err = run('pack', 'F', 'out', '--force', '--pattern', pattern)

@@ -117,10 +117,10 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
     refused(tmp_path / 'f', "'a' is there twice|not written", call=call)
 
 
-# What a file says of the axes.
+# Files say what the axes of a packed leaf are.
 
 
-AXES = {'given': Axes((1,), (2,), layer=(0,)), 'traced': Axes((1,), (2,), layer=(0,), source='traced')}
+AXES = {'given': Axes((1,), (2,), layer=(0,), source='given'), 'traced': Axes((1,), (2,), layer=(0,), source='traced')}
 TREES = {'dict': lambda w: {'layers': {'kernel': w}}, 'list': lambda w: {'layers': [w]}, 'bare': lambda w: w,
          'tied': lambda w: {'a': {'kernel': w}, 'b': {'kernel': w}}}
 
@@ -151,8 +151,8 @@ def test_every_format_keeps_axes_and_their_source_in_every_container(kind, tree,
 
 def test_axes_follow_the_axes_in_front_that_come_and_go():
   packed = formats.pack({'kernel': stack()}, '1:4', axes={'kernel': AXES['given']})['kernel']
-  assert formats.axes_of(jax.tree.map(lambda a: a[0], packed)) == Axes((0,), (1,))
-  assert formats.axes_of(jax.tree.map(lambda a: a[None], packed)) == Axes((2,), (3,), layer=(0, 1))
+  assert formats.axes_of(jax.tree.map(lambda a: a[0], packed)) == Axes((0,), (1,), source='given')
+  assert formats.axes_of(jax.tree.map(lambda a: a[None], packed)) == Axes((2,), (3,), layer=(0, 1), source='given')
   assert formats.axes_of(formats.NMArray.from_dense(stack(), 1, 4, 1)) is None
 
 

@@ -21,7 +21,7 @@ PAIRS = [(a, b) for a in recipes.TABLE for b in recipes.TABLE if a != b]
 @functools.cache
 def made(name):
   """Returns the optimizer of a recipe in the table, and one of its states, with zeros for all but the identity."""
-  tx = cases.CASES[name]._replace(shapes=LIKE).make()
+  tx = cases.CASES[name].make(axes=None)
   return tx, filled(jax.eval_shape(tx.init, PARAMS))
 
 
@@ -40,7 +40,7 @@ def through_a_file(state, blank):
 
 @pytest.mark.parametrize('name', recipes.TABLE)
 def test_every_other_recipe_refuses_a_state_and_names_both(name):
-  """In one process by the plan, and from a file by the array, wherever the trees have the same structure."""
+  """Tests the plan in one process, and the array from a file wherever the trees have the same structure."""
   _, old = made(name)
   seen = 0
   for other in recipes.TABLE:

@@ -147,7 +147,7 @@ def test_a_schedule_that_carries_its_fact_may_go_with_a_line_search():
 
 def test_stages_have_counts_of_their_own():
   staged = sj.patterns.Staged(NM(1, 4), lambda step: NM(2, 4))
-  with pytest.raises(ValueError, match="'a/kernel' of shape .8, 6.: the stages on the way to 1:4 have counts of their"):
+  with pytest.raises(ValueError, match="'a/kernel' of shape .8, 6., .*: the stages on the way to 1:4 have counts"):
     sparsify(optax.sgd(0.1), flows.hard(), selections.leafwise(staged, sparsity=0.5)).init(cases.random(0, like=LIKE))
 
 

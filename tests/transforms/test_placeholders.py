@@ -99,7 +99,8 @@ def test_recipes_do_not_hand_on_what_they_choose_themselves():
 
 @pytest.mark.parametrize('module, name, now', [
     (recipes, 'model_soup', sj.metrics.model_soup), (recipes, 'bdwp_backward', sj.states.bdwp_backward),
-    (recipes, 'freeze_net_trained', sj.states.freeze_net_trained), (transforms, 'gated', transforms.updating),
+    (recipes, 'freeze_net_trained', sj.formats.freeze_net_trained),
+    (sj.states, 'freeze_net_trained', sj.formats.freeze_net_trained), (transforms, 'gated', transforms.updating),
     (sj.reports, 'Row', sj.reports.LeafReport)])
 def test_a_name_that_moved_works_and_warns(module, name, now):
   with pytest.warns(DeprecationWarning, match=f'{name} is now .*{now.__name__}; the former name goes with the next'):

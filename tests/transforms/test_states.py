@@ -25,7 +25,7 @@ from sparsejax import recipes, schedules, states, trees
 LIKE = {'fc': {'kernel': cases.F32((96, 4)), 'bias': cases.F32((4,))}}
 PARAMS, GRADS = cases.random(0, like=LIKE), cases.random(1, (5,), LIKE)
 SGD = optax.sgd(0.1)
-made = lambda name, *inner: cases.CASES[name]._replace(shapes=LIKE).make(*inner)
+made = lambda name, *inner: cases.CASES[name].make(*inner, axes=None)
 is_dense = lambda node: isinstance(node, optax.MaskedNode)
 # Optimizers of optax need JAX's ordinary promotion; that recipes do not is in test_conformance.
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -45,7 +45,7 @@ def by_paths(tx, state, blank):
 
 
 def by_sharding(tx, state, blank):
-  """Shardings like the parameters', given as optax's documentation does."""
+  """Places a state by shardings like those of the parameters, as the documentation of optax does."""
   mesh = Mesh(np.asarray(jax.devices()[:2]), 'x')
   split, whole = NamedSharding(mesh, P('x')), NamedSharding(mesh, P())
   shardings = optax.tree_map_params(
@@ -181,7 +181,7 @@ SKIPPING = {
     'inside, several steps': lambda make: make(optax.MultiSteps(
         optax.adam(0.1), 1, should_skip_update_fn=optax.skip_not_finite).gradient_transformation()),
 }
-# Every recipe inside, and the recipes with a memory in each way.
+# Every recipe has a case inside, and recipes with a memory have all three cases.
 NAN = [(name, 'inside') for name in recipes.TABLE] + [
     (name, where) for name in ('movement_pruning', 'snfs') for where in [*SKIPPING][1:]]
 
