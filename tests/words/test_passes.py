@@ -1,0 +1,71 @@
+"""Passes over large leaves keep the same entries as a sort, on small leaves that hold every kind of tie."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from sparsejax import passes, ranking, wholes
+
+# Subnormals differ by their bits only: XLA:CPU compares them as zeros.
+TINY = (np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1e-40, 2e-40, 1.0, -1.0, 65504.0, 6e-5)
+LEAVES = (  # of sizes that runs of 128 entries divide, and of others
+    ((41,), jnp.float32), ((7, 5), jnp.bfloat16), ((3, 2, 64), jnp.float32), ((2, 128), jnp.float16),
+    ((1, 1), jnp.float32))
+WAYS = {'as on many devices': {'one_cpu': lambda: False}, 'as on one CPU': {'one_cpu': lambda: True},
+        'small words': {'one_cpu': lambda: False, '_WORD': 3}}
+
+
+def tiny(shape, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(len(shape)).choice(np.float32(TINY), shape)).astype(dtype)
+
+
+@pytest.fixture
+def way(request, monkeypatch):
+  """Counts in one of the ways; JAX keeps what was traced, and does not see the change."""
+  for name, value in WAYS[request.param].items():
+    monkeypatch.setattr(wholes, name, value)
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize('way', WAYS, indirect=True)
+def test_a_large_leaf_is_ranked_as_a_sort_ranks_it(way):
+  for shape, dtype in LEAVES:
+    scores = tiny(shape, dtype)
+    counts = np.unique(np.linspace(0, scores.size, 12).astype(np.int32))
+    select = lambda n, scores=scores: passes.top_n_of_large(scores, wholes.counted(wholes.count(n), scores.size))
+    for n, mask in zip(counts, np.asarray(jax.jit(jax.vmap(select))(counts))):
+      expected = oracle.best(np.asarray(scores, np.float32).reshape(-1), n).reshape(shape)
+      np.testing.assert_array_equal(mask, expected, err_msg=f'{n} of {shape}')
+
+
+@pytest.mark.parametrize('way', ['as on one CPU'], indirect=True)
+def test_ties_are_cut_at_every_place(way):
+  scores = jnp.asarray([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]])
+  masks = jax.jit(jax.vmap(functools.partial(passes.top_n_of_large, scores)))(jnp.arange(7))
+  for n, mask in enumerate(np.asarray(masks)):
+    np.testing.assert_array_equal(mask.reshape(-1), oracle.best(np.ravel(scores), n))
+
+
+def test_the_switch_by_size_changes_no_bit(monkeypatch):
+  scores = tiny((256, 4)) * 2
+  masks = []
+  for large in (2048, 1):
+    monkeypatch.setattr(ranking, '_LARGE', large)
+    jax.clear_caches()
+    masks.append(jax.jit(jax.vmap(lambda n: ranking.top_n(scores, n)))(jnp.asarray([0, 3, 300, 1024])))
+  np.testing.assert_array_equal(*masks)
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize('m, axis', [(4, 0), (4, 1), (8, 1), (128, 0)])
+def test_groups_tell_subnormals_apart(m, axis):
+  scores = tiny((m, 6) if axis == 0 else (6, m))
+  chosen = jax.jit(jax.vmap(lambda n: ranking.top_n_in_groups(scores, n, m, axis)))
+  for n, mask in zip((1, m // 2), np.asarray(chosen(jnp.asarray([1, m // 2])))):
+    np.testing.assert_array_equal(mask, oracle.n_of_m(scores, n, m, (axis,)))
