@@ -79,8 +79,8 @@ def _places(size: int, like: Array) -> list[Any]:
   numbers = [np.int32(i) for i in range(size)]
   if jax.default_backend() != 'cpu' or not like.size:
     return numbers
-  # XLA:CPU compiles equal kernels once. A slice at a constant place is a kernel of its own, which takes longer to compile
-  # than the rest of a leaf. To XLA the results of a branch are not constants, whichever branch is taken.
+  # XLA:CPU compiles equal kernels once. A slice at a constant place is a kernel of its own, which compiles longer than
+  # the rest of a leaf. To XLA the results of a branch are not constants, whichever branch is taken.
   first = lax.squeeze(lax.slice(like, (0,) * like.ndim, (1,) * like.ndim), range(like.ndim))
   return lax.cond(first == jnp.zeros((), like.dtype), lambda: numbers, lambda: numbers)
 
