@@ -16,7 +16,8 @@ import sys
 from benchmarks import results, timing
 from sparsejax import errors, tables
 
-SUITES = ('group_selection', 'selection', 'bandwidth', 'training_step', 'memory', 'kernels', 'packed_training')
+SUITES = ('group_selection', 'selection', 'bandwidth', 'training_step', 'memory', 'kernels', 'packed_training',
+          'compile_time')
 OUT = pathlib.Path('benchmarks/results.md')
 
 

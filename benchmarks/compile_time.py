@@ -44,7 +44,7 @@ def run(rounds: int = 20, leaves: Sequence[int] = LEAVES, names: Sequence[str] =
   is the time of `init` over the time that a step takes to compile.
   """
   jax.config.update('jax_enable_compilation_cache', False)
-  cost(make('dense'), 2)  # what JAX does once in a process
+  cost(make('dense'), 2)  # JAX does some work once in a process
   for number in leaves:
     turns = [[(cost(make('dense'), number), *(cost(make(name), number) for name in names))]
              for _ in range(min(rounds, 3 if number < 200 else 1))]

@@ -5,8 +5,8 @@
       stack = kinds.stacked([leaves[i] for i in members])
       leaves = kinds.unstacked(stack)
 
-The time to compile and the size of a program then grow with the number of kinds, and not with the number of leaves. One
-leaf after the other is computed, so that every bit of a result is that of the leaf by itself.
+The time to compile and the size of a program then grow with the number of kinds, and not with the number of leaves. A
+loop computes the leaves of a kind one by one, so that every bit of a result is that of the leaf by itself.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -79,8 +79,8 @@ def _places(size: int, like: Array) -> list[Any]:
   numbers = [np.int32(i) for i in range(size)]
   if jax.default_backend() != 'cpu' or not like.size:
     return numbers
-  # XLA:CPU compiles equal kernels once. A slice at a constant place is a kernel of its own, and takes longer to compile
-  # than all else that is done to a leaf. The results of a branch are not constants, whichever branch is taken.
+  # XLA:CPU compiles equal kernels once. A slice at a constant place is a kernel of its own, which compiles longer than
+  # the rest of a leaf. To XLA the results of a branch are not constants, whichever branch is taken.
   first = lax.squeeze(lax.slice(like, (0,) * like.ndim, (1,) * like.ndim), range(like.ndim))
   return lax.cond(first == jnp.zeros((), like.dtype), lambda: numbers, lambda: numbers)
 

@@ -184,12 +184,12 @@ def _missing(n: Any, groups: Sequence[Sequence[int]], counts: Sequence[Sequence[
   if len(place) == 1:
     return [minus(jax.tree.map(lambda word: jnp.asarray(word)[None], n), counts[0][0])]
   larger, equals = (jax.tree.map(lambda *each: jnp.concatenate(each), *of_stacks) for of_stacks in zip(*counts))
-  if len(groups) > 1:
-    equals = jax.tree.map(lambda word: word[np.argsort(place)], equals)
-  _, missing = _taken(_taken(jax.tree.map(jnp.asarray, n), larger)[0], equals)
-  if len(groups) == 1:
-    return [missing]
-  return [jax.tree.map(operator.itemgetter(np.asarray(places)), missing) for places in groups]
+  moved = np.any(np.diff(place) < 0)  # the stacks are not in the order of the leaves
+  placed = lambda words, index: jax.tree.map(operator.itemgetter(index), words) if moved else words
+  _, missing = _taken(_taken(jax.tree.map(jnp.asarray, n), larger)[0], placed(equals, np.argsort(place)))
+  ends = np.cumsum(list(map(len, groups)))
+  rows = lambda first, end: jax.tree.map(lambda word: lax.slice_in_dim(word, first, end), placed(missing, place))
+  return [rows(int(end) - len(places), int(end)) for places, end in zip(groups, ends)]
 
 
 def _taken(n: Any, counts: Any) -> tuple[Any, Any]:
@@ -229,7 +229,7 @@ def _first(mask: Array, n: Any, total: Any) -> Array:
 
 
 def _indices(shape: tuple[int, ...]) -> list[list[int]]:
-  """Returns the axes that each index of an entry of a row merges: one index if a row of `shape` fits 32 bits."""
+  """Returns the axes that each index of an entry of a row merges. A row that fits 32 bits has a single index."""
   indices: list[list[int]] = [[]]
   size = 1
   for axis, length in list(enumerate(shape))[1:]:

@@ -1,8 +1,8 @@
 """Defines the nouns that every module shares, and the signatures of the seven kinds of word.
 
 A word is a plain function with one of the signatures below. Any function that fits is a valid word, without
-registration. Shapes are written in backticks. `True` in a mask means kept. `sparsity` is the fraction of weights that
-are zero.
+registration. The result depends on the arguments alone: leaves of equal shape, dtype and axes share one call. Shapes
+are written in backticks. `True` in a mask means kept. `sparsity` is the fraction of weights that are zero.
 
     axes = Axes(contracted=(0,), output=(1,))
     signals = Signals(grad=grad, step=step, axes=axes)

@@ -19,7 +19,7 @@ from jax import lax
 from sparsejax.types import Array
 
 _RUN = 128  # the number of entries of a mask whose sum is one byte; at most 255
-_RUNS = 1 << 18  # a mask of fewer entries is summed at once: one kernel to compile, and no memory to save
+_RUNS = 1 << 18  # a mask of fewer entries is summed by one kernel, which compiles faster
 _WORD = 31  # bits of the low word of a `Count`; a sum is split into two words before it needs more than 32 bits
 
 

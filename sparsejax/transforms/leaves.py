@@ -85,7 +85,7 @@ class Leaves:
 
 
   def _keys(self, step: Array, key: Array) -> list[Array]:
-    """Returns the key of each leaf at `step`: it depends on the path, so that other leaves do not change a draw."""
+    """Returns the key of each leaf at `step`. A key depends on the path, so that other leaves do not change a draw."""
     now = jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEYS), step)
     names = np.array([zlib.crc32(leaf.path.encode()) for leaf in self.plan.leaves], np.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(now, names)
