@@ -2,8 +2,8 @@
 
     masks = kinds.each(function, facts, rows)     # `function(facts[i], rows[i])` of each leaf
     for members in kinds.of(leaves):           # [[0, 2], [1]]
-      stack = kinds.stacked([leaves[i] for i in members])
-      leaves = kinds.unstacked(stack)
+      stack = kinds.together([leaves[i] for i in members])
+      leaves = kinds.apart(stack)
 
 The time to compile and the size of a program then grow with the number of kinds, and not with the number of leaves. A
 loop computes the leaves of a kind one by one, so that every bit of a result is that of the leaf by itself.
@@ -57,14 +57,14 @@ def stackable(row: PyTree) -> bool:
   return not any(AxisType.Auto in mesh.axis_types and mesh.size > 1 for mesh in meshes)
 
 
-def stacked(leaves: Sequence[Array]) -> Array:
+def together(leaves: Sequence[Array]) -> Array:
   """Returns the leaves of one kind as one array, `[leaves, ...]`."""
   rows = [lax.expand_dims(x, (0,)) for x in leaves]
   return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
 
 
-def unstacked(stack: PyTree) -> list[PyTree]:
-  """Returns the rows of a pytree of arrays `[leaves, ...]`: the inverse of `stacked`."""
+def apart(stack: PyTree) -> list[PyTree]:
+  """Returns the rows of a pytree of arrays `[leaves, ...]`: the inverse of `together`."""
   arrays, structure = jax.tree.flatten(stack)
   size = arrays[0].shape[0]
   if size == 1:
@@ -98,8 +98,8 @@ def each(function: Callable[[Any, Any], PyTree], facts: Sequence[Hashable], rows
     fact, mine = facts[members[0]], [rows[i] for i in members]
     one = lambda row, shared, fact=fact: function(fact, (*row, *shared))
     if len(mine) > 1 and loop(fact) and stackable(mine[0]):
-      stack = jax.tree.map(lambda *leaves: stacked(leaves), *mine)
-      found = unstacked(lax.map(lambda row, one=one: one(row, shared), stack))
+      stack = jax.tree.map(lambda *leaves: together(leaves), *mine)
+      found = apart(lax.map(lambda row, one=one: one(row, shared), stack))
     else:
       one = jax.jit(one) if len(mine) > 1 else one
       found = [one(row, shared) for row in mine]

@@ -122,7 +122,7 @@ def _top_n_of_leaves(leaves: list[Array], n: Any) -> list[Array]:
   groups, keys, least, counts = _ranked(leaves, n)
   missing = _missing(n, groups, counts)
   masks = [(k > least) | _first(k == least, each, equals) for k, each, (_, equals) in zip(keys, missing, counts)]
-  rows = dict(zip(itertools.chain(*groups), itertools.chain(*map(kinds.unstacked, masks))))
+  rows = dict(zip(itertools.chain(*groups), itertools.chain(*map(kinds.apart, masks))))
   return [rows[i] for i in range(len(leaves))]
 
 
@@ -133,7 +133,7 @@ def _shares_of_leaves(leaves: list[Array], n: Any) -> list[Count]:
   for places, missing, (larger, equals) in zip(groups, _missing(n, groups, counts), counts):
     none = jax.tree.map(jnp.zeros_like, equals)
     ties = _where(at_least(missing, none), _where(at_least(equals, missing), missing, equals), none)
-    rows |= zip(places, kinds.unstacked(minus(larger, minus(none, ties))))
+    rows |= zip(places, kinds.apart(minus(larger, minus(none, ties))))
   return [count(rows[i]) for i in range(len(leaves))]
 
 
@@ -165,7 +165,7 @@ def _stacks(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
   for places in kinds.of(leaves):
     first = leaves[places[0]]
     groups += [places] if first.size <= most() and kinds.stackable(first) else [[i] for i in places]
-  return groups, [kinds.stacked([leaves[i] for i in places]) for places in groups]
+  return groups, [kinds.together([leaves[i] for i in places]) for places in groups]
 
 
 def _of_rows(masks: Sequence[Array], wide: bool) -> list[Any]:

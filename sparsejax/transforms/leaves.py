@@ -89,7 +89,7 @@ class Leaves:
     now = jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEYS), step)
     names = np.array([zlib.crc32(leaf.path.encode()) for leaf in self.plan.leaves], np.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(now, names)
-    return [jax.random.wrap_key_data(data, impl=KEYS) for data in kinds.unstacked(jax.random.key_data(keys))]
+    return [jax.random.wrap_key_data(data, impl=KEYS) for data in kinds.apart(jax.random.key_data(keys))]
 
 
 def refuse_complex(paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> None:

@@ -74,7 +74,7 @@ def test_rows_of_one_kind_have_equal_types_and_facts():
 
 def test_a_stack_comes_back_row_by_row():
   rows = [jnp.arange(6.0).reshape(2, 3) + i for i in range(4)]
-  cases.assert_same(jax.jit(lambda rows: kinds.unstacked(kinds.stacked(rows)))(rows), rows)
+  cases.assert_same(jax.jit(lambda rows: kinds.apart(kinds.together(rows)))(rows), rows)
   found = kinds.each(lambda fact, row: {fact: row[0] * row[1]}, ['x', 'y', 'x', 'x'], [(row,) for row in rows], (2,),
                      lambda fact: True)
   cases.assert_same(found, [{fact: 2 * row} for fact, row in zip('xyxx', rows)])
