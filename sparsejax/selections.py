@@ -236,12 +236,14 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
   Each layer keeps at least `int(least * size) + 1` weights, the best of the layer. The sparsity comes out of training,
   so nothing is on record as asked.
   """
+  def chosen(fact, row):
+    (leaf, _), (w, arrays, step) = fact, row
+    values, fewest = score(w, Signals(*arrays, step, leaf.axes)), int(least * math.prod(leaf.layer_shape)) + 1
+    return (values > threshold(step)) | patterns.Unstructured()(values, fewest, leaf.axes)
+
   def select(leaves, weights, masks, signals):
-    chosen = []
-    for leaf, w, s in zip(leaves, weights, signals):
-      values, fewest = score(w, s), int(least * math.prod(leaf.layer_shape)) + 1
-      chosen.append((values > threshold(s.step)) | patterns.Unstructured()(values, fewest, leaf.axes))
-    return chosen, None
+    rows = list(zip(weights, map(_arrays, signals)))
+    return kinds.each(chosen, [(_fact(leaf), None) for leaf in leaves], rows, (signals[0].step,), _ranks), None
 
   return Selection(Bound(_all_alike, (None, Asked())), select)
 
