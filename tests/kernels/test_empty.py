@@ -11,20 +11,22 @@ from kernels_pallas import block_sparse_attention, packed
 from sparsejax import formats
 
 CASES = {
-    '2:4': (kernels_pallas.nm_matmul, sj.NM(2, 4)), '1:1': (kernels_pallas.nm_matmul, sj.NM(1, 1)),
-    '2:4x8': (kernels_pallas.nm_matmul, sj.NM(2, 4, width=8)),
-    'blocks': (kernels_pallas.block_sparse_matmul, sj.Block((4, 4))),
-    'csc': (kernels_pallas.unstructured_matmul, 'csc'), 'sparse24': (kernels_pallas.sparse24_matmul, 'sparse24')}
+    '2:4': (kernels_pallas.nm_matmul, formats.NMArray, sj.NM(2, 4)),
+    '1:1': (kernels_pallas.nm_matmul, formats.NMArray, sj.NM(1, 1)),
+    '2:4x8': (kernels_pallas.nm_matmul, formats.NMArray, sj.NM(2, 4, width=8)),
+    'blocks': (kernels_pallas.block_sparse_matmul, formats.BlockSparseArray, sj.Block((4, 4))),
+    'csc': (kernels_pallas.unstructured_matmul, formats.CSCArray, sj.Unstructured()),
+    'sparse24': (kernels_pallas.sparse24_matmul, formats.Sparse24Array, sj.NM(2, 4))}
 
 
 @pytest.mark.parametrize('shape, lead', [
   ((8, 8), (4,)), ((8, 8), (2, 0)), ((0, 8), ()), ((0, 8), (0,)), ((8, 0), (4,))])
 @pytest.mark.parametrize('name', CASES)
 def test_products_of_nothing_and_their_gradients(name, shape, lead):
-  op, pattern = CASES[name]
+  op, format_, pattern = CASES[name]
   kept = (np.arange(8) % 4 < 2)[:shape[0], None] | (name == '1:1')
   w = jnp.asarray(np.ones(shape) * kept, jnp.float32)
-  small = formats.pack({'kernel': w}, pattern)['kernel']
+  small = format_.from_pattern(w, pattern, sj.types.Axes((0,), (1,)))
   x = jnp.asarray(np.random.default_rng(0).standard_normal((*lead, shape[0])), jnp.float32)
   np.testing.assert_array_equal(formats.unpack(small), w)
   for y in (op(x, small), packed(jnp.matmul)(x, small)):
