@@ -208,6 +208,13 @@ def values_of(array: Any) -> np.ndarray | None:
   return np.pad(held, (0, BYTES - held.size))
 
 
+def owned(identity: Any) -> Any:
+  """Returns the identity of a state for the next state: a copy outside of `jit`, where the state before may be donated.
+  """
+  known = isinstance(identity, jax.Array) and not isinstance(identity, jax.core.Tracer)
+  return identity.copy() if known else identity
+
+
 def refuse_unless_of(plan: Plan, identity: Any) -> None:
   """Raises `ValueError` naming both identities if the identity of a state, where it is known, is not that of `plan`."""
   held = values_of(identity)

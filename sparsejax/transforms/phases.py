@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import neighbours, trees
+from sparsejax import neighbours, plans, trees
 from sparsejax.states import SparseState
 from sparsejax.transforms import refusals
 from sparsejax.transforms.leaves import Leaves, master_of, plain_key
@@ -196,7 +196,7 @@ def recorded(method: Method, leaves: Leaves, point: Point, state: SparseState) -
   """Returns `state`, of which step, key and identity hold, with the point recorded in it."""
   master = leaves.put(point.weights if method.flow.dense else None)
   return state._replace(masks=leaves.put(point.masks), master=master, stats=leaves.put(point.stats), inner=point.inner,
-                        plan=leaves.plan.carrying(state.plan.identity))
+                        plan=leaves.plan.carrying(plans.owned(state.plan.identity)))
 
 
 class Beginning(NamedTuple):

@@ -36,7 +36,8 @@ def identity(inner: Inner, name: str = '') -> Optimizer:
   def update(grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
     refusals.refuse_others(plan, state)
     moves, inner_state = inner.update(grads, state.inner, params, **extra)
-    return moves, state._replace(step=optax.safe_increment(state.step), inner=inner_state)
+    own = state.plan.carrying(plans.owned(state.plan.identity))
+    return moves, state._replace(step=optax.safe_increment(state.step), inner=inner_state, plan=own)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

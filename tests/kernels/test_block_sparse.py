@@ -286,7 +286,7 @@ REFUSED = {
                                                    axes=Axes((1,), (2,), (), (0,))), "numbers of blocks, '2', '4'"),
     'taps': (lambda: BlockSparseArray.from_dense(np.ones((3, 3, 4, 4), 'f4'), axes=Axes((2,), (3,), (0, 1))), '1x1'),
     'traced': (lambda: jax.jit(BlockSparseArray.from_dense)(jnp.ones((4, 4))), 'not known here'),
-    'pack': (lambda: formats.pack({'conv': {'kernel': jnp.ones((3, 3, 4, 4))}}, '8x8'), "'conv/kernel'.*1x1"),
+    'pack': (lambda: formats.pack({'conv': {'kernel': jnp.ones((3, 3, 8, 8))}}, '8x8'), "'conv/kernel'.*1x1"),
 }
 
 

@@ -231,7 +231,7 @@ def test_every_recipe_starts_with_every_pattern_or_says_why_not(name, pattern):
   """Sparse momentum moves counts between layers, which N:M fixes."""
   case = CASES[name]
   options = {key: value for key, value in case.options.items() if key != 'sparsity'}
-  tx = case._replace(options=options | {'pattern': cases.PATTERNS[pattern]}).make()
+  tx = case._replace(options=options | {'pattern': cases.PATTERNS[pattern]}).make(axes=None)
   params = {layer: {'kernel': cases.F32((16, 8))} for layer in ('fc', 'head')}
   if (name, pattern) == ('snfs', '2:4'):
     with pytest.raises(ValueError, match='2:4 fixes how many every group keeps'):
