@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import sparsejax
 from sparsejax import recipes
 from sparsejax.programs import hlo
+from sparsejax.types import Axes
 
 ONCE = [name for name in cases.BY_NAME if CASES[name].tuned or f'{name}-phases' not in CASES]
 N_M = [name for name in ONCE if recipes.TABLE[CASES[name].recipe].__module__.endswith('n_m')]
@@ -92,7 +93,9 @@ def test_groups_on_several_devices_are_the_same_bits_and_the_mask_lies_as_the_we
   params = {path: {'kernel': jax.random.normal(jax.random.key(0), shape)}}
   devices = mesh(kind)
   held = jax.device_put(params, NamedSharding(devices, spec))
-  tx = recipes.ste(optax.sgd(0.1), pattern)
+  axes = {2: Axes((0,), (1,)), 3: Axes((0, 1), (2,)) if path == 'out' else Axes((1,), (2,), layer=(0,))}[len(shape)]
+  said = {f'{path}/kernel': axes}
+  tx = recipes.ste(optax.sgd(0.1), pattern, axes=said)
   expected = sparsejax.project(params, tx.init(params))
   ways = [(tx.init, False), (jax.jit(tx.init), True)]  # the optimizer, and whether inside of `jax.set_mesh`
   for make, inside in ways + ([(tx.init, True), (jax.jit(tx.init), False)] if path == 'out' else []):
@@ -102,7 +105,8 @@ def test_groups_on_several_devices_are_the_same_bits_and_the_mask_lies_as_the_we
     np.testing.assert_array_equal(np.where(mask, master, 0), expected[path]['kernel'])
     assert all(x.sharding.is_equivalent_to(NamedSharding(devices, spec), x.ndim) for x in (mask, master))
     sparsejax.check(sparsejax.project(held, state), state)
-    packed = sparsejax.formats.unpack(sparsejax.formats.pack(sparsejax.project(held, state), pattern)) if (
+    packed = sparsejax.formats.unpack(sparsejax.formats.pack(
+        sparsejax.project(held, state), pattern, axes=said)) if (
         isinstance(pattern, sparsejax.NM)) else expected
     cases.assert_same(jax.device_get(packed), jax.device_get(expected))
 
@@ -138,7 +142,8 @@ def test_twelve_updates_are_the_same_bits_as_on_one_device(name, kind):
 def test_inside_a_shard_map_every_shard_is_pruned_as_it_is_alone(name, kind):
   """In a program that writes its own collectives a recipe sees the shard, and asks for no more."""
   start, grads = cases.random(0, like=KERNEL), cases.random(1, (STEPS,), KERNEL)
-  run = lambda start, grads: cases.scanned(CASES[name].make, start, grads)[1]
+  run = lambda start, grads: cases.scanned(
+      functools.partial(CASES[name].make, axes=None), start, grads)[1]
   alone = [jax.jit(run)(*jax.tree.map(lambda x, i=i: x[..., 2 * i:2 * i + 2], (start, grads))) for i in range(4)]
   devices, columns, in_time = mesh(kind), P(None, 'model'), P(None, None, 'model')
   place = lambda tree, spec: jax.device_put(tree, NamedSharding(devices, spec))

@@ -18,6 +18,7 @@ from dimensions import CONTAINERS, FUNCTIONS, LEFT_OUT, LINE_SEARCHES, MESHES, N
 
 import sparsejax
 from sparsejax import states
+from sparsejax.types import Axes
 
 # Models and optimizers need JAX's ordinary promotion; that recipes do not is in test_conformance.
 pytestmark = [pytest.mark.usefixtures('standard_promotion'), pytest.mark.filterwarnings('ignore')]
@@ -110,7 +111,8 @@ def _refuse_unless_alone_too(optimizer, container, mesh):
 @functools.lru_cache(maxsize=64)
 def _run(recipe, optimizer, container, mesh):
   """`STEPS` updates as one program: the last parameters and state; parameters, points and masks after each."""
-  make, wrap, lies = CASES[recipe].make, CONTAINERS[container], MESHES[mesh]
+  make = functools.partial(CASES[recipe].make, axes={'kernel': Axes((0,), (1,))})
+  wrap, lies = CONTAINERS[container], MESHES[mesh]
   start, grads = (wrap(tree) for tree in (cases.random(0, like=SHAPES), cases.random(1, (STEPS,), SHAPES)))
   program = functools.partial(_program, lambda: OPTIMIZERS[optimizer](make), optimizer)
   if lies.kernel is None:
