@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparsejax import kinds
+from sparsejax import kinds, rows
 from sparsejax.keys import key_scores, largest_key, order_keys
 from sparsejax.passes import keyed, least_key, top_n_of_large
 from sparsejax.types import Array
@@ -37,7 +37,7 @@ __all__ = ['Count', 'at_least', 'count', 'key_scores', 'minus', 'number', 'order
 # Counting costs m comparisons for each entry of a group of m; bisection costs about 31 passes over memory. On a 2-core
 # CPU, for 4096 x 4096 float32, counting takes half the time of bisection at m = 64, and twice the time at m = 128.
 _COUNT_MOST = 64
-_LARGE = 1 << 20  # scores that take passes which read few bytes: below, a program that compiles fast
+LARGE = 1 << 20  # scores that take passes which read few bytes: below, a program that compiles fast
 
 
 def top_n_in_groups(scores: Array, n: Any, m: int, axis: int) -> Array:
@@ -117,24 +117,24 @@ def number(mask: Array) -> Count:
 # programs in flight have deadlocked XLA:CPU with more devices than cores.
 @functools.partial(jax.jit, inline=True)
 def _top_n_of_leaves(leaves: list[Array], n: Any) -> list[Array]:
-  if len(leaves) == 1 and leaves[0].size >= _LARGE:
+  if len(leaves) == 1 and leaves[0].size >= LARGE:
     return [top_n_of_large(leaves[0], n)]
   groups, keys, least, counts = _ranked(leaves, n)
   missing = _missing(n, groups, counts)
   masks = [(k > least) | _first(k == least, each, equals) for k, each, (_, equals) in zip(keys, missing, counts)]
-  rows = dict(zip(itertools.chain(*groups), itertools.chain(*map(kinds.apart, masks))))
-  return [rows[i] for i in range(len(leaves))]
+  found = dict(zip(itertools.chain(*groups), itertools.chain(*map(kinds.apart, masks))))
+  return [rows.from_rows(found[i], leaf.shape, found[i].size) for i, leaf in enumerate(leaves)]
 
 
 @functools.partial(jax.jit, inline=True)
 def _shares_of_leaves(leaves: list[Array], n: Any) -> list[Count]:
   groups, _, _, counts = _ranked(leaves, n)
-  rows: dict[int, Count] = {}
+  found: dict[int, Count] = {}
   for places, missing, (larger, equals) in zip(groups, _missing(n, groups, counts), counts):
     none = jax.tree.map(jnp.zeros_like, equals)
     ties = _where(at_least(missing, none), _where(at_least(equals, missing), missing, equals), none)
-    rows |= zip(places, kinds.apart(minus(larger, minus(none, ties))))
-  return [count(rows[i]) for i in range(len(leaves))]
+    found |= zip(places, kinds.apart(minus(larger, minus(none, ties))))
+  return [count(found[i]) for i in range(len(leaves))]
 
 
 def _where(condition: Array, a: Any, b: Any) -> Any:
@@ -146,14 +146,16 @@ def _ranked(leaves: Sequence[Array], n: Any) -> tuple[list[list[int]], list[Arra
 
   The last result holds the numbers of keys above the `n`-th largest, and of keys equal to it, `[rows]` for each stack.
   """
-  groups, stacks = _stacks(leaves)
-  keys = [order_keys(stack, keyed(stacks)) for stack in stacks]
-  if sum(leaf.size for leaf in leaves) >= _LARGE:
-    least = least_key(stacks, n)
-  else:
+  if sum(leaf.size for leaf in leaves) < LARGE:
+    groups, keys = _rows(leaves)
     enough = lambda ts: [at_least(c, n) for c in totals([[k >= t for t in ts] for k in keys])]
     least = largest_key(enough, jnp.zeros((), keys[0].dtype))
-  return groups, keys, least, [_of_rows([k > least, k == least], isinstance(n, Count)) for k in keys]
+  else:
+    groups, stacks = _stacks(leaves)
+    keys, least = [order_keys(stack, keyed(stacks)) for stack in stacks], least_key(stacks, n)
+  # Below all scores there is only padding, which is equal to `least` if there are fewer than `n` scores.
+  equal = [(k == least) & (least > jnp.iinfo(least.dtype).min) for k in keys]
+  return groups, keys, least, [_of_rows([k > least, same], isinstance(n, Count)) for k, same in zip(keys, equal)]
 
 
 def _stacks(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
@@ -166,6 +168,26 @@ def _stacks(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
     first = leaves[places[0]]
     groups += [places] if first.size <= most() and kinds.stackable(first) else [[i] for i in places]
   return groups, [kinds.together([leaves[i] for i in places]) for places in groups]
+
+
+def _rows(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
+  """Returns what `_stacks` does, with the keys in the place of the leaves, for leaves that are written as rows.
+
+  The key behind the last entry of a row is below that of NaN. A leaf that cannot be stacked stays as it is.
+  """
+  stacks: dict[Any, list[int]] = {}
+  widths = rows.widths([leaf.size for leaf in leaves])
+  for i, (leaf, width) in enumerate(zip(leaves, widths)):
+    stacks.setdefault(width if kinds.stackable(leaf) else (i,), []).append(i)
+  dtype = keyed(leaves)
+
+  def stack(places: list[int]) -> Array:
+    keys = [order_keys(leaves[i], dtype) for i in places]
+    if len({key.shape for key in keys}) > 1:
+      keys = [rows.as_row(key, key.shape, widths[i], jnp.iinfo(key.dtype).min) for i, key in zip(places, keys)]
+    return kinds.together(keys)
+
+  return list(stacks.values()), list(map(stack, stacks.values()))
 
 
 def _of_rows(masks: Sequence[Array], wide: bool) -> list[Any]:
@@ -188,8 +210,8 @@ def _missing(n: Any, groups: Sequence[Sequence[int]], counts: Sequence[Sequence[
   placed = lambda words, index: jax.tree.map(operator.itemgetter(index), words) if moved else words
   _, missing = _taken(_taken(jax.tree.map(jnp.asarray, n), larger)[0], placed(equals, np.argsort(place)))
   ends = np.cumsum(list(map(len, groups)))
-  rows = lambda first, end: jax.tree.map(lambda word: lax.slice_in_dim(word, first, end), placed(missing, place))
-  return [rows(int(end) - len(places), int(end)) for places, end in zip(groups, ends)]
+  part = lambda first, end: jax.tree.map(lambda word: lax.slice_in_dim(word, first, end), placed(missing, place))
+  return [part(int(end) - len(places), int(end)) for places, end in zip(groups, ends)]
 
 
 def _taken(n: Any, counts: Any) -> tuple[Any, Any]:

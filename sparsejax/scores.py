@@ -19,15 +19,17 @@ import optax
 
 from sparsejax import neighbours, trees
 from sparsejax.arguments import checked
-from sparsejax.types import Array, Schedule, Signals
+from sparsejax.types import Array, Schedule, Signals, elementwise
 
 
+@elementwise
 def magnitude(w: Array, signals: Signals = Signals()) -> Array:
   """Returns `|w|`; NaN stays NaN, which `ranking` ranks last."""
   del signals
   return jnp.abs(w).astype(jnp.float32)
 
 
+@elementwise
 def random(w: Array, signals: Signals) -> Array:
   """Returns random scores, uniform in [0, 1); needs `signals.key`.
 
@@ -38,17 +40,20 @@ def random(w: Array, signals: Signals) -> Array:
   return jax.random.uniform(signals.key, w.shape, jnp.float32)
 
 
+@elementwise
 def value(w: Array, signals: Signals) -> Array:
   """Returns the weight itself, with its sign; for flows whose master is a score, such as `flows.searched`."""
   del signals
   return w.astype(jnp.float32)
 
 
+@elementwise
 def gradient(w: Array, signals: Signals) -> Array:
   """Returns `|dL/dw|`; needs `signals.grad`."""
   return jnp.abs(_needed('gradient', signals.grad, _GRADIENT)).astype(jnp.float32)
 
 
+@elementwise
 def snip(w: Array, signals: Signals) -> Array:
   """Returns the connection sensitivity `|w dL/dw|`; needs `signals.grad`.
 
@@ -58,6 +63,7 @@ def snip(w: Array, signals: Signals) -> Array:
   return jnp.abs(_product('snip', w, signals))
 
 
+@elementwise
 def grasp(w: Array, signals: Signals) -> Array:
   """Returns `w (H g)`, with its sign, for the Hessian H and the gradient g of the loss.
 
@@ -67,6 +73,7 @@ def grasp(w: Array, signals: Signals) -> Array:
   return _product('grasp', w, signals)
 
 
+@elementwise
 def synflow(w: Array, signals: Signals) -> Array:
   """Returns the synaptic flow `|w| dR/d|w|` (Tanaka et al. 2020, SynFlow, section 6).
 
@@ -76,11 +83,13 @@ def synflow(w: Array, signals: Signals) -> Array:
   return _product('synflow', jnp.abs(w), signals)
 
 
+@elementwise
 def movement(w: Array, signals: Signals) -> Array:
   """Returns the accumulated score S (Sanh et al. 2020); needs the memory `accumulated_movement`."""
   return _needed('movement', signals.stats, 'the memory scores.accumulated_movement').score
 
 
+@elementwise
 def soft_movement(w: Array, signals: Signals) -> Array:
   """Returns `sigmoid(S)` of the accumulated score S; needs the memory `accumulated_movement`.
 
@@ -89,11 +98,13 @@ def soft_movement(w: Array, signals: Signals) -> Array:
   return jax.nn.sigmoid(movement(w, signals))
 
 
+@elementwise
 def momentum(w: Array, signals: Signals) -> Array:
   """Returns `|average of dL/dw|` (Dettmers and Zettlemoyer 2019); needs the memory `gradient_average`."""
   return jnp.abs(_needed('momentum', signals.stats, 'the memory scores.gradient_average'))
 
 
+@elementwise
 def fisher(w: Array, signals: Signals) -> Array:
   """Returns `w^2 E[(dL/dw)^2] / 2`; needs the memory `squared_gradient_average`.
 

@@ -13,13 +13,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
-from sparsejax import counts, errors, kinds, patterns, ranking, scores, trees, updates
+from sparsejax import choices, counts, errors, patterns, ranking, scores, trees, updates
 from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
-from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
+from sparsejax.types import (
+  Allocation,
+  Array,
+  Asked,
+  Axes,
+  Bound,
+  Pattern,
+  Pooled,
+  Schedule,
+  Score,
+  Signals,
+  Update,
+)
 
 Leaves, Masks = Sequence[SparseLeaf], list[Array]
 
@@ -111,43 +124,43 @@ class _Leafwise:
     return counts.kept_of(asked.sparsity, size) == counts.kept_of(pattern.sparsity, size)
 
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
-    rows = list(zip(masks, weights, map(_arrays, signals)))
-    facts = list(zip(map(_fact, leaves), self.of([leaf.path for leaf in leaves])))
-    step = signals[0].step
-    progress = self.ramp and self.ramp(step)
-    told = self._competed(leaves, facts, rows, step, progress) if self.ranked else [None] * len(rows)
+    rows, step = list(zip(masks, weights, map(_arrays, signals))), signals[0].step
+    own, progress = self.of([leaf.path for leaf in leaves]), self.ramp and self.ramp(step)
+    now = [at(pattern, step) for pattern in own]
+    told = (self._competed if self.ranked else self._told)(leaves, now, rows, step, progress)
 
-    def chosen(fact: Any, row: Any) -> Array:
-      (leaf, pattern), (mask, w, arrays, count, step, progress) = fact, row
-      signals = Signals(*arrays, step, leaf.axes)
-      pattern = at(pattern, step)
-      if not self.ranked and not (self.sparsity is None and self.ramp is None):
-        count = counts.count_of(pattern, leaf.asked.sparsity, leaf.shape, leaf.axes, progress)
-      return self.update(mask, self.score(w, signals), counts.Selector(pattern, count, leaf.axes), w, signals)
+    def chosen(kind: choices.Kind, row: Any) -> Array:
+      mask, w, arrays, count, size, step = row
+      signals = Signals(*arrays, step, kind.leaf.axes)
+      best = counts.Selector(at(kind.pattern, step), count, kind.leaf.axes)
+      select = lambda scores, drop=None: best(kind.ranked(scores, size), drop)
+      return self.update(mask, self.score(w, signals), select, w, signals)
 
-    return kinds.each(chosen, facts, [(*row, count) for row, count in zip(rows, told)], (step, progress), _ranks), None
+    rows = [(*row, count) for row, count in zip(rows, told)]
+    return choices.each(chosen, leaves, own, rows, (step,), words=(self.score, self.update)), None
 
-  def _competed(self, leaves: Leaves, facts: Any, rows: Any, step: Any, progress: Any) -> list[ranking.Count]:
+  def _told(self, leaves: Leaves, now: list[Pattern], rows: Any, step: Any, progress: Any) -> list[Any]:
+    """Returns the count that the pattern of each leaf is told; `None` stands for the pattern's own count."""
+    if self.sparsity is None and self.ramp is None:
+      return [None] * len(leaves)
+    told: dict[Any, Any] = {}  # once for leaves that are alike
+    same = [(id(pattern), leaf.asked.sparsity, leaf.shape, leaf.axes) for pattern, leaf in zip(now, leaves)]
+    for pattern, alike in zip(now, same):
+      if alike not in told:
+        count = ranking.count(counts.count_of(pattern, *alike[1:], progress))
+        told[alike] = ranking.counted(count, math.prod(alike[2]))
+    return [told[alike] for alike in same]
+
+  def _competed(self, leaves: Leaves, now: list[Pattern], rows: Any, step: Any, progress: Any) -> list[ranking.Count]:
     """Returns how many units each layer of each leaf keeps, where all leaves are ranked together."""
     score = self.allocation.score or self.score
 
-    def ranks(fact: Any, row: Any) -> Array:
-      (leaf, _), (mask, w, arrays, step) = fact, row
-      signals = Signals(*arrays, step, leaf.axes)
+    def ranks(kind: choices.Kind, row: Any) -> Array:
+      mask, w, arrays, _, step = row
+      signals = Signals(*arrays, step, kind.leaf.axes)
       return updates.ranked_by(self.update, mask, score(w, signals), w, signals)
 
-    now = [at(pattern, step) for _, pattern in facts]
-    return competed(self.allocation, leaves, now, kinds.each(ranks, facts, rows, (step,)), progress)
-
-
-def _ranks(fact: tuple[SparseLeaf, Pattern]) -> bool:
-  """Returns whether the pattern ranks a whole leaf by a loop, and not groups of a few neighbours."""
-  return not getattr(fact[1], 'fixed', False)
-
-
-def _fact(leaf: SparseLeaf) -> SparseLeaf:
-  """Returns what a leaf has in common with the leaves of its kind."""
-  return dataclasses.replace(leaf, path='')
+    return competed(self.allocation, leaves, now, choices.each(ranks, leaves, now, rows, (step,), loop=False), progress)
 
 
 def _arrays(signals: Signals) -> tuple[Any, Any, Any]:
@@ -236,14 +249,15 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
   Each layer keeps at least `int(least * size) + 1` weights, the best of the layer. The sparsity comes out of training,
   so nothing is on record as asked.
   """
-  def chosen(fact, row):
-    (leaf, _), (w, arrays, step) = fact, row
-    values, fewest = score(w, Signals(*arrays, step, leaf.axes)), int(least * math.prod(leaf.layer_shape)) + 1
-    return (values > threshold(step)) | patterns.Unstructured()(values, fewest, leaf.axes)
+  def chosen(kind, row):
+    w, arrays, fewest, size, step = row
+    values = score(w, Signals(*arrays, step, kind.leaf.axes))
+    return (values > threshold(step)) | kind.pattern(kind.ranked(values, size), fewest, kind.leaf.axes)
 
   def select(leaves, weights, masks, signals):
-    rows = list(zip(weights, map(_arrays, signals)))
-    return kinds.each(chosen, [(_fact(leaf), None) for leaf in leaves], rows, (signals[0].step,), _ranks), None
+    fewest = [np.int32(int(least * math.prod(leaf.layer_shape)) + 1) for leaf in leaves]
+    rows, own = list(zip(weights, map(_arrays, signals), fewest)), [patterns.Unstructured()] * len(leaves)
+    return choices.each(chosen, leaves, own, rows, (signals[0].step,), words=(score,)), None
 
   return Selection(Bound(_all_alike, (None, Asked())), select)
 
@@ -272,13 +286,13 @@ def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity
     return Plan(leaves)
 
   def select(leaves, weights, masks, signals):
-    facts, step = [(_fact(leaf), pattern) for leaf in leaves], signals[0].step
+    step, own = signals[0].step, [pattern] * len(leaves)
     rows = list(zip(masks, weights, map(_arrays, signals)))
-    survivors = kinds.each(functools.partial(_survived, grow), facts, rows, (step, fraction(step)), _ranks)
+    survived, regrown = functools.partial(_survived, grow), functools.partial(_regrown, grow)
+    survivors = choices.each(survived, leaves, own, rows, (step, fraction(step)), words=(grow,))
     grown = _grown([numbers for _, numbers in survivors])
-    alive = [mask for mask, _ in survivors]
-    rows = [(mask, count, *row) for mask, count, row in zip(alive, grown, rows)]
-    return kinds.each(functools.partial(_regrown, grow), facts, rows, (step,), _ranks), None
+    rows = [(alive, count, w, arrays) for (alive, _), count, (_, w, arrays) in zip(survivors, grown, rows)]
+    return choices.each(regrown, leaves, own, rows, (step,), words=(grow,)), None
 
   return Selection(plan, select)
 
@@ -295,22 +309,23 @@ class _Numbers(NamedTuple):
   strength: Array
 
 
-def _survived(grow: Score, fact: Any, row: Any) -> tuple[Array, _Numbers]:
+def _survived(grow: Score, kind: choices.Kind, row: Any) -> tuple[Array, _Numbers]:
   """Returns the mask of the kept weights of a leaf without the smallest of each layer, and the numbers of its units."""
-  (leaf, pattern), (mask, w, arrays, step, drop) = fact, row
+  (leaf, pattern, _), (mask, w, arrays, size, step, drop) = kind, row
   signals = Signals(*arrays, step, leaf.axes)
   before = _units_in(pattern, mask, leaf)
   keep = counts.fewer(ranking.count(before), drop)
   alive = pattern(updates.kept_first(mask, scores.magnitude(w, signals)), keep, leaf.axes) & mask
-  left, most = (_units_in(pattern, each, leaf) for each in (alive, jnp.ones_like(mask)))
+  all_ = kind.ranked(jnp.ones(mask.shape, jnp.float32), size) > 0
+  left, most = (_units_in(pattern, each, leaf) for each in (alive, all_))
   return alive, _Numbers(before, left, most, _mean_over(mask, grow(w, signals), leaf))
 
 
-def _regrown(grow: Score, fact: Any, row: Any) -> Array:
+def _regrown(grow: Score, kind: choices.Kind, row: Any) -> Array:
   """Returns the mask of the survivors and of the best others, `count` units in each layer."""
-  (leaf, pattern), (alive, count, _, w, arrays, step) = fact, row
+  (leaf, pattern, _), (alive, count, w, arrays, size, step) = kind, row
   values = updates.bounded(grow(w, Signals(*arrays, step, leaf.axes)))
-  return pattern(jnp.where(alive, jnp.inf, values), ranking.count(count), leaf.axes)
+  return pattern(kind.ranked(jnp.where(alive, jnp.inf, values), size), ranking.count(count), leaf.axes)
 
 
 def _grown(numbers: Sequence[_Numbers]) -> list[Array]:

@@ -13,18 +13,20 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import optax
 
 Array = jax.Array
 PyTree = Any
+Word = TypeVar('Word', bound=Callable[..., Any])
 Inner = optax.GradientTransformation  # the user's own optimizer
 Optimizer = optax.GradientTransformationExtraArgs  # a recipe around the user's optimizer
 Step = Any  # an int or an `int32[]`, traced or not
 
 ALWAYS = 'always'  # a schedule with this fact is `True` at every step
+ELEMENTWISE = 'elementwise'  # a score or an update with this fact gives the entries of a leaf in any other shape
 ENDLESS = 'endless'  # a schedule with this fact is meant to go on after training
 AT_ZERO = 'at zero'  # a schedule with this fact is `True` at step 0 and at no other step
 
@@ -51,12 +53,22 @@ class Bound:
 
 
 def says(word: Any, fact: str) -> bool:
-  """Returns whether `word` carries `fact`, `ALWAYS`, `AT_ZERO` or `ENDLESS`, in its attribute `facts`.
+  """Returns whether `word` carries `fact`, such as `ALWAYS`, in its attribute `facts`.
 
   A fact saves work; a word without `facts` gives the same masks and weights. `schedule.facts = (types.ALWAYS,)` lets a
   user's own function carry one.
   """
   return fact in getattr(word, 'facts', ())
+
+
+def elementwise(word: Word) -> Word:
+  """Gives a score or an update the fact `ELEMENTWISE`, and returns the score or the update.
+
+  The word then has to compute each entry from the entries at the same place, from scalars, and from draws of the key
+  alone. Leaves of several shapes are then computed by one program, as rows `[width]` with padding behind them.
+  """
+  setattr(word, 'facts', (*getattr(word, 'facts', ()), ELEMENTWISE))  # noqa: B010
+  return word
 
 
 class Axes(NamedTuple):

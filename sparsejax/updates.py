@@ -15,14 +15,16 @@ import jax.numpy as jnp
 
 from sparsejax import counts, ranking
 from sparsejax.arguments import checked
-from sparsejax.types import Array, Schedule, Score, Signals, Update
+from sparsejax.types import ELEMENTWISE, Array, Schedule, Score, Signals, Update, elementwise, says
 
 
+@elementwise
 def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask of the best of all weights. A pruned weight returns as soon as its score is high enough."""
   return select(scores)
 
 
+@elementwise
 def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask of the best of the kept weights. A pruned weight stays pruned unless the count needs it."""
   return select(kept_first(mask, scores))
@@ -74,7 +76,7 @@ def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
     survivors = select(kept_first(mask, scores), fraction(signals.step)) & mask
     return select(jnp.where(survivors, jnp.inf, bounded(grow(w, signals))))
 
-  return update
+  return elementwise(update) if says(grow, ELEMENTWISE) else update
 
 
 @checked
@@ -90,7 +92,7 @@ def swap(fraction: Schedule) -> Update:
     layers, part = signals.axes.layer if signals.axes else (), jnp.asarray(fraction(signals.step), jnp.float32)
     return counts.by_layer(lambda *each: _swapped(*each, part), layers, [mask, select(scores), scores])
 
-  return update
+  return elementwise(update)
 
 
 def _swapped(mask: Array, new: Array, scores: Array, fraction: Array) -> Array:

@@ -22,7 +22,7 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types',),
-    ('errors', 'tables', 'conventions', 'keys', 'kinds', 'wholes'),
+    ('errors', 'tables', 'conventions', 'keys', 'kinds', 'rows', 'wholes'),
     ('arguments',),
     ('trees',),
     ('programs',),
@@ -35,6 +35,7 @@ SPARSEJAX = (
     ('plans',),
     ('states',),
     ('formats',),
+    ('choices',),
     ('selections',),
     ('transforms', 'planning'),
     tuple(FAMILIES),

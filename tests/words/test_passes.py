@@ -56,7 +56,7 @@ def test_the_switch_by_size_changes_no_bit(monkeypatch):
   scores = tiny((256, 4)) * 2
   masks = []
   for large in (2048, 1):
-    monkeypatch.setattr(ranking, '_LARGE', large)
+    monkeypatch.setattr(ranking, 'LARGE', large)
     jax.clear_caches()
     masks.append(jax.jit(jax.vmap(lambda n: ranking.top_n(scores, n)))(jnp.asarray([0, 3, 300, 1024])))
   np.testing.assert_array_equal(*masks)
