@@ -43,7 +43,7 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   if 0 in flat.shape or 0 in outputs:
     y = jnp.zeros((flat.shape[0], math.prod(outputs)), x.dtype)
   else:
-    y = PRODUCT(flat, matrix, implementation)
+    y = PRODUCT(flat, matrix, math.prod(outputs), implementation)
   lead = x.ndim - 1
   order = [*range(lead), *(lead + np.argsort(places))]
   return y.reshape(*x.shape[:-1], *outputs).transpose(order)
@@ -96,6 +96,6 @@ PRODUCT = products.TrainableProduct(
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, n_m.to_merged(w), 1, 0).astype(x.dtype)),
      'mosaic_gpu': Implementation(reference.matmul, _none_for_hopper), 'mosaic_tpu': _kernel('tpu')},
-    {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
-     'dense': Implementation(products.both(
-         lambda dy, w: products.dot(dy, n_m.to_merged(w), 1, 1).astype(dy.dtype), reference.sampled_by_slab))}, prefer)
+    {'xla': Implementation(reference.matmul_transposed),
+     'dense': Implementation(lambda dy, w: products.dot(dy, n_m.to_merged(w), 1, 1).astype(dy.dtype))},
+    {'xla': Implementation(reference.sampled), 'dense': Implementation(reference.sampled_by_slab)}, prefer)
