@@ -1,0 +1,91 @@
+"""Tests that derivatives of products with packed weights, of every order and mode, are those of dense products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels_pallas
+from kernels_pallas import packed
+from sparsejax import formats, patterns
+from sparsejax.formats import BlockSparseArray, CSCArray, NMArray, Sparse24Array
+from sparsejax.types import Axes
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
+
+
+def kept(rows):
+  """Returns a weight of which each of the given rows of every four is kept."""
+  w = np.random.default_rng(1).standard_normal((8, 8)).astype('f4')
+  return jnp.asarray(np.where(np.isin(np.arange(8) % 4, rows)[:, None], w, np.float32(0)))
+
+
+# Name: op, implementation, packed weight. The first block row of the blocks is empty, so that filler blocks are stored.
+CASES = {
+    'N:M dense': (kernels_pallas.nm_matmul, 'dense', NMArray.from_dense(kept([0, 1]), 2, 4, 0)),
+    'N:M xla': (kernels_pallas.nm_matmul, 'xla', NMArray.from_dense(kept([0, 3]), 2, 4, 0, width=4)),
+    'blocks xla': (kernels_pallas.block_sparse_matmul, 'xla', BlockSparseArray.from_dense(
+        jnp.asarray(np.where(np.arange(8) < 2, 0, kept([2, 3]).T).T, jnp.float32), block=(2, 4))),
+    'csc xla': (kernels_pallas.unstructured_matmul, 'xla', CSCArray.from_dense(kept([1]))),
+    'sparse24': (kernels_pallas.sparse24_matmul, 'xla', Sparse24Array.from_dense(kept([0, 1])))}
+
+
+def trained(w):
+  """Returns which values are no filler, in the shape of the values."""
+  return w.kept[:, None, None] if isinstance(w, BlockSparseArray) else jnp.ones(w.values.shape, bool)
+
+
+def derivatives(f, v, x):
+  """Returns derivatives of `f(v, x)`, whose result is `[M, N]`, in all modes; the last are for each row alone."""
+  loss = lambda v, x: jnp.sum(jnp.sin(f(v, x)))
+  gradient = jax.grad(loss, (0, 1))
+  squared = lambda v, x: sum(jnp.sum(g ** 2) for g in gradient(v, x))
+  along = (jnp.cos(v), jnp.cos(x))
+  return {'tangent': jax.jvp(f, (v, x), along)[1], 'gradient': gradient(v, x),
+          'forward over reverse': jax.jvp(gradient, (v, x), along)[1],
+          'reverse over reverse': jax.grad(squared, (0, 1))(v, x),
+          'reverse over forward': jax.grad(lambda v, x: jax.jvp(loss, (v, x), (v, x))[1], (0, 1))(v, x),
+          'transpose': jax.linear_transpose(lambda x: f(v, x), x)(f(v, x)),
+          'jacobian': jax.jacfwd(lambda x: f(v, x))(x[:1]),
+          'each': jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(v, x[:, None]),
+          'of each': jax.grad(lambda v: jnp.sum(jax.vmap(jax.grad(loss), (None, 0))(v, x[:, None]) ** 2))(v)}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_derivatives_of_every_order_and_mode_are_those_of_a_dense_product(name):
+  op, way, w = CASES[name]
+  is_trained = trained(w)
+
+  @jax.jit
+  def both(v, x):
+    weight = lambda v: formats.with_values(w, jnp.where(is_trained, v, jax.lax.stop_gradient(v)))
+    run = lambda v, x: op(x, formats.with_values(w, v), implementation=way)
+    return derivatives(run, v, x), derivatives(lambda v, x: x @ weight(v).to_dense(), v, x)
+
+  found, expected = both(w.values, X)
+  for kind in expected:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), found[kind], expected[kind])
+
+
+def test_hessians_of_packed_programs_are_those_of_dense_ones():
+  w = kept([0, 1])
+  small = formats.pack({'a': {'kernel': w}}, patterns.NM(2, 4))
+  loss = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x @ p['a']['kernel']) @ p['a']['kernel']))
+  found = jax.jit(jax.hessian(lambda x: packed(loss)(small, x)))(X[0])
+  expected = jax.jit(jax.hessian(lambda x: loss({'a': {'kernel': w}}, x)))(X[0])
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', [patterns.NM(2, 4), 'csc', patterns.Block((4, 4)), 'sparse24'])
+def test_vmap_over_bfloat16_weights_has_gradients(kind):
+  """XLA's CPU client has no batched product of 16-bit numbers that is summed in float32."""
+  stack = jnp.stack([kept([0, 1]), -kept([0, 1])]).astype(jnp.bfloat16)
+  stack = jnp.where(stack == 0, jnp.zeros((), stack.dtype), stack)
+  small = formats.pack({'w': stack}, kind, where=lambda *_: True, axes={'w': Axes((1,), (2,), layer=(0,))})
+  run = packed(lambda p, x: jax.vmap(lambda w: x @ w)(p['w']))
+  loss = lambda v, x: jnp.sum(run(formats.with_values(small, v), x).astype(jnp.float32))
+  by_value, by_input = jax.grad(loss, (0, 1))(formats.values(small), X.astype(jnp.bfloat16))
+  np.testing.assert_array_equal(by_input, jnp.zeros_like(X))
+  assert all(map(jnp.any, jax.tree.leaves(by_value)))
