@@ -78,6 +78,40 @@ def test_hessians_of_packed_programs_are_those_of_dense_ones():
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def by_jvp(inline):
+  """Returns a product whose tangents are not those of the product; its rule repeats the product, or calls itself."""
+  @jax.custom_jvp
+  def product(w, x):
+    return jnp.sin(x @ w)
+
+  product.defjvp(lambda primals, tangents: (
+      jnp.sin(primals[1] @ primals[0]) if inline else product(*primals), 3 * tangents[1] @ primals[0] ** 2))
+  return product
+
+
+def by_vjp(inline):
+  @jax.custom_vjp
+  def product(w, x):
+    return jnp.sin(x @ w)
+
+  product.defvjp(lambda w, x: (jnp.sin(x @ w) if inline else product(w, x), (w, x)),
+                 lambda saved, dy: (jnp.zeros_like(saved[0]), jnp.cos(saved[1]) * (dy @ saved[0].T)))
+  return product
+
+
+@pytest.mark.parametrize('inline', [False, True])
+@pytest.mark.parametrize('ruled', [by_jvp, by_vjp])
+def test_second_derivatives_of_a_rule_of_ones_own_are_those_of_the_dense_program(ruled, inline):
+  """What a rule returns beside the derivative is differentiated too, as in the dense program."""
+  w, product = kept([0, 1]), ruled(inline)
+  small = formats.pack({'a': {'kernel': w}}, patterns.NM(2, 4))
+  apply = lambda p, x: jnp.sum(jnp.tanh(product(p['a']['kernel'], x)))
+  twice = lambda apply, p: jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(apply, 1)(p, x))))(X)
+  expected = twice(apply, {'a': {'kernel': w}})
+  assert jnp.abs(expected).max() > 0.1
+  np.testing.assert_allclose(twice(packed(apply), small), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize('kind', [patterns.NM(2, 4), 'csc', patterns.Block((4, 4)), 'sparse24'])
 def test_vmap_over_bfloat16_weights_has_gradients(kind):
   """XLA's CPU client has no batched product of 16-bit numbers that is summed in float32."""
