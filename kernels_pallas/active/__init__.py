@@ -33,7 +33,8 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   `block` must divide K. A block of `block` rows of `w` is active if any token has a nonzero in the block, and only
   active blocks are read. If more than `capacity` blocks (by default three quarters of all) are active, the dense
   product is computed instead, which is then faster. The result is differentiable in `w`, with a dense gradient, and in
-  the entries of `x` that lie in active blocks and are not skipped.
+  the entries of `x` that lie in active blocks and are not skipped. All orders and both modes of derivatives exist;
+  forward mode and second derivatives multiply dense.
 
   `implementation` is 'xla', 'dense' or 'mosaic_tpu' (not yet run on a TPU), and raises `ValueError` if it cannot run.
   `None` takes the kernel where the platform has one, and elsewhere the choice of `prefer`. There is no kernel for GPUs.

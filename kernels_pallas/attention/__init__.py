@@ -34,7 +34,8 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   `counts` may be traced, and are the same for all examples of a batch. If `causal`, query i sees only listed keys from
   0 to i. The result of a query that sees no key is zero.
 
-  The result is differentiable in q, k and v. Only the implementation 'dense' makes an array of Tq x Tk.
+  The result is differentiable in q, k and v, to every order and in both modes. Only the implementation 'dense' makes an
+  array of Tq x Tk. Derivatives in forward mode, and second derivatives, are computed by XLA.
   `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. `None`
   lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform and its
   reason instead of the result. Gradients are computed by 'dense' if `implementation` is 'dense', and by 'xla'

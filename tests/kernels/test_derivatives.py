@@ -38,7 +38,7 @@ def trained(w):
 
 
 def derivatives(f, v, x):
-  """Returns derivatives of `f(v, x)`, whose result is `[M, N]`, in all modes; the last are for each row alone."""
+  """Returns derivatives of `f(v, x)`, whose result is `[M, N]`, in all modes; the last two are under `vmap`."""
   loss = lambda v, x: jnp.sum(jnp.sin(f(v, x)))
   gradient = jax.grad(loss, (0, 1))
   squared = lambda v, x: sum(jnp.sum(g ** 2) for g in gradient(v, x))
@@ -47,10 +47,13 @@ def derivatives(f, v, x):
           'forward over reverse': jax.jvp(gradient, (v, x), along)[1],
           'reverse over reverse': jax.grad(squared, (0, 1))(v, x),
           'reverse over forward': jax.grad(lambda v, x: jax.jvp(loss, (v, x), (v, x))[1], (0, 1))(v, x),
-          'transpose': jax.linear_transpose(lambda x: f(v, x), x)(f(v, x)),
-          'jacobian': jax.jacfwd(lambda x: f(v, x))(x[:1]),
-          'each': jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(v, x[:, None]),
-          'of each': jax.grad(lambda v: jnp.sum(jax.vmap(jax.grad(loss), (None, 0))(v, x[:, None]) ** 2))(v)}
+          'jacobian': jax.jacfwd(lambda x: f(v, x))(x),
+          'each': jax.vmap(gradient, (None, 0))(v, jnp.stack([x, -x])),
+          'of each': jax.grad(lambda v: jnp.sum(jax.vmap(jax.grad(loss), (None, 0))(v, jnp.stack([x, -x])) ** 2))(v)}
+
+
+def same(found, expected):
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), found, expected)
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -62,11 +65,31 @@ def test_derivatives_of_every_order_and_mode_are_those_of_a_dense_product(name):
   def both(v, x):
     weight = lambda v: formats.with_values(w, jnp.where(is_trained, v, jax.lax.stop_gradient(v)))
     run = lambda v, x: op(x, formats.with_values(w, v), implementation=way)
-    return derivatives(run, v, x), derivatives(lambda v, x: x @ weight(v).to_dense(), v, x)
+    dense = lambda v, x: x @ weight(v).to_dense()
+    transposes = [jax.linear_transpose(lambda x, f=f: f(v, x), x)(f(v, x)) for f in (run, dense)]
+    return (derivatives(run, v, x), transposes[0]), (derivatives(dense, v, x), transposes[1])
 
-  found, expected = both(w.values, X)
-  for kind in expected:
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), found[kind], expected[kind])
+  same(*both(w.values, X))
+
+
+def attention(way):
+  index = jnp.zeros((2, 2, 1), jnp.int32)
+  as_heads = lambda a: a.reshape(1, -1, 2, 4)
+  run = lambda v, x: kernels_pallas.block_sparse_attention(
+      as_heads(x), as_heads(v), as_heads(v), index, block_q=2, block_k=2, implementation=way).reshape(x.shape)
+  return run, X[:2].repeat(2, 0), X[:2] * 2
+
+
+def few_inputs(way):
+  run = lambda v, x: kernels_pallas.active_matmul(x, v, threshold=0.5, block=2, capacity=3, implementation=way)
+  return run, jnp.where(jnp.arange(8) < 4, X, 0.1 * X), kept([0, 1])
+
+
+@pytest.mark.parametrize('made', [attention, few_inputs])
+def test_derivatives_of_other_ops_are_the_same_in_all_implementations(made):
+  _, x, v = made(None)
+  found, expected = (jax.jit(functools.partial(derivatives, made(way)[0]))(v, x) for way in ('xla', 'dense'))
+  same(found, expected)
 
 
 def test_hessians_of_packed_programs_are_those_of_dense_ones():
@@ -102,7 +125,7 @@ def by_vjp(inline):
 @pytest.mark.parametrize('inline', [False, True])
 @pytest.mark.parametrize('ruled', [by_jvp, by_vjp])
 def test_second_derivatives_of_a_rule_of_ones_own_are_those_of_the_dense_program(ruled, inline):
-  """What a rule returns beside the derivative is differentiated too, as in the dense program."""
+  """A rule returns a value beside the derivative, and the second derivative needs the derivative of this value."""
   w, product = kept([0, 1]), ruled(inline)
   small = formats.pack({'a': {'kernel': w}}, patterns.NM(2, 4))
   apply = lambda p, x: jnp.sum(jnp.tanh(product(p['a']['kernel'], x)))

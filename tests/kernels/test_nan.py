@@ -31,7 +31,8 @@ def named(op, way):
 CASES = {
     'N:M xla': (named(kernels_pallas.nm_matmul, 'xla'), formats.NMArray, patterns.NM(2, 4, 8), (16, 16), False),
     'N:M dense': (named(kernels_pallas.nm_matmul, 'dense'), formats.NMArray, patterns.NM(2, 4), (16, 16), True),
-    'N:M tpu': (lambda x, w: n_m_tpu.matmul(x, w, interpret=True), formats.NMArray, patterns.NM(2, 4), (256, 128), True),
+    'N:M tpu': (lambda x, w: n_m_tpu.matmul(x, w, interpret=True), formats.NMArray, patterns.NM(2, 4), (256, 128),
+                True),
     'blocks xla': (named(kernels_pallas.block_sparse_matmul, 'xla'), formats.BlockSparseArray, patterns.Block((8, 8)),
                    (32, 32), False),
     'blocks dense': (named(kernels_pallas.block_sparse_matmul, 'dense'), formats.BlockSparseArray,

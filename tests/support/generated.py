@@ -1,4 +1,4 @@
-"""Generates random programs: nested, with constants captured at every level and weights used more than once.
+"""Draws random programs, which are nested, with constants captured at every level and weights used more than once.
 
     drawn = program(seed=3)
     drawn.apply(drawn.params, *drawn.inputs)        # `float32[4, 8]`, the same on every call
@@ -78,7 +78,7 @@ def _wide(draw, depth):
 
 
 def _constant(draw, depth):
-  """An operation with a constant of the program: an array on the device or the host, a scalar, or a list of indices."""
+  """Returns an operation with a constant: an array of the device or of the host, a scalar, or a list of indices."""
   kind = draw.random.randrange(6)
   table, mask = jnp.asarray(draw.array(ROWS, WIDTH)), np.tril(np.ones((ROWS, ROWS), np.float32))
   order = jnp.asarray(draw.random.sample(range(WIDTH), WIDTH))
@@ -120,7 +120,7 @@ def _rounds(draw, depth):
 
 
 def _while(draw, depth):
-  """A loop whose number of rounds depends on the values; JAX cannot differentiate such a loop in reverse."""
+  """Returns a loop whose number of rounds is no constant; JAX cannot differentiate such a loop in reverse."""
   inside, most = draw.sequence(depth - 1), draw.random.randint(1, 3)
 
   def run(p, h):
@@ -132,26 +132,26 @@ def _while(draw, depth):
 
 
 def _carried(draw, depth):
-  """A scan that carries a weight along, and exchanges it with another."""
+  """Returns a scan that carries two weights along, and exchanges them."""
   first, second, inside = draw.weight(WIDTH, WIDTH), draw.weight(WIDTH, WIDTH), draw.block(depth - 1)
   step = lambda p: lambda carry, _: ((inside(p, jnp.tanh(carry[0] @ carry[1])), carry[2], carry[1]), None)
   return lambda p, h: lax.scan(step(p), (h, p[first], p[second]), None, length=2)[0][0]
 
 
 def _chosen(draw, depth):
-  """A product with a weight that a branch returns."""
+  """Returns a product with a weight that a branch returns."""
   first, second = draw.weight(WIDTH, WIDTH), draw.weight(WIDTH, WIDTH)
   return lambda p, h: jnp.tanh(h @ lax.cond(h[0, 0] > 0, lambda: p[first], lambda: p[second].T))
 
 
 def _gradient(draw, depth):
-  """A gradient inside of the program, whose own gradient is a second derivative."""
+  """Returns a gradient inside of the program, whose own gradient is a second derivative."""
   inside = draw.sequence(depth - 1)
   return lambda p, h: h + jnp.tanh(jax.grad(lambda h: jnp.sum(inside(p, h) ** 2))(h))
 
 
 def _layers(draw, depth):
-  """A scan over a stack of weights, whose body also runs other blocks."""
+  """Returns a scan over a stack of weights, whose body also runs other blocks."""
   name, inside, reverse = draw.weight(STACK, WIDTH, WIDTH), draw.block(depth - 1), draw.random.random() < 0.5
   scanned = lambda p, h: lax.scan(
       lambda h, w: (inside(p, jnp.tanh(h @ w)), h.sum()), h, p[name], reverse=reverse)
@@ -164,7 +164,7 @@ def _shared(draw, depth):
 
 
 def _members(draw, depth):
-  """A `vmap` over a stack of weights, all of which read the same input or one of their own."""
+  """Returns a `vmap` over a stack of weights, all of which read the same input or one of their own."""
   name, own = draw.weight(STACK, WIDTH, WIDTH), draw.random.random() < 0.5
   inputs = lambda h: jnp.stack([h, -h, 2 * h]) if own else h
   return lambda p, h: jnp.tanh(jax.vmap(lambda w, h: h @ w, in_axes=(0, 0 if own else None))(p[name], inputs(h)).sum(0))
