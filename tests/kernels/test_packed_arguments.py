@@ -31,8 +31,10 @@ JITTED = jax.jit(lambda *args, **options: branching(*args, **options)['y'], stat
 ARGUMENTS = {
     'none': ((), {}), 'a string': (('down',), {}), 'a bool': (('up',), {'train': True, 'mode': Mode.TRAIN}),
     'a NumPy bool': ((), {'train': np.bool_(True), 'mode': Mode.TRAIN}), 'a number': ((), {'times': 3}),
-    'a NumPy number': ((), {'times': np.int64(2)}), 'functions': ((), {'activation': functools.partial(jnp.clip, min=0)}),
-    'a Python scalar': ((), {'bias': 0.5}), 'an array': ((), {'bias': jnp.ones(8)})}
+    'a NumPy number': ((), {'times': np.int64(2)}),
+    'functions': ((), {'activation': functools.partial(jnp.clip, min=0)}),
+    'a Python scalar': ((), {'bias': 0.5}),
+    'an array': ((), {'bias': jnp.ones((2, 8))})}
 
 
 @pytest.mark.parametrize('arguments, options', ARGUMENTS.values(), ids=ARGUMENTS)
