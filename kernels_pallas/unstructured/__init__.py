@@ -1,5 +1,6 @@
 """Multiplies by a `CSCArray`, which has zeros anywhere: `unstructured_matmul`."""
 
+import math
 from typing import Any
 
 import jax
@@ -22,8 +23,9 @@ def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = N
                         explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times `w` with zeros anywhere: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`. The
-  gradient of the values has the shape of the values, but the dense gradient is computed on the way.
+  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`, to every
+  order and in both modes. The gradient of the values has the shape of the values, but the dense gradient is computed on
+  the way. NaN and infinity in `x` do not spread through zeros in 'xla'. In 'dense' they do, as in a dense product.
 
   `implementation` is 'xla' or 'dense', and raises `ValueError` if it cannot run. 'xla' is the sparse routine of XLA's
   CPU client, and on other platforms `jax.experimental.sparse`. 'dense' unpacks `w` inside of the program. There are no
@@ -38,7 +40,7 @@ def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = N
   shape = (*x.shape[:-1], *w.output_sizes)
   if 0 in flat.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
-  return PRODUCT(flat, w, implementation).reshape(shape)
+  return PRODUCT(flat, w, math.prod(w.output_sizes), implementation).reshape(shape)
 
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
@@ -72,6 +74,6 @@ PRODUCT = products.TrainableProduct(
     'unstructured_matmul',
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, _matrix(w), 1, 0).astype(x.dtype))},
-    {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
-     'dense': Implementation(products.both(
-         lambda dy, w: products.dot(dy, _matrix(w), 1, 1).astype(dy.dtype), reference.sampled))}, prefer)
+    {'xla': Implementation(reference.matmul_transposed),
+     'dense': Implementation(lambda dy, w: products.dot(dy, _matrix(w), 1, 1).astype(dy.dtype))},
+    {'xla': Implementation(reference.sampled)}, prefer)
