@@ -145,7 +145,8 @@ def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Pa
       test, barrier = judge(after(number), outcomes.parameters(outcome))
       rows.append({**rows[-section['members']], 'name': _name(section, number, 'soup'), 'seconds': 0.0, 'test': test})
       barriers.append({'round': number, 'height': barrier.height.tolist(), 'losses': barrier.losses.tolist()})
-  return {'config': configs.of_run(config, 'dense'), 'sparsities': sparsities(section), 'outcomes': rows, 'barriers': barriers}
+  return {'config': configs.of_run(config, 'dense'), 'sparsities': sparsities(section), 'outcomes': rows,
+          'barriers': barriers}
 
 
 def _retraining(config: ConfigDict, section: Mapping[str, Any]) -> ConfigDict:
