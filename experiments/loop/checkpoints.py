@@ -51,13 +51,13 @@ def open_(directory: str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
   Unfinished checkpoints of a process that was killed are removed. Raises `OSError` if `directory` cannot be a folder.
   """
   directory = pathlib.Path(directory).absolute()
-  # Orbax meets a file in the place of a folder only in its background threads, which then wait for each other.
-  directory.mkdir(parents=True, exist_ok=True)
   sys.unraisablehook, threading.excepthook = map(_without_late_errors, (sys.unraisablehook, threading.excepthook))
   # Orbax's own `cleanup_tmp_directories` deletes in the background, and may delete the new files of the same step.
   for unfinished in directory.glob('*.orbax-checkpoint-tmp*') if hosts.leads() else ():
     shutil.rmtree(unfinished)
-  hosts.agreed(0)
+  hosts.agreed(0)  # Before this, another process may still ask whether there are any checkpoints.
+  # Orbax meets a file in the place of a folder only in its background threads, which then wait for each other.
+  directory.mkdir(parents=True, exist_ok=True)
   handlers = {item: ocp.StandardCheckpointHandler() for item in State._fields} | {'meta': ocp.JsonCheckpointHandler()}
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
   with orbax.literal(directory.parent) as parent:
