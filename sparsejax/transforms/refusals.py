@@ -42,14 +42,15 @@ def refuse_empty(plan: Plan, masks: Sequence[Array] = ()) -> None:
 def refuse_no_params(grads: PyTree, params: PyTree | None) -> None:
   """Raises `ValueError` with the line to write if `update` is called without parameters, as many scripts call it.
 
-  The line is that of Equinox where `grads` hold one of its modules.
+  A whole model of Equinox, with its functions, is refused too. The line is that of Equinox where `grads` hold a module.
   """
-  if params is not None:
+  if params is not None and not any(map(callable, jax.tree.leaves(params))):
     return
   module = getattr(sys.modules.get('equinox'), 'Module', ())
   equinox = any(isinstance(leaf, module) for leaf in jax.tree.leaves(grads, is_leaf=lambda x: isinstance(x, module)))
   held = 'eqx.filter(model, eqx.is_inexact_array)' if equinox else 'params'
-  raise ValueError('sparsejax: update needs the parameters, because its updates move pruned weights to zero. Write\n'
+  given = 'are missing' if params is None else 'hold functions, too'
+  raise ValueError(f'sparsejax: update needs the parameters to keep pruned weights at zero, but they {given}. Write\n'
                    f'updates, opt_state = tx.update(grads, opt_state, {held})')
 
 

@@ -297,8 +297,9 @@ def test_a_gan_of_two_optimizers():
 @pytest.mark.parametrize('tx', gan())
 def test_the_line_of_equinox_is_in_the_refusal(tx):
   grads = eqx.nn.Linear(4, 4, key=jax.random.key(0))
-  for held in (grads, [grads]):
+  model = eqx.nn.MLP(4, 4, 4, 1, key=jax.random.key(0))  # holds its activation function
+  for held, params in ((grads, None), ([grads], None), (arrays(model), model)):
     with pytest.raises(ValueError) as error:
-      tx.update(held, None)
+      tx.update(held, None, params)
     line = str(error.value).splitlines()[-1]
     assert line == 'updates, opt_state = tx.update(grads, opt_state, eqx.filter(model, eqx.is_inexact_array))'
