@@ -254,7 +254,7 @@ def _checksum(meta: Mapping[str, Any]) -> int:
 def _place(checkpoints: ocp.CheckpointManager) -> pathlib.Path:
   """Returns the folder of the checkpoints under the name that the user gave it, for messages."""
   folder = pathlib.Path(checkpoints.directory)
-  return orbax.named(folder.parent) / folder.name
+  return orbax.behind(folder.parent) / folder.name
 
 
 def _saved_shapes(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, jax.ShapeDtypeStruct]:

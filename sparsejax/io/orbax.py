@@ -53,7 +53,7 @@ def literal(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a path of the absolute path `folder` that Orbax takes as it is: `folder` itself, or a symbolic link to it.
 
   Orbax expands the wildcards `*`, `?` and `[` of a path, and TensorStore reads a backslash as a slash. A path of plain
-  characters needs no link. `named` returns the path behind the link.
+  characters needs no link. `behind` returns the path behind the link.
   """
   if not re.search(r'[^\w./ -]', str(folder)):
     yield folder
@@ -64,9 +64,9 @@ def literal(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     yield link
 
 
-def named(folder: pathlib.Path) -> pathlib.Path:
-  """Returns the path for which `literal` yielded `folder`, for messages."""
-  return folder.readlink() if folder.name == LINK and folder.is_symlink() else folder
+def behind(link: pathlib.Path) -> pathlib.Path:
+  """Returns the path for which `literal` yielded `link`, for messages."""
+  return link.readlink() if link.name == LINK and link.is_symlink() else link
 
 
 @contextlib.contextmanager
