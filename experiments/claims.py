@@ -11,11 +11,10 @@ Exit status: 0 done; 2 a claim could not be tested, and the table says so; 128 +
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 
 from experiments import configs, tickets, train
-from experiments.loop import commands, training
+from experiments.loop import commands, exits, training
 from experiments.loop.stopping import StopRequest
 from experiments.tables import claims as tables
 from experiments.tables import pages
@@ -73,4 +72,4 @@ def _parsed(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.N
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  exits.leave(main)

@@ -15,9 +15,7 @@ process may run.
 """
 
 import functools
-import json
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import configs
-from experiments.loop import commands, evaluate, hosts, optimizers, outcomes, records, runs, training
+from experiments.loop import commands, evaluate, exits, hosts, optimizers, outcomes, records, runs, training
 from experiments.loop.stopping import StopRequest
 from experiments.tables import pages
 from experiments.tables import tickets as tables
@@ -48,7 +46,6 @@ DENSE = {'dense': {'name': 'dense'}}
 FINE = 0.01  # of the peak learning rate, as in Renda et al. on CIFAR-10
 SOUP = 'soup.safetensors'  # the soups of all seeds, beside the checkpoints of their members
 ORDERS = 0x9E3779B1  # from the data seed of one member to the data seed of the next; 2^32 over the golden ratio
-FREE = ('data.data_dir', 'measure_every', 'validate_every', 'checkpoint_every')  # Changes of these are no other job.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,10 +63,8 @@ def rounds(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> o
   if not hosts.alone():
     raise ValueError('tickets: runs in one process only; leave --distributed out.')
   workdir.mkdir(parents=True, exist_ok=True)
-  path = workdir / 'results.json'
-  results = json.loads(path.read_text()) if path.exists() else {}
-  if results.get('config') != configs.plain(config):
-    _refuse_changes(config, workdir)
+  results = records.read_json(workdir / 'results.json', 'Remove the file: it is made again from the finished rounds.')
+  if results is None or results.get('config') != configs.of_run(config, 'dense'):
     results = _results(config, section, workdir, request)
   pages.show(tables.page(results, workdir, SOUP), workdir, training.console())
   return {outcome['name']: outcome for outcome in results['outcomes']}
@@ -133,22 +128,14 @@ def soup(params: PyTree, members: int) -> PyTree:
 # The phases.
 
 
-def _refuse_changes(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises `ValueError` if `workdir` is of another config: its finished rounds would be taken for those of `config`."""
-  path = workdir / 'config.json'
-  if changes := [change for change in configs.differences_to_file(path, config) if not change.startswith(FREE)]:
-    raise ValueError(f'tickets: {workdir} is of another config ({"; ".join(changes)}). Give another --workdir.')
-  records.write_whole(path, json.dumps(configs.plain(config), indent=2) + '\n')
-
-
 def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Path,
              request: StopRequest) -> dict[str, Any]:
   """Trains and tests all phases. Returns the content of `results.json`."""
-  run = functools.partial(training.run, workdir=workdir, request=request, keeps_config=False)
+  run = functools.partial(training.run, workdir=workdir, request=request, job=config)
   base, retraining = configs.changed(config, tickets=None), _retraining(config, section)
   early = _early(base, section['rewind_step'], run) if section['rewind'] == 'weights' else None
   dense = run(base)['dense']
-  after = functools.lru_cache(1)(functools.partial(_after, dense, retraining, workdir, section['members']))
+  after = functools.lru_cache(1)(functools.partial(_after, dense, workdir, section['members']))
   retrained = run(retraining, tickets=_tickets(section, after, early))
   rows, barriers = [_part(dense, 'dense', 0)], []
   judge = _judge(base) if section['members'] > 1 else None
@@ -158,7 +145,8 @@ def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Pa
       test, barrier = judge(after(number), outcomes.parameters(outcome))
       rows.append({**rows[-section['members']], 'name': _name(section, number, 'soup'), 'seconds': 0.0, 'test': test})
       barriers.append({'round': number, 'height': barrier.height.tolist(), 'losses': barrier.losses.tolist()})
-  return {'config': configs.plain(config), 'sparsities': sparsities(section), 'outcomes': rows, 'barriers': barriers}
+  return {'config': configs.of_run(config, 'dense'), 'sparsities': sparsities(section), 'outcomes': rows,
+          'barriers': barriers}
 
 
 def _retraining(config: ConfigDict, section: Mapping[str, Any]) -> ConfigDict:
@@ -182,7 +170,7 @@ def _early(base: ConfigDict, steps: int, run: Callable[..., outcomes.Outcomes]) 
   return outcomes.parameters(run(early, until=steps)['early'])
 
 
-def _after(dense: outcomes.Outcome, retraining: ConfigDict, workdir: pathlib.Path, members: int, number: int) -> PyTree:
+def _after(dense: outcomes.Outcome, workdir: pathlib.Path, members: int, number: int) -> PyTree:
   """Returns the parameters that round `number` left, `[seeds, ...]`; for 0 those that the dense training left.
 
   The soup of several members is saved beside their checkpoints.
@@ -190,7 +178,7 @@ def _after(dense: outcomes.Outcome, retraining: ConfigDict, workdir: pathlib.Pat
   if not number:
     return outcomes.parameters(dense)
   directory = workdir / f'round-{number}'
-  params = outcomes.parameters(outcomes.read(directory, retraining))
+  params = outcomes.parameters(outcomes.read(directory))
   if members > 1:
     params = soup(params, members)
     io.save(directory / SOUP, params)
@@ -268,4 +256,4 @@ def _barrier(setup: runs.Setup) -> Callable[[PyTree, PyTree], metrics.Barrier]:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  exits.leave(main)

@@ -8,12 +8,11 @@ The exit statuses are those of `experiments.loop.commands`.
 """
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from experiments.loop import commands, hosts, training
+from experiments.loop import commands, exits, hosts, training
 from experiments.loop.outcomes import Outcomes
 from experiments.loop.stopping import StopRequest
 from experiments.tables import pages
@@ -39,4 +38,4 @@ def compared(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) ->
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  exits.leave(main)

@@ -170,14 +170,16 @@ _TWO_LAYOUTS = {'c_attn', 'c_fc', 'c_proj'}  # GPT-2's are [in, out] as stored b
 # Names of parameters that are no matrices although they may have two axes: biases, scales, statistics, vectors.
 _VECTORS = re.compile(
     r'bias\w*|\w+_bias|\w*scales?|\w*offset|gamma|beta|alpha|\w*norm|ln\d*|(running_)?(mean|var)|weight_g|a_log|log_\w+'
-    r'|logit_\w+|\w*temperature|probes?|latents?|registers?')
+    r'|logit_\w+|\w*temperature|probes?|latents?|latent_array|registers?|(\w+_)?(queries|prompts?)|lambda(_re|_im)?|dt'
+    r'|init(ial)?_(state|hidden|carry)s?|time_(mix|decay|first|faaaa|maa)\w*')
 _TABLES = re.compile(
-    r'(\w+_)?(embed|embedder|embeds|embedding|embeddings|emb|embs|wte|wpe|lookup|table)(_\w+)?|(\w+_)?(tok|tokens?)'
-    r'|(pos|position|positions|positional)(_(enc|encoding|encodings|ids|\d+))*')
+    r'(\w+_)?(embed|embedder|embeds|embedding|embeddings|emb|embs|wte|wpe|lookup|table|codebooks?)(_\w+)?|(\w+_)?(tok|tokens?)'
+    r'|(\w+_)?(pos|position|positions|positional)(_(enc|encoding|encodings|ids|h|w|\d+))*')
 _NORMS = re.compile(r'(\w+_)?([a-z]*norm|ln|bn)(_?[a-z]?\d*)')
 _MATRICES = re.compile(
     r'[a-z]*(proj|projection|linear|lin|dense|fc|head|mlp|ffn|attn|attention|query|key|value|conv|gate|up|down)\d*'
     r'|[qkvow]\d*|qkv|kv|wq|wk|wv|wo|in|out|to')
+_WEIGHTS = re.compile(r'kernel|w\w?\d*|weights?')  # words in the names of parameters that are matrices
 
 
 @functools.lru_cache(maxsize=4096)
@@ -230,9 +232,10 @@ def is_vector(shape: tuple[int, ...]) -> bool:
 def is_matrix(place: Place) -> bool:
   """Returns whether a floating parameter is sparse by default.
 
-  Parameters that are no vectors are matrices, except lookup tables, norms, biases and scales. The class of an Equinox
-  module tells them, and the parameter's own name. The name of the layer itself also tells a lookup table, and the
-  `weight` of a norm. A bias of the same shape tells a norm, as in a stack of norms.
+  Parameters that are no vectors are matrices, except lookup tables, norms, biases, scales and sets of vectors. The
+  class of an Equinox module tells them, and the parameter's own name. The name of the layer itself also tells the
+  `weight` of a norm, and a lookup table. A lookup table is no `kernel` and has no bias. A bias of the same shape tells
+  a norm, as in a stack of norms.
   """
   if is_vector(place.shape) or 0 in place.shape:
     return False
@@ -241,9 +244,23 @@ def is_matrix(place: Place) -> bool:
   if place.module & _KNOWN and place.name == 'weight':
     return True
   name, layer = _snake(place.name), _snake(place.layer)
-  if place.name in ('b', 'g') or _VECTORS.fullmatch(name) or any(map(_TABLES.fullmatch, (name, layer))):
+  if place.name in ('b', 'g') or _VECTORS.fullmatch(name) or _TABLES.fullmatch(name) or _is_set(place):
+    return False
+  if _TABLES.fullmatch(layer) and name != 'kernel' and place.bias is None:
     return False
   return not (name == 'weight' and _NORMS.fullmatch(layer)) and place.bias != place.shape
+
+
+def _is_set(place: Place) -> bool:
+  """Returns whether a parameter is a set of vectors that its name does not call one: `[1, n, d]`, or a lone `query`.
+
+  An axis of length one in front of the vectors is there to be broadcast, unless the name says matrix. A `query` beside
+  a `key` or a `value` is a projection.
+  """
+  words = _words(place.name)
+  if len(place.shape) > 2 and 1 in place.shape[:-1]:
+    return not any(_WEIGHTS.fullmatch(word) or _MATRICES.fullmatch(word) for word in words) or words == ['query']
+  return words == ['query'] and bool(place.siblings) and not {'key', 'value', 'k', 'v'} & place.siblings.keys()
 
 
 def is_undecided(place: Place) -> bool:

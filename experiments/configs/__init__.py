@@ -5,13 +5,16 @@
 """
 
 import ast
+import functools
+import importlib.machinery
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import traceback
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -21,6 +24,8 @@ from sparsejax import errors
 
 # The keys of these sections are the arguments of a function, which checks them: see `configs/default.py`.
 OPEN = ('model', 'models', 'optimizer.options', 'recipes')
+# Changes of these keys make no other run. The keys say where, how often and on what a run is trained.
+FREE = ('data.data_dir', 'mesh', 'shard', 'measure_every', 'validate_every', 'checkpoint_every', 'resume_changed')
 
 
 def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -29,7 +34,10 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
   A key that the file leaves out has its value in `configs/default.py`. Raises `ValueError` for a file that is no
   config, an unknown key, and a value that its key cannot have.
   """
-  config = ConfigDict(module(path).get_config(), type_safe=False)
+  made = _running(path, module(path).get_config)
+  if not isinstance(made, Mapping | ConfigDict):
+    raise ValueError(f'configs.load: get_config() of {str(path)!r} returns {made!r}, not a ConfigDict or a dict.')
+  config = ConfigDict(made, type_safe=False)
   _complete(config, default.get_config(), '')
   for override in overrides:
     _override(config, override)
@@ -43,12 +51,28 @@ def module(path: str | os.PathLike) -> types.ModuleType:
   path = pathlib.Path(path)
   if not path.is_file():
     raise ValueError(f'configs.load: there is no file {str(path)!r}; see experiments/configs for those that exist.')
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  loaded = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(loaded)
+  # The loader is named, because Python finds none for a file with another suffix than `.py`.
+  loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+  loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))
+  _running(path, lambda: loader.exec_module(loaded))
   if not hasattr(loaded, 'get_config'):
     raise ValueError(f'configs.load: {str(path)!r} has no function get_config(); see experiments/configs/default.py.')
   return loaded
+
+
+def _running(path: str | os.PathLike, code: Callable[[], Any]) -> Any:
+  """Returns `code()`, which runs code of the config file `path`. Raises `ValueError` for whatever `code` raises.
+
+  The message has the file and the line at which the config failed, and the error.
+  """
+  try:
+    return code()
+  except (Exception, SystemExit) as error:
+    within = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    syntax = isinstance(error, SyntaxError) and error.lineno
+    file, line = (error.filename, error.lineno) if syntax else (path, within[-1] if within else 1)
+    reason = f'{type(error).__name__}: {error.msg if syntax else error}'
+    raise ValueError(f'configs.load: {file}, line {line}: {reason}') from error
 
 
 def _check(config: ConfigDict) -> None:
@@ -60,6 +84,8 @@ def _check(config: ConfigDict) -> None:
   for key in ('steps', 'batch_size', 'measure_every', 'validate_every', 'checkpoint_every'):
     if not isinstance(config[key], int) or config[key] < 1:
       raise ValueError(f'config: {key}={config[key]!r} must be a whole number of at least 1.')
+  if not isinstance(config['resume_changed'], bool):
+    raise ValueError(f'config: resume_changed={config["resume_changed"]!r} must be True or False.')
   if not runs:
     raise ValueError('config: recipes is empty; name at least one run, such as {"dense": {"name": "dense"}}.')
   for run in runs:
@@ -96,9 +122,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
           for key in sorted(old | new) if old.get(key, _flat) != new.get(key, _flat)]
 
 
-def differences_to_file(path: pathlib.Path, config: ConfigDict) -> list[str]:
-  """Returns the `differences` from the config that was written to `path` as JSON; none if there is no file."""
-  return differences(json.loads(path.read_text()), plain(config)) if path.exists() else []
+def of_run(config: ConfigDict, run: str) -> dict[str, Any]:
+  """Returns the part of `config` that decides the results of the run `run`, as JSON gives it back.
+
+  The part has the run's own `recipe` and `model` in the place of all, and none of the keys in `FREE`. Two runs with
+  equal parts end with equal weights, up to the rounding of sums on other devices.
+  """
+  written = plain(config)
+  of_all, changes = written.pop('recipes'), written.pop('models')
+  written |= {'recipe': of_all.get(run), 'model': {**written['model'], **changes.get(run, {})}}
+  for key in FREE:
+    *sections, last = key.split('.')
+    functools.reduce(dict.__getitem__, sections, written).pop(last)
+  return written
 
 
 def _flat(section: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any]]:
@@ -137,7 +173,7 @@ def _override(config: ConfigDict, override: str) -> None:
     raise ValueError(f'config: cannot read {override!r}; write key=value, such as optimizer.learning_rate=3e-4.')
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     value = text
   section = config
   for i, part in enumerate(sections):

@@ -41,6 +41,9 @@ def get_config() -> ConfigDict:
   config.recipes = {'dense': {'name': 'dense'}}
   # Rounds of pruning and retraining, for experiments.tickets alone: changes of its `DEFAULTS`.
   config.tickets = None
+  # With True, an unfinished run goes on from its newest checkpoint although its config has changed. With False, such a
+  # run is refused. The checkpoints and the outcome of the run keep the step and the change.
+  config.resume_changed = False
   config.measure_every = 10  # steps between two records of metrics
   config.validate_every = 100
   config.checkpoint_every = 100

@@ -11,6 +11,7 @@ missing or truncated file, but not a flipped bit. Therefore `meta` also holds a 
 import contextlib
 import errno
 import gc
+import json
 import os
 import pathlib
 import re
@@ -18,7 +19,7 @@ import shutil
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +30,11 @@ from jax import lax
 
 from experiments.loop import hosts
 from sparsejax import errors, trees
+from sparsejax.io import orbax
 from sparsejax.types import Array, PyTree
 
 KEEP = 2  # checkpoints of a run
+CHECK = 'checksum'  # the key of the checksum of all other keys in `meta`
 
 
 class State(NamedTuple):
@@ -41,20 +44,25 @@ class State(NamedTuple):
   opt_state: PyTree
 
 
-def open_(directory: str | os.PathLike) -> ocp.CheckpointManager:
-  """Returns Orbax's manager of the checkpoints of one run, which keeps the newest `KEEP`.
+@contextlib.contextmanager
+def open_(directory: str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
+  """Yields Orbax's manager of the checkpoints of one run, which keeps the newest `KEEP`.
 
-  Unfinished checkpoints of a process that was killed are removed.
+  Unfinished checkpoints of a process that was killed are removed. Raises `OSError` if `directory` cannot be a folder.
   """
   directory = pathlib.Path(directory).absolute()
   sys.unraisablehook, threading.excepthook = map(_without_late_errors, (sys.unraisablehook, threading.excepthook))
   # Orbax's own `cleanup_tmp_directories` deletes in the background, and may delete the new files of the same step.
   for unfinished in directory.glob('*.orbax-checkpoint-tmp*') if hosts.leads() else ():
     shutil.rmtree(unfinished)
-  hosts.agreed(0)
+  hosts.agreed(0)  # Before this, another process may still ask whether there are any checkpoints.
+  # Orbax meets a file in the place of a folder only in its background threads, which then wait for each other.
+  directory.mkdir(parents=True, exist_ok=True)
   handlers = {item: ocp.StandardCheckpointHandler() for item in State._fields} | {'meta': ocp.JsonCheckpointHandler()}
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
-  return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+  with orbax.literal(directory.parent) as parent:
+    with ocp.CheckpointManager(parent / directory.name, options=options, item_handlers=handlers) as manager:
+      yield manager
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: State, **meta: Any) -> None:
@@ -69,10 +77,11 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: State, **meta: An
   needed = max(sum(leaf.nbytes for leaf in jax.tree.leaves(state)), _on_disk(checkpoints))
   free = shutil.disk_usage(checkpoints.directory).free
   if hosts.agreed(free < needed):
-    raise OSError(f'checkpoints.save: no room for the checkpoint of step {step} in {checkpoints.directory}: it may '
+    raise OSError(f'checkpoints.save: no room for the checkpoint of step {step} in {_place(checkpoints)}: it may '
                   f'take {needed:,} bytes and {free:,} are free. Make room and give the same command again.')
   items = {item: ocp.args.StandardSave(tree) for item, tree in state._asdict().items()}
-  meta = ocp.args.JsonSave({**meta, 'fingerprint': fingerprint(state)})
+  meta = {**meta, 'fingerprint': fingerprint(state)}
+  meta = ocp.args.JsonSave({**meta, CHECK: _checksum(meta)})
   checkpoints.save(step, args=ocp.args.Composite(**items, meta=meta))
 
 
@@ -92,14 +101,14 @@ def restore(checkpoints: ocp.CheckpointManager, like: State,
     with _abandoned_reads_suppressed():
       try:
         saved = _saved_shapes(checkpoints, step)
-        refusal = _mismatch(saved, like, checkpoints.directory)
+        refusal = _mismatch(saved, like, _place(checkpoints))
         state, meta = _read(checkpoints, step, like) if refusal is None else (None, None)
       except Exception as error:  # Orbax and TensorStore raise many types, plain `Exception` among them.
         if hosts.lost(error):
           raise
         damage = _first_line(error)
     if hosts.agreed(damage is not None):
-      say(f'The checkpoint of step {step} in {checkpoints.directory} is damaged ({damage or "for another process"}).')
+      say(f'The checkpoint of step {step} in {_place(checkpoints)} is damaged ({damage or "for another process"}).')
       continue
     if refusal is not None:
       raise refusal
@@ -107,7 +116,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: State,
       _set_aside(checkpoints, damaged)
     return step, state, meta
   if steps:
-    raise ValueError(f'checkpoints.restore: no whole checkpoint is left in {checkpoints.directory}. '
+    raise ValueError(f'checkpoints.restore: no whole checkpoint is left in {_place(checkpoints)}. '
                      'Give another --workdir, or remove this one to start again.')
   return None
 
@@ -121,8 +130,18 @@ def check(directory: str | os.PathLike, like: State) -> None:
       saved = _saved_shapes(checkpoints, checkpoints.latest_step())
     except Exception:  # No checkpoint exists, or the newest is damaged, which `restore` handles.
       return
-    if refusal := _mismatch(saved, like, checkpoints.directory):
+    if refusal := _mismatch(saved, like, _place(checkpoints)):
       raise refusal
+
+
+def newest(directory: str | os.PathLike) -> tuple[int, dict[str, Any] | None]:
+  """Returns step and meta of the newest checkpoint in `directory` whose meta is undamaged, or `(0, None)`."""
+  if pathlib.Path(directory).is_dir():
+    with open_(directory) as checkpoints:
+      for step in sorted(checkpoints.all_steps(), reverse=True):
+        with contextlib.suppress(Exception):  # `restore` reports a damaged meta.
+          return step, _whole(checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta'])
+  return 0, None
 
 
 def fingerprint(tree: PyTree) -> int:
@@ -214,10 +233,28 @@ def _set_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
 def _read(checkpoints: ocp.CheckpointManager, step: int, like: State) -> tuple[State, dict[str, Any]]:
   items = {item: ocp.args.StandardRestore(tree) for item, tree in like._asdict().items()}
   contents = checkpoints.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
-  state = State(*(contents[item] for item in State._fields))
-  if fingerprint(state) != contents['meta']['fingerprint']:
+  state, meta = State(*(contents[item] for item in State._fields)), _whole(contents['meta'])
+  if fingerprint(state) != meta['fingerprint']:
     raise ValueError('the arrays are not those that were saved')
-  return state, contents['meta']
+  return state, meta
+
+
+def _whole(meta: dict[str, Any]) -> dict[str, Any]:
+  """Returns `meta` without its checksum. Raises if `meta` is not what `save` wrote."""
+  kept = {key: value for key, value in meta.items() if key != CHECK}
+  if meta.get(CHECK, _checksum(kept)) != _checksum(kept):  # Older checkpoints have no checksum of their meta.
+    raise ValueError('its meta is not what was saved')
+  return kept
+
+
+def _checksum(meta: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _place(checkpoints: ocp.CheckpointManager) -> pathlib.Path:
+  """Returns the folder of the checkpoints under the name that the user gave it, for messages."""
+  folder = pathlib.Path(checkpoints.directory)
+  return orbax.behind(folder.parent) / folder.name
 
 
 def _saved_shapes(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, jax.ShapeDtypeStruct]:

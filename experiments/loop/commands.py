@@ -3,7 +3,7 @@
     def job(config, workdir, request):
       return run(config, workdir, request)
 
-    sys.exit(main(None, 'train', job))
+    exits.leave(lambda: main(None, 'train', job))
 
 Exit status: 0 done; 1 another process is gone, resumable; 2 refused, with the reason in one line; 128 + signal: stopped
 by Ctrl-C or SIGTERM, resumable.

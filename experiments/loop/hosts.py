@@ -92,6 +92,8 @@ def gathered(text: str) -> list[str]:
 
 def check(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
   """Raises `ValueError` unless all processes have the same config and see the same files in `workdir`."""
+  if alone():
+    return
   leaders, *others = map(json.loads, gathered(json.dumps(config)))
   for process, other in enumerate(others, 1):
     # Each host may have its data in another directory.

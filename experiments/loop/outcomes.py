@@ -5,7 +5,6 @@
     outcome['test']['accuracy'], parameters(outcome)    # a number for each seed; arrays [seeds, ...]
 """
 
-import json
 import math
 import os
 import pathlib
@@ -14,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 import sparsejax
 from experiments.loop import checkpoints, evaluate, hosts, records, sharding
@@ -31,12 +29,13 @@ Outcome = Mapping[str, Any]  # of one run, as `write` writes it
 Outcomes = Mapping[str, Outcome]  # by run name, the baseline first
 
 
-def read(directory: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
-  """Returns the outcome of a finished run with its `directory`, or `None` unless steps and seeds are `config`'s."""
-  path = directory / FILE
-  outcome = json.loads(path.read_text()) if path.exists() else {}
-  same = (outcome.get('steps'), outcome.get('seeds')) == (config.steps, list(config.seeds))
-  return {**outcome, 'directory': directory} if same else None
+def read(directory: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the outcome of the run in `directory` with this `directory`, or `None` if the run is not finished.
+
+  Raises `ValueError` for a damaged file.
+  """
+  outcome = records.read_json(directory / FILE, 'Remove the file, and the last checkpoint is tested again.')
+  return None if outcome is None else {**outcome, 'directory': directory}
 
 
 def parameters(outcome: Outcome) -> PyTree:
@@ -59,7 +58,7 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
   """
   with checkpoints.open_(run.directory / 'checkpoints') as saved:
     step, state, meta = checkpoints.restore(saved, run.state, say)
-    place = saved.directory / str(step)
+  place = run.directory / 'checkpoints' / str(step)
   test = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, 'test'))
   fingerprint = checkpoints.fingerprint(state.params)
   sharded, state = state.params, sharding.gathered(state)
@@ -76,7 +75,7 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
       'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, state),
       'checkpoint': {'path': f'checkpoints/{step}', 'bytes': _size(place / 'params'),
                      'dense_bytes': formats.nbytes(state.params), 'fingerprint': fingerprint},
-      'packed': packed, 'environment': environment(),
+      'packed': packed, 'environment': environment(), 'config': meta['config'], 'changes': meta['changes'],
   })
 
 

@@ -51,13 +51,31 @@ class Records:
 
 
 def read(directory: str | os.PathLike) -> Iterator[dict[str, Any]]:
-  """Yields the records of a run in order, up to the first line that a kill cut."""
+  """Yields the records of a run in order, up to the first line that a kill cut or that is damaged."""
   path = pathlib.Path(directory) / FILE
-  for line in path.read_text().splitlines() if path.exists() else ():
+  for line in path.read_bytes().splitlines() if path.exists() else ():
     try:
-      yield json.loads(line)
-    except json.JSONDecodeError:  # A kill cut the line.
+      record = json.loads(line)
+    except ValueError:
       return
+    if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+      return
+    yield record
+
+
+def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any] | None:
+  """Returns the object in the JSON file `path`, or `None` if there is no file.
+
+  Raises `ValueError` with the file's name and the `remedy` if the file holds anything else.
+  """
+  path = pathlib.Path(path)
+  try:
+    found = json.loads(path.read_text()) if path.exists() else None
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is damaged ({error}). {remedy}') from error
+  if not isinstance(found, dict | None):
+    raise ValueError(f'{path} is damaged: it holds no JSON object. {remedy}')
+  return found
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import functools
 import io
 import json
 import pathlib
@@ -19,7 +20,7 @@ import rich.console
 from ml_collections import ConfigDict
 
 from experiments import configs
-from experiments.loop import checkpoints, evaluate, hosts, outcomes, records, runs
+from experiments.loop import checkpoints, evaluate, hosts, origins, outcomes, records, runs
 from experiments.loop.progress import Progress
 from experiments.loop.stopping import StopRequest
 from sparsejax import metrics
@@ -36,39 +37,39 @@ class Stopped(Exception):
 
 def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
         tickets: Mapping[str, runs.Ticket] = MappingProxyType({}), until: int | None = None,
-        keeps_config: bool = True) -> outcomes.Outcomes:
+        job: ConfigDict | None = None) -> outcomes.Outcomes:
   """Trains and tests each run of `config` that is not finished in `workdir`; returns the outcomes of all runs.
 
   The runs are trained one after the other, each in `workdir/<run>`, from its newest checkpoint if there is one. All
   runs are traced before the first one trains, so a config is refused at once (`ValueError`). `tickets` holds, by run
   name, where a run starts if not at the model's initial weights. `until` ends every run after that many steps; the
-  schedules remain those of `config.steps` steps. With `keeps_config` the config is written to `config.json`, after its
-  differences to the former `config.json` are printed.
+  schedules remain those of `config.steps` steps. `job` is the config of which `config` is a phase, by default `config`.
+  Runs in `workdir` are compared with `job`, and `job` is written to `config.json` where a run is trained.
 
-  Raises `Stopped` if `request` stopped a run, and `FloatingPointError` if a loss or a parameter is not finite.
+  Raises `ValueError` for a run in `workdir` that was trained under another config, see `origins.continued`. Raises
+  `Stopped` if `request` stopped a run, and `FloatingPointError` if a loss or a parameter is not finite.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   hosts.check(configs.plain(config), workdir)
-  ended = config if until is None else configs.changed(config, steps=until)
+  job, ended = job or config, config if until is None else configs.changed(config, steps=until)
   directories = {name: workdir / name for name in configs.runs(config)}
-  todo = [name for name, directory in directories.items() if hosts.first(outcomes.read(directory, ended) is None)]
+  wanted = {name: configs.of_run(job, name) for name in directories}
+  finished = lambda name: origins.is_finished(directories[name], wanted[name], ended.steps, job.resume_changed)
+  todo = [name for name in directories if not hosts.first(finished(name))]
   with Progress(len(todo), ended.steps, console()) as progress:
-    if keeps_config:
-      for difference in configs.differences_to_file(workdir / 'config.json', config):
-        progress.say(f'Not as the last time: {difference}')
     progress.doing('reading data, tracing')
     setup = runs.prepare(config) if todo else None
     built = runs.build(setup, directories, tickets) if todo else {}
     for of_name in built.values():
       checkpoints.check(of_name.directory / 'checkpoints', of_name.state)
-    if keeps_config and hosts.leads():
-      records.write_whole(workdir / 'config.json', json.dumps(configs.plain(config), indent=2) + '\n')
+    if todo and hosts.leads():
+      records.write_whole(workdir / 'config.json', json.dumps(configs.plain(job), indent=2) + '\n')
     for name in todo:
-      train(built[name], setup._replace(config=ended), request, progress)
+      train(built[name], setup._replace(config=ended), wanted[name], request, progress)
       progress.doing(f'testing {name}')
       outcomes.write(built[name], setup._replace(config=ended), progress.say)
   hosts.agreed(0)  # The leading process has written all outcomes.
-  return {name: outcomes.read(directory, ended) for name, directory in directories.items()}
+  return {name: outcomes.read(directory) for name, directory in directories.items()}
 
 
 def console() -> rich.console.Console:
@@ -76,15 +77,18 @@ def console() -> rich.console.Console:
   return rich.console.Console(file=None if hosts.leads() else io.StringIO())
 
 
-def train(run: runs.Run, setup: runs.Setup, request: StopRequest, progress: Progress) -> None:
+def train(run: runs.Run, setup: runs.Setup, wanted: Mapping[str, Any], request: StopRequest,
+          progress: Progress) -> None:
   """Trains one run to its last step, from its newest checkpoint if there is one, and saves the state.
 
+  `wanted` is the config of the run, as in `configs.of_run`, and is saved with the state.
   Raises `Stopped` if `request` stopped the run, after saving. Raises `FloatingPointError` where the loss or a parameter
   is no longer finite; every saved checkpoint is older.
   """
   config = setup.config
   with checkpoints.open_(run.directory / 'checkpoints') as saved:
-    done, state, seconds = _resumed(run, saved, config, progress)
+    done, state, seconds, history = _resumed(run, saved, config, wanted, progress)
+    save = functools.partial(checkpoints.save, saved, seeds=list(config.seeds), config=wanted, changes=history)
     progress.doing(f'compiling {run.name}')
     stopped = request.agreed()
     step = run.step.compile() if done < config.steps and not stopped else None
@@ -108,29 +112,29 @@ def train(run: runs.Run, setup: runs.Setup, request: StopRequest, progress: Prog
           record.write(done, numbers)
           progress.advance(done, numbers)
         if saves:
-          _save(saved, done, state, config, time.monotonic() - began)
+          save(done, state, seconds=time.monotonic() - began)
         stopped = request.agreed() if waits or hosts.alone() else False
     _refuse_infinite(run.name, config, losses, saved.latest_step())
-    _save(saved, done, state, config, time.monotonic() - began)  # A signal may have come between two checkpoints.
+    save(done, state, seconds=time.monotonic() - began)  # A signal may have come between two checkpoints.
   if done < config.steps:
     raise Stopped(run.name, request)
 
 
-def _resumed(run: runs.Run, saved: Any, config: ConfigDict, progress: Progress) -> tuple[int, checkpoints.State, float]:
-  """Returns the number of steps done, the state after these steps, and the seconds that the steps took."""
+def _resumed(run: runs.Run, saved: Any, config: ConfigDict, wanted: Mapping[str, Any],
+             progress: Progress) -> tuple[int, checkpoints.State, float, origins.History]:
+  """Returns the number of steps done, the state after these steps, the seconds that they took, and the history."""
   restored = checkpoints.restore(saved, run.state, progress.say)
   if restored is None:
-    return 0, run.start(), 0.0
+    return 0, run.start(), 0.0, []
   done, state, meta = restored
-  if tuple(meta['seeds']) != tuple(config.seeds) or done > config.steps:
-    raise ValueError(f'train: {saved.directory} holds step {done} of seeds {meta["seeds"]}; the config asks for '
-                     f'{config.steps} steps of seeds {list(config.seeds)}. Give another --workdir.')
+  history = origins.continued(run.directory, done, meta, wanted, config.steps, config.resume_changed)
   progress.say(f'{run.name}: resumed at step {done}.')
-  return done, state, meta['seconds']
-
-
-def _save(saved: Any, done: int, state: checkpoints.State, config: ConfigDict, seconds: float) -> None:
-  checkpoints.save(saved, done, state, seconds=seconds, seeds=list(config.seeds))
+  if history != meta.get('changes', []):
+    origins.refuse_other_recipe(state)
+    progress.say(origins.told(run.name, history[-1:])[0])
+    if hosts.leads():  # The outcome of the old config is not that of the checkpoints that follow.
+      (run.directory / outcomes.FILE).unlink(missing_ok=True)
+  return done, state, meta['seconds'], history
 
 
 def _refuse_infinite(name: str, config: ConfigDict, losses: Mapping[int, Array], good: int | None) -> dict[int, Array]:

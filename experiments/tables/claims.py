@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.configs.claims import Claim, Comparison, Scores
+from experiments.loop import origins
 from experiments.loop.outcomes import Outcomes
 from experiments.tables import pages, runs
 
@@ -97,6 +98,8 @@ def _section(finding: Finding) -> str:
   seconds = sum(outcome['seconds'] for outcome in outcomes.values())
   measured = (f'`experiments/configs/claims/{finding.name}.py`: {len(first["seeds"])} seeds, {first["steps"]} steps, '
               f'{seconds:.0f} s of training on {"; ".join(places)}.')
+  for run, outcome in outcomes.items():
+    measured = ' '.join([measured, *origins.told(run, outcome.get('changes', []))])
   return '\n\n'.join([head, _baselines(outcomes), pages.markdown(pages.table(COLUMNS, finding.judgements)), measured])
 
 

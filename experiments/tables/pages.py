@@ -7,6 +7,7 @@
 
 import contextlib
 import csv
+import errno
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,13 +49,23 @@ class Page(NamedTuple):
 
 
 def show(page: Page, workdir: pathlib.Path, console: rich.console.Console) -> None:
-  """Prints the tables and notes of `page`, and writes its files in `workdir`.
+  """Prints the tables and notes of `page`, and writes its files in `workdir`, unless `workdir` is read-only.
 
   The JSON file is written last, because a job counts as finished once it exists.
   """
   for printed in page.tables:
     console.print('', _drawn(printed))
-  console.print('\n' + '\n'.join(page.notes), markup=False, highlight=False, soft_wrap=True)
+  say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+  say('\n' + '\n'.join(page.notes))
+  try:
+    _write(page, workdir)
+  except OSError as error:
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+      raise
+    say(f'Not written, because {workdir} is read-only: {error}.')
+
+
+def _write(page: Page, workdir: pathlib.Path) -> None:
   place = lambda suffix: workdir / f'{page.stem}.{suffix}'
   listed = '\n'.join(f'- {note}' for note in page.notes)
   text = page.markdown or '\n\n'.join([*map(markdown, page.tables), listed])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.loop import records, tasks
+from experiments.loop import origins, records, tasks
 from experiments.loop.outcomes import Outcome
 from experiments.tables import pages
 
@@ -102,7 +102,8 @@ def _notes(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[str]:
       f'Files: bytes, all seeds, in {files}. Orbax compresses, the dense and the packed file are not compressed; '
       'sparse part: the sparse parameters alone, dense and packed. Predictions on the test set: the packed file, read '
       'back, against the checkpoint, read back, bit for bit.',
-      f'Picture: {workdir / "results.png"}. Tables: {workdir / "results.md"}, results.csv, results.json.']
+      f'Picture: {workdir / "results.png"}. Tables: {workdir / "results.md"}, results.csv, results.json.',
+      *(line for outcome in outcomes for line in origins.told(outcome['name'], outcome.get('changes', [])))]
 
 
 def draw(outcomes: Sequence[Outcome], path: pathlib.Path) -> None:

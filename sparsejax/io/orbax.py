@@ -7,6 +7,8 @@ A folder holds a tree (`StandardCheckpointer`, `PyTreeCheckpointer`), several it
 import contextlib
 import os
 import pathlib
+import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 
 from sparsejax import errors
 from sparsejax.types import PyTree
+
+LINK = 'literal-folder'  # the name of the link that `literal` makes
 
 
 def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
@@ -34,14 +38,35 @@ def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
   name, key = _item(path, items, item)
   handler = ocp.PyTreeCheckpointHandler()
   with contextlib.closing(handler):
-    with _readable(items[name]):
-      tree = handler.metadata(items[name]).tree
+    with _readable(items[name]), literal(items[name]) as folder:
+      tree = handler.metadata(folder).tree
     wanted, key = _wanted(path, tree, key, items)
     arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    with _readable(items[name]):
+    with _readable(items[name]), literal(items[name]) as folder:
       args = ocp.args.PyTreeRestore(wanted, restore_args=arrays, partial_restore=True)
-      tree = handler.restore(items[name], args=args)
+      tree = handler.restore(folder, args=args)
   return _plain(tree if key is None else tree[key])
+
+
+@contextlib.contextmanager
+def literal(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a path of the absolute path `folder` that Orbax takes as it is: `folder` itself, or a symbolic link to it.
+
+  Orbax expands the wildcards `*`, `?` and `[` of a path, and TensorStore reads a backslash as a slash. A path of plain
+  characters needs no link. `behind` returns the path behind the link.
+  """
+  if not re.search(r'[^\w./ -]', str(folder)):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory(prefix='sparsejax-') as place:
+    link = pathlib.Path(place) / LINK
+    link.symlink_to(folder)
+    yield link
+
+
+def behind(link: pathlib.Path) -> pathlib.Path:
+  """Returns the path for which `literal` yielded `link`, for messages."""
+  return link.readlink() if link.name == LINK and link.is_symlink() else link
 
 
 @contextlib.contextmanager

@@ -53,8 +53,7 @@ class Call(NamedTuple):
 
 def opened(method: Method, updates: PyTree, state: SparseState, params: PyTree | None, extra: Any) -> Call:
   """Returns the checked arguments of one `update`. Raises `ValueError` where they do not belong together."""
-  if params is None:
-    raise ValueError('sparsejax: update needs the parameters: tx.update(grads, state, params).')
+  refusals.refuse_no_params(updates, params)
   leaves = Leaves.of(method, params)
   refusals.refuse_others(leaves.plan, state)
   refusals.refuse_other_shapes(leaves, state, updates)

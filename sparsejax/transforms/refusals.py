@@ -4,6 +4,7 @@
     refusals.refuse_empty(leaves.plan, masks)  # by the first masks
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,21 @@ def refuse_empty(plan: Plan, masks: Sequence[Array] = ()) -> None:
     along = tuple(a for a in range(mask.ndim) if a not in leaf.axes.layer)
     if mask.size and not isinstance(mask, jax.core.Tracer) and not jnp.all(jnp.any(mask, along)):
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the first mask keeps nothing of it. {_WAY_OUT}')
+
+
+def refuse_no_params(grads: PyTree, params: PyTree | None) -> None:
+  """Raises `ValueError` with the line to write if `update` is called without parameters, as many scripts call it.
+
+  A whole model of Equinox, with its functions, is refused too. The line is that of Equinox where `grads` hold a module.
+  """
+  if params is not None and not any(map(callable, jax.tree.leaves(params))):
+    return
+  module = getattr(sys.modules.get('equinox'), 'Module', ())
+  equinox = any(isinstance(leaf, module) for leaf in jax.tree.leaves(grads, is_leaf=lambda x: isinstance(x, module)))
+  held = 'eqx.filter(model, eqx.is_inexact_array)' if equinox else 'params'
+  given = 'are missing' if params is None else 'hold functions, too'
+  raise ValueError(f'sparsejax: update needs the parameters to keep pruned weights at zero, but they {given}. Write\n'
+                   f'updates, opt_state = tx.update(grads, opt_state, {held})')
 
 
 def refuse_others(plan: Plan, state: SparseState) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import sys
 import types
@@ -97,7 +98,12 @@ def garbled(place):
   (place / 'opt_state' / '_METADATA').write_text('{')
 
 
-@pytest.mark.parametrize('damage', [cut, flipped, missing, garbled])
+def forged(place):
+  meta = place / 'meta/metadata'
+  meta.write_text(re.sub(r'("seeds": ?)\[2\]', r'\1[9]', re.sub(r'("seeds": ?)\[1\]', r'\1[9]', meta.read_text())))
+
+
+@pytest.mark.parametrize('damage', [cut, flipped, missing, garbled, forged])
 @pytest.mark.filterwarnings('error')  # Orbax must not fill the screen with warnings about unfinished reads.
 def test_a_damaged_checkpoint_is_never_restored(tmp_path, damage):
   saved(tmp_path / 'run', 1, 2)

@@ -104,8 +104,8 @@ def test_four_processes(folder):
   """Checks that four processes train, and that a single process resumes their checkpoint."""
   with started(folder, 'four', 4, '--set', 'steps=4') as four:
     assert [job.wait()[::2] for job in four] == [(0, '')] * 4
-  with jobs.together(jobs.Job(folder / 'one', *four[0].arguments[:-2], '--set', 'steps=6', cache=folder / 'cache')) as (
-      one,):
+  more = ('--set', 'steps=6', '--set', 'resume_changed=True')
+  with jobs.together(jobs.Job(folder / 'one', *four[0].arguments[:-2], *more, cache=folder / 'cache')) as (one,):
     code, out, err = one.wait()
   assert (code, err) == (0, '') and 'resumed at step 4' in out
 

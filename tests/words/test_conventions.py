@@ -362,6 +362,18 @@ def test_vectors_in_disguise_stay_dense(container):
   assert [path.split('/', 1)[1] for path in zeros] == ['Dense_0/kernel']
 
 
+def test_a_query_is_a_set_of_vectors_unless_a_key_or_a_value_is_beside_it():
+  square = jnp.zeros((8, 8))
+  params = {'attention': dict.fromkeys(('key', 'query', 'value'), square), 'decoder': {'query': square, 'mlp': square}}
+  assert trees.select('f', trees.matrices, params) == [True, True, True, True, False]
+
+
+def test_a_bias_beside_tells_a_layer_from_a_lookup_table():
+  table, bias = jnp.zeros((8, 4)), jnp.zeros(8)
+  params = {'time_embed': {'weight': table, 'bias': bias}, 'tok_embed': {'weight': table}, 'wte': {'kernel': table}}
+  assert trees.select('f', trees.matrices, params) == [False, True, False, True]
+
+
 def test_a_convention_from_outside_is_one_line(monkeypatch):
   mine = conventions.Convention(('mix',), (2,), lambda place: place.layer == 'mixer', 'out in')
   monkeypatch.setattr(conventions, 'TABLE', [*conventions.TABLE, mine])

@@ -268,7 +268,7 @@ REFUSALS = {
     # Parameters, gradients and states that do not belong together.
     'no parameters': (
         lambda: recipes.ste(SGD).update(PARAMS, start(recipes.ste(SGD))),
-        ['update needs the parameters', 'tx.update(grads, state, params)']),
+        ['update needs the parameters', '\nupdates, opt_state = tx.update(grads, opt_state, params)']),
     'parameters of another shape': (
         lambda: update(recipes.ste(SGD), start(recipes.ste(SGD)), doubled(PARAMS), doubled(PARAMS)),
         ["'fc/kernel' of shape (16, 16)", 'does not belong', '(16, 8)', 'tx.init(params)']),

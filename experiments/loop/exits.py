@@ -1,0 +1,35 @@
+"""Ends a process even where a library's threads wait for something that never comes.
+
+    if __name__ == '__main__':
+      leave(main)    # `sys.exit(main())`, at the latest `PATIENCE` seconds after `main` has ended
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+PATIENCE = 20  # seconds that the threads of libraries have to end after the work
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+  """Exits with the status that `main` returns, and with status 1 and a traceback if `main` raises.
+
+  Python waits at the exit for every thread that is no daemon, without end. Orbax has threads that wait for each other
+  after a failed write. Therefore a daemon ends the process after `PATIENCE` seconds.
+  """
+  status = 1
+  try:
+    status = main()
+  finally:
+    ending = threading.Timer(PATIENCE, _end, [status])
+    ending.daemon = True
+    ending.start()
+  sys.exit(status)
+
+
+def _end(status: int) -> None:
+  for stream in (sys.stdout, sys.stderr):
+    stream.flush()
+  os._exit(status)
