@@ -1,5 +1,7 @@
 """Tests that a run that was killed, stopped or out of room, and resumed, ends with the bits of an undisturbed run."""
 
+import errno
+import gc
 import os
 import pathlib
 import random
@@ -8,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import jobs
 import numpy as np
 import pytest
 
+from experiments.loop import commands
 from sparsejax import io
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -167,6 +171,25 @@ def test_a_write_that_fails_is_said_in_a_line_and_loses_nothing(folder, alone):
   with jobs.together(started(folder, 'limited')) as (job,):
     assert job.wait()[::2] == (0, '')
   same(workdir, alone)
+
+
+def test_writes_that_a_full_disk_left_behind_are_not_told(capsys):
+  async def write_fragment():
+    """Stands for a write of Orbax that nothing awaits."""
+
+  left = []
+
+  def work():
+    left.append(write_fragment())
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter('always')
+    assert commands.attempt(work, 'runs', 'again').status == commands.REFUSED
+    left.clear()
+    gc.collect()
+  assert not told, [str(one.message) for one in told]
+  assert capsys.readouterr().err.startswith('error: no room is left for runs')
 
 
 FULL_DISK = """
