@@ -4,11 +4,13 @@ import collections
 import importlib.metadata
 import os
 import pathlib
+import zlib
 
 # Most of the time of a test is compilation, which takes half as long without XLA's optimizations. The tests also pass
 # with the optimizations that users have: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
 os.environ.setdefault('XLA_FLAGS', ' '.join([
     '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
+    '--xla_cpu_parallel_codegen_split_count=1',  # Splitting a small program for several threads costs a sixth more.
     # Later versions of XLA end a process that has this flag.
     *['--xla_cpu_use_fusion_emitters=false'] * importlib.metadata.version('jaxlib').startswith('0.10.')]))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -38,13 +40,40 @@ def folder(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-  parser.addoption('--cells', default='126', help='how many cells of the conformance table to run, or `all`')
+  parser.addoption('--cells', default='126', help='how many cells of the conformance table to run, or `all` of every test')
   parser.addoption('--table', default=None, help='write the results of the cells to this file')
 
 
-def pytest_collection_modifyitems(items):
-  """Moves modules that start training processes to the front, so that no worker begins one of these minutes last."""
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'sampled(most): runs few cells of a product, in which each value of each parameter '
+                          'occurs, or `most` of them; `--cells all` runs every cell')
+
+
+@pytest.hookimpl(trylast=True)  # after `-k`, which may ask for a cell that would be left out
+def pytest_collection_modifyitems(items, config):
+  """Leaves cells of `sampled` tests out. Moves the modules that take minutes to the front, so that none begins last."""
+  if config.getoption('--cells') != 'all':
+    tests = collections.defaultdict(list)
+    for item in items:
+      if item.get_closest_marker('sampled'):
+        tests[item.nodeid.split('[')[0]].append(item)
+    kept = {item for cells in tests.values() for item in sampled(cells, *cells[0].get_closest_marker('sampled').args)}
+    left = [item for item in items if item.get_closest_marker('sampled') and item not in kept]
+    items[:] = [item for item in items if item not in {*left}]
+    config.hook.pytest_deselected(items=left)
   items.sort(key=lambda item: item.path.stem not in ('test_crash', 'test_hosts', 'test_train'))
+
+
+def sampled(cells, most=None):
+  """Returns few of the items `cells`, in which each value of each parameter occurs. Tests of one table get the same rows.
+  """
+  values = {cell: {*cell.callspec.indices.items()} for cell in cells}
+  order, chosen = sorted(cells, key=lambda cell: zlib.crc32(cell.callspec.id.encode())), []
+  missing = set().union(*values.values())
+  while missing and len(chosen) != most:
+    chosen.append(max(order, key=lambda cell: len(values[cell] & missing)))
+    missing -= values[chosen[-1]]
+  return chosen
 
 
 def pytest_terminal_summary(terminalreporter, config):
