@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items, config):
 def sampled(cells, most=None):
   """Returns few of the items `cells`, in which each value of each parameter occurs. Tests of one table get the same rows.
   """
-  values = {cell: {*cell.callspec.indices.items()} for cell in cells}
+  values = {cell: {(key, repr(value)) for key, value in cell.callspec.params.items()} for cell in cells}
   order, chosen = sorted(cells, key=lambda cell: zlib.crc32(cell.callspec.id.encode())), []
   missing = set().union(*values.values())
   while missing and len(chosen) != most:
