@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-  parser.addoption('--cells', default='126', help='how many cells of the conformance table to run, or `all` of every test')
+  parser.addoption('--cells', default=None, help='how many cells of the conformance table, or `all` of every test')
   parser.addoption('--table', default=None, help='write the results of the cells to this file')
 
 

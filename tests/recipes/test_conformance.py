@@ -205,8 +205,7 @@ def test_a_donated_step_changes_everything_in_place(name):
   """A mask that the step does not read would be dropped from its arguments, donated or not, and be there twice."""
   params = cases.random(0)
   state = jax.eval_shape(CASES[name].make().init, params)
-  step = jax.jit(functools.partial(cases.step, CASES[name].make()), donate_argnums=(0, 1))
-  memory = step.lower(params, state, params).compile().memory_analysis()
+  memory = cases.stepper(name)[0].lower(params, state, params).compile().memory_analysis()
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   assert 0 <= size((params, state)) - memory.alias_size_in_bytes <= size(state.stats)  # scalars, made anew each time
 

@@ -51,12 +51,9 @@ def test_a_leaf_more_of_a_known_kind_adds_few_operations(name):
 def run(name, options, steps=3):
   """Returns parameters and state after some updates of a recipe on `LIKE`."""
   case = cases.CASES[name]
-  tx = case._replace(options=case.options | {'axes': AXES} | options).make()
-  params = cases.random(0, like=LIKE)
-  state = jax.jit(tx.init)(params)
-  update = jax.jit(lambda params, state, grads: cases.step(tx, params, state, grads))
-  for t in range(steps):
-    params, state = update(params, state, cases.random(1 + t, like=LIKE))
+  make = case._replace(options=case.options | {'axes': AXES} | options).make
+  updates = jax.jit(functools.partial(cases.scanned, make, watch=False))
+  params, state = updates(cases.random(0, like=LIKE), cases.random(1, (steps,), like=LIKE))[0]
   return params, state[:-1]
 
 
