@@ -4,7 +4,6 @@ import collections
 import importlib.metadata
 import os
 import pathlib
-import zlib
 
 # Most of the time of a test is compilation, which takes half as long without XLA's optimizations. The tests also pass
 # with the optimizations that users have: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
@@ -17,6 +16,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import pytest
+import sampling
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -45,35 +45,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-  config.addinivalue_line('markers', 'sampled(most): runs few cells of a product, in which each value of each parameter '
-                          'occurs, or `most` of them; `--cells all` runs every cell')
+  config.addinivalue_line('markers', 'sampled(most): runs few cells of a product, at most `most`, in which each value '
+                          'of each parameter occurs; `--cells all` runs every cell')
 
 
 @pytest.hookimpl(trylast=True)  # after `-k`, which may ask for a cell that would be left out
 def pytest_collection_modifyitems(items, config):
   """Leaves cells of `sampled` tests out. Moves the modules that take minutes to the front, so that none begins last."""
-  if config.getoption('--cells') != 'all':
-    tests = collections.defaultdict(list)
-    for item in items:
-      if item.get_closest_marker('sampled'):
-        tests[item.nodeid.split('[')[0]].append(item)
-    kept = {item for cells in tests.values() for item in sampled(cells, *cells[0].get_closest_marker('sampled').args)}
-    left = [item for item in items if item.get_closest_marker('sampled') and item not in kept]
-    items[:] = [item for item in items if item not in {*left}]
-    config.hook.pytest_deselected(items=left)
+  left = sampling.left_out(items) if config.getoption('--cells') != 'all' else set()
+  items[:] = [item for item in items if item not in left]
+  config.hook.pytest_deselected(items=[*left])
   items.sort(key=lambda item: item.path.stem not in ('test_crash', 'test_hosts', 'test_train'))
-
-
-def sampled(cells, most=None):
-  """Returns few of the items `cells`, in which each value of each parameter occurs. Tests of one table get the same rows.
-  """
-  values = {cell: {(key, repr(value)) for key, value in cell.callspec.params.items()} for cell in cells}
-  order, chosen = sorted(cells, key=lambda cell: zlib.crc32(cell.callspec.id.encode())), []
-  missing = set().union(*values.values())
-  while missing and len(chosen) != most:
-    chosen.append(max(order, key=lambda cell: len(values[cell] & missing)))
-    missing -= values[chosen[-1]]
-  return chosen
 
 
 def pytest_terminal_summary(terminalreporter, config):
