@@ -23,7 +23,7 @@ def covering(cells, most=None):
   """Returns few of `cells`, at most `most`, in which each value of each parameter occurs.
 
   Each step chooses the cell with the most values that are still missing. A hash of the cell's name breaks ties, so that
-  tests of one table run the same rows. Such tests share their compiled programs.
+  tests of one table run the same rows and share compiled programs.
   """
   values = {cell: {(name, repr(value)) for name, value in cell.callspec.params.items()} for cell in cells}
   order, chosen = sorted(cells, key=lambda cell: zlib.crc32(cell.callspec.id.encode())), []
