@@ -45,7 +45,7 @@ demo: $(READY)
 test: $(READY)
 	@echo 'sparsejax: lint, then the tests on $(WORKERS) processes ...'
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 --durations-min 10 $(TESTS)
 
 test-full: $(READY)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cells all $(TESTS)

@@ -9,12 +9,14 @@ import pathlib
 # with the optimizations that users have: XLA_FLAGS=--xla_force_host_platform_device_count=8 make test.
 os.environ.setdefault('XLA_FLAGS', ' '.join([
     '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
+    '--xla_cpu_parallel_codegen_split_count=1',  # Splitting a small program for several threads costs a sixth more.
     # Later versions of XLA end a process that has this flag.
     *['--xla_cpu_use_fusion_emitters=false'] * importlib.metadata.version('jaxlib').startswith('0.10.')]))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import pytest
+import sampling
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -38,12 +40,21 @@ def folder(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-  parser.addoption('--cells', default='126', help='how many cells of the conformance table to run, or `all`')
+  parser.addoption('--cells', default=None, help='how many cells of the conformance table, or `all` of every test')
   parser.addoption('--table', default=None, help='write the results of the cells to this file')
 
 
-def pytest_collection_modifyitems(items):
-  """Moves modules that start training processes to the front, so that no worker begins one of these minutes last."""
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'sampled(most): runs few cells of a product, at most `most`, in which each value '
+                          'of each parameter occurs; `--cells all` runs every cell')
+
+
+@pytest.hookimpl(trylast=True)  # after `-k`, which may ask for a cell that would be left out
+def pytest_collection_modifyitems(items, config):
+  """Leaves cells of `sampled` tests out. Moves the modules that take minutes to the front, so that none begins last."""
+  left = sampling.left_out(items) if config.getoption('--cells') != 'all' else set()
+  items[:] = [item for item in items if item not in left]
+  config.hook.pytest_deselected(items=[*left])
   items.sort(key=lambda item: item.path.stem not in ('test_crash', 'test_hosts', 'test_train'))
 
 

@@ -16,6 +16,7 @@ import pathlib
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -78,6 +79,8 @@ def attempt(work: Callable[[], Outcomes], workdir: str, again: str, shows_traceb
       if hosts.alone():
         raise
       traceback.print_exc()
+    if checkpoints.no_room(error):  # Orbax never awaits its other writes, which Python would tell at exit.
+      warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
     hosts.say(f'error: {_reason(error, workdir)}')
     return Ended(REFUSED, None, hosts.LEAVE)
 

@@ -16,7 +16,6 @@ from sparsejax import recipes
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / 'experiments/configs').rglob('*.py')
                  if path.name not in ('__init__.py', 'default.py'))
-CLAIMS = [path for path in CONFIGS if path.parent.name == 'claims']
 JOBS = [path for path in CONFIGS if path.parent.name != 'claims']
 
 SMALLER = {  # by model: the changes that make the model small
@@ -52,6 +51,7 @@ def smaller(path, text, directory):
       'mesh.data=1', *SMALLER[config.model.name], f'recipes={dict([last])}', 'models={}']
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('path', JOBS, ids=lambda path: path.stem)
 def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
   arguments = ['--config', str(path), '--workdir', str(tmp_path / 'run')]
@@ -60,9 +60,9 @@ def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
   assert (tmp_path / 'run' / 'results.png').exists()
 
 
-@pytest.mark.parametrize('path', CLAIMS, ids=lambda path: path.stem)
-def test_a_claim_is_traced_at_toy_size(path, text, tmp_path, standard_promotion):
-  """Traces each claim's last run, because training all claims would take minutes; `test_claims` trains one claim."""
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_traced_at_toy_size(path, text, tmp_path, standard_promotion):
+  """Traces each config's last run, because training all would take minutes; `test_claims` trains one claim."""
   config = configs.load(path, smaller(path, text, tmp_path / 'data'))
   run, = runs.build(runs.prepare(config), dict.fromkeys(configs.runs(config), tmp_path)).values()
   assert run.sparse

@@ -9,6 +9,7 @@ from products import TOKENS, WAYS, close, inputs, normal, value_and_gradients
 from kernels_pallas.active import active_matmul
 
 
+@pytest.mark.sampled
 @inputs
 @pytest.mark.parametrize('way', WAYS)
 def test_active_products_are_those_of_what_is_not_skipped(tokens, dtype, way):

@@ -44,6 +44,7 @@ def exact(q, k, v, mask):
   return jnp.where(mask.any(-1).T[..., None], y, 0).reshape(q.shape)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('name', ATTENTION)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from products import ROUNDING, WAYS, close, normal
+from products import ROUNDING, WAYS, close, normal, value_and_gradients
 
 import sparsejax as sj
 from benchmarks import packed_training
@@ -166,6 +166,7 @@ def test_only_values_are_trained():
 # The products.
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize('name, way, dtype', [
     *((name, way, 'float32') for name in WEIGHTS for way in WAYS),
     *(('neither', way, dtype) for way in WAYS for dtype in ROUNDING if dtype != 'float32')])
@@ -174,16 +175,16 @@ def test_products_and_gradients_are_those_of_the_masked_dense_weight(name, way, 
   k, n = w.shape
   for tokens in ((2, 3), (40,), (MANY.get(name, 1),)):
     x, dy = normal((*tokens, k), dtype), normal((*tokens, n), dtype, 1)
-    product = jax.jit(lambda x, v: block_sparse_matmul(x, formats.with_values(packed, v), implementation=way))
-    y, back = jax.vjp(product, x, packed.values)
-    dx, dv = back(dy)
+    product = lambda x, v: block_sparse_matmul(x, formats.with_values(packed, v), implementation=way)
+    y, (dx, dv) = value_and_gradients(product, dy, x, packed.values)
     assert y.dtype == dx.dtype == dv.dtype == x.dtype
     close(y, exact(x, w), k, dtype)
     close(dx, exact(dy, w.T), n, dtype)
     flat = exact(np.asarray(x, np.float64).reshape(-1, k).T, np.asarray(dy, np.float64).reshape(-1, n))
     expected = BlockSparseArray.from_dense(jnp.asarray(flat, 'float32'), mask, packed.block).values
     close(dv, expected, x.size // k, dtype)
-    close(sampled_matmul(x, dy, packed, implementation=way), expected, x.size // k, dtype)
+    if len(tokens) == 2:
+      close(sampled_matmul(x, dy, packed, implementation=way), expected, x.size // k, dtype)
 
 
 @pytest.mark.parametrize('way', WAYS)

@@ -22,6 +22,7 @@ def stack():
   return w
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('name', UNSTRUCTURED)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 def test_columns_come_back_bit_for_bit(name, dtype, tmp_path):

@@ -19,6 +19,7 @@ CASES = {
     'sparse24': (kernels_pallas.sparse24_matmul, formats.Sparse24Array, sj.NM(2, 4))}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('shape, lead', [
   ((8, 8), (4,)), ((8, 8), (2, 0)), ((0, 8), ()), ((0, 8), (0,)), ((8, 0), (4,))])
 @pytest.mark.parametrize('name', CASES)

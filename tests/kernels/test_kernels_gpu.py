@@ -58,6 +58,7 @@ def block_case(grid, block, tokens, dtype, stored, known):
   return normal((tokens, k), dtype, 2), normal((tokens, n), dtype, 3), w
 
 
+@pytest.mark.sampled(4)
 @block_cases
 def test_block_sparse_products(grid, block, tokens, dtype, stored, known):
   x, _, w = block_case(grid, block, tokens, dtype, stored, known)
@@ -65,6 +66,7 @@ def test_block_sparse_products(grid, block, tokens, dtype, stored, known):
   rounded_once(block_sparse.matmul(x, w, interpret=True), f32(x) @ f32(cast.to_dense()), x.shape[1])
 
 
+@pytest.mark.sampled(4)
 @transposes
 @block_cases
 def test_block_sparse_products_with_the_transpose(grid, block, tokens, dtype, stored, known):
@@ -73,6 +75,7 @@ def test_block_sparse_products_with_the_transpose(grid, block, tokens, dtype, st
   rounded_once(block_sparse.matmul_transposed(dy, w, interpret=True), f32(dy) @ f32(cast.to_dense()).T, dy.shape[1])
 
 
+@pytest.mark.sampled(4)
 @transposes
 @block_cases
 def test_the_stored_blocks_of_a_product(grid, block, tokens, dtype, stored, known):
@@ -96,6 +99,7 @@ def test_pairs_hold_every_block_once_and_never_cross_a_column(fan, together):
     assert all(len(pair) <= together and len({cols[i] for i in pair}) == 1 for pair in pairs)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('block', block_sparse.BLOCKS)
 @pytest.mark.parametrize('tokens', [1, 2000])
 def test_block_sparse_products_lower_for_cuda_with_their_gradients(block, tokens):
@@ -237,6 +241,7 @@ def test_queries_without_keys_do_not_care_what_their_list_says():
   np.testing.assert_array_equal(y, f32(f(v=v)))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('counted', [False, True])
 @pytest.mark.parametrize('d', [64, 128])
 @pytest.mark.parametrize('block_k', [64, 128])
@@ -292,6 +297,7 @@ def test_the_gradient_of_2_to_4_values_is_made_by_slabs_of_outputs():
   assert [shape[0] for shape in dots] == [1024]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('tokens, shape, n', [
     (1, (4096, 1024), 8), (16, (4096, 1024), 16), (300, (4096, 1024), 64), (9000, (4096, 1024), 256), (1, (300, 70), 8),
     (300, (300, 70), 64), (9000, (300, 70), 128)])

@@ -68,6 +68,7 @@ def test_block_sparse_products_are_those_of_the_dense_weight(case):
   rounded_once(dw, gradient[np.asarray(w.rows), np.asarray(w.cols)], tokens)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
 @pytest.mark.parametrize('block', [(8, 8), (16, 8), (32, 32), (64, 128), (128, 128), (128, 256), (512, 512)], ids=str)
 def test_block_sparse_products_lower(block, dtype):
@@ -116,6 +117,7 @@ def test_n_m_products_are_those_of_the_dense_weight(case):
   rounded_once(y, f32(x) @ f32(w.to_dense().astype(dtype)), shape[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
 @pytest.mark.parametrize('pattern', [(2, 4), (1, 4), (2, 8), (4, 8), (1, 8), (8, 16), (1, 4, 128)], ids=str)
 def test_n_m_products_lower(pattern, dtype):
@@ -159,6 +161,7 @@ def test_active_products_above_the_capacity_are_dense():
   assert np.isnan(active.matmul(x, w, block, listed - 1, interpret=INTERPRET)).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
 @pytest.mark.parametrize('block', [16, 128, 512])
 def test_active_products_lower(block, dtype):
@@ -232,6 +235,7 @@ def test_attention_is_that_of_the_dense_mask(case, monkeypatch):
   assert not f32(y)[:, :block_q].any()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('causal', [False, True], ids=['', 'causal'])
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
 @pytest.mark.parametrize('block', [(128, 128), (128, 512), (512, 512)], ids=str)

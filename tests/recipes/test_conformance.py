@@ -103,6 +103,7 @@ def kept(mask, path, m):
   return last.reshape(-1, m).sum(-1)
 
 
+@pytest.mark.sampled(20)
 @every_recipe
 def test_a_jitted_step_compiles_once_donates_everything_and_equals_the_scan(name):
   """The state is made eagerly, and the step makes its own transform."""
@@ -123,6 +124,7 @@ def test_a_loop_of_unknown_length_carries_the_state():
   cases.assert_same((params, state), cases.run('mdgf-phases')[0])
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('name', PHASES)
 def test_an_update_without_jit_is_the_same_up_to_rounding(name):
   """Not bit for bit: compiled, a multiplication and the addition after it round once, and bfloat16 not in between."""
@@ -145,6 +147,7 @@ def close(eager, compiled):
     np.testing.assert_allclose(*(np.asarray(z, np.float64) for z in (x, y)), rtol=eps, atol=eps, err_msg=path)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('name', PHASES)
 def test_vmap_over_seeds_equals_the_loop_over_seeds_bit_for_bit(name):
   seeds = range(3)
@@ -170,6 +173,7 @@ def test_through_orbax_and_on_bit_for_bit(tmp_path):
     assert_goes_on(name, *restored[name])
 
 
+@pytest.mark.sampled(20)
 @every_recipe
 def test_through_pickle_and_on_bit_for_bit(name):
   params = cases.random(0)
@@ -195,13 +199,13 @@ def test_memory_is_what_was_promised(name):
   assert [x.shape for x in jax.tree.leaves(inner)] == [x.shape for x in jax.tree.leaves(state.inner)]
 
 
+@pytest.mark.sampled(20)
 @every_recipe
 def test_a_donated_step_changes_everything_in_place(name):
   """A mask that the step does not read would be dropped from its arguments, donated or not, and be there twice."""
   params = cases.random(0)
   state = jax.eval_shape(CASES[name].make().init, params)
-  step = jax.jit(functools.partial(cases.step, CASES[name].make()), donate_argnums=(0, 1))
-  memory = step.lower(params, state, params).compile().memory_analysis()
+  memory = cases.stepper(name)[0].lower(params, state, params).compile().memory_analysis()
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   assert 0 <= size((params, state)) - memory.alias_size_in_bytes <= size(state.stats)  # scalars, made anew each time
 
@@ -223,6 +227,7 @@ def alone_run():
       lambda p, grads: jax.lax.scan(body, (p, tx.init(p)), grads))(params, cases.random(1, (STEPS,))))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('pattern', cases.PATTERNS)
 @pytest.mark.parametrize('name', [name for name in recipes.TABLE if name in cases.BY_NAME
                                   and not recipes.TABLE[name].__module__.endswith('n_m')

@@ -39,7 +39,7 @@ def of_ones(params):
 
 
 def masks(tx, params=NET):
-  held = sj.masks(params, tx.init(params))
+  held = sj.masks(params, jax.jit(tx.init)(params))
   return [np.asarray(held[name]['weight'], int).tolist() for name in 'ab']
 
 
@@ -65,10 +65,10 @@ def test_snip():
 @pytest.mark.usefixtures('standard_promotion')  # optax's Adam needs it
 def test_snip_from_the_first_gradient_is_snip_at_initialisation_and_that_update_only_prunes():
   tx = recipes.snip(optax.adam(0.1), 0.5)
-  state = tx.init(NET)
+  state = jax.jit(tx.init)(NET)
   moves, state = jax.jit(tx.update)(jax.grad(loss)(NET), state, NET)
   params = optax.apply_updates(NET, moves)
-  expected = recipes.snip(SGD, 0.5, loss=loss).init(NET)
+  expected = jax.jit(recipes.snip(SGD, 0.5, loss=loss).init)(NET)
   for name in 'ab':
     mask = sj.masks(NET, expected)[name]['weight']
     np.testing.assert_array_equal(params[name]['weight'], jnp.where(mask, NET[name]['weight'], 0))
@@ -172,8 +172,8 @@ def test_rigl_regrown_in_the_same_update_keeps_its_value_and_grown_starts_at_zer
   tx = recipes.rigl(optax.adam(0.1), 5 / 12, fraction=schedules.constant(.3), every=1, end=9,
                     allocation=allocation.uniform, key=jax.random.key(0))
   params = {'weight': jnp.where(M, W, 0)}
-  state = tx.init(params)._replace(masks={'weight': M})
-  moves, state = tx.update({'weight': G}, state, params)
+  state = jax.jit(tx.init)(params)._replace(masks={'weight': M})
+  moves, state = jax.jit(tx.update)({'weight': G}, state, params)
   held = optax.apply_updates(params, moves)['weight']
   expected = np.asarray([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]], bool)
   np.testing.assert_array_equal(state.masks['weight'], expected)
@@ -249,7 +249,7 @@ def test_gradual_magnitude():
   """[calc] 0.9 after 0, 25, 50, 75 and 100 %: 0, .5203125, .7875, .8859375, .9, of a thousand weights, exactly."""
   params, steps = {'kernel': jax.random.normal(jax.random.key(0), (50, 20))}, 20
   tx = recipes.gradual_magnitude(optax.sgd(0.0), 0.9, every=5, end=steps)
-  state, zeros = tx.init(params), [0]
+  state, zeros = jax.jit(tx.init)(params), [0]
   for _ in range(steps):
     moves, state = jax.jit(tx.update)(params, state, params)
     params = optax.apply_updates(params, moves)
@@ -261,7 +261,7 @@ def test_gradual_magnitude():
 def test_gradual_pruning_reaches_its_target_off_the_grid():
   params = {'kernel': jax.random.normal(jax.random.key(0), (50, 20))}
   tx = recipes.gradual_magnitude(SGD, 0.9, every=10, end=13)
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   for _ in range(13):
     _, state = jax.jit(tx.update)(params, state, params)
   assert int(state.masks['kernel'].sum()) == 100
@@ -301,11 +301,11 @@ def test_global_sparse_momentum():
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(2)).mean()
 
   tx = recipes.global_sparse_momentum(optax.sgd(.1, momentum=.98), 0.7, weight_decay=.01, dense_steps=9, total_steps=9)
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   for expected in (
       [[[.4995, -.1998, .0999], [.2997, .7992, -.36525]], [[.999, -.4579], [.1998, .5578]], [.09667, -.08629]],
       [[[.49851, -.1994, .0997], [.29911, .78291, -.33082]], [[.99702, -.37686], [.1994, .47656]], None]):
-    moves, state = tx.update(jax.grad(objective)(params), state, params)
+    moves, state = jax.jit(tx.update)(jax.grad(objective)(params), state, params)
     params = optax.apply_updates(params, moves)
     np.testing.assert_allclose(params['a']['weight'], expected[0], atol=1e-5)
     np.testing.assert_allclose(params['b']['weight'], expected[1], atol=1e-5)
@@ -317,9 +317,9 @@ def test_iterative_soft_shrinkage():
   """[run] pr .5, alpha .95, no gradient: after one step and after three."""
   params = {'kernel': jnp.asarray([[.5, -.2, .1, -.3], [.8, .4, -.45, .05]])}
   tx = recipes.iterative_soft_shrinkage(optax.sgd(0.0), 0.5, shrink=.95, total_steps=9)
-  state, seen = tx.init(params), []
+  state, seen = jax.jit(tx.init)(params), []
   for _ in range(3):
-    moves, state = tx.update(params, state, params)
+    moves, state = jax.jit(tx.update)(params, state, params)
     params = optax.apply_updates(params, moves)
     seen.append(params['kernel'])
   np.testing.assert_allclose(seen[0], [[.5, -.19, .095, -.285], [.8, .4, -.45, .0475]], atol=1e-6)
@@ -342,13 +342,13 @@ def test_lottery_jackpot():
   """[run] one step of SGD .01 on the scores: the released code swaps two, to [1, 0, 1, 1, 0, 0, 1, 0]."""
   params = {'kernel': JW[:, None], 'bias': jnp.ones(1)}
   tx = recipes.lottery_jackpot(SGD_SCORES, 0.5)
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   np.testing.assert_array_equal(state.masks['kernel'][:, 0], START)
   np.testing.assert_allclose(state.master['kernel'][:, 0], jnp.where(START, 1, .99))
   held = sj.project(params, state)
   y = jnp.sum(held['kernel'][:, 0] * JX)
   np.testing.assert_allclose(y, -1.55, atol=1e-6)
-  moves, state = tx.update({'kernel': (y * JX)[:, None], 'bias': jnp.ones(1)}, state, held)
+  moves, state = jax.jit(tx.update)({'kernel': (y * JX)[:, None], 'bias': jnp.ones(1)}, state, held)
   np.testing.assert_allclose(state.master['kernel'][:, 0], [
       1.00775, .9838, .98845, .99232, .9876, .9876, .99302, .98768], atol=1e-5)
   new = optax.apply_updates(held, moves)

@@ -33,8 +33,8 @@ def get_config():
   config.seeds = (3, 5)
   config.steps = {steps}
   config.batch_size = 8
-  config.model = {{'name': 'vit', 'patch': 4, 'width': 16, 'depth': 1, 'heads': 2}}
-  sparse = {{'pattern': '1:4', 'where': ['mlp/*/kernel'], 'dense_steps': 0.1, 'fine_tune_steps': 0.2}}
+  config.model = {{'name': 'mlp', 'widths': (32, 32)}}
+  sparse = {{'pattern': '1:4', 'where': ['fc*/kernel'], 'dense_steps': 0.1, 'fine_tune_steps': 0.2}}
   config.recipes = {{{run!r}: {{'name': 'mdgf', **sparse, 'decay': {{'name': 'linear', 'begin': 0.0, 'end': 0.5}}}}}}
   config.measure_every = 1
   config.checkpoint_every = 2
@@ -54,7 +54,7 @@ class Job:
   """
 
   def __init__(self, place, *arguments, devices=1, cache=None, before=None):
-    FORKS.set_forkserver_preload(['experiments.train'])
+    FORKS.set_forkserver_preload(['experiments.train', 'matplotlib.pyplot'])
     self.arguments = [*map(str, arguments)]
     self._out, self._err = (pathlib.Path(f'{place}.{name}') for name in ('out', 'err'))
     environment = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags(devices)}

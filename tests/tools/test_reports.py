@@ -26,7 +26,7 @@ def pruned(w, n, m, contracted=(0,)):
 
 def trained(tx, params, steps=6, project=True):
   """Parameters and state after some updates in noise."""
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   params = sparsejax.project(params, state) if project else params
   update = jax.jit(lambda params, state, grads: cases.step(tx, params, state, grads))
   for t in range(steps):
@@ -65,8 +65,8 @@ def test_the_axes_are_those_of_the_recipe_and_the_report_says_whose():
 
 
 def trained_alone(tx, params):
-  state = tx.init(params)
-  return cases.step(tx, params, state, jax.tree.map(jnp.ones_like, params))
+  state = jax.jit(tx.init)(params)
+  return jax.jit(lambda *now: cases.step(tx, *now))(params, state, jax.tree.map(jnp.ones_like, params))
 
 
 def test_without_a_state_each_row_names_the_tightest_common_pattern():
@@ -227,8 +227,8 @@ def test_parameters_may_be_cast_for_inference(cast):
 def test_an_ensemble_is_checked_member_by_member():
   tx = recipes.ste(optax.sgd(0.1), NM(1, 8))
   together = jax.tree.map(lambda *x: jnp.stack(x), *[parameters(seed) for seed in range(3)])
-  state = jax.vmap(tx.init)(together)
-  params, state = jax.vmap(lambda p, s, g: cases.step(tx, p, s, g))(together, state, together)
+  step = jax.jit(jax.vmap(lambda p: cases.step(tx, p, tx.init(p), p)))
+  params, state = step(together)
   report = sparsejax.check(params, state)
   assert [(row.shape, row.axes.contracted, row.axes.layer) for row in report.rows] == [
       ((3, 16, 8), (1,), (0,)), ((3, 24, 4), (1,), (0,))]

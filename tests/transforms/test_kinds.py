@@ -37,6 +37,7 @@ def dense_growth():
   return growth(lambda: compile_time.make('dense'))
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.usefixtures('standard_promotion')
 @pytest.mark.parametrize('name', recipes.TABLE)
 def test_a_leaf_more_of_a_known_kind_adds_few_operations(name):
@@ -50,15 +51,13 @@ def test_a_leaf_more_of_a_known_kind_adds_few_operations(name):
 def run(name, options, steps=3):
   """Returns parameters and state after some updates of a recipe on `LIKE`."""
   case = cases.CASES[name]
-  tx = case._replace(options=case.options | {'axes': AXES} | options).make()
-  params = cases.random(0, like=LIKE)
-  state = jax.jit(tx.init)(params)
-  update = jax.jit(lambda params, state, grads: cases.step(tx, params, state, grads))
-  for t in range(steps):
-    params, state = update(params, state, cases.random(1 + t, like=LIKE))
+  make = case._replace(options=case.options | {'axes': AXES} | options).make
+  updates = jax.jit(functools.partial(cases.scanned, make, watch=False))
+  params, state = updates(cases.random(0, like=LIKE), cases.random(1, (steps,), like=LIKE))[0]
   return params, state[:-1]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize('name, options', [
     *((name, {}) for name in RANKED), ('gradual_magnitude', {'allocation': allocation.global_()}),
     ('rigl', {'pattern': sj.NM(2, 4)}), ('gradual_magnitude', {'pattern': sj.Block((4, 2), 0.5)})], ids=str)

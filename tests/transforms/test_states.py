@@ -73,6 +73,7 @@ TOOLS = {
 }
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize('name', recipes.TABLE)
 def test_a_state_goes_through_every_tool_bit_for_bit(name):
   """An update is a function of the arrays and of the structure, so that equal ones have equal updates ever after."""
