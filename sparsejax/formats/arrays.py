@@ -219,9 +219,17 @@ class MatrixArray(PackedArray):
   def matrix_fields(cls, shape: tuple[int, ...], about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the fields `axes` and `sizes` from the entries of `described` in `about`. Raises `ValueError`."""
     axes, lead = about['axes'], about['stacked']
+    refuse_other_numbers([lead, *axes])
     if lead < 0 or not axes or not set(axes) < set(range(lead, len(shape))) or len(set(axes)) < len(axes):
       raise ValueError(f'cannot be {cls.kind} along the axes {axes} of shape {shape}, of which {lead} are of a stack')
     return {'axes': tuple(a - len(shape) for a in axes), 'sizes': tuple(shape[lead:])}
+
+
+def refuse_other_numbers(numbers: Iterable[Any]) -> None:
+  """Raises `ValueError` if one of the `numbers` that a file says is no whole number: JSON has fractions, too."""
+  wrong = [n for n in numbers if type(n) is not int]
+  if wrong:
+    raise ValueError(f'has {wrong[0]!r} in the place of a whole number')
 
 
 def axes_of(packed: PackedArray) -> Axes | None:

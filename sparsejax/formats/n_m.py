@@ -163,6 +163,7 @@ class NMArray(arrays.PackedArray):
     n, m, axes = about['n'], about['m'], about['axes']
     width, outputs = about.get('width', 1), about.get('outputs', [])  # Files without vectors have neither.
     along = [*axes, *outputs]
+    arrays.refuse_other_numbers([n, m, width, *along])
     distinct = axes and set(along) <= set(range(len(shape))) and len(set(along)) == len(along)
     if not distinct or not 1 <= n <= m <= 1024 or width < 1 or bool(outputs) != (width > 1):
       raise ValueError(f'cannot be {n}:{m} along the axes {axes}, in vectors of {width} along the axes {outputs} of '

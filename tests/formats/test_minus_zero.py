@@ -77,7 +77,8 @@ def test_the_sign_is_kept_if_asked(kind, tmp_path):
     assert bits(formats.unpack(io.load(tmp_path / 'small'))['kernel']) == bits(expected)
 
 
-@pytest.mark.parametrize('pattern', [sj.NM(2, 4), sj.Block((4, 4), 0.5), sj.Unstructured(0.75), sj.Channel(0.5)], ids=str)
+@pytest.mark.parametrize('pattern', [sj.NM(2, 4), sj.Block((4, 4), 0.5), sj.Unstructured(0.75), sj.Channel(0.5)],
+                         ids=str)
 def test_whatever_counts_zeros_counts_both_signs(pattern, tmp_path, capsys):
   signed, plain = ({'kernel': w} for w in masked(pattern))
   unasked = patterns.parse(str(pattern).partition(' ')[0])  # takes the sparsity that it finds
