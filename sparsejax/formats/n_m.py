@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays, misfits
+from sparsejax.formats import arrays, misfits, zeros
 from sparsejax.types import Array, Axes
 
 
@@ -244,7 +244,7 @@ def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tupl
 
   With a `width` these are the vectors of each group that are not zero: `[..., K / m, N / width]`.
   """
-  w = w if signed_zeros else arrays.without_signed_zeros(w)
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   if width > 1:
     vectors = neighbours.tiled(neighbours.bits(w) != 0, axes, outputs, (m, width))[0]
     return jnp.sum(jnp.any(vectors, -1), -2, dtype=jnp.int16)
@@ -255,7 +255,7 @@ def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tupl
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
 def _packed(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...], signed_zeros: bool
             ) -> NMArray:
-  w = w if signed_zeros else arrays.without_signed_zeros(w)
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
   if width == 1:
     axis, grouped = min(axes) + 1, neighbours.split(neighbours.merged(w, axes, octets), m, min(axes))

@@ -67,7 +67,8 @@ EXPERIMENTS = (
 INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
                            ('contractions',), ('operands',), ('replace',)),
-    'sparsejax.formats': (('gaps', 'misfits'), ('arrays',), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
+    'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
+                          ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
