@@ -163,12 +163,13 @@ def _keeps(nonzero: np.ndarray, pattern: patterns.NM, axes: Axes) -> bool:
   return bool((groups.sum(-1, dtype=np.int16) <= pattern.n).all())
 
 
-def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lambda before, after: None) -> PyTree:
+def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lambda before, after: None,
+           signed_zeros: bool = False) -> PyTree:
   """Returns the tree for `io.save`, whose leaves are packed when they are written.
 
-  `done` is called for each packed leaf with its bytes, dense and in the file.
+  `done` is called for each packed leaf with its bytes, dense and in the file. `signed_zeros` keeps `-0.0`.
   """
-  plans = {path: plan._replace(axes=opened.axes[path])
+  plans = {path: plan._replace(axes=opened.axes[path], signed_zeros=signed_zeros)
            for path, plan in formats.packings(opened.params, pattern, where=opened.where).items()}
   _refuse_unknown_axes(opened, [path for path, plan in plans.items() if all(each.takes_axes for each in plan.formats)])
   if problems := formats.unfit(plans, opened.params):

@@ -65,7 +65,7 @@ def pack(args: argparse.Namespace) -> int:
   """Writes the packed parameters, and prints the bytes before and after."""
   _refuse_to_overwrite(args)
   opened, sizes = _opened(args), []
-  packed = checkpoints.packed(opened, _pattern(args, str), lambda *both: sizes.append(both))
+  packed = checkpoints.packed(opened, _pattern(args, str), lambda *both: sizes.append(both), args.signed_zeros)
   io.save(args.out, packed, metadata=_metadata(args.checkpoint))
   print(_sizes(f'{len(sizes)} packed parameters', *map(sum, zip(*sizes))))
   print(_sizes(f'all of {args.out}', checkpoints.dense_nbytes(opened), os.path.getsize(args.out)))
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
   command = _command(commands, 'pack', pack, 'write one safetensors file that stores only nonzero weights')
   _selection(command, pattern_required=True)
   _output(command)
+  command.add_argument('--signed-zeros', action='store_true', help='keep -0.0 as if it were a weight')
   command = _command(commands, 'unpack', unpack, 'write the dense parameters of a packed file, bit for bit')
   command.add_argument('file', metavar='FILE', help='a file written by pack, or by sparsejax.io.save')
   _output(command)

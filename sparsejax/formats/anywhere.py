@@ -39,25 +39,28 @@ class BitmaskArray(arrays.PackedArray):
   roles: Axes | None = arrays.static(default=None)
 
   @classmethod
-  def from_dense(cls, w: Array) -> 'BitmaskArray':
-    """Packs the concrete array `w` on the host. Raises `ValueError` if `w` is traced."""
+  def from_dense(cls, w: Array, signed_zeros: bool = False) -> 'BitmaskArray':
+    """Packs the concrete array `w` on the host. With `signed_zeros`, stores `-0.0` as well.
+
+    Raises `ValueError` if `w` is traced.
+    """
     if misfit := misfits.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
-    kept = arrays.stored_entries(w)
+    kept = arrays.stored_entries(w, None, signed_zeros)
     return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(np.packbits(kept, bitorder='little')), tuple(w.shape))
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, signed_zeros)
 
   @classmethod
-  def from_blocks(cls, leaf, pattern, axes):
+  def from_blocks(cls, leaf, pattern, axes, signed_zeros=False):
     if not leaf.blocks or not leaf.size or misfits.host_misfit(leaf):
-      return super().from_blocks(leaf, pattern, axes)
+      return super().from_blocks(leaf, pattern, axes, signed_zeros=signed_zeros)
     octets = 8 // math.gcd(8, math.prod(leaf.shape[1:]))
     values, count, masks = np.empty(leaf.size, leaf.dtype), 0, []  # Memory is taken only where values are written.
     for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, octets)):
-      kept = arrays.stored_entries(block)
+      kept = arrays.stored_entries(block, None, signed_zeros)
       found = block[kept]
       values[count:count + len(found)] = found
       count += len(found)
@@ -108,22 +111,23 @@ class RelativeIndexArray(arrays.PackedArray):
   roles: Axes | None = arrays.static(default=None)
 
   @classmethod
-  def from_dense(cls, w: Array, mask: Array | None = None) -> 'RelativeIndexArray':
+  def from_dense(cls, w: Array, mask: Array | None = None, signed_zeros: bool = False) -> 'RelativeIndexArray':
     """Packs the concrete array `w` on the host: its nonzeros or, with `mask`, its entries where `mask` is `True`.
 
-    `mask` is a bool array of `w`'s shape; entries where it is `True` are stored even if they are zero. The other
-    entries of `w` are not stored: give them to `to_dense` as `base`. FreezeNet, for example, draws them from a seed.
-    Raises `ValueError` if an argument is traced, and if `mask` has another shape or dtype.
+    `mask` is a bool array of `w`'s shape; entries where it is `True` are stored even if they are zero. Without a mask,
+    `-0.0` is stored only with `signed_zeros`. The other entries of `w` are not stored: give them to `to_dense` as
+    `base`. FreezeNet, for example, draws them from a seed. Raises `ValueError` if an argument is traced, and if `mask`
+    has another shape or dtype.
     """
     if misfit := misfits.host_misfit(w) or misfits.mask_misfit(w, mask):
       raise arrays.Misfit('RelativeIndexArray.from_dense', w.shape, misfit)
-    kept = arrays.stored_entries(w, mask)
+    kept = arrays.stored_entries(w, mask, signed_zeros)
     code = gaps.encoded(np.flatnonzero(kept))
     return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(code), tuple(w.shape))
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, None, signed_zeros)
 
   @classmethod
   def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):

@@ -6,7 +6,8 @@ A format of one's own is a registered dataclass of `PackedArray` and one line in
     packed.shape, packed.axes, packed.leading   # the dense shape, the contracted axes, how many axes are a stack
     packed.to_dense()                           # `w`, bit for bit
 
-A weight counts as zero if all its bits are those of `+0.0`. `-0.0`, NaN payloads and subnormals are values and survive.
+A weight counts as zero if its bits are those of `0.0` or `-0.0`. NaN payloads and subnormals are values and survive.
+With `signed_zeros=True`, `-0.0` is a value, too. Without it, `-0.0` is never stored, and becomes `0.0`.
 """
 
 import dataclasses
@@ -93,23 +94,24 @@ class PackedArray:
     return cls.default_pattern is not None and isinstance(pattern, type(cls.default_pattern))
 
   @classmethod
-  def from_pattern(cls, w: Array, pattern: Pattern, axes: Axes | None, check: bool = True) -> Self:
+  def from_pattern(cls, w: Array, pattern: Pattern, axes: Axes | None, check: bool = True, **keep: bool) -> Self:
     """Packs `w`, whose zeros keep `pattern`; `axes` is `None` if the format takes none.
 
-    `check=False` packs traced arrays in formats that can; other formats ignore `check`. Raises `Misfit` if `w` cannot
-    be packed.
+    `check=False` packs traced arrays in formats that can; other formats ignore `check`. `keep` is empty, or
+    `signed_zeros=True` if `-0.0` is to be kept, as in `pays` and `from_blocks`. Raises `Misfit` if `w` cannot be
+    packed.
     """
     raise NotImplementedError
 
   @classmethod
-  def pays(cls, w: Array, pattern: Pattern, axes: Axes | None) -> bool:
+  def pays(cls, w: Array, pattern: Pattern, axes: Axes | None, **keep: bool) -> bool:
     """Returns whether `pack` should take the format for `w`, or else try the next format that fits `pattern`."""
     return True
 
   @classmethod
-  def from_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None) -> Self:
+  def from_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None, **keep: bool) -> Self:
     """Packs a leaf of a file, an `io.Stored`, with NumPy arrays. Formats that can do so read a block at a time."""
-    return cls.from_pattern(leaf.load(), pattern, axes)
+    return cls.from_pattern(leaf.load(), pattern, axes, **keep)
 
   @classmethod
   def expected_nbytes(cls, shape: tuple[int, ...], dtype: Any, pattern: Pattern, axes: Axes | None,
@@ -300,10 +302,39 @@ def places(shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, ...], tuple[i
   return from_end(axes.contracted, len(shape)), tuple(shape[len(axes.layer):])
 
 
-def stored_entries(w: Array, mask: Array | None = None) -> np.ndarray:
+def stored_entries(w: Array, mask: Array | None = None, signed_zeros: bool = False) -> np.ndarray:
   """Returns which entries of `w` are stored, as a bool array on the host: `mask`, or else where `w` is not zero."""
+  if mask is not None:
+    return np.asarray(mask)
   w = np.asarray(w)
-  return w.view(f'u{w.dtype.itemsize}') != 0 if mask is None else np.asarray(mask)
+  bits = w.view(f'u{w.dtype.itemsize}')
+  stored, negative = bits != 0, minus_zero(w.dtype)
+  if negative and not signed_zeros:
+    stored &= bits != negative
+  return stored
+
+
+@functools.cache
+def minus_zero(dtype: Any) -> int:
+  """Returns the bits of `-0.0` in `dtype`, or 0 if the dtype has no such number: `float8_e4m3fnuz` has NaN there."""
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return 0
+  dtype = np.dtype(dtype)
+  top = np.array(1 << 8 * dtype.itemsize - 1, f'u{dtype.itemsize}')
+  return int(top) * bool(top.view(dtype) == 0)
+
+
+@jax.custom_jvp
+def without_signed_zeros(w: Array) -> Array:
+  """Returns `w` with `-0.0` replaced by `0.0`, and every other bit as it is. The derivative is that of the identity."""
+  negative = minus_zero(w.dtype)
+  if not negative:
+    return w
+  bits = neighbours.bits(w)
+  return neighbours.from_bits(jnp.where(bits == bits.dtype.type(negative), bits.dtype.type(0), bits), w.dtype)
+
+
+without_signed_zeros.defjvp(lambda primals, tangents: (without_signed_zeros(*primals), tangents[0]))
 
 
 def with_layers(parts: Iterable[Any], shape: tuple[int, ...], axes: Axes) -> list[Array]:

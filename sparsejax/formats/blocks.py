@@ -55,18 +55,19 @@ class BlockSparseArray(arrays.MatrixArray):
 
   @classmethod
   def from_dense(cls, w: Array, mask: Array | None = None, block: tuple[int, int] = (128, 128),
-                 axes: Axes | int | tuple[int, ...] = -2) -> 'BlockSparseArray':
+                 axes: Axes | int | tuple[int, ...] = -2, signed_zeros: bool = False) -> 'BlockSparseArray':
     """Packs the concrete array `w` on the host: blocks with a nonzero or, with `mask`, blocks in which it has a `True`.
 
     `block` holds the lengths of a block along the contraction and along the output. `mask` is a bool array of `w`'s
-    shape, `True` means kept; weights where it is `False` are stored as zero. The matrices of a stack must store equally
-    many blocks, and the stack's axes `axes.layer` must come first. Raises `ValueError` for another stack, for traced
-    arrays, and for `axes`, a `mask` or a dtype that does not fit.
+    shape, `True` means kept; weights where it is `False` are stored as zero. With `signed_zeros` and no mask, `-0.0`
+    counts as a nonzero; otherwise it becomes `0.0`. The matrices of a stack must store equally many blocks,
+    and the stack's axes `axes.layer` must come first. Raises `ValueError` for another stack, for traced arrays, and for
+    `axes`, a `mask` or a dtype that does not fit.
     """
     axes = arrays.matrix_axes('BlockSparseArray.from_dense', w, axes)
     if why := misfits.host_misfit(w) or misfits.matrix_misfit(axes) or _misfit(w, mask, block):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, why)
-    chosen = arrays.stored_entries(w, mask)
+    chosen = arrays.stored_entries(w, mask, signed_zeros)
     blocks = _split(np.where(chosen, w, np.zeros((), w.dtype)), axes, block)
     kept = _split(chosen, axes, block).any((-2, -1))
     if misfit := misfits.stack_misfit(kept, 'blocks'):
@@ -79,8 +80,8 @@ class BlockSparseArray(arrays.MatrixArray):
     return isinstance(pattern, patterns.Block)
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w, block=pattern.shape, axes=axes)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, block=pattern.shape, axes=axes, signed_zeros=signed_zeros)
 
   @classmethod
   def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):
@@ -204,7 +205,7 @@ def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
 
 def _padding_problem(packed: BlockSparseArray, indices: list[np.ndarray]) -> str | None:
   """Returns why the padding of the last blocks is wrong: a value in it is not zero; or `None`."""
-  bits = arrays.stored_entries(packed.values)
+  bits = arrays.stored_entries(packed.values, None, True)
   sizes = packed.contracted_size, math.prod(packed.output_sizes)
   for axis, index, length, size in zip((-2, -1), indices, packed.block, sizes):
     if size % length:
