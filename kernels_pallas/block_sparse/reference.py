@@ -1,6 +1,6 @@
 """Computes block-sparse products in plain `jnp`, for XLA on any platform. On CPUs they are faster than dense.
 
-A block column of the product is one dot. Its left side is the columns of x that the block column needs, gathered side
+With one token, every stored block is a product of its own. Else a block column of the product is one dot. Its left side is the columns of x that the block column needs, gathered side
 by side. Its right side is the stored blocks of the column, which are stored one below the other already. Columns with
 equally many blocks are one loop, so nothing is padded. Where all gathered columns fit into the cache, one batched dot
 for all block columns is faster than a loop of dots. Where there are few block columns, dots without a loop are faster
@@ -23,6 +23,7 @@ from sparsejax.types import Array
 
 CACHE = 3 << 20  # gathered bytes up to which the product is one batched dot
 FEW, FEW_TOKENS = 8, 512  # block columns and tokens up to which the product has no loop
+SINGLE_TOKENS = 1  # tokens up to which every stored block is multiplied by itself
 PARTS = 4 << 20  # bytes of the parts of dx up to which gradients of at most FEW * FEW blocks have no loop
 
 
@@ -33,6 +34,8 @@ def matmul(x: Array, w: BlockSparseArray) -> Array:
     parts = _dots(_taken(_blocks(x, length), w.rows), w.values, 2, 1)
     y = jax.ops.segment_sum(parts, w.cols, n_columns).transpose(1, 0, 2)
     return y.reshape(tokens, n_columns * width).astype(x.dtype)
+  if tokens <= SINGLE_TOKENS:
+    return _by_block(x, w)
   groups = _groups(w.values, w.rows, w.fan_in)
   if tokens * len(w.rows) * length * x.dtype.itemsize <= CACHE:
     return _at_once(x, groups, length)
@@ -113,6 +116,22 @@ def trained(blocks: Array, w: BlockSparseArray) -> Array:
   if not w.full:
     blocks = jnp.where(w.kept[:, None, None], blocks, jnp.zeros((), blocks.dtype))
   return blocks.astype(w.dtype)
+
+
+def _by_block(x: Array, w: BlockSparseArray) -> Array:
+  """Returns the product by a product for each stored block, summed over the blocks of a column. Copies no block.
+
+  XLA's CPU client computes the products of all blocks in one loop, at the speed at which memory is read.
+  """
+  (length, width), fan = w.block, np.asarray(w.fan_in, np.int32)
+  inputs = _taken(_blocks(x, length), w.rows).astype(jnp.float32)
+  parts = jnp.sum(inputs[..., None] * w.values[:, None].astype(jnp.float32), 2)  # [blocks, M, width]
+  # Every column sums as many parts as the longest column has; part number `len(parts)` is zero.
+  slot = np.arange(fan.max(initial=0), dtype=np.int32)
+  places = np.where(slot < fan[:, None], (np.cumsum(fan) - fan)[:, None] + slot, len(parts))
+  parts = jnp.pad(parts, ((0, 1), (0, 0), (0, 0)))
+  y = jnp.sum(_taken(parts, places), 1)
+  return y.transpose(1, 0, 2).reshape(len(x), -1).astype(x.dtype)
 
 
 def _looped(x: Array, y: Array, values: Array, rows: Array, columns: Array) -> Array:
