@@ -1,10 +1,10 @@
 """Computes block-sparse products in plain `jnp`, for XLA on any platform. On CPUs they are faster than dense.
 
-With one token, every stored block is a product of its own. Else a block column of the product is one dot. Its left side is the columns of x that the block column needs, gathered side
+A block column of the product is one dot. Its left side is the columns of x that the block column needs, gathered side
 by side. Its right side is the stored blocks of the column, which are stored one below the other already. Columns with
 equally many blocks are one loop, so nothing is padded. Where all gathered columns fit into the cache, one batched dot
 for all block columns is faster than a loop of dots. Where there are few block columns, dots without a loop are faster
-(`benchmarks/kernels.py`).
+(`benchmarks/kernels.py`). With a single token, a product for each stored block is fastest.
 
 XLA's CPU client has two libraries for a dot. The faster library takes only dots that contract the last axis of the left
 side. XLA folds transposes into dots, so a dot that contracts the last axis here may reach the library in another form.
@@ -23,7 +23,6 @@ from sparsejax.types import Array
 
 CACHE = 3 << 20  # gathered bytes up to which the product is one batched dot
 FEW, FEW_TOKENS = 8, 512  # block columns and tokens up to which the product has no loop
-SINGLE_TOKENS = 1  # tokens up to which every stored block is multiplied by itself
 PARTS = 4 << 20  # bytes of the parts of dx up to which gradients of at most FEW * FEW blocks have no loop
 
 
@@ -34,7 +33,7 @@ def matmul(x: Array, w: BlockSparseArray) -> Array:
     parts = _dots(_taken(_blocks(x, length), w.rows), w.values, 2, 1)
     y = jax.ops.segment_sum(parts, w.cols, n_columns).transpose(1, 0, 2)
     return y.reshape(tokens, n_columns * width).astype(x.dtype)
-  if tokens <= SINGLE_TOKENS:
+  if tokens == 1:
     return _by_block(x, w)
   groups = _groups(w.values, w.rows, w.fan_in)
   if tokens * len(w.rows) * length * x.dtype.itemsize <= CACHE:
@@ -119,19 +118,17 @@ def trained(blocks: Array, w: BlockSparseArray) -> Array:
 
 
 def _by_block(x: Array, w: BlockSparseArray) -> Array:
-  """Returns the product by a product for each stored block, summed over the blocks of a column. Copies no block.
+  """Returns the product with a single token, `x [1, Kb bk]`: a product for each stored block, summed by column.
 
-  XLA's CPU client computes the products of all blocks in one loop, at the speed at which memory is read.
+  XLA's CPU client computes the products of all blocks in one loop, which copies no block.
   """
-  (length, width), fan = w.block, np.asarray(w.fan_in, np.int32)
-  inputs = _taken(_blocks(x, length), w.rows).astype(jnp.float32)
-  parts = jnp.sum(inputs[..., None] * w.values[:, None].astype(jnp.float32), 2)  # [blocks, M, width]
+  fan = np.asarray(w.fan_in, np.int32)
+  inputs = _taken(x.reshape(-1, w.block[0]), w.rows).astype(jnp.float32)
+  parts = jnp.sum(inputs[..., None] * w.values.astype(jnp.float32), 1)
   # Every column sums as many parts as the longest column has; part number `len(parts)` is zero.
-  slot = np.arange(fan.max(initial=0), dtype=np.int32)
+  slot = np.arange(fan.max(initial=0), dtype=np.int32)[None]
   places = np.where(slot < fan[:, None], (np.cumsum(fan) - fan)[:, None] + slot, len(parts))
-  parts = jnp.pad(parts, ((0, 1), (0, 0), (0, 0)))
-  y = jnp.sum(_taken(parts, places), 1)
-  return y.transpose(1, 0, 2).reshape(len(x), -1).astype(x.dtype)
+  return jnp.sum(_taken(jnp.pad(parts, ((0, 1), (0, 0))), places), 1).reshape(1, -1).astype(x.dtype)
 
 
 def _looped(x: Array, y: Array, values: Array, rows: Array, columns: Array) -> Array:

@@ -4,7 +4,6 @@ XLA's CPU client computes the gather, the product and the sum in one loop over t
 in two dimensions, `[slots, outputs]`, so the tokens run one after another.
 """
 
-import jax
 import jax.numpy as jnp
 
 from kernels_pallas import products

@@ -94,7 +94,7 @@ def _bits(w: NMArray) -> list[Array]:
   """Returns the bits of the positions, the lowest first: arrays of bools like `w.values`, read straight from `indices`.
   """
   octets = w.indices.reshape(-(-len(w.values) // 8), neighbours.width(w.m), 1, w.values.shape[1])
-  masks = jnp.uint8(1) << jnp.arange(8, dtype=jnp.uint8)[:, None]
+  masks = (jnp.uint8(1) << jnp.arange(8, dtype=jnp.uint8))[None, :, None]
   return [((octets[:, i] & masks) != 0).reshape(-1, w.values.shape[1])[:len(w.values)]
           for i in range(neighbours.width(w.m))]
 

@@ -8,9 +8,9 @@ Packed arrays are pytrees: `jit`, `vmap`, `scan`, sharding and Orbax take them l
 bits of the weights as unsigned integers, because floating-point units may flush subnormals and quieten NaNs.
 
 `TABLE` holds the formats by name. `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern. `BitmaskArray`
-and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` and `ELLArray` do for products. A format of one's own is a
-registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and the
-command line then use it.
+and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` and `ELLArray` do for products. A format of one's own
+is a registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and
+the command line then use it.
 """
 
 import dataclasses

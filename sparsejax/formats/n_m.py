@@ -106,6 +106,10 @@ class NMArray(arrays.PackedArray):
     return dataclasses.replace(whole, **arrays_)
 
   @property
+  def pattern(self):
+    return patterns.NM(self.n, self.m, self.width)
+
+  @property
   def axis(self) -> int:
     """The merged axis of `values` and, without a `width`, of `indices`, counted from the end."""
     return min(self.axes) + len(self.axes) - 1
