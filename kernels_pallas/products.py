@@ -1,14 +1,13 @@
 """Builds the differentiable product with a packed weight from a table of implementations for each direction.
 
-    product = TrainableProduct('nm_matmul', {'xla': Implementation(matmul)}, {'xla': Implementation(gradients)}, prefer)
-    y = product(x, w, None)                                                          # [M, N], in x's dtype
+    product = TrainableProduct('nm_matmul', forward, transposed, sampled, prefer)
+    y = product(x, w, outputs, None)                                                 # [M, N], in x's dtype
     print(product.explained(x, w))                                                   # what each platform would run
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 
 from kernels_pallas import dispatch
 from kernels_pallas.dispatch import Choice, Table
+from kernels_pallas.trilinear import Form, face
 from sparsejax.formats import PackedArray
 from sparsejax.types import Array
 
@@ -25,25 +25,45 @@ from sparsejax.types import Array
 class TrainableProduct:
   """A `TrainableProduct` multiplies `x [M, K]` by a packed `w`, and differentiates in `x` and in `w.values`.
 
-  `forward` holds implementations of `(x, w)`, which return `[M, N]` in x's dtype. `gradients` holds implementations of
-  `(x, dy, w)`, which return two gradients. The first gradient is `dy` times the transpose of `w`, with the shape of
-  `x`. The second gradient is `x^T dy`, sampled at the stored positions; it has the shape of `w.values`.
+  The product, its gradients and the derivatives of all orders call three kernels, each with a table of implementations
+  (`kernels_pallas.trilinear`). Those of `forward` take `(x, w)` and return `[M, N]`. Those of `transposed` take
+  `(dy, w)` and return `dy` times the transpose of `w`, `[M, K]`. Those of `sampled` take `(x, dy, w)` and return
+  `x^T dy` at the stored positions, with the shape and dtype of `w.values`; they read the values of `w` not at all.
+  Results of the first two have the dtype of `x` and `dy`, to which `w` is cast before.
 
-  `prefer(x, w)` and `prefer(x, dy, w)` choose where the platform has no kernel. If the implementation that runs forward
-  has no entry in `gradients`, `prefer` chooses the implementation of the gradients.
+  `prefer` takes the same arguments, and chooses where the platform has no kernel. If the implementation that the caller
+  asks for has no entry in `transposed` or `sampled`, `prefer` chooses there too. `trained(values, w)` returns a
+  derivative of the values with zeros for the values that only pad the format.
   """
 
   name: str
   forward: Table
-  gradients: Table
+  transposed: Table
+  sampled: Table
   prefer: Callable[..., Choice]
+  trained: Callable[[Array, PackedArray], Array] = lambda values, w: values
 
-  def __call__(self, x: Array, w: PackedArray, implementation: str | None) -> Array:
-    """Returns the product, `[M, N]`; raises `ValueError` for an `implementation` that cannot run."""
+  def __call__(self, x: Array, w: PackedArray, outputs: int, implementation: str | None) -> Array:
+    """Returns the product, `[M, outputs]`; raises `ValueError` for an `implementation` that cannot run."""
     if implementation is not None:
       dispatch.runnable(self.name, (x, w), self.forward, implementation)
-    arrays, static = jax.tree.flatten(w)
-    return _compiled(self, implementation, static, *dispatch.varying_alike(x, *arrays))
+    indices, static = jax.tree.flatten(dataclasses.replace(w, values=None))
+    form = Form(self, implementation, static, (x.shape[1], outputs), x.dtype, w.values.shape, w.values.dtype)
+    return face.bind(*dispatch.varying_alike(x, w.values, *indices), form=form, of='y', levels=())
+
+  def weight(self, form: Form, values: Array | None, indices: Sequence[Array]) -> PackedArray:
+    """Returns the weight of a call again; without `values`, with zeros."""
+    values = jnp.zeros(form.shape, form.stored) if values is None else values
+    return dataclasses.replace(jax.tree.unflatten(form.static, indices), values=values)
+
+  def face(self, form: Form, of: str, given: dict[str, Array], indices: Sequence[Array]) -> Array:
+    """Returns the face `of` of the product from the operands `given`."""
+    table = {'x': self.transposed, 'y': self.forward, 'v': self.sampled}[of]
+    w = self.weight(form, given.get('v'), indices)
+    w = w if of == 'v' else _cast(w, form.dtype)
+    args = *(given[slot] for slot in ('x', 'y') if slot in given), w
+    return dispatch.run(self.name, args, table, form.implementation if form.implementation in table else None,
+                        self.prefer)
 
   def explained(self, x: Array, w: PackedArray) -> dispatch.Choices:
     """Returns the implementation that each platform would run forward."""
@@ -90,35 +110,9 @@ def dot(a: Array, b: Array, i: int, j: int) -> Array:
   return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(product: TrainableProduct, implementation: str | None, static: Any, x: Array, *arrays: Array) -> Array:
-  w = _cast(jax.tree.unflatten(static, arrays), x.dtype)
-  return dispatch.run(product.name, (x, w), product.forward, implementation, product.prefer)
-
-
-def _forward(product, implementation, static, x, *arrays):
-  return _product(product, implementation, static, x, *arrays), (x, arrays)
-
-
-def _backward(product, implementation, static, residuals, dy):
-  x, arrays = residuals
-  w = jax.tree.unflatten(static, arrays)
-  name = implementation if implementation in product.gradients else None
-  dx, dw = dispatch.run(product.name, (x, dy, w), product.gradients, name, product.prefer)
-  floats = jnp.issubdtype(w.dtype, jnp.floating)
-  return dx, *(dw if a is w.values and floats else None for a in arrays)
-
-
-_product.defvjp(_forward, _backward)
-_compiled = jax.jit(_product, static_argnums=(0, 1, 2))  # Calls outside of `jit` run as one program too.
-
-
-def both(transposed: Callable[..., Array], sampled: Callable[..., Array]) -> Callable[..., tuple[Array, Array]]:
-  """Returns an implementation of both gradients, `transposed(dy, w)` and `sampled(x, dy, w)`.
-
-  `w` is cast to dy's dtype for `transposed`.
-  """
-  return lambda x, dy, w: (transposed(dy, _cast(w, dy.dtype)), sampled(x, dy, w))
+def each_token(product: Callable[[Array], Array], x: Array) -> Array:
+  """Returns `product(x[i])` for each token i of `x [M, K]`, one after another, stacked."""
+  return product(x[0])[None] if len(x) == 1 else jax.lax.map(product, x)
 
 
 def _cast(w: PackedArray, dtype: np.dtype) -> PackedArray:

@@ -38,7 +38,8 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
   shape = (*x.shape[:-1], *w.output_sizes)
   if 0 in flat.shape or 0 in w.grid:
     return jnp.zeros(shape, x.dtype)
-  return PRODUCT(flat, w, implementation)[:, :math.prod(w.output_sizes)].reshape(shape)
+  y = PRODUCT(flat, w, w.grid[1] * w.block[1], implementation)
+  return y[:, :math.prod(w.output_sizes)].reshape(shape)
 
 
 def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementation: str | None = None,
@@ -61,7 +62,7 @@ def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementatio
     return dispatch.chosen(args, SAMPLED, prefer)
   if 0 in args[0].shape or 0 in args[1].shape:
     return jnp.zeros_like(like.values)
-  return dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer)
+  return reference.trained(dispatch.run('sampled_matmul', args, SAMPLED, implementation, prefer), like)
 
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
@@ -101,9 +102,9 @@ def _dense_sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
   return blocks[w.rows, w.cols].astype(w.dtype)
 
 
-def _trained(sampled: Callable[..., Array]) -> Callable[..., Array]:
-  """Returns `sampled(x, dy, w)` with zeros for the blocks that are stored only to pad a row or a column."""
-  return lambda x, dy, w: reference.trained(sampled(x, dy, w), w)
+def _transposed(dy: Array, w: BlockSparseArray) -> Array:
+  """Returns `dy` times the transpose of `w`, the first of the `gradients`, which are computed without the second."""
+  return reference.gradients(jnp.zeros((len(dy), w.grid[0] * w.block[0]), dy.dtype), dy, w)[0]
 
 
 def _table(xla: Any, dense: Any, kernel: Callable[[Any], Any]) -> products.Table:
@@ -119,11 +120,10 @@ def _table(xla: Any, dense: Any, kernel: Callable[[Any], Any]) -> products.Table
   return {'xla': Implementation(xla), 'dense': Implementation(dense), 'mosaic_gpu': of('gpu'), 'mosaic_tpu': of('tpu')}
 
 
-SAMPLED = _table(reference.sampled, _trained(_dense_sampled), lambda pallas: _trained(pallas.sampled))
+SAMPLED = _table(reference.sampled, _dense_sampled, lambda pallas: pallas.sampled)
 PRODUCT = products.TrainableProduct(
     'block_sparse_matmul',
     _table(reference.matmul, lambda x, w: products.dot(x, _dense(w), 1, 0).astype(x.dtype),
-           lambda pallas: dispatch.folding(pallas.matmul)),
-    _table(reference.gradients,
-           products.both(lambda dy, w: products.dot(dy, _dense(w), 1, 1).astype(dy.dtype), _trained(_dense_sampled)),
-           lambda pallas: products.both(dispatch.folding(pallas.matmul_transposed), _trained(pallas.sampled))), prefer)
+           lambda pallas: pallas.matmul),
+    _table(_transposed, lambda dy, w: products.dot(dy, _dense(w), 1, 1).astype(dy.dtype),
+           lambda pallas: pallas.matmul_transposed), SAMPLED, prefer, reference.trained)

@@ -18,6 +18,9 @@ from sparsejax.types import Array
 # From this width and this sparsity on, 'xla' is faster on a CPU than unpacking, by 1.3 to 5 times. With many tokens,
 # 'xla' is also faster than a weight that was never packed (one core, float32, 1024 x 1024).
 _WIDTH, _LEAST = 32, 0.4
+# Where every output has positions of its own, 'xla' selects the inputs, token after token: faster than unpacking up to
+# so many stored values times tokens for each weight.
+_SELECTED = 2
 
 
 def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
@@ -28,10 +31,11 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   slab of the dense gradient exists at a time.
 
   `implementation` is 'xla', 'dense' or 'mosaic_tpu', and raises `ValueError` if it cannot run. 'xla' computes one dot
-  for the outputs that share their positions, and 'dense' unpacks `w` inside of the program. `None` lets the platform
-  choose when the program is lowered. `explain=True` returns the choice of each platform and its reason instead of the
-  product. On CPUs N:M is faster than dense only for vectors (`NM(n, m, width)`) of 32 and more. Raises `ValueError`
-  with the `refusal` of `x` and `w`.
+  for the outputs that share their positions, or selects the inputs of each output, one token after another. 'dense'
+  unpacks `w` inside of the program. `None` lets the platform choose when the program is lowered. `explain=True` returns
+  the choice of each platform and its reason instead of the product. On CPUs N:M is faster than dense for vectors
+  (`NM(n, m, width)`) of 32 and more, and for few tokens from about 1:8 on. Raises `ValueError` with the `refusal` of
+  `x` and `w`.
   """
   if reason := refusal(x, w):
     raise ValueError(f'nm_matmul: {reason}.')
@@ -43,7 +47,7 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   if 0 in flat.shape or 0 in outputs:
     y = jnp.zeros((flat.shape[0], math.prod(outputs)), x.dtype)
   else:
-    y = PRODUCT(flat, matrix, implementation)
+    y = PRODUCT(flat, matrix, math.prod(outputs), implementation)
   lead = x.ndim - 1
   order = [*range(lead), *(lead + np.argsort(places))]
   return y.reshape(*x.shape[:-1], *outputs).transpose(order)
@@ -57,9 +61,11 @@ def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
 def prefer(*args: Any) -> Choice:
   """Returns the choice between 'xla' and 'dense' that was faster on a CPU (`make bench`)."""
   w, zeros = args[-1], 1 - args[-1].n / args[-1].m
+  if w.width == 1 and len(args[0]) * w.n <= _SELECTED * w.m:
+    return Choice('xla', f'{len(args[0])} tokens and {zeros:.0%} zeros: the inputs of each output are selected')
   if w.width < _WIDTH:
     return Choice('dense', f'{w.width} outputs share their positions: unpacked. On CPUs N:M is faster than dense '
-                           f'only in vectors of {_WIDTH} and more')
+                           f'in vectors of {_WIDTH} and more, and for few tokens')
   if zeros < _LEAST:
     return Choice('dense', f'{zeros:.0%} are zero, and vectors pay from {_LEAST:.0%} on')
   return Choice('xla', f'{zeros:.0%} are zero, in vectors of {w.width}: one dot for each')
@@ -96,6 +102,6 @@ PRODUCT = products.TrainableProduct(
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, n_m.to_merged(w), 1, 0).astype(x.dtype)),
      'mosaic_gpu': Implementation(reference.matmul, _none_for_hopper), 'mosaic_tpu': _kernel('tpu')},
-    {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
-     'dense': Implementation(products.both(
-         lambda dy, w: products.dot(dy, n_m.to_merged(w), 1, 1).astype(dy.dtype), reference.sampled_by_slab))}, prefer)
+    {'xla': Implementation(reference.matmul_transposed),
+     'dense': Implementation(lambda dy, w: products.dot(dy, n_m.to_merged(w), 1, 1).astype(dy.dtype))},
+    {'xla': Implementation(reference.sampled), 'dense': Implementation(reference.sampled_by_slab)}, prefer)

@@ -35,7 +35,7 @@ def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = 
   outputs = math.prod(w.output_sizes)
   if 0 in flat.shape or outputs == 0:
     return jnp.zeros((*x.shape[:-1], *w.output_sizes), x.dtype)
-  return PRODUCT(flat, w, implementation)[:, :outputs].reshape(*x.shape[:-1], *w.output_sizes)
+  return PRODUCT(flat, w, len(w.values), implementation)[:, :outputs].reshape(*x.shape[:-1], *w.output_sizes)
 
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
@@ -57,4 +57,4 @@ PRODUCT = products.TrainableProduct(
     'sparse24_matmul',
     {'xla': Implementation(reference.matmul),
      'mosaic_gpu': Implementation(lambda x, w: _load().matmul(x, w), lambda x, w: _load().refusal(x, w))},
-    {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled))}, prefer)
+    {'xla': Implementation(reference.matmul_transposed)}, {'xla': Implementation(reference.sampled)}, prefer)

@@ -1,5 +1,6 @@
 """Multiplies by a `CSCArray`, which has zeros anywhere: `unstructured_matmul`."""
 
+import math
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = N
   shape = (*x.shape[:-1], *w.output_sizes)
   if 0 in flat.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
-  return PRODUCT(flat, w, implementation).reshape(shape)
+  return PRODUCT(flat, w, math.prod(w.output_sizes), implementation).reshape(shape)
 
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
@@ -72,6 +73,6 @@ PRODUCT = products.TrainableProduct(
     'unstructured_matmul',
     {'xla': Implementation(reference.matmul),
      'dense': Implementation(lambda x, w: products.dot(x, _matrix(w), 1, 0).astype(x.dtype))},
-    {'xla': Implementation(products.both(reference.matmul_transposed, reference.sampled)),
-     'dense': Implementation(products.both(
-         lambda dy, w: products.dot(dy, _matrix(w), 1, 1).astype(dy.dtype), reference.sampled))}, prefer)
+    {'xla': Implementation(reference.matmul_transposed),
+     'dense': Implementation(lambda dy, w: products.dot(dy, _matrix(w), 1, 1).astype(dy.dtype))},
+    {'xla': Implementation(reference.sampled)}, prefer)

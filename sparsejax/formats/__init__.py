@@ -8,9 +8,9 @@ Packed arrays are pytrees: `jit`, `vmap`, `scan`, sharding and Orbax take them l
 bits of the weights as unsigned integers, because floating-point units may flush subnormals and quieten NaNs.
 
 `TABLE` holds the formats by name. `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern. `BitmaskArray`
-and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` does for products. A format of one's own is a
-registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and the
-command line then use it.
+and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` and `ELLArray` do for products. A format of one's own
+is a registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and
+the command line then use it.
 """
 
 import dataclasses
@@ -26,20 +26,21 @@ from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, axes_of, nbytes, with_axes
 from sparsejax.formats.blocks import BlockSparseArray
 from sparsejax.formats.columns import CSCArray
+from sparsejax.formats.ell import ELLArray
 from sparsejax.formats.n_m import NMArray
 from sparsejax.formats.sparse24 import Sparse24Array
 from sparsejax.patterns import Unstructured
 from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
-    'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
+    'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
     'RelativeIndexArray', 'Sparse24Array', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed', 'matmul', 'nbytes',
     'pack', 'packings', 'unfit', 'unpack', 'values', 'with_axes', 'with_values',
 ]
 
 # The formats by name. `pack` takes the first format that fits a pattern and pays for a leaf, so the order counts.
 TABLE: dict[str, type[PackedArray]] = {each.kind: each for each in (
-    NMArray, BlockSparseArray, CSCArray, BitmaskArray, RelativeIndexArray, Sparse24Array)}
+    NMArray, BlockSparseArray, CSCArray, BitmaskArray, RelativeIndexArray, Sparse24Array, ELLArray)}
 
 
 def is_packed(node: Any) -> bool:

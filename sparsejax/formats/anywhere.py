@@ -8,6 +8,7 @@ Both formats are for files, and become dense again bit for bit.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -72,9 +73,8 @@ class BitmaskArray(arrays.PackedArray):
     size = math.prod(shape)
     return (size - round(sparsity * size)) * np.dtype(dtype).itemsize + -(-size // 8)
 
-  @jax.jit
   def to_dense(self) -> Array:
-    return neighbours.exactly(_spread, self.values, self.mask, math.prod(self.shape)).reshape(self.shape)
+    return _bitmask_dense(self, *_words(self.mask))  # A single program would be four times as slow.
 
   def problem(self) -> str | None:
     size = math.prod(self.shape)
@@ -158,16 +158,29 @@ class RelativeIndexArray(arrays.PackedArray):
 # Bitmask.
 
 
-def _spread(values: Array, mask: Array, size: int) -> Array:
-  """Returns `[size]`: `values` in the order of the set bits of `mask`, zeros elsewhere."""
+@jax.jit
+def _words(mask: Array) -> tuple[Array, Array]:
+  """Returns `mask` as `uint32`, zeros behind its end, and for each of these words the number of bits set before it."""
+  octets = jnp.pad(mask, (0, -len(mask) % 4)).reshape(-1, 4).astype(jnp.uint32)
+  words = functools.reduce(jnp.bitwise_or, (octets[:, i] << 8 * i for i in range(4)))
+  ones = jax.lax.population_count(words).astype(jnp.int32)
+  return words, jax.lax.associative_scan(jnp.add, ones) - ones if len(words) else ones
+
+
+def _spread(values: Array, places: tuple[Array, Array], size: int) -> Array:
+  """Returns `[size]`: `values` in the order of the set bits of the `_words`, zeros elsewhere."""
   if not values.size:
     return jnp.zeros(size, values.dtype)
-  ones = jax.lax.population_count(mask).astype(jnp.int32)
-  shifts = jnp.arange(8, dtype=jnp.uint8)[None]
-  below = mask[:, None] & ((jnp.uint8(1) << shifts) - jnp.uint8(1))
-  slots = (jnp.cumsum(ones) - ones)[:, None] + jax.lax.population_count(below).astype(jnp.int32)
-  stored = ((mask[:, None] >> shifts) & 1).astype(bool).reshape(-1)[:size]
-  return neighbours.expanded(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
+  words, before = (each[:, None] for each in places)
+  bits = jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)[None]
+  slots = before + jax.lax.population_count(words & (bits - 1)).astype(jnp.int32)
+  stored = (words & bits) != 0
+  return neighbours.expanded(values, slots.reshape(-1)[:size], stored.reshape(-1)[:size], jnp.zeros((), values.dtype))
+
+
+@jax.jit
+def _bitmask_dense(packed: BitmaskArray, words: Array, before: Array) -> Array:
+  return neighbours.exactly(_spread, packed.values, (words, before), math.prod(packed.shape)).reshape(packed.shape)
 
 
 # Relative indices.

@@ -73,6 +73,11 @@ class PackedArray:
     return nbytes(self)
 
   @property
+  def pattern(self) -> Pattern | None:
+    """The pattern that the zeros of the array keep, without a sparsity, or `None` if the format does not know it."""
+    return self.default_pattern
+
+  @property
   def leading(self) -> int:
     """The number of leading dense axes of which each index is a packed array of its own, as in a stack of layers."""
     return 0

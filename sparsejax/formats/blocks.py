@@ -98,6 +98,10 @@ class BlockSparseArray(arrays.MatrixArray):
     return self.values.shape[-2:]
 
   @property
+  def pattern(self):
+    return patterns.Block(self.block)
+
+  @property
   def grid(self) -> tuple[int, int]:
     """The numbers of blocks along the contraction and along the output, stored or not."""
     bk, bn = self.block

@@ -106,6 +106,10 @@ class NMArray(arrays.PackedArray):
     return dataclasses.replace(whole, **arrays_)
 
   @property
+  def pattern(self):
+    return patterns.NM(self.n, self.m, self.width)
+
+  @property
   def axis(self) -> int:
     """The merged axis of `values` and, without a `width`, of `indices`, counted from the end."""
     return min(self.axes) + len(self.axes) - 1
@@ -223,9 +227,9 @@ def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, output
   if not misfits.concrete(w):
     return misfits.TRACED
   counts = np.asarray(_nonzeros(w, m, axes, width, outputs, signed_zeros))
-  bad = np.argwhere(counts > n)
-  if not len(bad):
+  if counts.max(initial=0) <= n:
     return None
+  bad = np.argwhere(counts > n)
   first, merged = bad[0].tolist(), min(axes) if width == 1 else counts.ndim - 2
   place = ', '.join(str(i) if a != merged else f'group {i}' for a, i in enumerate(first))
   units = 'nonzeros' if width == 1 else f'vectors of {width} that are not zero'
@@ -252,26 +256,57 @@ def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tupl
   return jnp.sum(nonzero, axis=min(axes) + 1, dtype=jnp.int16)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
 def _packed(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...], signed_zeros: bool
             ) -> NMArray:
-  w = w if signed_zeros else zeros.without_signed_zeros(w)
-  octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
-  if width == 1:
-    axis, grouped = min(axes) + 1, neighbours.split(neighbours.merged(w, axes, octets), m, min(axes))
-    positions = neighbours.first_nonzeros(neighbours.bits(grouped) != 0, n, axis)
-    values = neighbours.joined(neighbours.exactly(neighbours.take, grouped, positions, axis), axis)
-  else:
-    undivided = neighbours.undivided(w, axes, octets)
-    vectors = neighbours.tiled(undivided, axes, outputs, (m, width))[0]  # [..., K/m, m, N/V, V]
-    axis = vectors.ndim - 3
-    positions = neighbours.first_nonzeros(jnp.any(neighbours.bits(vectors) != 0, -1), n, axis)
-    taken = neighbours.exactly(neighbours.take, vectors, positions[..., None], axis)
-    rows = neighbours.joined(neighbours.joined(taken, vectors.ndim - 1), axis)
-    values = _in_place(rows, _value_axes(w.ndim, axes, outputs), [w.shape[a] for a in outputs])
-  indices = neighbours.encoded(neighbours.joined(positions, axis), m, axis - 1)
+  # Three programs, because one program would compute the positions again for the values, and again for the indices.
+  positions = _positions(w, n, m, axes, width, outputs, signed_zeros)
+  values = _values(w, positions, m, axes, width, outputs, signed_zeros)
+  indices = _encoded(positions, m, min(axes) if width == 1 else positions.ndim - 3)
   return NMArray(values, indices, n, m, arrays.from_end(axes, w.ndim), tuple(w.shape[a] for a in axes), width,
                  arrays.from_end(outputs, w.ndim))
+
+
+def _grouped(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]
+             ) -> tuple[Array, int]:
+  """Returns `w` in groups of `m`, and the axis along which each group lies.
+
+  Groups are `[..., K / m, m, ...]`, or with a `width` groups of vectors, `[..., K / m, m, N / width, width]`.
+  """
+  octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
+  if width == 1:
+    return neighbours.split(neighbours.merged(w, axes, octets), m, min(axes)), min(axes) + 1
+  vectors = neighbours.tiled(neighbours.undivided(w, axes, octets), axes, outputs, (m, width))[0]
+  return vectors, vectors.ndim - 3
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _positions(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
+               signed_zeros: bool) -> Array:
+  """Returns the positions of the stored weights, or vectors, of each group: `n` instead of `m` entries."""
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
+  groups, axis = _grouped(w, n, m, axes, width, outputs)
+  nonzero = neighbours.bits(groups) != 0
+  return neighbours.first_nonzeros(nonzero if width == 1 else jnp.any(nonzero, -1), n, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _values(w: Array, positions: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
+            signed_zeros: bool) -> Array:
+  """Returns the `values` at the `positions` of the groups."""
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
+  n = positions.shape[min(axes) + 1 if width == 1 else -2]
+  groups, axis = _grouped(w, n, m, axes, width, outputs)
+  if width == 1:
+    return neighbours.joined(neighbours.exactly(neighbours.take, groups, positions, axis), axis)
+  taken = neighbours.exactly(neighbours.take, groups, positions[..., None], axis)
+  rows = neighbours.joined(neighbours.joined(taken, groups.ndim - 1), axis)
+  return _in_place(rows, _value_axes(w.ndim, axes, outputs), [w.shape[a] for a in outputs])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _encoded(positions: Array, m: int, axis: int) -> Array:
+  """Returns the `indices` of the positions of all groups, whose axis is `axis`."""
+  return neighbours.encoded(neighbours.joined(positions, axis + 1), m, axis)
 
 
 def _value_axes(rank: int, axes: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], int, list[int]]:

@@ -123,9 +123,9 @@ def _crowded(w: Array, axes: Axes, signed_zeros: bool) -> str | None:
   if not misfits.concrete(w):
     return misfits.TRACED
   counts = np.asarray(_counts(w, axes, signed_zeros))
-  bad = np.argwhere(counts > 2)
-  if not len(bad):
+  if counts.max(initial=0) <= 2:
     return None
+  bad = np.argwhere(counts > 2)
   *_, output, group = bad[0].tolist()
   return (f'{len(bad)} fours along axes {axes.contracted} have more than 2 nonzeros, the first, four {group} of output '
           f'{output}, has {counts[tuple(bad[0])]}. Make them sparse first: '
@@ -144,19 +144,32 @@ def _nonzero(w: Array, axes: Axes) -> Array:
   return neighbours.split(_padded(neighbours.bits(w), axes) != 0, 4, len(axes.layer) + 1)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _packed(w: Array, axes: Axes, signed_zeros: bool) -> tuple[Array, Array]:
-  """Returns `values` and `metadata`."""
+  """Returns `values` and `metadata`, by programs of their own: one program would compute the positions twice."""
+  positions = _positions(w, axes, signed_zeros)
+  return _values(w, positions, axes, signed_zeros), _encoded(positions)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _positions(w: Array, axes: Axes, signed_zeros: bool) -> Array:
+  """Returns the positions of both stored weights of each group, `[..., N, K / 4, 2]`."""
   w = w if signed_zeros else zeros.without_signed_zeros(w)
-  positions = neighbours.first_nonzeros(_nonzero(w, axes), 2, len(axes.layer) + 2)
+  return neighbours.first_nonzeros(_nonzero(w, axes), 2, len(axes.layer) + 2)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _values(w: Array, positions: Array, axes: Axes, signed_zeros: bool) -> Array:
+  """Returns the `values` at the `positions` of the groups."""
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
 
   def kept(w, positions):
     groups = neighbours.split(_padded(w, axes), 4, len(axes.layer) + 1)
     return neighbours.joined(neighbours.take(groups, positions, groups.ndim - 1), groups.ndim - 1)
 
-  return neighbours.exactly(kept, w, positions), _encoded(positions)
+  return neighbours.exactly(kept, w, positions)
 
 
+@jax.jit
 def _encoded(positions: Array) -> Array:
   """Returns the `metadata` of the positions `[..., N, K / 4, 2]`."""
   *lead, n, groups, _ = positions.shape

@@ -377,7 +377,7 @@ def test_a_packed_tree_is_a_pytree_of_arrays():
 def test_orbax_saves_and_restores_a_packed_tree(tmp_path):
   packed = formats.pack(params(), {'conv/*': 'bitmask', 'layers/1/*': 'relative_index', '**': '2:4'})
   w = np.where(np.arange(64) % 4 < 2, np.ones((12, 64), np.float32), 0).T
-  kinds = (sj.patterns.Block((4, 4)), sj.NM(2, 4, width=4), 'csc', 'sparse24')
+  kinds = (sj.patterns.Block((4, 4)), sj.NM(2, 4, width=4), 'csc', 'sparse24', 'ell')
   packed = [packed, *(formats.pack({'kernel': w}, kind) for kind in kinds)]
   assert {leaf.kind for leaf in jax.tree.leaves(packed, is_leaf=formats.is_packed)
           if formats.is_packed(leaf)} == set(formats.TABLE)

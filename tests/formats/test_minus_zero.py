@@ -17,6 +17,7 @@ from sparsejax.types import Axes
 MATRIX = Axes((0,), (1,))
 SHAPE = (16, 8)
 ASKED = {'nm': sj.NM(2, 4), 'block_sparse': sj.Block((4, 4), 0.5), 'csc': sj.Unstructured(0.75),
+         'ell': sj.Unstructured(0.75),
          'bitmask': sj.Unstructured(0.75), 'relative_index': sj.Unstructured(0.9), 'sparse24': sj.NM(2, 4)}
 DTYPES = ('float32', 'bfloat16', 'float16', 'float8_e4m3fn', 'float8_e4m3fnuz')
 

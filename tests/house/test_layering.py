@@ -48,9 +48,10 @@ SPARSEJAX = (
 KERNELS = (
     ('hopper', 'mosaic_tpu', 'dispatch'),
     ('products',),
-    ('active', 'attention', 'block_sparse', 'n_m', 'sparse24', 'unstructured'),
+    ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
     ('held',),
     ('models',),
+    ('preparing',),
     ('__init__', 'bench', 'nn'),  # and former names
 )
 EXPERIMENTS = (
@@ -68,7 +69,7 @@ INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
                            ('contractions',), ('operands',), ('replace',)),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
-                          ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
+                          ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),

@@ -36,7 +36,7 @@ def tree():
             'vectors': formats.NMArray.from_dense(np.repeat(sparse(8, 2), 2, 1), 2, 4, 0, width=2),
             'bits': formats.BitmaskArray.from_dense(sparse(8, 3)),
             'gaps': formats.RelativeIndexArray.from_dense(np.eye(24, dtype='float32')[:3]),
-            'csc': formats.CSCArray.from_dense(sparse(8, 3)),
+            'csc': formats.CSCArray.from_dense(sparse(8, 3)), 'ell': formats.ELLArray.from_dense(sparse(8, 3)),
             'blocks': formats.BlockSparseArray.from_dense(blocks, None, (4, 4)),
             'hopper': formats.Sparse24Array.from_dense(sparse(8, 3, dtype='bfloat16'))}
   packed['csc'] = formats.with_axes(packed['csc'], sj.types.Axes((0,), (1,)))
