@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import secrets
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparsejax.io.headers import Extent
+from sparsejax.io.headers import Extent, Hashing
 
 _COPY = 1 << 24  # bytes that are moved at a time
 
@@ -54,13 +53,14 @@ class Body:
         self._waiting[dtype.itemsize] = tempfile.TemporaryFile(dir=os.path.dirname(self.file.name)), {}
       file, places = self._waiting[dtype.itemsize]
       begin = file.tell()
-    hashed = hashlib.sha256()
-    for block in blocks:
-      data = raw(block)
-      hashed.update(data)
-      file.write(data)
+    with Hashing() as hashed:
+      for block in blocks:
+        data = raw(block)
+        hashed.update(data)
+        file.write(data)
+      self.digests[name] = hashed.hexdigest()
     end = begin + math.prod(like.shape) * dtype.itemsize
-    places[name], self.digests[name] = Extent(dtype, tuple(like.shape), begin, end), hashed.hexdigest()
+    places[name] = Extent(dtype, tuple(like.shape), begin, end)
     if places is self.places:
       self.end = end
 

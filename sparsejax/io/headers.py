@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +55,40 @@ class Header(NamedTuple):
   text: bytes
   metadata: dict[str, str]
   places: dict[str, Extent]
+
+
+class Hashing:
+  """A `Hashing` computes a SHA-256 in a thread of its own, while the caller uses the same bytes, one block at a time.
+
+      with headers.Hashing() as hashed:
+        for block in blocks:
+          hashed.update(block)        # waits for the block before
+        hashed.hexdigest()
+  """
+
+  def __init__(self) -> None:
+    self._hash, self._thread = hashlib.sha256(), ThreadPoolExecutor(1)
+    self._last: Future[None] | None = None
+
+  def __enter__(self) -> 'Hashing':
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._thread.shutdown()
+
+  def update(self, block: Any) -> None:
+    """Adds the bytes of `block`, which must not change until the next call."""
+    self._wait()
+    self._last = self._thread.submit(self._hash.update, block)
+
+  def hexdigest(self) -> str:
+    self._wait()
+    return self._hash.hexdigest()
+
+  def _wait(self) -> None:
+    if self._last:
+      self._last.result()
+      self._last = None
 
 
 class Unreadable(ValueError):

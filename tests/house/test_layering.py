@@ -27,7 +27,7 @@ SPARSEJAX = (
     ('trees',),
     ('programs',),
     ('passes', 'neighbours'),
-    ('ranking',),
+    ('census', 'ranking'),
     ('counts',),
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
