@@ -21,8 +21,8 @@ def taken(w: Array, axes: Axes, groups: tuple[int, ...] = ()) -> tuple[int, dict
 
   Groups lie along the contracted axes of `axes`, whose length each m divides. -0.0 is zero, and NaN is not.
   """
-  counts, most = _counted(jnp.asarray(w), axes.contracted, tuple(sorted(groups)))
-  return int(np.asarray(counts).sum(dtype=np.int64)), {m: int(n) for m, n in most.items()}
+  counts, most = jax.device_get(_counted(w, axes.contracted, tuple(sorted(groups))))
+  return int(np.sum(counts, dtype=np.int64)), {m: int(n) for m, n in most.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
