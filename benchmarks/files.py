@@ -4,8 +4,8 @@
     python -m benchmarks files                               # the claims on 2 GB, and on a report in memory
 
 Each command runs in a process of its own: first on a small tensor, whose memory counts as that of the program, and then
-on the whole checkpoint. The numbers are the growth of the peak over the size of the largest tensor, the speed, and the
-time over that of a plain copy of the file. The copy ends on the disk, as the files of `pack` do.
+on the whole checkpoint. The numbers are the growth of the peak over the size of the largest tensor, and the
+speed. The last number is the time over that of a plain copy, which ends on the disk, as the files of `pack` do.
 """
 
 import argparse

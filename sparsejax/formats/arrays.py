@@ -100,24 +100,25 @@ class PackedArray:
     return cls.default_pattern is not None and isinstance(pattern, type(cls.default_pattern))
 
   @classmethod
-  def from_pattern(cls, w: Array, pattern: Pattern, axes: Axes | None, check: bool = True, **keep: bool) -> Self:
+  def from_pattern(cls, w: Array, pattern: Pattern, axes: Axes | None, check: bool = True, signed_zeros: bool = False
+                   ) -> Self:
     """Packs `w`, whose zeros keep `pattern`; `axes` is `None` if the format takes none.
 
-    `check=False` packs traced arrays in formats that can; other formats ignore `check`. `keep` is empty, or
-    `signed_zeros=True` if `-0.0` is to be kept, as in `pays` and `from_blocks`. Raises `Misfit` if `w` cannot be
+    `check=False` packs traced arrays in formats that can; other formats ignore `check`. `signed_zeros` keeps
+    `-0.0`, here and in `pays` and `from_blocks`, and is passed only if it is asked. Raises `Misfit` if `w` cannot be
     packed.
     """
     raise NotImplementedError
 
   @classmethod
-  def pays(cls, w: Array, pattern: Pattern, axes: Axes | None, **keep: bool) -> bool:
+  def pays(cls, w: Array, pattern: Pattern, axes: Axes | None, signed_zeros: bool = False) -> bool:
     """Returns whether `pack` should take the format for `w`, or else try the next format that fits `pattern`."""
     return True
 
   @classmethod
-  def from_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None, **keep: bool) -> Self:
+  def from_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None, signed_zeros: bool = False) -> Self:
     """Packs a leaf of a file, an `io.Stored`, with NumPy arrays. Formats that can do so read a block at a time."""
-    return cls.from_pattern(leaf.load(), pattern, axes, **keep)
+    return cls.from_pattern(leaf.load(), pattern, axes, **({'signed_zeros': True} if signed_zeros else {}))
 
   @classmethod
   def expected_nbytes(cls, shape: tuple[int, ...], dtype: Any, pattern: Pattern, axes: Axes | None,
