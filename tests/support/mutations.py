@@ -98,19 +98,19 @@ def _damaged(rng, path):
 def forged(rng, path):
   """Changes the entry `sparsejax`, with correct digests."""
   path.write_bytes(saved())
-  about, tensors = _contents(path)
+  about, tensors = contents(path)
   leaves = about['leaves']
   name = _replaced(rng, {'leaves': leaves})
   if rng.random() < 0.2:
     rng.shuffle(leaves) if isinstance(leaves, list) else None
-  _write_own(path, leaves, tensors)
+  write_own(path, leaves, tensors)
   return name
 
 
 def forged_tensors(rng, path):
   """Changes bytes, shape or dtype of a tensor, with correct digests: indices outside, unsorted, too many."""
   path.write_bytes(saved())
-  about, tensors = _contents(path)
+  about, tensors = contents(path)
   name = rng.choice(sorted(tensors))
   tensor = tensors[name].copy()
   flat = tensor.reshape(-1).view(np.uint8)
@@ -131,7 +131,7 @@ def forged_tensors(rng, path):
   tensors[name] = np.ascontiguousarray(tensor)
   if kind == 'gone':
     del tensors[name]
-  _write_own(path, about['leaves'], tensors)
+  write_own(path, about['leaves'], tensors)
   return f'{kind} of {name}'
 
 
@@ -212,13 +212,13 @@ def _split(path):
   return json.loads(data[8:end]), data[end:]
 
 
-def _contents(path):
+def contents(path):
   header = headers.read(path)
   return json.loads(header.metadata['sparsejax']), {
       name: tensor.read() for name, tensor in folders.of_header(header).items()}
 
 
-def _write_own(path, leaves, tensors):
+def write_own(path, leaves, tensors):
   """Writes a file with these entries and tensors, whose digests are correct."""
   data = {name: bytes(bodies.raw(tensor)) for name, tensor in tensors.items()}
   ends = itertools.accumulate(map(len, data.values()))

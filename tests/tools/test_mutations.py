@@ -58,3 +58,34 @@ def test_a_mutated_checkpoint_is_refused_by_name_or_read_soundly(tmp_path, whole
       shutil.rmtree(folder)
   finally:
     tracemalloc.stop()
+
+
+def first(entries, path):
+  return next(entry for entry in entries if entry['path'].endswith(path))
+
+
+FORGED = {  # the claims that once took gigabytes or minutes, with correct digests
+    'block rows far outside': lambda leaves, tensors: tensors['layers/0/blocks.rows'].fill(10**8),
+    'a long list': lambda leaves, tensors: first(leaves, 'step').update(keys=[['list', 10**9]]),
+    'a deep path': lambda leaves, tensors: first(leaves, 'step').update(keys=[['dict', 'a']] * 50_000),
+    'gaps for many weights': lambda leaves, tensors: first(leaves, 'gaps').update(shape=[2**31, 2]),
+    'columns without values': lambda leaves, tensors: first(leaves, 'csc').update(shape=[8, 2**26]),
+    'blocks of a wide matrix': lambda leaves, tensors: first(leaves, 'blocks').update(shape=[8, 2**26]),
+    'bits of many weights': lambda leaves, tensors: first(leaves, 'bits').update(shape=[2**40, 2**40]),
+    'groups of a half': lambda leaves, tensors: first(leaves, 'nm').update(m=4.0),
+}
+
+
+@pytest.mark.parametrize('name', FORGED)
+def test_a_forged_claim_costs_nothing(name, tmp_path):
+  path = tmp_path / 'f'
+  path.write_bytes(mutations.saved())
+  about, tensors = mutations.contents(path)
+  FORGED[name](about['leaves'], tensors)
+  mutations.write_own(path, about['leaves'], tensors)
+  tracemalloc.start()
+  try:
+    assert tried(io.load, path, tmp_path) is None
+    assert tried(io.read, path, tmp_path) is None
+  finally:
+    tracemalloc.stop()
