@@ -1,24 +1,36 @@
 """Packs, checks and reports on a checkpoint of several gigabytes, and reads the peak memory of each command.
 
     python -m benchmarks.files --gigabytes 2 --tensor 64     # in megabytes; needs twice the disk
+    python -m benchmarks files                               # the claims on 2 GB, and on a report in memory
 
 Each command runs in a process of its own: first on a small tensor, whose memory counts as that of the program, and then
-on the whole checkpoint. The numbers are the growth of the peak over the size of the largest tensor, and the speed.
+on the whole checkpoint. The numbers are the growth of the peak over the size of the largest tensor, and the
+speed. The last number is the time over that of a plain copy, which ends on the disk, as the files of `pack` do.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from sparsejax import io, tables
+from benchmarks.timing import Measurement
+from sparsejax import io, reports, tables
+from sparsejax.types import Axes
 
 BAR = 1.3  # times the largest tensor, beyond the program
+SPEED = 0.4  # GB/s of every command
+PASSES = 4  # times one pass over the weights, for a report in memory
 COMMANDS = ('pack FILE OUT --pattern 2:4 --force', 'pack FILE OUT --pattern bitmask --force',
             'check FILE --pattern 2:4', 'report FILE')
 PROGRAM = '''
@@ -41,19 +53,56 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument('--tensor', type=float, default=64, help='the megabytes of each tensor (64)')
   parser.add_argument('--folder', help='where the files are written and removed (default: a temporary folder)')
   options = parser.parse_args(arguments)
-  side = int((options.tensor * 1e6 / 4) ** 0.5) // 64 * 64
-  largest, count = 4 * side**2, max(1, round(options.gigabytes * 1e9 / (4 * side**2)))
-  with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-    one, whole, out = (str(pathlib.Path(folder) / name) for name in ('one', 'whole', 'out'))
+  rows = of_commands(options.gigabytes, options.tensor, options.folder)
+  print(timing.hardware())
+  print(tables.aligned(('command', 'of a tensor', 'GB/s', 'copies'), [
+      (command, *(f'{number:.2f}' for number in row)) for command, row in rows.items()]))
+  return int(any(grown > BAR for grown, _, _ in rows.values()))
+
+
+def run(rounds: int = 20) -> Iterator[Measurement]:
+  """Yields the claims on a report in memory, and on the commands, each of which runs once on 2 GB."""
+  yield from of_reports(rounds)
+  for command, (grown, speed, _) in of_commands(2, 64, None).items():
+    yield Measurement(f'{command}: GB/s', speed, (speed,) * 2, SPEED, True, 1)
+    yield Measurement(f'{command}: peak over the largest tensor', grown, (grown,) * 2, BAR, False, 1)
+
+
+def of_reports(rounds: int) -> Iterator[Measurement]:
+  """Yields the claims on `report` without a state, over one pass that sums the weights of 4096 x 4096."""
+  w = jnp.where((jnp.arange(4096) % 4 < 2)[:, None], jax.random.normal(jax.random.key(0), (4096, 4096)), 0)
+  cases = {'float32, along axis 0': (w, 0), 'float32, along axis 1': (w.T, 1), 'bfloat16': (w.astype(jnp.bfloat16), 0)}
+  contestants = {name: lambda w=w, axis=axis: reports.report({'w': w}, axes={'w': Axes((axis,), (1 - axis,))}).achieved
+                 for name, (w, axis) in cases.items()}
+  pass_over = jax.jit(jnp.sum)
+  seconds = list(timing.take_turns({'pass': lambda: pass_over(w), **contestants}, rounds))
+  for name in contestants:
+    yield timing.claim(f'report of {name}: over one pass in float32', seconds, name, 'pass', PASSES, False)
+
+
+def of_commands(gigabytes: float, megabytes: float, folder: str | None) -> dict[str, tuple[float, float, float]]:
+  """Returns for each command the growth of the peak over a tensor, GB/s, and the time over that of a plain copy."""
+  side = int((megabytes * 1e6 / 4) ** 0.5) // 64 * 64
+  largest, count = 4 * side**2, max(1, round(gigabytes * 1e9 / (4 * side**2)))
+  found = {}
+  with tempfile.TemporaryDirectory(dir=folder) as directory:
+    one, whole, out = (str(pathlib.Path(directory) / name) for name in ('one', 'whole', 'out'))
     write(one, 256, 1)
     write(whole, side, count)
-    rows = [measured(command.replace('OUT', out), one, whole) for command in COMMANDS]
-  print(timing.hardware())
-  print(f'{count} tensors of {largest / 1e6:.1f} MB')
-  print(tables.aligned(('command', 'of a tensor', 'GB/s'), [
-      (command, f'{grown / largest:.2f}', f'{count * largest / 1e9 / seconds:.2f}')
-      for command, (grown, seconds) in zip(COMMANDS, rows)]))
-  return int(any(grown > BAR * largest for grown, _ in rows))
+    for command in COMMANDS:
+      copy = copied(whole, out)
+      grown, seconds = measured(command.replace('OUT', out), one, whole)
+      found[command] = grown / largest, count * largest / 1e9 / seconds, seconds / copy
+  return found
+
+
+def copied(path: str, target: str) -> float:
+  """Returns the seconds of a copy of the file at `path`, block by block, which is on the disk at the end."""
+  start = time.perf_counter()
+  with open(path, 'rb') as source, open(target, 'wb') as copy:
+    shutil.copyfileobj(source, copy, 1 << 24)
+    os.fsync(copy.fileno())
+  return time.perf_counter() - start
 
 
 def write(path: str, side: int, count: int) -> None:

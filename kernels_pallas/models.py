@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import block_sparse, held, n_m, sparse24, unstructured
+from kernels_pallas import block_sparse, ell, held, n_m, sparse24, unstructured
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
 from sparsejax.programs import Operation, Program, ValueRules, evaluate, jaxprs, trace
@@ -43,6 +43,7 @@ class Op(NamedTuple):
 OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
   'block_sparse': Op(block_sparse.block_sparse_matmul, block_sparse.refusal),
   'csc': Op(unstructured.unstructured_matmul, unstructured.refusal),
+  'ell': Op(ell.ell_matmul, ell.refusal),
   'nm': Op(n_m.nm_matmul, n_m.refusal),
   'sparse24': Op(sparse24.sparse24_matmul, sparse24.refusal)}
 

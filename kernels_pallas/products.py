@@ -110,5 +110,10 @@ def dot(a: Array, b: Array, i: int, j: int) -> Array:
   return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def each_token(product: Callable[[Array], Array], x: Array) -> Array:
+  """Returns `product(x[i])` for each token i of `x [M, K]`, one after another, stacked."""
+  return product(x[0])[None] if len(x) == 1 else jax.lax.map(product, x)
+
+
 def _cast(w: PackedArray, dtype: np.dtype) -> PackedArray:
   return dataclasses.replace(w, values=w.values.astype(dtype))

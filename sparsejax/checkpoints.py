@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, formats, io, patterns, reports, trees
+from sparsejax import census, errors, formats, io, patterns, reports, trees
 from sparsejax.formats.arrays import block_rows, nbytes
 from sparsejax.io import slots
 from sparsejax.reports import LeafReport, Report
@@ -135,18 +135,20 @@ def _row(path: str, leaf: Any, pattern: Pattern | None, axes: Axes) -> LeafRepor
   row = lambda w: reports.row_of_pattern(path, jnp.asarray(w), pattern, axes)
   if not isinstance(leaf, io.Stored):
     return row(leaf)
-  asked = [each for each in ([pattern] if pattern else reports.COMMON) if not each.validate(leaf.shape, axes)]
+  asked = [each for each in ([pattern] if pattern else reports.COMMON)
+           if axes.contracted and not each.validate(leaf.shape, axes)]
   multiple = _rows_that_decide(pattern, axes)
   if not leaf.blocks or not leaf.size or not multiple:
     return row(leaf.load())
-  zeros = 0
+  nonzeros, groups = 0, tuple({each.m for each in asked})
   for block in leaf.blocks(block_rows(leaf.shape, leaf.dtype, multiple)):
-    nonzero = np.asarray(block != 0)
-    zeros += nonzero.size - np.count_nonzero(nonzero)
-    asked = [each for each in asked if _keeps(nonzero, each, axes)]
+    more, most = census.taken(block, axes, groups)
+    nonzeros += more
+    asked = [each for each in asked if most[each.m] <= each.n]
   if pattern and not asked:
     return row(leaf.load())
-  return LeafReport(path, leaf.shape, next(iter(asked), None), axes, pattern and pattern.sparsity, zeros / leaf.size)
+  return LeafReport(path, leaf.shape, next(iter(asked), None), axes, pattern and pattern.sparsity,
+                    1 - nonzeros / leaf.size)
 
 
 def _rows_that_decide(pattern: Pattern | None, axes: Axes) -> int | None:
@@ -156,19 +158,13 @@ def _rows_that_decide(pattern: Pattern | None, axes: Axes) -> int | None:
   return math.lcm(*(each.m for each in reports.COMMON)) if pattern is None else pattern.m
 
 
-def _keeps(nonzero: np.ndarray, pattern: patterns.NM, axes: Axes) -> bool:
-  """Returns whether no group of a block has more nonzeros than the pattern, N:M without a width, allows."""
-  rest = [a for a in range(nonzero.ndim) if a not in axes.contracted]
-  groups = nonzero.transpose(*rest, *axes.contracted).reshape(-1, pattern.m)
-  return bool((groups.sum(-1, dtype=np.int16) <= pattern.n).all())
-
-
-def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lambda before, after: None) -> PyTree:
+def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lambda before, after: None,
+           signed_zeros: bool = False) -> PyTree:
   """Returns the tree for `io.save`, whose leaves are packed when they are written.
 
-  `done` is called for each packed leaf with its bytes, dense and in the file.
+  `done` is called for each packed leaf with its bytes, dense and in the file. `signed_zeros` keeps `-0.0`.
   """
-  plans = {path: plan._replace(axes=opened.axes[path])
+  plans = {path: plan._replace(axes=opened.axes[path], signed_zeros=signed_zeros)
            for path, plan in formats.packings(opened.params, pattern, where=opened.where).items()}
   _refuse_unknown_axes(opened, [path for path, plan in plans.items() if all(each.takes_axes for each in plan.formats)])
   if problems := formats.unfit(plans, opened.params):

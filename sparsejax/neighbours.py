@@ -21,6 +21,7 @@ from sparsejax.types import Array
 
 # In groups of at most 32 entries, a chain of selects, which XLA fuses, is faster than gathers.
 _UNROLLED = 32
+_SELECTED = 8  # `take` reads all entries of a group for each that it takes
 
 
 def undivided(w: Array, axes: tuple[int, ...], m: int) -> Array:
@@ -157,6 +158,8 @@ def first_nonzeros(nonzero: Array, n: int, axis: int) -> Array:
   Positions are `uint8` up to a length of 256, and `uint16` above.
   """
   m = nonzero.shape[axis]
+  if m <= _UNROLLED:
+    return _first_of_few(nonzero, n, axis)
   before = jnp.cumsum(nonzero, axis=axis, dtype=jnp.int16) - nonzero.astype(jnp.int16)  # nonzeros to the left
   zeros_before = _indices_along(m, axis, nonzero.ndim) - before
   spare = n - jnp.sum(nonzero, axis=axis, keepdims=True, dtype=jnp.int16)
@@ -165,8 +168,33 @@ def first_nonzeros(nonzero: Array, n: int, axis: int) -> Array:
   return _below(kept, _indices_along(n, axis, nonzero.ndim) + 1, axis).astype(_position_dtype(m))
 
 
+def _first_of_few(nonzero: Array, n: int, axis: int) -> Array:
+  """Returns `first_nonzeros`, computed entry by entry, which XLA fuses into one loop."""
+  entries = [entry.astype(jnp.int8) for entry in _entries(nonzero, axis)]
+  before, kept, total = jnp.zeros_like(entries[0]), jnp.zeros_like(entries[0]), sum(entries)
+  position = jnp.zeros([n if a == axis else length for a, length in enumerate(nonzero.shape)], jnp.int8)
+  for i, entry in enumerate(entries):
+    keep = jnp.where(entry == 1, before < n, i - before < n - total)
+    before, kept = before + entry, kept + keep.astype(jnp.int8)
+    position += (kept <= _indices_along(n, axis, nonzero.ndim, jnp.int8)).astype(jnp.int8)
+  return position.astype(jnp.uint8)
+
+
+def _entries(w: Array, axis: int) -> list[Array]:
+  """Returns the entries of `w` along `axis`, each as an array of length 1 along `axis`."""
+  return [jax.lax.slice_in_dim(w, i, i + 1, axis=axis) for i in range(w.shape[axis])]
+
+
 def take(w: Array, positions: Array, axis: int) -> Array:
   """Returns the entries of `w` at `positions` along `axis`; `w` and `positions` agree in all other axes."""
+  if 0 < w.shape[axis] <= _SELECTED:
+    first, *rest = _entries(w, axis)
+    shape = [length if a == axis else max(length, size)
+             for a, (length, size) in enumerate(zip(positions.shape, w.shape))]
+    taken = jnp.broadcast_to(first, shape)
+    for i, entry in enumerate(rest, 1):
+      taken = jnp.where(positions == i, entry, taken)
+    return taken
   # XLA aborts the process if a sharded array is gathered by narrower integers ("Unsupported indices type: U8").
   return jnp.take_along_axis(w, positions.astype(jnp.int32), axis=axis, mode='promise_in_bounds')
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, patterns, states, tables, trees, types
+from sparsejax import census, errors, patterns, states, tables, trees, types
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
@@ -129,8 +129,10 @@ def with_note(params: PyTree, made: Report) -> Report:
 def row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> LeafReport:
   """Returns the row of a parameter of which `pattern` is asked; without it, the row names the tightest common N:M."""
   if pattern is None:
-    tightest = next((p for p in COMMON if axes.contracted and not p.violation(w, axes)), None)
-    return LeafReport(path, w.shape, tightest, axes, None, _sparsity(w))
+    possible = [each for each in COMMON if axes.contracted and not each.validate(w.shape, axes)]
+    nonzeros, most = census.taken(w, axes, tuple({each.m for each in possible}))
+    tightest = next((each for each in possible if most[each.m] <= each.n), None)
+    return LeafReport(path, w.shape, tightest, axes, None, 1 - nonzeros / w.size if w.size else 0.0)
   return LeafReport(path, w.shape, pattern, axes, pattern.sparsity, _sparsity(w), pattern.violation(w, axes))
 
 
@@ -279,4 +281,4 @@ def _broken(leaf: states.SparseLeaf, w: Array, point: Array, axes: Axes) -> str:
 
 
 def _sparsity(w: Array) -> float:
-  return float(jnp.mean(w == 0, dtype=jnp.float32)) if w.size else 0.0
+  return 1 - census.taken(w, Axes((), ()))[0] / w.size if w.size else 0.0

@@ -4,7 +4,7 @@ A block column of the product is one dot. Its left side is the columns of x that
 by side. Its right side is the stored blocks of the column, which are stored one below the other already. Columns with
 equally many blocks are one loop, so nothing is padded. Where all gathered columns fit into the cache, one batched dot
 for all block columns is faster than a loop of dots. Where there are few block columns, dots without a loop are faster
-(`benchmarks/kernels.py`).
+(`benchmarks/kernels.py`). With a single token, a product for each stored block is fastest.
 
 XLA's CPU client has two libraries for a dot. The faster library takes only dots that contract the last axis of the left
 side. XLA folds transposes into dots, so a dot that contracts the last axis here may reach the library in another form.
@@ -33,6 +33,8 @@ def matmul(x: Array, w: BlockSparseArray) -> Array:
     parts = _dots(_taken(_blocks(x, length), w.rows), w.values, 2, 1)
     y = jax.ops.segment_sum(parts, w.cols, n_columns).transpose(1, 0, 2)
     return y.reshape(tokens, n_columns * width).astype(x.dtype)
+  if tokens == 1:
+    return _by_block(x, w)
   groups = _groups(w.values, w.rows, w.fan_in)
   if tokens * len(w.rows) * length * x.dtype.itemsize <= CACHE:
     return _at_once(x, groups, length)
@@ -113,6 +115,20 @@ def trained(blocks: Array, w: BlockSparseArray) -> Array:
   if not w.full:
     blocks = jnp.where(w.kept[:, None, None], blocks, jnp.zeros((), blocks.dtype))
   return blocks.astype(w.dtype)
+
+
+def _by_block(x: Array, w: BlockSparseArray) -> Array:
+  """Returns the product with a single token, `x [1, Kb bk]`: a product for each stored block, summed by column.
+
+  XLA's CPU client computes the products of all blocks in one loop, which copies no block.
+  """
+  fan = np.asarray(w.fan_in, np.int32)
+  inputs = _taken(x.reshape(-1, w.block[0]), w.rows).astype(jnp.float32)
+  parts = jnp.sum(inputs[..., None] * w.values.astype(jnp.float32), 1)
+  # Every column sums as many parts as the longest column has; part number `len(parts)` is zero.
+  slot = np.arange(fan.max(initial=0), dtype=np.int32)[None]
+  places = np.where(slot < fan[:, None], (np.cumsum(fan) - fan)[:, None] + slot, len(parts))
+  return jnp.sum(_taken(jnp.pad(parts, ((0, 1), (0, 0))), places), 1).reshape(1, -1).astype(x.dtype)
 
 
 def _looped(x: Array, y: Array, values: Array, rows: Array, columns: Array) -> Array:

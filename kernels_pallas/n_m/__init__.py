@@ -18,6 +18,9 @@ from sparsejax.types import Array
 # From this width and this sparsity on, 'xla' is faster on a CPU than unpacking, by 1.3 to 5 times. With many tokens,
 # 'xla' is also faster than a weight that was never packed (one core, float32, 1024 x 1024).
 _WIDTH, _LEAST = 32, 0.4
+# Where every output has positions of its own, 'xla' selects the inputs, token after token: faster than unpacking up to
+# so many stored values times tokens for each weight.
+_SELECTED = 2
 
 
 def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
@@ -29,10 +32,11 @@ def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
   through positions that 'xla' does not store. In the other implementations they do, as in a dense product.
 
   `implementation` is 'xla', 'dense' or 'mosaic_tpu', and raises `ValueError` if it cannot run. 'xla' computes one dot
-  for the outputs that share their positions, and 'dense' unpacks `w` inside of the program. `None` lets the platform
-  choose when the program is lowered. `explain=True` returns the choice of each platform and its reason instead of the
-  product. On CPUs N:M is faster than dense only for vectors (`NM(n, m, width)`) of 32 and more. Raises `ValueError`
-  with the `refusal` of `x` and `w`.
+  for the outputs that share their positions, or selects the inputs of each output, one token after another. 'dense'
+  unpacks `w` inside of the program. `None` lets the platform choose when the program is lowered. `explain=True` returns
+  the choice of each platform and its reason instead of the product. On CPUs N:M is faster than dense for vectors
+  (`NM(n, m, width)`) of 32 and more, and for few tokens from about 1:8 on. Raises `ValueError` with the `refusal` of
+  `x` and `w`.
   """
   if reason := refusal(x, w):
     raise ValueError(f'nm_matmul: {reason}.')
@@ -58,9 +62,11 @@ def refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
 def prefer(*args: Any) -> Choice:
   """Returns the choice between 'xla' and 'dense' that was faster on a CPU (`make bench`)."""
   w, zeros = args[-1], 1 - args[-1].n / args[-1].m
+  if w.width == 1 and len(args[0]) * w.n <= _SELECTED * w.m:
+    return Choice('xla', f'{len(args[0])} tokens and {zeros:.0%} zeros: the inputs of each output are selected')
   if w.width < _WIDTH:
     return Choice('dense', f'{w.width} outputs share their positions: unpacked. On CPUs N:M is faster than dense '
-                           f'only in vectors of {_WIDTH} and more')
+                           f'in vectors of {_WIDTH} and more, and for few tokens')
   if zeros < _LEAST:
     return Choice('dense', f'{zeros:.0%} are zero, and vectors pay from {_LEAST:.0%} on')
   return Choice('xla', f'{zeros:.0%} are zero, in vectors of {w.width}: one dot for each')

@@ -1,25 +1,32 @@
-"""Computes N:M products in plain `jnp`, for XLA on any platform. On CPUs they are fast where wide vectors share
-positions.
+"""Computes N:M products in plain `jnp`, for XLA on any platform.
 
-Features come first. For the outputs g of one vector, `y^T[g] = W[:, g]^T x^T[rows of g]` is one dot over the rows that
-the vector keeps. Where every output has positions of its own, the dot has a single column: the result is right, but
-slower than dense. The implementation 'dense' is for such weights.
+Where wide vectors share positions, features come first. For the outputs g of one vector,
+`y^T[g] = W[:, g]^T x^T[rows of g]` is one dot over the rows that the vector keeps.
+
+Where every output has positions of its own, the bits of a position select one of the M inputs of its group, as in a
+multiplexer. XLA's CPU client computes the selection, the product and the sum in one loop over the stored weights. The
+loop is fast only in two dimensions, `[values, outputs]`, so the tokens run one after another.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch, products
 from sparsejax import neighbours
-from sparsejax.formats import NMArray
+from sparsejax.formats import NMArray, n_m
 from sparsejax.types import Array
 
 FEW_TOKENS = 16  # tokens up to which the product is one batched dot
 _SLAB = 512  # outputs of a slab of the dense gradient
+_SELECTED = 32  # the largest M up to which inputs are selected; above, a gather is faster
 
 
 def matmul(x: Array, w: NMArray) -> Array:
   """Returns `x [M, K]` times `w [K, N]`, `[M, N]` in x's dtype, summed in float32."""
+  if w.width == 1:
+    return products.each_token(functools.partial(_selected, w=w), x)
   rows, values = _rows(w), _by_vector(w.values, w)
   if x.shape[0] <= FEW_TOKENS:
     taken = x.at[:, rows].get(mode='promise_in_bounds')
@@ -31,7 +38,12 @@ def matmul(x: Array, w: NMArray) -> Array:
 
 
 def matmul_transposed(dy: Array, w: NMArray) -> Array:
-  """Returns `dy [M, N]` times the transpose of `w`, `[M, K]` in dy's dtype, summed in float32."""
+  """Returns `dy [M, N]` times the transpose of `w`, `[M, K]` in dy's dtype, summed in float32.
+
+  Where every output has positions of its own, the weight is unpacked.
+  """
+  if w.width == 1:
+    return products.dot(dy, n_m.to_merged(w), 1, 1).astype(dy.dtype)
   rows, values = _rows(w), _by_vector(w.values, w)
   outputs = dy.T.reshape(len(rows), w.width, -1)
 
@@ -46,6 +58,8 @@ def matmul_transposed(dy: Array, w: NMArray) -> Array:
 
 def sampled(x: Array, dy: Array, w: NMArray) -> Array:
   """Returns `x^T dy`, sampled at the stored positions, with the shape of `w.values`, by a dot for each vector."""
+  if w.width == 1:
+    return sampled_by_slab(x, dy, w)
   inputs, outputs = x.T, dy.T.reshape(-1, w.width, dy.shape[0])
   gradient = lambda args: products.dot(_taken(inputs, args[0]), args[1], 1, 1).astype(w.dtype)
   return jax.lax.map(gradient, (_rows(w), outputs)).transpose(1, 0, 2).reshape(w.values.shape)
@@ -59,6 +73,30 @@ def sampled_by_slab(x: Array, dy: Array, w: NMArray) -> Array:
   gradient = lambda args: neighbours.take(products.dot(x, args[0], 0, 0), args[1], 0).astype(w.dtype)
   gradients = jax.lax.map(gradient, (slabs(dy), slabs(rows)))
   return gradients.transpose(1, 0, 2).reshape(len(rows), -1)[:, :dy.shape[1]]
+
+
+def _selected(x: Array, w: NMArray) -> Array:
+  """Returns `x [K]` times `w`, of which every output has positions of its own: `[N]` in x's dtype."""
+  if w.m > _SELECTED:
+    taken = x.at[_rows(w).T].get(mode='promise_in_bounds')
+  else:
+    # The barrier keeps XLA from repeating the inputs anew for each output.
+    inputs = jax.lax.optimization_barrier(jnp.repeat(x.reshape(-1, w.m), w.n, 0))
+    candidates = [inputs[:, i, None] for i in range(w.m)]
+    for bit in _bits(w):
+      pairs = zip(candidates[::2], [*candidates[1::2], *candidates[-1:]])  # the last candidate may have no partner
+      candidates = [jnp.where(bit, odd, even) for even, odd in pairs]
+    taken = candidates[0]
+  return jnp.sum(taken.astype(jnp.float32) * w.values.astype(jnp.float32), 0).astype(x.dtype)
+
+
+def _bits(w: NMArray) -> list[Array]:
+  """Returns the bits of the positions, the lowest first: arrays of bools like `w.values`, read straight from `indices`.
+  """
+  octets = w.indices.reshape(-(-len(w.values) // 8), neighbours.width(w.m), 1, w.values.shape[1])
+  masks = (jnp.uint8(1) << jnp.arange(8, dtype=jnp.uint8))[None, :, None]
+  return [((octets[:, i] & masks) != 0).reshape(-1, w.values.shape[1])[:len(w.values)]
+          for i in range(neighbours.width(w.m))]
 
 
 def _group_starts(w: NMArray) -> Array:

@@ -2,15 +2,15 @@
 
     packed = formats.pack(params, '2:4')     # matrices become `NMArray`s, other leaves stay as they are
     io.save('model.safetensors', packed)     # values and indices are plain tensors of the file
-    params = formats.unpack(packed)          # bit for bit what was packed
+    params = formats.unpack(packed)          # bit for bit what was packed, with -0.0 as 0.0
 
 Packed arrays are pytrees: `jit`, `vmap`, `scan`, sharding and Orbax take them like any parameter. Packing moves the
 bits of the weights as unsigned integers, because floating-point units may flush subnormals and quieten NaNs.
 
 `TABLE` holds the formats by name. `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern. `BitmaskArray`
-and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` does for products. A format of one's own is a
-registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and the
-command line then use it.
+and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` and `ELLArray` do for products. A format of one's own
+is a registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and
+the command line then use it.
 """
 
 import dataclasses
@@ -26,20 +26,21 @@ from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, axes_of, nbytes, with_axes
 from sparsejax.formats.blocks import BlockSparseArray
 from sparsejax.formats.columns import CSCArray
+from sparsejax.formats.ell import ELLArray
 from sparsejax.formats.n_m import NMArray
 from sparsejax.formats.sparse24 import Sparse24Array
 from sparsejax.patterns import Unstructured
 from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
-    'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
+    'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
     'RelativeIndexArray', 'Sparse24Array', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed', 'matmul', 'nbytes',
     'pack', 'packings', 'unfit', 'unpack', 'values', 'with_axes', 'with_values',
 ]
 
 # The formats by name. `pack` takes the first format that fits a pattern and pays for a leaf, so the order counts.
 TABLE: dict[str, type[PackedArray]] = {each.kind: each for each in (
-    NMArray, BlockSparseArray, CSCArray, BitmaskArray, RelativeIndexArray, Sparse24Array)}
+    NMArray, BlockSparseArray, CSCArray, BitmaskArray, RelativeIndexArray, Sparse24Array, ELLArray)}
 
 
 def is_packed(node: Any) -> bool:
@@ -60,21 +61,23 @@ class Packing(NamedTuple):
   formats: tuple[type[PackedArray], ...]
   pattern: Pattern
   axes: Axes | None
+  signed_zeros: bool = False
 
   def packed(self, leaf: Any, check: bool = True) -> PackedArray:
     """Returns `leaf`, an array or an `io.Stored`, packed. Raises `ValueError` that names the leaf if it cannot be."""
     *others, last = self.formats
+    keep = {'signed_zeros': True} if self.signed_zeros else {}
     try:
-      format_ = next((each for each in others if each.pays(leaf, self.pattern, self.axes)), last)
+      format_ = next((each for each in others if each.pays(leaf, self.pattern, self.axes, **keep)), last)
       if hasattr(leaf, 'load'):
-        return with_axes(format_.from_blocks(leaf, self.pattern, self.axes), self.axes)
-      return with_axes(format_.from_pattern(leaf, self.pattern, self.axes, check), self.axes)
+        return with_axes(format_.from_blocks(leaf, self.pattern, self.axes, **keep), self.axes)
+      return with_axes(format_.from_pattern(leaf, self.pattern, self.axes, check, **keep), self.axes)
     except Misfit as misfit:
       raise errors.at_leaves('pack', [errors.Problem(self.path, tuple(leaf.shape), misfit.why)]) from None
 
 
 def pack(params: PyTree, pattern: Any = None, *, state: Any = None, where: Any = trees.matrices,
-         axes: Mapping[str, Axes] | None = None, check: bool = True) -> PyTree:
+         axes: Mapping[str, Axes] | None = None, check: bool = True, signed_zeros: bool = False) -> PyTree:
   """Returns `params` with the leaves that `where` picks replaced by packed arrays.
 
   `pattern` is a pattern: `NM` is packed in an `NMArray`, `Block` in a `BlockSparseArray`. `Unstructured()` is packed in
@@ -86,7 +89,8 @@ def pack(params: PyTree, pattern: Any = None, *, state: Any = None, where: Any =
   `axes` says which axes of each leaf are contracted; the default is that of `trees.axes_of`. With `state`, an optimizer
   state, its recipe says pattern, `where` and axes, and nothing else may be given. Packed leaves keep the axes, see
   `axes_of`. A leaf that is in several places of `params` is packed once. `check=False` is for traced leaves, see
-  `NMArray.from_dense`. Raises `ValueError` for a leaf that is packed already or whose nonzeros do not keep the pattern,
+  `NMArray.from_dense`. `-0.0`, which `w * mask` leaves behind, is a zero and becomes `0.0`; with `signed_zeros` it is
+  kept like any weight. Raises `ValueError` for a leaf that is packed already or whose nonzeros do not keep the pattern,
   and for a pattern that no format fits. Raises `ValueError` for a state whose pruned weights are frozen and not zero.
   """
   if state is None:
@@ -95,6 +99,7 @@ def pack(params: PyTree, pattern: Any = None, *, state: Any = None, where: Any =
     raise ValueError('pack: the optimizer state says what is packed; pass either it or pattern, where and axes.')
   else:
     plans = _packings_of(params, state)
+  plans = {name: plan._replace(signed_zeros=signed_zeros) for name, plan in plans.items()}
   packed, problems = _packed(plans, params, check, unfit(plans, params))
   if problems:
     refusal = errors.at_leaves('pack', problems)
@@ -207,7 +212,7 @@ def _formats_and_pattern(asked: Any) -> tuple[tuple[type[PackedArray], ...], Pat
 
 
 def unpack(tree: PyTree, base: PyTree | None = None) -> PyTree:
-  """Returns the dense tree, bit for bit: the inverse of `pack`. Works under `jit` and `vmap`.
+  """Returns the dense tree, bit for bit: the inverse of `pack`, but for the sign of zeros. Works under `jit`, `vmap`.
 
   `base` is a dense tree of the same structure. Its entries replace those that a `RelativeIndexArray` does not store,
   instead of zeros. For `recipes.freeze_net`, `base` holds the parameters that the seed gives.

@@ -8,6 +8,7 @@ Both formats are for files, and become dense again bit for bit.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -39,25 +40,28 @@ class BitmaskArray(arrays.PackedArray):
   roles: Axes | None = arrays.static(default=None)
 
   @classmethod
-  def from_dense(cls, w: Array) -> 'BitmaskArray':
-    """Packs the concrete array `w` on the host. Raises `ValueError` if `w` is traced."""
+  def from_dense(cls, w: Array, signed_zeros: bool = False) -> 'BitmaskArray':
+    """Packs the concrete array `w` on the host. With `signed_zeros`, stores `-0.0` as well.
+
+    Raises `ValueError` if `w` is traced.
+    """
     if misfit := misfits.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
-    kept = arrays.stored_entries(w)
+    kept = arrays.stored_entries(w, None, signed_zeros)
     return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(np.packbits(kept, bitorder='little')), tuple(w.shape))
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, signed_zeros)
 
   @classmethod
-  def from_blocks(cls, leaf, pattern, axes):
+  def from_blocks(cls, leaf, pattern, axes, signed_zeros=False):
     if not leaf.blocks or not leaf.size or misfits.host_misfit(leaf):
-      return super().from_blocks(leaf, pattern, axes)
+      return super().from_blocks(leaf, pattern, axes, signed_zeros=signed_zeros)
     octets = 8 // math.gcd(8, math.prod(leaf.shape[1:]))
     values, count, masks = np.empty(leaf.size, leaf.dtype), 0, []  # Memory is taken only where values are written.
     for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, octets)):
-      kept = arrays.stored_entries(block)
+      kept = arrays.stored_entries(block, None, signed_zeros)
       found = block[kept]
       values[count:count + len(found)] = found
       count += len(found)
@@ -69,9 +73,8 @@ class BitmaskArray(arrays.PackedArray):
     size = math.prod(shape)
     return (size - round(sparsity * size)) * np.dtype(dtype).itemsize + -(-size // 8)
 
-  @jax.jit
   def to_dense(self) -> Array:
-    return neighbours.exactly(_spread, self.values, self.mask, math.prod(self.shape)).reshape(self.shape)
+    return _bitmask_dense(self, *_words(self.mask))  # A single program would be four times as slow.
 
   def problem(self) -> str | None:
     size = math.prod(self.shape)
@@ -108,22 +111,23 @@ class RelativeIndexArray(arrays.PackedArray):
   roles: Axes | None = arrays.static(default=None)
 
   @classmethod
-  def from_dense(cls, w: Array, mask: Array | None = None) -> 'RelativeIndexArray':
+  def from_dense(cls, w: Array, mask: Array | None = None, signed_zeros: bool = False) -> 'RelativeIndexArray':
     """Packs the concrete array `w` on the host: its nonzeros or, with `mask`, its entries where `mask` is `True`.
 
-    `mask` is a bool array of `w`'s shape; entries where it is `True` are stored even if they are zero. The other
-    entries of `w` are not stored: give them to `to_dense` as `base`. FreezeNet, for example, draws them from a seed.
-    Raises `ValueError` if an argument is traced, and if `mask` has another shape or dtype.
+    `mask` is a bool array of `w`'s shape; entries where it is `True` are stored even if they are zero. Without a mask,
+    `-0.0` is stored only with `signed_zeros`. The other entries of `w` are not stored: give them to `to_dense` as
+    `base`. FreezeNet, for example, draws them from a seed. Raises `ValueError` if an argument is traced, and if `mask`
+    has another shape or dtype.
     """
     if misfit := misfits.host_misfit(w) or misfits.mask_misfit(w, mask):
       raise arrays.Misfit('RelativeIndexArray.from_dense', w.shape, misfit)
-    kept = arrays.stored_entries(w, mask)
+    kept = arrays.stored_entries(w, mask, signed_zeros)
     code = gaps.encoded(np.flatnonzero(kept))
     return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(code), tuple(w.shape))
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, None, signed_zeros)
 
   @classmethod
   def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):
@@ -154,16 +158,29 @@ class RelativeIndexArray(arrays.PackedArray):
 # Bitmask.
 
 
-def _spread(values: Array, mask: Array, size: int) -> Array:
-  """Returns `[size]`: `values` in the order of the set bits of `mask`, zeros elsewhere."""
+@jax.jit
+def _words(mask: Array) -> tuple[Array, Array]:
+  """Returns `mask` as `uint32`, zeros behind its end, and for each of these words the number of bits set before it."""
+  octets = jnp.pad(mask, (0, -len(mask) % 4)).reshape(-1, 4).astype(jnp.uint32)
+  words = functools.reduce(jnp.bitwise_or, (octets[:, i] << 8 * i for i in range(4)))
+  ones = jax.lax.population_count(words).astype(jnp.int32)
+  return words, jax.lax.associative_scan(jnp.add, ones) - ones if len(words) else ones
+
+
+def _spread(values: Array, places: tuple[Array, Array], size: int) -> Array:
+  """Returns `[size]`: `values` in the order of the set bits of the `_words`, zeros elsewhere."""
   if not values.size:
     return jnp.zeros(size, values.dtype)
-  ones = jax.lax.population_count(mask).astype(jnp.int32)
-  shifts = jnp.arange(8, dtype=jnp.uint8)[None]
-  below = mask[:, None] & ((jnp.uint8(1) << shifts) - jnp.uint8(1))
-  slots = (jnp.cumsum(ones) - ones)[:, None] + jax.lax.population_count(below).astype(jnp.int32)
-  stored = ((mask[:, None] >> shifts) & 1).astype(bool).reshape(-1)[:size]
-  return neighbours.expanded(values, slots.reshape(-1)[:size], stored, jnp.zeros((), values.dtype))
+  words, before = (each[:, None] for each in places)
+  bits = jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)[None]
+  slots = before + jax.lax.population_count(words & (bits - 1)).astype(jnp.int32)
+  stored = (words & bits) != 0
+  return neighbours.expanded(values, slots.reshape(-1)[:size], stored.reshape(-1)[:size], jnp.zeros((), values.dtype))
+
+
+@jax.jit
+def _bitmask_dense(packed: BitmaskArray, words: Array, before: Array) -> Array:
+  return neighbours.exactly(_spread, packed.values, (words, before), math.prod(packed.shape)).reshape(packed.shape)
 
 
 # Relative indices.

@@ -6,7 +6,8 @@ A format of one's own is a registered dataclass of `PackedArray` and one line in
     packed.shape, packed.axes, packed.leading   # the dense shape, the contracted axes, how many axes are a stack
     packed.to_dense()                           # `w`, bit for bit
 
-A weight counts as zero if all its bits are those of `+0.0`. `-0.0`, NaN payloads and subnormals are values and survive.
+A weight counts as zero if its bits are those of `0.0` or `-0.0`. NaN payloads and subnormals are values and survive.
+With `signed_zeros=True`, `-0.0` is a value, too. Without it, `-0.0` is never stored, and becomes `0.0`.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours
+from sparsejax.formats import zeros
 from sparsejax.types import Array, Axes, Pattern
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
@@ -71,6 +73,11 @@ class PackedArray:
     return nbytes(self)
 
   @property
+  def pattern(self) -> Pattern | None:
+    """The pattern that the zeros of the array keep, without a sparsity, or `None` if the format does not know it."""
+    return self.default_pattern
+
+  @property
   def leading(self) -> int:
     """The number of leading dense axes of which each index is a packed array of its own, as in a stack of layers."""
     return 0
@@ -93,23 +100,25 @@ class PackedArray:
     return cls.default_pattern is not None and isinstance(pattern, type(cls.default_pattern))
 
   @classmethod
-  def from_pattern(cls, w: Array, pattern: Pattern, axes: Axes | None, check: bool = True) -> Self:
+  def from_pattern(cls, w: Array, pattern: Pattern, axes: Axes | None, check: bool = True, signed_zeros: bool = False
+                   ) -> Self:
     """Packs `w`, whose zeros keep `pattern`; `axes` is `None` if the format takes none.
 
-    `check=False` packs traced arrays in formats that can; other formats ignore `check`. Raises `Misfit` if `w` cannot
-    be packed.
+    `check=False` packs traced arrays in formats that can; other formats ignore `check`. `signed_zeros` keeps
+    `-0.0`, here and in `pays` and `from_blocks`, and is passed only if it is asked. Raises `Misfit` if `w` cannot be
+    packed.
     """
     raise NotImplementedError
 
   @classmethod
-  def pays(cls, w: Array, pattern: Pattern, axes: Axes | None) -> bool:
+  def pays(cls, w: Array, pattern: Pattern, axes: Axes | None, signed_zeros: bool = False) -> bool:
     """Returns whether `pack` should take the format for `w`, or else try the next format that fits `pattern`."""
     return True
 
   @classmethod
-  def from_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None) -> Self:
+  def from_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None, signed_zeros: bool = False) -> Self:
     """Packs a leaf of a file, an `io.Stored`, with NumPy arrays. Formats that can do so read a block at a time."""
-    return cls.from_pattern(leaf.load(), pattern, axes)
+    return cls.from_pattern(leaf.load(), pattern, axes, **({'signed_zeros': True} if signed_zeros else {}))
 
   @classmethod
   def expected_nbytes(cls, shape: tuple[int, ...], dtype: Any, pattern: Pattern, axes: Axes | None,
@@ -217,9 +226,17 @@ class MatrixArray(PackedArray):
   def matrix_fields(cls, shape: tuple[int, ...], about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the fields `axes` and `sizes` from the entries of `described` in `about`. Raises `ValueError`."""
     axes, lead = about['axes'], about['stacked']
+    refuse_other_numbers([lead, *axes])
     if lead < 0 or not axes or not set(axes) < set(range(lead, len(shape))) or len(set(axes)) < len(axes):
       raise ValueError(f'cannot be {cls.kind} along the axes {axes} of shape {shape}, of which {lead} are of a stack')
     return {'axes': tuple(a - len(shape) for a in axes), 'sizes': tuple(shape[lead:])}
+
+
+def refuse_other_numbers(numbers: Iterable[Any]) -> None:
+  """Raises `ValueError` if one of the `numbers` that a file says is no whole number: JSON has fractions, too."""
+  wrong = [n for n in numbers if type(n) is not int]
+  if wrong:
+    raise ValueError(f'has {wrong[0]!r} in the place of a whole number')
 
 
 def axes_of(packed: PackedArray) -> Axes | None:
@@ -300,10 +317,16 @@ def places(shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, ...], tuple[i
   return from_end(axes.contracted, len(shape)), tuple(shape[len(axes.layer):])
 
 
-def stored_entries(w: Array, mask: Array | None = None) -> np.ndarray:
+def stored_entries(w: Array, mask: Array | None = None, signed_zeros: bool = False) -> np.ndarray:
   """Returns which entries of `w` are stored, as a bool array on the host: `mask`, or else where `w` is not zero."""
+  if mask is not None:
+    return np.asarray(mask)
   w = np.asarray(w)
-  return w.view(f'u{w.dtype.itemsize}') != 0 if mask is None else np.asarray(mask)
+  bits = w.view(f'u{w.dtype.itemsize}')
+  stored, negative = bits != 0, zeros.minus_zero(w.dtype)
+  if negative and not signed_zeros:
+    stored &= bits != negative
+  return stored
 
 
 def with_layers(parts: Iterable[Any], shape: tuple[int, ...], axes: Axes) -> list[Array]:

@@ -55,18 +55,19 @@ class BlockSparseArray(arrays.MatrixArray):
 
   @classmethod
   def from_dense(cls, w: Array, mask: Array | None = None, block: tuple[int, int] = (128, 128),
-                 axes: Axes | int | tuple[int, ...] = -2) -> 'BlockSparseArray':
+                 axes: Axes | int | tuple[int, ...] = -2, signed_zeros: bool = False) -> 'BlockSparseArray':
     """Packs the concrete array `w` on the host: blocks with a nonzero or, with `mask`, blocks in which it has a `True`.
 
     `block` holds the lengths of a block along the contraction and along the output. `mask` is a bool array of `w`'s
-    shape, `True` means kept; weights where it is `False` are stored as zero. The matrices of a stack must store equally
-    many blocks, and the stack's axes `axes.layer` must come first. Raises `ValueError` for another stack, for traced
-    arrays, and for `axes`, a `mask` or a dtype that does not fit.
+    shape, `True` means kept; weights where it is `False` are stored as zero. With `signed_zeros` and no mask, `-0.0`
+    counts as a nonzero; otherwise it becomes `0.0`. The matrices of a stack must store equally many blocks,
+    and the stack's axes `axes.layer` must come first. Raises `ValueError` for another stack, for traced arrays, and for
+    `axes`, a `mask` or a dtype that does not fit.
     """
     axes = arrays.matrix_axes('BlockSparseArray.from_dense', w, axes)
     if why := misfits.host_misfit(w) or misfits.matrix_misfit(axes) or _misfit(w, mask, block):
       raise arrays.Misfit('BlockSparseArray.from_dense', w.shape, why)
-    chosen = arrays.stored_entries(w, mask)
+    chosen = arrays.stored_entries(w, mask, signed_zeros)
     blocks = _split(np.where(chosen, w, np.zeros((), w.dtype)), axes, block)
     kept = _split(chosen, axes, block).any((-2, -1))
     if misfit := misfits.stack_misfit(kept, 'blocks'):
@@ -79,8 +80,8 @@ class BlockSparseArray(arrays.MatrixArray):
     return isinstance(pattern, patterns.Block)
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w, block=pattern.shape, axes=axes)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, block=pattern.shape, axes=axes, signed_zeros=signed_zeros)
 
   @classmethod
   def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):
@@ -95,6 +96,10 @@ class BlockSparseArray(arrays.MatrixArray):
   def block(self) -> tuple[int, int]:
     """The lengths of a block along the contraction and along the output."""
     return self.values.shape[-2:]
+
+  @property
+  def pattern(self):
+    return patterns.Block(self.block)
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -124,6 +129,8 @@ class BlockSparseArray(arrays.MatrixArray):
       raise ValueError(f'values {list(parts["values"].shape)} and rows {list(parts["rows"].shape)} are of no stack of '
                        f'{lead} axes')
     packed = cls(**parts, fan_in=None, fan_out=None, full=bool(np.all(parts['kept'])), **fields)
+    if why := _outside(packed):
+      raise ValueError(why)
     fans = [_fan(np.asarray(index), n) for index, n in zip((packed.cols, packed.rows), reversed(packed.grid))]
     return dataclasses.replace(packed, fan_in=fans[0], fan_out=fans[1])
 
@@ -134,6 +141,8 @@ class BlockSparseArray(arrays.MatrixArray):
               f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in indices)}.')
     if self.kept.shape != self.rows.shape or self.kept.dtype != bool or self.full != self.kept.all():
       return f'its kept must be bool{list(self.rows.shape)}, and its full say whether all are.'
+    if why := _outside(self):
+      return why
     for rows, cols, order in zip(*map(arrays.as_rows, indices)):
       for name, index, n in zip(('rows', 'cols'), (rows, cols), self.grid):
         if set(index.tolist()) != set(range(n)):
@@ -146,6 +155,14 @@ class BlockSparseArray(arrays.MatrixArray):
     if fans != [self.fan_in, self.fan_out]:
       return 'its fan_in and fan_out are not the numbers of blocks in its columns and rows.'
     return _padding_problem(self, indices)
+
+
+def _outside(packed: BlockSparseArray) -> str | None:
+  """Returns why blocks lie outside of the grid, or why too few are stored for it, or `None`."""
+  for name, index, n in zip(('rows', 'cols'), (packed.rows, packed.cols), packed.grid):
+    if n > index.shape[-1] or np.any(np.asarray(index) < 0) or np.any(np.asarray(index) >= n):
+      return f'its {name} must be all of 0 to {n - 1}, each at least once.'
+  return None
 
 
 def _misfit(w: Array, mask: Array | None, block: tuple[int, int]) -> str | None:
@@ -204,7 +221,7 @@ def _fan(index: np.ndarray, n: int) -> tuple[int, ...] | None:
 
 def _padding_problem(packed: BlockSparseArray, indices: list[np.ndarray]) -> str | None:
   """Returns why the padding of the last blocks is wrong: a value in it is not zero; or `None`."""
-  bits = arrays.stored_entries(packed.values)
+  bits = arrays.stored_entries(packed.values, None, True)
   sizes = packed.contracted_size, math.prod(packed.output_sizes)
   for axis, index, length, size in zip((-2, -1), indices, packed.block, sizes):
     if size % length:

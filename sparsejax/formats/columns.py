@@ -50,17 +50,20 @@ class CSCArray(arrays.MatrixArray):
   roles: Axes | None = arrays.static(default=None)
 
   @classmethod
-  def from_dense(cls, w: Array, mask: Array | None = None, axes: Axes | int | tuple[int, ...] = -2) -> 'CSCArray':
+  def from_dense(cls, w: Array, mask: Array | None = None, axes: Axes | int | tuple[int, ...] = -2,
+                 signed_zeros: bool = False) -> 'CSCArray':
     """Packs the concrete array `w` on the host: its nonzeros or, with `mask`, its entries where `mask` is `True`.
 
-    `mask` is a bool array of `w`'s shape; entries where it is `True` are stored even if they are zero. The matrices of
-    a stack must store equally many entries, and the stack's axes `axes.layer` must come first. Raises `ValueError` for
-    another stack, for 2^31 weights, for traced arrays, and for `axes`, a `mask` or a dtype that does not fit.
+    `mask` is a bool array of `w`'s shape; entries where it is `True` are stored even if they are zero. Without a mask,
+    `-0.0` is stored only with `signed_zeros`. The matrices of a stack must store equally many entries,
+    and the stack's axes `axes.layer` must come first. Raises `ValueError` for another stack, for 2^31 weights, for
+    traced arrays, and for `axes`, a `mask` or a dtype that does not fit.
     """
     axes = arrays.matrix_axes('CSCArray.from_dense', w, axes)
     if why := misfits.host_misfit(w) or misfits.matrix_misfit(axes) or misfits.mask_misfit(w, mask):
       raise arrays.Misfit('CSCArray.from_dense', w.shape, why)
-    values, stored = (arrays.as_matrices(a, axes) for a in (np.asarray(w), arrays.stored_entries(w, mask)))
+    stored = arrays.as_matrices(arrays.stored_entries(w, mask, signed_zeros), axes)
+    values = arrays.as_matrices(np.asarray(w), axes)
     if misfit := misfits.stack_misfit(stored, 'nonzeros'):
       raise arrays.Misfit('CSCArray.from_dense', w.shape, misfit)
     indices = [_indices(*np.nonzero(matrix.T)[::-1], matrix.shape) for matrix in stored]
@@ -68,15 +71,15 @@ class CSCArray(arrays.MatrixArray):
     return cls(*arrays.with_layers(parts, w.shape, axes), *arrays.places(w.shape, axes))
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w, axes=axes)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, axes=axes, signed_zeros=signed_zeros)
 
   @classmethod
-  def pays(cls, w, pattern, axes):
+  def pays(cls, w, pattern, axes, signed_zeros=False):
     """Returns whether `w` is a matrix, or a stack of equal counts, that takes fewer bytes packed than dense."""
     if misfits.host_misfit(w) or misfits.matrix_misfit(axes := arrays.matrix_axes('CSCArray', w, axes)):
       return False
-    stored = arrays.as_matrices(arrays.stored_entries(w), axes)
+    stored = arrays.as_matrices(arrays.stored_entries(w, None, signed_zeros), axes)
     sparsity = 1 - np.count_nonzero(stored) / max(stored.size, 1)
     smaller = cls.expected_nbytes(w.shape, w.dtype, pattern, axes, sparsity) < w.size * w.dtype.itemsize
     return smaller and not misfits.stack_misfit(stored, 'nonzeros')
@@ -108,9 +111,10 @@ class CSCArray(arrays.MatrixArray):
     if values.ndim != lead + 1 or values.shape[:-1] != shape[:lead] or code.dtype != np.uint8 or code.ndim != 1:
       raise ValueError(f'values {list(values.shape)} and gaps {code.dtype}{list(code.shape)} are of no stack of {lead} '
                        'axes')
-    if misfit := gaps.misfit(code, values.size, size):
-      raise ValueError(misfit)
     layers, matrix = math.prod(shape[:lead]), math.prod(shape[lead:])
+    if misfit := gaps.misfit(code, values.size, size) or _hollow(
+        layers, contracted, matrix // max(contracted, 1), values.size):
+      raise ValueError(misfit)
     layer, place = np.divmod(gaps.positions(code), max(matrix, 1))
     if not np.array_equal(layer, np.repeat(np.arange(layers), values.shape[-1])):
       raise ValueError('its gaps do not put equally many values into every matrix of the stack')
@@ -129,6 +133,8 @@ class CSCArray(arrays.MatrixArray):
   def problem(self) -> str | None:
     lead, count = self.values.shape[:-1], self.values.shape[-1]
     k, n = self.contracted_size, math.prod(self.output_sizes)
+    if why := _hollow(math.prod(lead), k, n, self.values.size):
+      return why
     lengths = {'rows': count, 'cols': count, 'order': count, 'starts': n + 1, 'row_starts': k + 1}
     indices = {name: np.asarray(getattr(self, name)) for name in lengths}
     for name, length in lengths.items():
@@ -147,6 +153,16 @@ class CSCArray(arrays.MatrixArray):
       if wrong:
         return f'its {" and ".join(wrong)} do not list what is in its rows and cols.'
     return None
+
+
+def _hollow(layers: int, k: int, n: int, count: int) -> str | None:
+  """Returns why a file should not hold `count` values in matrices of this size, or `None`.
+
+  The places where rows and columns begin take memory for each row and column, which a file need not have bytes for.
+  """
+  most = (1 << 20) + 64 * count
+  return None if layers * (k + n) <= most else (
+      f"its {layers} matrices have more than {most} rows and columns for {count} values; pack it as 'relative_index'.")
 
 
 def _indices(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays, misfits
+from sparsejax.formats import arrays, misfits, zeros
 from sparsejax.types import Array, Axes
 
 
@@ -59,8 +59,10 @@ class NMArray(arrays.PackedArray):
 
   @classmethod
   def from_dense(cls, w: Array, n: int, m: int, axes: Axes | int | tuple[int, ...], check: bool = True,
-                 width: int = 1) -> 'NMArray':
+                 width: int = 1, signed_zeros: bool = False) -> 'NMArray':
     """Packs `w`. Groups with fewer than `n` nonzeros also store their first zeros.
+
+    With `signed_zeros`, `-0.0` counts as a nonzero; otherwise it becomes `0.0`.
 
     With a `width`, a vector of `width` outputs counts as a nonzero if one of its weights is. If `axes` are not `Axes`,
     all axes that are not contracted are outputs.
@@ -71,37 +73,41 @@ class NMArray(arrays.PackedArray):
     """
     outputs = _outputs(w, axes, width)
     axes = arrays.contracted_axes('NMArray.from_dense', w, axes)
-    why = _misfit(w, n, m, axes, check, width, outputs)
+    why = _misfit(w, n, m, axes, check, width, outputs, signed_zeros)
     if why:
       raise arrays.Misfit('NMArray.from_dense', w.shape, why)
-    return _packed(w, int(n), int(m), axes, int(width), outputs)
+    return _packed(w, int(n), int(m), axes, int(width), outputs, signed_zeros)
 
   @classmethod
   def fits(cls, pattern):
     return isinstance(pattern, patterns.NM)
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w, pattern.n, pattern.m, axes, check, pattern.width)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, pattern.n, pattern.m, axes, check, pattern.width, signed_zeros)
 
   @classmethod
-  def from_blocks(cls, leaf, pattern, axes):
+  def from_blocks(cls, leaf, pattern, axes, signed_zeros=False):
     w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     whole = jax.eval_shape(lambda w: cls.from_pattern(w, pattern, axes, check=False), w)
     multiple = _multiple_of_rows(pattern, leaf.shape, axes.contracted)
     if not leaf.blocks or not leaf.size or not multiple:
-      return super().from_blocks(leaf, pattern, axes)
+      return super().from_blocks(leaf, pattern, axes, signed_zeros)
     arrays_ = {name: np.empty(part.shape, part.dtype) for name, part in whole.arrays().items()}
     filled = dict.fromkeys(arrays_, 0)
     for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, multiple)):
       try:
-        packed = cls.from_pattern(block, pattern, axes)
+        packed = cls.from_pattern(block, pattern, axes, signed_zeros=signed_zeros)
       except arrays.Misfit:  # The refusal of the whole leaf counts all of its groups.
-        return super().from_blocks(leaf, pattern, axes)
+        return super().from_blocks(leaf, pattern, axes, signed_zeros)
       for name, part in packed.arrays().items():
         arrays_[name][filled[name]:filled[name] + len(part)] = part
         filled[name] += len(part)
     return dataclasses.replace(whole, **arrays_)
+
+  @property
+  def pattern(self):
+    return patterns.NM(self.n, self.m, self.width)
 
   @property
   def axis(self) -> int:
@@ -161,6 +167,7 @@ class NMArray(arrays.PackedArray):
     n, m, axes = about['n'], about['m'], about['axes']
     width, outputs = about.get('width', 1), about.get('outputs', [])  # Files without vectors have neither.
     along = [*axes, *outputs]
+    arrays.refuse_other_numbers([n, m, width, *along])
     distinct = axes and set(along) <= set(range(len(shape))) and len(set(along)) == len(along)
     if not distinct or not 1 <= n <= m <= 1024 or width < 1 or bool(outputs) != (width > 1):
       raise ValueError(f'cannot be {n}:{m} along the axes {axes}, in vectors of {width} along the axes {outputs} of '
@@ -205,42 +212,43 @@ def _outputs(w: Array, axes: Axes | int | tuple[int, ...], width: int) -> tuple[
   return arrays.matrix_axes('NMArray.from_dense', w, axes).output
 
 
-def _misfit(w: Array, n: Any, m: int, axes: tuple[int, ...], check: bool, width: int, outputs: tuple[int, ...]
-            ) -> str | None:
+def _misfit(w: Array, n: Any, m: int, axes: tuple[int, ...], check: bool, width: int, outputs: tuple[int, ...],
+            signed_zeros: bool) -> str | None:
   """Returns why `w` cannot be packed along `axes`, with the remedy, or `None`."""
   if not isinstance(n, (int, np.integer)) or n < 1:
     return f'n must be a known whole number, at least 1, to be packed as n:{m}, not {n!r}.'
   why = patterns.NM(n, m, width).validate(tuple(w.shape), Axes(axes, outputs)) or misfits.dtype_misfit(w.dtype)
-  return why or (_crowded(w, int(n), int(m), axes, int(width), outputs) if check else None)
+  return why or (_crowded(w, int(n), int(m), axes, int(width), outputs, signed_zeros) if check else None)
 
 
-def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> str | None:
+def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
+             signed_zeros: bool) -> str | None:
   """Returns which groups have more than `n` nonzeros, or that nobody can know; `None` if no group has."""
   if not misfits.concrete(w):
     return misfits.TRACED
-  counts = np.asarray(_nonzeros(w, m, axes, width, outputs))
-  bad = np.argwhere(counts > n)
-  if not len(bad):
+  counts = np.asarray(_nonzeros(w, m, axes, width, outputs, signed_zeros))
+  if counts.max(initial=0) <= n:
     return None
+  bad = np.argwhere(counts > n)
   first, merged = bad[0].tolist(), min(axes) if width == 1 else counts.ndim - 2
   place = ', '.join(str(i) if a != merged else f'group {i}' for a, i in enumerate(first))
   units = 'nonzeros' if width == 1 else f'vectors of {width} that are not zero'
   problem = (f'{len(bad)} of {counts.size} groups of {m} along axes {axes} have more than {n} {units}, the first, '
              f'[{place}], has {counts[tuple(first)]}.')
-  with np.errstate(invalid='ignore'):  # Signalling NaNs raise in the comparison.
-    positive = np.where(np.asarray(w) == 0, np.zeros((), w.dtype), w)
-  if (_nonzeros(positive, m, axes, width, outputs) <= n).all():
-    return f'{problem} Some are -0.0, which packing keeps: replace them by jnp.where(w == 0, 0, w).'
+  if signed_zeros and (_nonzeros(w, m, axes, width, outputs, False) <= n).all():
+    return f'{problem} Some are -0.0: leave signed_zeros out.'
   return (f'{problem} Make them sparse first: project(params, opt_state), or train on into `fine_tune_steps`, or '
           'choose another pattern, axis or `where`. sparsejax.check names every such parameter.')
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...], signed_zeros: bool
+              ) -> Array:
   """Returns the number of nonzeros of each group: `[..., K / m, ...]`.
 
   With a `width` these are the vectors of each group that are not zero: `[..., K / m, N / width]`.
   """
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   if width > 1:
     vectors = neighbours.tiled(neighbours.bits(w) != 0, axes, outputs, (m, width))[0]
     return jnp.sum(jnp.any(vectors, -1), -2, dtype=jnp.int16)
@@ -248,24 +256,57 @@ def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tupl
   return jnp.sum(nonzero, axis=min(axes) + 1, dtype=jnp.int16)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _packed(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]) -> NMArray:
-  octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
-  if width == 1:
-    axis, grouped = min(axes) + 1, neighbours.split(neighbours.merged(w, axes, octets), m, min(axes))
-    positions = neighbours.first_nonzeros(neighbours.bits(grouped) != 0, n, axis)
-    values = neighbours.joined(neighbours.exactly(neighbours.take, grouped, positions, axis), axis)
-  else:
-    undivided = neighbours.undivided(w, axes, octets)
-    vectors = neighbours.tiled(undivided, axes, outputs, (m, width))[0]  # [..., K/m, m, N/V, V]
-    axis = vectors.ndim - 3
-    positions = neighbours.first_nonzeros(jnp.any(neighbours.bits(vectors) != 0, -1), n, axis)
-    taken = neighbours.exactly(neighbours.take, vectors, positions[..., None], axis)
-    rows = neighbours.joined(neighbours.joined(taken, vectors.ndim - 1), axis)
-    values = _in_place(rows, _value_axes(w.ndim, axes, outputs), [w.shape[a] for a in outputs])
-  indices = neighbours.encoded(neighbours.joined(positions, axis), m, axis - 1)
+def _packed(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...], signed_zeros: bool
+            ) -> NMArray:
+  # Three programs, because one program would compute the positions again for the values, and again for the indices.
+  positions = _positions(w, n, m, axes, width, outputs, signed_zeros)
+  values = _values(w, positions, m, axes, width, outputs, signed_zeros)
+  indices = _encoded(positions, m, min(axes) if width == 1 else positions.ndim - 3)
   return NMArray(values, indices, n, m, arrays.from_end(axes, w.ndim), tuple(w.shape[a] for a in axes), width,
                  arrays.from_end(outputs, w.ndim))
+
+
+def _grouped(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]
+             ) -> tuple[Array, int]:
+  """Returns `w` in groups of `m`, and the axis along which each group lies.
+
+  Groups are `[..., K / m, m, ...]`, or with a `width` groups of vectors, `[..., K / m, m, N / width, width]`.
+  """
+  octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
+  if width == 1:
+    return neighbours.split(neighbours.merged(w, axes, octets), m, min(axes)), min(axes) + 1
+  vectors = neighbours.tiled(neighbours.undivided(w, axes, octets), axes, outputs, (m, width))[0]
+  return vectors, vectors.ndim - 3
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _positions(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
+               signed_zeros: bool) -> Array:
+  """Returns the positions of the stored weights, or vectors, of each group: `n` instead of `m` entries."""
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
+  groups, axis = _grouped(w, n, m, axes, width, outputs)
+  nonzero = neighbours.bits(groups) != 0
+  return neighbours.first_nonzeros(nonzero if width == 1 else jnp.any(nonzero, -1), n, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _values(w: Array, positions: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
+            signed_zeros: bool) -> Array:
+  """Returns the `values` at the `positions` of the groups."""
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
+  n = positions.shape[min(axes) + 1 if width == 1 else -2]
+  groups, axis = _grouped(w, n, m, axes, width, outputs)
+  if width == 1:
+    return neighbours.joined(neighbours.exactly(neighbours.take, groups, positions, axis), axis)
+  taken = neighbours.exactly(neighbours.take, groups, positions[..., None], axis)
+  rows = neighbours.joined(neighbours.joined(taken, groups.ndim - 1), axis)
+  return _in_place(rows, _value_axes(w.ndim, axes, outputs), [w.shape[a] for a in outputs])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _encoded(positions: Array, m: int, axis: int) -> Array:
+  """Returns the `indices` of the positions of all groups, whose axis is `axis`."""
+  return neighbours.encoded(neighbours.joined(positions, axis + 1), m, axis)
 
 
 def _value_axes(rank: int, axes: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], int, list[int]]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays, misfits
+from sparsejax.formats import arrays, misfits, zeros
 from sparsejax.types import Array, Axes
 
 # `metadata` covers the outputs of one instruction, and four times its depth of 32, at a time.
@@ -53,18 +53,22 @@ class Sparse24Array(arrays.MatrixArray):
   roles: Axes | None = arrays.static(default=None)
 
   @classmethod
-  def from_dense(cls, w: Array, axes: Axes | int | tuple[int, ...] = -2, check: bool = True) -> 'Sparse24Array':
+  def from_dense(cls, w: Array, axes: Axes | int | tuple[int, ...] = -2, check: bool = True,
+                 signed_zeros: bool = False) -> 'Sparse24Array':
     """Packs `w`. Groups with fewer than two nonzeros also store their first zeros.
+
+    With `signed_zeros`, `-0.0` counts as a nonzero; otherwise it becomes `0.0`.
 
     Under `jit`, `vmap` and `eval_shape` values cannot be checked, and `check=False` is required: every group then keeps
     its first two nonzeros and drops the rest. Raises `ValueError` for a group with more nonzeros, and for `axes` or a
     dtype that does not fit.
     """
     axes = arrays.matrix_axes('Sparse24Array.from_dense', w, axes)
-    why = misfits.matrix_misfit(axes) or misfits.dtype_misfit(w.dtype) or (_crowded(w, axes) if check else None)
+    why = misfits.matrix_misfit(axes) or misfits.dtype_misfit(w.dtype) or (
+        _crowded(w, axes, signed_zeros) if check else None)
     if why:
       raise arrays.Misfit('Sparse24Array.from_dense', w.shape, why)
-    values, metadata = _packed(w, axes)
+    values, metadata = _packed(w, axes, signed_zeros)
     return cls(values, metadata, *arrays.places(w.shape, axes))
 
   @classmethod
@@ -73,8 +77,8 @@ class Sparse24Array(arrays.MatrixArray):
         1 <= pattern.n <= 2)
 
   @classmethod
-  def from_pattern(cls, w, pattern, axes, check=True):
-    return cls.from_dense(w, axes, check)
+  def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
+    return cls.from_dense(w, axes, check, signed_zeros)
 
   def positions(self) -> Array:
     """Returns each value's position in its group of four, shaped like `values`; `uint8`."""
@@ -99,7 +103,7 @@ class Sparse24Array(arrays.MatrixArray):
     if (positions[..., 0] >= positions[..., 1]).any():
       return 'its metadata are not two increasing places in every four.'
     depth = 4 * np.arange(positions.shape[-2])[:, None] + positions
-    nonzero = arrays.stored_entries(self.values).reshape(positions.shape)
+    nonzero = arrays.stored_entries(self.values, None, True).reshape(positions.shape)
     if nonzero[..., n:, :, :].any() or nonzero[depth >= k].any():
       return 'what fills up K and N is not zero.'
     return None
@@ -114,23 +118,24 @@ def _padded(w: Array, axes: Axes) -> Array:
   return jnp.pad(w, [*((0, 0) for _ in lead), (0, -n % ROWS), (0, -w.shape[-1] % DEPTH)])
 
 
-def _crowded(w: Array, axes: Axes) -> str | None:
+def _crowded(w: Array, axes: Axes, signed_zeros: bool) -> str | None:
   """Returns how many groups have more than two nonzeros, or that nobody can know; `None` if no group has."""
   if not misfits.concrete(w):
     return misfits.TRACED
-  counts = np.asarray(_counts(w, axes))
-  bad = np.argwhere(counts > 2)
-  if not len(bad):
+  counts = np.asarray(_counts(w, axes, signed_zeros))
+  if counts.max(initial=0) <= 2:
     return None
+  bad = np.argwhere(counts > 2)
   *_, output, group = bad[0].tolist()
   return (f'{len(bad)} fours along axes {axes.contracted} have more than 2 nonzeros, the first, four {group} of output '
-          f'{output}, has {counts[tuple(bad[0])]}. Make them sparse first (-0.0 is no zero here): '
+          f'{output}, has {counts[tuple(bad[0])]}. Make them sparse first: '
           'sparsejax.project(params, opt_state), or choose another pattern, axis or `where`.')
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _counts(w: Array, axes: Axes) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _counts(w: Array, axes: Axes, signed_zeros: bool) -> Array:
   """Returns the number of nonzeros of every group: `[..., N, K / 4]`."""
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   return jnp.sum(_nonzero(w, axes), axis=-1, dtype=jnp.int8)
 
 
@@ -139,18 +144,32 @@ def _nonzero(w: Array, axes: Axes) -> Array:
   return neighbours.split(_padded(neighbours.bits(w), axes) != 0, 4, len(axes.layer) + 1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _packed(w: Array, axes: Axes) -> tuple[Array, Array]:
-  """Returns `values` and `metadata`."""
-  positions = neighbours.first_nonzeros(_nonzero(w, axes), 2, len(axes.layer) + 2)
+def _packed(w: Array, axes: Axes, signed_zeros: bool) -> tuple[Array, Array]:
+  """Returns `values` and `metadata`, by programs of their own: one program would compute the positions twice."""
+  positions = _positions(w, axes, signed_zeros)
+  return _values(w, positions, axes, signed_zeros), _encoded(positions)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _positions(w: Array, axes: Axes, signed_zeros: bool) -> Array:
+  """Returns the positions of both stored weights of each group, `[..., N, K / 4, 2]`."""
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
+  return neighbours.first_nonzeros(_nonzero(w, axes), 2, len(axes.layer) + 2)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _values(w: Array, positions: Array, axes: Axes, signed_zeros: bool) -> Array:
+  """Returns the `values` at the `positions` of the groups."""
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
 
   def kept(w, positions):
     groups = neighbours.split(_padded(w, axes), 4, len(axes.layer) + 1)
     return neighbours.joined(neighbours.take(groups, positions, groups.ndim - 1), groups.ndim - 1)
 
-  return neighbours.exactly(kept, w, positions), _encoded(positions)
+  return neighbours.exactly(kept, w, positions)
 
 
+@jax.jit
 def _encoded(positions: Array) -> Array:
   """Returns the `metadata` of the positions `[..., N, K / 4, 2]`."""
   *lead, n, groups, _ = positions.shape

@@ -7,18 +7,18 @@
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparsejax.io.headers import Extent
+from sparsejax.io.headers import Extent, Hashing
 
 _COPY = 1 << 24  # bytes that are moved at a time
 
@@ -53,13 +53,14 @@ class Body:
         self._waiting[dtype.itemsize] = tempfile.TemporaryFile(dir=os.path.dirname(self.file.name)), {}
       file, places = self._waiting[dtype.itemsize]
       begin = file.tell()
-    hashed = hashlib.sha256()
-    for block in blocks:
-      data = raw(block)
-      hashed.update(data)
-      file.write(data)
+    with Hashing() as hashed:
+      for block in blocks:
+        data = raw(block)
+        hashed.update(data)
+        file.write(data)
+      self.digests[name] = hashed.hexdigest()
     end = begin + math.prod(like.shape) * dtype.itemsize
-    places[name], self.digests[name] = Extent(dtype, tuple(like.shape), begin, end), hashed.hexdigest()
+    places[name] = Extent(dtype, tuple(like.shape), begin, end)
     if places is self.places:
       self.end = end
 
@@ -119,10 +120,11 @@ def _move(file: BinaryIO, start: int, size: int, to: int) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   """Opens a new file that replaces `path` once it is complete and on the disk. An error removes the new file."""
   target = os.path.realpath(path)
-  if os.path.exists(target) and not os.path.isfile(target):
-    raise ValueError(f'io.save: {path} is a folder or a device; give the name of a file.')
-  partial = f'{target}.{secrets.token_hex(4)}.tmp'
+  partial = os.path.join(os.path.dirname(target), f'.sparsejax-{secrets.token_hex(4)}.tmp')
   try:
+    with contextlib.suppress(FileNotFoundError):  # Links in a circle and names that are too long are told now.
+      if not stat.S_ISREG(os.stat(target).st_mode):
+        raise ValueError(f'io.save: {path} is a folder or a device; give the name of a file.')
     with open(partial, 'x+b') as file:
       yield file
       file.flush()

@@ -6,6 +6,7 @@
     list(leaf.blocks(64))                 # Each array has 64 rows.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -68,21 +69,23 @@ class Tensor:
   def read(self) -> np.ndarray:
     """Returns the whole tensor."""
     data = self._bytes(self.place.begin, self.place.end)
-    self._verify(hashlib.sha256(data) if self.digest else None)
+    if self.digest:
+      self._verify(hashlib.sha256(data).hexdigest())
     return data.view(self.place.dtype).reshape(self.place.shape)
 
   def blocks(self, rows: int) -> Iterator[np.ndarray]:
     """Yields `rows` rows of the tensor at a time; the bytes are verified when the last block has been read."""
     length, *rest = self.place.shape
     step = rows * math.prod(rest) * self.place.dtype.itemsize
-    hashed = hashlib.sha256() if self.digest else None
-    for begin in range(self.place.begin, self.place.end, max(step, 1)):
-      data = self._bytes(begin, min(begin + step, self.place.end))
+    with headers.Hashing() if self.digest else contextlib.nullcontext() as hashed:
+      for begin in range(self.place.begin, self.place.end, max(step, 1)):
+        data = self._bytes(begin, min(begin + step, self.place.end))
+        if hashed:
+          hashed.update(data)
+        yield data.view(self.place.dtype).reshape(-1, *rest)
+        del data  # The consumer may let go of this block before the next block is read.
       if hashed:
-        hashed.update(data)
-      yield data.view(self.place.dtype).reshape(-1, *rest)
-      del data  # The consumer may let go of this block before the next block is read.
-    self._verify(hashed)
+        self._verify(hashed.hexdigest())
 
   def _bytes(self, begin: int, end: int) -> np.ndarray:
     data = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
@@ -90,8 +93,8 @@ class Tensor:
       raise headers.bad(self.path, f'tensor {self.name!r} was truncated while it was read')
     return data
 
-  def _verify(self, hashed: Any) -> None:
-    if hashed and hashed.hexdigest() != self.digest:
+  def _verify(self, digest: str) -> None:
+    if digest != self.digest:
       raise headers.bad(self.path, f'tensor {self.name!r} was altered (its bytes do not have the SHA-256 that was '
                                    'saved)')
 

@@ -22,12 +22,12 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types',),
-    ('errors', 'tables', 'conventions', 'keys', 'kinds', 'rows', 'wholes'),
+    ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'rows', 'wholes'),
     ('arguments',),
     ('trees',),
     ('programs',),
     ('passes', 'neighbours'),
-    ('ranking',),
+    ('census', 'ranking'),
     ('counts',),
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
@@ -49,9 +49,10 @@ SPARSEJAX = (
 KERNELS = (
     ('hopper', 'mosaic_tpu', 'dispatch', 'trilinear'),
     ('products', 'linear'),
-    ('active', 'attention', 'block_sparse', 'n_m', 'sparse24', 'unstructured'),
+    ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
     ('held',),
     ('models',),
+    ('preparing',),
     ('__init__', 'bench', 'nn'),  # and former names
 )
 EXPERIMENTS = (
@@ -68,11 +69,13 @@ EXPERIMENTS = (
 INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
                            ('contractions',), ('operands',), ('replace',)),
-    'sparsejax.formats': (('gaps', 'misfits'), ('arrays',), ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns')),
+    'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
+                          ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
-    'sparsejax.io': (('headers', 'orbax', 'slots'), ('stored', 'bodies'), ('folders',), ('saving', 'loading')),
+    'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
+                     ('saving', 'loading')),
 }
 LAYERS = {'sparsejax': SPARSEJAX, 'kernels_pallas': KERNELS, 'experiments': EXPERIMENTS}
 # Who may import which package of the repository.

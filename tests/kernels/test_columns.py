@@ -18,7 +18,7 @@ from sparsejax.types import Axes
 def stack():
   """Returns two matrices with equally many nonzeros."""
   w = np.zeros((2, 6, 5), 'f4')
-  w[0].flat[[0, 7, 29]], w[1].flat[[3, 8, 9]] = (1, -0.0, 2), (np.nan, 3, 4)
+  w[0].flat[[0, 7, 29]], w[1].flat[[3, 8, 9]] = (1, 1e-40, 2), (np.nan, 3, 4)
   return w
 
 

@@ -10,9 +10,17 @@ ANYWHERE = {kind: formats.TABLE[kind] for kind in ('bitmask', 'relative_index')}
 
 
 def anything(shape, dtype, seed=0):
+  """Returns an array of any bits but those of -0.0, which packing does not keep."""
   dtype = np.dtype(dtype)
   raw = np.random.default_rng(seed).integers(0, 256, (*shape, dtype.itemsize), np.uint8)
-  return (raw % 2 if dtype.kind == 'b' else raw).view(dtype).reshape(shape)
+  return (raw % 2 if dtype.kind == 'b' else positive(raw.view(dtype))).reshape(shape)
+
+
+def positive(w):
+  """Returns `w` with -0.0 as 0.0, found by the bits of the dtype's own -0.0; NaN and subnormals keep their bits."""
+  integers, zero = w.view(f'u{w.dtype.itemsize}'), np.asarray(-0.0).astype(w.dtype)
+  negative = zero.view(integers.dtype) if np.signbit(zero.astype(np.float64)) else integers.dtype.type(0)
+  return np.where(integers == negative, integers.dtype.type(0), integers).view(w.dtype)
 
 
 def only(w, kept):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -295,3 +296,45 @@ def test_zeros_anywhere_take_the_format_of_a_product_if_it_is_smaller_than_dense
   smallest = min(formats.nbytes(formats.pack({'kernel': w}, each)) for each in ('bitmask', 'relative_index'))
   assert sum(tensor.nbytes for tensor in stored.values()) <= 1.2 * smallest
   assert formats.pack({'other': w[None]}, 'unstructured')['other'].kind == 'bitmask'  # of unknown axes
+
+
+# Orbax.
+
+
+@pytest.fixture(scope='module')
+def items(tmp_path_factory):
+  """Returns the folder of a `CheckpointManager` with two steps of the items `params`, `averages` and a JSON."""
+  ocp = pytest.importorskip('orbax.checkpoint')
+  folder = tmp_path_factory.mktemp('items') / 'checkpoints'
+  tree = {'a': {'kernel': sparse(4, 4)}}
+  with ocp.CheckpointManager(folder) as manager:
+    for step in (1, 2):
+      manager.save(step, args=ocp.args.Composite(
+          params=ocp.args.StandardSave(tree), averages=ocp.args.StandardSave({'a': {'kernel': np.ones((4, 4), 'f4')}}),
+          epoch=ocp.args.JsonSave({'epoch': 1})))
+    manager.wait_until_finished()
+  return folder
+
+
+@pytest.mark.parametrize('part', [
+    'params', 'params/_METADATA', 'params/manifest.ocdbt', 'params/d', 'epoch', '_CHECKPOINT_METADATA',
+    'averages/_METADATA'])
+def test_without_a_part_an_orbax_checkpoint_is_refused_or_the_same(items, part, tmp_path):
+  """Tests that no other item and no older step is read in the place of one that lost a part."""
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(items, folder)
+  lost = folder / '2' / part
+  shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+  if part.startswith('params'):
+    refused(folder, "'params', which are incomplete" if part in ('params', 'params/_METADATA') else None, call=io.read)
+    assert same(io.read(folder, 'averages'), {'a': {'kernel': np.ones((4, 4), 'f4')}})
+  else:
+    assert same(io.read(folder), {'a': {'kernel': sparse(4, 4)}})
+
+
+@pytest.mark.parametrize('text', ['', '[' * 10**5, '{"tree_metadata": 3}', '{"tree_metadata": {"a": NaN}}'])
+def test_orbax_metadata_that_is_none_is_refused(items, text, tmp_path):
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(items, folder)
+  (folder / '2/params/_METADATA').write_text(text)
+  refused(folder, call=io.read)

@@ -1,0 +1,137 @@
+"""Puts packed parameters into the form in which their products run fastest here, for a number of tokens: `prepared`.
+
+    params = prepared(io.load('model.safetensors'), tokens=1)        # before a loop that decodes token by token
+    logits = packed(model.apply)({'params': params}, x)
+    print(prepared(packed_params, tokens=1, explain=True))           # the form of each leaf, and why
+
+The choice is that of `sparsejax.advise`: both read the tables of measured products (`sparsejax.advice`).
+"""
+
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from kernels_pallas.models import OPS
+from sparsejax import advice, formats, tables, trees
+from sparsejax.advice import measured
+from sparsejax.formats import PackedArray
+from sparsejax.formats.arrays import matrix_sizes
+from sparsejax.types import Axes, PyTree
+
+
+class PreparedLeaf(NamedTuple):
+  """A `PreparedLeaf` says of one packed leaf which form it takes, 'dense' or the name of a format, and why.
+
+  `speed` is how many times as fast as dense the product in this form is expected to be; 1 for 'dense'.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  kind: str
+  form: str
+  speed: float
+  why: str
+
+
+class Preparation(tuple):
+  """A `Preparation` holds the `PreparedLeaf`s of a tree, in the order of its leaves, and prints as a table."""
+
+  def __str__(self) -> str:
+    rows = [(leaf.path, 'x'.join(map(str, leaf.shape)), leaf.kind, leaf.form, f'{leaf.speed:.2f}', leaf.why)
+            for leaf in self]
+    return tables.aligned(('parameter', 'shape', 'format', 'prepared as', 'times as fast as dense', 'why'), rows,
+                          rule=False)
+
+
+def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain: bool = False,
+             folder: str | pathlib.Path = advice.TABLES) -> PyTree:
+  """Returns `params` with each packed leaf in the form whose product with `tokens` rows runs fastest on `device`.
+
+  A form is a format that stores the zeros of the leaf, or a dense array, unpacked once, where no format is measured to
+  be faster. `tokens` is the number of rows that a weight multiplies in one call, at least 1. `device` names a table of
+  measurements in `folder`, as for `sparsejax.advise`; `None` means the default device of JAX. Speeds are interpolated
+  between measured shapes. Without a measurement near its shape and sparsity, a leaf becomes dense. Without a table of
+  the device, every leaf stays as it is. Leaves that are not packed stay as they are.
+
+  With `explain=True` the function returns, instead of the tree, the `Preparation`: the form of each packed leaf, and
+  why. Every form has the same values and the same products, up to the order of sums. A stored zero may be dropped, so
+  train before leaves are prepared. Raises `ValueError` if `tokens` is below 1, or for a leaf that is traced.
+  """
+  if tokens < 1:
+    raise ValueError(f'prepared: tokens is the number of rows that a weight multiplies, at least 1, not {tokens}.')
+  device = device or _default_device(folder)
+  table = measured.read_table(device, folder)
+  names, leaves, treedef = trees.flatten(params, is_leaf=formats.is_packed)
+  once: dict[int, tuple[Any, PreparedLeaf]] = {}  # A leaf in several places is prepared once.
+  found = []
+  for name, leaf in zip(names, leaves):
+    if formats.is_packed(leaf) and id(leaf) not in once:
+      once[id(leaf)] = _prepared(name, leaf, tokens, device, table)
+    form, row = once.get(id(leaf), (leaf, None))
+    found.append((form, row and row._replace(path=name)))
+  if explain:
+    return Preparation(row for _, row in found if row)
+  return treedef.unflatten([form for form, _ in found])
+
+
+def _default_device(folder: str | pathlib.Path) -> str:
+  """Returns the name of the table for the default device, or the name of its platform if there is no such table."""
+  device = jax.devices()[0]
+  known = [path.stem for path in pathlib.Path(folder).glob('*.json')]
+  return next((name for name in known if name in device.device_kind.lower()), device.platform)
+
+
+def _prepared(name: str, leaf: PackedArray, tokens: int, device: str, table: list[measured.Measured]
+              ) -> tuple[Any, PreparedLeaf]:
+  """Returns the leaf in its fastest form, and why."""
+  if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(leaf)):
+    raise ValueError(f'prepared: {name!r} of shape {leaf.shape} is traced; prepare parameters outside of jit, vmap and '
+                     'grad.')
+  row = PreparedLeaf(name, leaf.shape, leaf.kind, leaf.kind, 1.0, '')
+  if not table:
+    return leaf, row._replace(why=f'nothing was measured on {device}')
+  best, slower = (None, row), []
+  for form in _forms(leaf):
+    speed = _speed(form, leaf, tokens, table)
+    if speed.forward is None or speed.forward < measured.FASTER:
+      slower.append(f'{form.kind}: {speed.note}' if speed.forward is None else f'{form.kind}: {speed.forward:.2f}')
+    elif best[0] is None or speed.forward > best[1].speed:
+      best = form, row._replace(form=form.kind, speed=speed.forward, why=speed.note)
+  if best[0] is None:
+    return leaf.to_dense(), row._replace(form='dense', why='; '.join(slower) or 'no format has a product')
+  return best
+
+
+def _forms(leaf: PackedArray) -> list[PackedArray]:
+  """Returns the leaf in each format that stores its zeros and has a product, if the leaf is a matrix or a stack."""
+  axes = formats.axes_of(leaf) or _axes(leaf)
+  if axes is None or axes.source == 'unknown' or any(leaf.shape[a] > 1 for a in axes.spatial):
+    return []
+  others = [each for each in formats.fitting(leaf.pattern) if each is not type(leaf)] if leaf.pattern else []
+  forms = []
+  for each in (type(leaf), *others):
+    try:
+      if each.kind in OPS:
+        forms.append(leaf if each is type(leaf) else formats.with_axes(
+            each.from_pattern(leaf.to_dense(), leaf.pattern, axes), formats.axes_of(leaf)))
+    except formats.Misfit:  # The leaf cannot be stored in this format.
+      continue
+  return forms
+
+
+def _axes(leaf: PackedArray) -> Axes | None:
+  """Returns the axes of a leaf without roles, as far as its format knows them."""
+  contracted = tuple(a + leaf.ndim for a in leaf.axes)
+  layer = tuple(range(leaf.leading))
+  outputs = tuple(a for a in range(leaf.ndim) if a not in (*contracted, *layer))
+  return Axes(contracted, outputs, layer=layer) if contracted else None
+
+
+def _speed(form: PackedArray, leaf: PackedArray, tokens: int, table: list[measured.Measured]) -> measured.Speed:
+  """Returns the speed to expect of the product with `form`, whose stored weights count, fillers among them."""
+  axes = formats.axes_of(leaf) or _axes(leaf)
+  sparsity = max(0.0, 1 - form.values.size / max(math.prod(form.shape), 1))
+  group = leaf.pattern.group if leaf.pattern else (1, 1)
+  return measured.speed(table, (form.product,), group, matrix_sizes(form.shape, axes)[1:], tokens, sparsity)
