@@ -12,7 +12,9 @@ import argparse
 import ast
 import importlib.metadata
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,14 +22,16 @@ from typing import Any
 
 import jax
 
-from sparsejax import advice, checkpoints, formats, io, patterns, trees
+from sparsejax import advice, checkpoints, formats, io, patterns, tables, trees
 from sparsejax.types import Pattern
+
+_LONGEST = 8000  # letters of a refusal, which may quote names of another program's file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit status. Without `argv`, reads the process's arguments and runs on the CPU."""
-  if argv is None and 'JAX_PLATFORMS' not in os.environ:
-    jax.config.update('jax_platforms', 'cpu')  # Files need no accelerator, which may be busy training.
+  if argv is None:
+    _own_process()
   try:
     args = _parser().parse_args(argv)
     with jax.enable_x64(True):  # keeps 64-bit leaves whole
@@ -36,11 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(e.code or 0)
   except (ValueError, OSError, MemoryError) as e:
     reason = getattr(e, 'strerror', None) or str(e) or type(e).__name__
-    print('sparsejax:', ' '.join(reason.split()), file=sys.stderr)
+    named = f'{e.filename}: {reason}' if getattr(e, 'filename', None) else reason
+    print('sparsejax:', tables.printable(' '.join(named.split()))[:_LONGEST], file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('sparsejax: interrupted', file=sys.stderr)
     return 130
+
+
+def _own_process() -> None:
+  """Sets what holds for a whole process: the platform, the end by SIGTERM, and who may write to the standard error."""
+  if 'JAX_PLATFORMS' not in os.environ:
+    jax.config.update('jax_platforms', 'cpu')  # Files need no accelerator, which may be busy training.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # An exit leaves no part of a file.
+  logging.getLogger('asyncio').disabled = True  # Threads of Orbax would repeat what the refusal says.
 
 
 def report(args: argparse.Namespace) -> int:
@@ -54,7 +67,7 @@ def check(args: argparse.Namespace) -> int:
   opened = _opened(args)
   checked = checkpoints.reported(opened, _pattern(args))
   for row in checked.violations:
-    print(f'{row.path} {"x".join(map(str, row.shape))}: {row.problem}')
+    print(tables.printable(f'{row.path} {"x".join(map(str, row.shape))}: {row.problem}'))
   if not checked.violations:
     print(f'ok: {len(checked.rows)} parameters keep {" ".join(args.pattern)}')
   _print_notes(opened)
@@ -244,12 +257,15 @@ def _metadata(path: str) -> dict[str, str] | None:
 
 
 def _refuse_to_overwrite(args: argparse.Namespace) -> None:
+  folder = os.path.dirname(os.path.realpath(args.out))
+  if not os.path.isdir(folder):
+    raise ValueError(f'{args.out}: there is no folder {folder}; make it first.')
   if os.path.exists(args.out) and not args.force:
     raise ValueError(f'{args.out} is there already; --force replaces it.')
 
 
 def _sizes(what: str, before: int, after: int) -> str:
-  return f'{what}: {before:,} -> {after:,} bytes ({after / max(before, 1):.4f})'
+  return f'{tables.printable(what)}: {before:,} -> {after:,} bytes ({after / max(before, 1):.4f})'
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ which every tool of optax understands.
 import collections
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ import optax
 
 from sparsejax import conventions, errors
 from sparsejax.conventions import path_name
+from sparsejax.globs import matches
 from sparsejax.types import Array, Axes, Bound, Predicate, PyTree
 
 DENSE = optax.MaskedNode()
@@ -38,23 +38,6 @@ def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple
   """Returns the paths, the leaves and the treedef of `tree`, in the order of `jax.tree`."""
   with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   return [path_name(keys) for keys, _ in with_paths], [leaf for _, leaf in with_paths], treedef
-
-
-@functools.lru_cache(maxsize=4096)
-def _regex(glob: str) -> re.Pattern[str]:
-  words = {'**/': '(?:[^/]+/)*', '**': '.*', '*': '[^/]*', '?': '[^/]'}
-  parts = re.split(r'(\*\*/|\*\*|\*|\?)', glob.strip('/'))
-  above = '' if glob.startswith('/') else '(?:.*/)?'
-  return re.compile(above + ''.join(words.get(part, re.escape(part)) for part in parts))
-
-
-def matches(glob: str, path: str) -> bool:
-  """Returns whether `glob` matches `path` or a tail of `path` that begins at a key.
-
-  `*` matches any characters of one key, `**` any number of keys, and `?` one character of a key. A glob that begins
-  with `/` matches whole paths only.
-  """
-  return _regex(glob).fullmatch(path) is not None
 
 
 def named(*globs: str) -> Predicate:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours
+from sparsejax.formats import zeros
 from sparsejax.types import Array, Axes, Pattern
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
@@ -224,9 +225,17 @@ class MatrixArray(PackedArray):
   def matrix_fields(cls, shape: tuple[int, ...], about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the fields `axes` and `sizes` from the entries of `described` in `about`. Raises `ValueError`."""
     axes, lead = about['axes'], about['stacked']
+    refuse_other_numbers([lead, *axes])
     if lead < 0 or not axes or not set(axes) < set(range(lead, len(shape))) or len(set(axes)) < len(axes):
       raise ValueError(f'cannot be {cls.kind} along the axes {axes} of shape {shape}, of which {lead} are of a stack')
     return {'axes': tuple(a - len(shape) for a in axes), 'sizes': tuple(shape[lead:])}
+
+
+def refuse_other_numbers(numbers: Iterable[Any]) -> None:
+  """Raises `ValueError` if one of the `numbers` that a file says is no whole number: JSON has fractions, too."""
+  wrong = [n for n in numbers if type(n) is not int]
+  if wrong:
+    raise ValueError(f'has {wrong[0]!r} in the place of a whole number')
 
 
 def axes_of(packed: PackedArray) -> Axes | None:
@@ -313,33 +322,10 @@ def stored_entries(w: Array, mask: Array | None = None, signed_zeros: bool = Fal
     return np.asarray(mask)
   w = np.asarray(w)
   bits = w.view(f'u{w.dtype.itemsize}')
-  stored, negative = bits != 0, minus_zero(w.dtype)
+  stored, negative = bits != 0, zeros.minus_zero(w.dtype)
   if negative and not signed_zeros:
     stored &= bits != negative
   return stored
-
-
-@functools.cache
-def minus_zero(dtype: Any) -> int:
-  """Returns the bits of `-0.0` in `dtype`, or 0 if the dtype has no such number: `float8_e4m3fnuz` has NaN there."""
-  if not jnp.issubdtype(dtype, jnp.floating):
-    return 0
-  dtype = np.dtype(dtype)
-  top = np.array(1 << 8 * dtype.itemsize - 1, f'u{dtype.itemsize}')
-  return int(top) * bool(top.view(dtype) == 0)
-
-
-@jax.custom_jvp
-def without_signed_zeros(w: Array) -> Array:
-  """Returns `w` with `-0.0` replaced by `0.0`, and every other bit as it is. The derivative is that of the identity."""
-  negative = minus_zero(w.dtype)
-  if not negative:
-    return w
-  bits = neighbours.bits(w)
-  return neighbours.from_bits(jnp.where(bits == bits.dtype.type(negative), bits.dtype.type(0), bits), w.dtype)
-
-
-without_signed_zeros.defjvp(lambda primals, tangents: (without_signed_zeros(*primals), tangents[0]))
 
 
 def with_layers(parts: Iterable[Any], shape: tuple[int, ...], axes: Axes) -> list[Array]:

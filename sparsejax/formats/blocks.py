@@ -129,6 +129,8 @@ class BlockSparseArray(arrays.MatrixArray):
       raise ValueError(f'values {list(parts["values"].shape)} and rows {list(parts["rows"].shape)} are of no stack of '
                        f'{lead} axes')
     packed = cls(**parts, fan_in=None, fan_out=None, full=bool(np.all(parts['kept'])), **fields)
+    if why := _outside(packed):
+      raise ValueError(why)
     fans = [_fan(np.asarray(index), n) for index, n in zip((packed.cols, packed.rows), reversed(packed.grid))]
     return dataclasses.replace(packed, fan_in=fans[0], fan_out=fans[1])
 
@@ -139,6 +141,8 @@ class BlockSparseArray(arrays.MatrixArray):
               f'{", ".join(f"{a.dtype}{list(a.shape)}" for a in indices)}.')
     if self.kept.shape != self.rows.shape or self.kept.dtype != bool or self.full != self.kept.all():
       return f'its kept must be bool{list(self.rows.shape)}, and its full say whether all are.'
+    if why := _outside(self):
+      return why
     for rows, cols, order in zip(*map(arrays.as_rows, indices)):
       for name, index, n in zip(('rows', 'cols'), (rows, cols), self.grid):
         if set(index.tolist()) != set(range(n)):
@@ -151,6 +155,14 @@ class BlockSparseArray(arrays.MatrixArray):
     if fans != [self.fan_in, self.fan_out]:
       return 'its fan_in and fan_out are not the numbers of blocks in its columns and rows.'
     return _padding_problem(self, indices)
+
+
+def _outside(packed: BlockSparseArray) -> str | None:
+  """Returns why blocks lie outside of the grid, or why too few are stored for it, or `None`."""
+  for name, index, n in zip(('rows', 'cols'), (packed.rows, packed.cols), packed.grid):
+    if n > index.shape[-1] or np.any(np.asarray(index) < 0) or np.any(np.asarray(index) >= n):
+      return f'its {name} must be all of 0 to {n - 1}, each at least once.'
+  return None
 
 
 def _misfit(w: Array, mask: Array | None, block: tuple[int, int]) -> str | None:

@@ -111,9 +111,10 @@ class CSCArray(arrays.MatrixArray):
     if values.ndim != lead + 1 or values.shape[:-1] != shape[:lead] or code.dtype != np.uint8 or code.ndim != 1:
       raise ValueError(f'values {list(values.shape)} and gaps {code.dtype}{list(code.shape)} are of no stack of {lead} '
                        'axes')
-    if misfit := gaps.misfit(code, values.size, size):
-      raise ValueError(misfit)
     layers, matrix = math.prod(shape[:lead]), math.prod(shape[lead:])
+    if misfit := gaps.misfit(code, values.size, size) or _hollow(
+        layers, contracted, matrix // max(contracted, 1), values.size):
+      raise ValueError(misfit)
     layer, place = np.divmod(gaps.positions(code), max(matrix, 1))
     if not np.array_equal(layer, np.repeat(np.arange(layers), values.shape[-1])):
       raise ValueError('its gaps do not put equally many values into every matrix of the stack')
@@ -132,6 +133,8 @@ class CSCArray(arrays.MatrixArray):
   def problem(self) -> str | None:
     lead, count = self.values.shape[:-1], self.values.shape[-1]
     k, n = self.contracted_size, math.prod(self.output_sizes)
+    if why := _hollow(math.prod(lead), k, n, self.values.size):
+      return why
     lengths = {'rows': count, 'cols': count, 'order': count, 'starts': n + 1, 'row_starts': k + 1}
     indices = {name: np.asarray(getattr(self, name)) for name in lengths}
     for name, length in lengths.items():
@@ -150,6 +153,16 @@ class CSCArray(arrays.MatrixArray):
       if wrong:
         return f'its {" and ".join(wrong)} do not list what is in its rows and cols.'
     return None
+
+
+def _hollow(layers: int, k: int, n: int, count: int) -> str | None:
+  """Returns why a file should not hold `count` values in matrices of this size, or `None`.
+
+  The places where rows and columns begin take memory for each row and column, which a file need not have bytes for.
+  """
+  most = (1 << 20) + 64 * count
+  return None if layers * (k + n) <= most else (
+      f"its {layers} matrices have more than {most} rows and columns for {count} values; pack it as 'relative_index'.")
 
 
 def _indices(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> list[np.ndarray]:

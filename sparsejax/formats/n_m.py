@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays, misfits
+from sparsejax.formats import arrays, misfits, zeros
 from sparsejax.types import Array, Axes
 
 
@@ -167,6 +167,7 @@ class NMArray(arrays.PackedArray):
     n, m, axes = about['n'], about['m'], about['axes']
     width, outputs = about.get('width', 1), about.get('outputs', [])  # Files without vectors have neither.
     along = [*axes, *outputs]
+    arrays.refuse_other_numbers([n, m, width, *along])
     distinct = axes and set(along) <= set(range(len(shape))) and len(set(along)) == len(along)
     if not distinct or not 1 <= n <= m <= 1024 or width < 1 or bool(outputs) != (width > 1):
       raise ValueError(f'cannot be {n}:{m} along the axes {axes}, in vectors of {width} along the axes {outputs} of '
@@ -247,7 +248,7 @@ def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tupl
 
   With a `width` these are the vectors of each group that are not zero: `[..., K / m, N / width]`.
   """
-  w = w if signed_zeros else arrays.without_signed_zeros(w)
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   if width > 1:
     vectors = neighbours.tiled(neighbours.bits(w) != 0, axes, outputs, (m, width))[0]
     return jnp.sum(jnp.any(vectors, -1), -2, dtype=jnp.int16)
@@ -282,7 +283,7 @@ def _grouped(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, output
 def _positions(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
                signed_zeros: bool) -> Array:
   """Returns the positions of the stored weights, or vectors, of each group: `n` instead of `m` entries."""
-  w = w if signed_zeros else arrays.without_signed_zeros(w)
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   groups, axis = _grouped(w, n, m, axes, width, outputs)
   nonzero = neighbours.bits(groups) != 0
   return neighbours.first_nonzeros(nonzero if width == 1 else jnp.any(nonzero, -1), n, axis)
@@ -292,7 +293,7 @@ def _positions(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outp
 def _values(w: Array, positions: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
             signed_zeros: bool) -> Array:
   """Returns the `values` at the `positions` of the groups."""
-  w = w if signed_zeros else arrays.without_signed_zeros(w)
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   n = positions.shape[min(axes) + 1 if width == 1 else -2]
   groups, axis = _grouped(w, n, m, axes, width, outputs)
   if width == 1:

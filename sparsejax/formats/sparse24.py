@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays, misfits
+from sparsejax.formats import arrays, misfits, zeros
 from sparsejax.types import Array, Axes
 
 # `metadata` covers the outputs of one instruction, and four times its depth of 32, at a time.
@@ -135,7 +135,7 @@ def _crowded(w: Array, axes: Axes, signed_zeros: bool) -> str | None:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _counts(w: Array, axes: Axes, signed_zeros: bool) -> Array:
   """Returns the number of nonzeros of every group: `[..., N, K / 4]`."""
-  w = w if signed_zeros else arrays.without_signed_zeros(w)
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   return jnp.sum(_nonzero(w, axes), axis=-1, dtype=jnp.int8)
 
 
@@ -153,14 +153,14 @@ def _packed(w: Array, axes: Axes, signed_zeros: bool) -> tuple[Array, Array]:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _positions(w: Array, axes: Axes, signed_zeros: bool) -> Array:
   """Returns the positions of both stored weights of each group, `[..., N, K / 4, 2]`."""
-  w = w if signed_zeros else arrays.without_signed_zeros(w)
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
   return neighbours.first_nonzeros(_nonzero(w, axes), 2, len(axes.layer) + 2)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _values(w: Array, positions: Array, axes: Axes, signed_zeros: bool) -> Array:
   """Returns the `values` at the `positions` of the groups."""
-  w = w if signed_zeros else arrays.without_signed_zeros(w)
+  w = w if signed_zeros else zeros.without_signed_zeros(w)
 
   def kept(w, positions):
     groups = neighbours.split(_padded(w, axes), 4, len(axes.layer) + 1)

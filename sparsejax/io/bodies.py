@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -119,10 +120,11 @@ def _move(file: BinaryIO, start: int, size: int, to: int) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   """Opens a new file that replaces `path` once it is complete and on the disk. An error removes the new file."""
   target = os.path.realpath(path)
-  if os.path.exists(target) and not os.path.isfile(target):
-    raise ValueError(f'io.save: {path} is a folder or a device; give the name of a file.')
-  partial = f'{target}.{secrets.token_hex(4)}.tmp'
+  partial = os.path.join(os.path.dirname(target), f'.sparsejax-{secrets.token_hex(4)}.tmp')
   try:
+    with contextlib.suppress(FileNotFoundError):  # Links in a circle and names that are too long are told now.
+      if not stat.S_ISREG(os.stat(target).st_mode):
+        raise ValueError(f'io.save: {path} is a folder or a device; give the name of a file.')
     with open(partial, 'x+b') as file:
       yield file
       file.flush()

@@ -46,12 +46,17 @@ def is_index(path: str | os.PathLike[str]) -> bool:
 
 def of_part(path: Any) -> dict[str, Tensor]:
   """Returns the tensors of one safetensors file by name, as the file has them."""
-  return {name: Tensor(path, name, place) for name, place in headers.read(path).places.items()}
+  return of_header(headers.read(path))
+
+
+def of_header(header: headers.Header) -> dict[str, Tensor]:
+  """Returns the tensors of the safetensors file with this header, by name."""
+  return {name: Tensor(header.path, name, place) for name, place in header.places.items()}
 
 
 def _indexed(index: pathlib.Path) -> dict[str, Tensor]:
   where = _weight_map(index)
-  missing = sorted({part for part in where.values() if not (index.parent / part).is_file()})
+  missing = sorted({part for part in where.values() if not os.path.isfile(index.parent / part)})
   if missing:
     lost = [name for name, part in where.items() if part in missing]
     raise ValueError(f'io.read: {index} names the parts {errors.some(missing)}, which are missing, with the tensors '
@@ -80,8 +85,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     where = headers.parsed(index.read_text())['weight_map']
     sound = where and all(isinstance(part, str) and part == os.path.basename(part) and part not in ('', '.', '..')
                           for part in where.values())
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-    raise ValueError(f'io.read: {index} is no index of a sharded checkpoint ({e!r}); download it again.') from e
+  except headers.MALFORMED as e:
+    raise headers.bad(index, f'it is no index of a sharded checkpoint ({e!r})') from e
   if not sound:
     raise ValueError(f'io.read: {index}: `weight_map` must map the name of each tensor to the name of a file in the '
                      'same folder.')

@@ -7,7 +7,10 @@
 
 import hashlib
 import json
+import math
 import os
+import re
+import stat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +23,17 @@ CODES = {
   'float8_e4m3fnuz': 'F8_E4M3FNUZ', 'float8_e5m2fnuz': 'F8_E5M2FNUZ'}
 DTYPES = {code: name for name, code in CODES.items()}
 
-_LONGEST = 100_000_000  # bytes of a header, as the safetensors package has it
+LONGEST = 100_000_000  # bytes of a header, as the safetensors package has it
+DEEPEST = 128  # keys in a path; deeper trees end in a `RecursionError` somewhere
+_MOST_AXES = 64  # as NumPy has it
+MOST_TEXT = 2000  # letters of a refusal, which may quote the file
 
 VERSION = 2  # of what `__metadata__` says
 READABLE = (1, VERSION)  # Version 1 has no axes and no tied leaves.
 OWN = ('sparsejax', 'sha256')  # the keys of `__metadata__` that belong to this library
+_OWN_MARKS = ('"version": ', '"leaves": [', '"tensors": {')  # in the entry `sparsejax`, which `json.dumps` wrote
+# Reading metadata raises these errors for values of a wrong type, of a wrong length, or beyond every limit.
+MALFORMED = (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError, RecursionError, MemoryError)
 UNKNOWN = '0' * 64  # stands for a digest until it is known
 _DIGEST = b'"sha256":"'  # The header's own digest begins behind this text: other quotes in JSON text are escaped.
 
@@ -47,14 +56,33 @@ class Header(NamedTuple):
   places: dict[str, Extent]
 
 
-def bad(path: Any, what: str) -> ValueError:
+class Unreadable(ValueError):
+  """An `Unreadable` says which file cannot be read, and why."""
+
+
+def bad(path: Any, what: str) -> Unreadable:
   """Returns the error for a file that cannot be read; `what` says why."""
-  return ValueError(f'io.load: {path}: {what}. Nothing was loaded; copy the file again, or save it anew.')
+  what = what if len(what) <= MOST_TEXT else f'{what[:MOST_TEXT]}...'
+  return Unreadable(f'io.load: {path}: {what}. Nothing was loaded; copy the file again, or save it anew.')
+
+
+def is_own(header: Header) -> bool:
+  """Returns whether `saving.save` wrote the file, altered or not. Other files may have metadata of the same names.
+
+  A file of `save` has both names of `OWN` and an entry with three marks. A single altered byte leaves a name and two
+  marks, which suffice: a damaged file is not taken for one of another program.
+  """
+  return any(key in header.metadata for key in OWN) and any(
+      sum(mark in text for mark in _OWN_MARKS) > 1 for text in header.metadata.values())
 
 
 def parsed(text: str | bytes) -> Any:
-  """Returns the value of a JSON text. Raises `ValueError` if an object has one name twice."""
-  return json.loads(text, object_pairs_hook=_distinct)
+  """Returns the value of a JSON text. Raises `ValueError` if an object has one name twice, and for NaN and infinity."""
+  return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(text: str) -> None:
+  raise ValueError(f'{text} is no number of JSON')
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,29 +98,52 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read(path: str | os.PathLike[str]) -> Header:
   """Returns the header of a safetensors file. The safetensors package checks that the file is sound and complete.
 
-  Raises `OSError` if the file cannot be read. Raises `ValueError` for any other file, for dtypes that NumPy does not
-  have, and for two tensors of one name.
+  Raises `OSError` if the file cannot be read. Raises `ValueError` for any other file, and for dtypes and shapes that
+  NumPy does not have. Raises `ValueError` for two tensors of one name, and for a name of more than `DEEPEST` keys.
   """
   try:
-    with open(path, 'rb') as file:
-      text = file.read(min(int.from_bytes(file.read(8), 'little'), _LONGEST))
+    text = _text(path)
     entries = parsed(text)  # first, because the safetensors package does not say that a name is there twice
     with safetensors.safe_open(os.fspath(path), framework='numpy') as opened:
       metadata = dict(opened.metadata() or {})
   except OSError as e:
     raise OSError(e.errno, f'io.load: cannot read {path}: {e.strerror or e}') from e
-  except (safetensors.SafetensorError, ValueError, RecursionError) as e:
+  except (safetensors.SafetensorError, UnicodeError, *MALFORMED) as e:
     raise bad(path, f'it is not a whole safetensors file: truncated, altered, or another format ({e})') from e
   entries.pop('__metadata__', None)
   return Header(path, text, metadata, {name: _place(path, name, entry, 8 + len(text))
                                        for name, entry in entries.items()})
 
 
+def _text(path: str | os.PathLike[str]) -> bytes:
+  """Returns the JSON of a header, or as much of it as the file has."""
+  kind = os.stat(path).st_mode
+  if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # Reading a pipe would wait for ever.
+    raise ValueError('a pipe or a device')
+  with open(path, 'rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    return file.read(min(length, LONGEST, os.fstat(file.fileno()).st_size))
+
+
 def _place(path: Any, name: str, entry: dict[str, Any], start: int) -> Extent:
   if entry['dtype'] not in DTYPES:
     raise bad(path, f'tensor {name!r} has dtype {entry["dtype"]}; {", ".join(DTYPES)} can be read')
-  begin, end = entry['data_offsets']
-  return Extent(np.dtype(DTYPES[entry['dtype']]), tuple(entry['shape']), start + begin, start + end)
+  dtype, shape, (begin, end) = np.dtype(DTYPES[entry['dtype']]), tuple(entry['shape']), entry['data_offsets']
+  if not can_be(shape, dtype):
+    raise bad(path, f'tensor {name!r} has a shape of {len(shape)} axes that NumPy does not have')
+  if keys_in(name) > DEEPEST:
+    raise bad(path, f'the name of a tensor has {keys_in(name)} keys, more than {DEEPEST}: {name!r}')
+  return Extent(dtype, shape, start + begin, start + end)
+
+
+def can_be(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+  """Returns whether NumPy has arrays of this shape, empty ones too."""
+  return len(shape) <= _MOST_AXES and math.prod(n or 1 for n in shape) * dtype.itemsize < 2**63
+
+
+def keys_in(name: str) -> int:
+  """Returns how many keys a name has that is split at slashes or at dots."""
+  return len(re.findall('[/.]', name)) + 1
 
 
 def written(metadata: dict[str, str], places: dict[str, Extent]) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax import errors, formats, trees
-from sparsejax.io import folders, headers, orbax
+from sparsejax.io import claims, folders, headers, orbax
 from sparsejax.io.stored import Stored, Tensor, loaded
 from sparsejax.types import Axes, PyTree
 
@@ -25,22 +25,25 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
   mere shapes, packed or dense, and must have the dense shapes and dtypes of the file's leaves. Raises `ValueError`
   naming the file and the tensor if anything is missing, altered or malformed.
   """
-  header = _own(path)
+  header = _own(headers.read(path))
   about = _verified(header)
   leaves = loaded(_leaves(header, about))
   return _tree(header, about, leaves) if like is None else _like(path, leaves, like)
 
 
-def _own(path: str | os.PathLike[str]) -> headers.Header:
+def _own(header: headers.Header) -> headers.Header:
   """Returns the header of a file that `save` wrote. Raises `ValueError` for another file."""
-  header = headers.read(path)
-  if not _ours(header):
-    raise ValueError(f'io.load: {path} was not written by sparsejax.io.save; sparsejax.io.read opens any such file.')
+  if not headers.is_own(header):
+    raise ValueError(f'io.load: {header.path} was not written by sparsejax.io.save; sparsejax.io.read opens any such '
+                     'file.')
   return header
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-  """Returns the strings that were given to `save`, or the metadata of any other safetensors file."""
+  """Returns the strings that were given to `save`, or the metadata of any other safetensors file.
+
+  The names in `headers.OWN` are left out: `save` writes its own strings under these names.
+  """
   return {key: value for key, value in headers.read(path).metadata.items() if key not in headers.OWN}
 
 
@@ -66,27 +69,22 @@ def stored(path: str | os.PathLike[str], item: str | None = None, *, own: bool =
   within a tensor is found when the tensor is read. With `own`, files that `save` did not write are refused, as `load`
   does.
   """
-  if own or _is_own(path):
-    header = _own(path)
-    about = _verified(header)
+  header = headers.read(path) if own or os.path.isfile(path) and not folders.is_index(path) else None
+  if header and (own or headers.is_own(header)):
+    about = _verified(_own(header))
     tree = _tree(header, about, _leaves(header, about))
-  elif not os.path.exists(path):
-    raise ValueError(f'io.read: {path} does not exist; give a safetensors file, the folder of a sharded safetensors '
+  elif header:
+    tree = _split_names(folders.of_header(header))
+  elif not os.path.exists(path) or not (os.path.isdir(path) or os.path.isfile(path)):
+    what = 'is a pipe or a device' if os.path.exists(path) else 'does not exist'
+    raise ValueError(f'io.read: {path} {what}; give a safetensors file, the folder of a sharded safetensors '
                      'checkpoint, or the folder of an Orbax checkpoint.')
   else:
     tensors = folders.tensors(path)
     if tensors is None:
       return orbax.read(path, item)
-    tree = _split_names({name: tensor.leaf() for name, tensor in tensors.items()})
+    tree = _split_names(tensors)
   return tree if item is None else orbax.at_top(path, tree, item)
-
-
-def _is_own(path: str | os.PathLike[str]) -> bool:
-  return os.path.isfile(path) and not folders.is_index(path) and _ours(headers.read(path))
-
-
-def _ours(header: headers.Header) -> bool:
-  return any(key in header.metadata for key in headers.OWN)
 
 
 def _verified(header: headers.Header) -> dict[str, Any]:
@@ -94,9 +92,9 @@ def _verified(header: headers.Header) -> dict[str, Any]:
   try:
     about = headers.parsed(header.metadata['sparsejax'])
     version, digests = about['version'], dict(about['tensors'])
-  except (KeyError, TypeError, ValueError) as e:
+  except headers.MALFORMED as e:
     raise headers.bad(header.path, 'its header was altered') from e
-  if version not in headers.READABLE:
+  if version not in headers.READABLE or type(version) is not int:
     raise ValueError(f'io.load: {header.path} has format version {version!r}, but {headers.VERSION} is read here; '
                      'update sparsejax.')
   if digests.keys() != header.places.keys():
@@ -114,10 +112,15 @@ def _leaves(header: headers.Header, about: dict[str, Any]) -> dict[str, Stored]:
   tensors = {name: Tensor(header.path, name, place, about['tensors'][name]) for name, place in header.places.items()}
   leaves: dict[str, Stored] = {}
   try:
+    nbytes = {name: place.end - place.begin for name, place in header.places.items()}
+    if why := claims.problem(about['leaves'], nbytes, len(header.text)):
+      raise headers.bad(header.path, why)
     for entry in about['leaves']:
       path = entry['path']
       leaves[path] = leaves[entry['same']] if 'same' in entry else _stored(header.path, entry, tensors)
-  except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
+  except headers.Unreadable:
+    raise
+  except headers.MALFORMED as e:
     raise headers.bad(header.path, f'its metadata is malformed ({e!r})') from e
   return leaves
 
@@ -139,7 +142,8 @@ def _roles(path: Any, entry: dict[str, Any]) -> Axes | None:
     return None
   roles, rank = entry['roles'], len(entry['shape'])
   axes = Axes(*(tuple(roles[field]) for field in Axes._fields[:4]), roles['source'])
-  if sorted(sum(axes[:4], ())) != list(range(rank)) or not isinstance(axes.source, str):
+  if sorted(sum(axes[:4], ())) != list(range(rank)) or not isinstance(axes.source, str) or any(
+      type(a) is not int for group in axes[:4] for a in group):
     raise headers.bad(path, f'{entry["path"]!r} has axes {roles}, which are not those of {rank} axes')
   return axes
 
@@ -149,7 +153,9 @@ def _leaf(path: Any, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> An
   try:
     leaf = _made(path, entry, tensors)
     problem = leaf.problem() if formats.is_packed(leaf) else None
-  except (KeyError, TypeError, IndexError, AttributeError) as e:
+  except headers.Unreadable:
+    raise
+  except headers.MALFORMED as e:
     raise headers.bad(path, f'its metadata is malformed ({e!r})') from e
   shape = tuple(entry['shape'])
   if problem or leaf.shape != shape or leaf.dtype.name != entry['dtype']:
@@ -177,7 +183,7 @@ def _made(path: Any, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> An
 def _tree(header: headers.Header, about: dict[str, Any], leaves: Mapping[str, Any]) -> PyTree:
   try:
     return _nested([(entry['keys'], leaves[entry['path']]) for entry in about['leaves']])
-  except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
+  except headers.MALFORMED as e:
     raise headers.bad(header.path, f'its metadata is malformed ({e!r})') from e
 
 
@@ -209,10 +215,19 @@ def _like(path: Any, leaves: dict[str, Any], like: PyTree) -> PyTree:
   return treedef.unflatten([leaves[name] for name in names])
 
 
-def _split_names(tensors: dict[str, Any]) -> PyTree:
-  """Returns the tensors as nested dicts by the parts of their names; flat if one name is the beginning of another."""
-  mark = '/' if any('/' in name for name in tensors) else '.'
-  parents = {name[:i] for name in tensors for i, letter in enumerate(name) if letter == mark}
-  if parents & tensors.keys():
-    return dict(tensors)
-  return _nested([([['dict', key] for key in name.split(mark)], tensor) for name, tensor in tensors.items()])
+def _split_names(tensors: Mapping[str, Tensor]) -> PyTree:
+  """Returns the leaves as nested dicts by the parts of their names; flat if one name is the beginning of another."""
+  leaves = {name: tensor.leaf() for name, tensor in tensors.items()}
+  mark = '/' if any('/' in name for name in leaves) else '.'
+  tree: dict[str, Any] = {}
+  for name, leaf in leaves.items():
+    *above, last = name.split(mark)
+    node = tree
+    for key in above:
+      node = node.setdefault(key, {})
+      if isinstance(node, Stored):
+        return leaves
+    if last in node:
+      return leaves
+    node[last] = leaf
+  return tree

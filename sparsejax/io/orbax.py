@@ -14,7 +14,10 @@ import jax
 import numpy as np
 
 from sparsejax import errors
+from sparsejax.io import headers
 from sparsejax.types import PyTree
+
+_TREES = ('StandardCheckpointHandler', 'PyTreeCheckpointHandler')  # the handlers that save trees
 
 
 def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
@@ -28,6 +31,10 @@ def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
 
   step = _step(pathlib.Path(path).absolute(), ocp)
   items = _items(step)
+  lost = [name for name in _written(step) if name not in items]
+  if lost and item not in items and not {'params', 'default'} & items.keys():
+    raise ValueError(f'io.read: {step} was saved with the items {errors.some(lost)}, which are incomplete or missing '
+                     f'now; copy it again, or choose another item: {errors.some(items) or "there is none"}.')
   if not items:
     raise ValueError(f'io.read: {path} holds no complete Orbax checkpoint of a tree; in it there is '
                      f'{errors.some(sorted(os.listdir(path))) or "nothing"}.')
@@ -44,13 +51,21 @@ def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
   return _plain(tree if key is None else tree[key])
 
 
+def _written(step: pathlib.Path) -> list[str]:
+  """Returns the items of a step that were saved as trees, if Orbax wrote that down."""
+  with contextlib.suppress(OSError, *headers.MALFORMED):
+    handlers = headers.parsed((step / '_CHECKPOINT_METADATA').read_text())['item_handlers']
+    return [name for name, handler in handlers.items() if str(handler).endswith(_TREES)]
+  return []
+
+
 @contextlib.contextmanager
 def _readable(folder: pathlib.Path) -> Iterator[None]:
   """Turns whatever Orbax raises over damaged files into a `ValueError` that names the folder."""
   try:
     yield
-  except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
-    reason = str(e).partition(' [tensorstore_spec')[0]
+  except Exception as e:  # Libraries below Orbax raise errors of their own.
+    reason = str(e).partition(' [tensorstore_spec')[0][:headers.MOST_TEXT]
     raise ValueError(f'io.read: Orbax cannot restore {folder}, which may be damaged: {reason}') from e
 
 
@@ -67,13 +82,13 @@ def _step(path: pathlib.Path, ocp: Any) -> pathlib.Path:
   if _items(path) and (path / '_CHECKPOINT_METADATA').exists() or (path / '_METADATA').exists():
     return path
   steps = [pathlib.Path(step) for step in ocp.utils.checkpoint_steps_paths(path)]
-  steps = {ocp.utils.step_from_checkpoint_name(step.name): step for step in steps if _items(step)}
+  steps = {ocp.utils.step_from_checkpoint_name(step.name): step for step in steps if _items(step) or _written(step)}
   return steps[max(steps)] if steps else path
 
 
 def _items(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns the folders of the trees in one step, by name; a folder that is itself a tree has the name ''."""
-  if (folder / '_METADATA').exists():
+  if (folder / '_METADATA').is_file():
     return {'': folder}
   return {entry.name: entry for entry in sorted(folder.iterdir()) if (entry / '_METADATA').exists()}
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from sparsejax import errors, formats, trees
-from sparsejax.io import bodies, headers
+from sparsejax.io import bodies, claims, headers
 from sparsejax.io.stored import Stored
 from sparsejax.types import PyTree
 
@@ -39,14 +39,30 @@ def save(path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str,
                      f'not {errors.some(headers.OWN)}.')
   leaves = _planned(params)
   entries = [leaf.entry for leaf in leaves]
+  room = _room(leaves, metadata)
+  _refuse_unreadable(leaves, entries, metadata, room)
   with bodies.replacing(path) as file:
-    body = bodies.Body(file, _room(leaves, metadata))
+    body = bodies.Body(file, room)
     try:
       for leaf in sorted((leaf for leaf in leaves if 'same' not in leaf.entry), key=lambda leaf: -leaf.widest):
         _write(body, leaf)
       body.finish(lambda places, digests, length: _header(entries, places, digests, metadata, length))
     finally:
       body.close()
+
+
+def _refuse_unreadable(leaves: list['_Planned'], entries: list[Any], metadata: dict[str, str], room: int) -> None:
+  """Raises `ValueError` if `load` would refuse a file of these leaves, as far as is known before they are packed."""
+  nbytes = {name: formats.nbytes(part) for leaf in leaves for name, part in leaf.parts.items()}
+  why = claims.problem(entries, nbytes, room)
+  if room > headers.LONGEST:
+    why = f'the names and the metadata take {room} bytes, more than the {headers.LONGEST} of the file format'
+  try:
+    ''.join((*metadata, *metadata.values())).encode()
+  except UnicodeEncodeError:
+    why = 'the metadata have half of a surrogate pair, which is no text'
+  if why:
+    raise ValueError(f'io.save: {why}. Nothing was written; rename it, or leave it out.')
 
 
 class _Planned(NamedTuple):
@@ -70,7 +86,8 @@ def _planned(params: PyTree) -> list[_Planned]:
   taken: set[str] = set()
   for keys, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=formats.is_packed)[0]:
     path = trees.path_name(keys)
-    steps = keys[:-1] if trees.path_name(keys[:-1]) == path else keys  # NNX paths end in `.value`.
+    boxed = isinstance(keys[-1], jax.tree_util.GetAttrKey) if len(keys) > 1 else False
+    steps = keys[:-1] if boxed and trees.path_name(keys[:-1]) == path else keys  # NNX paths end in `.value`.
     entry = {'path': path, 'keys': [_key(path, key) for key in steps]}
     if id(leaf) in first and hasattr(leaf, 'shape'):
       entry |= {'same': first[id(leaf)]}
@@ -103,6 +120,8 @@ def _write(body: bodies.Body, planned: _Planned) -> None:
   if isinstance(leaf, Stored):  # packed, or made dense, now
     about, parts = _entry(planned.path, leaf.load(), check=False)
     planned.entry.update(about)
+    if why := claims.problem([planned.entry], {name: formats.nbytes(part) for name, part in parts.items()}, 0):
+      raise ValueError(f'io.save: {why}.')
   for name, part in parts.items():
     body.add(name, [part], part, planned.widest)
 

@@ -11,7 +11,7 @@ from raw import bits, positive
 
 import sparsejax as sj
 from sparsejax import cli, formats, io, metrics, patterns
-from sparsejax.formats import arrays
+from sparsejax.formats import arrays, zeros
 from sparsejax.types import Axes
 
 MATRIX = Axes((0,), (1,))
@@ -40,10 +40,10 @@ def test_minus_zero_is_found_by_the_bits_of_the_dtype(dtype):
   """Tests that the dtypes without a -0.0, which have NaN in its place, keep these bits."""
   w = np.arange(256, dtype=np.uint8).astype(f'u{np.dtype(dtype).itemsize}') << 8 * (np.dtype(dtype).itemsize - 1)
   w = w.view(dtype)
-  assert bits(jax.jit(arrays.without_signed_zeros)(jnp.asarray(w))) == bits(positive(w))
+  assert bits(jax.jit(zeros.without_signed_zeros)(jnp.asarray(w))) == bits(positive(w))
   assert arrays.stored_entries(w).tolist() == [b != 0 for b in bits(positive(w))]
   if jnp.finfo(dtype).bits > 8:
-    assert jax.grad(lambda w: arrays.without_signed_zeros(w).sum())(jnp.asarray([-0.0, 1], dtype)).tolist() == [1, 1]
+    assert jax.grad(lambda w: zeros.without_signed_zeros(w).sum())(jnp.asarray([-0.0, 1], dtype)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize('kind, dtype', [(kind, DTYPES[i % 3]) for i, kind in enumerate(ASKED)] + [
@@ -51,7 +51,7 @@ def test_minus_zero_is_found_by_the_bits_of_the_dtype(dtype):
 def test_a_signed_zero_packs_like_a_zero(kind, dtype, tmp_path):
   """Tests NumPy and JAX arrays and leaves of files, and that `signed_zeros` gives back every bit."""
   signed, plain = masked(ASKED[kind], dtype)
-  assert (bits(signed) != bits(plain)) == bool(arrays.minus_zero(signed.dtype))
+  assert (bits(signed) != bits(plain)) == bool(zeros.minus_zero(signed.dtype))
   io.save(tmp_path / 'dense', {'w': signed})
   pack = lambda w, **keep: formats.TABLE[kind].from_pattern(w, ASKED[kind], MATRIX, **keep)
   expected = pack(plain)
@@ -77,7 +77,8 @@ def test_the_sign_is_kept_if_asked(kind, tmp_path):
     assert bits(formats.unpack(io.load(tmp_path / 'small'))['kernel']) == bits(expected)
 
 
-@pytest.mark.parametrize('pattern', [sj.NM(2, 4), sj.Block((4, 4), 0.5), sj.Unstructured(0.75), sj.Channel(0.5)], ids=str)
+@pytest.mark.parametrize('pattern', [sj.NM(2, 4), sj.Block((4, 4), 0.5), sj.Unstructured(0.75), sj.Channel(0.5)],
+                         ids=str)
 def test_whatever_counts_zeros_counts_both_signs(pattern, tmp_path, capsys):
   signed, plain = ({'kernel': w} for w in masked(pattern))
   unasked = patterns.parse(str(pattern).partition(' ')[0])  # takes the sparsity that it finds

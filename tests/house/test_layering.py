@@ -22,7 +22,7 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types',),
-    ('errors', 'tables', 'conventions', 'keys', 'kinds', 'wholes'),
+    ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'wholes'),
     ('arguments',),
     ('trees',),
     ('programs',),
@@ -68,12 +68,13 @@ EXPERIMENTS = (
 INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
                            ('contractions',), ('operands',), ('replace',)),
-    'sparsejax.formats': (('gaps', 'misfits'), ('arrays',),
+    'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
-    'sparsejax.io': (('headers', 'orbax', 'slots'), ('stored', 'bodies'), ('folders',), ('saving', 'loading')),
+    'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
+                     ('saving', 'loading')),
 }
 LAYERS = {'sparsejax': SPARSEJAX, 'kernels_pallas': KERNELS, 'experiments': EXPERIMENTS}
 # Who may import which package of the repository.

@@ -3,8 +3,10 @@
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -255,10 +257,12 @@ def altered():
     ('report CKPT --item ema', "'ema'.*Valid: embed, mlp"),
     ('pack CKPT out --pattern 1:4', r"'mlp/down/kernel' of shape \(16, 8\): .* more than 1"),
     ('pack CKPT CKPT --pattern 2:4', 'there already; --force'), ('unpack CKPT empty --force', 'is a folder'),
-    ('pack CKPT no/folder/out --pattern 2:4', 'cannot write no/folder/out: No such file'),
+    ('pack CKPT circle --pattern 2:4', 'circle: Too many levels of symbolic links'),
+    ('pack CKPT no/folder/out --pattern 2:4', 'no/folder/out: there is no folder .*no/folder; make it'),
 ])
 def test_every_error_is_one_line_and_status_2(run, ckpt, arguments, message):
   os.mkdir('empty')
+  os.symlink('circle', 'circle')
   altered()
   safetensors.numpy.save_file({'w': np.ones(2, 'float32')}, 'foreign')
   open('text', 'w').write('no tensors here\n' * 9)
@@ -387,3 +391,33 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
   assert (status, out) == (2, '') and err.startswith('sparsejax: io.save: cannot write out: File too large')
   assert err.count('\n') == 1
   assert (tmp_path / 'out').read_text() == 'precious' and sorted(os.listdir(tmp_path)) == ['ckpt', 'out']
+
+
+def test_control_characters_of_names_never_reach_the_terminal(run):
+  safetensors.numpy.save_file({'\x1b[31m/a\nb/kernel': sparse(8, 4)}, 'strange')
+  for arguments in ('report', 'check --pattern 1:4', 'pack out --pattern 1:4'):
+    command, *rest = arguments.split()
+    _, out, err = run(command, 'strange', *rest)
+    assert '\x1b' not in out + err and '\\x1b[31m/a\\nb/kernel' in out + err
+
+
+@pytest.mark.parametrize('glob', ['*a' * 20 + 'b', '**a' * 20 + 'b', '**/*a' * 20 + 'b', '*' * 60 + 'b'])
+def test_a_glob_of_many_stars_takes_no_time(run, glob):
+  io.save('long', {'a' * 150: {'a' * 90: sparse(8, 4)}})
+  start = time.process_time()
+  assert 'picks no parameter' in run('report', 'long', '--where', glob)[2]
+  assert time.process_time() - start < 1
+
+
+def test_a_terminated_command_leaves_no_part_of_a_file(tmp_path):
+  """Ends a process that packs for ever, once it has begun to write."""
+  program = ('import time; from sparsejax import cli, io, checkpoints\n'
+             'checkpoints.packed = lambda *_, **__: {"w": io.Stored((4, 4), __import__("numpy").dtype("float32"), '
+             'lambda: time.sleep(600))}\nraise SystemExit(cli.main())')
+  io.save(tmp_path / 'in', {'kernel': sparse(8, 4)})
+  process = subprocess.Popen([sys.executable, '-c', program, 'pack', 'in', 'out', '--pattern', '2:4'], cwd=tmp_path)
+  while len(os.listdir(tmp_path)) < 2:
+    assert process.poll() is None
+    time.sleep(0.05)
+  process.terminate()
+  assert process.wait(60) == 128 + signal.SIGTERM and os.listdir(tmp_path) == ['in']

@@ -223,7 +223,7 @@ FORGERIES = {
     'no such axis': (f"'{KERNEL}'.*axes", lambda about, tensors: entry(about, KERNEL).update(axes=[2])),
     'n above m': (f"'{KERNEL}' cannot be 5:4", lambda about, tensors: entry(about, KERNEL).update(n=5)),
     'm too large': (f"'{KERNEL}' cannot be", lambda about, tensors: entry(about, KERNEL).update(m=4096)),
-    'n is no number': ('malformed', lambda about, tensors: entry(about, KERNEL).update(n='2')),
+    'n is no number': ("has '2' in the place of a whole", lambda about, tensors: entry(about, KERNEL).update(n='2')),
     'a kind of the future': ("unknown kind, 'new'", lambda about, tensors: entry(about, KERNEL).update(kind='new')),
     'no kind': ('malformed', lambda about, tensors: entry(about, KERNEL).pop('kind')),
     'no keys': ('malformed', lambda about, tensors: entry(about, KERNEL).update(keys=None)),
@@ -287,6 +287,52 @@ def test_a_missing_file_is_an_os_error(tmp_path):
     io.load(tmp_path / 'nowhere')
   with pytest.raises(IsADirectoryError):
     io.load(tmp_path)
+
+
+# Whatever is written can be read.
+
+
+@pytest.mark.parametrize('tree', [
+    {'': np.ones(2), 'b': {'': {'kernel': np.ones(2)}}}, {'a': {'': np.ones(2)}}, {'a': [None, [None, np.ones(2)]]},
+    {-1: np.ones(2), 10**30: np.zeros(1)}, {'\x1b[31m\n': np.ones(2)}, {'value': {'value': np.ones(2)}},
+    {'a/b': {'c.d': np.ones(2)}}, {'csc': formats.CSCArray.from_dense(np.zeros((64, 64), 'f4'))},
+    {'gaps': formats.RelativeIndexArray.from_dense(np.zeros((0, 4), 'f4'))}, [[np.ones(2)] * 3]],
+    ids=['empty keys', 'an empty last key', 'holes', 'numbers', 'control characters', 'value', 'marks in keys',
+         'all zeros', 'no weights', 'tied'])
+def test_strange_trees_come_back(tree, tmp_path):
+  io.save(tmp_path / 'f', tree)
+  assert same(io.load(tmp_path / 'f'), tree) and same(io.read(tmp_path / 'f'), tree)
+
+
+def nested(depth):
+  return np.ones(2) if not depth else {'a': nested(depth - 1)}
+
+
+@pytest.mark.parametrize('tree, metadata, message', [
+    (lambda: nested(headers.DEEPEST + 1), {}, 'more than 128 keys'), (lambda: {'a.' * 200: np.ones(2)}, {}, '128 keys'),
+    (lambda: {'\ud800': np.ones(2)}, {}, 'surrogate'), (lambda: {'w': np.ones(2)}, {'a': '\ud800'}, 'surrogate'),
+    (lambda: {'__metadata__': np.ones(2)}, {}, 'cannot be the path'),
+    (lambda: [None] * 100_000 + [np.ones(2)], {}, 'places'),
+    (lambda: {'w': formats.RelativeIndexArray(np.ones(0, 'f4'), np.ones(0, 'u1'), (10**5, 10**5))}, {}, 'stand for'),
+    (lambda: {'w': np.ones(2)}, {'long': 'x' * 10**6}, 'bytes, more than')])
+def test_what_could_not_be_read_is_refused_before_a_byte_is_written(tree, metadata, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(headers, 'LONGEST', 10**6)
+  with pytest.raises(ValueError, match=f'io.save: .*{message}'):
+    io.save(tmp_path / 'f', tree(), metadata=metadata)
+  assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('metadata', [{'sha256': 'f' * 64}, {'sparsejax': '0.3.1'}, {'sparsejax': '{}', 'sha256': ''}])
+def test_another_programs_metadata_may_have_our_names(metadata, tmp_path):
+  safetensors.numpy.save_file({'a.weight': np.ones(2)}, tmp_path / 'f', metadata)
+  assert same(io.read(tmp_path / 'f'), {'a': {'weight': np.ones(2)}}) and io.metadata(tmp_path / 'f') == {}
+  refused(tmp_path / 'f', 'not written by')
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / 'f')
+  for call in (io.load, io.read, io.metadata):
+    refused(tmp_path / 'f', 'a pipe or a device', call=call)
 
 
 # Some leaves cannot be saved.
@@ -354,6 +400,11 @@ def below_a_file(tmp_path):
   return tmp_path / 'file' / 'f'
 
 
+def a_circle(tmp_path):
+  (tmp_path / 'file').symlink_to(tmp_path / 'file')
+  return tmp_path / 'file'
+
+
 def a_device(tmp_path):
   os.mkfifo(tmp_path / 'file')  # no regular file, like /dev/null, but harmless to replace
   return tmp_path / 'file'
@@ -362,8 +413,8 @@ def a_device(tmp_path):
 @pytest.mark.parametrize('place, kind', [
     (read_only, PermissionError), (below_a_file, NotADirectoryError),
     (lambda tmp_path: tmp_path / 'no' / 'f', FileNotFoundError), (lambda tmp_path: tmp_path, ValueError),
-    (a_device, ValueError)],
-    ids=['read-only', 'below a file', 'no folder', 'a folder', 'a device'])
+    (a_device, ValueError), (a_circle, OSError), (lambda tmp_path: tmp_path / ('x' * 256), OSError)],
+    ids=['read-only', 'below a file', 'no folder', 'a folder', 'a device', 'a circle of links', 'a long name'])
 def test_a_place_that_cannot_be_written_is_named(place, kind, tmp_path):
   target = place(tmp_path)
   with pytest.raises(kind, match='io.save: '):
@@ -379,6 +430,11 @@ def test_a_link_is_written_through_and_others_may_read(tmp_path):
   mask = os.umask(0o022)
   os.umask(mask)
   assert (tmp_path / 'target').stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_the_longest_name_that_a_folder_takes_can_be_written(tmp_path):
+  io.save(tmp_path / ('x' * 255), params())
+  assert same(io.load(tmp_path / ('x' * 255)), params())
 
 
 # A whole network.
