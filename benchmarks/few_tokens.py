@@ -1,7 +1,7 @@
 """Compares products of few tokens with packed weights with `jnp.dot` of the dense weight on this CPU.
 
-All forms of one shape and one number of tokens take turns with the dense product, and the numbers of each are compared
-with the dense numbers first. The ratios are rows of `sparsejax/advice/tables/cpu.json`, which `sparsejax advise` and
+All forms of one shape and one number of tokens take turns with the dense product. Before that, the numbers of each form
+are compared with the dense numbers. The ratios are rows of `sparsejax/advice/tables/cpu.json`, which `sparsejax advise` and
 `kernels_pallas.prepared` read. Then `prepared` chooses the form of each pattern, and the chosen form takes turns again.
 """
 
@@ -69,7 +69,7 @@ def times(x: jax.Array, forms: Mapping[str, Any], dense: jax.Array, rounds: int,
 
 def scipy_blocks(x: jax.Array, given: Mapping[str, tuple[np.ndarray, Any]]) -> dict[str, Callable[[], Any]]:
   """Returns scipy's product with each block-sparse weight, in scipy's format for blocks, BSR."""
-  from scipy import sparse  # which only this comparison needs
+  from scipy import sparse  # Only this comparison needs scipy.
   column = np.asarray(x[0])
   return {f'scipy {name}': functools.partial(sparse.bsr_matrix(np.ascontiguousarray(w.T), pattern.shape).__matmul__,
                                              column)

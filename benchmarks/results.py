@@ -84,7 +84,8 @@ def table_row(op: Callable[..., Any], m: int, k: int, n: int, block: tuple[int, 
   here = timing.environment()
   return {'op': op.__name__, 'implementation': implementation, 'm': m, 'k': k, 'n': n, 'block': list(block),
           'sparsity': sparsity, 'ratio_forward': round(ratios['forward'], 3),
-          'ratio_train': round(ratios['train'], 3) if 'train' in ratios else None, 'hardware': here['device'], 'jax': here['jax'], 'commit': here['commit']}
+          'ratio_train': round(ratios['train'], 3) if 'train' in ratios else None,
+          'hardware': here['device'], 'jax': here['jax'], 'commit': here['commit']}
 
 
 def write_table(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -102,10 +102,10 @@ def _measured(path: pathlib.Path, i: int, row: Any) -> Measured:
 
 
 def near_tokens(table: Sequence[Measured], tokens: int) -> list[Measured]:
-  """Returns the measurements of those products that were measured with about `tokens` tokens, of all their tokens.
+  """Returns all measurements of each product that was measured with about `tokens` tokens.
 
-  That is with at most `FAR` times as many or as few, or with both fewer and more. A product is an op with a shape and a
-  group.
+  A product is an op with a shape and a group. About as many means at most `FAR` times as many or as few, or both fewer
+  and more.
   """
   product = lambda row: (row.op, row.block, row.k, row.n)
   lengths: dict[Any, set[int]] = {}
@@ -119,8 +119,8 @@ def speed(table: Sequence[Measured], ops: Sequence[str], group: tuple[int, int],
           sparsity: float) -> Speed:
   """Returns the speed to expect of a product of `tokens` rows with a packed weight of `shape`, `(k, n)`.
 
-  The speed is that of the fastest implementation of `ops`, at the nearest measured shape with the same `group`; shapes
-  that were measured with about as many tokens come first (`near_tokens`). Without a measured shape within a factor of
+  The speed is that of the fastest implementation of `ops`, at the nearest measured shape with the same `group`. Shapes
+  that were measured with about as many tokens come first, see `near_tokens`. Without a measured shape within a factor of
   `FAR` along both axes, there is no speed. The interpolation is linear in the sparsity and in the logarithm of the
   tokens.
   """

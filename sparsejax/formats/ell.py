@@ -28,7 +28,7 @@ class ELLArray(arrays.MatrixArray):
   last slots have the row K and the value zero, and a gradient of zero. `rows` is `uint16` if K is below 2^16, and
   `int32` otherwise.
 
-  The format is for products with few tokens. It takes the more bytes, the more the columns differ.
+  The format is for products with few tokens. The more the columns differ, the more bytes the format takes.
   """
 
   kind = 'ell'

@@ -36,8 +36,8 @@ def uneven_blocks():
   return np.where(np.repeat(np.repeat(kept, 4, 0), 8, 1), np.asarray(normal((12, 24))), 0), sj.Block((4, 8))
 
 
-# Each case has a format, and a function that returns the weight, whose zeros keep a pattern, and the pattern. One of
-# M is no power of two, one is beyond selection, and one has a number of values that no byte divides.
+# Each case has a format, and a function that returns the weight, whose zeros keep a pattern, and the pattern. Of the
+# numbers M, 5 is no power of two, and 64 is beyond selection. The case 3:5 has 9 values, which no byte divides.
 CASES = {
     '1:8': ('nm', lambda: n_m(1, 8, 24)), '2:4': ('nm', lambda: n_m(2, 4, 20)), '3:5': ('nm', lambda: n_m(3, 5, 15)),
     '1:1': ('nm', lambda: n_m(1, 1, 3)), '1:64': ('nm', lambda: n_m(1, 64, 128)),
