@@ -1,8 +1,9 @@
 """Compares products of few tokens with packed weights with `jnp.dot` of the dense weight on this CPU.
 
 All forms of one shape and one number of tokens take turns with the dense product. Before that, the numbers of each form
-are compared with the dense numbers. The ratios are rows of `sparsejax/advice/tables/cpu.json`, which `sparsejax advise` and
-`kernels_pallas.prepared` read. Then `prepared` chooses the form of each pattern, and the chosen form takes turns again.
+are compared with the dense numbers. The ratios are rows of `sparsejax/advice/tables/cpu.json`, which `sparsejax advise`
+and `kernels_pallas.prepared` read. Then `prepared` chooses the form of each pattern, and the chosen form takes turns
+again.
 """
 
 import functools

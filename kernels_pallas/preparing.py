@@ -49,11 +49,11 @@ def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain:
              folder: str | pathlib.Path = advice.TABLES) -> PyTree:
   """Returns `params` with each packed leaf in the form whose product with `tokens` rows runs fastest on `device`.
 
-  A form is a format that stores the zeros of the leaf, or, where no format is measured to be faster, a dense array that
-  is unpacked once. `tokens` is the number of rows that a weight multiplies in one call, at least 1. `device` names a table of
-  measurements in `folder`, as for `sparsejax.advise`; `None` means the default device of JAX. Speeds are interpolated
-  between measured shapes. Without a measurement near its shape, tokens and sparsity, a leaf becomes dense. Without a
-  table of the device, every leaf stays as it is. Leaves that are not packed stay as they are.
+  A form is a format that stores the zeros of the leaf, or a dense array. A leaf is unpacked, once, where no format is
+  measured to be faster. `tokens` is the number of rows that a weight multiplies in one call, at least 1. `device` names
+  a table of measurements in `folder`, as for `sparsejax.advise`; `None` means the default device of JAX. Speeds are
+  interpolated between measured shapes. Without a measurement near its shape, tokens and sparsity, a leaf becomes dense.
+  Without a table of the device, every leaf stays as it is. Leaves that are not packed stay as they are.
 
   With `explain=True` the function returns, instead of the tree, the `Preparation`: the form of each packed leaf, and
   why. Every form has the same values and the same products, up to the order of sums. A stored zero may be dropped, so

@@ -120,8 +120,8 @@ def speed(table: Sequence[Measured], ops: Sequence[str], group: tuple[int, int],
   """Returns the speed to expect of a product of `tokens` rows with a packed weight of `shape`, `(k, n)`.
 
   The speed is that of the fastest implementation of `ops`, at the nearest measured shape with the same `group`. Shapes
-  that were measured with about as many tokens come first, see `near_tokens`. Without a measured shape within a factor of
-  `FAR` along both axes, there is no speed. The interpolation is linear in the sparsity and in the logarithm of the
+  that were measured with about as many tokens come first, see `near_tokens`. Without a measured shape within a factor
+  of `FAR` along both axes, there is no speed. The interpolation is linear in the sparsity and in the logarithm of the
   tokens.
   """
   if not table:
