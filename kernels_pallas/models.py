@@ -92,8 +92,12 @@ def packed(apply: Callable[..., Any], *, implementation: str | None = None, expl
   With `explain=True` the function returns, instead of the result, the `ProgramExplanation`: each weight, the op that it
   calls, or why it is unpacked. Nothing is computed. A packed leaf that `apply` returns unchanged is returned packed.
 
-  Results are those of the dense model but for the order of sums. Arguments without shape and dtype (`train=False`,
-  functions) are passed on. `jit`, `vmap` and `grad` go around the returned function; train `formats.values`:
+  Results, and their derivatives of every order, in forward and reverse mode, are those of the dense model but for the
+  order of sums. A NaN or an infinity that only zeros of a weight multiply may not reach the result: each op says in
+  which implementation. A NaN or an infinity among the weights reaches what it reaches in the dense model.
+
+  Arguments without shape and dtype (`train=False`, functions) and NumPy scalars are passed on, so that `apply` may
+  branch on them. `jit`, `vmap` and `grad` go around the returned function; train `formats.values`:
   `jax.grad(lambda v: loss(packed(apply)(formats.with_values(params, v), x)))(formats.values(params))`. Every call
   traces `apply`, so put it under `jit`.
   """

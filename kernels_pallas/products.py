@@ -26,10 +26,10 @@ class TrainableProduct:
   """A `TrainableProduct` multiplies `x [M, K]` by a packed `w`, and differentiates in `x` and in `w.values`.
 
   The product, its gradients and the derivatives of all orders call three kernels, each with a table of implementations
-  (`kernels_pallas.trilinear`). Those of `forward` take `(x, w)` and return `[M, N]`. Those of `transposed` take
-  `(dy, w)` and return `dy` times the transpose of `w`, `[M, K]`. Those of `sampled` take `(x, dy, w)` and return
-  `x^T dy` at the stored positions, with the shape and dtype of `w.values`; they read the values of `w` not at all.
-  Results of the first two have the dtype of `x` and `dy`, to which `w` is cast before.
+  (`kernels_pallas.trilinear`). `forward(x, w)` returns `[M, N]` in x's dtype. `transposed(dy, w)` returns `dy` times
+  the transpose of `w`, `[M, K]`, in dy's dtype. For both, `w` has been cast to the dtype of the other operand.
+  `sampled(x, dy, w)` returns `x^T dy` at the stored positions, with the shape and dtype of `w.values`; it reads no
+  values.
 
   `prefer` takes the same arguments, and chooses where the platform has no kernel. If the implementation that the caller
   asks for has no entry in `transposed` or `sampled`, `prefer` chooses there too. `trained(values, w)` returns a

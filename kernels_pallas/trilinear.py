@@ -11,6 +11,7 @@ every derivative calls the same three kernels.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,14 +58,17 @@ def _run(*arrays: Array, form: Form, of: str, levels: tuple[tuple[bool, ...], ..
 
 
 def _abstract(*avals: Any, form: Form, of: str, levels: Any) -> Any:
-  """Returns the type of the result; it varies over every mesh axis that any operand varies over."""
   lead = avals[0].shape[:len(levels)]
   rows = avals[0].shape[-2:-1]  # The first operand is `x` or `y`, whatever the face.
   shape = {'x': (*rows, form.lengths[0]), 'y': (*rows, form.lengths[1]), 'v': form.shape}[of]
+  return result(avals, lead + shape, form.stored if of == 'v' else form.dtype)
+
+
+def result(avals: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype) -> Any:
+  """Returns the type of a result that varies over every mesh axis that any operand varies over."""
   widest = max(avals, key=lambda aval: len(aval.manual_axis_type.varying))
-  sharding = NamedSharding(widest.sharding.mesh, PartitionSpec(*[None] * len(lead + shape)))
-  return widest.update(shape=lead + shape, dtype=form.stored if of == 'v' else form.dtype, weak_type=False,
-                       sharding=sharding)
+  sharding = NamedSharding(widest.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+  return widest.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def _tangent(primals: Any, tangents: Any, *, form: Form, of: str, levels: Any) -> tuple[Array, Array]:

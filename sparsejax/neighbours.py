@@ -137,7 +137,7 @@ def exactly(move: Callable[..., Array], values: Array | tuple[Array, ...], place
   if not jnp.issubdtype(dtype, jnp.floating):
     return on_bits(values, places)
   moved = jax.custom_jvp(on_bits)
-  moved.defjvp(lambda primals, tangents: (on_bits(*primals), move(tangents[0], primals[1], *static)))
+  moved.defjvp(lambda primals, tangents: (moved(*primals), move(tangents[0], primals[1], *static)))
   return moved(values, places)
 
 

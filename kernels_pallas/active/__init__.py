@@ -2,7 +2,8 @@
 
 import functools
 import importlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch, products
 from kernels_pallas.active import reference
 from kernels_pallas.dispatch import Choice, Implementation
+from kernels_pallas.linear import Derivative, differentiable
 from sparsejax.types import Array
 
 _MOST_TOKENS = 16
@@ -31,7 +33,8 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   `block` must divide K. A block of `block` rows of `w` is active if any token has a nonzero in the block, and only
   active blocks are read. If more than `capacity` blocks (by default three quarters of all) are active, the dense
   product is computed instead, which is then faster. The result is differentiable in `w`, with a dense gradient, and in
-  the entries of `x` that lie in active blocks and are not skipped.
+  the entries of `x` that lie in active blocks and are not skipped. All orders and both modes of derivatives exist;
+  forward mode and second derivatives multiply dense.
 
   `implementation` is 'xla', 'dense' or 'mosaic_tpu' (not yet run on a TPU), and raises `ValueError` if it cannot run.
   `None` takes the kernel where the platform has one, and elsewhere the choice of `prefer`. There is no kernel for GPUs.
@@ -50,7 +53,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   shape = (*x.shape[:-1], w.shape[1])
   if 0 in kept.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
-  return _compiled(block, capacity, implementation, *dispatch.varying_alike(kept, w)).reshape(shape)
+  return _compiled(_Options(block, capacity, implementation), *dispatch.varying_alike(kept, w)).reshape(shape)
 
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Array | jax.ShapeDtypeStruct) -> str | None:
@@ -104,23 +107,53 @@ def _table(block: int, capacity: int) -> products.Table:
               lambda x, w: kernel().refusal(x, w, block))}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(block: int, capacity: int, implementation: str | None, x: Array, w: Array) -> Array:
-  return dispatch.run('active_matmul', (x, w), _table(block, capacity), implementation, prefer)
+class _Options(NamedTuple):
+  """An `_Options` holds the arguments that are known at trace time."""
+
+  block: int
+  capacity: int
+  implementation: str | None
+
+  def entries(self, x: Array, w: Array) -> Array | None:
+    """Returns which entries of `x`, `bool[K]`, have a derivative, or `None` if all have."""
+    if (self.implementation or prefer(x, w).implementation) == 'dense':
+      return None
+    active = jnp.any((x != 0).reshape(len(x), -1, self.block), (0, 2))
+    return jnp.repeat(active | (active.sum() > self.capacity), self.block)
 
 
-def _forward(block, capacity, implementation, x, w):
-  return _product(block, capacity, implementation, x, w), (x, w)
+def _tangent(options: _Options, args: Sequence[Array], tangents: Sequence[Array]) -> Array:
+  (x, w), (dx, dw), entries = args, tangents, options.entries(*args)
+  dx = dx if entries is None else jnp.where(entries, dx, jnp.zeros((), dx.dtype))
+  return reference.dense(dx, w.astype(x.dtype)) + reference.dense(x, dw.astype(x.dtype))
 
 
-def _backward(block, capacity, implementation, residuals, dy):
-  x, w = residuals
-  name = implementation or prefer(x, w).implementation
-  cast = w.astype(dy.dtype)
-  dx = (products.dot(dy, cast, 1, 1).astype(dy.dtype) if name == 'dense'
-        else reference.matmul_transposed(dy, x, cast, block, capacity))
-  return dx, products.dot(x, dy, 0, 0).astype(w.dtype)
+def _gradient(options: _Options, args: Sequence[Array], dy: Array) -> tuple[Array, Array]:
+  x, w = args
+  return _transposed(options, x, dy, w.astype(dy.dtype)), products.dot(x, dy, 0, 0).astype(w.dtype)
 
 
-_product.defvjp(_forward, _backward)
-_compiled = jax.jit(_product, static_argnums=(0, 1, 2))  # Calls outside of `jit` run as one program too.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _transposed(options: _Options, x: Array, dy: Array, w: Array) -> Array:
+  """Returns `dy` times the transpose of `w` at the entries of `x` that have a derivative; reads only these rows."""
+  if options.entries(x, w) is None:
+    return products.dot(dy, w, 1, 1).astype(dy.dtype)
+  return reference.matmul_transposed(dy, x, w, options.block, options.capacity)
+
+
+@_transposed.defjvp
+def _(options, primals, tangents):
+  entries = options.entries(primals[0], primals[2])
+
+  def plain(dy, w):
+    dx = products.dot(dy, w, 1, 1).astype(dy.dtype)
+    return dx if entries is None else jnp.where(entries, dx, jnp.zeros((), dx.dtype))
+
+  return _transposed(options, *primals), jax.jvp(plain, primals[1:], tangents[1:])[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)  # Calls outside of `jit` run as one program too.
+def _compiled(options: _Options, x: Array, w: Array) -> Array:
+  table = _table(options.block, options.capacity)
+  run = lambda x, w: dispatch.run('active_matmul', (x, w), table, options.implementation, prefer)
+  return differentiable(run, Derivative(_tangent, _gradient, options), 2)(x, w)

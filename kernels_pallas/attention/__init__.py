@@ -8,6 +8,7 @@
 import functools
 import importlib
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.attention import heads, reference
 from kernels_pallas.dispatch import Choice, Implementation
+from kernels_pallas.linear import Derivative, differentiable
 from sparsejax.types import Array
 
 
@@ -32,7 +34,8 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   `counts` may be traced, and are the same for all examples of a batch. If `causal`, query i sees only listed keys from
   0 to i. The result of a query that sees no key is zero.
 
-  The result is differentiable in q, k and v. Only the implementation 'dense' makes an array of Tq x Tk.
+  The result is differentiable in q, k and v, to every order and in both modes. Only the implementation 'dense' makes an
+  array of Tq x Tk. Derivatives in forward mode, and second derivatives, are computed by XLA.
   `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. `None`
   lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform and its
   reason instead of the result. Gradients are computed by 'dense' if `implementation` is 'dense', and by 'xla'
@@ -140,25 +143,27 @@ def _table(options: Options) -> dict[str, Implementation]:
           'mosaic_gpu': _kernel('gpu', options), 'mosaic_tpu': _kernel('tpu', options)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(options: Options, implementation: str | None, *args: Array) -> Array:
-  return dispatch.run('block_sparse_attention', args, _table(options), implementation, options.prefer)
+def _plain(options: Options, implementation: str | None) -> Callable[..., Array]:
+  """Returns the attention in plain JAX, which JAX can differentiate."""
+  return _table(options)['dense' if implementation == 'dense' else 'xla'].function
 
 
-def _forward(options, implementation, *args):
-  return _attention(options, implementation, *args), args
+def _tangent(options: tuple[Options, str | None], args: Sequence[Array], tangents: Sequence[Array]) -> Array:
+  plain, lists = _plain(*options), args[3:]
+  return jax.jvp(lambda *qkv: plain(*qkv, *lists), tuple(args[:3]), tuple(tangents))[1]
 
 
-def _backward(options, implementation, args, dy):
-  q, k, v, *lists = args
-  none = (None,) * len(lists)
+def _gradient(options: tuple[Options, str | None], args: Sequence[Array], dy: Array) -> Sequence[Array]:
+  (q, k, v, *lists), (known, implementation) = args, options
   if implementation == 'dense':
-    dense = heads.first(functools.partial(_dense, options))
-    return *jax.vjp(lambda *qkv: dense(*qkv, *lists), q, k, v)[1](dy), *none
+    plain = _plain(*options)
+    return jax.vjp(lambda *qkv: plain(*qkv, *lists), q, k, v)[1](dy)
   gradients = reference.gradients(*map(heads.heads_first, (dy, q, k, v)), *heads.lists(len(q), *lists),
-                                  **options.plain, length=options.keys)
-  return *(heads.heads_last(d, a.shape[2]) for d, a in zip(gradients, (q, k, v))), *none
+                                  **known.plain, length=known.keys)
+  return [heads.heads_last(d, a.shape[2]) for d, a in zip(gradients, (q, k, v))]
 
 
-_attention.defvjp(_forward, _backward)
-_compiled = jax.jit(_attention, static_argnums=(0, 1))  # Calls outside of `jit` run as one program too.
+@functools.partial(jax.jit, static_argnums=(0, 1))  # Calls outside of `jit` run as one program too.
+def _compiled(options: Options, implementation: str | None, *args: Array) -> Array:
+  run = lambda *args: dispatch.run('block_sparse_attention', args, _table(options), implementation, options.prefer)
+  return differentiable(run, Derivative(_tangent, _gradient, (options, implementation)), 3)(*args)

@@ -24,7 +24,8 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
 
   K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`; the
   gradient of the values is computed at the stored blocks only. Lengths that the blocks do not divide are padded with
-  zeros. NaN and infinity in `x` do not spread through blocks that are not stored.
+  zeros. Derivatives of every order and mode are those of the dense product, at the stored blocks. NaN and infinity in
+  `x` do not spread through blocks that are not stored, but in the implementation 'dense', as in a dense product.
 
   `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. `None`
   lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform and its

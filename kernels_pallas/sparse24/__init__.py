@@ -18,8 +18,9 @@ def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = 
                     explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times the 2:4 weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`, by XLA. The
-  gradient of `x` unpacks the weight. The gradient of the values reads the dense gradient by slabs of outputs.
+  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`, by XLA, to
+  every order and in both modes. The gradient of `x` unpacks the weight. The gradient of the values reads the dense
+  gradient by slabs of outputs. In 'xla', NaN and infinity in `x` spread through zeros, as in a dense product.
 
   `implementation` is 'xla', which unpacks inside of the program, or 'mosaic_gpu', and raises `ValueError` if it cannot
   run. `None` lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform

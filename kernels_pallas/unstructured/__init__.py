@@ -23,8 +23,9 @@ def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = N
                         explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times `w` with zeros anywhere: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`. The
-  gradient of the values has the shape of the values, but the dense gradient is computed on the way.
+  K is the length of the contracted axes of `w`, merged. The result is differentiable in `x` and `w.values`, to every
+  order and in both modes. The gradient of the values has the shape of the values, but the dense gradient is computed on
+  the way. NaN and infinity in `x` do not spread through zeros in 'xla'. In 'dense' they do, as in a dense product.
 
   `implementation` is 'xla' or 'dense', and raises `ValueError` if it cannot run. 'xla' is the sparse routine of XLA's
   CPU client, and on other platforms `jax.experimental.sparse`. 'dense' unpacks `w` inside of the program. There are no

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparsejax.programs import jaxprs
@@ -82,27 +83,42 @@ def _kept_remat(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
 def _kept_custom_jvp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
   """Takes values from the body as the caller runs it, and tangents from the function's own rule for arrays."""
   run = lambda captured, given: inside.run(jaxprs.body(eqn), [*captured, *given], 0)
-
-  def tangents(primals: Any, tangents: Any) -> Any:
-    captured, given = primals
-    return run(captured, given), jax.jvp(inside.for_derivatives(captured), (given,), tangents[1:])[1]
-
+  ruled = lambda captured, given, by: jax.jvp(inside.for_derivatives(captured), (given,), (by,))
+  again = _valued(run, lambda captured, given: ruled(captured, given, jax.tree.map(_no_tangent, given))[0])
   call = jax.custom_jvp(run)
-  call.defjvp(tangents)
+  call.defjvp(lambda primals, tangents: (again(*primals), ruled(*primals, tangents[1])[1]))
   return call(*jaxprs.captured(eqn, values))
 
 
 def _kept_custom_vjp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
   """Takes values from the body as the caller runs it, and gradients from the function's own rule for arrays."""
   run = lambda captured, given: inside.run(jaxprs.body(eqn), [*captured, *given], 0)
-
-  def gradients(saved: Any, dy: Any) -> Any:
-    captured, given = saved
-    return None, *jax.vjp(inside.for_derivatives(captured), given)[1](dy)
-
+  ruled = lambda captured, given: jax.vjp(inside.for_derivatives(captured), given)
+  again = _valued(run, lambda captured, given: ruled(captured, given)[0])
   call = jax.custom_vjp(run)
-  call.defvjp(lambda *values: (run(*values), values), gradients)
+  call.defvjp(lambda *values: (again(*values), values), lambda values, dy: (None, *ruled(*values)[1](dy)))
   return call(*jaxprs.captured(eqn, values))
+
+
+def _valued(run: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a function of captured and given values with the results of `run`, and the derivatives of `like`.
+
+  The value that a derivative rule returns has derivatives of its own, which second derivatives need.
+  """
+  call = jax.custom_jvp(run)
+
+  def tangents(primals: Any, tangents: Any) -> Any:
+    captured, given = primals
+    return call(captured, given), jax.jvp(lambda given: like(captured, given), (given,), tangents[1:])[1]
+
+  call.defjvp(tangents)
+  return call
+
+
+def _no_tangent(array: Array) -> Any:
+  """Returns a tangent of zeros, for arrays of all dtypes."""
+  floats = jnp.issubdtype(array.dtype, jnp.inexact)
+  return jnp.zeros_like(array) if floats else np.zeros(array.shape, jax.dtypes.float0)
 
 
 def _kept_cond(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from sparsejax import trees
 
@@ -43,13 +44,14 @@ def trace(apply: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
   """Returns the program of `apply(*args, **kwargs)`, without running it.
 
   Leaves with a shape and a dtype become inputs of the program; a `jax.ShapeDtypeStruct` suffices. All other leaves (a
-  flag, a string, a function) are passed to `apply` as they are. `is_leaf(node)` marks nodes such as packed arrays:
-  `apply` gets a dense array of the node's shape and dtype.
+  flag, a string, a function) and NumPy scalars are passed to `apply` as they are. `is_leaf(node)` marks nodes such as
+  packed arrays: `apply` gets a dense array of the node's shape and dtype.
   """
   both = (*args, kwargs or {})
   leaves, treedef = jax.tree.flatten(both, is_leaf=is_leaf)
   named = [(i, path) for i, part in enumerate(both) for path in trees.flatten(part, is_leaf=is_leaf)[0]]
-  inputs = [i for i, leaf in enumerate(leaves) if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')]
+  array = lambda leaf: hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') and not isinstance(leaf, np.generic)
+  inputs = [i for i, leaf in enumerate(leaves) if array(leaf)]
   kept: list[Any] = []
 
   def flat(*values: Any) -> list[Any]:

@@ -46,8 +46,8 @@ SPARSEJAX = (
     ('__init__', 'tracing'),  # the table of contents, and a former name
 )
 KERNELS = (
-    ('hopper', 'mosaic_tpu', 'dispatch'),
-    ('products',),
+    ('hopper', 'mosaic_tpu', 'dispatch', 'trilinear'),
+    ('products', 'linear'),
     ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
     ('held',),
     ('models',),

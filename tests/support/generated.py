@@ -1,13 +1,14 @@
-"""Generates random programs: nested, with constants captured at every level and weights used more than once.
+"""Draws random programs, which are nested, with constants captured at every level and weights used more than once.
 
-    apply, params, inputs = program(seed=3)
-    apply(params, *inputs)                          # `float32[4, 8]`, the same on every call
+    drawn = program(seed=3)
+    drawn.apply(drawn.params, *drawn.inputs)        # `float32[4, 8]`, the same on every call
 
 A program is drawn once, as a tree of blocks `block(params, h) -> h` over `h`, `float32[4, 8]`. Drawing is separate from
 running, so that every trace of `apply` is the same program.
 """
 
 import random
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class Drawer:
   """A `Drawer` draws blocks, and collects the parameters that the blocks use."""
 
   def __init__(self, seed):
-    self.random, self.params, self.operations = random.Random(seed), {}, 0
+    self.random, self.params, self.operations, self.half = random.Random(seed), {}, 0, False
 
   def array(self, *shape):
     values = np.random.default_rng(self.random.randrange(2**31)).standard_normal(shape)
@@ -36,14 +37,16 @@ class Drawer:
     self.params[name] = jnp.asarray(self.array(*shape))
     return name
 
-  def block(self, depth):
+  def block(self, depth, kinds=()):
     """Returns a block; at depth 0 a product or an elementwise operation, else any of the structures around blocks."""
     self.operations += 1
-    kinds = LEAVES if depth == 0 or self.random.random() < 0.25 else STRUCTURES
+    kinds = kinds or (LEAVES if depth == 0 or self.random.random() < 0.25 else STRUCTURES)
     return self.random.choice(kinds)(self, depth)
 
-  def sequence(self, depth, least=1):
-    blocks = [self.block(depth) for _ in range(self.random.randint(least, least + 2))]
+  def sequence(self, depth):
+    """Returns one to three blocks in a row, in half of the cases with a constant in front."""
+    blocks = [self.block(depth) for _ in range(self.random.randint(1, 3))]
+    blocks = [_constant(self, 0), *blocks] if self.random.random() < 0.5 else blocks
 
     def run(p, h):
       for block in blocks:
@@ -57,13 +60,15 @@ class Drawer:
 
 
 def _product(draw, depth):
-  name, kind = draw.weight(WIDTH, WIDTH), draw.random.randrange(9)
+  name, kind = draw.weight(WIDTH, WIDTH), draw.random.randrange(10)
+  draw.half |= kind == 5
   ways = [lambda w, h: h @ w, lambda w, h: h @ w.T, lambda w, h: (w @ h.T).T,
           lambda w, h: jnp.einsum('bi,io->bo', h, w), lambda w, h: h @ (w * 0.5),
           lambda w, h: (h.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32),
           lambda w, h: jnp.concatenate([h @ w[:, :4], h @ w[:, 4:]], 1),
           lambda w, h: (h @ w.reshape(WIDTH, 2, 4).transpose(0, 2, 1).reshape(WIDTH, WIDTH)),
-          lambda w, h: h @ jnp.where(h[:1, :1] > 0, w, -w)]
+          lambda w, h: h @ jnp.where(h[:1, :1] > 0, w, -w),
+          lambda w, h: h @ w.astype(jnp.bfloat16).astype(jnp.float32)]
   return lambda p, h: jnp.tanh(ways[kind](p[name], h))
 
 
@@ -73,11 +78,12 @@ def _wide(draw, depth):
 
 
 def _constant(draw, depth):
-  """An elementwise operation with an array from outside of the program."""
-  kind = draw.random.randrange(4)
+  """Returns an operation with a constant: an array of the device or of the host, a scalar, or a list of indices."""
+  kind = draw.random.randrange(6)
   table, mask = jnp.asarray(draw.array(ROWS, WIDTH)), np.tril(np.ones((ROWS, ROWS), np.float32))
   order = jnp.asarray(draw.random.sample(range(WIDTH), WIDTH))
-  ways = [lambda h: h + table, lambda h: jnp.asarray(mask) @ h, lambda h: h[:, order], lambda h: jnp.sin(h * table)]
+  ways = [lambda h: h + table, lambda h: jnp.asarray(mask) @ h, lambda h: h[:, order], lambda h: jnp.sin(h * table),
+          lambda h: h * np.float32(0.75) + table[0, 0], lambda h: h + 0.25]
   return lambda p, h: jnp.tanh(ways[kind](h))
 
 
@@ -108,13 +114,44 @@ def _switch(draw, depth):
   return lambda p, h: lax.switch(jnp.argmax(h[0, :3]), blocks, p, h)
 
 
-def _while(draw, depth):
-  inside, rounds = draw.sequence(depth - 1), draw.random.randint(1, 3)
+def _rounds(draw, depth):
+  inside, rounds = draw.sequence(depth - 1), draw.random.randint(0, 3)
   return lambda p, h: lax.fori_loop(0, rounds, lambda i, h: inside(p, h), h)
 
 
+def _while(draw, depth):
+  """Returns a loop whose number of rounds is no constant; JAX cannot differentiate such a loop in reverse."""
+  inside, most = draw.sequence(depth - 1), draw.random.randint(1, 3)
+
+  def run(p, h):
+    p, start = lax.stop_gradient((p, h))
+    proceed = lambda carry: (carry[0] < most) & (jnp.abs(carry[1]).sum() < 1e3)
+    return h + lax.while_loop(proceed, lambda carry: (carry[0] + 1, inside(p, carry[1])), (0, start))[1]
+
+  return run
+
+
+def _carried(draw, depth):
+  """Returns a scan that carries two weights along, and exchanges them."""
+  first, second, inside = draw.weight(WIDTH, WIDTH), draw.weight(WIDTH, WIDTH), draw.block(depth - 1)
+  step = lambda p: lambda carry, _: ((inside(p, jnp.tanh(carry[0] @ carry[1])), carry[2], carry[1]), None)
+  return lambda p, h: lax.scan(step(p), (h, p[first], p[second]), None, length=2)[0][0]
+
+
+def _chosen(draw, depth):
+  """Returns a product with a weight that a branch returns."""
+  first, second = draw.weight(WIDTH, WIDTH), draw.weight(WIDTH, WIDTH)
+  return lambda p, h: jnp.tanh(h @ lax.cond(h[0, 0] > 0, lambda: p[first], lambda: p[second].T))
+
+
+def _gradient(draw, depth):
+  """Returns a gradient inside of the program, whose own gradient is a second derivative."""
+  inside = draw.sequence(depth - 1)
+  return lambda p, h: h + jnp.tanh(jax.grad(lambda h: jnp.sum(inside(p, h) ** 2))(h))
+
+
 def _layers(draw, depth):
-  """A scan over a stack of weights, whose body also runs other blocks."""
+  """Returns a scan over a stack of weights, whose body also runs other blocks."""
   name, inside, reverse = draw.weight(STACK, WIDTH, WIDTH), draw.block(depth - 1), draw.random.random() < 0.5
   scanned = lambda p, h: lax.scan(
       lambda h, w: (inside(p, jnp.tanh(h @ w)), h.sum()), h, p[name], reverse=reverse)
@@ -127,7 +164,7 @@ def _shared(draw, depth):
 
 
 def _members(draw, depth):
-  """A `vmap` over a stack of weights, all of which read the same input or one of their own."""
+  """Returns a `vmap` over a stack of weights, all of which read the same input or one of their own."""
   name, own = draw.weight(STACK, WIDTH, WIDTH), draw.random.random() < 0.5
   inputs = lambda h: jnp.stack([h, -h, 2 * h]) if own else h
   return lambda p, h: jnp.tanh(jax.vmap(lambda w, h: h @ w, in_axes=(0, 0 if own else None))(p[name], inputs(h)).sum(0))
@@ -152,19 +189,30 @@ def _custom_vjp(draw, depth):
   return call
 
 
-STRUCTURES = [_jit, _remat, _cond, _switch, _while, _layers, _shared, _members, _rows, _custom_jvp, _custom_vjp]
+STRUCTURES = [_jit, _remat, _cond, _switch, _rounds, _while, _layers, _shared, _carried, _chosen, _members, _rows,
+              _custom_jvp, _custom_vjp, _gradient]
+
+
+class Drawn(NamedTuple):
+  """A `Drawn` holds a random program `apply(params, *inputs)`; `half` tells whether it multiplies 16-bit numbers."""
+
+  apply: Any
+  params: dict[str, jax.Array]
+  inputs: tuple[jax.Array, ...]
+  half: bool
 
 
 def program(seed, least=15):
-  """Returns a random program of at least `least` blocks: `apply`, its parameters, and its inputs."""
+  """Returns a random program of at least `least` blocks. Five seeds in a row have every structure at least once."""
   draw = Drawer(seed)
-  blocks = []
+  blocks = [draw.block(2, [kind]) for kind in STRUCTURES[seed % 5::5]]
   while draw.operations < least:
     blocks.append(draw.block(draw.random.randint(1, 3)))
+  draw.random.shuffle(blocks)
 
   def apply(p, h):
     for block in blocks:
       h = block(p, h)
     return h
 
-  return apply, draw.params, (jnp.asarray(draw.array(ROWS, WIDTH)),)
+  return Drawn(apply, draw.params, (jnp.asarray(draw.array(ROWS, WIDTH)),), draw.half)

@@ -1,6 +1,7 @@
 """Makes inputs and packed blocks for the tests of `kernels_pallas`, and compares products within their rounding."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,3 +93,9 @@ def equations(jaxpr):
 def largest(jaxpr):
   """Returns the number of entries of the largest array that a program makes."""
   return max((math.prod(v.aval.shape) for eqn in equations(jaxpr) for v in eqn.outvars), default=0)
+
+
+def largest_lowered(lowered):
+  """Returns the number of entries of the largest array in a lowered program."""
+  shapes = re.findall(r'tensor<((?:\d+x)*)', lowered.as_text())
+  return max(math.prod(int(n) for n in shape.split('x') if n) for shape in shapes)
