@@ -103,6 +103,7 @@ def test_slots_are_listed_as_documented_and_stacks_may_differ_in_their_counts():
 @pytest.mark.parametrize('change, why', [
     (lambda p: {'rows': p.rows.astype(jnp.int32)}, 'rows have the dtype uint16'),
     (lambda p: {'values': p.values[1:]}, 'are not those of 20 x 24'),
+    (lambda p: {'values': p.values[0], 'rows': p.rows[0]}, 'are not those of 20 x 24'),
     (lambda p: {'rows': p.rows + 1}, 'do not increase'), (lambda p: {'rows': p.rows[::-1]}, 'do not increase'),
     (lambda p: {'values': p.values + 1}, 'is not zero')])
 def test_broken_slots_are_found(change, why):
