@@ -82,9 +82,10 @@ class ELLArray(arrays.MatrixArray):
 
   def scattered(self, values, coordinates):
     k, n = self.contracted_size, math.prod(self.output_sizes)
-    columns = jnp.broadcast_to(jnp.arange(n), values.shape)
-    rows = jnp.zeros((k + 1, n), values.dtype).at[coordinates.astype(jnp.int32), columns]
-    return rows.set(values, mode='promise_in_bounds')[:k]
+    slots, columns = jnp.indices(values.shape, jnp.int32)
+    rows = coordinates.astype(jnp.int32)
+    rows = jnp.where(rows == k, k + slots, rows)  # Places behind the end are dropped, and no place is named twice.
+    return jnp.zeros((k, n), values.dtype).at[rows, columns].set(values, mode='drop', unique_indices=True)
 
   def problem(self) -> str | None:
     k, n, rows = self.contracted_size, math.prod(self.output_sizes), np.asarray(self.rows)
