@@ -88,8 +88,9 @@ class ELLArray(arrays.MatrixArray):
     return jnp.zeros((k, n), values.dtype).at[rows, columns].set(values, mode='drop', unique_indices=True)
 
   def problem(self) -> str | None:
-    k, n, rows = self.contracted_size, math.prod(self.output_sizes), np.asarray(self.rows) if self.values.ndim < 2 or
-    self.values.shape[-1] != n or rows.shape != self.values.shape or rows.dtype != _row_dtype(k):
+    k, n, rows = self.contracted_size, math.prod(self.output_sizes), np.asarray(self.rows)
+    fits = self.values.ndim >= 2 and self.values.shape[-1] == n and rows.shape == self.values.shape
+    if not fits or rows.dtype != _row_dtype(k):
       return (f'values {list(self.values.shape)} and rows {rows.dtype}{list(rows.shape)} are not those of {k} x {n}: '
               f'both have {n} columns, and rows have the dtype {np.dtype(_row_dtype(k))}.')
     rows = rows.astype(np.int64)
