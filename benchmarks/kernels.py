@@ -136,7 +136,7 @@ def convolution(rounds: int) -> Measurement:
 
 
 def run(rounds: int = 20) -> Iterator[Measurement]:
-  """Yields one claim for each bar, and writes the table at the end."""
+  """Yields one claim for each bar, and writes its rows of the table at the end."""
   rows = []
   for case in CASES:
     ratios = {}
@@ -152,7 +152,7 @@ def run(rounds: int = 20) -> Iterator[Measurement]:
       rows.append(results.table_row(*case[:6], implementation(case), ratios))
   yield convolution(rounds)
   TABLE.parent.mkdir(exist_ok=True)
-  results.write_table(TABLE, rows)
+  results.update_table(TABLE, rows)
 
 
 def implementation(case: Case) -> str:

@@ -79,17 +79,26 @@ def table_row(op: Callable[..., Any], m: int, k: int, n: int, block: tuple[int, 
               implementation: str, ratios: Mapping[str, float]) -> dict[str, Any]:
   """Returns a row of a table for `sparsejax advise`, as `sparsejax.advice.Measured` reads it.
 
-  `ratios` says how many times faster than dense the op is: 'forward', and 'train', which includes both gradients.
+  `ratios` says how many times faster than dense the op is: 'forward', and perhaps 'train', with both gradients.
   """
   here = timing.environment()
   return {'op': op.__name__, 'implementation': implementation, 'm': m, 'k': k, 'n': n, 'block': list(block),
-          'sparsity': sparsity, 'ratio_forward': round(ratios['forward'], 3), 'ratio_train': round(ratios['train'], 3),
+          'sparsity': sparsity, 'ratio_forward': round(ratios['forward'], 3),
+          'ratio_train': round(ratios['train'], 3) if 'train' in ratios else None,
           'hardware': here['device'], 'jax': here['jax'], 'commit': here['commit']}
 
 
 def write_table(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
   """Writes the rows of a table as JSON, one a line."""
   path.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
+
+
+def update_table(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+  """Writes `rows` into the table, in place of rows of the same products, and keeps all other rows."""
+  product = lambda row: json.dumps([row[name] for name in ('op', 'm', 'k', 'n', 'block', 'sparsity')])
+  new = {product(row) for row in rows}
+  kept = json.loads(path.read_text()) if path.exists() else []
+  write_table(path, [*(row for row in kept if product(row) not in new), *rows])
 
 
 def of_gpu(path: pathlib.Path) -> tuple[Section, list[str]]:

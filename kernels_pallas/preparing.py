@@ -49,11 +49,11 @@ def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain:
              folder: str | pathlib.Path = advice.TABLES) -> PyTree:
   """Returns `params` with each packed leaf in the form whose product with `tokens` rows runs fastest on `device`.
 
-  A form is a format that stores the zeros of the leaf, or a dense array, unpacked once, where no format is measured to
-  be faster. `tokens` is the number of rows that a weight multiplies in one call, at least 1. `device` names a table of
-  measurements in `folder`, as for `sparsejax.advise`; `None` means the default device of JAX. Speeds are interpolated
-  between measured shapes. Without a measurement near its shape and sparsity, a leaf becomes dense. Without a table of
-  the device, every leaf stays as it is. Leaves that are not packed stay as they are.
+  A form is a format that stores the zeros of the leaf, or a dense array. A leaf is unpacked, once, where no format is
+  measured to be faster. `tokens` is the number of rows that a weight multiplies in one call, at least 1. `device` names
+  a table of measurements in `folder`, as for `sparsejax.advise`; `None` means the default device of JAX. Speeds are
+  interpolated between measured shapes. Without a measurement near its shape, tokens and sparsity, a leaf becomes dense.
+  Without a table of the device, every leaf stays as it is. Leaves that are not packed stay as they are.
 
   With `explain=True` the function returns, instead of the tree, the `Preparation`: the form of each packed leaf, and
   why. Every form has the same values and the same products, up to the order of sums. A stored zero may be dropped, so
@@ -63,12 +63,13 @@ def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain:
     raise ValueError(f'prepared: tokens is the number of rows that a weight multiplies, at least 1, not {tokens}.')
   device = device or _default_device(folder)
   table = measured.read_table(device, folder)
+  near = measured.near_tokens(table, tokens) if table else None
   names, leaves, treedef = trees.flatten(params, is_leaf=formats.is_packed)
   once: dict[int, tuple[Any, PreparedLeaf]] = {}  # A leaf in several places is prepared once.
   found = []
   for name, leaf in zip(names, leaves):
     if formats.is_packed(leaf) and id(leaf) not in once:
-      once[id(leaf)] = _prepared(name, leaf, tokens, device, table)
+      once[id(leaf)] = _prepared(name, leaf, tokens, device, near)
     form, row = once.get(id(leaf), (leaf, None))
     found.append((form, row and row._replace(path=name)))
   if explain:
@@ -83,14 +84,14 @@ def _default_device(folder: str | pathlib.Path) -> str:
   return next((name for name in known if name in device.device_kind.lower()), device.platform)
 
 
-def _prepared(name: str, leaf: PackedArray, tokens: int, device: str, table: list[measured.Measured]
+def _prepared(name: str, leaf: PackedArray, tokens: int, device: str, table: list[measured.Measured] | None
               ) -> tuple[Any, PreparedLeaf]:
   """Returns the leaf in its fastest form, and why."""
   if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(leaf)):
     raise ValueError(f'prepared: {name!r} of shape {leaf.shape} is traced; prepare parameters outside of jit, vmap and '
                      'grad.')
   row = PreparedLeaf(name, leaf.shape, leaf.kind, leaf.kind, 1.0, '')
-  if not table:
+  if table is None:
     return leaf, row._replace(why=f'nothing was measured on {device}')
   best, slower = (None, row), []
   for form in _forms(leaf):
@@ -134,4 +135,6 @@ def _speed(form: PackedArray, leaf: PackedArray, tokens: int, table: list[measur
   axes = formats.axes_of(leaf) or _axes(leaf)
   sparsity = max(0.0, 1 - form.values.size / max(math.prod(form.shape), 1))
   group = leaf.pattern.group if leaf.pattern else (1, 1)
+  if not table:
+    return measured.Speed(note=f'not measured near {tokens} tokens')
   return measured.speed(table, (form.product,), group, matrix_sizes(form.shape, axes)[1:], tokens, sparsity)

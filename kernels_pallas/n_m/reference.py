@@ -3,9 +3,9 @@
 Where wide vectors share positions, features come first. For the outputs g of one vector,
 `y^T[g] = W[:, g]^T x^T[rows of g]` is one dot over the rows that the vector keeps.
 
-Where every output has positions of its own, the bits of a position select one of the M inputs of its group, as in a
-multiplexer. XLA's CPU client computes the selection, the product and the sum in one loop over the stored weights. The
-loop is fast only in two dimensions, `[values, outputs]`, so the tokens run one after another.
+Where every output has positions of its own, the bits of a position select one of the M inputs of the group. XLA's CPU
+client computes the selection, the product and the sum in one loop over the stored weights. The loop is fast only in two
+dimensions, `[values, outputs]`, so the tokens run one after another.
 """
 
 import functools

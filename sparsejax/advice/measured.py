@@ -101,17 +101,32 @@ def _measured(path: pathlib.Path, i: int, row: Any) -> Measured:
 # Interpolation.
 
 
+def near_tokens(table: Sequence[Measured], tokens: int) -> list[Measured]:
+  """Returns all measurements of each product that was measured with about `tokens` tokens.
+
+  A product is an op with a shape and a group. About as many means at most `FAR` times as many or as few, or both fewer
+  and more.
+  """
+  product = lambda row: (row.op, row.block, row.k, row.n)
+  lengths: dict[Any, set[int]] = {}
+  for row in table:
+    lengths.setdefault(product(row), set()).add(row.m)
+  near = lambda measured: min(measured) <= FAR * tokens and max(measured) * FAR >= tokens
+  return [row for row in table if near(lengths[product(row)])]
+
+
 def speed(table: Sequence[Measured], ops: Sequence[str], group: tuple[int, int], shape: tuple[int, int], tokens: int,
           sparsity: float) -> Speed:
   """Returns the speed to expect of a product of `tokens` rows with a packed weight of `shape`, `(k, n)`.
 
-  The speed is that of the fastest implementation of `ops`, at the nearest measured shape with the same `group`. Without
-  a measured shape within a factor of `FAR` along both axes, there is no speed. The interpolation is linear in the
-  sparsity and in the logarithm of the tokens.
+  The speed is that of the fastest implementation of `ops`, at the nearest measured shape with the same `group`. Shapes
+  that were measured with about as many tokens come first, see `near_tokens`. Without a measured shape within a factor
+  of `FAR` along both axes, there is no speed. The interpolation is linear in the sparsity and in the logarithm of the
+  tokens.
   """
   if not table:
     return Speed(note='not measured on that device')
-  of_ops = [row for row in table if row.op in ops]
+  of_ops = [row for row in near_tokens(table, tokens) if row.op in ops] or [row for row in table if row.op in ops]
   rows = [row for row in of_ops if row.block == group]
   if not rows:
     others = ', '.join(sorted({'{}x{}'.format(*row.block) for row in of_ops}))

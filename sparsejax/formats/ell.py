@@ -28,7 +28,7 @@ class ELLArray(arrays.MatrixArray):
   last slots have the row K and the value zero, and a gradient of zero. `rows` is `uint16` if K is below 2^16, and
   `int32` otherwise.
 
-  The format is for products with few tokens. It takes the more bytes, the more the columns differ.
+  The format is for products with few tokens. The more the columns differ, the more bytes the format takes.
   """
 
   kind = 'ell'
@@ -82,13 +82,15 @@ class ELLArray(arrays.MatrixArray):
 
   def scattered(self, values, coordinates):
     k, n = self.contracted_size, math.prod(self.output_sizes)
-    columns = jnp.broadcast_to(jnp.arange(n), values.shape)
-    rows = jnp.zeros((k + 1, n), values.dtype).at[coordinates.astype(jnp.int32), columns]
-    return rows.set(values, mode='promise_in_bounds')[:k]
+    slots, columns = jnp.indices(values.shape, jnp.int32)
+    rows = coordinates.astype(jnp.int32)
+    rows = jnp.where(rows == k, k + slots, rows)  # Places behind the end are dropped, and no place is named twice.
+    return jnp.zeros((k, n), values.dtype).at[rows, columns].set(values, mode='drop', unique_indices=True)
 
   def problem(self) -> str | None:
     k, n, rows = self.contracted_size, math.prod(self.output_sizes), np.asarray(self.rows)
-    if self.values.shape[-1] != n or rows.shape != self.values.shape or rows.dtype != _row_dtype(k):
+    fits = self.values.ndim >= 2 and self.values.shape[-1] == n and rows.shape == self.values.shape
+    if not fits or rows.dtype != _row_dtype(k):
       return (f'values {list(self.values.shape)} and rows {rows.dtype}{list(rows.shape)} are not those of {k} x {n}: '
               f'both have {n} columns, and rows have the dtype {np.dtype(_row_dtype(k))}.')
     rows = rows.astype(np.int64)

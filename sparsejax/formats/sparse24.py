@@ -145,7 +145,7 @@ def _nonzero(w: Array, axes: Axes) -> Array:
 
 
 def _packed(w: Array, axes: Axes, signed_zeros: bool) -> tuple[Array, Array]:
-  """Returns `values` and `metadata`, by programs of their own: one program would compute the positions twice."""
+  """Returns `values` and `metadata`. A single program would compute the positions twice, so each has its own."""
   positions = _positions(w, axes, signed_zeros)
   return _values(w, positions, axes, signed_zeros), _encoded(positions)
 

@@ -135,7 +135,7 @@ def test_second_derivatives_of_a_rule_of_ones_own_are_those_of_the_dense_program
   np.testing.assert_allclose(twice(packed(apply), small), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize('kind', [patterns.NM(2, 4), 'csc', patterns.Block((4, 4)), 'sparse24'])
+@pytest.mark.parametrize('kind', [patterns.NM(2, 4), 'csc', 'ell', patterns.Block((4, 4)), 'sparse24'])
 def test_vmap_over_bfloat16_weights_has_gradients(kind):
   """XLA's CPU client has no batched product of 16-bit numbers that is summed in float32."""
   stack = jnp.stack([kept([0, 1]), -kept([0, 1])]).astype(jnp.bfloat16)

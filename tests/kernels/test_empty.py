@@ -16,6 +16,7 @@ CASES = {
     '2:4x8': (kernels_pallas.nm_matmul, formats.NMArray, sj.NM(2, 4, width=8)),
     'blocks': (kernels_pallas.block_sparse_matmul, formats.BlockSparseArray, sj.Block((4, 4))),
     'csc': (kernels_pallas.unstructured_matmul, formats.CSCArray, sj.Unstructured()),
+    'ell': (kernels_pallas.ell_matmul, formats.ELLArray, sj.Unstructured()),
     'sparse24': (kernels_pallas.sparse24_matmul, formats.Sparse24Array, sj.NM(2, 4))}
 
 

@@ -36,8 +36,8 @@ def uneven_blocks():
   return np.where(np.repeat(np.repeat(kept, 4, 0), 8, 1), np.asarray(normal((12, 24))), 0), sj.Block((4, 8))
 
 
-# Each case has a format, and a function that returns the weight, whose zeros keep a pattern, and the pattern. One of
-# M is no power of two, one is beyond selection, and one has a number of values that no byte divides.
+# Each case has a format, and a function that returns the weight, whose zeros keep a pattern, and the pattern. Of the
+# numbers M, 5 is no power of two, and 64 is beyond selection. The case 3:5 has 9 values, which no byte divides.
 CASES = {
     '1:8': ('nm', lambda: n_m(1, 8, 24)), '2:4': ('nm', lambda: n_m(2, 4, 20)), '3:5': ('nm', lambda: n_m(3, 5, 15)),
     '1:1': ('nm', lambda: n_m(1, 1, 3)), '1:64': ('nm', lambda: n_m(1, 64, 128)),
@@ -64,6 +64,8 @@ def test_a_product_of_few_tokens_and_its_gradients_are_those_of_the_dense_weight
   stored = np.asarray(dataclasses.replace(w, values=jnp.ones_like(w.values)).to_dense(), bool)
   again = np.asarray(formats.with_values(w, dv).to_dense(), np.float64)
   close(again[stored], (wide[0].T @ wide[2])[stored], max(tokens, 1), dtype)
+  if kind == 'ell':
+    assert not dv[w.rows == len(dense)].any()  # slots without a weight
 
 
 @pytest.mark.parametrize('name', ['1:8', '1:64', 'anywhere', 'holes'])
@@ -103,6 +105,7 @@ def test_slots_are_listed_as_documented_and_stacks_may_differ_in_their_counts():
 @pytest.mark.parametrize('change, why', [
     (lambda p: {'rows': p.rows.astype(jnp.int32)}, 'rows have the dtype uint16'),
     (lambda p: {'values': p.values[1:]}, 'are not those of 20 x 24'),
+    (lambda p: {'values': p.values[0], 'rows': p.rows[0]}, 'are not those of 20 x 24'),
     (lambda p: {'rows': p.rows + 1}, 'do not increase'), (lambda p: {'rows': p.rows[::-1]}, 'do not increase'),
     (lambda p: {'values': p.values + 1}, 'is not zero')])
 def test_broken_slots_are_found(change, why):

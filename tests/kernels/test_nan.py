@@ -30,6 +30,10 @@ def named(op, way):
 # stored value connects with the input.
 CASES = {
     'N:M xla': (named(kernels_pallas.nm_matmul, 'xla'), formats.NMArray, patterns.NM(2, 4, 8), (16, 16), False),
+    'N:M xla, own positions': (named(kernels_pallas.nm_matmul, 'xla'), formats.NMArray, patterns.NM(2, 4), (16, 16),
+                               False),
+    'ell xla': (named(kernels_pallas.ell_matmul, 'xla'), formats.ELLArray, patterns.Unstructured(), (16, 16), False),
+    'ell dense': (named(kernels_pallas.ell_matmul, 'dense'), formats.ELLArray, patterns.Unstructured(), (16, 16), True),
     'N:M dense': (named(kernels_pallas.nm_matmul, 'dense'), formats.NMArray, patterns.NM(2, 4), (16, 16), True),
     'N:M tpu': (lambda x, w: n_m_tpu.matmul(x, w, interpret=True), formats.NMArray, patterns.NM(2, 4), (256, 128),
                 True),
