@@ -1,8 +1,8 @@
 """Computes the same of all sparse leaves by as few programs as possible: the masks that a selection chooses.
 
-    def chosen(kind, row):
+    def chosen(alike, row):
       mask, w, count, size = row
-      return kind.pattern(kind.ranked(jnp.abs(w), size), count, kind.leaf.axes)
+      return alike.pattern(alike.ranked(jnp.abs(w), size), count, alike.leaf.axes)
 
     masks = choices.each(chosen, leaves, patterns, rows, words=(scores.magnitude,))
 
@@ -23,8 +23,8 @@ from sparsejax.states import SparseLeaf
 from sparsejax.types import ELEMENTWISE, Array, Asked, Axes, Pattern, PyTree, says
 
 
-class Kind(NamedTuple):
-  """A `Kind` is what leaves of one program have in common: a leaf without its path, and its pattern.
+class Alike(NamedTuple):
+  """An `Alike` is what leaves of one program have in common: a leaf without its path, and its pattern.
 
   `padded`: the leaves are rows `[width]`, of which only the first entries are those of the leaf.
   """
@@ -35,46 +35,46 @@ class Kind(NamedTuple):
 
   def ranked(self, scores: Array, size: Array) -> Array:
     """Returns the scores by which entries are ranked: padding comes last, behind the `size` entries of the leaf."""
-    return rows.written(scores, size) if self.padded else scores
+    return rows.padding_last(scores, size) if self.padded else scores
 
 
-def each(function: Callable[[Kind, Any], PyTree], leaves: Sequence[SparseLeaf], own: Sequence[Pattern],
+def each(function: Callable[[Alike, Any], PyTree], leaves: Sequence[SparseLeaf], own: Sequence[Pattern],
          arguments: Sequence[tuple[Any, ...]], shared: tuple[Any, ...] = (), *, words: Sequence[Any] = (),
          loop: bool = True) -> list[PyTree]:
-  """Returns `function(kind, (*arguments[i], size, *shared))` of each leaf, in the shapes of the leaf.
+  """Returns `function(alike, (*arguments[i], size, *shared))` of each leaf, in the shapes of the leaf.
 
   `own`: the pattern of each leaf. `size`: the number of entries of the leaf. `words`: the words that `function` calls.
   `loop`: whether leaves that are ranked as a whole are computed one after the other, by one program.
   """
-  found = [Kind(dataclasses.replace(leaf, path='', asked=Asked()), pattern) for leaf, pattern in zip(leaves, own)]
+  found = [Alike(dataclasses.replace(leaf, path='', asked=Asked()), pattern) for leaf, pattern in zip(leaves, own)]
   sizes = [math.prod(leaf.shape) for leaf in leaves]
   widths = _widths(found, sizes, arguments) if loop and all(says(word, ELEMENTWISE) for word in words) else {}
   written = list(arguments)
   for i, width in widths.items():
     written[i] = rows.as_row(arguments[i], leaves[i].shape, width)
     row = dataclasses.replace(found[i].leaf, shape=(width,), axes=Axes((), (0,)))
-    found[i] = Kind(row, found[i].pattern, True)
+    found[i] = Alike(row, found[i].pattern, True)
   told = [(*row, np.int32(size)) for row, size in zip(written, sizes)]
-  results = kinds.each(function, found, told, shared, lambda kind: loop and _ranks(kind))
+  results = kinds.each(function, found, told, shared, lambda alike: loop and _ranks(alike))
   return [rows.from_rows(result, leaf.shape, widths[i]) if i in widths else result
           for i, (result, leaf) in enumerate(zip(results, leaves))]
 
 
-def _ranks(kind: Kind) -> bool:
+def _ranks(alike: Alike) -> bool:
   """Returns whether the pattern ranks a whole leaf by a loop, and not groups of a few neighbours."""
-  return not getattr(kind.pattern, 'fixed', False)
+  return not getattr(alike.pattern, 'fixed', False)
 
 
-def _widths(found: Sequence[Kind], sizes: Sequence[int], arguments: Sequence[Any]) -> dict[int, int]:
+def _widths(found: Sequence[Alike], sizes: Sequence[int], arguments: Sequence[Any]) -> dict[int, int]:
   """Returns the width of the row of each leaf that is written as one, by place.
 
   A row is a single matrix without structure, whose width is also that of a leaf of another shape. Leaves that cannot
   be stacked stay as they are, and so do large leaves, which have passes of their own.
   """
-  if not jax.config.jax_threefry_partitionable:  # the draws of a key then depend on how many there are
-    return {}
-  fit = [i for i, (kind, size) in enumerate(zip(found, sizes)) if isinstance(kind.pattern, patterns.Unstructured)
-         and not kind.leaf.axes.layer and 0 < size < ranking.LARGE and kinds.stackable(arguments[i])]
+  if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
+    return {}  # a draw then depends on how many draws there are
+  fit = [i for i, (alike, size) in enumerate(zip(found, sizes)) if isinstance(alike.pattern, patterns.Unstructured)
+         and not alike.leaf.axes.layer and 0 < size < ranking.LARGE and kinds.stackable(arguments[i])]
   widths = dict(zip(fit, rows.widths([sizes[i] for i in fit])))
   shapes: dict[int, set[Any]] = {}
   for i, width in widths.items():

@@ -46,6 +46,6 @@ def from_rows(tree: PyTree, shape: tuple[int, ...], width: int) -> PyTree:
   return jax.tree.map(leaf, tree)
 
 
-def written(scores: Array, size: Array) -> Array:
+def padding_last(scores: Array, size: Array) -> Array:
   """Returns the scores of a row of which `size` entries are written, with NaN, which ranks last, behind them."""
   return jnp.where(lax.iota(jnp.int32, scores.size) < size, scores, jnp.nan)

@@ -129,11 +129,11 @@ class _Leafwise:
     now = [at(pattern, step) for pattern in own]
     told = (self._competed if self.ranked else self._told)(leaves, now, rows, step, progress)
 
-    def chosen(kind: choices.Kind, row: Any) -> Array:
+    def chosen(alike: choices.Alike, row: Any) -> Array:
       mask, w, arrays, count, size, step = row
-      signals = Signals(*arrays, step, kind.leaf.axes)
-      best = counts.Selector(at(kind.pattern, step), count, kind.leaf.axes)
-      select = lambda scores, drop=None: best(kind.ranked(scores, size), drop)
+      signals = Signals(*arrays, step, alike.leaf.axes)
+      best = counts.Selector(at(alike.pattern, step), count, alike.leaf.axes)
+      select = lambda scores, drop=None: best(alike.ranked(scores, size), drop)
       return self.update(mask, self.score(w, signals), select, w, signals)
 
     rows = [(*row, count) for row, count in zip(rows, told)]
@@ -155,9 +155,9 @@ class _Leafwise:
     """Returns how many units each layer of each leaf keeps, where all leaves are ranked together."""
     score = self.allocation.score or self.score
 
-    def ranks(kind: choices.Kind, row: Any) -> Array:
+    def ranks(alike: choices.Alike, row: Any) -> Array:
       mask, w, arrays, _, step = row
-      signals = Signals(*arrays, step, kind.leaf.axes)
+      signals = Signals(*arrays, step, alike.leaf.axes)
       return updates.ranked_by(self.update, mask, score(w, signals), w, signals)
 
     return competed(self.allocation, leaves, now, choices.each(ranks, leaves, now, rows, (step,), loop=False), progress)
@@ -249,10 +249,10 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
   Each layer keeps at least `int(least * size) + 1` weights, the best of the layer. The sparsity comes out of training,
   so nothing is on record as asked.
   """
-  def chosen(kind, row):
+  def chosen(alike, row):
     w, arrays, fewest, size, step = row
-    values = score(w, Signals(*arrays, step, kind.leaf.axes))
-    return (values > threshold(step)) | kind.pattern(kind.ranked(values, size), fewest, kind.leaf.axes)
+    values = score(w, Signals(*arrays, step, alike.leaf.axes))
+    return (values > threshold(step)) | alike.pattern(alike.ranked(values, size), fewest, alike.leaf.axes)
 
   def select(leaves, weights, masks, signals):
     fewest = [np.int32(int(least * math.prod(leaf.layer_shape)) + 1) for leaf in leaves]
@@ -309,23 +309,23 @@ class _Numbers(NamedTuple):
   strength: Array
 
 
-def _survived(grow: Score, kind: choices.Kind, row: Any) -> tuple[Array, _Numbers]:
+def _survived(grow: Score, alike: choices.Alike, row: Any) -> tuple[Array, _Numbers]:
   """Returns the mask of the kept weights of a leaf without the smallest of each layer, and the numbers of its units."""
-  (leaf, pattern, _), (mask, w, arrays, size, step, drop) = kind, row
+  (leaf, pattern, _), (mask, w, arrays, size, step, drop) = alike, row
   signals = Signals(*arrays, step, leaf.axes)
   before = _units_in(pattern, mask, leaf)
   keep = counts.fewer(ranking.count(before), drop)
   alive = pattern(updates.kept_first(mask, scores.magnitude(w, signals)), keep, leaf.axes) & mask
-  all_ = kind.ranked(jnp.ones(mask.shape, jnp.float32), size) > 0
+  all_ = alike.ranked(jnp.ones(mask.shape, jnp.float32), size) > 0
   left, most = (_units_in(pattern, each, leaf) for each in (alive, all_))
   return alive, _Numbers(before, left, most, _mean_over(mask, grow(w, signals), leaf))
 
 
-def _regrown(grow: Score, kind: choices.Kind, row: Any) -> Array:
+def _regrown(grow: Score, alike: choices.Alike, row: Any) -> Array:
   """Returns the mask of the survivors and of the best others, `count` units in each layer."""
-  (leaf, pattern, _), (alive, count, w, arrays, size, step) = kind, row
+  (leaf, pattern, _), (alive, count, w, arrays, size, step) = alike, row
   values = updates.bounded(grow(w, Signals(*arrays, step, leaf.axes)))
-  return pattern(kind.ranked(jnp.where(alive, jnp.inf, values), size), ranking.count(count), leaf.axes)
+  return pattern(alike.ranked(jnp.where(alive, jnp.inf, values), size), ranking.count(count), leaf.axes)
 
 
 def _grown(numbers: Sequence[_Numbers]) -> list[Array]:

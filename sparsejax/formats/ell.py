@@ -8,6 +8,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,8 @@ class ELLArray(arrays.MatrixArray):
     values, rows = np.zeros(shape, w.dtype), np.full(shape, k, _row_dtype(k))
     values[layer, slot, column] = arrays.as_matrices(np.asarray(w), axes)[layer, row, column]
     rows[layer, slot, column] = row
-    return cls(*arrays.with_layers((values, rows), w.shape, axes), *arrays.places(w.shape, axes))
+    parts: list[Any] = [*arrays.with_layers((values, rows), w.shape, axes), *arrays.places(w.shape, axes)]
+    return cls(*parts)
 
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):

@@ -86,7 +86,12 @@ def _kept_custom_jvp(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
   ruled = lambda captured, given, by: jax.jvp(inside.for_derivatives(captured), (given,), (by,))
   again = _valued(run, lambda captured, given: ruled(captured, given, jax.tree.map(_no_tangent, given))[0])
   call = jax.custom_jvp(run)
-  call.defjvp(lambda primals, tangents: (again(*primals), ruled(*primals, tangents[1])[1]))
+
+  def tangents(primals: Any, tangents: Any) -> Any:
+    captured, given = primals
+    return again(captured, given), ruled(captured, given, tangents[1])[1]
+
+  call.defjvp(tangents)
   return call(*jaxprs.captured(eqn, values))
 
 

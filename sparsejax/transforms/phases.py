@@ -68,7 +68,8 @@ def resumed(call: Call) -> Point:
   """Returns the point at which the state stands."""
   state, pick = call.state, call.leaves.pick
   weights = pick(state.master) if call.method.flow.dense else call.held
-  return Point(weights, pick(state.masks), pick(state.stats), state.inner)
+  masks = [mask.astype(bool) for mask in pick(state.masks)]  # optax.contrib.sam blends old and new states as numbers
+  return Point(weights, masks, pick(state.stats), state.inner)
 
 
 def pulled_back(call: Call, point: Point) -> list[Array]:

@@ -99,8 +99,8 @@ def _transform(method: Method) -> Optimizer:
   return optax.GradientTransformationExtraArgs(functools.partial(_init, method), functools.partial(_update, method))
 
 
-def _update(method: Method, grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
-  call = phases.opened(method, grads, state, params, extra)
+def _update(method: Method, /, updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
+  call = phases.opened(method, updates, state, params, extra)
   point = phases.resumed(call)
   before, gradients = point.masks, phases.pulled_back(call, point)
   point, moves = phases.stepped(call, phases.observed(call, point), gradients)
@@ -108,11 +108,11 @@ def _update(method: Method, grads: PyTree, state: SparseState, params: PyTree | 
   point = phases.settled(call, point)
   point = phases.restarted(call, point, before)
   point = phases.frozen(call, point)
-  updates, new = phases.emitted(call, point, before, moves)
-  return refusals.marked(updates, call.leaves, state), new
+  moves, new = phases.emitted(call, point, before, moves)
+  return refusals.marked(moves, call.leaves, state), new
 
 
-def _init(method: Method, params: PyTree, **values: Any) -> SparseState:
+def _init(method: Method, /, params: PyTree, **values: Any) -> SparseState:
   if small.is_stand_in(params):
     return _stand_in(method, params)
   refusals.refuse_unfilled(method.placeholders, values)

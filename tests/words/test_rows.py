@@ -46,7 +46,7 @@ def test_an_elementwise_update_chooses_the_same_in_a_row(name, n):
   for w, own in both(name):
     before = rows.as_row(jnp.arange(30).reshape(SHAPE) % 4 == 1, SHAPE, WIDTH) if w.ndim == 1 else (
         jnp.arange(30).reshape(SHAPE) % 4 == 1)
-    kind = choices.Kind(None, patterns.Unstructured(), w.ndim == 1)
+    kind = choices.Alike(None, patterns.Unstructured(), w.ndim == 1)
     best = counts.Selector(kind.pattern, n, Axes((0,), (1,)) if w.ndim == 2 else Axes((), (0,)))
     select = lambda values, drop=None, best=best, kind=kind: best(kind.ranked(values, jnp.int32(30)), drop)
     masks.append(UPDATES[name](before, -jnp.abs(w), select, w, own))
