@@ -64,9 +64,13 @@ def run(op: str, args: tuple[Any, ...], table: Table, implementation: str | None
 def chosen(args: tuple[Any, ...], table: Table, prefer: Callable[..., Choice]) -> Choices:
   """Returns what `implementation=None` runs on each platform.
 
-  A platform runs its own kernel if the kernel can run `args`, and otherwise the choice of `prefer(*args)`.
+  A platform runs its own kernel if the kernel can run `args`, and otherwise the choice of `prefer(*args)`. A gradient
+  whose table lacks this choice runs the first implementation of its table.
   """
   choices = Choices(cpu=prefer(*args))
+  if choices['cpu'].implementation not in table:
+    first, choice = next(iter(table)), choices['cpu']
+    choices['cpu'] = Choice(first, f'{choice.reason}; this direction has no {choice.implementation}')
   for platform, kernel in PLATFORMS.items():
     why = table[kernel].refusal(*args) if kernel in table else 'this op has no kernel for it'
     choices[platform] = (Choice(kernel, 'its own kernel can run this') if why is None

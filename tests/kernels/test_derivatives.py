@@ -1,5 +1,6 @@
 """Tests that derivatives of products with packed weights, of every order and mode, are those of dense products."""
 
+import dataclasses
 import functools
 
 import jax
@@ -146,3 +147,14 @@ def test_vmap_over_bfloat16_weights_has_gradients(kind):
   by_value, by_input = jax.grad(loss, (0, 1))(formats.values(small), X.astype(jnp.bfloat16))
   np.testing.assert_array_equal(by_input, jnp.zeros_like(X))
   assert all(map(jnp.any, jax.tree.leaves(by_value)))
+
+
+def test_a_direction_without_the_preferred_implementation_runs_its_first():
+  """With many tokens, a CSC product of a weight that is half dense unpacks the weight, and its gradient cannot."""
+  w = CSCArray.from_dense(kept([0, 2]))
+  x = jnp.ones((600, 8)) * jnp.arange(8)
+  assert kernels_pallas.unstructured_matmul(x, w, explain=True)['cpu'].implementation == 'dense'
+  packed_loss = lambda v: jnp.sum(kernels_pallas.unstructured_matmul(x, dataclasses.replace(w, values=v)) ** 2)
+  dense_loss = lambda w: jnp.sum((x @ w) ** 2)
+  gradient = dataclasses.replace(w, values=jax.grad(packed_loss)(w.values)).to_dense()
+  same(gradient, jnp.where(w.to_dense() != 0, jax.grad(dense_loss)(w.to_dense()), 0))
