@@ -20,7 +20,8 @@ from benchmarks.timing import Measurement
 
 SHAPES = ((64, 64), (64, 128), (128, 64))
 LEAVES = (10, 50, 200, 800)
-DENSE_MASTER = ('ste', 'sr_ste', 'mdgf', 'asp')
+LEAST = 'a master under a fixed mask'  # by `least_master`: no recipe with a dense master can do less
+DENSE_MASTER = (LEAST, 'ste', 'sr_ste', 'mdgf', 'asp')
 OTHERS = ('st3', 'gradual_magnitude', 'gradual_magnitude, global', 'movement_pruning', 'set_', 'rigl', 'snfs',
           'lottery_jackpot', 'snip')
 BARS = {**dict.fromkeys(DENSE_MASTER, (1.5, 2.0)), **dict.fromkeys(OTHERS, (3.0, 4.0))}  # time and size over dense
@@ -63,11 +64,27 @@ def make(name: str) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer of a name of `BARS`, or AdamW alone for 'dense'."""
   if name == 'dense':
     return optax.with_extra_args_support(INNER)
+  if name == LEAST:
+    return least_master(INNER)
   recipe = sj.recipes.TABLE[name.split(',')[0]]
   common = {'total_steps': STEPS, 'key': jax.random.key(0)}
   known = {key: value for key, value in common.items() if key in sj.recipes.arguments(recipe)}
   random = name in ('set_', 'rigl', 'snfs')
   return recipe(INNER, **{key: known[key] for key in known if random or key != 'key'} | OPTIONS.get(name, {}))
+
+
+def least_master(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """Returns the least that a dense master can be: `inner` moves it, and the parameters follow under a fixed mask."""
+  def init(params):
+    return params, jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
+
+  def update(grads, state, params, **extra):
+    master, masks, own = state
+    moves, own = inner.update(grads, own, master)
+    master = optax.apply_updates(master, moves)
+    return jax.tree.map(lambda w, m, p: jnp.where(m, w, 0) - p, master, masks, params), (master, masks, own)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def matrices(leaves: int) -> dict[str, Any]:
