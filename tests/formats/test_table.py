@@ -185,7 +185,7 @@ def test_vectors_bind_their_output_axes():
 @pytest.mark.parametrize('pattern, kinds', [
     (sj.NM(2, 4), ['nm', 'sparse24']), (sj.NM(1, 4), ['nm', 'sparse24']), (sj.NM(3, 4), ['nm']),
     (sj.NM(2, 4, width=4), ['nm']), (sj.Block((4, 4)), ['block_sparse']), (sj.Channel(), []),
-    (sj.Unstructured(), ['csc', 'bitmask', 'relative_index'])])
+    (sj.Unstructured(), ['csc', 'bitmask', 'relative_index', 'ell'])])
 def test_the_formats_of_a_pattern_and_the_preferred_one(pattern, kinds):
   assert [each.kind for each in formats.fitting(pattern)] == kinds
 
