@@ -198,7 +198,7 @@ def test_unstructured_products_reach_the_sparse_routine_on_both_ways():
 # Choices of `None`, and their reasons.
 
 CHOICES = {
-    'element-wise N:M': ('2:4', 300, 'dense', '1 outputs share .* CPUs N:M is faster than dense only in vectors of 32'),
+    'element-wise N:M': ('2:4', 300, 'dense', '1 outputs share .* CPUs N:M is faster than dense in vectors of 32 and'),
     'narrow vectors': ('2:4x8', 300, 'dense', '8 outputs share'), 'vectors': ('2:4x32', 300, 'xla', '50% are zero'),
     'few zeros': ('7:8x32, not worth it', 300, 'dense', '12% are zero, and vectors pay from 40%'),
     'unstructured': ('csc 90 %', 300, 'xla', '[89].% are zero, 300 tokens: the sparse routine of XLA on CPUs$'),
