@@ -45,7 +45,7 @@ def _counted(w: Array, contracted: tuple[int, ...], groups: tuple[int, ...]) -> 
 def _summed(counts: Array, bound: int) -> Array:
   """Returns `counts`, which are at most `bound`, summed over all axes but the first."""
   for a in range(counts.ndim):
-    while counts.shape[a] % 2 == 0 and 0 not in counts.shape and 2 * bound < 256:
+    while counts.shape[a] % 2 == 0 and 0 not in counts.shape and 2 * bound < 256 and not _sharded(counts, a):
       counts, bound = _together(counts, 2, a), 2 * bound
   return jnp.sum(counts, axis=tuple(range(1, counts.ndim)), dtype=jnp.int32)
 
@@ -55,10 +55,15 @@ def _together(counts: Array, n: int, axis: int) -> Array:
   while n > 1:
     factor = next((d for d in range(2, min(n, _FACTORS) + 1) if n % d == 0), n)
     parts = neighbours.split(counts, factor, axis)
-    if factor > _FACTORS:
+    if factor > _FACTORS or _sharded(parts, axis + 1):
       counts = jnp.sum(parts, axis=axis + 1, dtype=counts.dtype)
     else:
       counts = sum(jax.lax.index_in_dim(parts, i, axis + 1, keepdims=False) for i in range(1, factor)
                    ) + jax.lax.index_in_dim(parts, 0, axis + 1, keepdims=False)
     n //= factor
   return counts
+
+
+def _sharded(x: Array, axis: int) -> bool:
+  """Returns whether `axis` lies across devices of an Explicit mesh, where neighbours may be on two devices."""
+  return tuple(jax.typeof(x).sharding.spec)[axis] is not None

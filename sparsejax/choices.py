@@ -43,8 +43,8 @@ def each(function: Callable[[Alike, Any], PyTree], leaves: Sequence[SparseLeaf],
          loop: bool = True) -> list[PyTree]:
   """Returns `function(alike, (*arguments[i], size, *shared))` of each leaf, in the shapes of the leaf.
 
-  `own`: the pattern of each leaf. `size`: the number of entries of the leaf. `words`: the words that `function` calls.
-  `loop`: whether leaves that are ranked as a whole are computed one after the other, by one program.
+  `own`: the pattern of each leaf. `size`: the number of entries of the leaf, if the leaf is padded. `words`: the words
+  that `function` calls. `loop`: whether leaves that are ranked as a whole are computed one after the other.
   """
   found = [Alike(dataclasses.replace(leaf, path='', asked=Asked()), pattern) for leaf, pattern in zip(leaves, own)]
   sizes = [math.prod(leaf.shape) for leaf in leaves]
@@ -54,7 +54,7 @@ def each(function: Callable[[Alike, Any], PyTree], leaves: Sequence[SparseLeaf],
     written[i] = rows.as_row(arguments[i], leaves[i].shape, width)
     row = dataclasses.replace(found[i].leaf, shape=(width,), axes=Axes((), (0,)))
     found[i] = Alike(row, found[i].pattern, True)
-  told = [(*row, np.int32(size)) for row, size in zip(written, sizes)]
+  told = [(*row, np.int32(size if alike.padded else 0)) for row, size, alike in zip(written, sizes, found)]
   results = kinds.each(function, found, told, shared, lambda alike: loop and _ranks(alike))
   return [rows.from_rows(result, leaf.shape, widths[i]) if i in widths else result
           for i, (result, leaf) in enumerate(zip(results, leaves))]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
@@ -255,7 +254,8 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
     return (values > threshold(step)) | alike.pattern(alike.ranked(values, size), fewest, alike.leaf.axes)
 
   def select(leaves, weights, masks, signals):
-    fewest = [np.int32(int(least * math.prod(leaf.layer_shape)) + 1) for leaf in leaves]
+    sizes = [math.prod(leaf.layer_shape) for leaf in leaves]
+    fewest = [ranking.counted(ranking.count(int(least * size) + 1), size) for size in sizes]
     rows, own = list(zip(weights, map(_arrays, signals), fewest)), [patterns.Unstructured()] * len(leaves)
     return choices.each(chosen, leaves, own, rows, (signals[0].step,), words=(score,)), None
 
