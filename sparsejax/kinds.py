@@ -39,7 +39,7 @@ def _key(fact: Any) -> Any:
   try:
     hash(fact)
   except TypeError:
-    return tuple(map(_key, fact)) if type(fact) is tuple else id(fact)
+    return tuple(map(_key, fact)) if isinstance(fact, tuple) else id(fact)
   return fact
 
 

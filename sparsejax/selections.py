@@ -19,19 +19,7 @@ from sparsejax import allocation as allocations
 from sparsejax import choices, counts, errors, patterns, ranking, scores, trees, updates
 from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
-from sparsejax.types import (
-  Allocation,
-  Array,
-  Asked,
-  Axes,
-  Bound,
-  Pattern,
-  Pooled,
-  Schedule,
-  Score,
-  Signals,
-  Update,
-)
+from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
 
 Leaves, Masks = Sequence[SparseLeaf], list[Array]
 

@@ -104,7 +104,7 @@ def _dense_sampled(x: Array, dy: Array, w: BlockSparseArray) -> Array:
 
 
 def _transposed(dy: Array, w: BlockSparseArray) -> Array:
-  """Returns `dy` times the transpose of `w`, the first of the `gradients`, which are computed without the second."""
+  """Returns `dy [M, N]` times the transpose of `w`, `[M, K]`. XLA drops the unread gradient of the values."""
   return reference.gradients(jnp.zeros((len(dy), w.grid[0] * w.block[0]), dy.dtype), dy, w)[0]
 
 

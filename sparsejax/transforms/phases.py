@@ -3,8 +3,8 @@
 `sparsify.update` calls the phases in the order in which they stand here. Each phase returns the `Point` after it.
 
     call = Call(method, leaves, state, held, grads, ...)
-    point = stepped(call, point, pulled_back(call, point))
-    point = chosen(call, point)
+    point, moves = advanced(call, point, pulled_back(call, point))
+    point = settled(call, point)
 """
 
 from collections.abc import Mapping
@@ -102,6 +102,18 @@ def _signals(call: Call, point: Point, step: Array) -> list[Signals]:
   return call.leaves.signals(step, point.stats, call.grads, call.state.key)
 
 
+def advanced(call: Call, point: Point, gradients: list[Array]) -> tuple[Point, PyTree]:
+  """Returns the point after the optimizer's step and the choice of the masks, and the optimizer's updates.
+
+  Masks are chosen by the weights after the step. With `pause`, a step that chooses masks moves nothing, so that the
+  choice comes first: XLA would otherwise compute the step once more, for weights that are thrown away.
+  """
+  if call.method.pause:
+    return stepped(call, chosen(call, point), gradients)
+  point, moves = stepped(call, point, gradients)
+  return chosen(call, point), moves
+
+
 def stepped(call: Call, point: Point, gradients: list[Array]) -> tuple[Point, PyTree]:
   """Returns the point after the step of the user's optimizer, and the optimizer's updates of all parameters.
 
@@ -121,8 +133,8 @@ def stepped(call: Call, point: Point, gradients: list[Array]) -> tuple[Point, Py
 def chosen(call: Call, point: Point) -> Point:
   """Returns the point with the masks of this step, where masks are due.
 
-  Masks are chosen by the weights after the step. A schedule that is never due takes no branch, and one that is always
-  due takes one on CPUs alone: XLA:CPU computes a mask once for each result that needs it, and a branch only once.
+  A schedule that is never due takes no branch, and one that is always due takes one on CPUs alone: XLA:CPU computes a
+  mask once for each result that needs it, and a branch only once.
   """
   method = call.method
   if method.never:

@@ -103,12 +103,7 @@ def _update(method: Method, /, updates: PyTree, state: SparseState, params: PyTr
   call = phases.opened(method, updates, state, params, extra)
   point = phases.resumed(call)
   before, gradients = point.masks, phases.pulled_back(call, point)
-  point = phases.observed(call, point)
-  if method.pause:  # masks are chosen by weights that stay, so that the optimizer's step is computed once
-    point = phases.chosen(call, point)
-  point, moves = phases.stepped(call, point, gradients)
-  if not method.pause:
-    point = phases.chosen(call, point)
+  point, moves = phases.advanced(call, phases.observed(call, point), gradients)
   point = phases.settled(call, point)
   point = phases.restarted(call, point, before)
   point = phases.frozen(call, point)

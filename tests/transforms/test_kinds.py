@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import sparsejax as sj
 from benchmarks import compile_time
-from sparsejax import allocation, kinds, recipes, rows
+from sparsejax import allocation, choices, kinds, recipes, rows
 from sparsejax.recipes import n_m
 from sparsejax.types import Axes
 
@@ -77,6 +77,8 @@ def test_rows_of_one_kind_have_equal_types_and_facts():
   assert kinds.of(rows, [0, 0, 1, 0, 0]) == [[0, 4], [1], [2], [3]]
   same = [np.ones(1)]  # does not hash, so that it equals itself only
   assert kinds.of(rows[:1] * 3, [(same,), ([np.ones(1)],), (same,)]) == [[0, 2], [1]]
+  alike = lambda: choices.Alike(None, same)  # a named tuple is compared field by field, too
+  assert kinds.of(rows[:1] * 2, [alike(), alike()]) == [[0, 1]]
 
 
 def test_a_stack_comes_back_row_by_row():
