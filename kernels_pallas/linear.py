@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
 from kernels_pallas import trilinear
 from sparsejax.types import Array
@@ -90,10 +89,4 @@ def _batched(arrays: Any, axes: Any, *, count: int, levels: Any, **options: Any)
   return tangent.bind(*wide, *first[count:], count=count, levels=(*levels, level), **options), 0
 
 
-tangent = core.Primitive('tangent_of_op')
-tangent.def_impl(_run)
-tangent.def_abstract_eval(_abstract)
-ad.primitive_jvps[tangent] = _tangent
-ad.primitive_transposes[tangent] = _transposed
-batching.primitive_batchers[tangent] = _batched
-mlir.register_lowering(tangent, mlir.lower_fun(_run, multiple_results=False))
+tangent = trilinear.primitive('tangent_of_op', _run, _abstract, _tangent, _transposed, _batched)

@@ -129,10 +129,16 @@ def _batched(arrays: Any, axes: Any, *, form: Form, of: str, levels: Any) -> tup
   return run(*pair, *map(first, arrays[2:], axes[2:]), levels=(*levels, mapped)), 0
 
 
-face = core.Primitive('packed_product')
-face.def_impl(_run)
-face.def_abstract_eval(_abstract)
-ad.primitive_jvps[face] = _tangent
-ad.primitive_transposes[face] = _transposed
-batching.primitive_batchers[face] = _batched
-mlir.register_lowering(face, mlir.lower_fun(_run, multiple_results=False))
+def primitive(name: str, run: Any, abstract: Any, tangent: Any, transposed: Any, batched: Any) -> core.Primitive:
+  """Returns a primitive of one result that `run` computes, with the rules for its type, its derivatives and `vmap`."""
+  made = core.Primitive(name)
+  made.def_impl(run)
+  made.def_abstract_eval(abstract)
+  ad.primitive_jvps[made] = tangent
+  ad.primitive_transposes[made] = transposed
+  batching.primitive_batchers[made] = batched
+  mlir.register_lowering(made, mlir.lower_fun(run, multiple_results=False))
+  return made
+
+
+face = primitive('packed_product', _run, _abstract, _tangent, _transposed, _batched)
