@@ -406,7 +406,7 @@ def test_a_glob_of_many_stars_takes_no_time(run, glob):
   io.save('long', {'a' * 150: {'a' * 90: sparse(8, 4)}})
   start = time.process_time()
   assert 'picks no parameter' in run('report', 'long', '--where', glob)[2]
-  assert time.process_time() - start < 1
+  assert time.process_time() - start < 5  # Exponential time would be hours.
 
 
 def test_a_terminated_command_leaves_no_part_of_a_file(tmp_path):
