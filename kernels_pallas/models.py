@@ -85,9 +85,10 @@ def packed(apply: Callable[..., Any], *, implementation: str | None = None, expl
 
   A product, or a 1x1 convolution, with a packed weight calls the format's op (`block_sparse_matmul`, ...) with this
   `implementation`. Weights stay packed in `jit`, `remat`, `cond`, `while`, and in a `scan` over a stack of weights.
-  Weights stay packed in functions with derivative rules of their own too, but the rules take dense weights. All other
-  operations unpack the weights. For `implementation=None`, a product that the op refuses unpacks the weight too.
-  Unpacking costs what the dense model costs.
+  Weights stay packed in a `shard_map` whose devices all have the whole weight. Weights stay packed in functions with
+  derivative rules of their own too, but the rules take dense weights. All other operations unpack the weights. For
+  `implementation=None`, a product that the op refuses unpacks the weight too. Unpacking costs what the dense model
+  costs.
 
   With `explain=True` the function returns, instead of the result, the `ProgramExplanation`: each weight, the op that it
   calls, or why it is unpacked. Nothing is computed. A packed leaf that `apply` returns unchanged is returned packed.
@@ -234,7 +235,7 @@ def _unstacked(value: Any) -> tuple[Any, Callable[[Any], Any]] | str:
 
 
 # Operations that map zeros to zeros are applied to the stored values alone.
-POINTWISE = {'convert_element_type', 'copy', 'name', 'reduce_precision', 'stop_gradient'}
+POINTWISE = {'convert_element_type', 'copy', 'name', 'pcast', 'pvary', 'reduce_precision', 'stop_gradient'}
 
 
 # `PRODUCTS` maps (equation, number of the held operand, the other operand) to `Contracted`, or to a `Refusal`.

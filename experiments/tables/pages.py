@@ -12,12 +12,10 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import rich.box
 import rich.console
 import rich.table
-import scipy.stats
 
 from experiments.loop import records
 
@@ -95,7 +93,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
   values = np.asarray(values, np.float64)
   if len(values) < 2:
     return float(values.mean()), float('nan')
-  half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+  from scipy import special  # The import takes a second, which no command waits for before it has its results.
+  half = special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
   return float(values.mean()), float(half)
 
 
@@ -113,6 +112,7 @@ def machine(environment: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def figure(path: pathlib.Path, rows: int, columns: int, **options: Any) -> Iterator[np.ndarray]:
   """Yields the axes of a figure, `[rows, columns]`, each with a grid, and then saves the figure at `path`."""
+  import matplotlib  # The import takes a second, which only pictures need.
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
   canvas, axes = plt.subplots(rows, columns, squeeze=False, layout='constrained', **options)

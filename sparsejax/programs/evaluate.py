@@ -222,7 +222,8 @@ def rules_at(function: str, program: Any, sites: Mapping[jaxprs.Address, Mapping
   around = {address[:n] for address in sites for n in range(1, len(address) + 1, 2)}
   rules = ValueRules(lambda eqn, values, here: rule(eqn, values, here) if here.address in sites else None,
                      concerns=lambda eqn, values, address: address in around, keeps=keeps)
-  reached = {address for address, _ in jaxprs.equations(program, entered=lambda eqn: _entered(eqn, rules))}
+  whole = lambda eqn: eqn.primitive.name == 'shard_map' or not _entered(eqn, rules)  # A shard is not the value.
+  reached = {address for address, _ in jaxprs.equations(program, entered=lambda eqn: not whole(eqn))}
   missed = [name for address, names in sites.items() if address not in reached for name in names]
   if missed:
     raise ValueError(f'{function}: the program uses {errors.some(missed)} inside of a shard_map, or of an operation '

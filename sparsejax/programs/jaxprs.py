@@ -94,6 +94,13 @@ def shards(eqn: Any) -> tuple[Any, int]:
   return eqn.params['jaxpr'], math.prod(mesh.shape[name] for name in manual)
 
 
+def shard_map_parts(eqn: Any) -> tuple[Any, dict[str, Any]]:
+  """Returns the program of a `shard_map`, and the arguments of `jax.shard_map` that reproduce the operation."""
+  options = {name: eqn.params[name] for name in ('mesh', 'in_specs', 'out_specs', 'check_vma')}
+  return eqn.params['jaxpr'], {**options, 'in_specs': tuple(options['in_specs']), 'out_specs': [*options['out_specs']],
+                               'axis_names': set(eqn.params['newly_manual_axes'])}
+
+
 def body(eqn: Any) -> Any | None:
   """Returns the program that an operation runs once on its operands as they are, or `None`.
 

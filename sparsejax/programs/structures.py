@@ -1,7 +1,8 @@
 """Runs the structures of programs in two ways: a structure is *kept* as what it is, or *walked* round by round.
 
-A structure is a loop, a `cond`, `remat`, or a function with a derivative rule of its own. `KEPT` stages the same
-structure again, around a body that the caller runs. `WALKED` runs one body after the other, on concrete values.
+A structure is a loop, a `cond`, `remat`, `shard_map`, or a function with a derivative rule of its own. `KEPT` stages
+the same structure again, around a body that the caller runs. `WALKED` runs one body after the other, on concrete
+values.
 
     outcome = WALKED['scan'](eqn, values)          # Enter(body, arguments of round 0, then, ...)
     outcome = outcome.then(results_of_round_0)     # Enter(body, arguments of round 1, then, ...)
@@ -157,10 +158,22 @@ def _kept_scan(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
   return [*carries, *results]
 
 
+def _kept_shard_map(eqn: Any, values: list[Any], inside: Inside) -> list[Any]:
+  """Hands each device what the caller made of a value, if all devices have the whole value, and a shard otherwise.
+
+  A stand-in that all devices have must be a pytree.
+  """
+  program, options = jaxprs.shard_map_parts(eqn)
+  sharded = [any(part is not None for part in spec) for spec in options['in_specs']]
+  given = [inside.dense(value, 'a mesh shards it') if cut else value for value, cut in zip(values, sharded)]
+  return jax.shard_map(lambda *values: inside.run(program, values, 0), **options)(*given)
+
+
 CHANGES = 'it changes from round to round'
 KEPT: dict[str, Callable[[Any, list[Any], Inside], list[Any]]] = {
   **dict.fromkeys(('checkpoint', 'remat', 'remat2'), _kept_remat), 'custom_jvp_call': _kept_custom_jvp,
-  'custom_vjp_call': _kept_custom_vjp, 'cond': _kept_cond, 'while': _kept_while, 'scan': _kept_scan}
+  'custom_vjp_call': _kept_custom_vjp, 'cond': _kept_cond, 'while': _kept_while, 'scan': _kept_scan,
+  'shard_map': _kept_shard_map}
 
 
 # Walked. The number of a branch, and the condition of a loop, must be concrete.

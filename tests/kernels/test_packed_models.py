@@ -326,6 +326,40 @@ def test_vmap_over_inputs_and_over_stacks_of_parameters():
   assert_close(jax.jit(jax.vmap(run, (None, 0)))(first, x[0]), dense[0])
 
 
+def test_an_equinox_module_with_packed_weights_is_jitted_and_differentiated_as_any_other():
+  """Checks `eqx.filter_jit` and `eqx.filter_grad`, which leave the indices of packed weights out by themselves."""
+  net, x = eqx.nn.MLP(8, 4, 8, 2, key=KEY), normal(3, 8)
+  apply, arrays, _ = of_equinox(net, x)
+  static, (dense, small) = eqx.filter(net, eqx.is_array, inverse=True), sparse(apply, arrays, x, sj.NM(2, 4))
+  whole = eqx.combine(dense, static), eqx.combine(small, static, is_leaf=formats.is_packed)
+  loss = lambda net: jnp.sum(jax.vmap(net)(x) ** 2)
+  assert_close(eqx.filter_jit(packed(loss))(whole[1]), loss(whole[0]))
+  slopes = eqx.combine(eqx.filter_grad(packed(loss))(whole[1]), whole[1]), eqx.filter_grad(loss)(whole[0])
+  for found, expected, w in zip(*(slope.layers for slope in slopes), dense.layers):
+    assert_close(found.weight.to_dense(), expected.weight * (w.weight != 0))
+    assert_close(found.bias, expected.bias)
+
+
+def test_shard_map_inside_and_outside():
+  """Checks a sharded program that runs on packed weights, and a program on packed weights that is sharded."""
+  mesh, place = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+  weights, x = {'a': a_weight(8, 8, seed=1), 'b': a_weight(8, 12, seed=2)}, normal(16, 8)
+  apply = lambda weights, x: jnp.tanh(x @ weights['a']) @ weights['b']
+  over = lambda run: jax.shard_map(run, mesh=mesh, in_specs=(place(), place('data')), out_specs=place('data'))
+  expected = apply(formats.unpack(weights), x)
+  for run in (packed(over(apply)), over(packed(apply))):
+    assert_close(jax.jit(run)(weights, x), expected)
+  assert ops(packed(over(apply), explain=True)(weights, x)) == {'block_sparse_matmul'}
+  loss = lambda run, values: jnp.sum(run(formats.with_values(weights, values), x) ** 2)
+  slopes = [jax.jit(jax.grad(loss, 1), static_argnums=0)(run, formats.values(weights))
+            for run in (packed(over(apply)), packed(apply))]
+  jax.tree.map(assert_close, *slopes)
+  split = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(place(None, 'data'), place()),
+                        out_specs=place(None, 'data'))
+  row, = packed(split, explain=True)(weights['a'], x)
+  assert (row.op, row.why) == ('unpacked', 'a mesh shards it')
+
+
 def test_other_arguments_are_handed_on_and_packed_leaves_come_back():
   """Checks options, functions, keyword arguments, tracers from outside, and a packed leaf that is returned as it is."""
   w, x = a_weight(8, 8), normal(3, 8)
