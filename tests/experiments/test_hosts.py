@@ -78,8 +78,9 @@ def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_
     np.testing.assert_allclose(outcome['test'][key], value, rtol=1e-5)
 
 
-def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed):
-  for victim, moment in ((1, trained_on), (0, writing)):
+def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed, pytestconfig):
+  kills = ((1, trained_on), (0, writing)) if pytestconfig.getoption('--cells') == 'all' else ((0, writing),)
+  for victim, moment in kills:
     with started(folder, 'killed', 2) as both:
       # The file still has the lines after the last checkpoint of the killed run, until training resumes.
       jobs.until(functools.partial(moment, folder, lines(folder, 'killed') + 3), *both)
@@ -100,12 +101,12 @@ def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undistu
   assert bits(folder, 'killed') == bits(folder, 'alone')
 
 
-def test_four_processes(folder):
-  """Checks that four processes train, and that a single process resumes their checkpoint."""
-  with started(folder, 'four', 4, '--set', 'steps=4') as four:
-    assert [job.wait()[::2] for job in four] == [(0, '')] * 4
+def test_a_single_process_resumes_what_several_trained(folder, pytestconfig):
+  count = 4 if pytestconfig.getoption('--cells') == 'all' else 2
+  with started(folder, 'many', count, '--set', 'steps=4') as many:
+    assert [job.wait()[::2] for job in many] == [(0, '')] * count
   more = ('--set', 'steps=6', '--set', 'resume_changed=True')
-  with jobs.together(jobs.Job(folder / 'one', *four[0].arguments[:-2], *more, cache=folder / 'cache')) as (one,):
+  with jobs.together(jobs.Job(folder / 'one', *many[0].arguments[:-2], *more, cache=folder / 'cache')) as (one,):
     code, out, err = one.wait()
   assert (code, err) == (0, '') and 'resumed at step 4' in out
 
