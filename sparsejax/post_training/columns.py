@@ -8,7 +8,6 @@ All arrays here are one matrix, with inputs first: weights are `[K, R]`, K input
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,7 +21,8 @@ class Sweep(NamedTuple):
 
   `block`: how many columns are compensated before the columns behind them are. `group`: how many columns are chosen
   together, from their compensated weights: all of the block, or the m of N:M. `choose(scores, start)` returns the mask
-  for the scores `[columns, R]` of the columns from `start` on. `rounded(w)` returns kept weights `[..., R]` as they are stored.
+  for the scores `[columns, R]` of the columns from `start` on. `rounded(w)` returns kept weights `[R]` as they are
+  stored.
   """
 
   block: int

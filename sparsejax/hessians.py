@@ -1,15 +1,14 @@
-"""Factorises the Hessian of a layer, raises its damping where that is needed, and takes care of dead inputs.
+"""Factorises the Hessian of a layer's output error, raises its damping where needed, and takes care of dead inputs.
 
-The Hessian of a layer's output error is the Gram matrix `X^T X` of its inputs, `[K, K]`. A common factor of the Hessian
-changes no mask and no weight, so the functions scale it to a mean diagonal of 1 over all live inputs.
+The Hessian is the Gram matrix `X^T X` of the inputs of the layer, `[K, K]`. A common factor of the Hessian changes no
+mask and no weight, so that all functions scale the mean of its diagonal, over all live inputs, to 1.
 
     factor = inverse_factor(gram, damping=0.01)
-    factor.upper.T @ factor.upper                                      # the inverse of the damped Hessian
+    factor.upper.T @ factor.upper                 # the inverse of the damped Hessian
 """
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -32,7 +31,7 @@ class InverseFactor(NamedTuple):
   dead: Array
 
 
-def hessian(gram: Array, damping: Any) -> Array:
+def damped(gram: Array, damping: Any) -> Array:
   """Returns the damped Hessian `[K, K]`: the scaled Gram matrix plus `damping` on the diagonal, and 1 at dead inputs.
 
   The mean diagonal, of which `damping` is a fraction, is that of the live inputs. The authors' code of SparseGPT also
@@ -55,7 +54,7 @@ def inverse_factor(gram: Array, damping: Any) -> InverseFactor:
   def lower(damping: Array) -> Array:
     # With both axes flipped, the factor of H becomes the inverse of an upper factor of H^-1: one factorisation and one
     # triangular inverse, where the usual way inverts H and factorises it again.
-    return lax.linalg.cholesky(hessian(gram, damping)[::-1, ::-1], symmetrize_input=False)
+    return lax.linalg.cholesky(damped(gram, damping)[::-1, ::-1], symmetrize_input=False)
 
   def unsettled(state: Any) -> Array:
     damping, raised, factor = state
@@ -72,3 +71,9 @@ def inverse_factor(gram: Array, damping: Any) -> InverseFactor:
   upper = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)[::-1, ::-1]
   found = jnp.all(jnp.isfinite(jnp.diagonal(factor)))
   return InverseFactor(upper, jnp.where(found, used, jnp.nan), raised, jnp.diagonal(gram) == 0)
+
+
+def inverse_diagonal(gram: Array, damping: Any) -> Array:
+  """Returns the diagonal of the inverse Hessian, `[..., K]`, of Gram matrices `[..., K, K]`."""
+  one = lambda gram: jnp.sum(jnp.square(inverse_factor(gram, damping).upper), 0)
+  return lax.map(one, gram.reshape(-1, *gram.shape[-2:])).reshape(gram.shape[:-1])
