@@ -120,12 +120,13 @@ def roundings(w: Array, mask: Array, hessian: Array, grid: tuple[Array, Array], 
 
     def settle(_, state):
       weights, inverse, left = state
-      errors = jnp.where(left, weights - rounded(weights, grid), 0)
+      closest = rounded(weights, grid)
+      errors = jnp.where(left, weights - closest, 0)
       losses = jnp.where(left, jnp.square(errors) / _positive(jnp.diagonal(inverse)), jnp.inf)
       outside = jnp.any(jnp.abs(errors) > grid[0] / 2 * (1 + 1e-5))
       j = jnp.where(outside, jnp.argmax(jnp.abs(errors)), jnp.argmin(losses))
       across = jnp.where(left[j], inverse[j] / _positive(inverse[j, j]), 0)
-      moved = (weights - errors[j] * across).at[j].set(weights[j] - errors[j])
+      moved = (weights - errors[j] * across).at[j].set(jnp.where(left[j], closest[j], weights[j]))
       return jnp.where(own, moved, 0), inverse - jnp.outer(inverse[j], across), left.at[j].set(False)
 
     return lax.fori_loop(0, len(weights), settle, (weights, inverse, own))[0]

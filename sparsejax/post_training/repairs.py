@@ -19,6 +19,8 @@ from sparsejax import counts, hessians, scores
 from sparsejax.arguments import checked
 from sparsejax.post_training import one_by_one, parts
 from sparsejax.post_training.columns import Sweep, swept
+from sparsejax.post_training.exchanges import Inputs, exchanged
+from sparsejax.post_training.net_trim import trimmed
 from sparsejax.post_training.recipe import STACKED, Chooser, Repair, Stack
 from sparsejax.types import Array, Bound, Signals
 
@@ -193,6 +195,72 @@ def _rounded(stack: Stack, gram: Array, damping: Any, quantize: Grid, rows: int)
     return one_by_one.roundings(w, mask, hessian, quantize.fitted(w), quantize.rounded, rows=rows), mask
 
   return _each(one, stack, gram, damping, (stack.w, stack.mask))
+
+
+@checked
+def swaps(cycles: int = 50, threshold: float = 4.9e-5, guard: bool = True, power: float = 1.0) -> Repair:
+  """Returns the repair that exchanges kept and pruned weights of an output: DSnoT (Zhang et al. 2023, 2310.08915).
+
+  Each of up to `cycles` exchanges reduces the error of the mean output, until it is at most `threshold`. Kept weights
+  have their dense values, and every output keeps its count. The statistic is `calibration.moments`. `guard`: an output
+  stops before its error changes sign. Without it, as published, the squared error often rises. `power` is that of the
+  variance, by which an input's term is divided.
+
+  Deviations from the authors' code: means are those of a token, and so is `threshold` (0.1 for a sequence of 2048). An
+  output is done where the code would take a weight of the wrong sign, a kept weight twice, or an index out of bounds.
+  """
+  return Bound(_swaps, (cycles, threshold, guard, power))
+
+
+def _swaps(stack: Stack, choose: Chooser, statistic: Any, cycles: int, threshold: float, guard: bool,
+           power: float) -> Stack:
+  if getattr(statistic, 'within', None) is None:
+    raise ValueError('repairs.swaps: needs the means and variances of the inputs; give the recipe '
+                     '`statistic=calibration.moments`.')
+  group = choose.group if getattr(choose.pattern, 'fixed', False) else None
+  if counts.units(choose.pattern, (1, choose.pattern.group[1], 2 * choose.group), STACKED)[1] != 1:
+    raise ValueError(f'repairs.swaps: {choose.pattern} prunes several weights together, and swaps exchanges single '
+                     'ones. Use Unstructured or N:M.')
+  return stack.kept(_exchanged(stack, statistic, threshold, power, cycles, guard, group))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _exchanged(stack: Stack, statistic: Any, threshold: Any, power: Any, cycles: int, guard: bool,
+               group: int | None) -> Array:
+  rows = jnp.maximum(statistic.rows, 1).astype(jnp.float32)[:, None]
+  inputs = Inputs(*(jnp.broadcast_to(x / rows, stack.dense.shape[::2]) for x in (statistic.total, statistic.within)))
+  values = scores.wanda(stack.dense, Signals(stats=statistic, axes=STACKED))
+  one = lambda row: exchanged(*row, cycles=cycles, threshold=threshold, guard=guard, power=power, group=group)
+  return lax.map(one, (stack.dense, stack.mask, values, inputs))
+
+
+@checked
+def convex(epsilon: float = 0.1, rho: float = 10.0, iterations: int = 2000) -> Repair:
+  """Returns the repair that minimises the sum of absolute weights: Net-Trim (Aghasi et al. 2017, 1611.05162), linear.
+
+  The outputs on the calibration rows change by at most `epsilon`, a fraction of their norm. `rho` and `iterations` are
+  those of ADMM. The mask is then chosen by the magnitudes of the solution, which keep their values. Deviation: the
+  solution has no exact count, so that what is pruned beyond its zeros adds to the error. `net_trim.trimmed` solves the
+  program of layers that a ReLU follows, which needs all rows.
+  """
+  return Bound(_convex, (epsilon, rho, iterations))
+
+
+def _convex(stack: Stack, choose: Chooser, statistic: Any, epsilon: float, rho: float, iterations: int) -> Stack:
+  solved = _trimmed(stack, _gram('convex', statistic), epsilon, rho, iterations)
+  mask = choose(jnp.abs(solved.w), stack.mask)
+  return solved._replace(w=jnp.where(mask & (solved.w != 0), solved.w, 0), mask=mask)
+
+
+@functools.partial(jax.jit, static_argnums=(4,))
+def _trimmed(stack: Stack, gram: Array, epsilon: Any, rho: Any, iterations: int) -> Stack:
+  def one(factor: hessians.InverseFactor, gram: Array, row: Any) -> tuple[Array, Array]:
+    dense, mask = row
+    root = lax.linalg.cholesky(hessians.damped(gram, factor.damping), symmetrize_input=False)
+    most = epsilon * jnp.linalg.norm(jnp.matmul(dense, root, precision=lax.Precision.HIGHEST))
+    return trimmed(dense.T, root, most, rho=rho, iterations=iterations).T, mask
+
+  return _each(one, stack, gram, hessians.LEAST, (stack.dense, stack.mask))
 
 
 def _each(function: Callable[..., tuple[Array, Array]], stack: Stack, gram: Array, damping: Any, rows: Any) -> Stack:
