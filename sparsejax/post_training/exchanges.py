@@ -5,7 +5,7 @@ All arrays here are one matrix, `[R, K]`, R outputs by K inputs. No weight chang
     mask = exchanged(w, mask, values, Inputs(mean, variance), cycles=50)
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax

@@ -16,12 +16,12 @@ HIGHEST = lax.Precision.HIGHEST
 
 def trimmed(w: Array, x: Array, epsilon: Any, *, inactive: Array | None = None, rho: float = 10.0,
             iterations: int = 10_000) -> Array:
-  """Returns the solution `[K, R]` of Net-Trim's convex program (Aghasi et al. 2017, equation 5), by ADMM.
+  """Returns the solution `[K, R]` of Net-Trim's convex program (Aghasi et al. 2017, 1611.05162), by ADMM.
 
   Minimises the sum of `|v|` under `|v^T x - w^T x|_F <= epsilon`. `inactive`: the entries `[R, T]` of the output that a
-  ReLU sets to zero; there, `v^T x <= 0` is asked instead, and `w^T x` counts as zero. A square root of `x x^T` gives the
-  same solution as `x` if nothing is inactive. The iteration ends when the weights move by less than 5e-9 an entry, as
-  the authors' code does, or after `iterations`.
+  ReLU sets to zero; there, `v^T x <= 0` is asked instead, and the norm leaves them out. A square root of `x x^T` gives
+  the same solution as `x` if nothing is inactive. The iteration ends when the weights move by less than 5e-9 an entry,
+  as the authors' code does, or after `iterations`.
   """
   gram = jnp.matmul(x, x.T, precision=HIGHEST)
   scale = 0.3 * jnp.sqrt(jnp.max(gram))  # the authors' code, for the conditioning of the linear system

@@ -56,7 +56,7 @@ def columns(block: int = 128, damping: float = 0.01, quantize: Grid | None = Non
   `quantize` rounds the kept weights in the same sweep, as GPTQ does (Frantar et al. 2022), so that zeros stay zero.
 
   Deviations from the authors' code: the counts of all blocks add up to that of the matrix, where the code prunes one
-  weight more in each block. The code also counts dead inputs in the mean diagonal, and gives zeros of before new values.
+  weight more in each block. Weights that were pruned before stay pruned, and dead inputs are not in the mean.
   """
   return Bound(_columns, (block, damping, quantize))
 
@@ -98,11 +98,12 @@ def _sweep(among: Array, told: Any, choose: Chooser | None, block: int) -> Sweep
 
 @checked
 def greedy(damping: float = 0.01, rows: int = 32) -> Repair:
-  """Returns the repair that prunes one unit at a time, the one that costs least: OBC (Frantar et al. 2022, algorithm 1).
+  """Returns the repair that prunes one unit at a time, the one that costs least: OBC, algorithm 1.
 
-  Optimal Brain Compression, 2208.11580: exact at each step and given its mask, but not the best mask. All outputs share
-  the count by the losses of their own steps, or each keeps its own with `balanced` patterns and N:M. `rows`: how many
-  outputs are computed at a time, each with an inverse Hessian of its own. Units have to lie in one output.
+  Frantar et al. 2022, Optimal Brain Compression, 2208.11580. Exact at each step and given its mask, but not the best
+  mask. All outputs share the count by the losses of their own steps; with `balanced` patterns and N:M each output keeps
+  its own count. `rows`: how many outputs are computed at a time, each with an inverse Hessian of its own. A unit of the
+  pattern has to lie in one output.
 
   Deviations from the authors' code: the weights are those of one least-squares solution a row, which are the same. A
   Hessian without a factor is damped in steps, relative to its diagonal, where the code adds 1. A mask that is chosen

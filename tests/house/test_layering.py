@@ -31,7 +31,7 @@ SPARSEJAX = (
     ('counts', 'hessians'),
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
-     'solvers', 'collectives', 'calibration'),
+     'solvers', 'collectives', 'calibration', 'losses', 'sensitivities'),
     ('plans',),
     ('states',),
     ('formats',),
