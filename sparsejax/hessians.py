@@ -39,9 +39,9 @@ def damped(gram: Array, damping: Any) -> Array:
   """
   diagonal = jnp.diagonal(gram)
   live = diagonal != 0  # NaN is live, and the factor is then NaN
-  mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(live), 1)
-  scaled = gram / jnp.where(mean == 0, 1, mean).astype(gram.dtype)
-  return scaled + jnp.diag(jnp.where(live, damping, 1).astype(gram.dtype))
+  mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(live, dtype=gram.dtype), 1)
+  added = jnp.where(live, jnp.asarray(damping, gram.dtype), 1)
+  return gram / jnp.where(mean == 0, 1, mean) + jnp.diag(added)
 
 
 def inverse_factor(gram: Array, damping: Any) -> InverseFactor:

@@ -45,8 +45,8 @@ def exchanged(w: Array, mask: Array, scores: Array, inputs: Inputs, *, cycles: i
   row is done when its error is at most `threshold`, when it has no candidate, or, with `guard`, when the exchange would
   change the sign of its error. Ties go to the lower index.
   """
-  terms = w * inputs.mean
-  saliency = terms / jnp.maximum(inputs.variance, jnp.finfo(w.dtype).tiny)**power
+  terms = w * inputs.mean[None]
+  saliency = terms / jnp.maximum(inputs.variance, jnp.finfo(w.dtype).tiny)[None]**power
   signs = jnp.stack([terms > 0, terms < 0], 1)  # [R, 2, K]
   growable, prunable = signs & ~mask[:, None], signs & mask[:, None]
   grow = _ordered(jnp.where(growable, -jnp.abs(saliency)[:, None], jnp.inf))
@@ -84,7 +84,7 @@ def _ordered(values: Array) -> Array:
 
 def _least_of_group(scores: Array, kept: Array, j: Array, group: int) -> tuple[Array, Array]:
   """Returns the kept weight with the lowest score in the group of weight `j` of each row, and whether there is one."""
-  places = (j // group * group)[:, None] + jnp.arange(group)
+  places = (j // group * group)[:, None] + jnp.arange(group)[None]
   own = jnp.where(jnp.take_along_axis(kept, places, 1), jnp.take_along_axis(scores, places, 1), jnp.inf)
   least = jnp.argmin(own, 1)
   return jnp.take_along_axis(places, least[:, None], 1)[:, 0], jnp.isfinite(jnp.min(own, 1))

@@ -103,7 +103,7 @@ def _backward(factor: Array, half: Array) -> Array:
 
 def _restricted(hessian: Array, mask: Array) -> Array:
   """Returns the Hessian of the weights in `mask`, with the identity in the place of all other weights."""
-  return jnp.where(mask[:, None] & mask, hessian, 0) + jnp.diag((~mask).astype(hessian.dtype))
+  return jnp.where(mask[:, None] & mask[None], hessian, 0) + jnp.diag((~mask).astype(hessian.dtype))
 
 
 def roundings(w: Array, mask: Array, hessian: Array, grid: tuple[Array, Array], rounded: Callable[..., Array], *,

@@ -80,7 +80,7 @@ def _swept(stack: Stack, gram: Array, told: Any, damping: Any, choose: Chooser |
     sweep = _sweep(among.T, own, choose, min(block, len(gram)))
     if quantize is not None:
       sweep = sweep._replace(rounded=functools.partial(quantize.rounded, grid=quantize.fitted(dense)))
-    w, mask = swept(jnp.where(factor.dead, 0, dense).T, factor.upper, sweep)
+    w, mask = swept(jnp.where(factor.dead[None], 0, dense).T, factor.upper, sweep)
     return w.T, mask.T
 
   return _each(one, stack, gram, damping, (stack.dense, stack.mask, told))
@@ -143,7 +143,7 @@ def _unit(choose: Chooser) -> tuple[int, tuple[int, int] | None]:
 def _removed(stack: Stack, gram: Array, damping: Any, width: int, group: Any, rows: int) -> tuple[Array, Array]:
   def one(factor: hessians.InverseFactor, gram: Array, row: Any) -> one_by_one.Removals:
     inverse = jnp.matmul(factor.upper.T, factor.upper, precision=lax.Precision.HIGHEST)
-    w = jnp.where(factor.dead, 0, row[0])
+    w = jnp.where(factor.dead[None], 0, row[0])
     return one_by_one.removals(w, row[1], inverse, width=width, group=group, rows=rows)
 
   return _over_layers(one, gram, damping, (stack.dense, stack.mask))[1]
