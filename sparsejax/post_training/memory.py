@@ -28,8 +28,8 @@ def estimate(programs: Sequence[Program], targets: Mapping[str, Target], groups:
              statistic: calibration.Statistic) -> int:
   """Returns the bytes that are expected at the peak, besides the parameters and batches that exist already.
 
-  The estimate adds up the live values of all batches, the statistics of the group with the most, the arrays of the
-  largest unit, and the pruned weights with their masks. The largest unit is a maximum: units come one by one.
+  The estimate adds up the live values of all batches, the statistics of the largest group, the arrays of the largest
+  unit, and the pruned weights with their masks. Groups and units come one by one, so that only the largest counts.
   """
   known: dict[int, int] = {}
   frontier = 0

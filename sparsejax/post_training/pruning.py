@@ -47,8 +47,8 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   `remat`, `cond`, `while` and custom derivatives. Each layer of a scan is a matrix of its own, and so is each expert of
   a batched or ragged product. A weight that is used several times is pruned once, on the rows of all its uses.
 
-  `where` picks the parameters to prune. By default, these are all parameters that the program contracts, without those
-  of which it also looks up rows, and without the one of the last product (the head). The report lists the others.
+  `where` picks the parameters to prune. By default, these are all that the program contracts, without those of which it
+  also looks up rows, and without that of the last product (the head). The report lists the others.
   `axes` are compared with those of the program, which decide.
   `keep` says where weights are pruned already, and stay zero. By default, and with 'zeros', this is every zero. A tree
   of masks says it by `False`. With `keep=False`, zeros are ordinary weights.
@@ -61,7 +61,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   finished matrix, so that a call that was killed goes on. `progress(text)` is called first, and after each matrix.
 
   Raises `ValueError` for data that say nothing or are not finite, and for products that take other values than those of
-  a parameter. What the pattern, the recipe or a repair refuses is a `ValueError`, too. All messages name the path.
+  a parameter. Pattern, recipe and repairs may refuse a matrix, too. All messages name the path.
   """
   began = time.perf_counter()
   _check(recipe, unseen)

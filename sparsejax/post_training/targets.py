@@ -149,7 +149,8 @@ def _arranged(program: Program, found: Contractions, arrays: Mapping[str, Array]
     if path in found.ambiguous:
       made[path] = found.ambiguous[path] + ' Leave it out of `where`.'
       continue
-    each: dict[int, Any] = {i: arrangement_of(use, wanted[use.address], array.shape) for i, use in enumerate(found.uses[path])}
+    each: dict[int, Any] = {i: arrangement_of(use, wanted[use.address], array.shape)
+                            for i, use in enumerate(found.uses[path])}
     problem = next((own for own in each.values() if isinstance(own, str)), None)
     if problem is None and len({own.gone for own in each.values()}) > 1:
       problem = 'products take different layers of it at once. Leave it out of `where`.'

@@ -97,8 +97,8 @@ class Arrangement:
   def rows(self, x: Array, others: Sequence[Array], valid: Array | None = None) -> tuple[Array, Array | None]:
     """Returns the rows of the other operand, `[L, T, K]` or `[1, T, K]`, and which of them count, `bool[L, T]`.
 
-    `valid` marks the entries of `x` that count, `bool` of a shape that broadcasts to that of `x`, of length 1 along what
-    is contracted. The second result is `None` if all rows count.
+    `valid` marks the entries of `x` that count. Its shape broadcasts to that of `x`, with length 1 along what is
+    contracted. The second result is `None` if all rows count.
     """
     return _ROWS[self.eqn.primitive.name](self, x, others, valid)
 
