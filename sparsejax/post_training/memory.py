@@ -29,7 +29,7 @@ def estimate(programs: Sequence[Program], targets: Mapping[str, Target], groups:
   """Returns the bytes that are expected at the peak, besides the parameters and batches that exist already.
 
   The estimate adds up the live values of all batches, the statistics of the largest group, the arrays of the largest
-  unit, and the pruned weights with their masks. Groups and units come one by one, so that only the largest counts.
+  unit, and the results. Groups and units come one by one, so that only the largest of each counts.
   """
   known: dict[int, int] = {}
   frontier = 0
