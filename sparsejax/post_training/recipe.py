@@ -114,11 +114,19 @@ class Recipe:
     """Returns the recipe with more repairs after its own."""
     return dataclasses.replace(self, repairs=(*self.repairs, *repairs))
 
-  def solve(self, stack: Stack, choose: Chooser, statistic: Any = None) -> Stack:
-    """Returns the pruned stack: the mask of the score, then each repair in order."""
-    if self.score is not None:
-      values = self.score(stack.dense, Signals(stats=statistic, axes=STACKED))
-      stack = stack.kept(choose(values, stack.mask))
+  def chosen(self, stack: Stack, choose: Chooser, statistic: Any = None) -> Stack:
+    """Returns the stack with the mask that the score chooses; unchanged if the first repair chooses."""
+    if self.score is None:
+      return stack
+    values = self.score(stack.dense, Signals(stats=statistic, axes=STACKED))
+    return stack.kept(choose(values, stack.mask))
+
+  def repaired(self, stack: Stack, choose: Chooser, statistic: Any = None) -> Stack:
+    """Returns the stack after each repair, in order."""
     for repair in self.repairs:
       stack = repair(stack, choose, statistic)
     return stack
+
+  def solve(self, stack: Stack, choose: Chooser, statistic: Any = None) -> Stack:
+    """Returns the pruned stack: the mask of the score, then each repair."""
+    return self.repaired(self.chosen(stack, choose, statistic), choose, statistic)

@@ -68,13 +68,14 @@ EXPERIMENTS = (
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
 INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
-                           ('contractions',), ('operands',), ('replace',)),
+                           ('contractions', 'origins'), ('operands', 'arrangements'), ('replace',)),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('sentence', 'post_training'), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
-    'sparsejax.post_training': (('recipe', 'rows', 'columns', 'one_by_one', 'exchanges', 'net_trim'),
-                                ('repairs', 'answers'), ('groups',), ('pruning',)),
+    'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim'),
+                                ('repairs', 'targets'), ('groups',), ('lockstep', 'inputs', 'memory'),
+                                ('solving', 'finished'), ('pruning',)),
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
                      ('saving', 'loading')),
