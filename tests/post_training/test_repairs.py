@@ -1,4 +1,4 @@
-"""Repairs: the numbers that the authors' functions print, and the laws that hold for every layer."""
+"""Compares repairs with the numbers that the authors' functions print, and checks the laws of every layer."""
 
 import functools
 import json
@@ -18,12 +18,12 @@ HALF, EACH = Unstructured(0.5), Unstructured(0.5, balanced=True)
 
 
 def statistic(x, kind=calibration.gram):
-  """The statistic of batches `[batches, T, K]`."""
+  """Returns the statistic of batches `[batches, T, K]`."""
   return functools.reduce(calibration.add, [kind(calibration.Rows(jnp.asarray(rows)[None])) for rows in x])
 
 
 def solved(recipe, w=W, x=X, kept=None):
-  """The pruned stack of one matrix `[R, K]`, or of a stack of them."""
+  """Returns the pruned stack of one matrix `[R, K]`, or of a stack of them."""
   stats = statistic(x, recipe.statistic) if recipe.statistic else None
   sparsity = recipe.pattern.sparsity if recipe.sparsity is None else recipe.sparsity
   stack = stack_of(jnp.asarray(w).reshape(-1, *w.shape[-2:]), None if kept is None else jnp.asarray(kept)[None])
@@ -35,7 +35,7 @@ def repaired(pattern, *fixes, score=None, kind=calibration.gram, **at):
 
 
 def error(w, dense=W, x=X):
-  """The squared change of the output, relative to the dense output."""
+  """Returns the squared change of the output, relative to the dense output."""
   rows = np.asarray(x, np.float64).reshape(-1, dense.shape[-1])
   return np.sum(np.square((np.float64(w) - dense) @ rows.T)) / np.sum(np.square(np.float64(dense) @ rows.T))
 
@@ -151,7 +151,7 @@ def drawn(seed, *shape):
 
 
 def wide():
-  """A matrix [6, 20] and rows [64, 20] of unequal, dependent inputs, of which one is dead."""
+  """Returns a matrix [6, 20] and rows [64, 20] of unequal, dependent inputs, of which one is dead."""
   x = drawn(1, 64, 20) @ (drawn(2, 20, 20) / 2 + np.diag(np.exp(drawn(3, 20))))
   x[:, 5] = 0
   return drawn(0, 6, 20), x[None]
@@ -200,7 +200,7 @@ def test_least_squares_is_the_optimum_of_its_mask_and_repairs_never_do_worse_tha
 
 
 def layers():
-  """Eight layers [8, 24, 16] with unequal inputs, calibration rows [8, 128, 16] and held-out rows."""
+  """Returns eight layers [8, 24, 16] with unequal inputs, calibration rows [8, 128, 16] and held-out rows."""
   mix = drawn(7, 8, 16, 16) * 0.3 + np.exp(1.2 * drawn(8, 8, 16))[:, None] * np.eye(16, dtype=np.float32)
   rows = lambda seed, tokens: np.maximum(drawn(seed, 8, tokens, 16) @ mix + np.abs(drawn(9, 8, 1, 16)), 0)
   return drawn(10, 8, 24, 16), rows(11, 128), rows(12, 256)
