@@ -79,7 +79,7 @@ def _memory() -> Measurement:
   told = np.full((1, LARGE // BLOCK), LARGE * BLOCK // 2, np.int32)
   sweep = repairs.swept_layer.lower(stack.dense, stack.mask, told, (HALF, BLOCK, None), np.int32(0), factor)
   programs = hessians.lower.lower(stats.gram, DAMPING, np.int32(0)), hessians.inverted.lower(gram), sweep
-  given = 4 * LARGE**2, 0, 5 * LARGE**2  # what is counted as arguments too: the Gram matrix, nothing, weights and mask
+  given = 4 * LARGE**2, 0, 5 * LARGE**2  # of the arguments: the Gram matrix, nothing, weights and mask
   held = max(_held(program) - counted for program, counted in zip(programs, given))
   copies = (held + 5 * LARGE**2) / (4 * LARGE**2)
   return Measurement(f'sparsegpt of {LARGE} x {LARGE}, copies of the layer at the peak besides the Gram matrix', copies,

@@ -5,6 +5,7 @@ All arrays here are one matrix. Weights are `[R, K]`, R outputs by K inputs, and
     w, mask = swept(w, factor.reversed, Sweep(block=128, group=128, choose=choose))
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax import lax
 from sparsejax.types import Array
 
 HIGHEST = lax.Precision.HIGHEST  # a GPU would multiply in TF32, and a TPU in bfloat16
+_WIDE = 512  # columns on which errors are spread by one product
 
 
 class Sweep(NamedTuple):
@@ -34,17 +36,15 @@ class Sweep(NamedTuple):
 def swept(w: Array, reversed: Array, sweep: Sweep) -> tuple[Array, Array]:
   """Returns the pruned and compensated weights and their mask, `[R, K]`; `reversed` is that of an `InverseFactor`."""
   length, block = w.shape[1], min(sweep.block, w.shape[1])
-  blocks, rest = divmod(length, block)
+  (blocks, rest), wide = divmod(length, block), min(_WIDE, length)
 
   def one(i, state, width=block):
     w, mask = state
     start = i * block
     part, kept, errors = _block(_columns(w, start, width), _upper(reversed, start, start, (width, width)), sweep, start)
     w, mask = _put(w, part, start), _put(mask, kept, start)
-    w = lax.fori_loop(i + 1, blocks, lambda j, w: _spread(w, reversed, errors, start, j * block, block), w)
-    if rest and width == block:
-      w = _spread(w, reversed, errors, start, blocks * block, rest)
-    return w, mask
+    spread = functools.partial(_spread, reversed=reversed, errors=errors.T, start=start)
+    return lax.fori_loop((start + width) // wide, -(-length // wide), lambda j, w: spread(w, j, wide), w), mask
 
   state = lax.fori_loop(0, blocks, one, (w, jnp.zeros(w.shape, bool)))
   return one(blocks, state, rest) if rest else state
@@ -93,10 +93,14 @@ def _scores(w: Array, upper: Array) -> Array:
   return jnp.square(w / jnp.diagonal(upper)[:, None])
 
 
-def _spread(w: Array, reversed: Array, errors: Array, start: Any, first: Any, width: int) -> Array:
-  """Returns `w` after the errors of the block at `start` are spread on the `width` columns from `first` on."""
-  across = _upper(reversed, start, first, (len(errors), width))
-  return _put(w, _columns(w, first, width) - jnp.matmul(across.T, errors, precision=HIGHEST), first)
+def _spread(w: Array, part: Any, wide: int, *, reversed: Array, errors: Array, start: Any) -> Array:
+  """Returns `w` after the errors `[R, width]` of the block at `start` are spread on a part of the columns behind it."""
+  first = jnp.minimum(part * wide, w.shape[1] - wide)  # the last part may begin in the one before it
+  place = first + jnp.arange(wide)
+  behind = (place >= start + errors.shape[1]) & (place >= part * wide)
+  across = jnp.where(behind[None], _upper(reversed, start, first, (errors.shape[1], wide)), 0)
+  own = lax.dynamic_slice_in_dim(w, first, wide, 1) - jnp.matmul(errors, across, precision=HIGHEST)
+  return lax.dynamic_update_slice_in_dim(w, own, first, 1)
 
 
 def _step(width: int) -> int:
