@@ -6,15 +6,18 @@ go on from where they waited, with pruned weights.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax import calibration, errors
 from sparsejax.post_training.groups import Group
 from sparsejax.post_training.targets import Index, Target, names_of
+from sparsejax.programs.arrangements import Arrangement
 from sparsejax.programs.evaluate import Walk
 from sparsejax.programs.operands import Site
 from sparsejax.types import Array
@@ -39,12 +42,12 @@ class Solved:
 class BatchWalk:
   """A `BatchWalk` is the walk of one batch, with the number of the batch.
 
-  `valid(site)` returns a mask of the entries of `site.x` that count, or `None` for all of them.
+  `valid(site)` returns masks of the entries that count, of `site.x` and of the product, or `None` for all of them.
   """
 
   number: int
   walk: Walk
-  valid: Callable[[Site], Array | None]
+  valid: Callable[[Site], tuple[Array | None, Array | None]]
 
 
 @dataclasses.dataclass
@@ -103,9 +106,24 @@ class Lockstep:
     statistics: dict[Unit, Any] = {}
     for each in together:
       self._collect(each, group, statistics)
+    for unit, statistic in statistics.items():
+      if not bool(_finite(statistic)):
+        self._refuse(unit, together, group)
     if group.once:
       self.shared = key, operands, *statistics.values()
     return statistics
+
+  def _refuse(self, unit: Unit, together: Sequence[BatchWalk], group: Group) -> None:
+    """Raises `ValueError` that names the first batch that is not finite at the input of a unit."""
+    for each in together:
+      alone: dict[Unit, Any] = {}
+      self._collect(each, group, alone)
+      if unit in alone and not bool(_finite(alone[unit])):
+        raise ValueError(f'prune: the input of {names_of(self.targets[unit[0]], unit[1])} holds NaN, infinities, or '
+                         f'numbers whose squares overflow, in batch {each.number}. Look at the batch and at the '
+                         'products before, or leave the rows out with `valid`.')
+    raise ValueError(f'prune: the sums over the input of {names_of(self.targets[unit[0]], unit[1])} overflow; scale '
+                     'the batches down.')
 
   def _collect(self, each: BatchWalk, group: Group, statistics: dict[Unit, Any]) -> None:
     """Adds the rows of all products of a group in one batch, which the walk waits for, to `statistics`."""
@@ -124,25 +142,21 @@ class Lockstep:
     unit = self._unit(site)
     assert unit is not None
     own = dataclasses.replace(self.targets[site.path].arrangements[site.number], eqn=site.eqn)
-    rows = calibration.Rows(*own.rows(site.x, site.others, each.valid(site)))
-    _check_finite(rows, names_of(self.targets[site.path], unit[1]), each.number, site)
-    statistic = self.statistic(rows)
+    statistic = _measuring(self.statistic, _Shown(own.row_key, own))(site.x, site.others, each.valid(site)[0])
     statistics[unit] = calibration.add(statistics[unit], statistic) if unit in statistics else statistic
 
   def _answer(self, each: BatchWalk, unit: Unit) -> Array:
     """Returns the product with the pruned weight, and measures the error that the pruning has made."""
     site, pruned = each.walk.site, self.solved[unit]
+    weight = self._operand(site, pruned.part)
+    y = site.product(weight=weight)
     if pruned.measured and site.use.data:
-      self._measure(site, pruned, each.valid(site))
-    return site.product(weight=self._operand(site, pruned.part))
-
-  def _measure(self, site: Site, pruned: Solved, valid: Array | None) -> None:
-    x = site.x if valid is None else jnp.where(valid, site.x, jnp.zeros((), site.x.dtype))
-    error = lambda part: _square(site.product(x=x, weight=site.weight - self._operand(site, part)))
-    after = error(pruned.part)
-    before = after if pruned.started is None else error(pruned.started)
-    found = (_square(site.product(x=x)), before, after)
-    pruned.errors = [a + b for a, b in zip(pruned.errors, found)]
+      error = site.product(weight=site.weight - weight)
+      first = error if pruned.started is None else site.product(
+          weight=site.weight - self._operand(site, pruned.started))
+      found = _energies(y, error, first, each.valid(site)[1])
+      pruned.errors = [a + b for a, b in zip(pruned.errors, found)]
+    return y
 
   def _operand(self, site: Site, part: Array) -> Array:
     made = self.targets[site.path].arrangements[site.number].operand(part)
@@ -161,8 +175,32 @@ class Lockstep:
     return site.path, unit
 
 
-def _square(y: Array) -> Array:
-  return jnp.sum(jnp.square(y.astype(jnp.float32)))
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+  """A `_Shown` is an arrangement that equals every other that shows the same rows."""
+
+  key: Any
+  own: Arrangement = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=256)
+def _measuring(statistic: calibration.Statistic, shown: _Shown) -> Callable[..., Any]:
+  """Returns the compiled function of an operand, of the other operands and of a mask that returns the statistic."""
+  return jax.jit(lambda x, others, valid: statistic(calibration.Rows(*shown.own.rows(x, others, valid))))
+
+
+@jax.jit
+def _finite(statistic: Any) -> Array:
+  return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(statistic)])
+
+
+@jax.jit
+def _energies(y: Array, error: Array, first: Array, valid: Array | None) -> list[Array]:
+  """Returns the sums of squares of the dense product `y + error`, of the first error, and of the error."""
+  square = lambda a: jnp.square(a.astype(jnp.float32))
+  counted = lambda a: jnp.sum(a if valid is None else jnp.where(valid, a, 0))
+  return [counted(square(y.astype(jnp.float32) + error.astype(jnp.float32))), counted(square(first)),
+          counted(square(error))]
 
 
 def _unit_of(target: Target, site: Site) -> Index:
@@ -180,8 +218,3 @@ def _unit_of(target: Target, site: Site) -> Index:
                        'before (a scale, a mask, a normalisation, a flip). Put the changed values into the parameter, '
                        'or leave it out of `where`.')
 
-
-def _check_finite(rows: calibration.Rows, name: str, batch: int, site: Site) -> None:
-  if not bool(rows.finite):
-    raise ValueError(f'prune: the input of {name} at {site.use.place} holds NaN or infinities in batch {batch}. '
-                     'Look at the batch and at the products before, or leave the rows out with `valid`.')
