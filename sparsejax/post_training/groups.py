@@ -24,13 +24,15 @@ class Group:
 
   `depth`: how many programs, from the outermost, are around all uses of a group and stay the same in one round. `last`:
   the number of the last operation with a use, in the innermost of these programs. `once`: whether the group is one
-  product, so that no walk has to go on to a later use.
+  product, so that no walk has to go on to a later use. `split`: whether the units of the target may be measured one
+  after the other, which the walks find out.
   """
 
   paths: frozenset[str]
   depth: int
   last: int
   once: bool
+  split: bool
 
   def round_of(self, position: Position) -> Position:
     """Returns what the positions of all uses of the group in one round have in common."""
@@ -54,21 +56,23 @@ def groups_of(program: Program, targets: Mapping[str, Target], sequential: Seque
     members.setdefault(key(path), []).append(path)
   made: dict[str, Group] = {}
   for paths in members.values():
-    group = _group([targets[path] for path in paths], loops, whole=sequential == 'dense')
+    group = _group([targets[path] for path in paths], loops, sequential)
     made |= dict.fromkeys(paths, group)
   return made
 
 
-def _group(targets: list[Target], loops: set[Address], whole: bool) -> Group:
+def _group(targets: list[Target], loops: set[Address], sequential: Sequential) -> Group:
   uses = [use for target in targets for use in target.uses.values()]
-  depth = 0 if whole else min(_depth(use, loops) for use in uses)
+  depth = 0 if sequential == 'dense' else min(_depth(use, loops) for use in uses)
   first = uses[0].address
   while any(use.address[:2 * depth] != first[:2 * depth] for use in uses):
     depth -= 1
   around = lambda use: sum(address == use.address[:len(address)] for address in loops)
   inside = lambda use: all(len(address) < 2 * depth for address in loops if address == use.address[:len(address)])
   once = len(uses) == 1 and inside(uses[0]) and around(uses[0]) == len(uses[0].view.loops)
-  return Group(frozenset(target.path for target in targets), depth, max(use.address[2 * depth] for use in uses), once)
+  split = sequential == 'weight' and not once and bool(targets[0].gone)
+  paths = frozenset(target.path for target in targets)
+  return Group(paths, depth, max(use.address[2 * depth] for use in uses), once, split)
 
 
 def _depth(use: Any, loops: set[Address]) -> int:

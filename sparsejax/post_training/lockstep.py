@@ -65,6 +65,7 @@ class Lockstep:
   solved: dict[Unit, Solved] = dataclasses.field(default_factory=dict)
   shared: tuple[Any, Any, Any] = (None, (), None)
   shown: dict[Any, Index] = dataclasses.field(default_factory=dict)
+  split: dict[Group, bool] = dataclasses.field(default_factory=dict)
 
   def run(self) -> None:
     """Prunes every unit that a batch reaches, and measures the errors of all units."""
@@ -76,6 +77,8 @@ class Lockstep:
       began = group.round_of(first.walk.position)
       together = [each for each in waiting if self.groups[each.walk.site.path] is group
                   and group.round_of(each.walk.position) == began]
+      if group.split and group not in self.split:
+        self.split[group] = self._are_alone(together, group)
       for unit, statistic in self._measured(together, group).items():
         self.solved[unit] = self.solve(unit, statistic)
       for each in together:
@@ -98,7 +101,8 @@ class Lockstep:
     sites = [each.walk.site for each in together]
     operands = [site.x for site in sites]
     key = (self.targets[sites[0].path].arrangements[sites[0].number].row_key, len(sites))
-    if group.once and key == self.shared[0] and all(map(operator.is_, operands, self.shared[1])):
+    once = self._once(group)
+    if once and key == self.shared[0] and all(map(operator.is_, operands, self.shared[1])):
       unit = self._unit(sites[0])
       assert unit is not None
       return {unit: self.shared[2]}
@@ -109,9 +113,31 @@ class Lockstep:
     for unit, statistic in statistics.items():
       if not bool(_finite(statistic)):
         self._refuse(unit, together, group)
-    if group.once:
+    if once:
       self.shared = key, operands, *statistics.values()
     return statistics
+
+  def _once(self, group: Group) -> bool:
+    """Returns whether the products at which the walks wait are all products of their units."""
+    return group.once or self.split.get(group, False)
+
+  def _are_alone(self, together: Sequence[BatchWalk], group: Group) -> bool:
+    """Returns whether each unit of a group is used once, at the same product in all batches.
+
+    The program does not tell where it picks layers by a number (`w[i]`), so that copies of the walks look ahead.
+    """
+    if len(together) < len(self.walks):
+      return False
+    seen = []
+    for each in together:
+      walk, began = each.walk.copy(), each.walk.position
+      seen.append([])
+      while walk.stopped and not group.passed(began, walk.position):
+        if walk.site.path in group.paths:
+          seen[-1].append((walk.position, self._unit(walk.site)))
+        walk.answer()
+    units = [unit for _, unit in seen[0]]
+    return len(set(units)) == len(units) and all(other == seen[0] for other in seen)
 
   def _refuse(self, unit: Unit, together: Sequence[BatchWalk], group: Group) -> None:
     """Raises `ValueError` that names the first batch that is not finite at the input of a unit."""
@@ -127,7 +153,7 @@ class Lockstep:
 
   def _collect(self, each: BatchWalk, group: Group, statistics: dict[Unit, Any]) -> None:
     """Adds the rows of all products of a group in one batch, which the walk waits for, to `statistics`."""
-    if group.once:
+    if self._once(group):
       self._add(each, each.walk.site, statistics)
       return
     walk, began = each.walk.copy(), each.walk.position
