@@ -168,10 +168,10 @@ def shared_by(scores: Mapping[str, float], most: float,
               groups: Callable[[str], str] = lambda path: path) -> Allocation:
   """Returns the allocation that keeps more where `scores` are higher: ECoFLaP (Sung et al. 2023, 2310.02998).
 
-  Leaves with equal `groups(path)` share one sparsity, which is at most `most`, and their scores add up. What is kept
-  beyond `1 - most` of each group is shared out in proportion to the scores; what a group cannot take goes to the
-  others. The numbers of kept weights are whole and add up to `round((1 - sparsity) * size)`, by largest remainders, in
-  each group and in all leaves together. Deviation: the authors' code doubles what rounding up takes too much.
+  Leaves with equal `groups(path)` share one sparsity, which is at most `most`, and their scores add up. Each group
+  keeps at least `1 - most`, and the rest is shared out in proportion to the scores. A group that is full leaves its
+  part to the others. The numbers of kept weights are whole and add up to `round((1 - sparsity) * size)` exactly, by
+  largest remainders. Deviation: the authors' code doubles what rounding up takes too much.
 
   `scores` maps the paths of all sparse leaves, or more, to numbers, at least 0, such as those of
   `sensitivities.zeroth_order`. Raises `ValueError` for a leaf without a score, and if `most` is below the sparsity.

@@ -1,7 +1,7 @@
 """Factorises the Hessian of a layer's output error, raises its damping where needed, and takes care of dead inputs.
 
 The Hessian is the Gram matrix `X^T X` of the inputs of the layer, `[K, K]`. A common factor of the Hessian changes no
-mask and no weight, so that all functions scale the mean of its diagonal, over all live inputs, to 1.
+mask and no weight. All functions scale the Hessian so that the mean of its diagonal, over live inputs, is 1.
 
     factor = inverse_factor(gram, damping=0.01)
     factor.upper.T @ factor.upper                 # the inverse of the damped Hessian
@@ -39,9 +39,9 @@ def damped(gram: Array, damping: Any) -> Array:
   """
   diagonal = jnp.diagonal(gram)
   live = diagonal != 0  # NaN is live, and the factor is then NaN
-  mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(live), 1)
-  scaled = gram / jnp.where(mean == 0, 1, mean).astype(gram.dtype)
-  return scaled + jnp.diag(jnp.where(live, damping, 1).astype(gram.dtype))
+  mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(live, dtype=gram.dtype), 1)
+  added = jnp.where(live, jnp.asarray(damping, gram.dtype), 1)
+  return gram / jnp.where(mean == 0, 1, mean) + jnp.diag(added)
 
 
 def inverse_factor(gram: Array, damping: Any) -> InverseFactor:
@@ -52,8 +52,8 @@ def inverse_factor(gram: Array, damping: Any) -> InverseFactor:
   `damping` are NaN. `damping` is a number from 0 to 1, traced or not.
   """
   def lower(damping: Array) -> Array:
-    # With both axes flipped, the factor of H becomes the inverse of an upper factor of H^-1: one factorisation and one
-    # triangular inverse, where the usual way inverts H and factorises it again.
+    # With both axes flipped, the factor of H is the inverse of an upper factor of H^-1. The usual way inverts H and
+    # factorises the inverse, which costs twice as much.
     return lax.linalg.cholesky(damped(gram, damping)[::-1, ::-1], symmetrize_input=False)
 
   def unsettled(state: Any) -> Array:

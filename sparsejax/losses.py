@@ -18,7 +18,7 @@ def squarehead(states: Sequence[Array], teacher_states: Sequence[Array], valid: 
 
   `states`, `teacher_states`: the hidden states of the layers, `[..., D]` each, of the sparse and of the dense model.
   `valid`: `bool[...]`, which tokens count; `None` counts all. The loss of a state is the mean square of the difference
-  divided by that of the teacher's state plus 2^-7, so that a state with a mean square below about 0.01 barely counts.
+  divided by that of the teacher's state plus 2^-7. A state with a mean square below about 0.01 thus barely counts.
   No gradient flows to the teacher. The authors' code divided by the number of layers at first, and sums since.
   """
   if len(states) != len(teacher_states) or not len(states):
@@ -40,4 +40,4 @@ def _relative(i: int, state: Array, teacher: Array, valid: Array | None) -> Arra
 
 def _mean_square(x: Array, counts: Array) -> Array:
   squares = jnp.where(counts[..., None], jnp.square(x), 0)
-  return jnp.sum(squares) / jnp.maximum(jnp.sum(counts) * x.shape[-1], 1)
+  return jnp.sum(squares) / jnp.maximum(jnp.sum(counts, dtype=jnp.float32) * x.shape[-1], 1)

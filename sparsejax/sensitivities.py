@@ -35,9 +35,8 @@ def zeroth_order(loss: Callable[[PyTree, Any], Array], params: PyTree, batches: 
   for batch_number, batch in enumerate(batches):
     for i in picked:
       own = jax.random.fold_in(jax.random.fold_in(key, batch_number), i)
-      at = lambda sign, i=i, own=own: treedef.unflatten([*leaves[:i], _moved(leaves[i], own, sign * eps),
-                                                         *leaves[i + 1:]])
-      up, down = (_number(paths[i], run(at(sign), batch)) for sign in (1, -1))  # noqa: B023
+      moved = [[*leaves[:i], _moved(leaves[i], own, step), *leaves[i + 1:]] for step in (eps, -eps)]
+      up, down = (_number(paths[i], run(treedef.unflatten(each), batch)) for each in moved)
       found[paths[i]] += abs(up - down) / (2 * eps)
   if batch_number < 0:
     raise ValueError('sensitivities.zeroth_order: there is no batch; give at least one.')

@@ -65,7 +65,7 @@ def _block(part: Array, upper: Array, sweep: Sweep, first: Any) -> tuple[Array, 
     few, own = _rows(part, start, step), _tile(upper, start, start, (step, step))
     kept = sweep.choose(_scores(few, own), first + start) if late else _rows(mask, start, step)
     few, found = _few(few, own, kept, sweep.rounded)
-    behind = jnp.where(jnp.arange(width) >= start + step, _rows(upper, start, step), 0)
+    behind = jnp.where((jnp.arange(width) >= start + step)[None], _tile(upper, start, 0, (step, width)), 0)
     part = _put(part - jnp.matmul(behind.T, found, precision=HIGHEST), few, start)
     return part, _put(mask, kept, start), _put(errors, found, start)
 
@@ -80,7 +80,7 @@ def _few(part: Array, upper: Array, mask: Array, rounded: Callable[[Array], Arra
     part, errors = state
     kept, row = jnp.where(mask[i], rounded(part[i]), 0), upper[i]
     error = (part[i] - kept) / row[i]
-    part = part - jnp.where(place > i, row, 0)[:, None] * error
+    part = part - jnp.where(place > i, row, 0)[:, None] * error[None]
     return part.at[i].set(kept), errors.at[i].set(error)
 
   return lax.fori_loop(0, len(part), one, (part, jnp.zeros_like(part)))

@@ -2,7 +2,7 @@
 
 All arrays here are one matrix, `[R, K]`, R outputs by K inputs. No weight changes its value.
 
-    mask = exchanged(w, mask, values, Inputs(mean, variance), cycles=50)
+    mask = exchanged(w, mask, values, InputMoments(mean, variance), cycles=50)
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from jax import lax
 from sparsejax.types import Array
 
 
-class Inputs(NamedTuple):
-  """An `Inputs` holds the mean and the variance of each input over the calibration rows, `[K]`.
+class InputMoments(NamedTuple):
+  """An `InputMoments` holds the mean and the variance of each input over the calibration rows, `[K]`.
 
   DSnoT takes the variance within each batch, averaged over batches by their rows.
   """
@@ -24,8 +24,10 @@ class Inputs(NamedTuple):
 
 
 class _Rows(NamedTuple):
-  """All rows during the exchange. `[R]`: `error`, how far the mean output is off, and `done`. `[R, 2]`: how many
-  candidates are `grown` and `pruned` so far, of those with a positive term in column 0 and a negative term in column 1.
+  """A `_Rows` holds all rows during the exchange.
+
+  `error`, `[R]`: how far the mean output is off. `done`, `[R]`: whether a row is finished. `grown` and `pruned`,
+  `[R, 2]`: how many candidates were taken so far, with a positive term in column 0 and a negative term in column 1.
   """
 
   mask: Array
@@ -35,18 +37,18 @@ class _Rows(NamedTuple):
   pruned: Array
 
 
-def exchanged(w: Array, mask: Array, scores: Array, inputs: Inputs, *, cycles: int, threshold: float, guard: bool,
+def exchanged(w: Array, mask: Array, scores: Array, inputs: InputMoments, *, cycles: int, threshold: float, guard: bool,
               power: float, group: int | None = None) -> Array:
   """Returns the mask after up to `cycles` exchanges in each row, each of one pruned for one kept weight.
 
-  The terms of a row are `w_j mean_j`, and its error is the sum of the terms of pruned weights. An exchange keeps the
-  pruned weight with the largest `term / variance^power` of the sign of the error, and prunes the kept weight of the
-  other sign with the lowest of `scores`. With `group`, it prunes the lowest score in the group of the grown weight. A
-  row is done when its error is at most `threshold`, when it has no candidate, or, with `guard`, when the exchange would
-  change the sign of its error. Ties go to the lower index.
+  The terms of a row are `w_j mean_j`, and its error is the sum of the terms of pruned weights. An exchange grows the
+  pruned weight with the largest `term / variance^power` of the sign of the error. The exchange prunes the kept weight
+  of the other sign with the lowest of `scores`. With `group`, the exchange prunes the lowest score in the group of the
+  grown weight. A row is done when its error is at most `threshold` or when it has no candidate. With `guard`, a row is
+  also done when the exchange would change the sign of its error. Ties go to the lower index.
   """
-  terms = w * inputs.mean
-  saliency = terms / jnp.maximum(inputs.variance, jnp.finfo(w.dtype).tiny)**power
+  terms = w * inputs.mean[None]
+  saliency = terms / jnp.maximum(inputs.variance, jnp.finfo(w.dtype).tiny)[None]**power
   signs = jnp.stack([terms > 0, terms < 0], 1)  # [R, 2, K]
   growable, prunable = signs & ~mask[:, None], signs & mask[:, None]
   grow = _ordered(jnp.where(growable, -jnp.abs(saliency)[:, None], jnp.inf))
@@ -84,7 +86,7 @@ def _ordered(values: Array) -> Array:
 
 def _least_of_group(scores: Array, kept: Array, j: Array, group: int) -> tuple[Array, Array]:
   """Returns the kept weight with the lowest score in the group of weight `j` of each row, and whether there is one."""
-  places = (j // group * group)[:, None] + jnp.arange(group)
+  places = (j // group * group)[:, None] + jnp.arange(group)[None]
   own = jnp.where(jnp.take_along_axis(kept, places, 1), jnp.take_along_axis(scores, places, 1), jnp.inf)
   least = jnp.argmin(own, 1)
   return jnp.take_along_axis(places, least[:, None], 1)[:, 0], jnp.isfinite(jnp.min(own, 1))

@@ -1,7 +1,7 @@
 """Removes, or rounds, the weights of a row one by one, each with the best compensation by all weights that are left.
 
 All arrays here are one matrix: weights are `[R, K]`, R outputs by K inputs. Rows do not depend on each other, so that
-the cost is linear in R; a row costs K^3 operations and holds a copy of the inverse Hessian, `[K, K]`.
+the cost is linear in R. A row costs K^3 operations and holds a copy of the inverse Hessian, `[K, K]`.
 
     removal = removals(w, kept, inverse)              # in which order, and at which loss
     w = best_weights(w, mask, hessian)                # the weights of a mask, by least squares
@@ -37,8 +37,6 @@ def removals(w: Array, kept: Array, inverse: Array, *, width: int = 1, group: tu
   """
   units = w.shape[1] // width
   steps = units if group is None else units // group[1] * (group[1] - group[0])
-  full = lambda left: ~left if group is None else ~left | jnp.repeat(
-      jnp.sum(left.reshape(-1, group[1]), 1) <= group[0], group[1], total_repeat_length=units)
 
   def one(row):
     weights, own = row
@@ -47,7 +45,7 @@ def removals(w: Array, kept: Array, inverse: Array, *, width: int = 1, group: tu
     def remove(i, state):
       weights, inverse, left, losses, step = state
       score = jnp.where(there, _losses(weights, inverse, left, width), -jnp.inf)
-      unit = jnp.argmin(jnp.where(full(left), jnp.inf, score))
+      unit = jnp.argmin(jnp.where(_may_go(left, group), score, jnp.inf))
       weights, inverse = _removed(weights, inverse, unit * width, width)
       return weights, inverse, left.at[unit].set(False), losses.at[i].set(score[unit] / 2), step.at[unit].set(i)
 
@@ -55,6 +53,14 @@ def removals(w: Array, kept: Array, inverse: Array, *, width: int = 1, group: tu
     return Removals(*lax.fori_loop(0, steps, remove, state)[3:])
 
   return lax.map(one, (jnp.where(kept, w, 0), kept), batch_size=min(rows, len(w)))
+
+
+def _may_go(left: Array, group: tuple[int, int] | None) -> Array:
+  """Returns which units are left and in a group (n, m) that has more than n of them left."""
+  if group is None:
+    return left
+  spare = jnp.sum(left.reshape(-1, group[1]), 1) > group[0]
+  return left & jnp.repeat(spare, group[1], total_repeat_length=len(left))
 
 
 def _losses(w: Array, inverse: Array, left: Array, width: int) -> Array:
@@ -103,7 +109,7 @@ def _backward(factor: Array, half: Array) -> Array:
 
 def _restricted(hessian: Array, mask: Array) -> Array:
   """Returns the Hessian of the weights in `mask`, with the identity in the place of all other weights."""
-  return jnp.where(mask[:, None] & mask, hessian, 0) + jnp.diag((~mask).astype(hessian.dtype))
+  return jnp.where(mask[:, None] & mask[None], hessian, 0) + jnp.diag((~mask).astype(hessian.dtype))
 
 
 def roundings(w: Array, mask: Array, hessian: Array, grid: tuple[Array, Array], rounded: Callable[..., Array], *,

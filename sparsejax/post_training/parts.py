@@ -1,7 +1,7 @@
 """Chooses the mask of a matrix part by part, a part being a few neighbouring inputs, with the exact count of the whole.
 
     told = shares(mask, choose, block=128)            # how many units each part keeps, or `None` for N:M
-    own = chosen(choose, scores, among, told[0])      # the mask of the first part of a matrix
+    own = best_of_part(choose, scores, among, told[0])      # the mask of the first part of a matrix
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ def _rows(choose: Chooser) -> int:
 def shares(mask: Array, choose: Chooser, block: int) -> np.ndarray | None:
   """Returns how many units each part of `block` inputs keeps, `int32[L, parts, ...]`, or `None` if groups say it.
 
-  The numbers of a stack add up to the count of the pattern. A part keeps units in proportion to those that it has in
-  `mask`; it keeps all of them if the mask is as sparse as asked. Further axes are the outputs of balanced patterns.
+  The numbers of a stack add up to the count of the pattern. A part keeps units in proportion to those that `mask`
+  leaves it, and all of these if the mask is as sparse as asked. Further axes are the outputs of balanced patterns.
   """
   if getattr(choose.pattern, 'fixed', False):
     return None
@@ -52,7 +52,7 @@ def _units(mask: Array, choose: Chooser) -> np.ndarray:
   return np.asarray(jnp.sum(pool.scores > 0, others), np.int64)
 
 
-def chosen(choose: Chooser, scores: Array, among: Array, told: Any) -> Array:
+def best_of_part(choose: Chooser, scores: Array, among: Array, told: Any) -> Array:
   """Returns the mask of the best weights of one part of one matrix; all arrays are `[C, R]`, inputs first.
 
   `told`: the numbers of units that the part keeps, as `shares` has them, or `None`.

@@ -1,4 +1,4 @@
-"""Repairs change the weights of a pruned product, or exchange its mask, so that its outputs change less.
+"""Defines the repairs: a repair changes the weights of a pruned product, or its mask, so that its outputs change less.
 
 A repair is a function `(stack, choose, statistic) -> stack`, see `recipe.Repair`. The functions here return repairs.
 The first repair of a recipe without a score chooses the mask as well.
@@ -19,7 +19,7 @@ from sparsejax import counts, hessians, scores
 from sparsejax.arguments import checked
 from sparsejax.post_training import one_by_one, parts
 from sparsejax.post_training.columns import Sweep, swept
-from sparsejax.post_training.exchanges import Inputs, exchanged
+from sparsejax.post_training.exchanges import InputMoments, exchanged
 from sparsejax.post_training.net_trim import trimmed
 from sparsejax.post_training.recipe import STACKED, Chooser, Repair, Stack
 from sparsejax.types import Array, Bound, Signals
@@ -80,7 +80,7 @@ def _swept(stack: Stack, gram: Array, told: Any, damping: Any, choose: Chooser |
     sweep = _sweep(among.T, own, choose, min(block, len(gram)))
     if quantize is not None:
       sweep = sweep._replace(rounded=functools.partial(quantize.rounded, grid=quantize.fitted(dense)))
-    w, mask = swept(jnp.where(factor.dead, 0, dense).T, factor.upper, sweep)
+    w, mask = swept(jnp.where(factor.dead[None], 0, dense).T, factor.upper, sweep)
     return w.T, mask.T
 
   return _each(one, stack, gram, damping, (stack.dense, stack.mask, told))
@@ -91,7 +91,7 @@ def _sweep(among: Array, told: Any, choose: Chooser | None, block: int) -> Sweep
   def chosen(values: Array, start: Any) -> Array:
     own = lax.dynamic_slice_in_dim(among, start, len(values), 0)
     share = None if told is None else lax.dynamic_index_in_dim(told, start // block, 0, keepdims=False)
-    return own if choose is None else parts.chosen(choose, values, own, share)
+    return own if choose is None else parts.best_of_part(choose, values, own, share)
 
   return Sweep(block, block if choose is None or told is not None else choose.group, chosen)
 
@@ -143,7 +143,7 @@ def _unit(choose: Chooser) -> tuple[int, tuple[int, int] | None]:
 def _removed(stack: Stack, gram: Array, damping: Any, width: int, group: Any, rows: int) -> tuple[Array, Array]:
   def one(factor: hessians.InverseFactor, gram: Array, row: Any) -> one_by_one.Removals:
     inverse = jnp.matmul(factor.upper.T, factor.upper, precision=lax.Precision.HIGHEST)
-    w = jnp.where(factor.dead, 0, row[0])
+    w = jnp.where(factor.dead[None], 0, row[0])
     return one_by_one.removals(w, row[1], inverse, width=width, group=group, rows=rows)
 
   return _over_layers(one, gram, damping, (stack.dense, stack.mask))[1]
@@ -229,7 +229,8 @@ def _swaps(stack: Stack, choose: Chooser, statistic: Any, cycles: int, threshold
 def _exchanged(stack: Stack, statistic: Any, threshold: Any, power: Any, cycles: int, guard: bool,
                group: int | None) -> Array:
   rows = jnp.maximum(statistic.rows, 1).astype(jnp.float32)[:, None]
-  inputs = Inputs(*(jnp.broadcast_to(x / rows, stack.dense.shape[::2]) for x in (statistic.total, statistic.within)))
+  means = [jnp.broadcast_to(x / rows, stack.dense.shape[::2]) for x in (statistic.total, statistic.within)]
+  inputs = InputMoments(*means)
   values = scores.wanda(stack.dense, Signals(stats=statistic, axes=STACKED))
   one = lambda row: exchanged(*row, cycles=cycles, threshold=threshold, guard=guard, power=power, group=group)
   return lax.map(one, (stack.dense, stack.mask, values, inputs))
@@ -274,7 +275,7 @@ def _each(function: Callable[..., tuple[Array, Array]], stack: Stack, gram: Arra
 def _over_layers(function: Callable[..., Any], gram: Array, damping: Any, rows: Any) -> Any:
   """Returns damping and times raised of all Gram matrices, and `function(factor, gram, row)` of each matrix, stacked.
 
-  One factor after the other is in memory; matrices that read the same inputs share one.
+  Matrices that read the same inputs share a factor. Only one factor is in memory at a time.
   """
   if len(gram) == 1:
     factor = hessians.inverse_factor(gram[0], damping)

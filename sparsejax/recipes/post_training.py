@@ -1,4 +1,4 @@
-"""Pruning after training: each recipe is a paper's method as a value, which `sj.prune` runs on a few batches of data.
+"""Each recipe of pruning after training is a paper's method as a value, which `sj.prune` runs on a few batches.
 
 `sparsity` is asked of each leaf, by default the pattern's own; `allocation` shares it out otherwise. Papers that prune
 one matrix as a whole and papers that prune each output by itself differ in the default `pattern`.
@@ -102,7 +102,7 @@ def ecoflap(sensitivity: Mapping[str, float], sparsity: float | None = None,
 @checked
 def net_trim(sparsity: float | None = None, pattern: Patterns = Unstructured(0.5), *, epsilon: float = 0.1,
              iterations: int = 2000, allocation: Shares = allocations.uniform) -> Recipe:
-  """Minimises the sum of absolute weights under a bound on the error: Net-Trim (Aghasi et al. 2017, 1611.05162).
+  """Prunes by the least sum of absolute weights under a bound on the error: Net-Trim (Aghasi et al. 2017, 1611.05162).
 
   The linear program, each layer on the inputs that pruned layers before it give ("cascade"). Deviation: the largest
   weights of the solution are kept, as many as asked, where the paper takes the zeros that come out.
