@@ -1,8 +1,8 @@
-"""Walks the program of every batch in lock-step: measures a group of targets, prunes the group, and goes on.
+"""Walks the program of every batch in lock-step: measures a cohort of targets, prunes the cohort, and goes on.
 
-A *batch walk* is a `programs.Walk` of one batch. All walks wait at the first product of a group. Copies of the walks go
-on to the last product of the group and collect statistics with dense weights. Then the group is pruned, and the walks
-go on from where they waited, with pruned weights.
+A *batch walk* is a `programs.Walk` of one batch. All walks wait at the first product of a cohort. Copies of the walks
+go on to the last product of the cohort and collect statistics with dense weights. Then the cohort is pruned, and the
+walks go on from where they waited, with pruned weights.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import calibration, errors
-from sparsejax.post_training.groups import Group
+from sparsejax.post_training.cohorts import Cohort
 from sparsejax.post_training.targets import Index, Target, names_of
 from sparsejax.programs.arrangements import Arrangement
 from sparsejax.programs.evaluate import Walk
@@ -52,39 +52,39 @@ class BatchWalk:
 
 @dataclasses.dataclass
 class Lockstep:
-  """A `Lockstep` holds the walks of all batches, the groups, and what has been pruned.
+  """A `Lockstep` holds the walks of all batches, the cohorts, and what has been pruned.
 
   `solve(unit, statistic)` prunes a unit. `solved` maps each unit that is pruned to its `Solved`.
   """
 
   walks: list[BatchWalk]
   targets: Mapping[str, Target]
-  groups: Mapping[str, Group]
+  cohorts: Mapping[str, Cohort]
   statistic: calibration.Statistic
   solve: Callable[[Unit, Any], Solved]
   solved: dict[Unit, Solved] = dataclasses.field(default_factory=dict)
   shared: tuple[Any, Any, Any] = (None, (), None)
   shown: dict[Any, Index] = dataclasses.field(default_factory=dict)
-  split: dict[Group, bool] = dataclasses.field(default_factory=dict)
+  split: dict[Cohort, bool] = dataclasses.field(default_factory=dict)
 
   def run(self) -> None:
     """Prunes every unit that a batch reaches, and measures the errors of all units."""
     for each in self.walks:
-      self._to_a_group(each)
+      self._to_a_cohort(each)
     while waiting := [each for each in self.walks if each.walk.stopped]:
       first = min(waiting, key=lambda each: each.walk.position)
-      group = self.groups[first.walk.site.path]
-      began = group.round_of(first.walk.position)
-      together = [each for each in waiting if self.groups[each.walk.site.path] is group
-                  and group.round_of(each.walk.position) == began]
-      if group.split and group not in self.split:
-        self.split[group] = self._are_alone(together, group)
-      for unit, statistic in self._measured(together, group).items():
+      cohort = self.cohorts[first.walk.site.path]
+      began = cohort.round_of(first.walk.position)
+      together = [each for each in waiting if self.cohorts[each.walk.site.path] is cohort
+                  and cohort.round_of(each.walk.position) == began]
+      if cohort.split and cohort not in self.split:
+        self.split[cohort] = self._are_alone(together, cohort)
+      for unit, statistic in self._measured(together, cohort).items():
         self.solved[unit] = self.solve(unit, statistic)
       for each in together:
-        self._to_a_group(each)
+        self._to_a_cohort(each)
 
-  def _to_a_group(self, each: BatchWalk) -> None:
+  def _to_a_cohort(self, each: BatchWalk) -> None:
     """Goes on until the walk waits at a product of a unit that is not pruned yet, or ends where all units are."""
     walk = each.walk
     while walk.stopped:
@@ -93,15 +93,15 @@ class Lockstep:
         return
       walk.answer(None if unit is None or unit not in self.solved else self._answer(each, unit))
 
-  def _measured(self, together: Sequence[BatchWalk], group: Group) -> dict[Unit, Any]:
-    """Returns the statistic of each unit of a group, over all batches that wait for the group.
+  def _measured(self, together: Sequence[BatchWalk], cohort: Cohort) -> dict[Unit, Any]:
+    """Returns the statistic of each unit of a cohort, over all batches that wait for the cohort.
 
     Products of one operand, such as query, key and value, share one statistic.
     """
     sites = [each.walk.site for each in together]
     operands = [site.x for site in sites]
     key = (self.targets[sites[0].path].arrangements[sites[0].number].row_key, len(sites))
-    once = self._once(group)
+    once = self._once(cohort)
     if once and key == self.shared[0] and all(map(operator.is_, operands, self.shared[1])):
       unit = self._unit(sites[0])
       assert unit is not None
@@ -109,41 +109,41 @@ class Lockstep:
     self.shared = (None, (), None)  # the former statistic is dropped before the next is collected
     statistics: dict[Unit, Any] = {}
     for each in together:
-      self._collect(each, group, statistics)
+      self._collect(each, cohort, statistics)
     for unit, statistic in statistics.items():
       if not bool(_finite(statistic)):
-        self._refuse(unit, together, group)
+        self._refuse(unit, together, cohort)
     if once:
       self.shared = key, operands, *statistics.values()
     return statistics
 
-  def _once(self, group: Group) -> bool:
+  def _once(self, cohort: Cohort) -> bool:
     """Returns whether the products at which the walks wait are all products of their units."""
-    return group.once or self.split.get(group, False)
+    return cohort.once or self.split.get(cohort, False)
 
-  def _are_alone(self, together: Sequence[BatchWalk], group: Group) -> bool:
-    """Returns whether each unit of a group is used once, at the same product in all batches.
+  def _are_alone(self, together: Sequence[BatchWalk], cohort: Cohort) -> bool:
+    """Returns whether each unit of a cohort is used once, at the same product in all batches.
 
     The program does not tell where it picks layers by a number (`w[i]`), so that copies of the walks look ahead.
     """
     if len(together) < len(self.walks):
       return False
-    seen = []
+    seen: list[list[Any]] = []
     for each in together:
       walk, began = each.walk.copy(), each.walk.position
       seen.append([])
-      while walk.stopped and not group.passed(began, walk.position):
-        if walk.site.path in group.paths:
+      while walk.stopped and not cohort.passed(began, walk.position):
+        if walk.site.path in cohort.paths:
           seen[-1].append((walk.position, self._unit(walk.site)))
         walk.answer()
     units = [unit for _, unit in seen[0]]
     return len(set(units)) == len(units) and all(other == seen[0] for other in seen)
 
-  def _refuse(self, unit: Unit, together: Sequence[BatchWalk], group: Group) -> None:
+  def _refuse(self, unit: Unit, together: Sequence[BatchWalk], cohort: Cohort) -> None:
     """Raises `ValueError` that names the first batch that is not finite at the input of a unit."""
     for each in together:
       alone: dict[Unit, Any] = {}
-      self._collect(each, group, alone)
+      self._collect(each, cohort, alone)
       if unit in alone and not bool(_finite(alone[unit])):
         raise ValueError(f'prune: the input of {names_of(self.targets[unit[0]], unit[1])} holds NaN, infinities, or '
                          f'numbers whose squares overflow, in batch {each.number}. Look at the batch and at the '
@@ -151,15 +151,15 @@ class Lockstep:
     raise ValueError(f'prune: the sums over the input of {names_of(self.targets[unit[0]], unit[1])} overflow; scale '
                      'the batches down.')
 
-  def _collect(self, each: BatchWalk, group: Group, statistics: dict[Unit, Any]) -> None:
-    """Adds the rows of all products of a group in one batch, which the walk waits for, to `statistics`."""
-    if self._once(group):
+  def _collect(self, each: BatchWalk, cohort: Cohort, statistics: dict[Unit, Any]) -> None:
+    """Adds the rows of all products of a cohort in one batch, which the walk waits for, to `statistics`."""
+    if self._once(cohort):
       self._add(each, each.walk.site, statistics)
       return
     walk, began = each.walk.copy(), each.walk.position
-    while walk.stopped and not group.passed(began, walk.position):
+    while walk.stopped and not cohort.passed(began, walk.position):
       site, unit = walk.site, self._unit(walk.site)
-      if unit is not None and site.path in group.paths and site.use.data and unit not in self.solved:
+      if unit is not None and site.path in cohort.paths and site.use.data and unit not in self.solved:
         self._add(each, site, statistics)
       pruned = self.solved.get(unit) if unit is not None else None
       walk.answer(None if pruned is None else site.product(weight=self._operand(site, pruned.part)))

@@ -1,4 +1,4 @@
-"""Tests `prune`: what it prunes by equals an oracle in NumPy, however the program is written, and nothing else changes."""
+"""Tests `prune`: its masks equal those of an oracle in NumPy, however the program is written."""
 
 import functools
 
@@ -22,11 +22,11 @@ def normal(*shape):
 
 
 def by_inputs(pattern=HALF, statistic=calibration.moments, **words):
-  """The recipe of this file: the weight times the norm of its input."""
+  """Returns the recipe of this file: Wanda."""
   return Recipe(pattern, score=scores.wanda, statistic=statistic, **words)
 
 
-# One chain of three layers, written in many ways. All ways have one answer.
+# A chain of three layers is written in many ways, all with the same answer.
 
 STACK = {'w': normal(3, 8, 8), 'head': normal(8, 2)}
 BATCHES = [normal(5, 8), normal(7, 8) * 3]
@@ -84,7 +84,7 @@ WAYS = {
 
 
 def two_of_four(values):
-  """The 2:4 mask along the first axis, written out: two larger ones go before."""
+  """Returns the 2:4 mask along the first axis, written out: fewer than two of a group are larger."""
   groups = values.reshape(-1, 4, values.shape[1])
   ahead = (groups[:, None] > groups[:, :, None]).sum(2)
   return (ahead < 2).reshape(values.shape)
@@ -143,7 +143,7 @@ SIZES = jnp.asarray([3, 0, 5], jnp.int32)
 
 
 def windows(x, taps):
-  """The windows of `x`, `[batch, length, in]`, with padding as 'SAME': rows `[batch * length, taps * in]`."""
+  """Returns the windows of `x`, `[batch, length, in]`, padded as by 'SAME', as rows `[batch * length, taps * in]`."""
   padded = np.pad(np.asarray(x), ((0, 0), (taps // 2, taps // 2), (0, 0)))
   return np.stack([padded[:, i:i + x.shape[1]] for i in range(taps)], 2).reshape(-1, taps * x.shape[2])
 
@@ -195,7 +195,7 @@ def ragged(p, x):
 
 
 def slots(p, x):
-  """Experts with five slots each, of which `SIZES` are filled."""
+  """Runs experts with five slots each, of which `SIZES` are filled."""
   filled = jnp.arange(5)[None] < SIZES[:, None]
   return jnp.einsum('esk,eko->eso', jnp.where(filled[..., None], x.reshape(-1, 8)[:15].reshape(3, 5, 8), 0), p['w'])
 

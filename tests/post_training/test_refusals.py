@@ -27,7 +27,7 @@ PARAMS = {'embed': normal(11, 8), 'layers': normal(2, 8, 8), 'query': normal(8, 
 
 
 def attended(p, ids, mask=None):
-  """A small encoder: look-ups, a scan, attention that padding does not enter, a mean over what counts."""
+  """Runs a small encoder: look-ups, a scan, attention that padding does not enter, and a mean over valid positions."""
   mask = jnp.ones(ids.shape, bool) if mask is None else mask
   x = p['embed'][ids]
   x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p['layers'])[0]
@@ -58,7 +58,7 @@ def same(a, b):
 
 
 def test_garbage_in_the_padding_changes_nothing():
-  """The rows of the mean, one for each sentence, all count."""
+  """Counts the rows of the mean, one for each sentence, whatever the padding."""
   garbage = jnp.where(VALID, IDS, 10)
   assert same(pruned(batches=[(garbage, VALID)], valid=[VALID]).masks, usual().masks)
   assert not same(pruned(batches=[(garbage, VALID)]).masks, usual().masks)
@@ -103,7 +103,10 @@ TWO = {'w': normal(8, 8), 'v': normal(8, 4)}
 ROWS = normal(6, 8)
 
 
-def two(params=TWO, batches=(ROWS,), recipe=WANDA, apply=FLOATS, where=sj.trees.named('*'), **options):
+ALL = sj.trees.named('*')
+
+
+def two(params=TWO, batches=(ROWS,), recipe=WANDA, apply=FLOATS, where=ALL, **options):
   return lambda: sj.prune(apply, params, batches, recipe, where=where, **options)
 
 
@@ -119,13 +122,15 @@ REFUSED = {
   'valid of no input': (two(valid=[jnp.ones(7, bool)]), r'no input of the program has a shape that begins with \(7,\)'),
   'NaN': (two(batches=[ROWS, ROWS.at[2, 3].set(np.nan)]), 'the input of w holds NaN.* in batch 1'),
   'infinities': (two(batches=[ROWS * np.inf], recipe=GRAM), 'the input of w holds NaN.* in batch 0'),
-  'NaN inside': (two(apply=lambda p, x: jnp.log(-jnp.abs(x @ p['w'])) @ p['v']), 'the input of v holds NaN.* in batch 0'),
+  'NaN inside': (two(apply=lambda p, x: jnp.log(-jnp.abs(x @ p['w'])) @ p['v']),
+                 'the input of v holds NaN.* in batch 0'),
   'NaN in a parameter': (two(params={**TWO, 'v': TWO['v'].at[0].set(np.nan)}), "parameter 'v'.*it holds NaN"),
   'a parameter without a product': (two(apply=lambda p, x: x @ p['w'] + p['v'].sum()),
                                     r"parameter 'v' of shape \(8, 4\): the program contracts it nowhere"),
   'other values': (two(apply=lambda p, x: x @ (p['w'] * 2) @ p['v']), "parameter 'w'.*takes other values than those"),
   'a part': (two(apply=lambda p, x: x[:, :4] @ p['w'][:4] @ p['v']), "parameter 'w'.*takes a part of the parameter"),
-  'two ways': (two(apply=lambda p, x: x @ p['w'] + x @ p['w'].T + (x @ p['v']).sum()), "parameter 'w'.*cannot follow both"),
+  'two ways': (two(apply=lambda p, x: x @ p['w'] + x @ p['w'].T + (x @ p['v']).sum()),
+               "parameter 'w'.*cannot follow both"),
   'no axis that fits': (two(recipe=Recipe(sj.NM(3, 5), score=scores.wanda, statistic=calibration.moments)),
                         '3:5 needs a contraction axis that 5 divides'),
   'no recipe': (two(recipe=sj.NM(2, 4)), 'the fourth argument is a recipe.*not a NM'),
@@ -139,8 +144,9 @@ REFUSED = {
   'a factor that fails': (two(recipe=GRAM.then(failing)), "parameter 'w'.*no Cholesky factor, at any damping up to 1"),
   'weights outside of the mask': (two(recipe=GRAM.then(lambda stack, choose, stat: stack._replace(w=stack.dense))),
                                   "parameter 'w'.*weights outside of its mask"),
-  'a statistic for all at once': (two(recipe=Recipe(sj.Unstructured(0.5), score=scores.wanda, statistic=calibration.gram,
-                                                    allocation=sj.allocation.global_())), 'needs all scores at once'),
+  'a statistic for all at once': (
+      two(recipe=Recipe(sj.Unstructured(0.5), score=scores.wanda, statistic=calibration.gram,
+                        allocation=sj.allocation.global_())), 'needs all scores at once'),
   'memory': (two(memory_limit=1000), r'about [\d,]+ bytes are needed and 1,000 bytes are allowed'),
 }
 
