@@ -23,8 +23,8 @@ class Cohort:
   """A `Cohort` is the set of targets that are measured together.
 
   `depth`: how many programs, from the outermost, are around all uses of a cohort and stay the same in one round.
-  `last`: the number of the last operation with a use, in the innermost of these programs. `once`: whether the cohort is one
-  product, so that no walk has to go on to a later use. `split`: whether the units of the target may be measured one
+  `last`: the number of the last operation with a use, in the innermost of these programs. `once`: whether the cohort is
+  one product, so that no walk has to go on to a later use. `split`: whether the units of the target may be measured one
   after the other, which the walks find out.
   """
 

@@ -1,5 +1,6 @@
 """Tests `prune`: its masks equal those of an oracle in NumPy, however the program is written."""
 
+import contextlib
 import functools
 
 import jax
@@ -229,6 +230,38 @@ def test_a_weight_that_is_used_several_times_is_pruned_once_by_the_rows_of_all_i
     result = sj.prune(apply, {'w': w}, [X[:2, 0], X[2:, 0]], by_inputs(), where=sj.trees.named('w'))
     np.testing.assert_array_equal(result.masks['w'], expected)
     assert [row.rows for row in result.report.rows] == [12]
+
+
+def routed(p, x):
+  return lax.switch((x.sum() > 0).astype(jnp.int32), [lambda x: x @ p['w'][0], lambda x: tanh(x, p['w'][1])], x)
+
+
+def picked(p, x):
+  i = (x.sum() > 0).astype(jnp.int32)
+  return tanh(tanh(x, p['w'][i]), p['w'][1 - i])
+
+
+def rounds(p, x):
+  return lax.while_loop(lambda x: jnp.abs(x).sum() < 100, lambda x: x @ p['w'][0] * 4, x) @ p['w'][1]
+
+
+@pytest.mark.parametrize('apply', [routed, picked, rounds])
+def test_each_batch_goes_its_own_way(apply):
+  """Compares with one product of all rows that meet each matrix, collected from the batches one by one."""
+  params, batches = {'w': normal(2, 8, 8)}, [jnp.abs(X[:2, 0]), -jnp.abs(X[2:, 0]), jnp.abs(X[:4, 1])]
+  seen = ([], [])
+  for x in batches:
+    run = sj.programs.operands(apply, lambda site: seen[int((site.weight == params['w'][1]).all())].append(site.x))
+    run(params, x)
+  result = sj.prune(apply, params, batches, by_inputs(), where=sj.trees.named('w'), sequential='dense')
+  for rows, w, mask, row in zip(seen, params['w'], result.masks['w'], sorted(result.report.rows, key=lambda r: r.unit)):
+    x = np.concatenate(rows)
+    expected = two_of_four(np.abs(np.asarray(w)) * np.sqrt(np.square(x).sum(0))[:, None])
+    np.testing.assert_array_equal(mask, expected)
+    assert row.rows == len(x)
+  sj.prune(apply, params, batches, by_inputs(), where=sj.trees.named('w'))
+  with pytest.raises(ValueError, match=r"parameter 'w\[0\]'.*0 rows") if apply is routed else contextlib.nullcontext():
+    sj.prune(apply, params, batches[::2], by_inputs(), where=sj.trees.named('w'))
 
 
 def tied(p, ids):
