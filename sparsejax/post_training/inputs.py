@@ -88,23 +88,23 @@ def _masks(valid: Iterable[Array] | None, number: int) -> list[Array | None]:
   return [jnp.asarray(mask) for mask in masks]
 
 
-def validity(program: Program, valid: Array | None) -> Callable[[Site], Array | None]:
-  """Returns the function that says which entries of the operand at a site count, `None` for all.
+def validity(program: Program, valid: Array | None) -> Callable[[Site], tuple[Array | None, Array | None]]:
+  """Returns the function that says which entries of the operand and of the result at a site count, `None` for all.
 
   The function raises `ValueError` where the program does not tell which position a row comes from.
   """
   if valid is None:
-    return lambda site: None
+    return lambda site: (None, None)
   found = origins(program, valid.shape)
 
-  def counted(site: Site) -> Array | None:
+  def counted(site: Site) -> tuple[Array | None, Array | None]:
     operand = 1 - site.use.operand
     origin = found[site.use.address][operand]
     if lost := rows_of(origin, site.eqn, operand):
       raise errors.at_leaf('prune', site.path, site.weight.shape,
                            f'which rows of its input are valid cannot be told: {lost}. Leave the parameter out of '
                            '`where`, or give batches without padding and no `valid`.')
-    return entries(origin, valid)
+    return entries(origin, valid), entries(found[site.use.address][2], valid)
 
   return counted
 

@@ -1,20 +1,23 @@
-"""Walks the program of every batch in lock-step: measures a group of targets, prunes the group, and goes on.
+"""Walks the program of every batch in lock-step: measures a cohort of targets, prunes the cohort, and goes on.
 
-A *batch walk* is a `programs.Walk` of one batch. All walks wait at the first product of a group. Copies of the walks go
-on to the last product of the group and collect statistics with dense weights. Then the group is pruned, and the walks
-go on from where they waited, with pruned weights.
+A *batch walk* is a `programs.Walk` of one batch. All walks wait at the first product of a cohort. Copies of the walks
+go on to the last product of the cohort and collect statistics with dense weights. Then the cohort is pruned, and the
+walks go on from where they waited, with pruned weights.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax import calibration, errors
-from sparsejax.post_training.groups import Group
+from sparsejax.post_training.cohorts import Cohort
 from sparsejax.post_training.targets import Index, Target, names_of
+from sparsejax.programs.arrangements import Arrangement
 from sparsejax.programs.evaluate import Walk
 from sparsejax.programs.operands import Site
 from sparsejax.types import Array
@@ -39,46 +42,49 @@ class Solved:
 class BatchWalk:
   """A `BatchWalk` is the walk of one batch, with the number of the batch.
 
-  `valid(site)` returns a mask of the entries of `site.x` that count, or `None` for all of them.
+  `valid(site)` returns masks of the entries that count, of `site.x` and of the product, or `None` for all of them.
   """
 
   number: int
   walk: Walk
-  valid: Callable[[Site], Array | None]
+  valid: Callable[[Site], tuple[Array | None, Array | None]]
 
 
 @dataclasses.dataclass
 class Lockstep:
-  """A `Lockstep` holds the walks of all batches, the groups, and what has been pruned.
+  """A `Lockstep` holds the walks of all batches, the cohorts, and what has been pruned.
 
   `solve(unit, statistic)` prunes a unit. `solved` maps each unit that is pruned to its `Solved`.
   """
 
   walks: list[BatchWalk]
   targets: Mapping[str, Target]
-  groups: Mapping[str, Group]
+  cohorts: Mapping[str, Cohort]
   statistic: calibration.Statistic
   solve: Callable[[Unit, Any], Solved]
   solved: dict[Unit, Solved] = dataclasses.field(default_factory=dict)
   shared: tuple[Any, Any, Any] = (None, (), None)
   shown: dict[Any, Index] = dataclasses.field(default_factory=dict)
+  split: dict[Cohort, bool] = dataclasses.field(default_factory=dict)
 
   def run(self) -> None:
     """Prunes every unit that a batch reaches, and measures the errors of all units."""
     for each in self.walks:
-      self._to_a_group(each)
+      self._to_a_cohort(each)
     while waiting := [each for each in self.walks if each.walk.stopped]:
       first = min(waiting, key=lambda each: each.walk.position)
-      group = self.groups[first.walk.site.path]
-      began = group.round_of(first.walk.position)
-      together = [each for each in waiting if self.groups[each.walk.site.path] is group
-                  and group.round_of(each.walk.position) == began]
-      for unit, statistic in self._measured(together, group).items():
+      cohort = self.cohorts[first.walk.site.path]
+      began = cohort.round_of(first.walk.position)
+      together = [each for each in waiting if self.cohorts[each.walk.site.path] is cohort
+                  and cohort.round_of(each.walk.position) == began]
+      if cohort.split and cohort not in self.split:
+        self.split[cohort] = self._are_alone(together, cohort)
+      for unit, statistic in self._measured(together, cohort).items():
         self.solved[unit] = self.solve(unit, statistic)
       for each in together:
-        self._to_a_group(each)
+        self._to_a_cohort(each)
 
-  def _to_a_group(self, each: BatchWalk) -> None:
+  def _to_a_cohort(self, each: BatchWalk) -> None:
     """Goes on until the walk waits at a product of a unit that is not pruned yet, or ends where all units are."""
     walk = each.walk
     while walk.stopped:
@@ -87,35 +93,73 @@ class Lockstep:
         return
       walk.answer(None if unit is None or unit not in self.solved else self._answer(each, unit))
 
-  def _measured(self, together: Sequence[BatchWalk], group: Group) -> dict[Unit, Any]:
-    """Returns the statistic of each unit of a group, over all batches that wait for the group.
+  def _measured(self, together: Sequence[BatchWalk], cohort: Cohort) -> dict[Unit, Any]:
+    """Returns the statistic of each unit of a cohort, over all batches that wait for the cohort.
 
     Products of one operand, such as query, key and value, share one statistic.
     """
     sites = [each.walk.site for each in together]
     operands = [site.x for site in sites]
     key = (self.targets[sites[0].path].arrangements[sites[0].number].row_key, len(sites))
-    if group.once and key == self.shared[0] and all(map(operator.is_, operands, self.shared[1])):
+    once = self._once(cohort)
+    if once and key == self.shared[0] and all(map(operator.is_, operands, self.shared[1])):
       unit = self._unit(sites[0])
       assert unit is not None
       return {unit: self.shared[2]}
     self.shared = (None, (), None)  # the former statistic is dropped before the next is collected
     statistics: dict[Unit, Any] = {}
     for each in together:
-      self._collect(each, group, statistics)
-    if group.once:
+      self._collect(each, cohort, statistics)
+    for unit, statistic in statistics.items():
+      if not bool(_finite(statistic)):
+        self._refuse(unit, together, cohort)
+    if once:
       self.shared = key, operands, *statistics.values()
     return statistics
 
-  def _collect(self, each: BatchWalk, group: Group, statistics: dict[Unit, Any]) -> None:
-    """Adds the rows of all products of a group in one batch, which the walk waits for, to `statistics`."""
-    if group.once:
+  def _once(self, cohort: Cohort) -> bool:
+    """Returns whether the products at which the walks wait are all products of their units."""
+    return cohort.once or self.split.get(cohort, False)
+
+  def _are_alone(self, together: Sequence[BatchWalk], cohort: Cohort) -> bool:
+    """Returns whether each unit of a cohort is used once, at the same product in all batches.
+
+    The program does not tell where it picks layers by a number (`w[i]`), so that copies of the walks look ahead.
+    """
+    if len(together) < len(self.walks):
+      return False
+    seen: list[list[Any]] = []
+    for each in together:
+      walk, began = each.walk.copy(), each.walk.position
+      seen.append([])
+      while walk.stopped and not cohort.passed(began, walk.position):
+        if walk.site.path in cohort.paths:
+          seen[-1].append((walk.position, self._unit(walk.site)))
+        walk.answer()
+    units = [unit for _, unit in seen[0]]
+    return len(set(units)) == len(units) and all(other == seen[0] for other in seen)
+
+  def _refuse(self, unit: Unit, together: Sequence[BatchWalk], cohort: Cohort) -> None:
+    """Raises `ValueError` that names the first batch that is not finite at the input of a unit."""
+    for each in together:
+      alone: dict[Unit, Any] = {}
+      self._collect(each, cohort, alone)
+      if unit in alone and not bool(_finite(alone[unit])):
+        raise ValueError(f'prune: the input of {names_of(self.targets[unit[0]], unit[1])} holds NaN, infinities, or '
+                         f'numbers whose squares overflow, in batch {each.number}. Look at the batch and at the '
+                         'products before, or leave the rows out with `valid`.')
+    raise ValueError(f'prune: the sums over the input of {names_of(self.targets[unit[0]], unit[1])} overflow; scale '
+                     'the batches down.')
+
+  def _collect(self, each: BatchWalk, cohort: Cohort, statistics: dict[Unit, Any]) -> None:
+    """Adds the rows of all products of a cohort in one batch, which the walk waits for, to `statistics`."""
+    if self._once(cohort):
       self._add(each, each.walk.site, statistics)
       return
     walk, began = each.walk.copy(), each.walk.position
-    while walk.stopped and not group.passed(began, walk.position):
+    while walk.stopped and not cohort.passed(began, walk.position):
       site, unit = walk.site, self._unit(walk.site)
-      if unit is not None and site.path in group.paths and site.use.data and unit not in self.solved:
+      if unit is not None and site.path in cohort.paths and site.use.data and unit not in self.solved:
         self._add(each, site, statistics)
       pruned = self.solved.get(unit) if unit is not None else None
       walk.answer(None if pruned is None else site.product(weight=self._operand(site, pruned.part)))
@@ -124,25 +168,21 @@ class Lockstep:
     unit = self._unit(site)
     assert unit is not None
     own = dataclasses.replace(self.targets[site.path].arrangements[site.number], eqn=site.eqn)
-    rows = calibration.Rows(*own.rows(site.x, site.others, each.valid(site)))
-    _check_finite(rows, names_of(self.targets[site.path], unit[1]), each.number, site)
-    statistic = self.statistic(rows)
+    statistic = _measuring(self.statistic, _Shown(own.row_key, own))(site.x, site.others, each.valid(site)[0])
     statistics[unit] = calibration.add(statistics[unit], statistic) if unit in statistics else statistic
 
   def _answer(self, each: BatchWalk, unit: Unit) -> Array:
     """Returns the product with the pruned weight, and measures the error that the pruning has made."""
     site, pruned = each.walk.site, self.solved[unit]
+    weight = self._operand(site, pruned.part)
+    y = site.product(weight=weight)
     if pruned.measured and site.use.data:
-      self._measure(site, pruned, each.valid(site))
-    return site.product(weight=self._operand(site, pruned.part))
-
-  def _measure(self, site: Site, pruned: Solved, valid: Array | None) -> None:
-    x = site.x if valid is None else jnp.where(valid, site.x, jnp.zeros((), site.x.dtype))
-    error = lambda part: _square(site.product(x=x, weight=site.weight - self._operand(site, part)))
-    after = error(pruned.part)
-    before = after if pruned.started is None else error(pruned.started)
-    found = (_square(site.product(x=x)), before, after)
-    pruned.errors = [a + b for a, b in zip(pruned.errors, found)]
+      error = site.product(weight=site.weight - weight)
+      first = error if pruned.started is None else site.product(
+          weight=site.weight - self._operand(site, pruned.started))
+      found = _energies(y, error, first, each.valid(site)[1])
+      pruned.errors = [a + b for a, b in zip(pruned.errors, found)]
+    return y
 
   def _operand(self, site: Site, part: Array) -> Array:
     made = self.targets[site.path].arrangements[site.number].operand(part)
@@ -161,8 +201,32 @@ class Lockstep:
     return site.path, unit
 
 
-def _square(y: Array) -> Array:
-  return jnp.sum(jnp.square(y.astype(jnp.float32)))
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+  """A `_Shown` is an arrangement that equals every other that shows the same rows."""
+
+  key: Any
+  own: Arrangement = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=256)
+def _measuring(statistic: calibration.Statistic, shown: _Shown) -> Callable[..., Any]:
+  """Returns the compiled function of an operand, of the other operands and of a mask that returns the statistic."""
+  return jax.jit(lambda x, others, valid: statistic(calibration.Rows(*shown.own.rows(x, others, valid))))
+
+
+@jax.jit
+def _finite(statistic: Any) -> Array:
+  return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(statistic)])
+
+
+@jax.jit
+def _energies(y: Array, error: Array, first: Array, valid: Array | None) -> list[Array]:
+  """Returns the sums of squares of the dense product `y + error`, of the first error, and of the error."""
+  square = lambda a: jnp.square(a.astype(jnp.float32))
+  counted = lambda a: jnp.sum(a if valid is None else jnp.where(valid, a, 0))
+  return [counted(square(y.astype(jnp.float32) + error.astype(jnp.float32))), counted(square(first)),
+          counted(square(error))]
 
 
 def _unit_of(target: Target, site: Site) -> Index:
@@ -180,8 +244,3 @@ def _unit_of(target: Target, site: Site) -> Index:
                        'before (a scale, a mask, a normalisation, a flip). Put the changed values into the parameter, '
                        'or leave it out of `where`.')
 
-
-def _check_finite(rows: calibration.Rows, name: str, batch: int, site: Site) -> None:
-  if not bool(rows.finite):
-    raise ValueError(f'prune: the input of {name} at {site.use.place} holds NaN or infinities in batch {batch}. '
-                     'Look at the batch and at the products before, or leave the rows out with `valid`.')

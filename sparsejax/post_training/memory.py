@@ -1,6 +1,6 @@
 """Estimates the memory that a call of `prune` needs, from shapes alone, and refuses what does not fit.
 
-    need = estimate(programs, targets, groups, calibration.gram)
+    need = estimate(programs, targets, cohorts, calibration.gram)
     refuse_if_too_large(need, limit=8 << 30)
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend import core
 
 from sparsejax import calibration
-from sparsejax.post_training.groups import Group
+from sparsejax.post_training.cohorts import Cohort
 from sparsejax.post_training.targets import Target
 from sparsejax.programs import jaxprs
 from sparsejax.programs.tracing import Program
@@ -24,12 +24,12 @@ STACKS = 5  # arrays like a stack: dense, present, mask and scores, and what a r
 FACTORS = 3  # arrays like a Gram matrix: the sum, its factor and a workspace
 
 
-def estimate(programs: Sequence[Program], targets: Mapping[str, Target], groups: Mapping[str, Group],
+def estimate(programs: Sequence[Program], targets: Mapping[str, Target], cohorts: Mapping[str, Cohort],
              statistic: calibration.Statistic) -> int:
   """Returns the bytes that are expected at the peak, besides the parameters and batches that exist already.
 
-  The estimate adds up the live values of all batches, the statistics of the largest group, the arrays of the largest
-  unit, and the results. Groups and units come one by one, so that only the largest of each counts.
+  The estimate adds up the live values of all batches, the statistics of the largest cohort, the arrays of the largest
+  unit, and the results. Cohorts and units come one by one, so that only the largest of each counts.
   """
   known: dict[int, int] = {}
   frontier = 0
@@ -37,10 +37,10 @@ def estimate(programs: Sequence[Program], targets: Mapping[str, Target], groups:
     if id(program) not in known:
       known[id(program)] = _peak(jaxprs.opened(program))
     frontier += known[id(program)]
-  copies = 1 if all(group.once for group in groups.values()) else 2  # a copy of a walk waits while the other goes on
+  copies = 1 if all(cohort.once for cohort in cohorts.values()) else 2  # a copy of a walk waits while the other goes on
   statistics = {path: _bytes(jax.eval_shape(statistic, _rows(target))) for path, target in targets.items()}
-  together = {id(group): sum(statistics[path] * _at_once(targets[path], group) for path in group.paths)
-              for group in groups.values()}
+  together = {id(cohort): sum(statistics[path] * _at_once(targets[path], cohort) for path in cohort.paths)
+              for cohort in cohorts.values()}
   units = [STACKS * 4 * math.prod(_shape(target)) + (FACTORS - 1) * statistics[path]
            for path, target in targets.items()]
   results = sum(target.array.size * (target.array.dtype.itemsize + 1) for target in targets.values())
@@ -81,9 +81,9 @@ def _shape(target: Target) -> tuple[int, int, int]:
   return next(iter(target.arrangements.values())).shape
 
 
-def _at_once(target: Target, group: Group) -> int:
-  """Returns how many units of a target are measured at once, which is 1 if every round of a loop is a group."""
-  return 1 if group.depth or not target.gone else len(target.units)
+def _at_once(target: Target, cohort: Cohort) -> int:
+  """Returns how many units of a target are measured at once, which is 1 if every round of a loop is a cohort."""
+  return 1 if cohort.depth or not target.gone else len(target.units)
 
 
 def _rows(target: Target) -> calibration.Rows:

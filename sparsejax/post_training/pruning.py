@@ -20,8 +20,8 @@ from sparsejax import allocation as allocations
 from sparsejax import calibration, errors, patterns, scores, selections, trees
 from sparsejax.plans import SparseLeaf
 from sparsejax.post_training import memory
+from sparsejax.post_training.cohorts import Sequential, cohorts_of
 from sparsejax.post_training.finished import Finished, fingerprint_of
-from sparsejax.post_training.groups import Sequential, groups_of
 from sparsejax.post_training.inputs import Calls, calls_of, validity
 from sparsejax.post_training.lockstep import BatchWalk, Lockstep, Solved, Unit
 from sparsejax.post_training.recipe import Recipe
@@ -68,8 +68,8 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   calls = calls_of(apply, params, batches, valid)
   made, dense = targets('prune', calls.programs[0], params, recipe, where, axes, keep)
   calls.refuse_other_programs(made)
-  statistic, groups = recipe.statistic or calibration.moments, groups_of(calls.programs[0], made, sequential)
-  need = memory.estimate(calls.programs, made, groups, statistic)
+  statistic, cohorts = recipe.statistic or calibration.moments, cohorts_of(calls.programs[0], made, sequential)
+  need = memory.estimate(calls.programs, made, cohorts, statistic)
   memory.refuse_if_too_large(need, memory_limit)
   units = [(path, unit) for path, target in made.items() for unit in target.units]
   tell = _Told(progress or (lambda text: None), len(units))
@@ -78,7 +78,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   solver = Solver(recipe, made, unseen, _competed(recipe, made), functools.partial(_done, tell, folder))
   walks = [BatchWalk(i, walk(program, arrays), validity(program, valid))
            for i, (program, arrays, valid) in enumerate(zip(calls.programs, calls.arrays, calls.valid))]
-  steps = Lockstep(walks, made, groups, statistic, solver)
+  steps = Lockstep(walks, made, cohorts, statistic, solver)
   for unit, (solved, row) in (folder.read(units) if folder else {}).items():
     steps.solved[unit], solver.rows[unit] = solved, row
   steps.run()

@@ -80,7 +80,7 @@ def targets(function: str, program: Program, params: PyTree, recipe: Recipe, whe
   found = read(program)
   picked = _picked(function, found, params, where)
   paths, leaves, _ = trees.flatten(params)
-  arrays = {path: leaf for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  arrays = {path: jnp.asarray(leaf) for path, leaf, pick in zip(paths, leaves, picked) if pick}
   order = [path for path in found if path in arrays]
   arrays = {path: arrays[path] for path in (*order, *(path for path in arrays if path not in order))}
   _refuse(function, params, where, {path: _unused(found, path, array) for path, array in arrays.items()}, arrays)

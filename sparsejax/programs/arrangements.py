@@ -98,7 +98,8 @@ class Arrangement:
     """Returns the rows of the other operand, `[L, T, K]` or `[1, T, K]`, and which of them count, `bool[L, T]`.
 
     `valid` marks the entries of `x` that count. Its shape broadcasts to that of `x`, with length 1 along what is
-    contracted. The second result is `None` if all rows count.
+    contracted. The second result is `None` if all rows count. In a batched product, rows of zeros do not count: experts
+    with a fixed number of slots leave slots without a token empty.
     """
     return _ROWS[self.eqn.primitive.name](self, x, others, valid)
 
@@ -172,20 +173,22 @@ def _dot_rows(own: Arrangement, x: Array, others: Sequence[Array], valid: Array 
   tokens = math.prod(lengths(free))
   moved = jnp.transpose(x, [*mine.batch, *free, *mine.contracted])
   rows = _arranged(own, moved.reshape(*lengths(mine.batch), tokens, *lengths(mine.contracted)), batch, inputs)
+  filled = jnp.any(rows != 0, -1) if len(rows) > 1 else None
   if valid is None:
-    return rows, None
+    return rows, filled
   counted = jnp.broadcast_to(valid, [1 if i in mine.contracted else n for i, n in enumerate(x.shape)])
   counted = jnp.transpose(counted, [*mine.batch, *free, *mine.contracted]).reshape(*lengths(mine.batch), tokens)
-  return rows, _arranged(own, counted, batch, ())[..., 0]
+  counted = _arranged(own, counted, batch, ())[..., 0]
+  return rows, counted if filled is None else counted & filled
 
 
 def _ragged_rows(own: Arrangement, x: Array, others: Sequence[Array], valid: Array | None) -> tuple[Array, Array]:
   """Returns all rows once, and for each matrix the rows of its group."""
-  ends, place = jnp.cumsum(others[0]), jnp.arange(len(x))
+  ends, place = jnp.cumsum(others[0]), jnp.arange(len(x))[None]
   members = (place < ends[:, None]) & (place >= (ends - others[0])[:, None])
   if valid is not None:
     members &= jnp.broadcast_to(valid, (len(x), 1))[None, :, 0]
-  return _arranged(own, x[None], (), (own.dims[1],))[:1], _arranged(own, members, (own.dims[0],), ())[..., 0]
+  return _arranged(own, x, (), (own.dims[1],)), _arranged(own, members, (own.dims[0],), ())[..., 0]
 
 
 def _convolved_rows(own: Arrangement, x: Array, others: Sequence[Array], valid: Array | None

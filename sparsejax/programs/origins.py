@@ -4,8 +4,8 @@ An `Origin` relates a value to the axes of an array such as `valid`, `bool[batch
 follows from those of the operands. An operation that mixes or moves positions ends the origin, with its name as the
 reason. A sum over positions, as in attention, drops the axis: the result belongs to the positions that are left.
 
-    found = origins(program, valid.shape)                       # of the operands of each product, by address
-    entries(found[address][0], valid)                           # which entries of the operand count, or None
+    found = origins(program, valid.shape)[address]              # of both operands of a product, and of its result
+    entries(found[0], valid)                                    # which entries of an operand count, or None
 """
 
 import math
@@ -36,7 +36,7 @@ NOWHERE = Origin()
 
 
 def origins(program: Program, shape: Sequence[int]) -> dict[jaxprs.Address, list[Origin]]:
-  """Returns the origins of the operands of each product, by address.
+  """Returns the origins of the first two operands and of the result of each product, by address.
 
   The inputs whose shapes begin with `shape` have the axes in front. Raises `ValueError` if no input has.
   """
@@ -98,8 +98,13 @@ def rows_of(origin: Origin, eqn: Any, operand: int) -> str:
 
 
 def _operation(eqn: Any, facts: list[Origin], here: Position) -> list[Origin]:
+  results = _results(eqn, facts)
   if eqn.primitive.name in jaxprs.CONTRACTIONS:
-    here.notes[here.address] = facts
+    here.notes[here.address] = [*facts[:2], *results]
+  return results
+
+
+def _results(eqn: Any, facts: list[Origin]) -> list[Origin]:
   lost = next((fact for fact in facts if fact.lost), None)
   if lost is not None:
     return [lost] * len(eqn.outvars)

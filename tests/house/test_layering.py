@@ -74,7 +74,7 @@ INSIDE = {
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
     'sparsejax.recipes': (('sentence', 'post_training'), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim'),
-                                ('parts', 'targets'), ('repairs',), ('groups',), ('lockstep', 'inputs', 'memory'),
+                                ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'inputs', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
