@@ -2,6 +2,7 @@
 
     tx = sparsejax.recipes.sr_ste(optax.adamw(1e-3), sparsejax.NM(2, 4))     # instead of optax.adamw(1e-3)
     print(sparsejax.report(params, opt_state))                               # asked and achieved sparsity
+    pruned = sparsejax.prune(model.apply, params, batches, recipe)           # a trained model, in one call
     sparsejax.io.save('model.safetensors', sparsejax.formats.pack(params, sparsejax.NM(2, 4)))
 
 Modules import only from the lines above their own:
@@ -13,6 +14,7 @@ Modules import only from the lines above their own:
 - The words, one module each: `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`, `starts`, `metrics`.
 - `formats` packs pruned parameters into smaller arrays.
 - `states` holds masks and master weights in the optimizer state. `selections` chooses the masks of all leaves.
+- `post_training` prunes trained models: `prune` with a few batches of data, `prune_weights` without.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
 - The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, and the
   command line (`sparsejax --help`) offers the tools on checkpoints.
@@ -23,11 +25,13 @@ Modules import only from the lines above their own:
 from sparsejax import (
   advice,
   allocation,
+  calibration,
   flows,
   formats,
   io,
   metrics,
   patterns,
+  post_training,
   programs,
   ranking,
   recipes,
@@ -43,13 +47,15 @@ from sparsejax import (
 )
 from sparsejax.advice import Advice, advise
 from sparsejax.patterns import NM, Block, Channel, Unstructured
+from sparsejax.post_training import prune, prune_weights
 from sparsejax.programs import contractions
 from sparsejax.reports import Report, check, report
 from sparsejax.states import SparseState, apply_masks, masks, project
 
 __all__ = [
   'NM', 'Advice', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
-  'apply_masks', 'check', 'contractions',
-  'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'programs', 'project', 'ranking', 'recipes', 'report',
-  'schedules', 'scores', 'selections', 'starts', 'states', 'transforms', 'trees', 'types', 'updates',
+  'apply_masks', 'calibration', 'check', 'contractions',
+  'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'post_training', 'programs', 'project', 'prune',
+  'prune_weights', 'ranking', 'recipes', 'report', 'schedules',
+  'scores', 'selections', 'starts', 'states', 'transforms', 'trees', 'types', 'updates',
 ]

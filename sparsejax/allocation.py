@@ -10,8 +10,9 @@ the number of weights that a leaf keeps is then counted at each mask update.
     tx = recipes.magnitude_at_init(optax.adamw(1e-3), 0.9, allocation=allocation.global_())
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -161,6 +162,107 @@ def named(name: Any) -> Allocation | Ranked:
   if name not in known:
     raise errors.unknown('allocation.named', 'allocation', name, known)
   return known[name]
+
+
+def shared_by(scores: Mapping[str, float], most: float,
+              groups: Callable[[str], str] = lambda path: path) -> Allocation:
+  """Returns the allocation that keeps more where `scores` are higher: ECoFLaP (Sung et al. 2023, 2310.02998).
+
+  Leaves with equal `groups(path)` share one sparsity, which is at most `most`, and their scores add up. Each group
+  keeps at least `1 - most`, and the rest is shared out in proportion to the scores. A group that is full leaves its
+  part to the others. The numbers of kept weights are whole and add up to `round((1 - sparsity) * size)` exactly, by
+  largest remainders. Deviation: the authors' code doubles what rounding up takes too much.
+
+  `scores` maps the paths of all sparse leaves, or more, to numbers, at least 0, such as those of
+  `sensitivities.zeroth_order`. Raises `ValueError` for a leaf without a score, and if `most` is below the sparsity.
+  """
+  most = arguments.verified('allocation.shared_by', 'most', most)
+  scores = {path: _score_of(path, score) for path, score in scores.items()}
+
+  def allocate(leaves, sparsity, axes=None):
+    del axes
+    sizes = {path: math.prod(w.shape) for path, w in leaves.items()}
+    if missing := sorted(sizes.keys() - scores.keys()):
+      raise errors.unknown('allocation.shared_by', 'path without a score', missing[0], scores)
+    if sparsity > most:
+      raise ValueError(f'allocation.shared_by: sparsity {sparsity} is more than most={most}, which no leaf may exceed. '
+                       'Raise `most`, or ask for less.')
+    members: dict[str, list[str]] = {}
+    for path in sizes:
+      members.setdefault(groups(path), []).append(path)
+    room = {group: sum(sizes[path] for path in paths) for group, paths in members.items()}
+    weight = {group: sum(scores[path] for path in paths) for group, paths in members.items()}
+    total = sum(room.values()) - round(sparsity * sum(room.values()))
+    kept = _whole(_filled(room, weight, {group: (1 - most) * n for group, n in room.items()}, total), room, total)
+    shares: dict[str, float] = {}
+    for group, paths in members.items():
+      own = {path: sizes[path] for path in paths}
+      exact = {path: kept[group] * n / max(room[group], 1) for path, n in own.items()}
+      shares |= {path: 1 - n / max(own[path], 1) for path, n in _whole(exact, own, kept[group]).items()}
+    return {path: shares[path] for path in leaves}
+
+  return allocate
+
+
+def _score_of(path: str, score: Any) -> float:
+  number = float(score)
+  if not (math.isfinite(number) and number >= 0):
+    raise ValueError(f'allocation.shared_by: the score of {path!r} is {number}; a score is finite and at least 0.')
+  return number
+
+
+def _filled(room: Mapping[str, int], weight: Mapping[str, float], least: Mapping[str, float],
+            total: float) -> dict[str, float]:
+  """Returns how much each group keeps, `total` in all: `least`, and a part of the rest in proportion to its weight."""
+  kept, free = dict(least), {group for group in room if room[group]}
+  while free and total - sum(kept.values()) > 1e-9 * max(total, 1):
+    rest = total - sum(kept.values())
+    # Where no score is left that is above 0, the sizes decide.
+    weights = {group: weight[group] for group in free} if sum(weight[group] for group in free) else {
+        group: float(room[group]) for group in free}
+    for group in list(free):
+      kept[group] += rest * weights[group] / sum(weights.values())
+      if kept[group] >= room[group]:
+        kept[group] = float(room[group])
+        free.discard(group)
+  return kept
+
+
+def _whole(exact: Mapping[str, float], room: Mapping[str, int], total: int) -> dict[str, int]:
+  """Returns whole numbers next to `exact`, at most `room`, that add up to `total`: the largest remainders round up."""
+  kept = {name: min(math.floor(number + 1e-9), room[name]) for name, number in exact.items()}
+  order = sorted(exact, key=lambda name: kept[name] - exact[name])
+  for name in itertools.islice((name for name in order if kept[name] < room[name]), total - sum(kept.values())):
+    kept[name] += 1
+  return kept
+
+
+def knapsack(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float) -> tuple[int, ...]:
+  """Returns the choice of each layer with the least sum of costs whose sizes add up to at most `budget`.
+
+  `costs[l][c]` and `sizes[l][c]` belong to choice `c` of layer `l`. The multiple-choice knapsack of CalibTIP (Hubara et
+  al. 2020), solved exactly: among partial choices, only those that are not both larger and costlier than
+  another one are continued. Ties go to the smaller size. Raises `ValueError` if even the smallest choices do not fit.
+  """
+  best: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]  # size, cost, choices; sizes grow and costs fall
+  smallest = list(itertools.accumulate((min(own) for own in reversed(sizes)), initial=0.0))[::-1]
+  for layer, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
+    longer = sorted((s + size[c], e + cost[c], (*chosen, c)) for s, e, chosen in best
+                    for c in range(len(_as_long(layer, cost, size))))
+    best, least = [], math.inf
+    for s, e, chosen in longer:
+      if e < least and s + smallest[layer + 1] <= budget:
+        best, least = [*best, (s, e, chosen)], e
+  if not best:
+    raise ValueError(f'allocation.knapsack: the smallest choices have size {smallest[0]:g}, more than budget={budget}.')
+  return best[-1][2]
+
+
+def _as_long(layer: int, cost: Sequence[float], size: Sequence[float]) -> Sequence[float]:
+  if len(cost) != len(size) or not len(cost) or not all(math.isfinite(x) for x in (*cost, *size)):
+    raise ValueError(f'allocation.knapsack: layer {layer} has {len(cost)} costs and {len(size)} sizes; give one finite '
+                     'cost and size for each choice.')
+  return cost
 
 
 def _by_dimensions(

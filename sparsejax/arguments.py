@@ -101,6 +101,7 @@ AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.ap
 WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of bools", lambda value: not is_number(value))
 MEMORY = Kind('a scores.Memory', having('start', 'observe'))
 SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('plan', 'select'))
+QUANTIZE = Kind('a grid, as in repairs.Grid(bits=4)', having('fitted', 'rounded'))
 FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
 
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
@@ -109,25 +110,27 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('begin', 'end', 'dense_steps', 'fine_tune_steps', 'at'), STEP),
     **dict.fromkeys(('every', 'steps', 'total_steps', 'ramp_steps', 'set_.end', 'rigl.end', 'snfs.end',
                      'iterative_soft_shrinkage.fine_tune_steps'), UPDATES),
-    **dict.fromkeys(('rounds', 'candidates', 'k'), TIMES),
-    **dict.fromkeys(('threshold', 'least'), PART),
+    **dict.fromkeys(('rounds', 'candidates', 'k', 'block', 'rows', 'cycles', 'iterations',
+                     'bits'), TIMES),
+    **dict.fromkeys(('threshold', 'least', 'damping', 'most'), PART),
     **dict.fromkeys(('fraction', 'shrink', 'ratio', 'beta'), PART_OR_SCHEDULE),
     'momentum': AVERAGE, 'gradient_average.decay': AVERAGE, 'squared_gradient_average.decay': AVERAGE,
     **dict.fromkeys(('weight_decay', 'penalty'), RATE),
     **dict.fromkeys(('decay', 'learning_rate'), RATE_OR_SCHEDULE),
-    **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life'), POSITIVE),
+    **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life', 'eps', 'epsilon', 'rho'), POSITIVE),
     **dict.fromkeys(('init_value', 'end_value', 'kept', 'pruned'), NUMBER),
-    **dict.fromkeys(('decoupled', 'sigma', 'scaled', 'allow_empty', 'pause', 'balanced', 'at_first_update'), FLAG),
+    **dict.fromkeys(('decoupled', 'sigma', 'scaled', 'allow_empty', 'pause', 'balanced', 'at_first_update',
+                     'guard'), FLAG),
     **dict.fromkeys(('gradient', 'slots', 'sparsify.name', 'uniform_plus.first', 'uniform_plus.last'), NAME),
     **dict.fromkeys(('restriction', 'ramp', 'schedule', 'mdgf.decay', 'accumulated_movement.penalty',
                      'score_threshold.threshold', 'global_threshold.sparsity', 'drop_and_grow.fraction',
                      'swap.fraction', 'redistributed.fraction'), SCHEDULE),
     'refresh': BOOLS, 'value': VALUE,
-    **dict.fromkeys(('loss', 'outputs', 'score', 'update', 'grow', 'start'), FUNCTION),
+    **dict.fromkeys(('loss', 'outputs', 'score', 'update', 'grow', 'start', 'groups'), FUNCTION),
     'pattern': PATTERN, 'allocation': ALLOCATION, 'key': KEY, 'axes': AXES, 'memory': MEMORY, 'flow': FLOW,
     **dict.fromkeys(('inner', 'score_optimizer', 'optimizer'), OPTIMIZER),
     **dict.fromkeys(('selection', 'first'), SELECTION),
-    'where': WHERE, 'ticket': ANYTHING,
+    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
 }
 
 

@@ -74,7 +74,8 @@ def _widths(found: Sequence[Alike], sizes: Sequence[int], arguments: Sequence[An
   if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
     return {}  # a draw then depends on how many draws there are
   fit = [i for i, (alike, size) in enumerate(zip(found, sizes)) if isinstance(alike.pattern, patterns.Unstructured)
-         and not alike.leaf.axes.layer and 0 < size < ranking.LARGE and kinds.stackable(arguments[i])]
+         and not alike.pattern.balanced and not alike.leaf.axes.layer and 0 < size < ranking.LARGE
+         and kinds.stackable(arguments[i])]
   widths = dict(zip(fit, rows.widths([sizes[i] for i in fit])))
   shapes: dict[int, set[Any]] = {}
   for i, width in widths.items():

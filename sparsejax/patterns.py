@@ -168,25 +168,31 @@ def _with_sparsity(name: str, sparsity: float | None) -> str:
 class Unstructured:
   """An `Unstructured` prunes any weights: exactly `round(sparsity * size)` of each layer of a leaf, half to even.
 
-  A leaf of unknown axes is one matrix without layers: the count then holds for the leaf as a whole.
+  A leaf of unknown axes is one matrix without layers: the count then holds for the leaf as a whole. `balanced`: the
+  count holds for the weights of each output by itself, which then do not compete with those of other outputs.
   """
 
   sparsity: float | None = None
+  balanced: bool = False
   static = True
   unit = 'weights'
-  __post_init__ = _check_sparsity
   __call__, violation = best_units, too_many
   group = 1, 1
 
+  def __post_init__(self):
+    _check_sparsity(self)
+    arguments.verified('Unstructured', 'balanced', self.balanced)
+
   def __str__(self) -> str:
-    return _with_sparsity('unstructured', self.sparsity)
+    return _with_sparsity('unstructured' + (' balanced' if self.balanced else ''), self.sparsity)
 
   def validate(self, shape: tuple[int, ...], axes: Axes) -> str | None:
-    return None
+    return _needs_axes(self, axes) if self.balanced else None
 
   def pooled(self, scores: Array, axes: Axes | None) -> Pooled:
     """Returns the scores themselves: every weight is a unit."""
-    return Pooled(scores, () if axes is None else axes.layer, lambda mask: mask)
+    layers = () if axes is None else (*axes.layer, *axes.output) if self.balanced else axes.layer
+    return Pooled(scores, tuple(sorted(layers)), lambda mask: mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +311,7 @@ TABLE = {
   'n_m': Spelling(r'(\d+)\s*:\s*(\d+)\s*(?:x\s*(\d+))?', NM, ('2:4', '1:8', 'N:M', '2:4x128')),
   'block': Spelling(r'(\d+)\s*x\s*(\d+)', lambda k, n: Block((k, n)), ('128x128',)),
   'unstructured': Spelling('unstructured', Unstructured, ('unstructured',)),
+  'balanced': Spelling('unstructured balanced', lambda: Unstructured(balanced=True), ('unstructured balanced',)),
   'channel': Spelling('channel', Channel, ('channel',)),
 }
 

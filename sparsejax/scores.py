@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import neighbours, trees
+from sparsejax import hessians, neighbours, trees
 from sparsejax.arguments import checked
 from sparsejax.types import Array, Schedule, Signals, elementwise
 
@@ -113,6 +113,29 @@ def fisher(w: Array, signals: Signals) -> Array:
   """
   average = _needed('fisher', signals.stats, 'the memory scores.squared_gradient_average')
   return 0.5 * jnp.square(w.astype(jnp.float32)) * average
+
+
+def wanda(w: Array, signals: Signals) -> Array:
+  """Returns `|w|` times the root of the mean square of its input (Sun et al. 2023, Wanda, equation 1).
+
+  The score needs a statistic with `rows` and `square`, such as `calibration.moments`. `w` is `[L, R, K]`, R outputs by
+  K inputs. The authors compare the scores of one output, as `Unstructured(balanced=True)` does. Weights of an input
+  that is always zero score 0.
+  """
+  stats = _needed('wanda', signals.stats, 'the statistic calibration.moments of a Recipe')
+  mean = stats.square / jnp.maximum(stats.rows, 1).astype(jnp.float32)[:, None]
+  return jnp.abs(w).astype(jnp.float32) * jnp.sqrt(mean)[:, None]
+
+
+def obs(w: Array, signals: Signals, damping: float = 0.01) -> Array:
+  """Returns `w^2 / [H^-1]_jj`, twice the loss of removing one weight (Hassibi and Stork 1993, Optimal Brain Surgeon).
+
+  All other weights of the output then compensate in the best way. The score needs the statistic `calibration.gram`,
+  from which the Hessian is computed, with `damping` as a fraction of its mean diagonal. `w` is `[L, R, K]`. A Hessian
+  without a factor gives NaN.
+  """
+  stats = _needed('obs', signals.stats, 'the statistic calibration.gram of a Recipe')
+  return jnp.square(w.astype(jnp.float32)) / hessians.inverse_diagonal(stats.gram, damping)[:, None]
 
 
 class Memory(NamedTuple):

@@ -20,8 +20,9 @@ client brings rules for operations, and nothing else:
       return program.unflatten(follow(program, [frozenset({i}) for i in program.arguments], rules))
 
 The clients of the library: `contractions` tells along which axes each parameter is contracted, `operands` and `walk`
-show what each parameter is multiplied by, `replace` gives other values to intermediates. `kernels_pallas.packed` runs
-the products of packed parameters.
+show what each parameter is multiplied by, `replace` gives other values to intermediates. `arrangements` shows a product
+as a stack of matrices, and `origins` tells which position each row comes from. `kernels_pallas.packed` runs the
+products of packed parameters.
 """
 
 from sparsejax.programs.contractions import Contractions, contractions

@@ -72,7 +72,10 @@ def evaluate(program: Any, values: Sequence[Any], rules: ValueRules, address: ja
 
 @dataclasses.dataclass
 class _Frame:
-  """A `_Frame` holds a program that is being run: the values that are still needed, and the next operation."""
+  """A `_Frame` holds a program that is being run: the values that are still needed, and the next operation.
+
+  `entered` is the number of inner programs that the next operation has run or is running.
+  """
 
   jaxpr: Any
   values: dict[Any, Any]
@@ -80,6 +83,7 @@ class _Frame:
   address: jaxprs.Address
   steps: tuple[int, ...]
   next: int = 0
+  entered: int = 0
 
   def read(self, variable: Any) -> Any:
     return variable.val if isinstance(variable, core.Literal) else self.values[variable]
@@ -135,6 +139,15 @@ class Walk:
   def site(self) -> Any:
     return self._stop.site if self._stop else None
 
+  @property
+  def position(self) -> tuple[tuple[int, int], ...]:
+    """How far the walk is, outermost program first: the number of the next operation, and of its inner program.
+
+    The second number counts the inner programs that the operation has run so far, rounds of loops among them. Positions
+    of walks of one program compare in the order of execution, unless the walks took different branches of a `cond`.
+    """
+    return tuple((frame.next, frame.entered) for frame in self._frames)
+
   def answer(self, value: Any = None) -> None:
     """Goes on to the next site or to the end, with an answer that the rule understands."""
     if self._stop is None:
@@ -157,12 +170,13 @@ class Walk:
         return
       if isinstance(outcome, Enter):
         parent = self._frames[-1]
+        parent.entered += 1
         steps = parent.steps if outcome.step is None else (*parent.steps, outcome.step)
         self._frames.append(_framed(outcome, (*parent.address, parent.next, outcome.number), steps))
       elif self._frames:
         frame = self._frames[-1]
         frame.write(frame.jaxpr.eqns[frame.next].outvars, outcome)
-        frame.next += 1
+        frame.next, frame.entered = frame.next + 1, 0
       else:
         self.results = outcome
         return

@@ -213,7 +213,8 @@ class Convolution(NamedTuple):
   """A `Convolution` holds the parameters of a convolution.
 
   `lhs`, `rhs` and `out` are the dimension numbers of the input, the kernel and the result. `lhs` and `out` begin with
-  batch and feature, `rhs` with output and input feature; the spatial dimensions follow.
+  batch and feature, `rhs` with output and input feature; the spatial dimensions follow. `dilation` is that of the
+  input, and `apart` that of the kernel.
   """
 
   lhs: tuple[int, ...]
@@ -224,13 +225,25 @@ class Convolution(NamedTuple):
   dilation: tuple[int, ...]
   groups: int
   batch_groups: int
+  apart: tuple[int, ...]
 
 
 def convolution(eqn: Any) -> Convolution:
   """Returns the parameters of a `conv_general_dilated`."""
   p = eqn.params
   return Convolution(*p['dimension_numbers'], p['window_strides'], p['padding'], p['lhs_dilation'],
-                     p['feature_group_count'], p['batch_group_count'])
+                     p['feature_group_count'], p['batch_group_count'], p['rhs_dilation'])
+
+
+def rows_in_groups(eqn: Any) -> bool:
+  """Returns whether a `ragged_dot_general` gives each row of a matrix the matrix of its own group, and no more.
+
+  The other forms of the operation have batch dimensions, or groups of contracted indices.
+  """
+  numbers = eqn.params['ragged_dot_dimension_numbers']
+  (left, right), batch = numbers.dot_dimension_numbers
+  groups, rows = tuple(numbers.rhs_group_dimensions), tuple(numbers.lhs_ragged_dimensions)
+  return (tuple(left), tuple(right), batch, groups, rows) == ((1,), (1,), ((), ()), (0,), (0,))
 
 
 class Contraction(NamedTuple):

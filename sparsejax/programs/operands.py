@@ -37,7 +37,8 @@ class Site:
   `layer` holds the index of each layer axis that a `scan` sliced, outermost first; it is `()` outside of such a scan.
   `steps` holds the round of each loop around the site, outermost first. If the program picks a layer by the number of a
   round (`w[i]`), `steps` tells the layer.
-  `use` holds the axes of this use, its place in the code, and the view from `weight` to the parameter.
+  `use` holds the axes of this use, its place in the code, and the view from `weight` to the parameter. `eqn` is the
+  operation, which `programs.jaxprs` reads.
 
   The program may change a parameter before the product. After a transpose, a reshape or a slice, `use.view.dims` tells
   how the dimensions of `weight` run over the axes of the parameter. After a cast, a mask or a scale, `weight` has other
@@ -49,12 +50,18 @@ class Site:
   layer: tuple[int, ...]
   steps: tuple[int, ...]
   use: Use
+  eqn: Any
   _operands: list[Any]
   _product: Callable[[list[Any]], list[Any]]
 
   @property
   def x(self) -> Array:
     return self._operands[1 - self.use.operand]
+
+  @property
+  def others(self) -> list[Array]:
+    """The operands after the first two, such as the group sizes of a `ragged_dot`."""
+    return self._operands[2:]
 
   @property
   def weight(self) -> Array:
@@ -117,7 +124,7 @@ def _stops(eqn: Any, values: list[Any], here: Operation, uses: list[tuple[Number
     return here.dense(values)
   (path, number), use = uses[0]
   layer = tuple(here.steps[loop] for loop in use.view.loops)
-  site = Site(path, number, layer, here.steps, use, values, here.dense)
+  site = Site(path, number, layer, here.steps, use, eqn, values, here.dense)
   return Stop(site, lambda answer: _stops(eqn, values, here, uses[1:]) if answer is None else [_checked(
       answer, site, eqn.outvars[0].aval)])
 

@@ -32,6 +32,7 @@ from sparsejax.recipes.gradual import (
   soft_movement_pruning,
 )
 from sparsejax.recipes.n_m import asp, bdwp, dense, mdgf, sdgf_geometric, sdgf_stepwise, sr_ste, st3, ste
+from sparsejax.recipes.post_training import dsnot, ecoflap, exact_obs, magnitude, net_trim, obc, sparsegpt, wanda
 from sparsejax.recipes.sentence import parameters, without_effect
 from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot
 from sparsejax.types import Inner, Optimizer, moved
@@ -44,10 +45,14 @@ TABLE = {f.__name__: f for f in (
     static_sparse, set_, rigl, snfs,
     iterative_magnitude, lottery_jackpot)}
 # Each kind of sentence has a table. A family adds the table of its kind.
-TABLES = {'train': TABLE}
+POST_TRAINING = {f.__name__: f for f in (
+    magnitude, wanda, sparsegpt, exact_obs, obc, dsnot, ecoflap, net_trim)}
+TABLES = {'train': TABLE, 'prune': POST_TRAINING}
 # Type checkers read this list, and cannot read a table: a test compares both.
 __all__ = [
-    'TABLE', 'TABLES', 'arguments', 'from_config', 'asp', 'bdwp', 'dense', 'freeze_net', 'global_sparse_momentum',
+    'POST_TRAINING', 'TABLE', 'TABLES', 'arguments', 'from_config',
+    'dsnot', 'ecoflap', 'exact_obs', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
+    'asp', 'bdwp', 'dense', 'freeze_net', 'global_sparse_momentum',
     'gradual_magnitude', 'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'lottery_jackpot',
     'magnitude_at_init', 'mdgf', 'movement_pruning', 'random_pruning', 'random_search', 'rigl', 'robust_at_init',
     'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sr_ste', 'st3',

@@ -1,0 +1,113 @@
+"""Statistics of what a product is given, collected over batches: a recipe of pruning names the statistic that it needs.
+
+A statistic is a function from the `Rows` of one batch to a NamedTuple of arrays. `add` adds two of them, in any
+grouping, so that batches and shards can be summed in parts. Each tuple counts its rows.
+
+    statistic = add(moments(Rows(x0)), moments(Rows(x1)))     # `x` is `[L, T, K]`: L matrices, T tokens, K inputs
+    statistic.square / statistic.rows[:, None]                # the mean of the squares of each input, `[L, K]`
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparsejax.types import Array
+
+
+class Rows(NamedTuple):
+  """A `Rows` holds the rows that a stack of L matrices was multiplied by in one batch.
+
+  `x`: `[L, T, K]`, or `[1, T, K]` if all matrices are given the same rows. `valid`: `bool[L, T]` or `bool[1, T]`,
+  `False` for rows that do not count (padding, tokens of another expert); `None` counts all rows.
+  """
+
+  x: Array
+  valid: Array | None = None
+
+  @property
+  def counted(self) -> Array:
+    """The mask of the rows that count, `bool[L, T]` or `bool[1, T]`."""
+    return jnp.ones(self.x.shape[:2], bool) if self.valid is None else self.valid
+
+  @property
+  def finite(self) -> Array:
+    """Whether all rows that count are free of NaN and infinities, `bool[]`."""
+    return jnp.all(jnp.isfinite(self.x) | ~self.counted[..., None])
+
+
+class Moments(NamedTuple):
+  """A `Moments` holds sums over the rows of each input of L matrices.
+
+  `rows`: `int32[L]`, how many rows were counted. `total`, `square`: `float32[L, K]`, the sums of `x` and of `x^2`.
+  `within`: `float32[L, K]`, the sum over batches of the batch's rows times the (biased) variance within the batch.
+  """
+
+  rows: Array
+  total: Array
+  square: Array
+  within: Array
+
+
+class Gram(NamedTuple):
+  """A `Gram` holds the sums of `x x^T` over the rows of L matrices, not divided by their number and not damped.
+
+  `rows`: `int32[L]`. `total`: `float32[L, K]`, the sum of `x`. `gram`: `float32[L, K, K]`.
+  """
+
+  rows: Array
+  total: Array
+  gram: Array
+
+  @property
+  def square(self) -> Array:
+    """The sums of `x^2`, `[L, K]`: the diagonal of `gram`."""
+    return jnp.diagonal(self.gram, axis1=-2, axis2=-1)
+
+
+Statistic = Callable[[Rows], Any]
+
+
+@jax.jit
+def moments(rows: Rows) -> Moments:
+  """Returns the `Moments` of the rows of one batch."""
+  count, total, valid = _sums(rows)
+  square = jnp.einsum('lt,ltk->lk', valid, jnp.square(_zeroed(rows)), precision=lax.Precision.HIGHEST)
+  mean = total / jnp.maximum(count, 1).astype(jnp.float32)[:, None]
+  return Moments(count, total, square, square - mean * total)
+
+
+@jax.jit
+def gram(rows: Rows) -> Gram:
+  """Returns the `Gram` of the rows of one batch, one matrix after the other, in the highest precision of the device."""
+  count, total, valid = _sums(rows)
+  x = jnp.broadcast_to(_zeroed(rows), (valid.shape[0], *rows.x.shape[1:])) if len(rows.x) > 1 else _zeroed(rows)
+
+  def one(l: Array) -> Array:
+    own = lax.dynamic_index_in_dim(x, jnp.minimum(l, len(x) - 1), 0, keepdims=False)
+    weight = lax.dynamic_index_in_dim(valid, l, 0, keepdims=False)
+    return jnp.matmul((own * weight[:, None]).T, own, precision=lax.Precision.HIGHEST)
+
+  return Gram(count, total, lax.map(one, jnp.arange(len(valid))))
+
+
+def add(a: Any, b: Any) -> Any:
+  """Returns the statistic of the rows of both statistics."""
+  return jax.tree.map(jnp.add, a, b)
+
+
+def _zeroed(rows: Rows) -> Array:
+  """Returns `x` as `float32`, with zeros in the place of rows that count for no matrix: NaN in padding is no NaN."""
+  anywhere = jnp.any(rows.counted, 0)
+  return jnp.where(anywhere[None, :, None], rows.x.astype(jnp.float32), 0)
+
+
+def _sums(rows: Rows) -> tuple[Array, Array, Array]:
+  """Returns the number of rows `int32[L]`, the sums of `x`, and the rows that count as `float32[L, T]`."""
+  stack = max(len(rows.x), len(rows.counted))
+  counted = jnp.broadcast_to(rows.counted, (stack, rows.x.shape[1]))
+  valid = counted.astype(jnp.float32)
+  total = jnp.einsum('lt,ltk->lk', valid, _zeroed(rows), precision=lax.Precision.HIGHEST)
+  return jnp.sum(counted, 1, dtype=jnp.int32), total, valid

@@ -1,0 +1,43 @@
+"""Losses that compare a sparse model with the dense model from which it was made.
+
+    loss = task(params, batch) + losses.squarehead(states(params, batch), states(dense, batch), batch['valid'])
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.types import Array
+
+_FLOOR = 2.0**-7  # the authors' epsilon: that of bfloat16
+
+
+def squarehead(states: Sequence[Array], teacher_states: Sequence[Array], valid: Array | None = None) -> Array:
+  """Returns the SquareHead loss `float32[]` (Kurtic et al. 2023, 2310.06927), summed over hidden states.
+
+  `states`, `teacher_states`: the hidden states of the layers, `[..., D]` each, of the sparse and of the dense model.
+  `valid`: `bool[...]`, which tokens count; `None` counts all. The loss of a state is the mean square of the difference
+  divided by that of the teacher's state plus 2^-7. A state with a mean square below about 0.01 thus barely counts.
+  No gradient flows to the teacher. The authors' code divided by the number of layers at first, and sums since.
+  """
+  if len(states) != len(teacher_states) or not len(states):
+    raise ValueError(f'losses.squarehead: {len(states)} states and {len(teacher_states)} of the teacher; give the same '
+                     'hidden states of both models, at least one.')
+  return jnp.sum(jnp.stack([_relative(i, s, t, valid) for i, (s, t) in enumerate(zip(states, teacher_states))]))
+
+
+def _relative(i: int, state: Array, teacher: Array, valid: Array | None) -> Array:
+  if jnp.shape(state) != jnp.shape(teacher) or valid is not None and jnp.shape(valid) != jnp.shape(state)[:-1]:
+    raise ValueError(f'losses.squarehead: state {i} has shape {jnp.shape(state)}, the teacher {jnp.shape(teacher)}, '
+                     f'and valid {None if valid is None else jnp.shape(valid)}; give equal shapes, and one bool a '
+                     'token.')
+  counts = jnp.ones(jnp.shape(state)[:-1], bool) if valid is None else valid
+  teacher = jax.lax.stop_gradient(teacher)
+  difference = _mean_square(state.astype(jnp.float32) - teacher.astype(jnp.float32), counts)
+  return difference / (_mean_square(teacher.astype(jnp.float32), counts) + _FLOOR)
+
+
+def _mean_square(x: Array, counts: Array) -> Array:
+  squares = jnp.where(counts[..., None], jnp.square(x), 0)
+  return jnp.sum(squares) / jnp.maximum(jnp.sum(counts, dtype=jnp.float32) * x.shape[-1], 1)

@@ -1,0 +1,118 @@
+"""Estimates the memory that a call of `prune` needs, from shapes alone, and refuses what does not fit.
+
+    need = estimate(programs, targets, cohorts, calibration.gram)
+    refuse_if_too_large(need, limit=8 << 30)
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from sparsejax import calibration
+from sparsejax.post_training.cohorts import Cohort
+from sparsejax.post_training.targets import Target
+from sparsejax.programs import jaxprs
+from sparsejax.programs.tracing import Program
+
+STACKS = 5  # arrays like a stack: dense, present, mask and scores, and what a repair changes
+FACTORS = 3  # arrays like a Gram matrix: the sum, its factor and a workspace
+
+
+def estimate(programs: Sequence[Program], targets: Mapping[str, Target], cohorts: Mapping[str, Cohort],
+             statistic: calibration.Statistic) -> int:
+  """Returns the bytes that are expected at the peak, besides the parameters and batches that exist already.
+
+  The estimate adds up the live values of all batches, the statistics of the largest cohort, the arrays of the largest
+  unit, and the results. Cohorts and units come one by one, so that only the largest of each counts.
+  """
+  known: dict[int, int] = {}
+  frontier = 0
+  for program in programs:
+    if id(program) not in known:
+      known[id(program)] = _peak(jaxprs.opened(program))
+    frontier += known[id(program)]
+  copies = 1 if all(cohort.once for cohort in cohorts.values()) else 2  # a copy of a walk waits while the other goes on
+  statistics = {path: _bytes(jax.eval_shape(statistic, _rows(target))) for path, target in targets.items()}
+  together = {id(cohort): sum(statistics[path] * _at_once(targets[path], cohort) for path in cohort.paths)
+              for cohort in cohorts.values()}
+  units = [STACKS * 4 * math.prod(_shape(target)) + (FACTORS - 1) * statistics[path]
+           for path, target in targets.items()]
+  results = sum(target.array.size * (target.array.dtype.itemsize + 1) for target in targets.values())
+  return frontier * copies + max(together.values()) + max(units) + results
+
+
+def refuse_if_too_large(need: int, limit: int | None) -> None:
+  """Raises `ValueError` with both numbers if `need` bytes are more than `limit`, or more than is free."""
+  room = free() if limit is None else limit
+  if room is not None and need > room:
+    which = 'are free' if limit is None else 'are allowed by `memory_limit`'
+    raise ValueError(f'prune: about {_shown(need)} are needed and {_shown(room)} {which}. Give fewer or smaller '
+                     "batches, sequential='weight', or a recipe without a Gram matrix (wanda); a larger "
+                     '`memory_limit` overrules this estimate.')
+
+
+def free() -> int | None:
+  """Returns the bytes that are free on the devices, or on the host for CPU devices; `None` if nothing tells."""
+  if jax.default_backend() != 'cpu':
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    room = [s['bytes_limit'] - s['bytes_in_use'] for s in stats if 'bytes_limit' in s and 'bytes_in_use' in s]
+    return sum(room) if len(room) == len(stats) else None
+  try:
+    with open('/proc/meminfo', encoding='ascii') as lines:
+      return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+  except (OSError, StopIteration):
+    try:
+      return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES')
+    except (OSError, ValueError, AttributeError):
+      return None
+
+
+def _shown(number: int) -> str:
+  return f'{number:,} bytes'
+
+
+def _shape(target: Target) -> tuple[int, int, int]:
+  return next(iter(target.arrangements.values())).shape
+
+
+def _at_once(target: Target, cohort: Cohort) -> int:
+  """Returns how many units of a target are measured at once, which is 1 if every round of a loop is a cohort."""
+  return 1 if cohort.depth or not target.gone else len(target.units)
+
+
+def _rows(target: Target) -> calibration.Rows:
+  matrices, _, inputs = _shape(target)
+  return calibration.Rows(jax.ShapeDtypeStruct((matrices, 1, inputs), jnp.float32))  # type: ignore[arg-type]
+
+
+def _bytes(tree: Any) -> int:
+  return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _peak(jaxpr: Any) -> int:
+  """Returns the most bytes of values that a program has computed and still needs, inner programs included."""
+  last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, core.Literal)}
+  last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+  live: dict[Any, int] = {}
+  most = 0
+  for i, eqn in enumerate(jaxpr.eqns):
+    inside = max(map(_peak, map(jaxprs.opened, jaxprs.inner(eqn))), default=0)
+    live |= {v: _size(v) for v in eqn.outvars}
+    most = max(most, sum(live.values()) + inside)
+    live = {v: size for v, size in live.items() if last.get(v, -1) > i}
+  return most
+
+
+def _size(variable: Any) -> int:
+  shape, dtype = getattr(variable.aval, 'shape', None), getattr(variable.aval, 'dtype', None)
+  if shape is None or dtype is None or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return 0
+  return math.prod(shape) * np.dtype(dtype).itemsize
+
+

@@ -1,0 +1,132 @@
+"""Defines a recipe of pruning: the words by which `prune` turns trained weights into sparse weights.
+
+    wanda = Recipe(Unstructured(0.5), score=scores.wanda, statistic=calibration.moments)
+    sparsegpt = Recipe(NM(2, 4), score=None, statistic=calibration.gram, repairs=(repairs.columns(128),))
+    refined = wanda.then(repairs.swaps())
+
+All words see one product as a `Stack` of L matrices `[L, R, K]`, R outputs by K inputs, whatever the layout of the
+parameter: `y = x w^T`. L counts experts, heads or members of an ensemble that one product reads, and is 1 otherwise.
+The layers of a scan come one after the other. The taps of a convolution are inputs, `[tap, in]` with the tap major.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from sparsejax import allocation as allocations
+from sparsejax import calibration, counts, scores
+from sparsejax.types import Allocation, Array, Axes, Pattern, Score, Signals
+
+STACKED = Axes(contracted=(2,), output=(1,), layer=(0,), source='traced')  # the axes of a `Stack`
+
+
+class Stack(NamedTuple):
+  """A `Stack` holds the L matrices of one product on their way from dense to sparse; all arrays are `[L, R, K]`.
+
+  `dense`: the weights before pruning, `float32`, which no repair changes. `w`: the present weights, zero outside of
+  `mask`. `mask`: `bool`, the weights that are kept so far. Weights that were pruned before the call are `False` from
+  the beginning and stay so.
+  `damping`: `float32[L]`, what the last repair added to the diagonal of the Gram matrix, relative to the diagonal's
+  mean over live inputs. NaN says that no factor was found at any damping; `prune` then raises and names the layer.
+  `raised`: `int32[L]`, how many times the damping was raised.
+  """
+
+  dense: Array
+  w: Array
+  mask: Array
+  damping: Array
+  raised: Array
+
+  def kept(self, mask: Array) -> 'Stack':
+    """Returns the stack with the dense weights at `mask` and zeros elsewhere."""
+    return self._replace(w=jnp.where(mask, self.dense, 0), mask=mask)
+
+
+def stack_of(dense: Array, kept: Array | None = None) -> Stack:
+  """Returns the stack of weights `[L, R, K]` before pruning; `kept` is `False` for weights that are pruned already."""
+  dense = dense.astype(jnp.float32)
+  mask = jnp.ones(dense.shape, bool) if kept is None else kept
+  none = jnp.zeros(dense.shape[:1])
+  return Stack(dense, jnp.where(mask, dense, 0), mask, none, none.astype(jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chooser:
+  """A `Chooser` is a pattern with the sparsity that is asked of one stack; it hashes, so that `jit` takes it static.
+
+  `groups`: the number of consecutive matrices of the stack that share one count, as feature groups of a convolution do.
+  """
+
+  pattern: Pattern
+  sparsity: float | None = None
+  groups: int = 1
+
+  def __call__(self, scores: Array, among: Array, part: slice | None = None) -> Array:
+    """Returns the mask of the best weights: `bool[L, R, C]` like `scores`, `False` outside of `among`.
+
+    Without `part`, the scores are those of all K inputs and the count is that of the pattern. With `part`, they are
+    those of the inputs `[part.start, part.stop)`, both known to Python. The count is then that of the first `stop`
+    inputs less that of the first `start`. Parts from 0 to K thus add up to the count of the whole. A part must not
+    divide a group of the pattern. Ties keep the lower index, NaN is pruned first.
+    """
+    ranked, (count, _, columns) = jnp.where(among, scores, jnp.nan), scores.shape
+    rows = ranked.reshape(count // self.groups, -1, columns)
+    told = None if getattr(self.pattern, 'fixed', False) else self._count(rows.shape, part or slice(0, columns))
+    return self.pattern(rows, told, STACKED).reshape(ranked.shape) & among
+
+  @property
+  def group(self) -> int:
+    """How many consecutive inputs the pattern treats as one: a part begins and ends at a multiple of this number."""
+    return self.pattern.group[0]
+
+  def _count(self, shape: tuple[int, ...], part: slice) -> int:
+    upto = lambda stop: counts.count_of(self.pattern, self.sparsity, (*shape[:2], stop), STACKED) if stop else 0
+    return upto(part.stop) - upto(part.start)
+
+
+# (stack, choose, statistic) -> stack. A repair changes weights inside of the mask, or exchanges its entries. The
+# first repair of a recipe without a score chooses the mask as well, among `stack.mask`, by `choose`. A repair runs on
+# concrete arrays, and compiles what it needs by itself. A repair must keep the zeros outside of the mask.
+Repair = Callable[[Stack, Chooser, Any], Stack]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A `Recipe` holds the words of one method of pruning.
+
+  `pattern`: a pattern, or a dict of patterns by glob. `sparsity`: the fraction of zeros (default: the pattern's own),
+  which `allocation` shares out. `score(w, signals)`: chooses the mask; `w` is `[L, R, K]`, `signals.axes` are `STACKED`
+  and `signals.stats` is the statistic. `None`: the first repair chooses. `statistic`: `calibration.moments`,
+  `calibration.gram`, or `None` for a recipe that needs no data. `repairs`: applied in order.
+  """
+
+  pattern: Pattern | Mapping[str, Pattern]
+  sparsity: float | None = None
+  score: Score | None = scores.magnitude
+  statistic: calibration.Statistic | None = None
+  repairs: tuple[Repair, ...] = ()
+  allocation: Allocation | allocations.Ranked = allocations.uniform
+  name: str = ''
+
+  def then(self, *repairs: Repair) -> 'Recipe':
+    """Returns the recipe with more repairs after its own."""
+    return dataclasses.replace(self, repairs=(*self.repairs, *repairs))
+
+  def chosen(self, stack: Stack, choose: Chooser, statistic: Any = None) -> Stack:
+    """Returns the stack with the mask that the score chooses; unchanged if the first repair chooses."""
+    if self.score is None:
+      return stack
+    values = self.score(stack.dense, Signals(stats=statistic, axes=STACKED))
+    return stack.kept(choose(values, stack.mask))
+
+  def repaired(self, stack: Stack, choose: Chooser, statistic: Any = None) -> Stack:
+    """Returns the stack after each repair, in order."""
+    for repair in self.repairs:
+      stack = repair(stack, choose, statistic)
+    return stack
+
+  def solve(self, stack: Stack, choose: Chooser, statistic: Any = None) -> Stack:
+    """Returns the pruned stack: the mask of the score, then each repair."""
+    return self.repaired(self.chosen(stack, choose, statistic), choose, statistic)

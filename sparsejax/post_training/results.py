@@ -1,0 +1,99 @@
+"""Holds the result of pruning a trained model: parameters, masks, and a report with a row for each matrix.
+
+    result = sj.prune(apply, params, batches, recipe)
+    print(result.report)
+    result.report.rows[0].after                      # the relative squared error of the product, on calibration rows
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from sparsejax import tables
+from sparsejax.types import Pattern, PyTree
+
+_HEAD = ('parameter', 'stack', 'pattern', 'asked', 'achieved', 'rows', 'rows/input', 'before', 'after', 'damping',
+         'raised', 'dead', 'seconds', '')
+
+
+class StackReport(NamedTuple):
+  """A `StackReport` is the row of one unit: a parameter, or one layer of it that the program takes by itself.
+
+  `unit`: the index of the layer. `shape`: `(matrices, outputs, inputs)`. `asked`, `achieved`: fractions of zeros.
+  `rows`: the least number of calibration rows of a matrix. `before`, `after`: the squared error of the product over the
+  squared dense product, on the calibration rows, with the mask alone and after the repairs. Both are `None` without
+  data. `damping`, `raised`: the largest of a matrix. `dead`: the number of inputs that were zero in all rows. `note`
+  says what else a reader must know.
+  """
+
+  path: str
+  unit: tuple[int, ...]
+  shape: tuple[int, ...]
+  pattern: Pattern
+  asked: float | None
+  achieved: float
+  rows: int | None = None
+  before: float | None = None
+  after: float | None = None
+  damping: float = 0.0
+  raised: int = 0
+  dead: int = 0
+  seconds: float = 0.0
+  note: str = ''
+
+  @property
+  def name(self) -> str:
+    return self.path + (f'[{", ".join(map(str, self.unit))}]' if self.unit else '')
+
+  @property
+  def cells(self) -> tuple[str, ...]:
+    """The row as the texts of a table."""
+    number = lambda value, form='.4f': '-' if value is None else format(value, form)
+    share = None if self.rows is None else self.rows / self.shape[-1]
+    return (self.name, ' x '.join(map(str, self.shape)), str(self.pattern), number(self.asked), number(self.achieved),
+            number(self.rows, 'd'), number(share, '.1f'), number(self.before, '.3g'), number(self.after, '.3g'),
+            number(self.damping or None, '.3g'), str(self.raised or '-'), str(self.dead or '-'),
+            number(self.seconds, '.2f'), self.note)
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningReport:
+  """A `PruningReport` holds the rows of all units, in the order in which they were pruned. Prints as a table.
+
+  `dense`: the reason for each matrix and look-up that was left dense, by path. `memory`: the bytes that were expected
+  at the peak. `seconds`: the time of the whole call.
+  """
+
+  rows: tuple[StackReport, ...]
+  dense: dict[str, str] = dataclasses.field(default_factory=dict)
+  memory: int = 0
+  seconds: float = 0.0
+
+  @property
+  def achieved(self) -> float:
+    """The sparsity of all rows together."""
+    sizes = [row.shape[0] * row.shape[1] * row.shape[2] for row in self.rows]
+    return sum(n * row.achieved for n, row in zip(sizes, self.rows)) / max(sum(sizes), 1)
+
+  @property
+  def notes(self) -> list[str]:
+    """The notes under the table: matrices with few rows, and parameters that were left dense."""
+    few = [row.name for row in self.rows if row.rows is not None and row.rows < row.shape[-1]]
+    notes = [f'fewer rows than inputs: {", ".join(few)}; a repair then fits the sample'] * bool(few)
+    return notes + [f'left dense: {path} ({why})' for path, why in self.dense.items()]
+
+  def __str__(self) -> str:
+    together = ('together', '', '', '', f'{self.achieved:.4f}', *[''] * 7, f'{self.seconds:.2f}', '')
+    table = tables.aligned(_HEAD, [*(row.cells for row in self.rows), together], right=range(3, 13))
+    return '\n'.join([table, *self.notes])
+
+
+class Pruned(NamedTuple):
+  """A `Pruned` is a model after pruning.
+
+  `params`: like the parameters given; those that were not pruned are the same objects. `masks`: a tree like `params`
+  of `bool` masks, `True` where kept, and of the scalar `True` for parameters that were not pruned.
+  """
+
+  params: PyTree
+  masks: PyTree
+  report: PruningReport
