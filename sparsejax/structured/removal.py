@@ -1,0 +1,178 @@
+"""Removes units from parameters, from the function that runs on them, and from optimizer states.
+
+    found = groups(model.apply, variables, x)
+    small = cut(found, variables, {'params/up/kernel:1': keep})    # `keep`: `bool[units]`, `True` where kept
+    y = small.apply(small.params, x)                               # equals the function with zeros for removed units
+    state = cut_state(found, opt_state, small.kept)                # training goes on
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import errors, trees
+from sparsejax.programs.tracing import trace
+from sparsejax.structured.groups import PRODUCED, Group, Groups
+from sparsejax.structured.reading import Reading
+from sparsejax.structured.rules import RULES
+from sparsejax.structured.same import is_same
+from sparsejax.structured.smaller import Kept, smaller
+from sparsejax.types import PyTree
+
+
+class Cut(NamedTuple):
+  """A `Cut` holds smaller parameters, the function that runs on them, and what is kept of the large parameters.
+
+  `kept` maps 'path:axis' to `bool[n]`, for each axis that is shorter now. `apply` is the user's own function if its
+  program on the smaller parameters is the same as that of the function that `cut` makes; see `smaller`.
+  """
+
+  params: PyTree
+  apply: Callable[..., Any]
+  kept: Kept
+
+
+def cut(groups: Groups, params: PyTree, keep: Mapping[str, Any] | None = None) -> Cut:
+  """Returns smaller parameters, and the function that computes on them what zeros in the removed units compute.
+
+  `keep` maps names of groups to `bool[units]`, `True` where a unit stays; groups that it does not name stay whole. What
+  the removed units hold does not matter. Without `keep`, a unit goes if the function stays the same: if all that it
+  adds to any sum is zero, for example because the members that produce it are zero. A unit whose producing matrix is
+  zero, but which still adds something, is refused with the reason.
+
+  The result computes as the program of `groups.apply` does, with its old counts: a mean still divides by the number of
+  channels before the cut. Raises `ValueError` for parameters of other shapes (groups are those of one model: read them
+  again after a cut), for unknown groups, masks of another size, and a group without a kept unit.
+  """
+  leaves = _leaves_of('structured.cut', groups, params)
+  units = _unneeded(groups, leaves) if keep is None else _checked(groups, keep)
+  kept = positions(groups, units)
+  small = _sliced(params, kept)
+  apply = smaller(groups.apply, kept)
+  own = is_same(groups.apply, apply, (small, *groups.inputs))
+  return Cut(small, groups.apply if own else apply, kept)
+
+
+def masks(groups: Groups, keep: Mapping[str, Any]) -> PyTree:
+  """Returns masks shaped like the parameters: `False` in all positions of the units that `keep` does not keep.
+
+  A parameter without such positions has a scalar `True`. `keep` is that of `cut`.
+  """
+  kept = positions(groups, _checked(groups, keep))
+  return masks_of(groups, kept)
+
+
+def masks_of(groups: Groups, kept: Kept) -> PyTree:
+  """Returns the masks of `masks` from the kept positions of each axis."""
+  paths, leaves, treedef = trees.flatten(groups.shapes)
+  return treedef.unflatten([_mask(path, leaf, kept) for path, leaf in zip(paths, leaves)])
+
+
+def _mask(path: str, leaf: Any, kept: Kept) -> np.ndarray:
+  mask, rank = np.ones((), bool), len(getattr(leaf, 'shape', ()))
+  for axis in range(rank):
+    own = kept.get(f'{path}:{axis}')
+    if own is not None:
+      mask = mask & own.reshape([-1 if a == axis else 1 for a in range(rank)])
+  return np.broadcast_to(mask, leaf.shape) if mask.ndim else mask
+
+
+def positions(groups: Groups, units: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the kept positions of each axis that loses some, by 'path:axis'."""
+  kept: dict[str, np.ndarray] = {}
+  for name, keep in units.items():
+    for member in groups[name].members if not keep.all() else ():
+      kept[member.name] = kept.get(member.name, np.ones(member.shape[member.axis], bool)) & member.kept(keep)
+  return kept
+
+
+def _sliced(params: PyTree, kept: Kept) -> PyTree:
+  paths, leaves, treedef = trees.flatten(params)
+  return treedef.unflatten([sliced(leaf, path, kept) for path, leaf in zip(paths, leaves)])
+
+
+def sliced(leaf: Any, path: str, kept: Kept) -> Any:
+  """Returns what is kept of an array with the shape of the parameter at `path`."""
+  for axis in range(len(getattr(leaf, 'shape', ()))):
+    mask = kept.get(f'{path}:{axis}')
+    if mask is not None:
+      take = np.take if isinstance(leaf, np.ndarray) else jnp.take
+      leaf = take(leaf, np.flatnonzero(mask), axis)
+  return leaf
+
+
+def _leaves_of(function: str, groups: Groups, params: PyTree) -> dict[str, Any]:
+  """Returns the arrays of `params` by path; raises `ValueError` if they are not those of the groups."""
+  paths, leaves, treedef = trees.flatten(params)
+  of, shapes, tree = trees.flatten(groups.shapes)
+  if treedef != tree:
+    raise ValueError(f'{function}: the parameters have another structure than those of the groups, with paths such as '
+                     f'{errors.some(of, 3)}; call structured.groups with these parameters.')
+  for path, leaf, struct in zip(paths, leaves, shapes):
+    if np.shape(leaf) != np.shape(struct):
+      raise errors.at_leaf(function, path, np.shape(leaf), f'the groups were read with shape {np.shape(struct)}. '
+                           'Groups belong to one model; after a cut, call structured.groups again.')
+    if hasattr(struct, 'shape') and not isinstance(leaf, (jax.Array, np.ndarray)):
+      raise errors.at_leaf(function, path, np.shape(leaf), f'a {type(leaf).__name__} cannot be cut; unpack or load it.')
+  return dict(zip(paths, leaves))
+
+
+def _checked(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Returns the kept units of each named group as `bool[units]`; raises `ValueError` for what is none."""
+  if not isinstance(keep, Mapping):
+    raise ValueError('structured.cut: `keep` must map names of groups to bool[units], as in '
+                     f'{{{next(iter(groups), "up/kernel:1")!r}: scores > 0}}.')
+  return {name: _mask_of(groups[name], np.asarray(mask)) for name, mask in keep.items()}
+
+
+def _mask_of(group: Group, mask: np.ndarray) -> np.ndarray:
+  if mask.dtype != bool or mask.shape != (group.size,):
+    raise ValueError(f'structured.cut: `keep` of group {group.name!r} is {mask.dtype}{list(mask.shape)}, but the group '
+                     f'has {group.size} units; give bool[{group.size}], True where a unit stays.')
+  if not mask.any():
+    raise ValueError(f'structured.cut: `keep` of group {group.name!r} keeps none of its {group.size} units; keep at '
+                     'least one, or take the layer out of the model.')
+  return mask
+
+
+# Without `keep`.
+
+
+def _unneeded(groups: Groups, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Returns, for each group, the units without which the function is another one."""
+  reading = Reading(trace(groups.apply, (groups.shapes, *groups.inputs)), RULES)
+  reading.run()
+  free = reading.free()
+  reading.zeros = {path: np.asarray(leaf) == 0 for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
+  reading.run()
+  units = {}
+  for v, group in zip(free, groups.values(), strict=True):
+    needed = np.array([bool(reading.variables.pinned.get(v, 0) >> i & 1) for i in range(group.size)])
+    why, _ = reading.variables.reasons.get(v, ('', None))
+    _refuse_partly_zero(group, needed, reading.zeros, why)
+    if not needed.any():
+      raise ValueError(f'structured.cut: no unit of group {group.name!r} changes the result, so that nothing would be '
+                       'left; pass `keep`, or take the layer out of the model.')
+    units[group.name] = needed
+  return units
+
+
+def _refuse_partly_zero(group: Group, needed: np.ndarray, zeros: Mapping[str, np.ndarray], why: str) -> None:
+  """Raises `ValueError` for a unit that is still needed, though a matrix that produces it is zero there.
+
+  A matrix that is zero everywhere was never trained, and says nothing about its units.
+  """
+  for member in group.members:
+    zero = zeros[member.path]
+    if member.side != PRODUCED or zero.ndim < 2 or zero.all():
+      continue
+    flat = zero.all(axis=tuple(a for a in range(zero.ndim) if a != member.axis))
+    for unit in np.flatnonzero(needed):
+      if flat[list(member.positions(unit))].all():
+        rest = [other.name for other in group.members if other is not member and not zeros[other.path].take(
+            other.positions(unit), other.axis).all()]
+        raise ValueError(f'structured.cut: unit {unit} of group {group.name!r} is zero in {member.name!r} but not in '
+                         f'{errors.some(rest)}: {why}. Set it to zero there, or pass `keep`.')
