@@ -13,6 +13,7 @@ Modules import only from the lines above their own:
 - The words, one module each: `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`, `starts`, `metrics`.
 - `formats` packs pruned parameters into smaller arrays.
 - `states` holds masks and master weights in the optimizer state. `selections` chooses the masks of all leaves.
+- `structured` finds units that can be removed, and removes them from parameters and programs.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
 - The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, and the
   command line (`sparsejax --help`) offers the tools on checkpoints.
@@ -36,6 +37,7 @@ from sparsejax import (
   selections,
   starts,
   states,
+  structured,
   transforms,
   trees,
   types,
@@ -51,5 +53,5 @@ __all__ = [
   'NM', 'Advice', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
   'apply_masks', 'check', 'contractions',
   'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'programs', 'project', 'ranking', 'recipes', 'report',
-  'schedules', 'scores', 'selections', 'starts', 'states', 'transforms', 'trees', 'types', 'updates',
+  'schedules', 'scores', 'selections', 'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'updates',
 ]

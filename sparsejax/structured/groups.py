@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsejax import errors, tables, trees
+from sparsejax import errors, tables
 from sparsejax.programs import jaxprs
 from sparsejax.programs.contractions import read
 from sparsejax.programs.tracing import trace
 from sparsejax.structured.dimensions import length
 from sparsejax.structured.reading import Reading
 from sparsejax.structured.rules import RULES
-from sparsejax.types import Array, PyTree
+from sparsejax.types import PyTree
 
 PRODUCED, CONTRACTED = 'produced', 'contracted'
 

@@ -101,7 +101,8 @@ class Reading:
 
   def _input(self, i: int, path: str | None, v: Any) -> Symbolic:
     if path is None:
-      return self.fresh(('input', i), v.aval.shape, (f'it is an axis of input {self.program.paths[i] or i}', None))
+      name = ' '.join(filter(None, (f'input {self.program.arguments[i] - 1}', self.program.paths[i])))
+      return self.fresh(('input', i), v.aval.shape, (f'it is an axis of {name}', None))
     fact = Symbolic(self.dims_of(path, v.aval.shape))
     if jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key):
       return self.pinned(fact, ('it is an axis of random keys', None))
@@ -171,6 +172,32 @@ class Reading:
         bits &= each.get(v, 0)
       if bits:
         self.variables.pin_units(v, bits, why)
+
+  def alike(self, eqn: Any, dims: Sequence[Dim]) -> Dim:
+    """Unifies dimensions that an operation makes equal, and returns the dimension."""
+    for other in dims[1:]:
+      self.variables.unify(dims[0], other, ('', eqn))
+    return self.variables.resolved(dims[0])
+
+  def pinned_dim(self, name: Hashable, n: int, why: tuple[str, Any]) -> Dim:
+    """Returns a new dimension that is pinned; the same name gives the same dimension in each walk."""
+    dim = self.variables.named(name, n)
+    self.variables.pin(dim, why)
+    return dim
+
+  def wider(self, fact: Symbolic, dims: Sequence[Dim], new: Sequence[Dim] = ()) -> Symbolic:
+    """Returns a value that has other dimensions and the zeros of `fact`; along `new`, the value is nowhere zero."""
+    live = self.live(fact, dims)
+    return Symbolic(tuple(dims), live if fact.value == 0 else {**live, **self.every(new)}, fact.value)
+
+  def together(self, facts: Sequence[Symbolic], dims: Sequence[Dim], new: Sequence[Dim] = ()) -> Symbolic:
+    """Returns a value whose entries come from several values: live where one of them is, and along `new`."""
+    live = self.every(new)
+    for fact in facts:
+      filled = self.every(dims) if fact.value and not fact.dims else self.live(fact, dims)
+      live = {v: live.get(v, 0) | filled.get(v, 0) for v in (*live, *filled)}
+    values = {fact.value for fact in facts}
+    return Symbolic(tuple(dims), live, values.pop() if len(values) == 1 else None)
 
   # The rules of `follow`.
 

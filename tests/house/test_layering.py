@@ -35,13 +35,13 @@ SPARSEJAX = (
     ('plans',),
     ('states',),
     ('formats',),
+    ('io',),
     ('choices',),
     ('selections',),
     ('transforms', 'planning'),
     tuple(FAMILIES),
     ('recipes',),
     ('reports', 'advice'),
-    ('io',),
     ('checkpoints',),
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
@@ -67,11 +67,13 @@ EXPERIMENTS = (
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
 INSIDE = {
-    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
-                           ('contractions',), ('operands',), ('replace',)),
+    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'sizes', 'structures'),
+                           ('views', 'follow', 'evaluate'), ('contractions',), ('operands',), ('replace',)),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
+    'sparsejax.structured': (('dimensions',), ('reading', 'same'), ('elementwise', 'moving', 'picking'), ('rules',),
+                             ('groups', 'smaller'), ('removal',), ('training', 'proof', 'files')),
     'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
