@@ -80,7 +80,7 @@ def windowed(eqn: Any) -> list[bool]:
   """Returns which dimensions a `reduce_window` changes: those with a window, a stride, padding or dilation."""
   p = eqn.params
   fields = zip(p['window_dimensions'], p['window_strides'], p['padding'], p['base_dilation'], p['window_dilation'])
-  return [(window, stride, tuple(pad), base, wide) != (1, 1, (0, 0), 1, 1) for window, stride, pad, base, wide in fields]
+  return [(window, stride, *pad, base, wide) != (1, 1, 0, 0, 1, 1) for window, stride, pad, base, wide in fields]
 
 
 def picked_sizes(eqn: Any) -> tuple[int, ...]:

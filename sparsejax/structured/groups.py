@@ -11,7 +11,7 @@ channels of a residual stream. `docs/words.md` has the nouns.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,14 +19,14 @@ import numpy as np
 
 from sparsejax import errors, tables
 from sparsejax.programs import jaxprs
-from sparsejax.programs.contractions import read
+from sparsejax.programs.contractions import Contractions, read
 from sparsejax.programs.tracing import trace
 from sparsejax.structured.dimensions import length
 from sparsejax.structured.reading import Reading
 from sparsejax.structured.rules import RULES
 from sparsejax.types import PyTree
 
-PRODUCED, CONTRACTED = 'produced', 'contracted'
+PRODUCED, CONTRACTED, BESIDE = 'produced', 'contracted', 'beside'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Member:
   """A `Member` says which positions of one axis of a parameter belong to which unit of a group.
 
   `labels` holds one `int[n]` for each place that the group has in the axis: the unit of each position, and -1 for a
-  position of no unit. Most axes have one place. `side` is 'contracted' if a product contracts the axis, otherwise
-  'produced'.
+  position of no unit. Most axes have one place. `side` is 'contracted' if a product contracts the axis, 'produced' if
+  the axis is another one of such a parameter or of a look-up table, and 'beside' for biases, norms and statistics.
   """
 
   path: str
@@ -61,8 +61,8 @@ class Member:
 class Group:
   """A `Group` is a set of units of one kind, and the axes of parameters in which the units have positions.
 
-  `name`: the first produced member, such as 'up/kernel:1'; a second group of the same axis ends in '#2'. `size`: the
-  number of units.
+  `name`: the first produced member, such as 'up/kernel:1', or else the first member. A second group of the same axis
+  ends in '#2'. `size`: the number of units.
   """
 
   name: str
@@ -115,13 +115,14 @@ class Groups(Mapping[str, Group]):
     return name in self.groups
 
   def __str__(self) -> str:
-    rows = [(group.name, group.size, f'{group.weights:,}', ' '.join(member.name for member in group.members))
+    ordered = lambda group: sorted(group.members, key=lambda member: (PRODUCED, CONTRACTED, BESIDE).index(member.side))
+    rows = [(group.name, group.size, f'{group.weights:,}', _some(member.name for member in ordered(group)))
             for group in self.values()]
     lines = [tables.aligned(('group', 'units', 'weights a unit', 'members'), rows, right=(1, 2), rule=False)]
     reasons: dict[str, list[str]] = {}
     for name, why in self.pinned.items():
-      reasons.setdefault(why, []).append(name)
-    lines += [f'pinned, {why}: {" ".join(names)}' for why, names in reasons.items()]
+      reasons.setdefault(why.partition(' (')[0], []).append(name)
+    lines += [f'pinned, {why}: {_some(names)}' for why, names in reasons.items()]
     return '\n'.join(lines + [f'no rule: {place}' for place in self.unread])
 
 
@@ -147,11 +148,15 @@ def groups(apply: Callable[..., Any], params: PyTree, *inputs: Any) -> Groups:
   if not any(argument == 0 for argument in program.arguments):
     raise ValueError('structured.groups: `params` holds no array; pass the parameters as the first argument.')
   reading.run()
-  contracted = {path: axes.contracted for path, axes in read(program).axes.items()}
   shaped = lambda tree: jax.tree.map(_struct, tree)
-  found = _grouped(reading, contracted)
+  found = _grouped(reading, read(program))
   return Groups(apply, shaped(params), tuple(map(shaped, inputs)), found, _reasons(reading), tuple(
       dict.fromkeys(reading.unread)))
+
+
+def _some(names: Iterable[str], most: int = 6) -> str:
+  names = list(names)
+  return ' '.join(names[:most]) + f' and {len(names) - most} more' * (len(names) > most)
 
 
 def _struct(leaf: Any) -> Any:
@@ -160,21 +165,28 @@ def _struct(leaf: Any) -> Any:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _grouped(reading: Reading, contracted: Mapping[str, Sequence[int]]) -> dict[str, Group]:
+def _grouped(reading: Reading, uses: Contractions) -> dict[str, Group]:
   members: dict[int, list[Member]] = {v: [] for v in reading.free()}
   for path, dims in reading.parameters().items():
     shape = tuple(map(length, dims))
     for axis, dim in enumerate(dims):
       for v in reading.variables.leaves(dim):
         if v in members:
-          side = CONTRACTED if axis in contracted.get(path, ()) else PRODUCED
-          members[v].append(Member(path, axis, shape, tuple(reading.variables.labels(dim, v)), side))
+          labels = tuple(reading.variables.labels(dim, v))
+          members[v].append(Member(path, axis, shape, labels, _side(uses, path, axis)))
   found: dict[str, Group] = {}
   for v, own in members.items():
     first = next((member for member in own if member.side == PRODUCED), own[0]).name
     name = next(name for k in range(1, len(members) + 1) if (name := first + f'#{k}' * (k > 1)) not in found)
     found[name] = Group(name, reading.variables.sizes[v], tuple(own))
   return found
+
+
+def _side(uses: Contractions, path: str, axis: int) -> str:
+  """Returns what an axis of a parameter is to the products of the program."""
+  if path in uses.axes and axis in uses.axes[path].contracted:
+    return CONTRACTED
+  return PRODUCED if path in uses or path in uses.lookups else BESIDE
 
 
 def _reasons(reading: Reading) -> dict[str, str]:

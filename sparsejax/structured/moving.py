@@ -6,6 +6,7 @@ from typing import Any
 from sparsejax.programs import factors, jaxprs, sizes
 from sparsejax.programs.follow import Position
 from sparsejax.structured.dimensions import Dim, length
+from sparsejax.structured.elementwise import elementwise
 from sparsejax.structured.reading import Reading, Rule, Symbolic
 
 Facts = list[Symbolic]
@@ -164,7 +165,13 @@ def _barrier(reading: Reading, eqn: Any, facts: Facts, here: Position) -> Facts:
   return facts
 
 
+def _bitcast(reading: Reading, eqn: Any, facts: Facts, here: Position) -> Facts:
+  """Rules a cast of bits to a dtype of the same width; a cast to another width changes the shape."""
+  alike = eqn.invars[0].aval.shape == _shape(eqn)
+  return elementwise(reading, eqn, facts, here) if alike else reading.unknown(eqn, facts, here)
+
+
 MOVING: dict[str, Rule] = {
   **dict.fromkeys(factors.MOVES, _moved), 'slice': _slice, 'split': _split, 'concatenate': _concatenate,
   'stack': _stack, 'unstack': _unstack, 'pad': _pad, 'tile': _tile, 'rev': _rev, 'iota': _iota,
-  'optimization_barrier': _barrier}
+  'optimization_barrier': _barrier, 'bitcast_convert_type': _bitcast}

@@ -25,6 +25,7 @@ from sparsejax.programs.tracing import Program
 from sparsejax.structured.dimensions import Bits, Dim, Variables
 
 _WALKS = 20  # programs take two to four walks
+PARTS = ('slice', 'split', 'dynamic_slice')  # of their operand, they read only what is in their results
 
 
 class Symbolic(NamedTuple):
@@ -47,7 +48,8 @@ class Reading:
   """A `Reading` is one program with its variables.
 
   `zeros` maps the path of a parameter to the entries that are zero, `bool` of its shape; without `zeros`, all entries
-  of a removed unit are. `seen` maps the address of each operation to the facts of its operands and results. `unread`
+  of a removed unit are. `seen` maps the address of each operation to the operation, and to the facts
+  of its operands and results. `unread`
   lists the operations without a rule. `owners` maps the name of each parameter axis to its dimension.
   """
 
@@ -55,7 +57,7 @@ class Reading:
   rules: Mapping[str, Rule]
   zeros: Mapping[str, np.ndarray] | None = None
   variables: Variables = dataclasses.field(default_factory=Variables)
-  seen: dict[jaxprs.Address, tuple[list[Symbolic], list[Symbolic]]] = dataclasses.field(default_factory=dict)
+  seen: dict[jaxprs.Address, tuple[Any, list[Symbolic], list[Symbolic]]] = dataclasses.field(default_factory=dict)
   unread: list[str] = dataclasses.field(default_factory=list)
   results: list[Symbolic] = dataclasses.field(default_factory=list)
 
@@ -65,6 +67,7 @@ class Reading:
       before = self.variables.changes
       self._walk()
       if self.variables.changes == before:
+        self._pin_unused()
         return
     raise ValueError('structured.groups: the dimensions of this program do not settle; report this program.')
 
@@ -106,14 +109,18 @@ class Reading:
     fact = Symbolic(self.dims_of(path, v.aval.shape))
     if jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key):
       return self.pinned(fact, ('it is an axis of random keys', None))
-    if v not in self._used():
-      return self.pinned(fact, ('the program does not use the parameter', None))
     return fact if self.zeros is None else fact._replace(live=self._nonzero(fact.dims, self.zeros[path]))
 
-  def _used(self) -> set[Any]:
-    jaxpr = jaxprs.opened(self.program)
-    variables = [*jaxpr.outvars, *(v for eqn in jaxpr.eqns for v in eqn.invars)]
-    return {v for v in variables if not isinstance(v, core.Literal)}
+  def _pin_unused(self) -> None:
+    """Pins what no operation reads: parameters without a use, and the parts of an axis that slices leave out."""
+    used = {v for fact in self.results for dim in fact.dims for v in self.variables.leaves(dim)}
+    for eqn, facts, results in self.seen.values():
+      if not jaxprs.inner(eqn):
+        read = results if eqn.primitive.name in PARTS else facts
+        used.update(v for fact in read for dim in fact.dims for v in self.variables.leaves(dim))
+    for dims in self.parameters().values():
+      for v in {v for dim in dims for v in self.variables.leaves(dim)} - used:
+        self.variables.pin_units(v, self.variables.every(v), ('the program does not use it', None))
 
   def _nonzero(self, dims: Sequence[Dim], zero: np.ndarray) -> dict[int, Bits]:
     """Returns the units of each variable at which a parameter has an entry that is not zero."""
@@ -250,7 +257,7 @@ class Reading:
 
   def _after(self, eqn: Any, facts: list[Symbolic], results: list[Symbolic], here: Position) -> None:
     """Notes the facts; pins what a program inside of an operation sees if smaller arrays cannot run it."""
-    self.seen[here.address] = (facts, results)
+    self.seen[here.address] = (eqn, facts, results)
     name = eqn.primitive.name
     if name == 'shard_map' or name not in CALLS and name not in KEPT and name not in self.rules and jaxprs.body(eqn):
       for fact in (*facts, *results):

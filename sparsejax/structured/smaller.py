@@ -113,10 +113,11 @@ class _Smaller:
     return not all(mask.all() for mask in self._kept(fact))
 
   def _concerns(self, eqn: Any, values: list[Any], address: tuple[int, ...]) -> bool:
-    return any(map(self._changed, (fact for facts in self.reading.seen[address] for fact in facts)))
+    _, facts, results = self.reading.seen[address]
+    return any(map(self._changed, (*facts, *results)))
 
   def _operation(self, eqn: Any, values: list[Any], here: Operation) -> Outcome | None:
-    facts, results = self.reading.seen[here.address]
+    _, facts, results = self.reading.seen[here.address]
     values, name = list(map(self._fitted, values, facts)), eqn.primitive.name
     if name in sizes.RESIZED:
       kept = sizes.Sizes(list(map(self._kept, facts)), list(map(self._kept, results)))

@@ -72,7 +72,7 @@ INSIDE = {
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
-    'sparsejax.structured': (('dimensions',), ('reading', 'same'), ('elementwise', 'moving', 'picking'), ('rules',),
+    'sparsejax.structured': (('dimensions',), ('reading', 'same'), ('elementwise',), ('moving', 'picking'), ('rules',),
                              ('groups', 'smaller'), ('removal',), ('training', 'proof', 'files')),
     'sparsejax.recipes': (('sentence',), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.advice': (('measured',), ('rows',)),
