@@ -1,5 +1,7 @@
 """Tells which parameters of operations name sizes, and runs operations on smaller arrays.
 
+Besides `jaxprs`, only this module knows how JAX names parameters.
+
 An operation such as `reshape` holds the lengths of its result as a parameter. `RESIZED` maps each such operation to a
 function that binds the operation anew, with the parameters that belong to the smaller arrays.
 
@@ -55,7 +57,7 @@ def split_sizes(eqn: Any) -> tuple[int, tuple[int, ...]]:
 
 def padding(eqn: Any) -> list[tuple[int, int, int]]:
   """Returns how many entries a `pad` adds to each dimension: before, after, and between two entries."""
-  return [tuple(map(int, each)) for each in eqn.params['padding_config']]
+  return [(int(low), int(high), int(inside)) for low, high, inside in eqn.params['padding_config']]
 
 
 def along(eqn: Any) -> tuple[int, ...]:
@@ -77,7 +79,7 @@ def iota_dimension(eqn: Any) -> int:
 
 
 def windowed(eqn: Any) -> list[bool]:
-  """Returns which dimensions a `reduce_window` changes: those with a window, a stride, padding or dilation."""
+  """Returns which dimensions a `reduce_window` changes: a window, a stride, padding or dilation does."""
   p = eqn.params
   fields = zip(p['window_dimensions'], p['window_strides'], p['padding'], p['base_dilation'], p['window_dilation'])
   return [(window, stride, *pad, base, wide) != (1, 1, 0, 0, 1, 1) for window, stride, pad, base, wide in fields]

@@ -11,9 +11,11 @@ program, as `groups` says, so that no model is changed or registered. `cut_state
 """
 
 from sparsejax.structured.files import load, save
-from sparsejax.structured.groups import Group, Groups, Member, groups
+from sparsejax.structured.groups import Groups, Member, UnitGroup, groups
 from sparsejax.structured.proof import Proof, prove
 from sparsejax.structured.removal import Cut, cut, masks
 from sparsejax.structured.training import cut_state
 
-__all__ = ['Cut', 'Group', 'Groups', 'Member', 'Proof', 'cut', 'cut_state', 'groups', 'load', 'masks', 'prove', 'save']
+__all__ = [
+  'Cut', 'Groups', 'Member', 'Proof', 'UnitGroup', 'cut', 'cut_state', 'groups', 'load', 'masks', 'prove', 'save',
+]

@@ -2,7 +2,7 @@
 
 A dimension is a product of factors of `programs.factors`, major first, each of which is a whole *variable*. A variable
 is unbound, or bound to a product of variables, or bound to a sum of segments. Binding a variable changes it wherever it
-is used, which `programs.factors` alone cannot do: there, a reshape splits a factor in one value only.
+is used. `programs.factors` alone cannot do so, since a reshape there splits a factor in one value only.
 
     variables = Variables()
     heads, width, fused = (variables.named(name, n) for name, n in (('heads', 4), ('width', 3), ('fused', 12)))
@@ -89,12 +89,12 @@ class Variables:
     return list(found)
 
   def pin(self, dim: Dim, why: tuple[str, Any]) -> None:
-    """Pins all units of the variables of a dimension."""
+    """Marks all units of the variables of a dimension as pinned."""
     for v in self.leaves(dim):
       self.pin_units(v, self.every(v), why)
 
   def pin_units(self, v: int, units: Bits, why: tuple[str, Any]) -> None:
-    """Pins some units of an unbound variable."""
+    """Marks some units of an unbound variable as pinned."""
     self.pinned[v] = self.pinned.get(v, 0) | units
     self.reasons.setdefault(v, why)
 
@@ -148,7 +148,7 @@ class Variables:
       self.unify(piece, part, why)
 
   def _split(self, x: Factor, major: int, why: tuple[str, Any]) -> bool:
-    """Binds a variable to a product whose major part has this size; returns `False` if that is impossible."""
+    """Returns whether a variable could be bound to a product whose major part has this size, and binds it."""
     v, minor = x.axes[0], x.size // major
     if x.size % major or v in self.sums and any(length(part) % minor for part in self.sums[v]):
       return False
@@ -186,7 +186,7 @@ class Variables:
     return parts and [part + rest for part in parts]
 
   def _segments(self, v: int, bounds: list[int]) -> list[Dim] | None:
-    """Refines the segments of a variable until each bound is between two of them; returns those between bounds."""
+    """Returns the segments between these bounds, after the variable is cut at each bound."""
     ends = [*bounds, self.sizes[v]]
     if v not in self.sums:
       self.changes += 1
@@ -205,7 +205,7 @@ class Variables:
     between = [[part for part, end in zip(fine, places) if a < end <= b] for a, b in zip([0, *bounds], ends)]
     return [self._sum(parts, None) for parts in between]
 
-  # Which index of a dimension belongs to which unit.
+  # Units and the indices of dimensions.
 
   def labels(self, dim: Dim, v: int) -> list[np.ndarray]:
     """Returns, for each place of a variable in a dimension, the unit of each index, `int[n]`; -1 stands for none."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.programs.follow import Position
@@ -31,7 +32,7 @@ _UNKNOWN = object()
 
 
 def elementwise(reading: Reading, eqn: Any, facts: list[Symbolic], here: Position) -> list[Symbolic]:
-  """Unifies the dimensions of all operands; a length of 1 beside a longer one is a broadcast, and couples nothing."""
+  """Makes the dimensions of all operands equal; a length of 1 beside a longer one is a broadcast."""
   shape = eqn.outvars[0].aval.shape
   dims = tuple(_common(reading, eqn, facts, j, n) for j, n in enumerate(shape))
   full = [_stretched(reading, fact, v.aval.shape, dims, shape) for fact, v in zip(facts, eqn.invars)]
@@ -107,7 +108,7 @@ def outcome(eqn: Any, states: Sequence[Any]) -> str:
 def _evaluated(eqn: Any, numbers: Sequence[Any]) -> Any:
   """Returns the result of an operation on scalars, or `None` if the operands are no numbers."""
   dtypes = tuple(v.aval.dtype for v in eqn.invars)
-  if any(jax.dtypes.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes):
+  if any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes):
     return None
   options = tuple(sorted(eqn.params.items()))
   try:
@@ -120,5 +121,5 @@ def _evaluated(eqn: Any, numbers: Sequence[Any]) -> Any:
 def _once(primitive: Any, options: tuple[tuple[str, Any], ...], dtypes: tuple[str, ...], numbers: tuple[Any, ...]
           ) -> Any:
   with jax.ensure_compile_time_eval():
-    arrays = [jax.numpy.asarray(number, dtype) for number, dtype in zip(numbers, dtypes)]
+    arrays = [jnp.asarray(number, dtype) for number, dtype in zip(numbers, dtypes)]
     return np.asarray(primitive.bind(*arrays, **dict(options))).item()

@@ -1,7 +1,7 @@
 """Finds which slices of which parameters go together, by reading the program of any JAX function.
 
-A *unit* is a set of slices of parameters that can be removed together, so that smaller arrays compute the same as
-zeros in these slices. The units of one kind make a *group*: the neurons of a layer, the heads of an attention, the
+A *unit* is a set of slices of parameters that can be removed together: smaller arrays then compute the same as zeros
+in these slices. The units of one kind make a *group*: the neurons of a layer, the heads of an attention, the
 channels of a residual stream. `docs/words.md` has the nouns.
 
     found = groups(model.apply, variables, x)
@@ -34,8 +34,8 @@ class Member:
   """A `Member` says which positions of one axis of a parameter belong to which unit of a group.
 
   `labels` holds one `int[n]` for each place that the group has in the axis: the unit of each position, and -1 for a
-  position of no unit. Most axes have one place. `side` is 'contracted' if a product contracts the axis, 'produced' if
-  the axis is another one of such a parameter or of a look-up table, and 'beside' for biases, norms and statistics.
+  position of no unit. Most axes have one place. `side` is 'contracted' if a product contracts the axis. Other axes of
+  such a parameter, and those of a look-up table, are 'produced'. Biases, norms and statistics are 'beside'.
   """
 
   path: str
@@ -58,8 +58,8 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-  """A `Group` is a set of units of one kind, and the axes of parameters in which the units have positions.
+class UnitGroup:
+  """A `UnitGroup` is a set of units of one kind, and the axes of parameters in which the units have positions.
 
   `name`: the first produced member, such as 'up/kernel:1', or else the first member. A second group of the same axis
   ends in '#2'. `size`: the number of units.
@@ -85,8 +85,8 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Groups(Mapping[str, Group]):
-  """Maps the name of each group to the `Group`, in the order of the parameters. Prints as a table.
+class Groups(Mapping[str, UnitGroup]):
+  """Maps the name of each group to the `UnitGroup`, in the order of the parameters. Prints as a table.
 
   `apply`: the function that was read. `shapes`: the parameters, as `jax.ShapeDtypeStruct`s. `inputs`: the inputs, with
   such structs for arrays. `pinned`: for each axis of a parameter with positions that may not go, the reason. `unread`:
@@ -96,11 +96,11 @@ class Groups(Mapping[str, Group]):
   apply: Callable[..., Any]
   shapes: PyTree
   inputs: tuple[Any, ...]
-  groups: Mapping[str, Group]
+  groups: Mapping[str, UnitGroup]
   pinned: Mapping[str, str]
   unread: tuple[str, ...]
 
-  def __getitem__(self, name: str) -> Group:
+  def __getitem__(self, name: str) -> UnitGroup:
     if name not in self.groups:
       raise errors.unknown('structured.Groups', 'group', name, self.groups)
     return self.groups[name]
@@ -116,7 +116,7 @@ class Groups(Mapping[str, Group]):
 
   def __str__(self) -> str:
     ordered = lambda group: sorted(group.members, key=lambda member: (PRODUCED, CONTRACTED, BESIDE).index(member.side))
-    rows = [(group.name, group.size, f'{group.weights:,}', _some(member.name for member in ordered(group)))
+    rows = [(group.name, str(group.size), f'{group.weights:,}', _some(member.name for member in ordered(group)))
             for group in self.values()]
     lines = [tables.aligned(('group', 'units', 'weights a unit', 'members'), rows, right=(1, 2), rule=False)]
     reasons: dict[str, list[str]] = {}
@@ -132,13 +132,13 @@ def groups(apply: Callable[..., Any], params: PyTree, *inputs: Any) -> Groups:
   Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s. Values that are no arrays (`False`, a string) are passed
   to `apply` as they are. Every unit of a group can be removed: `cut` gives smaller parameters and a function that
   computes what `apply` computes with zeros in all positions of the removed units. An axis of which units may not go is
-  in `pinned`, with the reason: it belongs to an input or to the result, an operation has no rule for it, or removal
+  in `pinned`, with the reason. The axis belongs to an input or to the result, or an operation has no rule. Or removal
   would not be exact, as under a softmax or in a variance of two passes.
 
   The rule is that of unification: sizes are variables, an operation makes them equal, a reshape splits them into
   products, and a concatenation joins them into sums. Torch-Pruning (Fang et al. 2023, DepGraph) follows dependencies
-  between modules instead; OTO (Chen et al. 2021) asks that a zero producer gives zero. Here a unit is zero in all of
-  its members, and every operation on the way is checked.
+  between modules instead. OTO (Chen et al. 2021) asks that a zero producer gives zero; in this function a unit is zero
+  in all of its members, and every operation on the way is checked.
 
   `apply` must be deterministic (no dropout): random values depend on the shape. Raises `ValueError` if `params` holds
   no array.
@@ -165,7 +165,7 @@ def _struct(leaf: Any) -> Any:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _grouped(reading: Reading, uses: Contractions) -> dict[str, Group]:
+def _grouped(reading: Reading, uses: Contractions) -> dict[str, UnitGroup]:
   members: dict[int, list[Member]] = {v: [] for v in reading.free()}
   for path, dims in reading.parameters().items():
     shape = tuple(map(length, dims))
@@ -174,11 +174,11 @@ def _grouped(reading: Reading, uses: Contractions) -> dict[str, Group]:
         if v in members:
           labels = tuple(reading.variables.labels(dim, v))
           members[v].append(Member(path, axis, shape, labels, _side(uses, path, axis)))
-  found: dict[str, Group] = {}
+  found: dict[str, UnitGroup] = {}
   for v, own in members.items():
     first = next((member for member in own if member.side == PRODUCED), own[0]).name
     name = next(name for k in range(1, len(members) + 1) if (name := first + f'#{k}' * (k > 1)) not in found)
-    found[name] = Group(name, reading.variables.sizes[v], tuple(own))
+    found[name] = UnitGroup(name, reading.variables.sizes[v], tuple(own))
   return found
 
 

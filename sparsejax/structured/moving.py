@@ -166,7 +166,7 @@ def _barrier(reading: Reading, eqn: Any, facts: Facts, here: Position) -> Facts:
 
 
 def _bitcast(reading: Reading, eqn: Any, facts: Facts, here: Position) -> Facts:
-  """Rules a cast of bits to a dtype of the same width; a cast to another width changes the shape."""
+  """Reads a cast of bits to a dtype of the same width; a cast to another width changes the shape."""
   alike = eqn.invars[0].aval.shape == _shape(eqn)
   return elementwise(reading, eqn, facts, here) if alike else reading.unknown(eqn, facts, here)
 

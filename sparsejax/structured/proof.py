@@ -36,9 +36,9 @@ class Proof(NamedTuple):
 def prove(groups: Groups, params: PyTree, small: Cut, *inputs: Any, exact: bool = False) -> Proof:
   """Returns how far `small` is from `groups.apply` with zeros in the removed positions of `params`.
 
-  The difference may be at most `32 eps sqrt(K) max|y|`: `K` is the longest sum in a product of the program, `eps` that
-  of the widest dtype of parameters and results, and `y` the masked model's result. Both models sum the same numbers in
-  another order. `exact=True` asks for equal bits instead, which 16-bit floats never promise.
+  The difference may be at most `32 eps sqrt(K) max|y|`: `K` is the longest sum in a product of the program, and `y`
+  the masked model's result. `eps` is that of the coarsest dtype of parameters and results. Both models sum the same
+  numbers in another order. `exact=True` asks for equal bits instead, which 16-bit floats never promise.
 
   Raises `ValueError` if the bound does not hold, which is a defect of this library, and for `exact=True` with 16-bit
   floats.

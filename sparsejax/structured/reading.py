@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -47,8 +48,8 @@ Rule = Callable[['Reading', Any, list[Symbolic], Position], list[Symbolic]]
 class Reading:
   """A `Reading` is one program with its variables.
 
-  `zeros` maps the path of a parameter to the entries that are zero, `bool` of its shape; without `zeros`, all entries
-  of a removed unit are. `seen` maps the address of each operation to the operation, and to the facts
+  `zeros` maps the path of a parameter to the entries that are zero, `bool` of its shape. Without `zeros`, all entries
+  of a removed unit are zero. `seen` maps the address of each operation to the operation, and to the facts
   of its operands and results. `unread`
   lists the operations without a rule. `owners` maps the name of each parameter axis to its dimension.
   """
@@ -107,7 +108,7 @@ class Reading:
       name = ' '.join(filter(None, (f'input {self.program.arguments[i] - 1}', self.program.paths[i])))
       return self.fresh(('input', i), v.aval.shape, (f'it is an axis of {name}', None))
     fact = Symbolic(self.dims_of(path, v.aval.shape))
-    if jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key):
       return self.pinned(fact, ('it is an axis of random keys', None))
     return fact if self.zeros is None else fact._replace(live=self._nonzero(fact.dims, self.zeros[path]))
 
@@ -133,7 +134,7 @@ class Reading:
           live[v] = live.get(v, 0) | bits_of(labels[filled & (labels >= 0)])
     return {v: bits for v, bits in live.items() if bits}
 
-  # What rules are made of.
+  # The parts that rules are made of.
 
   def fresh(self, name: Hashable, shape: Sequence[int], why: tuple[str, Any] | None = None) -> Symbolic:
     """Returns a value of new dimensions, nowhere zero; the same name gives the same dimensions in each walk.
@@ -170,7 +171,7 @@ class Reading:
     return found
 
   def require(self, dims: Iterable[Dim], facts: Sequence[Symbolic], why: tuple[str, Any]) -> None:
-    """Pins the units of `dims` at which no factor of a product is known to be zero where the product is summed."""
+    """Makes sure that a sum of products over `dims` needs no removed unit: units where no factor is zero are pinned."""
     dims = list(dims)
     live = [self.live(fact, dims) for fact in facts]
     for v in {v for dim in dims for v in self.variables.leaves(dim)}:
@@ -213,7 +214,7 @@ class Reading:
     return self.unknown(eqn, facts, here) if rule is None else rule(self, eqn, facts, here)
 
   def unknown(self, eqn: Any, facts: list[Symbolic], here: Position, why: str = '') -> list[Symbolic]:
-    """Pins all operands and results of an operation without a rule, and lists the operation."""
+    """Returns pinned results of an operation without a rule, pins its operands, and lists the operation."""
     if not why:
       self.unread.append(jaxprs.place(eqn))
     reason = (why or f'the operation {eqn.primitive.name} has no rule', eqn)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sparsejax import errors, trees
 from sparsejax.programs.tracing import trace
-from sparsejax.structured.groups import PRODUCED, Group, Groups
+from sparsejax.structured.groups import PRODUCED, Groups, UnitGroup
 from sparsejax.structured.reading import Reading
 from sparsejax.structured.rules import RULES
 from sparsejax.structured.same import is_same
@@ -27,7 +27,7 @@ class Cut(NamedTuple):
   """A `Cut` holds smaller parameters, the function that runs on them, and what is kept of the large parameters.
 
   `kept` maps 'path:axis' to `bool[n]`, for each axis that is shorter now. `apply` is the user's own function if its
-  program on the smaller parameters is the same as that of the function that `cut` makes; see `smaller`.
+  program on the smaller parameters is that of the function that `cut` makes; see `smaller`.
   """
 
   params: PyTree
@@ -38,8 +38,8 @@ class Cut(NamedTuple):
 def cut(groups: Groups, params: PyTree, keep: Mapping[str, Any] | None = None) -> Cut:
   """Returns smaller parameters, and the function that computes on them what zeros in the removed units compute.
 
-  `keep` maps names of groups to `bool[units]`, `True` where a unit stays; groups that it does not name stay whole. What
-  the removed units hold does not matter. Without `keep`, a unit goes if the function stays the same: if all that it
+  `keep` maps names of groups to `bool[units]`, `True` where a unit stays; groups that it does not name stay whole. The
+  values in removed units do not matter. Without `keep`, a unit goes if the function stays the same: if all that it
   adds to any sum is zero, for example because the members that produce it are zero. A unit whose producing matrix is
   zero, but which still adds something, is refused with the reason.
 
@@ -91,10 +91,10 @@ def positions(groups: Groups, units: Mapping[str, np.ndarray]) -> dict[str, np.n
 
 def _sliced(params: PyTree, kept: Kept) -> PyTree:
   paths, leaves, treedef = trees.flatten(params)
-  return treedef.unflatten([sliced(leaf, path, kept) for path, leaf in zip(paths, leaves)])
+  return treedef.unflatten([shortened(leaf, path, kept) for path, leaf in zip(paths, leaves)])
 
 
-def sliced(leaf: Any, path: str, kept: Kept) -> Any:
+def shortened(leaf: Any, path: str, kept: Kept) -> Any:
   """Returns what is kept of an array with the shape of the parameter at `path`."""
   for axis in range(len(getattr(leaf, 'shape', ()))):
     mask = kept.get(f'{path}:{axis}')
@@ -128,7 +128,7 @@ def _checked(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
   return {name: _mask_of(groups[name], np.asarray(mask)) for name, mask in keep.items()}
 
 
-def _mask_of(group: Group, mask: np.ndarray) -> np.ndarray:
+def _mask_of(group: UnitGroup, mask: np.ndarray) -> np.ndarray:
   if mask.dtype != bool or mask.shape != (group.size,):
     raise ValueError(f'structured.cut: `keep` of group {group.name!r} is {mask.dtype}{list(mask.shape)}, but the group '
                      f'has {group.size} units; give bool[{group.size}], True where a unit stays.')
@@ -160,7 +160,7 @@ def _unneeded(groups: Groups, leaves: Mapping[str, Any]) -> dict[str, np.ndarray
   return units
 
 
-def _refuse_partly_zero(group: Group, needed: np.ndarray, zeros: Mapping[str, np.ndarray], why: str) -> None:
+def _refuse_partly_zero(group: UnitGroup, needed: np.ndarray, zeros: Mapping[str, np.ndarray], why: str) -> None:
   """Raises `ValueError` for a unit that is still needed, though a matrix that produces it is zero there.
 
   A matrix that is zero everywhere was never trained, and says nothing about its units.
@@ -169,8 +169,8 @@ def _refuse_partly_zero(group: Group, needed: np.ndarray, zeros: Mapping[str, np
     zero = zeros[member.path]
     if member.side != PRODUCED or zero.ndim < 2 or zero.all():
       continue
-    flat = zero.all(axis=tuple(a for a in range(zero.ndim) if a != member.axis))
-    for unit in np.flatnonzero(needed):
+    flat = np.asarray(zero.all(axis=tuple(a for a in range(zero.ndim) if a != member.axis)))
+    for unit in map(int, np.flatnonzero(needed)):
       if flat[list(member.positions(unit))].all():
         rest = [other.name for other in group.members if other is not member and not zeros[other.path].take(
             other.positions(unit), other.axis).all()]

@@ -1,7 +1,7 @@
-"""Says what each operation does to dimensions and to zeros: one rule for each operation, in the table `RULES`.
+"""Says what each operation does to dimensions and to zeros; the table `RULES` has the rule of each operation.
 
-A rule maps the facts of the operands to the facts of the results, and tells the `Reading` which dimensions are equal,
-which are pinned, and what a sum needs to be zero. A rule of a user's own operation is one more line of the table.
+A rule maps the facts of the operands to the facts of the results. The rule tells the `Reading` which dimensions are
+equal, which are pinned, and which sums need zeros. A rule of a user's own operation is one more line of the table.
 
     RULES['my_activation'] = elementwise
 """

@@ -32,8 +32,8 @@ def smaller(apply: Callable[..., Any], kept: Kept) -> Callable[..., Any]:
   """Returns a function like `apply` that takes parameters without the positions that are not `kept`.
 
   The function traces `apply` with the large shapes for each new shape of its inputs, so it works under `jit`, `grad`
-  and `vmap`. It raises `ValueError` for parameters of other shapes, and if, for these inputs, what is removed is not
-  removable.
+  and `vmap`. The function raises `ValueError` for parameters of other shapes, and for inputs with which the
+  removed units cannot be removed.
   """
   runs: dict[Any, _Smaller] = {}
 
@@ -161,11 +161,11 @@ def _units(reading: Reading, kept: Kept) -> dict[int, np.ndarray]:
         keep[v] = keep.get(v, np.ones_like(own)) & own
   keep = {v: own for v, own in keep.items() if not own.all()}
   for path, dims in parameters.items():
-    for axis, dim in enumerate(dims):
-      mask = kept.get(f'{path}:{axis}', np.ones(1, bool))
+    for number, dim in enumerate(dims):
+      mask = kept.get(f'{path}:{number}', np.ones(1, bool))
       fits = np.array_equal(reading.variables.kept(dim, keep), np.broadcast_to(mask, length(dim)))
       if not fits or any(reading.variables.pinned.get(v) for v in reading.variables.leaves(dim) if v in keep):
-        raise ValueError(f'structured.cut: with inputs of these shapes, what was removed of axis {axis} of {path!r} '
+        raise ValueError(f'structured.cut: with inputs of these shapes, what was removed of axis {number} of {path!r} '
                          'cannot be removed; read the groups with these inputs, and cut again.')
   return keep
 

@@ -16,7 +16,7 @@ from sparsejax import errors, trees
 from sparsejax.plans import SparseLeaf
 from sparsejax.states import SparseState
 from sparsejax.structured.groups import Groups
-from sparsejax.structured.removal import sliced
+from sparsejax.structured.removal import shortened
 from sparsejax.structured.smaller import Kept
 from sparsejax.types import PyTree
 
@@ -24,12 +24,12 @@ from sparsejax.types import PyTree
 def cut_state(groups: Groups, state: PyTree, kept: Kept) -> PyTree:
   """Returns an optimizer state for the smaller parameters; `kept` is that of the `Cut`.
 
-  A leaf belongs to the parameter whose path is the tail of the leaf's own path, as optax makes its moments, and loses
-  the same positions. Masks, masters and plans of a `SparseState` are cut as well, and so is any tree that holds trees
-  like the parameters, such as batch statistics. Scalars, PRNG keys and other arrays of integers stay as they are.
+  A leaf belongs to the parameter whose path is the tail of the leaf's own path, as optax makes its moments. The leaf
+  loses the same positions. Masks, masters and plans of a `SparseState` are cut as well. Any tree that holds trees like
+  the parameters will do, such as batch statistics. Scalars, PRNG keys and other arrays of integers stay as they are.
 
-  Raises `ValueError` if no leaf belongs to a parameter, so that the state is that of another model, and for a leaf of
-  another shape than its parameter, as factored moments have.
+  Raises `ValueError` if no leaf belongs to a parameter, since the state is that of another model. A leaf of another
+  shape than its parameter, as factored moments have, is refused as well.
   """
   paths, leaves, treedef = trees.flatten(state)
   shapes = {path: tuple(leaf.shape) for path, leaf in zip(*trees.flatten(groups.shapes)[:2]) if hasattr(leaf, 'shape')}
@@ -59,7 +59,7 @@ def _cut_leaf(path: str, leaf: Any, owner: str | None, shapes: dict[str, tuple[i
                            'the state that was made for these parameters.')
     return leaf
   if leaf.shape == shapes[owner]:
-    return sliced(leaf, owner, kept)
+    return shortened(leaf, owner, kept)
   if any(name.rpartition(':')[0] == owner for name in kept):
     raise errors.at_leaf('structured.cut_state', path, leaf.shape, f'its parameter has shape {shapes[owner]}, so that '
                          'nothing says what to cut; make a new state for the smaller parameters.')
