@@ -48,6 +48,8 @@ class Variables:
   reasons: dict[int, tuple[str, Any]] = dataclasses.field(default_factory=dict)
   made: dict[Hashable, Dim] = dataclasses.field(default_factory=dict)
   changes: int = 0
+  _known: dict[Dim, list[int]] = dataclasses.field(default_factory=dict)  # the results of `leaves` since `_known_at`
+  _known_at: int = -1
 
   def new(self, size: int) -> Dim:
     """Returns a dimension of one new variable."""
@@ -81,6 +83,14 @@ class Variables:
 
   def leaves(self, dim: Dim) -> list[int]:
     """Returns the unbound variables of a dimension, those of its segments too, without repetition."""
+    if self._known_at != self.changes:
+      self._known.clear()
+      self._known_at = self.changes
+    if dim not in self._known:
+      self._known[dim] = self._leaves(dim)
+    return self._known[dim]
+
+  def _leaves(self, dim: Dim) -> list[int]:
     found: dict[int, None] = {}
     for factor in self.resolved(dim):
       parts = self.sums.get(factor.axes[0])

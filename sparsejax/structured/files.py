@@ -5,8 +5,9 @@
 """
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def save(path: str | os.PathLike[str], small: Cut) -> None:
 
   The file holds no program. `io.load` reads the parameters alone.
   """
-  kept = {name: [len(mask), np.packbits(mask).tobytes().hex()] for name, mask in small.kept.items()}
+  kept = {name: [mask.shape, np.packbits(mask).tobytes().hex()] for name, mask in small.kept.items()}
   io.save(path, small.params, metadata={_KEPT: json.dumps(kept)})
 
 
@@ -38,8 +39,12 @@ def load(path: str | os.PathLike[str], apply: Callable[..., Any], like: PyTree |
   if text is None:
     raise ValueError(f'structured.load: {os.fspath(path)!r} does not say what was kept of a larger model; '
                      'structured.save writes such files, and io.load reads this one.')
-  kept = {name: np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=n).astype(bool)
-          for name, (n, bits) in json.loads(text).items()}
+  kept = {name: _unpacked(shape, bits) for name, (shape, bits) in json.loads(text).items()}
   params = io.load(path, like)
   large(params, kept)
   return Cut(params, smaller(apply, kept), kept)
+
+
+def _unpacked(shape: Sequence[int], bits: str) -> np.ndarray:
+  flat = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=math.prod(shape))
+  return flat.astype(bool).reshape(shape)

@@ -22,6 +22,7 @@ from sparsejax.programs import jaxprs
 from sparsejax.programs.contractions import Contractions, read
 from sparsejax.programs.tracing import trace
 from sparsejax.structured.dimensions import length
+from sparsejax.structured.layers import layered
 from sparsejax.structured.reading import Reading
 from sparsejax.structured.rules import RULES
 from sparsejax.types import PyTree
@@ -53,8 +54,11 @@ class Member:
     return tuple(int(i) for i in np.flatnonzero(np.any([own == unit for own in self.labels], 0)))
 
   def kept(self, keep: np.ndarray) -> np.ndarray:
-    """Returns which positions of the axis stay, `bool[n]`, if the units `keep`, `bool[units]`, stay."""
-    return np.all([(own < 0) | keep[own] for own in self.labels], 0)
+    """Returns which positions of the axis stay, `bool[n]`, if the units `keep`, `bool[units]`, stay.
+
+    `bool[layers, units]` gives `bool[layers, n]`.
+    """
+    return np.all([(own < 0) | keep[..., own] for own in self.labels], 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,12 +66,14 @@ class UnitGroup:
   """A `UnitGroup` is a set of units of one kind, and the axes of parameters in which the units have positions.
 
   `name`: the first produced member, such as 'up/kernel:1', or else the first member. A second group of the same axis
-  ends in '#2'. `size`: the number of units.
+  ends in '#2'. `size`: the number of units. `layers`: if the members are stacks for a scan, and each layer may lose
+  units of its own, equally many, the number of layers; otherwise `None`.
   """
 
   name: str
   size: int
   members: tuple[Member, ...]
+  layers: int | None = None
 
   @functools.cached_property
   def units(self) -> tuple[dict[str, tuple[int, ...]], ...]:
@@ -116,7 +122,7 @@ class Groups(Mapping[str, UnitGroup]):
 
   def __str__(self) -> str:
     ordered = lambda group: sorted(group.members, key=lambda member: (PRODUCED, CONTRACTED, BESIDE).index(member.side))
-    rows = [(group.name, str(group.size), f'{group.weights:,}', _some(member.name for member in ordered(group)))
+    rows = [(group.name, f'{group.size}' + f' in each of {group.layers} layers' * bool(group.layers), f'{group.weights:,}', _some(member.name for member in ordered(group)))
             for group in self.values()]
     lines = [tables.aligned(('group', 'units', 'weights a unit', 'members'), rows, right=(1, 2), rule=False)]
     reasons: dict[str, list[str]] = {}
@@ -175,10 +181,11 @@ def _grouped(reading: Reading, uses: Contractions) -> dict[str, UnitGroup]:
           labels = tuple(reading.variables.labels(dim, v))
           members[v].append(Member(path, axis, shape, labels, _side(uses, path, axis)))
   found: dict[str, UnitGroup] = {}
+  layers = layered(reading)
   for v, own in members.items():
     first = next((member for member in own if member.side == PRODUCED), own[0]).name
     name = next(name for k in range(1, len(members) + 1) if (name := first + f'#{k}' * (k > 1)) not in found)
-    found[name] = UnitGroup(name, reading.variables.sizes[v], tuple(own))
+    found[name] = UnitGroup(name, reading.variables.sizes[v], tuple(own), layers.get(v))
   return found
 
 

@@ -61,7 +61,8 @@ def prove(groups: Groups, params: PyTree, small: Cut, *inputs: Any, exact: bool 
 
 
 def _eps(leaf: Any) -> float:
-  return float(jnp.finfo(leaf.dtype).eps) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) else 0.0
+  dtype = getattr(leaf, 'dtype', np.dtype(bool))
+  return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
 
 
 def _compared(a: Any, b: Any, tolerance: float) -> Proof:

@@ -51,7 +51,7 @@ class Reading:
   `zeros` maps the path of a parameter to the entries that are zero, `bool` of its shape. Without `zeros`, all entries
   of a removed unit are zero. `seen` maps the address of each operation to the operation, and to the facts
   of its operands and results. `unread`
-  lists the operations without a rule. `owners` maps the name of each parameter axis to its dimension.
+  lists the operations without a rule. `constants` holds the facts of constant arrays.
   """
 
   program: Program
@@ -60,6 +60,7 @@ class Reading:
   variables: Variables = dataclasses.field(default_factory=Variables)
   seen: dict[jaxprs.Address, tuple[Any, list[Symbolic], list[Symbolic]]] = dataclasses.field(default_factory=dict)
   unread: list[str] = dataclasses.field(default_factory=list)
+  constants: list[Symbolic] = dataclasses.field(default_factory=list)
   results: list[Symbolic] = dataclasses.field(default_factory=list)
 
   def run(self) -> None:
@@ -96,6 +97,7 @@ class Reading:
     self.variables.pinned.clear()
     self.variables.reasons.clear()
     self.unread.clear()
+    self.constants.clear()
     facts = [self._input(i, path, v) for i, (path, v) in enumerate(self.inputs())]
     rules = FactRules(self._operation, self._joined, constant_of=self._constant, repeated=self._repeated,
                       sliced=self._sliced, stacked=self._stacked, resized=self._resized, after=self._after)
@@ -226,7 +228,8 @@ class Reading:
     shape = getattr(v.aval, 'shape', ())
     if isinstance(v, core.Literal) and not shape:
       return Symbolic((), {}, _number(v.val))
-    return self.fresh(('constant', here.address, id(v)), shape)
+    self.constants.append(self.fresh(('constant', here.address, id(v)), shape))
+    return self.constants[-1]
 
   def _joined(self, facts: list[Symbolic]) -> Symbolic:
     first, *others = facts

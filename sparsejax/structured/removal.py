@@ -26,7 +26,7 @@ from sparsejax.types import PyTree
 class Cut(NamedTuple):
   """A `Cut` holds smaller parameters, the function that runs on them, and what is kept of the large parameters.
 
-  `kept` maps 'path:axis' to `bool[n]`, for each axis that is shorter now. `apply` is the user's own function if its
+  `kept` maps 'path:axis' to `bool[n]`, for each axis that is shorter now, or to `bool[layers, n]`. `apply` is the user's own function if its
   program on the smaller parameters is that of the function that `cut` makes; see `smaller`.
   """
 
@@ -38,7 +38,8 @@ class Cut(NamedTuple):
 def cut(groups: Groups, params: PyTree, keep: Mapping[str, Any] | None = None) -> Cut:
   """Returns smaller parameters, and the function that computes on them what zeros in the removed units compute.
 
-  `keep` maps names of groups to `bool[units]`, `True` where a unit stays; groups that it does not name stay whole. The
+  `keep` maps names of groups to `bool[units]`, `True` where a unit stays; groups without an entry stay whole. A group
+  with `layers` also takes `bool[layers, units]` with equally many units in each layer. The
   values in removed units do not matter. Without `keep`, a unit goes if the function stays the same: if all that it
   adds to any sum is zero, for example because the members that produce it are zero. A unit whose producing matrix is
   zero, but which still adds something, is refused with the reason.
@@ -76,7 +77,7 @@ def _mask(path: str, leaf: Any, kept: Kept) -> np.ndarray:
   for axis in range(rank):
     own = kept.get(f'{path}:{axis}')
     if own is not None:
-      mask = mask & own.reshape([-1 if a == axis else 1 for a in range(rank)])
+      mask = mask & own.reshape([leaf.shape[a] if a == axis or a == 0 and own.ndim == 2 else 1 for a in range(rank)])
   return np.broadcast_to(mask, leaf.shape) if mask.ndim else mask
 
 
@@ -85,7 +86,8 @@ def positions(groups: Groups, units: Mapping[str, np.ndarray]) -> dict[str, np.n
   kept: dict[str, np.ndarray] = {}
   for name, keep in units.items():
     for member in groups[name].members if not keep.all() else ():
-      kept[member.name] = kept.get(member.name, np.ones(member.shape[member.axis], bool)) & member.kept(keep)
+      own = member.kept(keep)
+      kept[member.name] = kept[member.name] & own if member.name in kept else own
   return kept
 
 
@@ -99,9 +101,16 @@ def shortened(leaf: Any, path: str, kept: Kept) -> Any:
   for axis in range(len(getattr(leaf, 'shape', ()))):
     mask = kept.get(f'{path}:{axis}')
     if mask is not None:
-      take = np.take if isinstance(leaf, np.ndarray) else jnp.take
-      leaf = take(leaf, np.flatnonzero(mask), axis)
+      of = np if isinstance(leaf, np.ndarray) else jnp
+      leaf = of.take(leaf, np.flatnonzero(mask), axis) if mask.ndim == 1 else of.take_along_axis(
+          leaf, _places(mask, axis, leaf.ndim), axis)
   return leaf
+
+
+def _places(mask: np.ndarray, axis: int, rank: int) -> np.ndarray:
+  """Returns the kept places of each layer, for `take_along_axis`."""
+  places = np.nonzero(mask)[1].reshape(len(mask), -1)
+  return places.reshape([len(mask) if a == 0 else places.shape[1] if a == axis else 1 for a in range(rank)])
 
 
 def _leaves_of(function: str, groups: Groups, params: PyTree) -> dict[str, Any]:
@@ -129,13 +138,19 @@ def _checked(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _mask_of(group: UnitGroup, mask: np.ndarray) -> np.ndarray:
-  if mask.dtype != bool or mask.shape != (group.size,):
+  by_layer = group.layers is not None and mask.shape == (group.layers, group.size)
+  if mask.dtype != bool or mask.shape != (group.size,) and not by_layer:
+    forms = f'bool[{group.size}]' + f' or bool[{group.layers}, {group.size}]' * (group.layers is not None)
     raise ValueError(f'structured.cut: `keep` of group {group.name!r} is {mask.dtype}{list(mask.shape)}, but the group '
-                     f'has {group.size} units; give bool[{group.size}], True where a unit stays.')
-  if not mask.any():
+                     f'has {group.size} units; give {forms}, True where a unit stays.')
+  counts = np.unique(np.count_nonzero(np.atleast_2d(mask), 1))
+  if 0 in counts:
     raise ValueError(f'structured.cut: `keep` of group {group.name!r} keeps none of its {group.size} units; keep at '
                      'least one, or take the layer out of the model.')
-  return mask
+  if len(counts) > 1:
+    raise ValueError(f'structured.cut: `keep` of group {group.name!r} keeps between {counts[0]} and {counts[-1]} units '
+                     'of a layer; layers of one stack have one shape, so keep equally many in each.')
+  return mask[0] if by_layer and (mask == mask[0]).all() else mask
 
 
 # Without `keep`.
@@ -146,7 +161,7 @@ def _unneeded(groups: Groups, leaves: Mapping[str, Any]) -> dict[str, np.ndarray
   reading = Reading(trace(groups.apply, (groups.shapes, *groups.inputs)), RULES)
   reading.run()
   free = reading.free()
-  reading.zeros = {path: np.asarray(leaf) == 0 for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
+  reading.zeros = {path: _zeros(leaf) for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
   reading.run()
   units = {}
   for v, group in zip(free, groups.values(), strict=True):
@@ -158,6 +173,12 @@ def _unneeded(groups: Groups, leaves: Mapping[str, Any]) -> dict[str, np.ndarray
                        'left; pass `keep`, or take the layer out of the model.')
     units[group.name] = needed
   return units
+
+
+def _zeros(leaf: Any) -> np.ndarray:
+  """Returns which entries of an array are zero; none of an array of PRNG keys."""
+  is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return np.zeros(leaf.shape, bool) if is_key else np.asarray(leaf) == 0
 
 
 def _refuse_partly_zero(group: UnitGroup, needed: np.ndarray, zeros: Mapping[str, np.ndarray], why: str) -> None:

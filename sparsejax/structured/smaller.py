@@ -21,11 +21,18 @@ from sparsejax.programs.evaluate import Operation, ValueRules, evaluate, inside
 from sparsejax.programs.structures import Outcome
 from sparsejax.programs.tracing import Program, trace
 from sparsejax.structured.dimensions import Dim, length
+from sparsejax.structured.layers import layered
 from sparsejax.structured.reading import Reading, Symbolic
 from sparsejax.structured.rules import RULES
 from sparsejax.types import Array, PyTree
 
-Kept = Mapping[str, np.ndarray]  # 'path:axis' -> which positions of the large axis are kept
+# 'path:axis' -> which positions of the large axis are kept, `bool[n]`, or `bool[layers, n]` with equal counts
+Kept = Mapping[str, np.ndarray]
+
+
+def left(mask: np.ndarray) -> int:
+  """Returns how many positions of an axis are kept, in each layer."""
+  return int(np.count_nonzero(mask)) // (len(mask) if mask.ndim == 2 else 1)
 
 
 def smaller(apply: Callable[..., Any], kept: Kept) -> Callable[..., Any]:
@@ -66,10 +73,10 @@ def _large(path: str, leaf: Any, kept: Kept) -> Any:
   shape = list(leaf.shape)
   for axis, n in enumerate(shape):
     mask = kept.get(f'{path}:{axis}')
-    if mask is not None and np.count_nonzero(mask) != n:
-      raise errors.at_leaf('structured.cut', path, leaf.shape, f'the smaller function keeps {np.count_nonzero(mask)} '
-                           f'of {len(mask)} positions of axis {axis}; pass the parameters that `cut` returned.')
-    shape[axis] = n if mask is None else len(mask)
+    if mask is not None and left(mask) != n:
+      raise errors.at_leaf('structured.cut', path, leaf.shape, f'the smaller function keeps {left(mask)} '
+                           f'of {mask.shape[-1]} positions of axis {axis}; pass the parameters that `cut` returned.')
+    shape[axis] = n if mask is None else mask.shape[-1]
   return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 
 
@@ -152,7 +159,8 @@ def _units(reading: Reading, kept: Kept) -> dict[int, np.ndarray]:
   """Returns the kept units of each variable; raises `ValueError` if they do not give the kept positions."""
   keep: dict[int, np.ndarray] = {}
   parameters = reading.parameters()
-  for name, mask in kept.items():
+  first = {name: mask if mask.ndim == 1 else mask[0] for name, mask in kept.items()}
+  for name, mask in first.items():
     path, _, axis = name.rpartition(':')
     for v in reading.variables.leaves(parameters[path][int(axis)]):
       for labels in reading.variables.labels(parameters[path][int(axis)], v):
@@ -160,11 +168,14 @@ def _units(reading: Reading, kept: Kept) -> dict[int, np.ndarray]:
         own[labels[mask & (labels >= 0)]] = True
         keep[v] = keep.get(v, np.ones_like(own)) & own
   keep = {v: own for v, own in keep.items() if not own.all()}
+  layers = layered(reading) if any(mask.ndim == 2 for mask in kept.values()) else {}
   for path, dims in parameters.items():
     for number, dim in enumerate(dims):
-      mask = kept.get(f'{path}:{number}', np.ones(1, bool))
+      mask = first.get(f'{path}:{number}', np.ones(1, bool))
       fits = np.array_equal(reading.variables.kept(dim, keep), np.broadcast_to(mask, length(dim)))
-      if not fits or any(reading.variables.pinned.get(v) for v in reading.variables.leaves(dim) if v in keep):
+      free = [v for v in reading.variables.leaves(dim) if v in keep]
+      by_layer = kept.get(f'{path}:{number}', mask).ndim == 2
+      if not fits or any(reading.variables.pinned.get(v) for v in free) or by_layer and not {*free} & {*layers}:
         raise ValueError(f'structured.cut: with inputs of these shapes, what was removed of axis {number} of {path!r} '
                          'cannot be removed; read the groups with these inputs, and cut again.')
   return keep

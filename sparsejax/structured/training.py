@@ -17,7 +17,7 @@ from sparsejax.plans import SparseLeaf
 from sparsejax.states import SparseState
 from sparsejax.structured.groups import Groups
 from sparsejax.structured.removal import shortened
-from sparsejax.structured.smaller import Kept
+from sparsejax.structured.smaller import Kept, left
 from sparsejax.types import PyTree
 
 
@@ -75,7 +75,7 @@ def _replanned(state: SparseState, kept: Kept) -> SparseState:
 
 def _smaller_leaf(leaf: SparseLeaf, kept: Kept) -> SparseLeaf:
   lengths = [kept.get(f'{leaf.path}:{axis}') for axis in range(len(leaf.shape))]
-  shape = tuple(n if own is None else int(np.count_nonzero(own)) for n, own in zip(leaf.shape, lengths))
+  shape = tuple(n if own is None else left(own) for n, own in zip(leaf.shape, lengths))
   problem = leaf.pattern.validate(shape, leaf.axes) if leaf.pattern is not None else None
   if problem:
     raise errors.at_leaf('structured.cut_state', leaf.path, shape, f'the smaller parameter cannot carry '

@@ -95,6 +95,17 @@ def test_what_may_not_go_is_pinned_with_the_reason_and_the_place(name):
   assert 'no rule: fft' in str(found) or name != 'unknown'
 
 
+@pytest.mark.parametrize('within, layers', [
+  (lambda h: h, 3), (lambda h: h + jnp.arange(6.0), None), (lambda h: h + np.arange(6, dtype=np.float32), None)])
+def test_layers_of_a_stack_lose_units_of_their_own_unless_a_constant_tells_units_apart(within, layers):
+  def apply(p, x):
+    layer = lambda x, q: (x + jax.nn.relu(within(x @ q['a'])) @ q['c'], None)
+    return jax.lax.scan(layer, x, p)[0]
+
+  group, = sj.structured.groups(apply, params_of({'a': (3, 4, 6), 'c': (3, 6, 4)}), ints((5, 4), 1)).values()
+  assert (group.size, group.layers) == (6, layers)
+
+
 def test_a_rule_for_an_operation_is_one_line(monkeypatch):
   apply = lambda p, x: jax.lax.erf(x @ p['a']) @ p['c']
   params = {'a': A, 'c': C}

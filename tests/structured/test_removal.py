@@ -210,6 +210,20 @@ def test_a_bad_keep_is_refused(keep, why):
     cut(found(), params(), keep)
 
 
+def test_layers_of_a_stack_keep_equally_many_units():
+  stack = lambda p, x: jax.lax.scan(lambda x, q: (x + jax.nn.relu(x @ q['a']) @ q['c'], None), x, p)[0]
+  weights = params_of({'a': (2, 4, 6), 'c': (2, 6, 4)})
+  own, keep = groups(stack, weights, X), np.stack([np.arange(6) < 4, np.arange(6) > 1])
+  small = cut(own, weights, {'a:2': keep})
+  assert small.params['a'].shape == (2, 4, 4) and small.kept['c:1'].shape == (2, 6)
+  assert prove(own, weights, small, X).holds and prove(own, weights, cut(own, weights, {'a:2': keep[0]}), X).holds
+  assert cut_state(own, optax.adam(1e-2).init(weights), small.kept)[0].mu['c'].shape == (2, 4, 4)
+  with pytest.raises(ValueError, match='keeps between 3 and 4 units of a layer'):
+    cut(own, weights, {'a:2': np.stack([keep[0], np.arange(6) < 3])})
+  with pytest.raises(ValueError, match=r'bool\[3, 6\].*give bool\[6\] or bool\[2, 6\]'):
+    cut(own, weights, {'a:2': np.ones((3, 6), bool)})
+
+
 def test_groups_are_stale_after_a_cut():
   small = cut(found(), params(), HALF)
   with pytest.raises(ValueError, match=r"'a' of shape \(4, 3\): the groups were read with shape \(4, 6\).*again"):
