@@ -143,8 +143,8 @@ def groups(apply: Callable[..., Any], params: PyTree, *inputs: Any) -> Groups:
 
   The rule is that of unification: sizes are variables, an operation makes them equal, a reshape splits them into
   products, and a concatenation joins them into sums. Torch-Pruning (Fang et al. 2023, DepGraph) follows dependencies
-  between modules instead. OTO (Chen et al. 2021) asks that a zero producer gives zero; in this function a unit is zero
-  in all of its members, and every operation on the way is checked.
+  between modules instead. OTO (Chen et al. 2021) asks that a zero producer gives zero. This function takes a unit as
+  zero in all of its members, and checks every operation on the way.
 
   `apply` must be deterministic (no dropout): random values depend on the shape. Raises `ValueError` if `params` holds
   no array.

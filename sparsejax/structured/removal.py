@@ -26,8 +26,8 @@ from sparsejax.types import PyTree
 class Cut(NamedTuple):
   """A `Cut` holds smaller parameters, the function that runs on them, and what is kept of the large parameters.
 
-  `kept` maps 'path:axis' to `bool[n]`, for each axis that is shorter now, or to `bool[layers, n]`. `apply` is the user's own function if its
-  program on the smaller parameters is that of the function that `cut` makes; see `smaller`.
+  `kept` maps 'path:axis' to `bool[n]`, for each axis that is shorter now, or to `bool[layers, n]`. `apply` is the user's
+  own function if its program on the smaller parameters is that of the function that `cut` makes; see `smaller`.
   """
 
   params: PyTree
@@ -39,10 +39,10 @@ def cut(groups: Groups, params: PyTree, keep: Mapping[str, Any] | None = None) -
   """Returns smaller parameters, and the function that computes on them what zeros in the removed units compute.
 
   `keep` maps names of groups to `bool[units]`, `True` where a unit stays; groups without an entry stay whole. A group
-  with `layers` also takes `bool[layers, units]` with equally many units in each layer. The
-  values in removed units do not matter. Without `keep`, a unit goes if the function stays the same: if all that it
-  adds to any sum is zero, for example because the members that produce it are zero. A unit whose producing matrix is
-  zero, but which still adds something, is refused with the reason.
+  with `layers` also takes `bool[layers, units]` with equally many units in each layer. The values in removed units do
+  not matter. Without `keep`, a unit goes if the function stays the same: if all that the unit adds to any sum is zero,
+  for example because the members that produce it are zero. A unit of a stack goes if that is so in each layer. A unit
+  whose producing matrix is zero, but which still adds something, is refused with the reason.
 
   The result computes as the program of `groups.apply` does, with its old counts: a mean still divides by the number of
   channels before the cut. Raises `ValueError` for parameters of other shapes (groups are those of one model: read them
