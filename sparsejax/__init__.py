@@ -15,6 +15,7 @@ Modules import only from the lines above their own:
 - `formats` packs pruned parameters into smaller arrays.
 - `states` holds masks and master weights in the optimizer state. `selections` chooses the masks of all leaves.
 - `post_training` prunes trained models: `prune` with a few batches of data, `prune_weights` without.
+- `structured` finds units that can be removed, and removes them from parameters and programs.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
 - The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, and the
   command line (`sparsejax --help`) offers the tools on checkpoints.
@@ -40,6 +41,7 @@ from sparsejax import (
   selections,
   starts,
   states,
+  structured,
   transforms,
   trees,
   types,
@@ -57,5 +59,5 @@ __all__ = [
   'apply_masks', 'calibration', 'check', 'contractions',
   'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'post_training', 'programs', 'project', 'prune',
   'prune_weights', 'ranking', 'recipes', 'report', 'schedules',
-  'scores', 'selections', 'starts', 'states', 'transforms', 'trees', 'types', 'updates',
+  'scores', 'selections', 'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'updates',
 ]

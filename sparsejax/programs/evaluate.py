@@ -198,20 +198,29 @@ def _outcome(eqn: Any, values: list[Any], rules: ValueRules, here: Operation) ->
   if not rules.concerns(eqn, values, here.address):
     return here.dense(values)
   outcome = rules.operation(eqn, values, here)
-  if outcome is not None:
-    return outcome
+  if outcome is None:
+    outcome = inside(eqn, values, rules, here)
+  return here.dense([rules.dense(eqn, value, 'no product') for value in values]) if outcome is None else outcome
+
+
+def inside(eqn: Any, values: list[Any], rules: ValueRules, here: Operation,
+           original: Callable[[list[Any]], list[Any]] | None = None) -> Outcome | None:
+  """Returns the outcome of an operation that runs programs, kept or walked as the rules say; `None` for any other.
+
+  `original(arrays)` is the operation without the rules, of which derivative rules are taken; by default `here.dense`.
+  """
   name, dense = eqn.primitive.name, functools.partial(rules.dense, eqn)
   if name in KEPT and rules.keeps(eqn):
     def run(program: Any, arguments: Sequence[Any], number: int) -> list[Array]:
       results = evaluate(program, arguments, rules, (*here.address, number))
       return [dense(result, 'it is one of its results') for result in results]
 
-    return KEPT[name](eqn, values, Inside(run, here.dense, dense, rules.unstacked))
+    return KEPT[name](eqn, values, Inside(run, original or here.dense, dense, rules.unstacked))
   if name in WALKED:
     return WALKED[name](eqn, values)
   if _entered(eqn, rules):
     return Enter(jaxprs.body(eqn), values, lambda results: results)
-  return here.dense([dense(value, 'no product') for value in values])
+  return None
 
 
 def _entered(eqn: Any, rules: ValueRules) -> bool:

@@ -36,7 +36,8 @@ class FactRules:
 
   `operation(eqn, facts, here)` returns the facts of the results of an operation that runs no program.
   `joined(facts)` returns the fact of a value that is one of several, as the result of a `cond` is.
-  `constant` is the fact of constants and literals.
+  `constant` is the fact of constants and literals. `constant_of(variable, here)` replaces `constant` where constants
+  differ: `variable` is a `core.Literal` or a constant of the program at the position `here`.
   `repeated(before, after)` returns the fact that holds before and after a round of a loop; by default, both joined.
   Applied round after round, `repeated` must reach a fact that no longer changes.
   `sliced(fact, loops)` returns the fact of one slice of a stack; `loops` counts the loops around the scan.
@@ -59,6 +60,7 @@ class FactRules:
   notes: Callable[[], Notes] = lambda: None
   merged: Callable[[Notes, list[Notes], Any, int | None], None] = lambda notes, parts, eqn, times: None
   after: Callable[[Any, list[Fact], list[Fact], Position], None] = lambda eqn, facts, results, here: None
+  constant_of: Callable[[Any, Position], Fact] | None = None
 
 
 def follow(program: Any, facts: Sequence[Fact], rules: FactRules, notes: Notes = None) -> list[Fact]:
@@ -70,7 +72,8 @@ def _follow(program: Any, facts: Sequence[Fact], rules: FactRules, here: Positio
   """Follows one jaxpr; `here` is the position of the program itself."""
   jaxpr = jaxprs.opened(program)
   known = dict(zip(jaxpr.invars, facts))
-  read = lambda v: rules.constant if isinstance(v, core.Literal) else known.get(v, rules.constant)
+  of = rules.constant_of or (lambda v, here: rules.constant)
+  read = lambda v: of(v, here) if isinstance(v, core.Literal) or v not in known else known[v]
   for i, eqn in enumerate(jaxpr.eqns):
     operands, inside = [read(v) for v in eqn.invars], here._replace(address=(*here.address, i))
     results = _results(eqn, operands, rules, inside)

@@ -1,4 +1,4 @@
-"""Reads the operations of programs: only this module knows how JAX names the parameters of its operations.
+"""Reads the operations of programs: this module, and `sizes` for sizes, know how JAX names parameters.
 
 An operation is a `jax.extend.core.JaxprEqn`, called `eqn`. The functions of this module tell which programs an
 operation runs, which dimensions the operation moves, and what each dimension is to a product.

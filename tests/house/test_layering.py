@@ -35,13 +35,13 @@ SPARSEJAX = (
     ('plans',),
     ('states',),
     ('formats',),
+    ('io',),
     ('choices',),
     ('selections',),
     ('transforms', 'planning'),
     tuple(FAMILIES),
     ('recipes',),
     ('reports', 'advice'),
-    ('io',),
     ('checkpoints',),
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
@@ -67,7 +67,7 @@ EXPERIMENTS = (
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
 INSIDE = {
-    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
+    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'sizes', 'structures'), ('views', 'follow', 'evaluate'),
                            ('contractions', 'origins'), ('operands', 'arrangements'), ('replace',)),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
@@ -76,6 +76,8 @@ INSIDE = {
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim'),
                                 ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'inputs', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),
+    'sparsejax.structured': (('dimensions',), ('reading', 'same'), ('elementwise',), ('moving', 'picking', 'layers'),
+                             ('rules',), ('groups', 'smaller'), ('removal',), ('training', 'proof', 'files')),
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
                      ('saving', 'loading')),

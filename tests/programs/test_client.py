@@ -51,10 +51,10 @@ def test_a_client_of_evaluate_changes_an_operation_inside_of_every_structure():
 
 
 def test_one_module_knows_the_parameters_of_jax_and_one_package_knows_its_structures():
-  """Reads the sources: `jaxprs` alone reads `eqn.params`, and packed models have no rule for loops and branches."""
+  """Reads the sources: `jaxprs` and `sizes` read `eqn.params`; packed models have no rule for loops and branches."""
   programs = pathlib.Path(sj.programs.__file__).parent
   clients = [pathlib.Path(kernels_pallas.__file__).parent / name for name in ('models.py', 'held.py')]
   readers = {path.name for path in (*programs.glob('*.py'), *clients) if '.params' in path.read_text()}
-  assert readers == {'jaxprs.py'}
+  assert readers == {'jaxprs.py', 'sizes.py'}
   for path in clients:
     assert not [name for name in (*structures.KEPT, *structures.WALKED) if repr(name) in path.read_text()]

@@ -1,0 +1,21 @@
+"""Makes models smaller: finds which slices of parameters go together, and removes them from the arrays.
+
+    found = groups(model.apply, variables, x)            # prints groups, units, and what is pinned and why
+    keep = {name: score(group) > 0 for name, group in found.items()}
+    small = cut(found, variables, keep)                  # smaller parameters, and the function that runs on them
+    prove(found, variables, small, x)                    # compares the masked model with the smaller one
+    save('small.safetensors', small)
+
+A unit is what can be removed together: a neuron, a head, a channel of a residual stream. Groups are read from the
+program, as `groups` says, so that no model is changed or registered. `cut_state` cuts the state of the optimizer.
+"""
+
+from sparsejax.structured.files import load, save
+from sparsejax.structured.groups import Groups, Member, UnitGroup, groups
+from sparsejax.structured.proof import Proof, prove
+from sparsejax.structured.removal import Cut, cut, masks
+from sparsejax.structured.training import cut_state
+
+__all__ = [
+  'Cut', 'Groups', 'Member', 'Proof', 'UnitGroup', 'cut', 'cut_state', 'groups', 'load', 'masks', 'prove', 'save',
+]

@@ -1,0 +1,70 @@
+"""Tells whether two functions have the same program, so that one may stand for the other."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from sparsejax.programs import jaxprs
+from sparsejax.programs.evaluate import CALLS
+from sparsejax.programs.tracing import Program, trace
+
+
+def is_same(first: Callable[..., Any], second: Callable[..., Any], args: Sequence[Any]) -> bool:
+  """Returns whether two functions run the same operations, in the same order, on the same values.
+
+  `jit` inside of a program does not matter. A function that raises is no other's equal.
+  """
+  try:
+    one, other = trace(first, args), trace(second, args)
+  except Exception:  # the user's function may raise anything on shapes that it was not made for
+    return False
+  return one.structure == other.structure and _listed(one) == _listed(other)
+
+
+def _listed(program: Program) -> list[Any]:
+  """Returns the operations of a program, with numbers for values in the order in which they are made."""
+  found: list[Any] = []
+  jaxpr = jaxprs.opened(program)
+  numbers: dict[Any, Any] = {v: ('input', i) for i, v in enumerate(jaxpr.invars)}
+  numbers.update({v: _constant(c) for v, c in zip(jaxpr.constvars, jaxprs.constants(program))})
+  found.append(_run(jaxpr, numbers, found))
+  return found
+
+
+def _run(jaxpr: Any, numbers: dict[Any, Any], found: list[Any]) -> list[Any]:
+  """Appends the operations of one jaxpr to `found`, and returns the numbers of its results."""
+  read = lambda v: _constant(v.val) if isinstance(v, core.Literal) else numbers[v]
+  for eqn in jaxpr.eqns:
+    values, name = [read(v) for v in eqn.invars], eqn.primitive.name
+    if name in CALLS:
+      body = jaxprs.body(eqn)
+      inside = dict(zip(jaxprs.opened(body).invars, values))
+      inside.update({v: _constant(c) for v, c in zip(jaxprs.opened(body).constvars, jaxprs.constants(body))})
+      results = _run(jaxprs.opened(body), inside, found)
+    else:
+      found.append((name, _options(eqn), values, [_inner(part) for part in jaxprs.inner(eqn)]))
+      results = [(len(found), i) for i in range(len(eqn.outvars))]
+    numbers.update(zip(eqn.outvars, results))
+  return [read(v) for v in jaxpr.outvars]
+
+
+def _inner(part: Any) -> list[Any]:
+  found: list[Any] = []
+  jaxpr = jaxprs.opened(part)
+  numbers: dict[Any, Any] = {v: ('input', i) for i, v in enumerate(jaxpr.invars)}
+  numbers.update({v: _constant(c) for v, c in zip(jaxpr.constvars, jaxprs.constants(part))})
+  found.append(_run(jaxpr, numbers, found))
+  return found
+
+
+def _options(eqn: Any) -> list[tuple[str, str]]:
+  """Returns the parameters of an operation as text, without programs, functions and names."""
+  return [(key, repr(value)) for key, value in sorted(eqn.params.items())
+          if key != 'name' and not callable(value) and not list(core.jaxprs_in_params({key: value}))]
+
+
+def _constant(value: Any) -> Any:
+  array = np.asarray(value)
+  return str(array.dtype), array.shape, array.tobytes()
