@@ -69,7 +69,7 @@ def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
   records.write_whole(run.directory / 'report.txt', f'{report}\n')
   records.write_json(run.directory / FILE, {
       'name': run.name, 'steps': step, 'seeds': list(setup.config.seeds), 'seconds': meta['seconds'],
-      'task': setup.config.data.task, 'test': {key: value.tolist() for key, value in test.items()},
+      'task': setup.task_name, 'test': {key: value.tolist() for key, value in test.items()},
       'empty': _empty(run, state.params),
       'asked': report.asked, 'achieved': report.achieved if report.rows else None,
       'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, state),

@@ -2,7 +2,9 @@
 
     setup = prepare(config)
     run = build(setup, {'SR-STE': workdir / 'SR-STE'})['SR-STE']
-    state, loss, numbers = run.step.compile()(run.start(), batch(setup, 0), np.int32(0))
+    state, loss, numbers = run.step.compile()(run.start(), batch(setup, 0), np.int32(0), run.peak)
+
+Learning rate and seeds are arguments of the programs, so runs that differ only in these numbers share what is compiled.
 """
 
 import functools
@@ -31,7 +33,7 @@ SCORED = 10  # training examples of each class on which a recipe scores weights 
 VALUES = ('loss', 'outputs', 'key', 'ticket')  # The arguments of a recipe that exist only where `init` is called.
 
 Optimizer = optax.GradientTransformationExtraArgs
-Step = Callable[[State, data.Batch, Array], tuple[State, Array, Mapping[str, Array]]]
+Step = Callable[[State, data.Batch, Array, Array], tuple[State, Array, Mapping[str, Array]]]
 
 
 class Model(NamedTuple):
@@ -60,6 +62,7 @@ class Setup(NamedTuple):
 
   config: ConfigDict
   layout: sharding.Layout
+  task_name: str
   task: tasks.Task
   data: Sequence[data.Data]  # A `Data` for each seed, in the seed's order. A batch holds the rows of this process.
   models: Mapping[str, Model]  # Keyed by run name. Runs whose model configs are equal share one `Model`.
@@ -73,7 +76,8 @@ class Run(NamedTuple):
   model: Model
   start: Callable[[], State]
   state: State  # shapes and shardings
-  step: jax.stages.Lowered  # (state, batch, number of the step) -> state, loss `[seeds]`, measurements
+  step: jax.stages.Lowered  # (state, batch, number of the step, `peak`) -> state, loss `[seeds]`, measurements
+  peak: np.float32  # of the learning rate
   learning_rate: Schedule
   sparse: list[str]  # paths of the measured leaves
 
@@ -83,11 +87,12 @@ def prepare(config: ConfigDict) -> Setup:
   layout = sharding.layout(config)
   rows = sharding.local_rows(layout, config.batch_size)
   sets = [data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows) for seed in config.seeds]
-  written = configs.plain(config)
-  sections = {run: {**written['model'], **written['models'].get(run, {})} for run in written['recipes']}
-  made = functools.cache(lambda section: _model(json.loads(section), sets[0], config.seeds, layout))
-  of_runs = {run: made(json.dumps(section, sort_keys=True)) for run, section in sections.items()}
-  return Setup(config, layout, tasks.named(config.data.task), sets, of_runs)
+  sections = {run: {**config.model, **config.models.get(run, {})} for run in configs.runs(config)}
+  keys = {run: json.dumps(configs.of_run(config, run)['model'], sort_keys=True) for run in sections}
+  made = {key: _model(sections[run], sets[0], config.seeds, layout) for run, key in keys.items()}
+  name, task = tasks.of_config(config)
+  _refuse_accuracy_of_no_classes(name, config, sets[0])
+  return Setup(config, layout, name, task, sets, {run: made[key] for run, key in keys.items()})
 
 
 def build(setup: Setup, directories: Mapping[str, pathlib.Path],
@@ -97,8 +102,8 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
   `tickets` holds, by run name, where a run starts if not at the model's initial weights.
   """
   scored = _scored(setup)
-  rate, inner = optimizers.make(total_steps=setup.config.steps, **setup.config.optimizer)
-  made = {name: _optimizer(setup, name, inner, name in tickets) for name in directories}
+  makes = {name: functools.partial(_optimizer, setup, name, name in tickets) for name in directories}
+  made = {name: make(_peak(setup, name)) for name, make in makes.items()}
   begun = {name: _start(setup, setup.models[name], tx, scored, tickets.get(name)) for name, tx in made.items()}
   sparse = {name: measurements.sparse_paths(sparsejax.masks(*state), state.params)
             for name, (_, state) in begun.items()}
@@ -110,10 +115,19 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
     names = trees.flatten(state.params)[0]
     paths = sparse[name] or [path for path in anywhere if path in names] or list(model.contractions)
     kept, seen = sharding.state_shardings(setup.layout, state), setup.layout.replicated
-    jitted = jax.jit(_step(setup, model, made[name], paths), out_shardings=(kept, seen, seen), donate_argnums=0)
-    lowered = jitted.lower(state, batch(setup, 0), np.int32(0))
-    runs[name] = Run(name, directories[name], model, start, state, lowered, rate, paths)
+    jitted = jax.jit(_step(setup, model, makes[name], paths), out_shardings=(kept, seen, seen), donate_argnums=0)
+    peak = _peak(setup, name)
+    lowered = jitted.lower(state, batch(setup, 0), np.int32(0), peak)
+    rate, _ = _inner(setup, name, peak)
+    runs[name] = Run(name, directories[name], model, start, state, lowered, peak, rate, paths)
   return runs
+
+
+def _refuse_accuracy_of_no_classes(task: str, config: ConfigDict, first: data.Data) -> None:
+  labels = first.example['labels']
+  if task == 'classification' and not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(f'config: the labels are {labels.dtype}{list(labels.shape)}, which are no classes; give a loss '
+                     'and a score of your own as config.loss and config.score.')
 
 
 def batch(setup: Setup, step: int) -> data.Batch:
@@ -151,12 +165,29 @@ def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStru
   return lambda: compiled(seeds, given)
 
 
-def _optimizer(setup: Setup, name: str, inner: optax.GradientTransformation, ticket: bool) -> Optimizer:
-  """Returns the recipe of the run `name` around `inner`, with placeholders for the values that `_values` fills in."""
+def _section(setup: Setup, name: str) -> dict[str, Any]:
+  """Returns the section `optimizer` of the run `name`, with the changes that are the run's own."""
+  return {**setup.config.optimizer, **setup.config.optimizers.get(name, {})}
+
+
+def _peak(setup: Setup, name: str) -> np.float32:
+  return np.float32(_section(setup, name)['learning_rate'])
+
+
+def _inner(setup: Setup, name: str, peak: Array) -> tuple[Schedule, optax.GradientTransformation]:
+  section = {**_section(setup, name), 'learning_rate': peak}
+  return optimizers.make(total_steps=setup.config.steps, **section)
+
+
+def _optimizer(setup: Setup, name: str, ticket: bool, peak: Array) -> Optimizer:
+  """Returns the recipe of the run `name` around its inner optimizer, whose learning rate rises to `peak`.
+
+  The values that `_values` fills in are placeholders.
+  """
   placeholders = {value: starts.given(value) for value in VALUES if ticket or value != 'ticket'}
   recipe = configs.plain(setup.config)['recipes'][name]
-  return recipes.from_config(inner, recipe, total_steps=setup.config.steps, axes=setup.models[name].contractions,
-                             signals=placeholders)
+  return recipes.from_config(_inner(setup, name, peak)[1], recipe, total_steps=setup.config.steps,
+                             axes=setup.models[name].contractions, signals=placeholders)
 
 
 def _scored(setup: Setup) -> data.Batch:
@@ -200,10 +231,10 @@ def _values(setup: Setup, model: Model, seed: Array, batch: data.Batch, ticket: 
   return {'loss': loss, 'outputs': outputs, 'key': key, 'ticket': ticket}
 
 
-def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
-  """Returns one update of all seeds: `(state, batch, number) -> state, loss, measurements`.
+def _step(setup: Setup, model: Model, optimizer: Callable[[Array], Optimizer], paths: list[str]) -> Step:
+  """Returns one update of all seeds: `(state, batch, number, peak) -> state, loss, measurements`.
 
-  The measurements are taken every `measure_every` steps and at the last step, and are zeros at the other steps. The
+  `optimizer` maps the peak of the learning rate to the recipe's optimizer. The measurements are taken every `measure_every` steps and at the last step, and are zeros at the other steps. The
   loss is NaN if the loss, or any parameter after the update, is not finite.
   """
   config, task = setup.config, setup.task
@@ -214,7 +245,8 @@ def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
 
   gradients = model.by_seed(jax.value_and_grad(loss, has_aux=True))
 
-  def step(state: State, batch: data.Batch, number: Array) -> tuple[State, Array, Mapping[str, Array]]:
+  def step(state: State, batch: data.Batch, number: Array, peak: Array) -> tuple[State, Array, Mapping[str, Array]]:
+    tx = optimizer(peak)
     (value, outputs), grads = gradients(state.params, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = State(optax.apply_updates(state.params, updates), opt_state)
@@ -227,7 +259,7 @@ def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
     due = ((number + 1) % config.measure_every == 0) | (number + 1 == config.steps)
     return new, _nan_unless_finite(value, new.params), jax.lax.cond(due, measure, zeros)
 
-  return jax.vmap(step, in_axes=(0, 0, None))
+  return jax.vmap(step, in_axes=(0, 0, None, None))
 
 
 def _nan_unless_finite(loss: Array, params: PyTree) -> Array:

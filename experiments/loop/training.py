@@ -96,7 +96,7 @@ def train(run: runs.Run, setup: runs.Setup, wanted: Mapping[str, Any], request: 
     losses, began = {}, time.monotonic() - seconds
     with records.Records(run.directory, done) if hosts.leads() else contextlib.nullcontext() as record:
       while done < config.steps and not stopped:
-        state, loss, measured = step(state, runs.batch(setup, done), np.int32(done))
+        state, loss, measured = step(state, runs.batch(setup, done), np.int32(done), run.peak)
         done += 1
         losses[done] = loss
         measures, validates, saves = (done % every == 0 or done == config.steps for every in (
