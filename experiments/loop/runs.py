@@ -115,7 +115,9 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
     names = trees.flatten(state.params)[0]
     paths = sparse[name] or [path for path in anywhere if path in names] or list(model.contractions)
     kept, seen = sharding.state_shardings(setup.layout, state), setup.layout.replicated
-    jitted = jax.jit(_step(setup, model, makes[name], paths), out_shardings=(kept, seen, seen), donate_argnums=0)
+    noisy = measurements.noisy_paths(setup.config.noise, state.params, paths)
+    step = _step(setup, model, makes[name], paths, noisy)
+    jitted = jax.jit(step, out_shardings=(kept, seen, seen), donate_argnums=0)
     peak = _peak(setup, name)
     lowered = jitted.lower(state, batch(setup, 0), np.int32(0), peak)
     rate, _ = _inner(setup, name, peak)
@@ -231,13 +233,14 @@ def _values(setup: Setup, model: Model, seed: Array, batch: data.Batch, ticket: 
   return {'loss': loss, 'outputs': outputs, 'key': key, 'ticket': ticket}
 
 
-def _step(setup: Setup, model: Model, optimizer: Callable[[Array], Optimizer], paths: list[str]) -> Step:
+def _step(setup: Setup, model: Model, optimizer: Callable[[Array], Optimizer], paths: list[str],
+          noisy: list[str]) -> Step:
   """Returns one update of all seeds: `(state, batch, number, peak) -> state, loss, measurements`.
 
   `optimizer` maps the peak of the learning rate to the recipe's optimizer. The measurements are taken every `measure_every` steps and at the last step, and are zeros at the other steps. The
   loss is NaN if the loss, or any parameter after the update, is not finite.
   """
-  config, task = setup.config, setup.task
+  config, task, b1 = setup.config, setup.task, setup.config.optimizer.options.get('b1', 0.9)
 
   def loss(params: PyTree, batch: data.Batch) -> tuple[Array, Array]:
     outputs = model.apply(params, batch['inputs'])
@@ -253,7 +256,8 @@ def _step(setup: Setup, model: Model, optimizer: Callable[[Array], Optimizer], p
 
     def measure() -> Mapping[str, Array]:
       score = task.score(outputs, batch['labels'], None)
-      return {task.name: score, **measurements.of_step(paths, grads, state, new)}
+      noise = measurements.noise(noisy, grads, state, new, b1)
+      return {task.name: score, **measurements.of_step(paths, grads, state, new), **noise}
 
     zeros = lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(measure))
     due = ((number + 1) % config.measure_every == 0) | (number + 1 == config.steps)

@@ -50,14 +50,14 @@ def _adapted(given: Any) -> Adapted:
   if isinstance(given, tuple | list) and len(given) == 2 and all(map(callable, given)):
     return _functional(*given)
   if isinstance(given, type) or not callable(given):
-    raise ValueError(f'{given!r} is no model; give {KINDS}.')
+    raise ValueError(f'models.own: {given!r} is no model; give {KINDS}.')
   made = given(jax.random.key(0))
   if isinstance(made, nn.Module):
     return _linen(made)
   if isinstance(made, nnx.Module):
     return _nnx(given)
   if not callable(made):
-    raise ValueError(f'the function returns {type(made).__name__}, which is no model; give {KINDS}.')
+    raise ValueError(f'models.own: the function returns {type(made).__name__}, which is no model; give {KINDS}.')
   return _functional(given, lambda model, inputs: jax.vmap(model)(inputs))
 
 
@@ -107,12 +107,14 @@ def _calling(what: str, function: Callable[[], Any]) -> Any:
   try:
     return function()
   except Exception as error:
+    if str(error).startswith('models.own: '):
+      raise
     raise ValueError(f'models.own: {what} failed with {type(error).__name__}: {error}') from error
 
 
 def _refuse_state(kinds: set[str]) -> None:
   if kinds:
-    raise ValueError(f'the model has state besides its parameters ({", ".join(sorted(kinds))}), which training would '
+    raise ValueError(f'models.own: the model has state besides its parameters ({", ".join(sorted(kinds))}), which training would '
                      'lose. Use a norm without running statistics, and no dropout.')
 
 
