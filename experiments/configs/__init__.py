@@ -49,7 +49,7 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
   A key that the file leaves out has its value in `configs/default.py`. Raises `ValueError` for a file that is no
   config, an unknown key, and a value that its key cannot have.
   """
-  made = _running(path, module(path).get_config)
+  made = running(path, module(path).get_config)
   if not isinstance(made, Mapping | ConfigDict):
     raise ValueError(f'configs.load: get_config() of {str(path)!r} returns {made!r}, not a ConfigDict or a dict.')
   return complete(made, overrides)
@@ -121,13 +121,13 @@ def module(path: str | os.PathLike) -> types.ModuleType:
   # The loader is named, because Python finds none for a file with another suffix than `.py`.
   loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
   loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))
-  _running(path, lambda: loader.exec_module(loaded))
+  running(path, lambda: loader.exec_module(loaded))
   if not hasattr(loaded, 'get_config'):
     raise ValueError(f'configs.load: {str(path)!r} has no function get_config(); see experiments/configs/default.py.')
   return loaded
 
 
-def _running(path: str | os.PathLike, code: Callable[[], Any]) -> Any:
+def running(path: str | os.PathLike, code: Callable[[], Any]) -> Any:
   """Returns `code()`, which runs code of the config file `path`. Raises `ValueError` for whatever `code` raises.
 
   The message has the file and the line at which the config failed, and the error.
