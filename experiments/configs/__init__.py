@@ -201,8 +201,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def of_run(config: ConfigDict, run: str) -> dict[str, Any]:
   """Returns the part of `config` that decides the results of the run `run`, as JSON gives it back.
 
-  The part has the run's own `recipe`, `model` and `optimizer` in the place of all, and none of the keys in `FREE`. Two runs with
-  equal parts end with equal weights, up to the rounding of sums on other devices.
+  The part has the run's own `recipe`, `model` and `optimizer` in the place of all, and none of the keys in `FREE`. Two
+  runs with equal parts end with equal weights, up to the rounding of sums on other devices.
   """
   written = plain(config)
   of_all = written.pop('recipes')

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
       'valid_fraction': 0.1,
       'augment': False,  # images are shifted by up to an eighth of the height
       'task': 'classification',  # or `super_resolution`: an image from the same image at half the size
-      'splits': None,  # the user's own arrays or sources; shorter: `config.data = splits`, see `experiments.data.arrays`
+      'splits': None,  # own arrays or sources; shorter: `config.data = splits`, see `experiments.data.arrays`
       'num_classes': None,  # of own data; None: the largest label plus one
   }
   config.model = {'name': 'vit'}
@@ -41,8 +41,8 @@ def get_config() -> ConfigDict:
       'options': {},  # further keyword arguments of the optimizer: {'b2': 0.95}, {'momentum': 0.9}
   }
   config.optimizers = {}  # changes of `optimizer` for single runs: {'SET': {'name': 'sgd'}}
-  # Functions (outputs, labels) -> `[B]` or `[B, T]`, a number for each label. None: those of `data.task`. A larger score
-  # is better. With a score of one's own the records call it `score`.
+  # Functions (outputs, labels) -> `[B]` or `[B, T]`, a number for each label. None: those of `data.task`. A larger
+  # score is better. With a score of one's own the records call it `score`.
   config.loss = None
   config.score = None
   # Each entry is one run; they run in this order. The first run is the baseline of the differences in the results.

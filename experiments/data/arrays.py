@@ -63,6 +63,7 @@ def _split(name: str, split: Any) -> tuple[Reader, np.ndarray]:
     raise ValueError(f'data.load: the split {name!r} is {_kind(split)}; give {FORM}.')
   if not count:
     raise ValueError(f'data.load: the split {name!r} is empty; give at least one example.')
+  reader(np.arange(1))  # A wrong form is refused before the training, and not where the split is read.
   return reader, np.arange(count)
 
 

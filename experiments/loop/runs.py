@@ -2,7 +2,7 @@
 
     setup = prepare(config)
     run = build(setup, {'SR-STE': workdir / 'SR-STE'})['SR-STE']
-    state, loss, numbers = run.step.compile()(run.start(), batch(setup, 0), np.int32(0), run.peak)
+    state, loss, numbers = run.compiled()(run.start(), batch(setup, 0), np.int32(0), run.peak)
 
 Learning rate and seeds are arguments of the programs, so runs that differ only in these numbers share what is compiled.
 """
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +25,7 @@ import sparsejax
 from experiments import configs, data, models
 from experiments.loop import evaluate, measurements, optimizers, sharding, tasks
 from experiments.loop.checkpoints import State
+from experiments.loop.shared import Shared
 from sparsejax import recipes, starts, transforms, trees
 from sparsejax.types import Array, Axes, PyTree, Schedule
 
@@ -77,34 +77,62 @@ class Run(NamedTuple):
   start: Callable[[], State]
   state: State  # shapes and shardings
   step: jax.stages.Lowered  # (state, batch, number of the step, `peak`) -> state, loss `[seeds]`, measurements
+  compiled: Callable[[], jax.stages.Compiled]  # `step`, compiled at the first call
   peak: np.float32  # of the learning rate
   learning_rate: Schedule
   sparse: list[str]  # paths of the measured leaves
 
 
-def prepare(config: ConfigDict) -> Setup:
-  """Reads the data, makes each model and traces the model once. Raises `ValueError` for a wrong value of the config."""
-  layout = sharding.layout(config)
-  rows = sharding.local_rows(layout, config.batch_size)
-  sets = [data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows) for seed in config.seeds]
+def prepare(config: ConfigDict, shared: Shared | None = None) -> Setup:
+  """Reads the data, makes each model and traces the model once. Raises `ValueError` for a wrong value of the config.
+
+  Data and models that `shared` holds from an earlier config are taken from there.
+  """
+  layout, shared = sharding.layout(config), shared or Shared()
+  sets = _sets(config, layout, shared)
   sections = {run: {**config.model, **config.models.get(run, {})} for run in configs.runs(config)}
   keys = {run: json.dumps(configs.of_run(config, run)['model'], sort_keys=True) for run in sections}
-  made = {key: _model(sections[run], sets[0], config.seeds, layout) for run, key in keys.items()}
+  objects = [section.get('make') for section in sections.values()]
+  made = shared.of('models', (keys, objects, _data_key(config), _layout_key(config)), lambda: {
+      key: _model(sections[run], sets[0], layout) for run, key in keys.items()})
+  seeds = np.array(config.seeds, np.uint32)
+  made = {key: model._replace(initial=functools.partial(model.initial, seeds)) for key, model in made.items()}
   name, task = tasks.of_config(config)
   _refuse_accuracy_of_no_classes(name, config, sets[0])
   return Setup(config, layout, name, task, sets, {run: made[key] for run, key in keys.items()})
 
 
-def build(setup: Setup, directories: Mapping[str, pathlib.Path],
-          tickets: Mapping[str, Ticket] = MappingProxyType({})) -> dict[str, Run]:
+def _data_key(config: ConfigDict) -> tuple[Any, ...]:
+  """Returns what decides the batches besides the seed. Functions of the user's own are compared as objects."""
+  return json.dumps(configs.plain(config)['data']), config.data.splits, config.batch_size
+
+
+def _layout_key(config: ConfigDict) -> tuple[Any, ...]:
+  return config.mesh.to_json(), config.shard, len(config.seeds)
+
+
+def _sets(config: ConfigDict, layout: sharding.Layout, shared: Shared) -> list[data.Data]:
+  """Returns the data of each seed."""
+  rows = sharding.local_rows(layout, config.batch_size)
+  known = shared.of('data', (_data_key(config), rows), dict)
+  for seed in config.seeds:
+    if seed not in known:
+      known[seed] = data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows)
+  return [known[seed] for seed in config.seeds]
+
+
+def build(setup: Setup, directories: Mapping[str, pathlib.Path], tickets: Mapping[str, Ticket] = MappingProxyType({}),
+          shared: Shared | None = None) -> dict[str, Run]:
   """Returns the `Run` of each name in `directories`, its step traced. Raises `ValueError` for what a run refuses.
 
-  `tickets` holds, by run name, where a run starts if not at the model's initial weights.
+  `tickets` holds, by run name, where a run starts if not at the model's initial weights. The step of a config that
+  differs from an earlier one in learning rate and seeds alone is taken from `shared`.
   """
   scored = _scored(setup)
   makes = {name: functools.partial(_optimizer, setup, name, name in tickets) for name in directories}
   made = {name: make(_peak(setup, name)) for name, make in makes.items()}
-  begun = {name: _start(setup, setup.models[name], tx, scored, tickets.get(name)) for name, tx in made.items()}
+  shared = shared or Shared()
+  begun = {name: _start(setup, name, tx, scored, tickets.get(name), shared) for name, tx in made.items()}
   sparse = {name: measurements.sparse_paths(sparsejax.masks(*state), state.params)
             for name, (_, state) in begun.items()}
   anywhere = list(dict.fromkeys(path for paths in sparse.values() for path in paths))
@@ -116,13 +144,31 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
     paths = sparse[name] or [path for path in anywhere if path in names] or list(model.contractions)
     kept, seen = sharding.state_shardings(setup.layout, state), setup.layout.replicated
     noisy = measurements.noisy_paths(setup.config.noise, state.params, paths)
-    step = _step(setup, model, makes[name], paths, noisy)
+    b1 = _section(setup, name)['options'].get('b1', 0.9)
+    step = _step(setup, model, makes[name], paths, noisy, b1)
     jitted = jax.jit(step, out_shardings=(kept, seen, seen), donate_argnums=0)
     peak = _peak(setup, name)
-    lowered = jitted.lower(state, batch(setup, 0), np.int32(0), peak)
+    lowered, compiled = shared.of('step', (_program_key(setup, name), paths, name in tickets), functools.partial(
+        _lowered, jitted, state, batch(setup, 0), np.int32(0), peak))
     rate, _ = _inner(setup, name, peak)
-    runs[name] = Run(name, directories[name], model, start, state, lowered, peak, rate, paths)
+    runs[name] = Run(name, directories[name], model, start, state, lowered, compiled, peak, rate, paths)
   return runs
+
+
+def _lowered(jitted: Any, *arguments: Any) -> tuple[jax.stages.Lowered, Callable[[], jax.stages.Compiled]]:
+  """Returns the traced program, and a function that compiles the program at its first call."""
+  lowered = jitted.lower(*arguments)
+  return lowered, functools.cache(lowered.compile)
+
+
+def _program_key(setup: Setup, name: str) -> tuple[Any, ...]:
+  """Returns what decides the programs of a run: its config without the peak of the learning rate and the seeds."""
+  config, section = setup.config, configs.of_run(setup.config, name)
+  section['optimizer'].pop('learning_rate')
+  section.pop('seeds')
+  objects = (config.loss, config.score, {**config.model, **config.models.get(name, {})}.get('make'))
+  return (json.dumps(section), objects, _data_key(config), _layout_key(config), config.measure_every,
+          config.noise and tuple(config.noise))
 
 
 def _refuse_accuracy_of_no_classes(task: str, config: ConfigDict, first: data.Data) -> None:
@@ -143,7 +189,8 @@ def split(setup: Setup, name: str) -> Iterator[data.Batch]:
   return (sharding.global_batch(setup.layout.batch, rows) for rows in getattr(setup.data[0], name))
 
 
-def _model(section: Mapping[str, Any], first: data.Data, seeds: Sequence[int], layout: sharding.Layout) -> Model:
+def _model(section: Mapping[str, Any], first: data.Data, layout: sharding.Layout) -> Model:
+  """Returns the `Model` of a section of the config, with an `initial` that takes the seeds."""
   module = models.make(num_classes=first.num_classes, **section)
   example = first.example['inputs']
   apply = lambda params, inputs: module.apply({'params': params}, inputs)
@@ -152,19 +199,18 @@ def _model(section: Mapping[str, Any], first: data.Data, seeds: Sequence[int], l
   convolutional = any(axes.spatial for axes in contractions.values())
   by_seed = evaluate.one_by_one if convolutional else lambda function: function
   predict = evaluate.predictor(by_seed(apply))
-  return Model(apply, _initial(module, seeds, example, layout), predict, contractions, by_seed)
+  return Model(apply, _initial(module, example, layout), predict, contractions, by_seed)
 
 
-def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStruct,
-             layout: sharding.Layout) -> Callable[[], PyTree]:
-  """Returns `() -> params` of all seeds. The weights depend on the seed alone; pretrained weights are equal for all."""
+def _initial(model: Any, example: jax.ShapeDtypeStruct, layout: sharding.Layout) -> Callable[[Array], PyTree]:
+  """Returns `seeds -> params` of all seeds. Weights depend on the seed alone; pretrained weights are equal for all."""
   drawn = lambda seed: model.init(jax.random.key(seed), jnp.zeros(example.shape, example.dtype))['params']
   given = model.initial(jax.eval_shape(drawn, 0)) if hasattr(model, 'initial') else {}
   init = jax.vmap(lambda seed, given: {**drawn(seed), **given}, in_axes=(0, None))
   # The seeds are an argument: XLA would spend seconds on folding weights that are drawn from constants.
-  seeds = np.array(seeds, np.uint32)
-  compiled = jax.jit(init, out_shardings=sharding.state_shardings(layout, jax.eval_shape(init, seeds, given)))
-  return lambda: compiled(seeds, given)
+  shapes = jax.eval_shape(init, np.zeros(1, np.uint32), given)
+  compiled = jax.jit(init, out_shardings=sharding.state_shardings(layout, shapes))
+  return lambda seeds: compiled(seeds, given)
 
 
 def _section(setup: Setup, name: str) -> dict[str, Any]:
@@ -201,19 +247,22 @@ def _scored(setup: Setup) -> data.Batch:
   return sharding.global_batch(setup.layout.batches, jax.tree.map(lambda *seeds: np.stack(seeds), *of_seeds))
 
 
-def _start(setup: Setup, model: Model, tx: Optimizer, scored: data.Batch,
-           ticket: Ticket | None) -> tuple[Callable[[], State], State]:
+def _start(setup: Setup, name: str, tx: Optimizer, scored: data.Batch, ticket: Ticket | None,
+           shared: Shared) -> tuple[Callable[[], State], State]:
   """Returns `() -> State`, the recipe's first sparse point of the initial weights, and the shapes of the state."""
-  seeds = np.array(setup.config.seeds, np.uint32)
+  seeds, model = np.array(setup.config.seeds, np.uint32), setup.models[name]
 
   def sparse(seed: Array, params: PyTree, batch: data.Batch, trained: PyTree) -> State:
     values = _values(setup, model, seed, batch, trained)
     opt_state = tx.init(params, **{name: values[name] for name in transforms.placeholders(tx)})
     return State(sparsejax.project(params, opt_state), opt_state)
 
-  every, params = jax.vmap(sparse), jax.eval_shape(model.initial)
-  shapes = jax.eval_shape(every, seeds, params, scored, ticket and params)
-  compiled = jax.jit(every, out_shardings=sharding.state_shardings(setup.layout, shapes))
+  def traced() -> tuple[Any, State]:
+    every, params = jax.vmap(sparse), jax.eval_shape(model.initial)
+    shapes = jax.eval_shape(every, seeds, params, scored, ticket and params)
+    return jax.jit(every, out_shardings=sharding.state_shardings(setup.layout, shapes)), shapes
+
+  compiled, shapes = shared.of('start', (_program_key(setup, name), ticket is None), traced)
   weights, trained = ticket or (model.initial, lambda: None)
   return lambda: compiled(seeds, weights(), scored, trained()), sharding.with_shardings(shapes, setup.layout)
 
@@ -234,13 +283,14 @@ def _values(setup: Setup, model: Model, seed: Array, batch: data.Batch, ticket: 
 
 
 def _step(setup: Setup, model: Model, optimizer: Callable[[Array], Optimizer], paths: list[str],
-          noisy: list[str]) -> Step:
+          noisy: list[str], b1: float) -> Step:
   """Returns one update of all seeds: `(state, batch, number, peak) -> state, loss, measurements`.
 
-  `optimizer` maps the peak of the learning rate to the recipe's optimizer. The measurements are taken every `measure_every` steps and at the last step, and are zeros at the other steps. The
+  `optimizer` maps the peak of the learning rate to the recipe's optimizer. The measurements are taken every
+  `measure_every` steps and at the last step, and are zeros at the other steps. `b1` decays Adam's first moment. The
   loss is NaN if the loss, or any parameter after the update, is not finite.
   """
-  config, task, b1 = setup.config, setup.task, setup.config.optimizer.options.get('b1', 0.9)
+  config, task = setup.config, setup.task
 
   def loss(params: PyTree, batch: data.Batch) -> tuple[Array, Array]:
     outputs = model.apply(params, batch['inputs'])

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from experiments import configs
 from experiments.loop import checkpoints, evaluate, hosts, origins, outcomes, records, runs
 from experiments.loop.progress import Progress
+from experiments.loop.shared import Shared
 from experiments.loop.stopping import StopRequest
 from sparsejax import metrics
 from sparsejax.types import Array
@@ -53,7 +54,8 @@ class Stopped(Exception):
 
 def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
         tickets: Mapping[str, runs.Ticket] = MappingProxyType({}), until: int | None = None,
-        job: ConfigDict | None = None, scored: str = 'test', board: Progress | None = None) -> outcomes.Outcomes:
+        job: ConfigDict | None = None, scored: str = 'test', board: Progress | None = None,
+        shared: Shared | None = None) -> outcomes.Outcomes:
   """Trains and tests each run of `config` that is not finished in `workdir`; returns the outcomes of all runs.
 
   The runs are trained one after the other, each in `workdir/<run>`, from its newest checkpoint if there is one. All
@@ -63,6 +65,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
   Runs in `workdir` are compared with `job`, and `job` is written to `config.json` where a run is trained.
 
   `scored` is the split on which finished runs are tested. `board` shows the progress, by default a bar of this job.
+  `shared` holds what earlier runs have made and this one may need again.
 
   Raises `Refused` where the data, the model or a recipe refuses the config, or where the memory is too small. Raises
   `ValueError` for a run in `workdir` that was trained under another config, see `origins.continued`. Raises
@@ -78,8 +81,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
   with contextlib.nullcontext(board) if board else Progress(len(todo), ended.steps, console()) as progress:
     progress.doing('reading data, tracing')
     try:
-      setup = runs.prepare(config) if todo else None
-      built = runs.build(setup, directories, tickets) if todo else {}
+      setup = runs.prepare(config, shared) if todo else None
+      built = runs.build(setup, directories, tickets, shared) if todo else {}
     except ValueError as error:
       raise Refused(str(error)) from error
     for of_name in built.values():
@@ -113,7 +116,7 @@ def train(run: runs.Run, setup: runs.Setup, wanted: Mapping[str, Any], request: 
     save = functools.partial(checkpoints.save, saved, seeds=list(config.seeds), config=wanted, changes=history)
     progress.doing(f'compiling {run.name}')
     stopped = request.agreed()
-    step = run.step.compile() if done < config.steps and not stopped else None
+    step = run.compiled() if done < config.steps and not stopped else None
     if step:
       _refuse_too_large(run.name, step, len(config.seeds))
     progress.start(run.name, done)

@@ -49,7 +49,7 @@ def _adapted(given: Any) -> Adapted:
     return _linen(given)
   if isinstance(given, tuple | list) and len(given) == 2 and all(map(callable, given)):
     return _functional(*given)
-  if isinstance(given, type) or not callable(given):
+  if not callable(given) or isinstance(given, type) and issubclass(given, nn.Module):
     raise ValueError(f'models.own: {given!r} is no model; give {KINDS}.')
   made = given(jax.random.key(0))
   if isinstance(made, nn.Module):
@@ -114,8 +114,8 @@ def _calling(what: str, function: Callable[[], Any]) -> Any:
 
 def _refuse_state(kinds: set[str]) -> None:
   if kinds:
-    raise ValueError(f'models.own: the model has state besides its parameters ({", ".join(sorted(kinds))}), which training would '
-                     'lose. Use a norm without running statistics, and no dropout.')
+    raise ValueError(f'models.own: the model has state besides its parameters ({", ".join(sorted(kinds))}), '
+                     'which training would lose. Use a norm without running statistics, and no dropout.')
 
 
 def _is_parameter(leaf: Any) -> bool:

@@ -1,6 +1,6 @@
 r"""Sweeps a grid: recipe x pattern x model x data x learning rate x seed, from one config, on the loop of `train`.
 
-    python -m experiments.sweep --config my.py --workdir runs/mine [--set key=value] [--set sweep.hours=2]
+    python -m experiments.sweep --config my.py --workdir runs/mine [--set key=value] [--set sweep.cpu_hours=2]
 
 `my.py` has `get_config()`, as for `experiments.train`, and `get_sweep()`, which returns the axes; see `grids.AXES` and
 `grids.OPTIONS`. In Python or a notebook:
@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from experiments import configs
 from experiments.loop import commands, hosts, training
+from experiments.loop.shared import Shared
 from experiments.loop.stopping import StopRequest
 from experiments.sweep import engine, grids
 from experiments.sweep.board import Board
@@ -66,7 +67,7 @@ def _override(text: str) -> tuple[str, Any]:
     return key, ast.literal_eval(value)
   except (ValueError, SyntaxError):
     raise ValueError(f'sweep: cannot read {text!r}; write {PREFIX}key=value with a Python literal, such as '
-                     f'{PREFIX}hours=2.') from None
+                     f'{PREFIX}cpu_hours=2.') from None
 
 
 def run(config: ConfigDict | Mapping[str, Any] | str | os.PathLike, workdir: str | os.PathLike,
@@ -91,7 +92,7 @@ def run(config: ConfigDict | Mapping[str, Any] | str | os.PathLike, workdir: str
     began, console = time.monotonic(), training.console()
     with Board(arms, engine.planned(arms, grid), grid['metric'], console) as board:
       with contextlib.nullcontext(request) if request else StopRequest() as stop:
-        job = engine.Job(grid, workdir, ledger, board, stop)
+        job = engine.Job(grid, workdir, ledger, board, stop, Shared())
         lines = list({line['cell']: line for line in engine.lines(job, arms)}.values())
       ran = time.monotonic() - began
     findings = Findings(lines, grid['metric'], grid['baseline'], ran / board.ran - 1 if board.ran else None)
@@ -106,7 +107,7 @@ def _shared_programs(workdir: pathlib.Path) -> Iterator[None]:
   Learning rates and seeds are arguments of the programs, so cells that differ only in these numbers share a program,
   also after a kill.
   """
-  settings = {'jax_compilation_cache_dir': str(workdir / 'programs'), 'jax_persistent_cache_min_compile_time_secs': 0.2}
+  settings = {'jax_compilation_cache_dir': str(workdir / 'programs'), 'jax_persistent_cache_min_compile_time_secs': 0.0}
   before = {name: getattr(jax.config, name) for name in settings}
   if before['jax_compilation_cache_dir'] is not None:
     yield

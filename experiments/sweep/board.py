@@ -31,7 +31,7 @@ class Board:
   """
 
   def __init__(self, arms: Sequence[Arm], runs: int, metric: str, console: rich.console.Console):
-    self.spent = self.ran = 0.0
+    self.spent = self.ran = self._wall = 0.0
     self._arms, self._runs, self._metric, self._console = arms, runs, metric, console
     self._cells = {arm.place: WAITING for arm in arms}
     self._done, self._now, self._began = set(), '', time.monotonic()
@@ -84,7 +84,8 @@ class Board:
     self.ran += line['wall'] if ran else 0.0
     if place not in self._done:
       self._done.add(place)
-      self.spent += line['wall']
+      self.spent += line['cpu']
+      self._wall += line['wall']
     if place in self._cells:
       self._cells[place] = _text(line, self._metric)
     if line['status'] != 'done' and place in self._cells:
@@ -106,7 +107,7 @@ class Board:
 
   def _summary(self) -> str:
     seconds = time.monotonic() - self._began
-    left = datetime.timedelta(seconds=round(self.spent / len(self._done) * (self._runs - len(self._done)))) if (
+    left = datetime.timedelta(seconds=round(self._wall / len(self._done) * (self._runs - len(self._done)))) if (
         self._done) else 'unknown time'
     elapsed = datetime.timedelta(seconds=round(seconds))
     return f'{len(self._done)} of {self._runs} cells, {elapsed} here, about {left} left. Now: {self._now}'

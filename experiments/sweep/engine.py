@@ -5,7 +5,7 @@ The line of a finished cell, as the ledger keeps it, has these keys:
 - `cell`, its place; `phase`: `tuning`, `test` or `flops`; and the name of each axis: `task`, `data`, `model`, `recipe`,
   `pattern`, `learning_rate`.
 - `status`: `done`, `refused` (by the data, the model or the recipe) or `diverged` (a number is not finite); `reason`.
-- `config`; `rate`, the peak of the learning rate; `steps`, `seeds`; `wall`, the seconds in which the cell ran.
+- `config`; `rate`, the peak of the learning rate; `steps`, `seeds`; `wall` and `cpu`, the seconds that the cell took.
 - If done: `scores` by name, a number for each seed; `split`; `metric_task`; `seconds`, `asked`, `achieved`,
   `training_flops`, `inference_flops`, `environment`, and `curve`, the records of the run, means over the seeds.
 - `tuning`, of a tested cell: the validation metric of each rate, the best rate, and whether it is the first or last.
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments import configs
 from experiments.loop import outcomes, records, training
+from experiments.loop.shared import Shared
 from experiments.loop.stopping import StopRequest
 from experiments.sweep import grids
 from experiments.sweep.board import Board
@@ -41,13 +41,14 @@ class Job(NamedTuple):
   ledger: Ledger
   board: Board
   request: StopRequest
+  shared: Shared
 
 
 def lines(job: Job, arms: Sequence[Arm]) -> Iterator[Line]:
   """Runs what is not finished, and yields the line of each cell: the runs of the tuning, then the tested run of an arm.
 
-  With `equal_flops` all arms follow once more. After `hours` of training no further cell begins; the line of a cell
-  that did not begin has the status `dropped`, and is not kept. Raises `Stopped` or `OSError` where the sweep ends early.
+  With `equal_flops` all arms follow once more. After `cpu_hours` no further cell begins; the line of a cell
+  that did not begin has the status `dropped`, and is not kept. Raises `Stopped` or `OSError` where the sweep ends.
   """
   tested = {}
   for arm in arms:
@@ -91,8 +92,8 @@ def _tested(job: Job, arm: Arm, tried: Sequence[Line]) -> Line:
   if not tried:
     return _finished(job, arm, 'test', 'test')
   if all(line['status'] != 'done' for line in tried):
-    kept = {key: value for key, value in tried[-1].items() if key not in ('cell', 'wall')}
-    return {**kept, **_named(arm, 'test'), 'cell': arm.place, 'wall': 0.0, 'seeds': list(arm.config.seeds)}
+    kept = {key: value for key, value in tried[-1].items() if key != 'cell'}
+    return {**kept, **_named(arm, 'test'), 'cell': arm.place, 'wall': 0.0, 'cpu': 0.0, 'seeds': list(arm.config.seeds)}
   found = _choice(tried, grids.metric(arm.config, job.grid['metric']), job.grid['learning_rate'])
   return _finished(job, grids.at_rate(arm, found['best']), 'test', 'test', {'tuning': found})
 
@@ -110,7 +111,10 @@ def _choice(tried: Sequence[Line], metric: str, rates: Sequence[float]) -> dict[
 
 
 def _repeated(job: Job, arms: Sequence[Arm], arm: Arm, tested: Mapping[str, Line]) -> Line | None:
-  """Returns the line of `arm` at the training FLOPs of its baseline, or `None` where one of both is not done."""
+  """Returns the line of `arm` at the training FLOPs of its baseline.
+
+  Returns `None` where one of both is not done, or where the steps are the same.
+  """
   own = tested[arm.place]
   same = lambda other: {**other.axes, 'recipe': None, 'pattern': None} == {**arm.axes, 'recipe': None, 'pattern': None}
   bases = [other for other in arms if other.axes['recipe'] == job.grid['baseline'] and same(other)
@@ -120,6 +124,8 @@ def _repeated(job: Job, arms: Sequence[Arm], arm: Arm, tested: Mapping[str, Line
     return None
   tuned = {'tuning': own['tuning']} if 'tuning' in own else {}
   longer = grids.at_flops(grids.at_rate(arm, own['rate']), own['training_flops'], base['training_flops'])
+  if longer.config.steps == arm.config.steps:
+    return None
   return _finished(job, longer, 'flops', 'test', tuned)
 
 
@@ -128,11 +134,11 @@ def _finished(job: Job, arm: Arm, phase: str, split: str, more: Mapping[str, Any
   config = configs.of_run(arm.config, arm.axes['recipe'])
   line = known = job.ledger.get(arm.place, config)
   if line is None:
-    if job.grid['hours'] is not None and job.board.spent >= 3600 * job.grid['hours']:
-      reason = f'not begun: the {job.grid["hours"]:g} hours of the sweep are over'
+    if job.grid['cpu_hours'] is not None and job.board.spent >= 3600 * job.grid['cpu_hours']:
+      reason = f'not begun: the {job.grid["cpu_hours"]:g} CPU hours of the sweep are over'
       line = {**_named(arm, phase), 'cell': arm.place, 'status': 'dropped', 'reason': reason, 'config': config,
               'rate': arm.config.optimizer.learning_rate, 'steps': arm.config.steps, 'seeds': list(arm.config.seeds),
-              'wall': 0.0}
+              'wall': 0.0, 'cpu': 0.0}
     else:
       line = job.ledger.add(arm.place, {**_ran(job, arm, phase, split), **more, 'config': config})
       if not job.grid['keep']:
@@ -150,7 +156,7 @@ def _ran(job: Job, arm: Arm, phase: str, split: str) -> dict[str, Any]:
   job.board.begin(arm, phase)
   line = {**_named(arm, phase), 'rate': arm.config.optimizer.learning_rate, 'steps': arm.config.steps,
           'seeds': list(arm.config.seeds)}
-  began = time.monotonic()
+  began, worked = time.monotonic(), time.process_time()
   try:
     packs = _in_packs(job, arm, split)
     line |= {'status': 'done', 'reason': None, **_joined(packs, split)}
@@ -158,11 +164,11 @@ def _ran(job: Job, arm: Arm, phase: str, split: str) -> dict[str, Any]:
     line |= {'status': 'refused', 'reason': ' '.join(str(error).split())}
   except FloatingPointError as error:
     line |= {'status': 'diverged', 'reason': str(error)}
-  return {**line, 'wall': time.monotonic() - began}
+  return {**line, 'wall': time.monotonic() - began, 'cpu': time.process_time() - worked}
 
 
 def _in_packs(job: Job, arm: Arm, split: str) -> list[outcomes.Outcome]:
-  """Returns the outcome of each pack of seeds, which train side by side. Packs get smaller until they fit the memory."""
+  """Returns the outcome of each pack of seeds, which train together. Packs get smaller until they fit the memory."""
   seeds = tuple(arm.config.seeds)
   size = min(job.grid['pack'] or len(seeds), len(seeds))
   while True:
@@ -184,7 +190,8 @@ def _pack(job: Job, arm: Arm, seeds: tuple[int, ...], split: str) -> outcomes.Ou
     place /= f'seeds-{seeds[0]}-{seeds[-1]}'
   config = configs.changed(arm.config, seeds=seeds, writers=tuple(
       _placed(writer, arm.place) for writer in arm.config.writers))
-  return training.run(config, place, job.request, scored=split, board=job.board)[arm.axes['recipe']]
+  return training.run(config, place, job.request, scored=split, board=job.board,
+                      shared=job.shared)[arm.axes['recipe']]
 
 
 def _placed(writer: records.Writer, place: str) -> records.Writer:
@@ -210,7 +217,8 @@ def _curve(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[Any]]:
   Numbers are means over the seeds of all packs.
   """
   count = min(map(len, runs))
-  chosen = sorted({count - 1 - round(i * count / min(count, POINTS)) for i in range(min(count, POINTS))}) if count else []
+  points = min(count, POINTS)
+  chosen = {count - 1 - round(i * count / points) for i in range(points)}
   # What is recorded more rarely, such as validation, stays whole.
   rare = {i for i in range(count) if any(key.startswith('valid_') for key in runs[0][i])}
   keys = dict.fromkeys(key for record in runs[0] for key in record if key != 'step')

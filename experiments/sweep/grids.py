@@ -34,8 +34,8 @@ OPTIONS = {
     'metric': 'loss',  # what the verdicts are about: 'loss', or the name of the task's score
     'baseline': None,  # the recipe that the others are compared with; None: the first
     'order': (),  # what runs first: a list of {axis: values}; what matches none of them runs last
-    'equal_flops': False,  # runs each arm once more, with as many steps as make its training FLOPs those of the baseline
-    'hours': None,  # of training, after which no further cell begins; the report names what is left out
+    'equal_flops': False,  # runs each arm once more, with the steps at which its training FLOPs are the baseline's
+    'cpu_hours': None,  # after which no further cell begins; the report names what is left out
     'pack': None,  # seeds that train together; None: all, or as many as the memory holds
     'keep': False,  # whether checkpoints and packed files of finished cells stay on the disk
 }
@@ -140,7 +140,8 @@ def _arms(config: ConfigDict, grid: Mapping[str, Any], setting: Mapping[str, str
       # The changes go into the section itself: a change of `name` keeps the other keys of the optimizer.
       optimizer = {**config.optimizer, **changes}
       axes = {**setting, 'recipe': name, 'pattern': pattern, 'learning_rate': None if rate is None else f'{rate:g}'}
-      parts = [setting['task'], setting['data'], setting['model'], name, pattern and re.sub(r'\W+', '-', pattern.replace(':', 'of')),
+      spelled = pattern and re.sub(r'\W+', '-', pattern.replace(':', 'of'))
+      parts = [setting['task'], setting['data'], setting['model'], name, spelled,
                None if rate is None else f'{RATE}{rate:g}']
       yield Arm('/'.join(part for part in parts if part), axes, configs.merged(config, {
           'recipes': {name: section}, 'models': {}, 'optimizers': {}, 'optimizer': optimizer}))

@@ -56,5 +56,5 @@ def opened(workdir: pathlib.Path) -> Iterator[Ledger]:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # The system gives the lock back when the process is killed.
     except OSError as error:
-      raise ValueError(f'sweep: another sweep runs in {workdir}. Wait for its end, or give another --workdir.') from error
+      raise ValueError(f'sweep: another sweep runs in {workdir}. Wait for it, or give another --workdir.') from error
     yield Ledger(workdir / FILE)

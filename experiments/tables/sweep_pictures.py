@@ -22,8 +22,8 @@ CURVES = (
 
 def pictures(findings: Any) -> list[pages.Picture]:
   """Returns the picture of quality against FLOPs, and one picture of the curves for each setting."""
-  made = [pages.Picture('tradeoff', f'Test {findings.metric} against the FLOPs of the whole training, over those of dense '
-                        'training of equal length for the tested steps. Bars: 95 % intervals.',
+  made = [pages.Picture('tradeoff', f'Test {findings.metric} against the FLOPs of the whole training, over those of '
+                        'dense training at the tested steps. Bars: 95 % intervals. Hollow: at equal FLOPs.',
                         functools.partial(_trade_off, findings))]
   for name, lines in _settings(findings).items():
     if any(line['status'] == 'done' for line in lines):
@@ -58,7 +58,7 @@ def _heat(axis: Any, findings: Any, found: Mapping[str, Mapping[str, Any]], line
     place = recipes.index(_label(line)), patterns.index(line['pattern'] or 'any')
     row = found.get(line['cell'], {})
     if line['status'] == 'done':
-      colours[place] = row.get('difference', 0.0)
+      colours[place] = row.get('difference', 0.0 if line['recipe'] == findings.baseline else np.nan)
       text = f'{np.mean(line["scores"][findings.metric]):.4g}'
       text += '*' if row.get('verdict') in ('better', 'worse') else ''
     else:
@@ -115,7 +115,7 @@ def _curves(findings: Any, lines: Sequence[Line], path: pathlib.Path) -> None:
       axis.set_xlabel('step')
 
 
-def _plot(axis: Any, curve: Mapping[str, Sequence[Any]], key: str, window: int, logarithmic: bool, **style: Any) -> None:
+def _plot(axis: Any, curve: Mapping[str, Any], key: str, window: int, logarithmic: bool, **style: Any) -> None:
   pairs = [(step, value) for step, value in zip(curve['step'], curve.get(key, ()))
            if value is not None and (value > 0 or not logarithmic)]
   if pairs:
