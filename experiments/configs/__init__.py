@@ -14,18 +14,33 @@ import pathlib
 import re
 import traceback
 import types
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import CustomJSONEncoder
 
 from experiments.configs import default
 from sparsejax import errors
 
 # The keys of these sections are the arguments of a function, which checks them: see `configs/default.py`.
-OPEN = ('model', 'models', 'optimizer.options', 'recipes')
+OPEN = ('model', 'models', 'optimizer.options', 'optimizers', 'recipes')
 # Changes of these keys make no other run. The keys say where, how often and on what a run is trained.
-FREE = ('data.data_dir', 'mesh', 'shard', 'measure_every', 'validate_every', 'checkpoint_every', 'resume_changed')
+FREE = ('data.data_dir', 'mesh', 'shard', 'measure_every', 'validate_every', 'checkpoint_every', 'resume_changed',
+        'noise', 'writers')
+OWN = 'own'  # the name of a model, or of data, that a config gives as objects of the user's own
+
+
+class Own:
+  """An `Own` holds an object of the user's own in a config. Its text names the object, and stands for it in records."""
+
+  def __init__(self, value: Any):
+    self.value, self._text = value, _described(value)
+
+  def __str__(self) -> str:
+    return self._text
 
 
 def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -34,16 +49,68 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
   A key that the file leaves out has its value in `configs/default.py`. Raises `ValueError` for a file that is no
   config, an unknown key, and a value that its key cannot have.
   """
-  made = _running(path, module(path).get_config)
+  made = running(path, module(path).get_config)
   if not isinstance(made, Mapping | ConfigDict):
     raise ValueError(f'configs.load: get_config() of {str(path)!r} returns {made!r}, not a ConfigDict or a dict.')
-  config = ConfigDict(made, type_safe=False)
+  return complete(made, overrides)
+
+
+def complete(given: Mapping[str, Any] | ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
+  """Returns the config with the keys of `given`, after `overrides`, and all other keys at their defaults, locked.
+
+  `model` may also be a model of the user's own, see `experiments.models.own`, and `data` the user's own splits, see
+  `experiments.data.arrays`. Raises `ValueError` as `load` does.
+  """
+  config = ConfigDict(_wrapped(given), type_safe=False)
   _complete(config, default.get_config(), '')
   for override in overrides:
     _override(config, override)
   _complete(config, default.get_config(), '')
   _check(config)
   return config.lock()
+
+
+def merged(config: ConfigDict, changes: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+  """Returns a copy of `config` with `changes`, locked. A section of `changes` changes single keys of its section.
+
+  A section with a `name`, and the section `recipes`, replaces the whole section. Raises `ValueError` as `load` does.
+  """
+  copy = config.copy_and_resolve_references().unlock()
+  for key, value in _wrapped(changes).items():
+    merges = isinstance(value, Mapping | ConfigDict) and 'name' not in value and key != 'recipes'
+    copy[key] = ConfigDict({**dict(copy.get(key, {})), **value}, type_safe=False) if merges else value
+  return complete(copy)
+
+
+def _wrapped(given: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+  """Returns a copy of `given` whose own model and own data are sections that hold an `Own`."""
+  wrapped = {key: given[key] for key in given}
+  for key, argument in (('model', 'make'), ('data', 'splits')):
+    value = wrapped.get(key, {})
+    if not isinstance(value, Mapping | ConfigDict) or key == 'data' and 'train' in value:
+      wrapped[key] = {'name': OWN, argument: Own(value)}
+  return wrapped
+
+
+def _described(value: Any) -> str:
+  """Returns the name of a function, the sizes and a checksum of arrays, and the type of anything else."""
+  if isinstance(value, np.ndarray):
+    return f'{value.dtype}{list(value.shape)} {zlib.crc32(np.ascontiguousarray(value).tobytes()):08x}'
+  if isinstance(value, Mapping):
+    return ', '.join(f'{key}: {_described(part)}' for key, part in value.items())
+  if isinstance(value, tuple | list):
+    return ', '.join(map(_described, value))
+  named = value if hasattr(value, '__qualname__') else type(value)
+  return f'{named.__module__}.{named.__qualname__}'
+
+
+class _Encoder(CustomJSONEncoder):
+  """An `_Encoder` writes the text of an object that JSON does not know, such as a function or an `Own`."""
+
+  def default(self, obj: Any) -> Any:
+    if isinstance(obj, Own):
+      return str(obj)
+    return _described(obj) if callable(obj) or isinstance(obj, np.ndarray) else super().default(obj)
 
 
 def module(path: str | os.PathLike) -> types.ModuleType:
@@ -54,13 +121,13 @@ def module(path: str | os.PathLike) -> types.ModuleType:
   # The loader is named, because Python finds none for a file with another suffix than `.py`.
   loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
   loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))
-  _running(path, lambda: loader.exec_module(loaded))
+  running(path, lambda: loader.exec_module(loaded))
   if not hasattr(loaded, 'get_config'):
     raise ValueError(f'configs.load: {str(path)!r} has no function get_config(); see experiments/configs/default.py.')
   return loaded
 
 
-def _running(path: str | os.PathLike, code: Callable[[], Any]) -> Any:
+def running(path: str | os.PathLike, code: Callable[[], Any]) -> Any:
   """Returns `code()`, which runs code of the config file `path`. Raises `ValueError` for whatever `code` raises.
 
   The message has the file and the line at which the config failed, and the error.
@@ -91,15 +158,21 @@ def _check(config: ConfigDict) -> None:
   for run in runs:
     if not re.fullmatch(r'[\w-]+', run):
       raise ValueError(f'config: the run name {run!r} is a directory too; use letters, digits, "-" and "_".')
-  refuse_unknown('config', 'run in models', config['models'], runs)
-  for run, changes in config['models'].items():
-    if not isinstance(changes, ConfigDict):
-      raise ValueError(f'config: models.{run} is a section, such as {{"width": 128}}, not {changes!r}.')
+  for key in ('loss', 'score'):
+    if config[key] is not None and not callable(config[key]):
+      raise ValueError(f'config: {key}={config[key]!r} must be None or a function (outputs, labels) -> numbers.')
+  for section, example in (('models', '{"width": 128}'), ('optimizers', '{"learning_rate": 1e-3}')):
+    refuse_unknown('config', f'run in {section}', config[section], runs)
+    for run, changes in config[section].items():
+      if not isinstance(changes, ConfigDict):
+        raise ValueError(f'config: {section}.{run} is a section, such as {example}, not {changes!r}.')
+  for run, changes in config['optimizers'].items():
+    refuse_unknown('config', f'key of optimizers.{run}:', changes, default.get_config().optimizer)
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
   """Returns `config` as JSON gives it back, its keys in the order of writing: a ConfigDict sorts the keys it shows."""
-  return json.loads(config.to_json())
+  return json.loads(config.to_json(json_encoder_cls=_Encoder))
 
 
 def runs(config: ConfigDict) -> list[str]:
@@ -116,21 +189,25 @@ def changed(config: ConfigDict, **values: Any) -> ConfigDict:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Returns one text `key: old -> new` for each value that differs."""
+  """Returns one text `key: old -> new` for each value that differs. An absent key counts as `None`.
+
+  Therefore a record stays comparable when a key is added whose default is `None`.
+  """
   old, new = dict(_flat(old)), dict(_flat(new))
   return [f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
-          for key in sorted(old | new) if old.get(key, _flat) != new.get(key, _flat)]
+          for key in sorted(old | new) if old.get(key) != new.get(key)]
 
 
 def of_run(config: ConfigDict, run: str) -> dict[str, Any]:
   """Returns the part of `config` that decides the results of the run `run`, as JSON gives it back.
 
-  The part has the run's own `recipe` and `model` in the place of all, and none of the keys in `FREE`. Two runs with
-  equal parts end with equal weights, up to the rounding of sums on other devices.
+  The part has the run's own `recipe`, `model` and `optimizer` in the place of all, and none of the keys in `FREE`. Two
+  runs with equal parts end with equal weights, up to the rounding of sums on other devices.
   """
   written = plain(config)
-  of_all, changes = written.pop('recipes'), written.pop('models')
-  written |= {'recipe': of_all.get(run), 'model': {**written['model'], **changes.get(run, {})}}
+  of_all = written.pop('recipes')
+  written |= {'recipe': of_all.get(run)} | {
+      key: {**written[key], **written.pop(f'{key}s').get(run, {})} for key in ('model', 'optimizer')}
   for key in FREE:
     *sections, last = key.split('.')
     functools.reduce(dict.__getitem__, sections, written).pop(last)

@@ -25,8 +25,11 @@ def get_config() -> ConfigDict:
       'valid_fraction': 0.1,
       'augment': False,  # images are shifted by up to an eighth of the height
       'task': 'classification',  # or `super_resolution`: an image from the same image at half the size
+      'splits': None,  # own arrays or sources; shorter: `config.data = splits`, see `experiments.data.arrays`
+      'num_classes': None,  # of own data; None: the largest label plus one
   }
   config.model = {'name': 'vit'}
+  # A model of one's own: `config.model = make`, see `experiments.models.own`.
   config.models = {}  # changes of `model` for single runs: {'wide': {'width': 128}}
   config.optimizer = {
       'name': 'adamw',
@@ -37,6 +40,11 @@ def get_config() -> ConfigDict:
       'clip': 1.0,  # largest global norm of the gradient; None: no clipping
       'options': {},  # further keyword arguments of the optimizer: {'b2': 0.95}, {'momentum': 0.9}
   }
+  config.optimizers = {}  # changes of `optimizer` for single runs: {'SET': {'name': 'sgd'}}
+  # Functions (outputs, labels) -> `[B]` or `[B, T]`, a number for each label. None: those of `data.task`. A larger
+  # score is better. With a score of one's own the records call it `score`.
+  config.loss = None
+  config.score = None
   # Each entry is one run; they run in this order. The first run is the baseline of the differences in the results.
   config.recipes = {'dense': {'name': 'dense'}}
   # Rounds of pruning and retraining, for experiments.tickets alone: changes of its `DEFAULTS`.
@@ -45,6 +53,9 @@ def get_config() -> ConfigDict:
   # run is refused. The checkpoints and the outcome of the run keep the step and the change.
   config.resume_changed = False
   config.measure_every = 10  # steps between two records of metrics
+  config.noise = None  # globs of the leaves whose gradient noise is measured; None: the sparse leaves
+  # Functions (run, step, numbers) that get each record, means over the seeds: for W&B and others, beside TensorBoard.
+  config.writers = ()
   config.validate_every = 100
   config.checkpoint_every = 100
   return config

@@ -68,11 +68,11 @@ def image_splits(name: str, builder: tfds.core.DatasetBuilder, valid_fraction: f
           for split in ('train', 'validation', 'test') if split in splits}
   if 'validation' not in splits:
     reader, rows = read['train']
-    read['train'], read['validation'] = ((reader, part) for part in _held_out(len(rows), valid_fraction))
+    read['train'], read['validation'] = ((reader, part) for part in held_out(len(rows), valid_fraction))
   return ImageSplits(read['train'], read['validation'], read['test'], features[label].num_classes)
 
 
-def _held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
   """Returns the rows for training and for validation: `fraction` of `count` rows, evenly spaced, are for validation.
 
   Even spacing is a random sample, because TFDS stores examples in pseudo-random order.

@@ -10,7 +10,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from experiments.data import digits, images, sst2, text
+from experiments.configs import OWN, Own
+from experiments.data import arrays, digits, images, sst2, text
 from experiments.data.batches import Data
 from experiments.data.order import BatchPart
 from sparsejax import errors
@@ -25,7 +26,8 @@ def cache_directory() -> pathlib.Path:
 
 def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike | None = None,
          sequence_length: int | None = None, valid_fraction: float = 0.1, augment: bool = False,
-         task: str = 'classification', rows: slice = slice(None)) -> Data:
+         task: str = 'classification', splits: Any = None, num_classes: int | None = None,
+         rows: slice = slice(None)) -> Data:
   """Returns the batches of the data set `name`, whose order depends on `seed`.
 
   `name` is `digits`, `sst2_sentences`, a TFDS set of images or text that is prepared in `data_dir`, or the path of a
@@ -39,6 +41,7 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
     are not used.
   - Text is read as bytes: `inputs` and `labels` `int32[B, T]`, `weight` `float32[B, T]`. Each label is the next byte.
     `T` is `sequence_length`, or 128.
+  - `own`: the user's own `splits`, as `arrays.own_batches` takes them, with `num_classes`.
   - `sst2_sentences`: `inputs` `int32[B, T]`, tokens filled up with 0, and `labels` `int32[B]`. `T` is
     `sequence_length`, or 32. The files are `data_dir/sst2_sentences/{train,dev,test}.tsv`; see `sst2.load`.
 
@@ -60,16 +63,23 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike |
   if task not in images.PREPARATIONS:
     raise errors.unknown('data.load', 'task', task, images.PREPARATIONS)
   root, part = pathlib.Path(data_dir or cache_directory()).expanduser(), BatchPart(batch_size, rows)
+  if name == OWN:
+    _refuse_for_text(name, 'own data', augment, task)
+    _refuse(name, 'own data', 'sequence_length', sequence_length)
+    splits = splits.value if isinstance(splits, Own) else splits
+    return arrays.own_batches(splits, part, seed, valid_fraction, num_classes)
+  _refuse(name, 'a named set', 'splits', splits)
+  _refuse(name, 'a named set', 'num_classes', num_classes)
   if name == sst2.NAME:
     _refuse_for_text(name, 'sentences', augment, task)
     return sst2.sentence_batches(sst2.load(root, sequence_length or sst2.LENGTH), part, seed)
   with _quiet():
-    splits = _splits(name, root, valid_fraction)
-    if isinstance(splits, text.TextSplits):
+    read = _splits(name, root, valid_fraction)
+    if isinstance(read, text.TextSplits):
       _refuse_for_text(name, 'text', augment, task)
-      return text.text_batches(name, splits, part, seed, sequence_length or text.LENGTH)
+      return text.text_batches(name, read, part, seed, sequence_length or text.LENGTH)
     _refuse(name, 'images', 'sequence_length', sequence_length)
-    return images.image_batches(splits, part, seed, augment, task)
+    return images.image_batches(read, part, seed, augment, task)
 
 
 def _refuse(name: str, kind: str, argument: str, value: Any) -> None:

@@ -18,36 +18,36 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-from ml_collections import ConfigDict
+from typing import Any, NamedTuple
 
 from experiments import configs
 from experiments.loop import checkpoints, hosts, training
-from experiments.loop.outcomes import Outcomes
 from experiments.loop.stopping import StopRequest
 
 REFUSED, INTERRUPTED = 2, 130  # exit status
 
-Job = Callable[[ConfigDict, pathlib.Path, StopRequest], Outcomes]
+Job = Callable[[Any, pathlib.Path, StopRequest], Any]  # (config, workdir, request) -> what the job found
 
 
 class Ended(NamedTuple):
   """An `Ended` says how a job ended. `patience` is how many seconds this process waits for the others to end too."""
 
   status: int
-  outcomes: Outcomes | None
+  outcomes: Any
   patience: int
 
 
-def main(arguments: Sequence[str] | None, program: str, job: Job) -> int:
+def main(arguments: Sequence[str] | None, program: str, job: Job,
+         load: Callable[[str, Sequence[str]], Any] = configs.load) -> int:
   """Runs `job` as `python -m experiments.<program>`, by default with the arguments of the process. Returns the status.
+
+  `load` makes the first argument of `job` from the path of the config and the changes of `--set`.
   """
   options = _parsed(arguments, program)
   again = command(program, arguments) + (', and every other process with its own' if options.distributed else '')
 
-  def work() -> Outcomes:
-    config, workdir = configs.load(options.config, options.set), pathlib.Path(options.workdir)
+  def work() -> Any:
+    config, workdir = load(options.config, options.set), pathlib.Path(options.workdir)
     if options.distributed:
       hosts.join(options.distributed, workdir / 'logs')
     with StopRequest() as request:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None, program: str, job: Job) -> int:
   return hosts.leave(ended.status, ended.patience)
 
 
-def attempt(work: Callable[[], Outcomes], workdir: str, again: str, shows_traceback: bool = False) -> Ended:
+def attempt(work: Callable[[], Any], workdir: str, again: str, shows_traceback: bool = False) -> Ended:
   """Calls `work`. Says why in one line if `work` is stopped or refused; `again` is the command that resumes.
 
   An exception that is no refusal is raised, or, in one of several processes, printed: the others have to learn of it.

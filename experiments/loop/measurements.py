@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import sparsejax
 from experiments.loop.checkpoints import State
@@ -17,10 +18,18 @@ def sparse_paths(masks: PyTree, params: PyTree) -> list[str]:
   return [name for name, leaf, mask in zip(names, leaves, treedef.flatten_up_to(masks)) if mask.shape == leaf.shape]
 
 
+def noisy_paths(globs: Sequence[str] | None, params: PyTree, sparse: Sequence[str]) -> list[str]:
+  """Returns the paths of the leaves whose gradient noise is measured: those that match `globs`, or else `sparse`."""
+  if globs is None:
+    return list(sparse)
+  names, picked = trees.flatten(params)[0], trees.select('config: noise', trees.named(*globs), params)
+  return [name for name, pick in zip(names, picked) if pick]
+
+
 def of_step(paths: Sequence[str], grads: PyTree, before: State, after: State) -> Mapping[str, Array]:
   """Returns what one update did to the leaves at `paths`: scalars, and `densities`, `[paths]`.
 
-  `grads` are the gradients that the update received, at the parameters of `before`.
+  `grads` are the gradients that the update received, at the parameters of `before`. `noise` has the other numbers.
 
   - `sparsity`: the fraction of weights that are zero after the update.
   - `flips`: the fraction of mask entries that the update changed.
@@ -44,6 +53,35 @@ def of_step(paths: Sequence[str], grads: PyTree, before: State, after: State) ->
       'noise_pruned': _geometric_mean([v.pruned for v in variances]),
       'densities': densities,
   }
+
+
+def noise(paths: Sequence[str], grads: PyTree, before: State, after: State, b1: float) -> Mapping[str, Array]:
+  """Returns the gradient noise of one update as progressive gradient flow (arXiv 2402.04744) measures the noise.
+
+  Each number is the geometric mean over the leaves at `paths` of a variance over all weights of the leaf.
+
+  - `noise`: the variance of |gradient|, at the sparse weights, before the recipe and the optimizer change the gradient.
+  - `noise_received`: the same of the gradient that Adam received, which contains the recipe's rule for pruned weights,
+    its decay term, and clipping. The gradient is recovered from Adam's first moment, whose decay rate is `b1`.
+  - `second_moment`: the variance of Adam's second moment.
+
+  The last two are left out where the optimizer is not Adam. The paper's plots are running averages over 40 records.
+  """
+  pick = lambda tree: {name: leaf for name, leaf in zip(trees.flatten(tree)[0], jax.tree.leaves(tree)) if name in paths}
+  variance = lambda leaves: _geometric_mean([jnp.var(leaf.astype(jnp.float32)) for leaf in leaves.values()])
+  numbers = {'noise': variance(jax.tree.map(jnp.abs, pick(grads)))}
+  old, new = (_adam(state.opt_state, paths) for state in (before, after))
+  if new is None:
+    return numbers
+  received = jax.tree.map(lambda m, n: jnp.abs(n - b1 * m) / (1 - b1), pick(old.mu), pick(new.mu))
+  return {**numbers, 'noise_received': variance(received), 'second_moment': variance(pick(new.nu))}
+
+
+def _adam(opt_state: PyTree, paths: Sequence[str]) -> optax.ScaleByAdamState | None:
+  """Returns the first state of Adam in `opt_state` that has moments of all leaves at `paths`."""
+  is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
+  states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(node)]
+  return next((state for state in states if set(paths) <= set(trees.flatten(state.mu)[0])), None)
 
 
 def _geometric_mean(values: Sequence[Array]) -> Array:

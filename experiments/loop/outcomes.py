@@ -51,25 +51,26 @@ def parameters(outcome: Outcome) -> PyTree:
   return params
 
 
-def write(run: Run, setup: Setup, say: Callable[[str], None]) -> None:
-  """Tests the newest checkpoint, as it is on disk, once on the test split; packs it if a pattern is N:M.
+def write(run: Run, setup: Setup, say: Callable[[str], None], scored: str = 'test') -> None:
+  """Tests the newest checkpoint, as it is on disk, once on the split `scored`; packs it if a pattern is N:M.
 
-  Raises `ValueError` if the packed file gives other predictions than the checkpoint, in any bit.
+  The outcome holds the scores under the name of the split. With `valid` the test split is not read, and nothing is
+  packed. Raises `ValueError` if the packed file gives other predictions than the checkpoint, in any bit.
   """
   with checkpoints.open_(run.directory / 'checkpoints') as saved:
     step, state, meta = checkpoints.restore(saved, run.state, say)
   place = run.directory / 'checkpoints' / str(step)
-  test = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, 'test'))
+  scores = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, scored))
   fingerprint = checkpoints.fingerprint(state.params)
   sharded, state = state.params, sharding.gathered(state)
   report = sparsejax.report(state.params, state.opt_state)
-  packed = _packed(run, setup, sharded, state, report)
+  packed = _packed(run, setup, sharded, state, report) if scored == 'test' else None
   if not hosts.leads():
     return
   records.write_whole(run.directory / 'report.txt', f'{report}\n')
   records.write_json(run.directory / FILE, {
       'name': run.name, 'steps': step, 'seeds': list(setup.config.seeds), 'seconds': meta['seconds'],
-      'task': setup.config.data.task, 'test': {key: value.tolist() for key, value in test.items()},
+      'task': setup.task_name, scored: {key: value.tolist() for key, value in scores.items()},
       'empty': _empty(run, state.params),
       'asked': report.asked, 'achieved': report.achieved if report.rows else None,
       'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, state),

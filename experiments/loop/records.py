@@ -3,13 +3,19 @@
     with Records(directory, step=0) as record:
       record.write(10, {'loss': np.array([2.3, 2.2]), 'learning_rate': 1e-3})
     next(read(directory))    # {'step': 10, 'loss': [2.3, 2.2], 'learning_rate': 0.001}
+
+A writer is a function that gets the same numbers, means over the seeds, for another board. W&B takes three lines:
+
+    import wandb
+    wandb.init(project='sparse')
+    config.writers = (lambda run, step, numbers: wandb.log({f'{run}/{key}': x for key, x in numbers.items()}),)
 """
 
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +23,19 @@ import tensorboardX
 
 FILE = 'metrics.jsonl'
 
+Writer = Callable[[str, int, Mapping[str, float]], Any]  # (run, step, numbers)
+
 
 class Records:
   """A `Records` is a context manager that appends one line a step to `metrics.jsonl`.
 
   `step` is the step at which training resumes. Lines of later steps, and a last line that a kill cut, are removed: the
   resumed run writes them again. A number that is not finite becomes `null`. The means over the seeds also go to a
-  TensorBoard event file.
+  TensorBoard event file, and to each of `writers` with the name of `directory`.
   """
 
-  def __init__(self, directory: str | os.PathLike, step: int):
+  def __init__(self, directory: str | os.PathLike, step: int, writers: Sequence[Writer] = ()):
+    self._writers = writers
     self._path = pathlib.Path(directory) / FILE
     kept = [json.dumps(record) + '\n' for record in read(directory) if record['step'] <= step]
     write_whole(self._path, ''.join(kept))
@@ -45,20 +54,30 @@ class Records:
     plain = {key: np.asarray(value).tolist() for key, value in values.items()}
     self._lines.write(json.dumps(_strict({'step': step, **plain})) + '\n')
     self._lines.flush()
-    for key, value in values.items():
-      if np.isfinite(mean := np.mean(np.asarray(value, np.float64))):
+    means = {key: float(np.mean(np.asarray(value, np.float64))) for key, value in values.items()}
+    for key, mean in means.items():
+      if np.isfinite(mean):
         self._board.add_scalar(key, mean, step)
+    for writer in self._writers:
+      writer(self._path.parent.name, step, means)
 
 
 def read(directory: str | os.PathLike) -> Iterator[dict[str, Any]]:
   """Yields the records of a run in order, up to the first line that a kill cut or that is damaged."""
-  path = pathlib.Path(directory) / FILE
+  for record in lines(pathlib.Path(directory) / FILE):
+    if not isinstance(record.get('step'), int):
+      return
+    yield record
+
+
+def lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Yields the objects of a file of JSON lines, up to the first line that a kill cut or that is damaged."""
   for line in path.read_bytes().splitlines() if path.exists() else ():
     try:
       record = json.loads(line)
     except ValueError:
       return
-    if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+    if not isinstance(record, dict):
       return
     yield record
 
@@ -92,6 +111,14 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, tree: Any) -> None:
   """Writes `tree` as indented JSON, atomically. A float that is not finite becomes `null`: JSON has no NaN."""
   write_whole(path, json.dumps(_strict(tree), indent=2) + '\n')
+
+
+def append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+  """Appends `record` as one line to a file of JSON lines, and waits until the line is on the disk."""
+  with path.open('a') as file:
+    file.write(json.dumps(_strict(record)) + '\n')
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _strict(tree: Any) -> Any:

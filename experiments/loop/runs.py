@@ -2,7 +2,9 @@
 
     setup = prepare(config)
     run = build(setup, {'SR-STE': workdir / 'SR-STE'})['SR-STE']
-    state, loss, numbers = run.step.compile()(run.start(), batch(setup, 0), np.int32(0))
+    state, loss, numbers = run.compiled()(run.start(), batch(setup, 0), np.int32(0), run.peak)
+
+Learning rate and seeds are arguments of the programs, so runs that differ only in these numbers share what is compiled.
 """
 
 import functools
@@ -13,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,7 @@ import sparsejax
 from experiments import configs, data, models
 from experiments.loop import evaluate, measurements, optimizers, sharding, tasks
 from experiments.loop.checkpoints import State
+from experiments.loop.shared import Shared
 from sparsejax import recipes, starts, transforms, trees
 from sparsejax.types import Array, Axes, PyTree, Schedule
 
@@ -31,7 +33,7 @@ SCORED = 10  # training examples of each class on which a recipe scores weights 
 VALUES = ('loss', 'outputs', 'key', 'ticket')  # The arguments of a recipe that exist only where `init` is called.
 
 Optimizer = optax.GradientTransformationExtraArgs
-Step = Callable[[State, data.Batch, Array], tuple[State, Array, Mapping[str, Array]]]
+Step = Callable[[State, data.Batch, Array, Array], tuple[State, Array, Mapping[str, Array]]]
 
 
 class Model(NamedTuple):
@@ -60,6 +62,7 @@ class Setup(NamedTuple):
 
   config: ConfigDict
   layout: sharding.Layout
+  task_name: str
   task: tasks.Task
   data: Sequence[data.Data]  # A `Data` for each seed, in the seed's order. A batch holds the rows of this process.
   models: Mapping[str, Model]  # Keyed by run name. Runs whose model configs are equal share one `Model`.
@@ -73,33 +76,63 @@ class Run(NamedTuple):
   model: Model
   start: Callable[[], State]
   state: State  # shapes and shardings
-  step: jax.stages.Lowered  # (state, batch, number of the step) -> state, loss `[seeds]`, measurements
+  step: jax.stages.Lowered  # (state, batch, number of the step, `peak`) -> state, loss `[seeds]`, measurements
+  compiled: Callable[[], jax.stages.Compiled]  # `step`, compiled at the first call
+  peak: np.float32  # of the learning rate
   learning_rate: Schedule
   sparse: list[str]  # paths of the measured leaves
 
 
-def prepare(config: ConfigDict) -> Setup:
-  """Reads the data, makes each model and traces the model once. Raises `ValueError` for a wrong value of the config."""
-  layout = sharding.layout(config)
+def prepare(config: ConfigDict, shared: Shared | None = None) -> Setup:
+  """Reads the data, makes each model and traces the model once. Raises `ValueError` for a wrong value of the config.
+
+  Data and models that `shared` holds from an earlier config are taken from there.
+  """
+  layout, shared = sharding.layout(config), shared or Shared()
+  sets = _sets(config, layout, shared)
+  sections = {run: {**config.model, **config.models.get(run, {})} for run in configs.runs(config)}
+  keys = {run: json.dumps(configs.of_run(config, run)['model'], sort_keys=True) for run in sections}
+  objects = [section.get('make') for section in sections.values()]
+  made = shared.of('models', (keys, objects, _data_key(config), _layout_key(config)), lambda: {
+      key: _model(sections[run], sets[0], layout) for run, key in keys.items()})
+  seeds = np.array(config.seeds, np.uint32)
+  made = {key: model._replace(initial=functools.partial(model.initial, seeds)) for key, model in made.items()}
+  name, task = tasks.of_config(config)
+  _refuse_accuracy_of_no_classes(name, config, sets[0])
+  return Setup(config, layout, name, task, sets, {run: made[key] for run, key in keys.items()})
+
+
+def _data_key(config: ConfigDict) -> tuple[Any, ...]:
+  """Returns what decides the batches besides the seed. Functions of the user's own are compared as objects."""
+  return json.dumps(configs.plain(config)['data']), config.data.splits, config.batch_size
+
+
+def _layout_key(config: ConfigDict) -> tuple[Any, ...]:
+  return config.mesh.to_json(), config.shard, len(config.seeds)
+
+
+def _sets(config: ConfigDict, layout: sharding.Layout, shared: Shared) -> list[data.Data]:
+  """Returns the data of each seed."""
   rows = sharding.local_rows(layout, config.batch_size)
-  sets = [data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows) for seed in config.seeds]
-  written = configs.plain(config)
-  sections = {run: {**written['model'], **written['models'].get(run, {})} for run in written['recipes']}
-  made = functools.cache(lambda section: _model(json.loads(section), sets[0], config.seeds, layout))
-  of_runs = {run: made(json.dumps(section, sort_keys=True)) for run, section in sections.items()}
-  return Setup(config, layout, tasks.named(config.data.task), sets, of_runs)
+  known = shared.of('data', (_data_key(config), rows), dict)
+  for seed in config.seeds:
+    if seed not in known:
+      known[seed] = data.load(**config.data, batch_size=config.batch_size, seed=seed, rows=rows)
+  return [known[seed] for seed in config.seeds]
 
 
-def build(setup: Setup, directories: Mapping[str, pathlib.Path],
-          tickets: Mapping[str, Ticket] = MappingProxyType({})) -> dict[str, Run]:
+def build(setup: Setup, directories: Mapping[str, pathlib.Path], tickets: Mapping[str, Ticket] = MappingProxyType({}),
+          shared: Shared | None = None) -> dict[str, Run]:
   """Returns the `Run` of each name in `directories`, its step traced. Raises `ValueError` for what a run refuses.
 
-  `tickets` holds, by run name, where a run starts if not at the model's initial weights.
+  `tickets` holds, by run name, where a run starts if not at the model's initial weights. The step of a config that
+  differs from an earlier one in learning rate and seeds alone is taken from `shared`.
   """
   scored = _scored(setup)
-  rate, inner = optimizers.make(total_steps=setup.config.steps, **setup.config.optimizer)
-  made = {name: _optimizer(setup, name, inner, name in tickets) for name in directories}
-  begun = {name: _start(setup, setup.models[name], tx, scored, tickets.get(name)) for name, tx in made.items()}
+  makes = {name: functools.partial(_optimizer, setup, name, name in tickets) for name in directories}
+  made = {name: make(_peak(setup, name)) for name, make in makes.items()}
+  shared = shared or Shared()
+  begun = {name: _start(setup, name, tx, scored, tickets.get(name), shared) for name, tx in made.items()}
   sparse = {name: measurements.sparse_paths(sparsejax.masks(*state), state.params)
             for name, (_, state) in begun.items()}
   anywhere = list(dict.fromkeys(path for paths in sparse.values() for path in paths))
@@ -110,10 +143,39 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path],
     names = trees.flatten(state.params)[0]
     paths = sparse[name] or [path for path in anywhere if path in names] or list(model.contractions)
     kept, seen = sharding.state_shardings(setup.layout, state), setup.layout.replicated
-    jitted = jax.jit(_step(setup, model, made[name], paths), out_shardings=(kept, seen, seen), donate_argnums=0)
-    lowered = jitted.lower(state, batch(setup, 0), np.int32(0))
-    runs[name] = Run(name, directories[name], model, start, state, lowered, rate, paths)
+    noisy = measurements.noisy_paths(setup.config.noise, state.params, paths)
+    b1 = _section(setup, name)['options'].get('b1', 0.9)
+    step = _step(setup, model, makes[name], paths, noisy, b1)
+    jitted = jax.jit(step, out_shardings=(kept, seen, seen), donate_argnums=0)
+    peak = _peak(setup, name)
+    lowered, compiled = shared.of('step', (_program_key(setup, name), paths, name in tickets), functools.partial(
+        _lowered, jitted, state, batch(setup, 0), np.int32(0), peak))
+    rate, _ = _inner(setup, name, peak)
+    runs[name] = Run(name, directories[name], model, start, state, lowered, compiled, peak, rate, paths)
   return runs
+
+
+def _lowered(jitted: Any, *arguments: Any) -> tuple[jax.stages.Lowered, Callable[[], jax.stages.Compiled]]:
+  """Returns the traced program, and a function that compiles the program at its first call."""
+  lowered = jitted.lower(*arguments)
+  return lowered, functools.cache(lowered.compile)
+
+
+def _program_key(setup: Setup, name: str) -> tuple[Any, ...]:
+  """Returns what decides the programs of a run: its config without the peak of the learning rate and the seeds."""
+  config, section = setup.config, configs.of_run(setup.config, name)
+  section['optimizer'].pop('learning_rate')
+  section.pop('seeds')
+  objects = (config.loss, config.score, {**config.model, **config.models.get(name, {})}.get('make'))
+  return (json.dumps(section), objects, _data_key(config), _layout_key(config), config.measure_every,
+          config.noise and tuple(config.noise))
+
+
+def _refuse_accuracy_of_no_classes(task: str, config: ConfigDict, first: data.Data) -> None:
+  labels = first.example['labels']
+  if task == 'classification' and not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(f'config: the labels are {labels.dtype}{list(labels.shape)}, which are no classes; give a loss '
+                     'and a score of your own as config.loss and config.score.')
 
 
 def batch(setup: Setup, step: int) -> data.Batch:
@@ -127,7 +189,8 @@ def split(setup: Setup, name: str) -> Iterator[data.Batch]:
   return (sharding.global_batch(setup.layout.batch, rows) for rows in getattr(setup.data[0], name))
 
 
-def _model(section: Mapping[str, Any], first: data.Data, seeds: Sequence[int], layout: sharding.Layout) -> Model:
+def _model(section: Mapping[str, Any], first: data.Data, layout: sharding.Layout) -> Model:
+  """Returns the `Model` of a section of the config, with an `initial` that takes the seeds."""
   module = models.make(num_classes=first.num_classes, **section)
   example = first.example['inputs']
   apply = lambda params, inputs: module.apply({'params': params}, inputs)
@@ -136,27 +199,43 @@ def _model(section: Mapping[str, Any], first: data.Data, seeds: Sequence[int], l
   convolutional = any(axes.spatial for axes in contractions.values())
   by_seed = evaluate.one_by_one if convolutional else lambda function: function
   predict = evaluate.predictor(by_seed(apply))
-  return Model(apply, _initial(module, seeds, example, layout), predict, contractions, by_seed)
+  return Model(apply, _initial(module, example, layout), predict, contractions, by_seed)
 
 
-def _initial(model: nn.Module, seeds: Sequence[int], example: jax.ShapeDtypeStruct,
-             layout: sharding.Layout) -> Callable[[], PyTree]:
-  """Returns `() -> params` of all seeds. The weights depend on the seed alone; pretrained weights are equal for all."""
+def _initial(model: Any, example: jax.ShapeDtypeStruct, layout: sharding.Layout) -> Callable[[Array], PyTree]:
+  """Returns `seeds -> params` of all seeds. Weights depend on the seed alone; pretrained weights are equal for all."""
   drawn = lambda seed: model.init(jax.random.key(seed), jnp.zeros(example.shape, example.dtype))['params']
   given = model.initial(jax.eval_shape(drawn, 0)) if hasattr(model, 'initial') else {}
   init = jax.vmap(lambda seed, given: {**drawn(seed), **given}, in_axes=(0, None))
   # The seeds are an argument: XLA would spend seconds on folding weights that are drawn from constants.
-  seeds = np.array(seeds, np.uint32)
-  compiled = jax.jit(init, out_shardings=sharding.state_shardings(layout, jax.eval_shape(init, seeds, given)))
-  return lambda: compiled(seeds, given)
+  shapes = jax.eval_shape(init, np.zeros(1, np.uint32), given)
+  compiled = jax.jit(init, out_shardings=sharding.state_shardings(layout, shapes))
+  return lambda seeds: compiled(seeds, given)
 
 
-def _optimizer(setup: Setup, name: str, inner: optax.GradientTransformation, ticket: bool) -> Optimizer:
-  """Returns the recipe of the run `name` around `inner`, with placeholders for the values that `_values` fills in."""
+def _section(setup: Setup, name: str) -> dict[str, Any]:
+  """Returns the section `optimizer` of the run `name`, with the changes that are the run's own."""
+  return {**setup.config.optimizer, **setup.config.optimizers.get(name, {})}
+
+
+def _peak(setup: Setup, name: str) -> np.float32:
+  return np.float32(_section(setup, name)['learning_rate'])
+
+
+def _inner(setup: Setup, name: str, peak: Array) -> tuple[Schedule, optax.GradientTransformation]:
+  section = {**_section(setup, name), 'learning_rate': peak}
+  return optimizers.make(total_steps=setup.config.steps, **section)
+
+
+def _optimizer(setup: Setup, name: str, ticket: bool, peak: Array) -> Optimizer:
+  """Returns the recipe of the run `name` around its inner optimizer, whose learning rate rises to `peak`.
+
+  The values that `_values` fills in are placeholders.
+  """
   placeholders = {value: starts.given(value) for value in VALUES if ticket or value != 'ticket'}
   recipe = configs.plain(setup.config)['recipes'][name]
-  return recipes.from_config(inner, recipe, total_steps=setup.config.steps, axes=setup.models[name].contractions,
-                             signals=placeholders)
+  return recipes.from_config(_inner(setup, name, peak)[1], recipe, total_steps=setup.config.steps,
+                             axes=setup.models[name].contractions, signals=placeholders)
 
 
 def _scored(setup: Setup) -> data.Batch:
@@ -168,19 +247,22 @@ def _scored(setup: Setup) -> data.Batch:
   return sharding.global_batch(setup.layout.batches, jax.tree.map(lambda *seeds: np.stack(seeds), *of_seeds))
 
 
-def _start(setup: Setup, model: Model, tx: Optimizer, scored: data.Batch,
-           ticket: Ticket | None) -> tuple[Callable[[], State], State]:
+def _start(setup: Setup, name: str, tx: Optimizer, scored: data.Batch, ticket: Ticket | None,
+           shared: Shared) -> tuple[Callable[[], State], State]:
   """Returns `() -> State`, the recipe's first sparse point of the initial weights, and the shapes of the state."""
-  seeds = np.array(setup.config.seeds, np.uint32)
+  seeds, model = np.array(setup.config.seeds, np.uint32), setup.models[name]
 
   def sparse(seed: Array, params: PyTree, batch: data.Batch, trained: PyTree) -> State:
     values = _values(setup, model, seed, batch, trained)
     opt_state = tx.init(params, **{name: values[name] for name in transforms.placeholders(tx)})
     return State(sparsejax.project(params, opt_state), opt_state)
 
-  every, params = jax.vmap(sparse), jax.eval_shape(model.initial)
-  shapes = jax.eval_shape(every, seeds, params, scored, ticket and params)
-  compiled = jax.jit(every, out_shardings=sharding.state_shardings(setup.layout, shapes))
+  def traced() -> tuple[Any, State]:
+    every, params = jax.vmap(sparse), jax.eval_shape(model.initial)
+    shapes = jax.eval_shape(every, seeds, params, scored, ticket and params)
+    return jax.jit(every, out_shardings=sharding.state_shardings(setup.layout, shapes)), shapes
+
+  compiled, shapes = shared.of('start', (_program_key(setup, name), ticket is None), traced)
   weights, trained = ticket or (model.initial, lambda: None)
   return lambda: compiled(seeds, weights(), scored, trained()), sharding.with_shardings(shapes, setup.layout)
 
@@ -200,10 +282,12 @@ def _values(setup: Setup, model: Model, seed: Array, batch: data.Batch, ticket: 
   return {'loss': loss, 'outputs': outputs, 'key': key, 'ticket': ticket}
 
 
-def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
-  """Returns one update of all seeds: `(state, batch, number) -> state, loss, measurements`.
+def _step(setup: Setup, model: Model, optimizer: Callable[[Array], Optimizer], paths: list[str],
+          noisy: list[str], b1: float) -> Step:
+  """Returns one update of all seeds: `(state, batch, number, peak) -> state, loss, measurements`.
 
-  The measurements are taken every `measure_every` steps and at the last step, and are zeros at the other steps. The
+  `optimizer` maps the peak of the learning rate to the recipe's optimizer. The measurements are taken every
+  `measure_every` steps and at the last step, and are zeros at the other steps. `b1` decays Adam's first moment. The
   loss is NaN if the loss, or any parameter after the update, is not finite.
   """
   config, task = setup.config, setup.task
@@ -214,20 +298,22 @@ def _step(setup: Setup, model: Model, tx: Optimizer, paths: list[str]) -> Step:
 
   gradients = model.by_seed(jax.value_and_grad(loss, has_aux=True))
 
-  def step(state: State, batch: data.Batch, number: Array) -> tuple[State, Array, Mapping[str, Array]]:
+  def step(state: State, batch: data.Batch, number: Array, peak: Array) -> tuple[State, Array, Mapping[str, Array]]:
+    tx = optimizer(peak)
     (value, outputs), grads = gradients(state.params, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = State(optax.apply_updates(state.params, updates), opt_state)
 
     def measure() -> Mapping[str, Array]:
       score = task.score(outputs, batch['labels'], None)
-      return {task.name: score, **measurements.of_step(paths, grads, state, new)}
+      noise = measurements.noise(noisy, grads, state, new, b1)
+      return {task.name: score, **measurements.of_step(paths, grads, state, new), **noise}
 
     zeros = lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(measure))
     due = ((number + 1) % config.measure_every == 0) | (number + 1 == config.steps)
     return new, _nan_unless_finite(value, new.params), jax.lax.cond(due, measure, zeros)
 
-  return jax.vmap(step, in_axes=(0, 0, None))
+  return jax.vmap(step, in_axes=(0, 0, None, None))
 
 
 def _nan_unless_finite(loss: Array, params: PyTree) -> Array:

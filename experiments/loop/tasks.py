@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from experiments import configs
 from sparsejax.types import Array
@@ -62,9 +63,14 @@ def psnr(images: Array, targets: Array, weight: Array | None = None) -> Array:
   return _mean(-10 * jnp.log10(jnp.maximum(squared, SMALLEST_ERROR)), weight)
 
 
+def _never(outputs: Array, labels: Array, weight: Array | None = None) -> Array:
+  raise ValueError(f"tasks: the task {configs.OWN!r} is trained by the config's own loss and score; give both.")
+
+
 TASKS: Mapping[str, Task] = {
     'classification': Task(cross_entropy, accuracy, 'accuracy', 100, '%', 'points of accuracy', 'nats', '{:.1%}'),
     'super_resolution': Task(absolute_error, psnr, 'psnr', 1, 'dB', 'dB of PSNR', 'the range of a pixel', '{:.2f} dB'),
+    configs.OWN: Task(_never, _never, 'score', 1, '', 'the score', 'units of the own loss', '{:.4f}'),
 }
 
 
@@ -72,6 +78,31 @@ def named(name: str) -> Task:
   """Returns the task `name` of `TASKS`. Raises `ValueError` with the closest names for an unknown name."""
   configs.refuse_unknown('tasks.named', 'task', [name], TASKS)
   return TASKS[name]
+
+
+def of_config(config: ConfigDict) -> tuple[str, Task]:
+  """Returns the task that `config` trains for, and its name: `config.data.task`, with own `loss` and `score` if given.
+
+  With an own score the name is `own`. Raises `ValueError` for a score without a loss of labels that are no classes.
+  """
+  name = config.data.task if config.score is None else configs.OWN
+  task = named(name)
+  loss = named(config.data.task).loss if config.loss is None else _own('loss', config.loss)
+  return name, task._replace(loss=loss, score=task.score if config.score is None else _own('score', config.score))
+
+
+def _own(key: str, function: Callable[[Array, Array], Array]) -> Measure:
+  """Returns the measure of a function (outputs, labels) -> `[B]` or `[B, T]` that a config gives as `key`."""
+  def measure(outputs: Array, labels: Array, weight: Array | None = None) -> Array:
+    values = function(outputs, labels)
+    if jnp.ndim(values) == 0 or len(values) != len(labels):
+      raise ValueError(f'config: {key} returns shape {jnp.shape(values)} for {len(labels)} labels; it must return one '
+                       'number for each example, because the last batch of a split is padded. Leave its mean out.')
+    if weight is not None and weight.shape != values.shape:  # A number an example beside a weight a label, or reverse.
+      values, weight = (array.reshape(len(labels), -1).mean(1) for array in (values, weight))
+    return _mean(values, weight)
+
+  return measure
 
 
 def _mean(values: Array, weight: Array | None) -> Array:

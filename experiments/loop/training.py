@@ -9,12 +9,16 @@ import contextlib
 import functools
 import io
 import json
+import math
+import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 import rich.console
 from ml_collections import ConfigDict
@@ -22,9 +26,22 @@ from ml_collections import ConfigDict
 from experiments import configs
 from experiments.loop import checkpoints, evaluate, hosts, origins, outcomes, records, runs
 from experiments.loop.progress import Progress
+from experiments.loop.shared import Shared
 from experiments.loop.stopping import StopRequest
 from sparsejax import metrics
 from sparsejax.types import Array
+
+
+class Refused(ValueError):
+  """`Refused` is raised before the first step, where the data, the model or a recipe refuses the config."""
+
+
+class TooLarge(Refused):
+  """`TooLarge` is raised where a step of all seeds needs more memory than the device has; `seeds` would fit."""
+
+  def __init__(self, message: str, seeds: int):
+    super().__init__(message)
+    self.seeds = seeds
 
 
 class Stopped(Exception):
@@ -37,7 +54,8 @@ class Stopped(Exception):
 
 def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
         tickets: Mapping[str, runs.Ticket] = MappingProxyType({}), until: int | None = None,
-        job: ConfigDict | None = None) -> outcomes.Outcomes:
+        job: ConfigDict | None = None, scored: str = 'test', board: Progress | None = None,
+        shared: Shared | None = None) -> outcomes.Outcomes:
   """Trains and tests each run of `config` that is not finished in `workdir`; returns the outcomes of all runs.
 
   The runs are trained one after the other, each in `workdir/<run>`, from its newest checkpoint if there is one. All
@@ -46,7 +64,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
   schedules remain those of `config.steps` steps. `job` is the config of which `config` is a phase, by default `config`.
   Runs in `workdir` are compared with `job`, and `job` is written to `config.json` where a run is trained.
 
-  Raises `ValueError` for a run in `workdir` that was trained under another config, see `origins.continued`. Raises
+  `scored` is the split on which finished runs are tested. `board` shows the progress, by default a bar of this job.
+  `shared` holds what earlier runs have made and this one may need again.
+
+  Raises `Refused` where the data, the model or a recipe refuses the config, or where the memory is too small. Raises
+  `ValueError` for a run in `workdir` that was trained under another config, see `origins.continued`. Raises
   `Stopped` if `request` stopped a run, and `FloatingPointError` if a loss or a parameter is not finite.
   """
   workdir.mkdir(parents=True, exist_ok=True)
@@ -56,10 +78,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
   wanted = {name: configs.of_run(job, name) for name in directories}
   finished = lambda name: origins.is_finished(directories[name], wanted[name], ended.steps, job.resume_changed)
   todo = [name for name in directories if not hosts.first(finished(name))]
-  with Progress(len(todo), ended.steps, console()) as progress:
+  with contextlib.nullcontext(board) if board else Progress(len(todo), ended.steps, console()) as progress:
     progress.doing('reading data, tracing')
-    setup = runs.prepare(config) if todo else None
-    built = runs.build(setup, directories, tickets) if todo else {}
+    try:
+      setup = runs.prepare(config, shared) if todo else None
+      built = runs.build(setup, directories, tickets, shared) if todo else {}
+    except ValueError as error:
+      raise Refused(str(error)) from error
     for of_name in built.values():
       checkpoints.check(of_name.directory / 'checkpoints', of_name.state)
     if todo and hosts.leads():
@@ -67,7 +92,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, request: StopRequest, *,
     for name in todo:
       train(built[name], setup._replace(config=ended), wanted[name], request, progress)
       progress.doing(f'testing {name}')
-      outcomes.write(built[name], setup._replace(config=ended), progress.say)
+      outcomes.write(built[name], setup._replace(config=ended), progress.say, scored)
   hosts.agreed(0)  # The leading process has written all outcomes.
   return {name: outcomes.read(directory) for name, directory in directories.items()}
 
@@ -91,12 +116,14 @@ def train(run: runs.Run, setup: runs.Setup, wanted: Mapping[str, Any], request: 
     save = functools.partial(checkpoints.save, saved, seeds=list(config.seeds), config=wanted, changes=history)
     progress.doing(f'compiling {run.name}')
     stopped = request.agreed()
-    step = run.step.compile() if done < config.steps and not stopped else None
+    step = run.compiled() if done < config.steps and not stopped else None
+    if step:
+      _refuse_too_large(run.name, step, len(config.seeds))
     progress.start(run.name, done)
     losses, began = {}, time.monotonic() - seconds
-    with records.Records(run.directory, done) if hosts.leads() else contextlib.nullcontext() as record:
+    with records.Records(run.directory, done, config.writers) if hosts.leads() else contextlib.nullcontext() as record:
       while done < config.steps and not stopped:
-        state, loss, measured = step(state, runs.batch(setup, done), np.int32(done))
+        state, loss, measured = step(state, runs.batch(setup, done), np.int32(done), run.peak)
         done += 1
         losses[done] = loss
         measures, validates, saves = (done % every == 0 or done == config.steps for every in (
@@ -118,6 +145,30 @@ def train(run: runs.Run, setup: runs.Setup, wanted: Mapping[str, Any], request: 
     save(done, state, seconds=time.monotonic() - began)  # A signal may have come between two checkpoints.
   if done < config.steps:
     raise Stopped(run.name, request)
+
+
+def free_memory() -> int:
+  """Returns the bytes of memory that are free on the device, and on a CPU those that are available on the machine."""
+  device = jax.local_devices()[0]
+  if device.platform != 'cpu':
+    stats = device.memory_stats() or {}
+    return stats.get('bytes_limit', sys.maxsize) - stats.get('bytes_in_use', 0)
+  pages = ('SC_AVPHYS_PAGES', 'SC_PAGE_SIZE')
+  try:
+    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable'))
+  except (OSError, StopIteration):  # Not Linux.
+    return math.prod(map(os.sysconf, pages)) if set(pages) <= set(os.sysconf_names) else sys.maxsize
+
+
+def _refuse_too_large(name: str, step: jax.stages.Compiled, seeds: int) -> None:
+  """Raises `TooLarge` if the compiled step of all `seeds` needs more memory than is free."""
+  sizes, free = step.memory_analysis(), free_memory()
+  # The arguments of the step are the state, which is on the device already.
+  needed = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes if sizes else 0
+  if needed > free:
+    raise TooLarge(f'{name}: a step of {seeds} seeds needs {needed:,} bytes beside its state, and {free:,} are free. '
+                   'Train fewer seeds at a time, a smaller batch or a smaller model.', seeds * free // needed)
 
 
 def _resumed(run: runs.Run, saved: Any, config: ConfigDict, wanted: Mapping[str, Any],

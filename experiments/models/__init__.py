@@ -15,6 +15,7 @@ from experiments import configs
 from experiments.models.convolutional import CNN, Perceptron, SuperResolution
 from experiments.models.encoders import MiniLM
 from experiments.models.lm import LM
+from experiments.models.own import Adapted, adapted
 from experiments.models.vit import ViT
 from sparsejax import errors
 
@@ -26,13 +27,18 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 
-def make(name: str, num_classes: int, **config: Any) -> nn.Module:
+def make(name: str, num_classes: int, **config: Any) -> nn.Module | Adapted:
   """Returns the model `name` of `MODELS` with `num_classes` outputs; `config` gives its other fields.
+
+  The name `own` stands for the user's own model, which is the field `make` and has as many outputs as it has.
 
   `num_classes` is the size of the vocabulary for a language model, and the number of channels for super-resolution.
   `dtype` may be a name, such as `'bfloat16'`. Raises `ValueError` with the closest names for an unknown model, field or
   dtype.
   """
+  if name == configs.OWN:
+    configs.refuse_unknown('models.make', f'key of model {name!r}', config, ['make'])
+    return adapted(config['make'])
   configs.refuse_unknown('models.make', 'model', [name], MODELS)
   outputs, *fields = (field.name for field in dataclasses.fields(MODELS[name]) if field.name not in ('parent', 'name'))
   configs.refuse_unknown('models.make', f'key of model {name!r}', config, fields)

@@ -5,9 +5,11 @@
     show(page, workdir, rich.console.Console())
 """
 
+import base64
 import contextlib
 import csv
 import errno
+import html
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,11 +32,20 @@ class Table(NamedTuple):
   cells: Sequence[Sequence[str]]
 
 
+class Picture(NamedTuple):
+  """A `Picture` is a further picture of a page: the file `<stem>-<name>.png`, which `draw(path)` draws, and a caption.
+  """
+
+  name: str
+  caption: str
+  draw: Callable[[pathlib.Path], None]
+
+
 class Page(NamedTuple):
   """A `Page` says what a job found and where the findings go: `<stem>.md`, `.json`, `.png` and, with `rows`, `.csv`.
 
   `tables` and `notes` go to the terminal, and to the Markdown file unless `markdown` is given. `data` is the JSON.
-  `draw(path)` draws the picture.
+  `draw(path)` draws the picture. With a `title`, `<stem>.html` holds tables, notes and all pictures in one file.
   """
 
   stem: str
@@ -44,6 +55,8 @@ class Page(NamedTuple):
   draw: Callable[[pathlib.Path], None]
   markdown: str | None = None
   rows: Sequence[Mapping[str, Any]] = ()
+  pictures: Sequence[Picture] = ()
+  title: str | None = None
 
 
 def show(page: Page, workdir: pathlib.Path, console: rich.console.Console) -> None:
@@ -74,7 +87,48 @@ def _write(page: Page, workdir: pathlib.Path) -> None:
       writer.writeheader()
       writer.writerows(page.rows)
   page.draw(place('png'))
+  for picture in page.pictures:
+    picture.draw(workdir / f'{page.stem}-{picture.name}.png')
+  if page.title:
+    records.write_whole(place('html'), _html(page, workdir))
   records.write_json(place('json'), page.data)
+
+
+def _html(page: Page, workdir: pathlib.Path) -> str:
+  """Returns the page as one HTML file that refers to nothing outside of the file: pictures are inside, as text."""
+  shown = [(workdir / f'{page.stem}.png', ''), *((workdir / f'{page.stem}-{picture.name}.png', picture.caption)
+                                                 for picture in page.pictures)]
+  return '\n'.join([
+      '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
+      '<meta name="viewport" content="width=device-width, initial-scale=1">',
+      f'<title>{html.escape(page.title or "")}</title>', f'<style>{STYLE}</style>', '</head>', '<body>',
+      f'<h1>{html.escape(page.title or "")}</h1>',
+      *(f'<p>{html.escape(note)}</p>' for note in page.notes),
+      *(_html_table(each) for each in page.tables),
+      *(_html_picture(path, caption) for path, caption in shown), '</body>', '</html>', ''])
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222;
+       background: #fff; }
+div { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { white-space: pre-line; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+tr:hover td { background: #f3f6fa; } img { max-width: 100%; height: auto; } figure { margin: 1.5rem 0; }
+figcaption { color: #555; }
+"""
+
+
+def _html_table(table: Table) -> str:
+  row = lambda kind, cells: '<tr>' + ''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells) + '</tr>'
+  return '\n'.join(['<div><table>', row('th', table.head), *(row('td', cells) for cells in table.cells),
+                    '</table></div>'])
+
+
+def _html_picture(path: pathlib.Path, caption: str) -> str:
+  code = base64.b64encode(path.read_bytes()).decode()
+  return (f'<figure><img alt="{html.escape(caption or path.stem)}" src="data:image/png;base64,{code}">'
+          f'<figcaption>{html.escape(caption)}</figcaption></figure>')
 
 
 def table(columns: Columns, rows: Sequence[Any]) -> Table:

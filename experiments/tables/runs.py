@@ -5,7 +5,7 @@
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def page(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> pages.Page:
   }
   tables = [pages.table(columns, numbers), pages.table(FILES, outcomes)]
   return pages.Page('results', tables, _notes(outcomes, workdir), {'rows': numbers, 'outcomes': written},
-                    lambda path: draw(outcomes, path), rows=numbers)
+                    lambda path: draw(outcomes, path), rows=list(seed_rows(outcomes)))
 
 
 def task_of(outcomes: Sequence[Outcome]) -> tasks.Task:
@@ -54,6 +54,16 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         'difference_ci95': difference_ci, 'loss': loss, 'loss_ci95': loss_ci,
         **{key: outcome[key] for key in ('asked', 'achieved', 'training_flops', 'inference_flops', 'seconds')}})
   return numbers
+
+
+def seed_rows(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+  """Yields a row for each seed of each run, for the CSV: the test numbers of the seed, and the numbers of its run."""
+  for outcome in outcomes:
+    shared = {key: outcome[key] for key in (
+        'steps', 'asked', 'achieved', 'training_flops', 'inference_flops', 'seconds')}
+    for i, seed in enumerate(outcome['seeds']):
+      scores = {key: values[i] for key, values in outcome['test'].items()}
+      yield {'run': outcome['name'], 'seed': seed, **scores, **shared}
 
 
 def score_columns(task: tasks.Task, baseline: Numbers) -> pages.Columns:
@@ -102,7 +112,8 @@ def _notes(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[str]:
       f'Files: bytes, all seeds, in {files}. Orbax compresses, the dense and the packed file are not compressed; '
       'sparse part: the sparse parameters alone, dense and packed. Predictions on the test set: the packed file, read '
       'back, against the checkpoint, read back, bit for bit.',
-      f'Picture: {workdir / "results.png"}. Tables: {workdir / "results.md"}, results.csv, results.json.',
+      f'Picture: {workdir / "results.png"}. Tables: {workdir / "results.md"}, results.json, results.csv (a row '
+      'for each seed).',
       *(line for outcome in outcomes for line in origins.told(outcome['name'], outcome.get('changes', [])))]
 
 

@@ -68,7 +68,7 @@ def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_
   arguments = [f'data.data_dir={folder / "data"}', 'mesh.data=1']
   setup = runs.prepare(configs.load(folder / 'config.py', arguments))
   run = runs.build(setup, {RUN: folder / 'alone' / RUN})[RUN]
-  _, loss, _ = run.step.compile()(run.start(), runs.batch(setup, 0), np.int32(0))
+  _, loss, _ = run.step.compile()(run.start(), runs.batch(setup, 0), np.int32(0), run.peak)
   first, *_ = (folder / 'alone' / RUN / 'metrics.jsonl').read_text().splitlines()
   np.testing.assert_allclose(json.loads(first)['loss'], loss, rtol=1e-5)
   with checkpoints.open_(run.directory / 'checkpoints') as saved:

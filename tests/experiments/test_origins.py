@@ -76,7 +76,7 @@ def flat(section, prefix=''):
 def test_a_change_of_each_key_is_refused_or_is_no_other_run(folder, place, request):
   directory = request.getfixturevalue(place) / 'only'
   config = configs.load(folder / 'config.py')
-  others = {'tickets': {'rounds': 2}, 'models': {'only': {'widths': (4,)}}}
+  others = {'tickets': {'rounds': 2}, 'models': {'only': {'widths': (4,)}}, 'optimizers': {'only': {'clip': 5}}}
   wanted = lambda changed: configs.of_run(changed, 'only')
   assert origins.is_finished(directory, wanted(config), 4, meant=False) == (place == 'finished')
   refused = set()
@@ -89,7 +89,7 @@ def test_a_change_of_each_key_is_refused_or_is_no_other_run(folder, place, reque
       try:
         origins.is_finished(directory, wanted(changed), 4, meant)
       except ValueError as error:
-        shown = key.removeprefix('recipes.only.').removesuffix('models')
+        shown = key.removeprefix('recipes.only.').removesuffix('models').removesuffix('s')
         assert shown in str(error) and 'another --workdir' in str(error) and str(directory) in str(error)
         assert ('resume_changed=True' in str(error)) == (place == 'unfinished' and key not in ('seeds', 'tickets'))
         refused.add(key)

@@ -60,7 +60,8 @@ def test_main_job_leaves_everything_that_it_promises(demo):
   results = json.loads((demo / 'results.json').read_text())
   names = [row['run'] for row in results['rows']]
   assert names == ['dense', 'SR-STE', 'MdGf-Linear']  # as written, not as sorted
-  assert [row['run'] for row in csv.DictReader((demo / 'results.csv').open())] == names
+  of_seeds = [(row['run'], row['seed']) for row in csv.DictReader((demo / 'results.csv').open())]
+  assert of_seeds == [(name, seed) for name in names for seed in ('0', '7')]
   assert all(f'| {name} |' in (demo / 'results.md').read_text() for name in names)
   assert (demo / 'results.png').read_bytes()[:4] == b'\x89PNG'
   dense, sr_ste, mdgf = results['rows']

@@ -61,7 +61,7 @@ EXPERIMENTS = (
     ('data',),
     ('loop',),
     ('tables',),
-    ('train', 'tickets'),
+    ('train', 'tickets', 'sweep'),
     ('claims',),
     ('__init__',),
 )

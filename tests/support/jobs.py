@@ -8,6 +8,7 @@ The forks are real processes, with real signals and exit statuses; only their im
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -50,16 +51,15 @@ def folder(place, config):
 
 
 class Job:
-  """A `Job` is one process of `python -m experiments.train`. Its output goes to the files `place.out` and `place.err`.
-  """
+  """A `Job` is one process of `python -m experiments.<program>`. Its output goes to `place.out` and `place.err`."""
 
-  def __init__(self, place, *arguments, devices=1, cache=None, before=None):
-    FORKS.set_forkserver_preload(['experiments.train', 'matplotlib.pyplot'])
+  def __init__(self, place, *arguments, devices=1, cache=None, before=None, program='train'):
+    FORKS.set_forkserver_preload(['experiments.train', 'experiments.sweep', 'matplotlib.pyplot'])
     self.arguments = [*map(str, arguments)]
     self._out, self._err = (pathlib.Path(f'{place}.{name}') for name in ('out', 'err'))
     environment = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags(devices)}
     self._process = FORKS.Process(
-        target=_main, args=(self.arguments, environment, cache, before, self._out, self._err))
+        target=_main, args=(self.arguments, environment, cache, before, program, self._out, self._err))
     self._process.start()
 
   def signal(self, number):
@@ -107,7 +107,7 @@ def port():
     return free.getsockname()[1]
 
 
-def _main(arguments, environment, cache, before, out, err):
+def _main(arguments, environment, cache, before, program, out, err):
   for number, path in ((1, out), (2, err)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
   os.environ.update(environment)
@@ -118,7 +118,6 @@ def _main(arguments, environment, cache, before, out, err):
                       ('jax_persistent_cache_min_compile_time_secs', 0.0),
                       ('jax_persistent_cache_min_entry_size_bytes', -1)):
     jax.config.update(name, value)
-  from experiments import train
   if before:
     before()
-  sys.exit(train.main(arguments))
+  sys.exit(importlib.import_module(f'experiments.{program}').main(arguments))
