@@ -7,6 +7,7 @@
     point = settled(call, point)
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import neighbours, plans, trees
+from sparsejax import flows, neighbours, plans, trees
 from sparsejax.programs import again
 from sparsejax.states import SparseState
 from sparsejax.transforms import refusals
@@ -113,6 +114,8 @@ def advanced(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> 
   if method.pause:
     return _paused(call, chosen(call, point, lambda: point.weights), gradients)
   step = stepped(call, point, gradients)
+  if method.once:  # a program for a single choice is not worth its size
+    step = step._replace(again=None)
   after, later = point._replace(inner=step.second), step.again is not None and method.memory is not None
   if method.flow.dense and not later:
     after = after._replace(weights=_moved(call, point, step.first))
@@ -181,8 +184,10 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
     new = choose()
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
     new = new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
-  else:
-    new = jax.lax.cond(method.due(call.step), choose, lambda: old)
+  elif isinstance(due := method.due(call.step), jax.core.Tracer):
+    new = jax.lax.cond(due, choose, lambda: old)
+  else:  # outside of `jit`, where a `cond` would be compiled at each call
+    new = choose() if due else old
   for i, slot in zip(slots, new.slots):
     inner[i] = slot
   stats = point.stats if new.thresholds is None else new.thresholds
@@ -204,9 +209,19 @@ def _choice(call: Call, point: Point, slots: Mapping[int, int]) -> Choice:
 
 def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
-  masks, thresholds = selection.select(leaves.plan.leaves, point.weights, point.masks, signals)
+  arrays = [(s.grad, s.key, s.stats) for s in signals]
+  told = selection.select, leaves.plan.leaves
+  select = _select if flows.hashes(told) else _select.__wrapped__
+  masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
   masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
   return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)
+
+
+# A single program outside of `jit` too: its operations would be compiled one by one, and run without fusion.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _select(select: Any, leaves: Any, weights: list[Array], masks: list[Array], arrays: Any, step: Any) -> Any:
+  signals = [Signals(*each, step, leaf.axes) for each, leaf in zip(arrays, leaves)]
+  return select(leaves, weights, masks, signals)
 
 
 def settled(call: Call, point: Point) -> Point:
