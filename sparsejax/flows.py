@@ -131,10 +131,11 @@ def until(flow: Flow, at: int) -> Flow:
 
 def recorded(flow: Flow) -> Flow:
   """Returns the flow as a treedef can hold it: without its functions if their coefficients are arrays."""
-  return Flow(*(_unknown if callable(word) and not _hashes(word) else word for word in flow))
+  return Flow(*(_unknown if callable(word) and not hashes(word) else word for word in flow))
 
 
-def _hashes(word: Any) -> bool:
+def hashes(word: Any) -> bool:
+  """Returns whether a word hashes, as an argument of `jit` that is no array has to."""
   try:
     hash(word)
   except TypeError:

@@ -159,20 +159,22 @@ class Movement(NamedTuple):
 
 @checked
 def accumulated_movement(
-    optimizer: optax.GradientTransformation = optax.sgd(1.0), penalty: Schedule = lambda step: 0.0) -> Memory:
+    optimizer: optax.GradientTransformation = optax.sgd(1.0), penalty: Schedule | None = None) -> Memory:
   """Returns the memory of a score S that starts at 0 and that `optimizer` trains by the gradient dL/dS = w dL/dw'.
 
   The gradient is equation 2 of Sanh et al. 2020, section 4.1, where w' is the sparse weight. `penalty(step)` is the
   factor lambda of the penalty `lambda mean(sigmoid(S))` of soft movement pruning (section 4.2). The mean is taken over
-  the leaf.
+  the leaf. Without `penalty` there is none.
   """
   def start(w: Array) -> Movement:
     score = _zeros(w)
     return Movement(score, optimizer.init(score))
 
   def observe(stat: Movement, w: Array, signals: Signals) -> Movement:
-    gate = jax.nn.sigmoid(stat.score)
-    grad = _product('movement', w, signals) + penalty(signals.step) * gate * (1 - gate) / w.size
+    grad = _product('movement', w, signals)
+    if penalty is not None:
+      gate = jax.nn.sigmoid(stat.score)
+      grad += penalty(signals.step) * gate * (1 - gate) / w.size
     moves, state = optimizer.update(grad, stat.state, stat.score)
     return Movement(stat.score + moves, state)
 

@@ -66,15 +66,16 @@ class Leaves:
       leaves[i] = value
     return self.treedef.unflatten(leaves)
 
-  def refreshed(self, inner: Any, fresh: Any, grown: Sequence[Array]) -> Any:
-    """Returns the optimizer state `inner` with the slots of the `grown` weights as they are in `fresh`."""
-    names, leaves, treedef = trees.flatten(inner)
-    sparse = {self.paths[i]: mask for i, mask in zip(self.index, grown)}
-    for i, (name, new) in enumerate(zip(names, jax.tree.leaves(fresh))):
+  def slots(self, inner: Any) -> dict[int, int]:
+    """Maps the number of each slot among the leaves of an optimizer state to the number of the slot's sparse leaf."""
+    names, leaves, _ = trees.flatten(inner)
+    place = {self.paths[i]: number for number, i in enumerate(self.index)}
+    found = {}
+    for i, (name, slot) in enumerate(zip(names, leaves)):
       owner = max((path for path in self.paths if f'/{name}'.endswith(f'/{path}')), key=len, default=None)
-      if owner in sparse and sparse[owner].shape == jnp.shape(new):
-        leaves[i] = jnp.where(sparse[owner], new, leaves[i])
-    return treedef.unflatten(leaves)
+      if owner in place and self.arrays[owner].shape == jnp.shape(slot):
+        found[i] = place[owner]
+    return found
 
   def signals(self, step: Array, stats: Sequence[Any], grads: Sequence[Any] | None = None,
               key: Array | None = None) -> list[Signals]:

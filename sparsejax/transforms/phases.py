@@ -3,18 +3,20 @@
 `sparsify.update` calls the phases in the order in which they stand here. Each phase returns the `Point` after it.
 
     call = Call(method, leaves, state, held, grads, ...)
-    point, moves = advanced(call, point, pulled_back(call, point))
+    point, moves = advanced(call, point, lambda: pulled_back(call, point))
     point = settled(call, point)
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import neighbours, plans, trees
+from sparsejax import flows, neighbours, plans, trees
+from sparsejax.programs import again
 from sparsejax.states import SparseState
 from sparsejax.transforms import refusals
 from sparsejax.transforms.leaves import Leaves, master_of, plain_key
@@ -102,61 +104,124 @@ def _signals(call: Call, point: Point, step: Array) -> list[Signals]:
   return call.leaves.signals(step, point.stats, call.grads, call.state.key)
 
 
-def advanced(call: Call, point: Point, gradients: list[Array]) -> tuple[Point, PyTree]:
+def advanced(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> tuple[Point, PyTree]:
   """Returns the point after the optimizer's step and the choice of the masks, and the optimizer's updates.
 
   Masks are chosen by the weights after the step. With `pause`, a step that chooses masks moves nothing, so that the
   choice comes first: XLA would otherwise compute the step once more, for weights that are thrown away.
   """
-  if call.method.pause:
-    return stepped(call, chosen(call, point), gradients)
-  point, moves = stepped(call, point, gradients)
-  return chosen(call, point), moves
-
-
-def stepped(call: Call, point: Point, gradients: list[Array]) -> tuple[Point, PyTree]:
-  """Returns the point after the step of the user's optimizer, and the optimizer's updates of all parameters.
-
-  With `pause`, a step that chooses masks moves nothing, and the optimizer's state stays as it is.
-  """
-  method, put = call.method, call.leaves.put
-  moves, inner = method.inner.update(
-      put(gradients, call.updates), point.inner, put(point.weights, call.params), **call.extra)
+  method = call.method
   if method.pause:
-    due = method.due(call.step)
-    still = lambda old, new: jax.tree.map(lambda a, b: jnp.where(due, a, b), old, new)
-    moves, inner = still(jax.tree.map(jnp.zeros_like, moves), moves), still(point.inner, inner)
-  weights = [(w + u).astype(w.dtype) for w, u in zip(point.weights, call.leaves.pick(moves))]
-  return point._replace(weights=weights, inner=inner), moves
+    return _paused(call, chosen(call, point, lambda: point.weights), gradients)
+  step = stepped(call, point, gradients)
+  if method.once:  # a program for a single choice is not worth its size
+    step = step._replace(again=None)
+  after, later = point._replace(inner=step.second), step.again is not None and method.memory is not None
+  if method.flow.dense and not later:
+    after = after._replace(weights=_moved(call, point, step.first))
+    return chosen(call, after, lambda: after.weights), step.first
+  # Between two choices nothing reads the weights after the step, so that the branch computes them by itself.
+  weights = lambda: _moved(call, point, step.first if step.again is None else step.again(step.second))
+  new = chosen(call, after, weights, later and method.flow.dense)
+  moves = step.again(new.inner) if step.again and step.entrywise and method.slots == 'fresh' else step.first
+  return new._replace(weights=_moved(call, new, moves)) if method.flow.dense else new, moves
 
 
-def chosen(call: Call, point: Point) -> Point:
-  """Returns the point with the masks of this step, where masks are due.
+def _paused(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> tuple[Point, PyTree]:
+  """Returns what `advanced` does, after the choice: a step that chose masks leaves weights and state as they are."""
+  step, due = stepped(call, point, gradients), call.method.due(call.step)
+  still = lambda old, new: jax.tree.map(lambda a, b: jnp.where(due, a, b), old, new)
+  inner = still(point.inner, step.second)
+  moves = step.again(inner) if step.again else step.first
+  moves = still(jax.tree.map(jnp.zeros_like, moves), moves)
+  return point._replace(weights=_moved(call, point, moves), inner=inner), moves
+
+
+def stepped(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> again.Halves:
+  """Returns the step of the user's optimizer: the updates of all parameters, and the optimizer's next state."""
+  put, update = call.leaves.put, call.method.inner.update
+  return again.halves(lambda inner: update(put(gradients(), call.updates), inner, put(point.weights, call.params),
+                                           **call.extra), point.inner)
+
+
+def _moved(call: Call, point: Point, moves: PyTree) -> list[Array]:
+  """Returns the weights of the point after the optimizer's updates."""
+  return [(w + u).astype(w.dtype) for w, u in zip(point.weights, call.leaves.pick(moves))]
+
+
+class Choice(NamedTuple):
+  """A `Choice` is what leaves the branch that chooses masks.
+
+  `thresholds`: `None` if the selection has none. `slots`: the slots of the optimizer that are made fresh. `weights`:
+  the weights before the step, if they are to be overwritten after the choice and not before it, else nothing.
+  """
+
+  masks: list[Array]
+  thresholds: list[Any] | None
+  slots: list[Array]
+  weights: list[Array]
+
+
+def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered: bool = False) -> Point:
+  """Returns the point with the masks of this step, where masks are due, chosen by `weights()`.
 
   A schedule that is never due takes no branch, and one that is always due takes one on CPUs alone: XLA:CPU computes a
-  mask once for each result that needs it, and a branch only once.
+  mask once for each result that needs it, and a branch only once. A `cond` copies its results, so that only what is
+  changed leaves the branch. `ordered`: the weights of the point leave it too, as they are. XLA then sees that they are
+  overwritten after the memory has read them, and makes no copy.
   """
   method = call.method
   if method.never:
     return point
-  choose = lambda: _selected(method.selection, call.leaves, point, _signals(call, point, call.step))
+  inner, structure = jax.tree.flatten(point.inner)
+  slots = call.leaves.slots(point.inner) if method.slots == 'fresh' else {}
+  thresholds = None if method.selection.threshold is None else point.stats
+  old = Choice(point.masks, thresholds, [inner[i] for i in slots], point.weights if ordered else [])
+  # JAX leaves out of the branches what both return as they got it, but for the barrier.
+  choose = lambda: _choice(call, point._replace(weights=weights()), slots)._replace(
+      weights=jax.lax.optimization_barrier(old.weights))
   if method.always and jax.default_backend() != 'cpu':
     new = choose()
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
-    return new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
-  due = method.due(call.step)
-  # Only masks and thresholds leave the branch, because a `cond` copies its results.
-  if method.selection.threshold is None:
-    return point._replace(masks=jax.lax.cond(due, lambda: choose().masks, lambda: point.masks))
-  masks, stats = jax.lax.cond(due, lambda: tuple(choose()[1:3]), lambda: (point.masks, point.stats))
-  return point._replace(masks=masks, stats=stats)
+    new = new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
+  elif isinstance(due := method.due(call.step), jax.core.Tracer):
+    new = jax.lax.cond(due, choose, lambda: old)
+  else:  # outside of `jit`, where a `cond` would be compiled at each call
+    new = choose() if due else old
+  for i, slot in zip(slots, new.slots):
+    inner[i] = slot
+  stats = point.stats if new.thresholds is None else new.thresholds
+  return Point(new.weights if ordered else point.weights, new.masks, stats, jax.tree.unflatten(structure, inner))
+
+
+def _choice(call: Call, point: Point, slots: Mapping[int, int]) -> Choice:
+  """Returns the masks that the selection chooses, and the slots, fresh at the weights that have just grown."""
+  method, leaves = call.method, call.leaves
+  new = _selected(method.selection, leaves, point, _signals(call, point, call.step))
+  thresholds = None if method.selection.threshold is None else new.stats
+  if not slots:
+    return Choice(new.masks, thresholds, [], [])
+  grown = [now & ~before for now, before in zip(new.masks, point.masks)]
+  fresh = jax.tree.leaves(method.inner.init(leaves.put(point.weights, call.params)))
+  held = jax.tree.leaves(point.inner)
+  return Choice(new.masks, thresholds, [jnp.where(grown[k], fresh[i], held[i]) for i, k in slots.items()], [])
 
 
 def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
-  masks, thresholds = selection.select(leaves.plan.leaves, point.weights, point.masks, signals)
+  arrays = [(s.grad, s.key, s.stats) for s in signals]
+  told = selection.select, leaves.plan.leaves
+  select = _select if flows.hashes(told) else _select.__wrapped__
+  masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
   masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
   return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)
+
+
+# A single program outside of `jit` too: its operations would be compiled one by one, and run without fusion.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _select(select: Any, leaves: Any, weights: list[Array], masks: list[Array], arrays: Any, step: Any) -> Any:
+  signals = [Signals(*each, step, leaf.axes) for each, leaf in zip(arrays, leaves)]
+  return select(leaves, weights, masks, signals)
 
 
 def settled(call: Call, point: Point) -> Point:
@@ -166,15 +231,6 @@ def settled(call: Call, point: Point) -> Point:
     return point
   signals = call.leaves.signals(call.step, point.stats)
   return point._replace(weights=[settle(w, m, s) for w, m, s in zip(point.weights, point.masks, signals)])
-
-
-def restarted(call: Call, point: Point, before: list[Array]) -> Point:
-  """Returns the point with new slots of the optimizer for the weights that have just grown, with `slots='fresh'`."""
-  if call.method.slots != 'fresh':
-    return point
-  grown = [new & ~old for new, old in zip(point.masks, before)]
-  fresh = call.method.inner.init(call.leaves.put(point.weights, call.params))
-  return point._replace(inner=call.leaves.refreshed(point.inner, fresh, grown))
 
 
 def frozen(call: Call, point: Point) -> Point:

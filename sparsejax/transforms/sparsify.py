@@ -101,13 +101,11 @@ def _transform(method: Method) -> Optimizer:
 
 def _update(method: Method, /, updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any):
   call = phases.opened(method, updates, state, params, extra)
-  point = phases.resumed(call)
-  before, gradients = point.masks, phases.pulled_back(call, point)
-  point, moves = phases.advanced(call, phases.observed(call, point), gradients)
+  start = phases.resumed(call)
+  point, moves = phases.advanced(call, phases.observed(call, start), lambda: phases.pulled_back(call, start))
   point = phases.settled(call, point)
-  point = phases.restarted(call, point, before)
   point = phases.frozen(call, point)
-  moves, new = phases.emitted(call, point, before, moves)
+  moves, new = phases.emitted(call, point, start.masks, moves)
   return refusals.marked(moves, call.leaves, state), new
 
 
