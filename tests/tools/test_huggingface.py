@@ -45,7 +45,7 @@ def llama(dtype=np.float32):
   return tensors(shapes, dtype)
 
 
-# The same models in NumPy, position by position.
+# The oracles compute the same models in NumPy, position by position.
 
 
 def softmax(x):
