@@ -42,7 +42,7 @@ SPARSEJAX = (
     ('recipes',),
     ('reports', 'advice'),
     ('io',),
-    ('checkpoints',),
+    ('checkpoints', 'huggingface'),
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
 )
@@ -76,6 +76,7 @@ INSIDE = {
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim'),
                                 ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'inputs', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),
+    'sparsejax.hub': (('layers',), ('bert', 'gpt2', 'llama')),
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
                      ('saving', 'loading')),
