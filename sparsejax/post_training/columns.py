@@ -1,10 +1,11 @@
 """Prunes a matrix column by column and spreads the error of each column on the columns behind it: SparseGPT's sweep.
 
-All arrays here are one matrix, with inputs first: weights are `[K, R]`, K inputs and R outputs.
+All arrays here are one matrix. Weights are `[R, K]`, R outputs by K inputs, and blocks of columns are `[width, R]`.
 
-    swept = sweep(w, factor.upper, Picks(block=128, within=0, choose=choose))
+    w, mask = swept(w, factor.reversed, Sweep(block=128, group=128, choose=choose))
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax import lax
 from sparsejax.types import Array
 
 HIGHEST = lax.Precision.HIGHEST  # a GPU would multiply in TF32, and a TPU in bfloat16
+_WIDE = 512  # columns on which errors are spread by one product
 
 
 class Sweep(NamedTuple):
@@ -31,22 +33,18 @@ class Sweep(NamedTuple):
   rounded: Callable[[Array], Array] = lambda w: w
 
 
-def swept(w: Array, upper: Array, sweep: Sweep) -> tuple[Array, Array]:
-  """Returns the pruned and compensated weights and their mask, `[K, R]`; `upper` is that of an `InverseFactor`."""
-  length, block = len(w), min(sweep.block, len(w))
-  blocks, rest = divmod(length, block)
+def swept(w: Array, reversed: Array, sweep: Sweep) -> tuple[Array, Array]:
+  """Returns the pruned and compensated weights and their mask, `[R, K]`; `reversed` is that of an `InverseFactor`."""
+  length, block = w.shape[1], min(sweep.block, w.shape[1])
+  (blocks, rest), wide = divmod(length, block), min(_WIDE, length)
 
   def one(i, state, width=block):
     w, mask = state
     start = i * block
-    part, own = _rows(w, start, width), _tile(upper, start, start, (width, width))
-    part, kept, errors = _block(part, own, sweep, start)
+    part, kept, errors = _block(_columns(w, start, width), _upper(reversed, start, start, (width, width)), sweep, start)
     w, mask = _put(w, part, start), _put(mask, kept, start)
-    spread = lambda j, w: _spread(w, upper, errors, start, j * block, block)
-    w = lax.fori_loop(i + 1, blocks, spread, w)
-    if rest and width == block:
-      w = _spread(w, upper, errors, start, blocks * block, rest)
-    return w, mask
+    spread = functools.partial(_spread, reversed=reversed, errors=errors.T, start=start)
+    return lax.fori_loop((start + width) // wide, -(-length // wide), lambda j, w: spread(w, j, wide), w), mask
 
   state = lax.fori_loop(0, blocks, one, (w, jnp.zeros(w.shape, bool)))
   return one(blocks, state, rest) if rest else state
@@ -66,8 +64,8 @@ def _block(part: Array, upper: Array, sweep: Sweep, first: Any) -> tuple[Array, 
     kept = sweep.choose(_scores(few, own), first + start) if late else _rows(mask, start, step)
     few, found = _few(few, own, kept, sweep.rounded)
     behind = jnp.where((jnp.arange(width) >= start + step)[None], _tile(upper, start, 0, (step, width)), 0)
-    part = _put(part - jnp.matmul(behind.T, found, precision=HIGHEST), few, start)
-    return part, _put(mask, kept, start), _put(errors, found, start)
+    part = _fill(part - jnp.matmul(behind.T, found, precision=HIGHEST), few, start)
+    return part, _fill(mask, kept, start), _fill(errors, found, start)
 
   return lax.fori_loop(0, width // step, one, (part, mask, jnp.zeros_like(part)))
 
@@ -95,15 +93,34 @@ def _scores(w: Array, upper: Array) -> Array:
   return jnp.square(w / jnp.diagonal(upper)[:, None])
 
 
-def _spread(w: Array, upper: Array, errors: Array, start: Any, first: Any, width: int) -> Array:
-  """Returns `w` after the errors of the block at `start` are spread on the `width` columns from `first` on."""
-  own = _tile(upper, start, first, (len(errors), width))
-  return _put(w, _rows(w, first, width) - jnp.matmul(own.T, errors, precision=HIGHEST), first)
+def _spread(w: Array, part: Any, wide: int, *, reversed: Array, errors: Array, start: Any) -> Array:
+  """Returns `w` after the errors `[R, width]` of the block at `start` are spread on a part of the columns behind it."""
+  first = jnp.minimum(part * wide, w.shape[1] - wide)  # the last part may begin in the one before it
+  place = first + jnp.arange(wide)
+  behind = (place >= start + errors.shape[1]) & (place >= part * wide)
+  across = jnp.where(behind[None], _upper(reversed, start, first, (errors.shape[1], wide)), 0)
+  own = lax.dynamic_slice_in_dim(w, first, wide, 1) - jnp.matmul(errors, across, precision=HIGHEST)
+  return lax.dynamic_update_slice_in_dim(w, own, first, 1)
 
 
 def _step(width: int) -> int:
   """Returns the largest divisor of `width` up to 16: the columns of a step stay in the cache."""
   return max(step for step in range(1, min(width, 16) + 1) if width % step == 0)
+
+
+def _columns(w: Array, start: Any, width: int) -> Array:
+  """Returns the columns of `w` from `start` on, `[width, R]`."""
+  return lax.dynamic_slice_in_dim(w, start, width, 1).T
+
+
+def _put(w: Array, columns: Array, start: Any) -> Array:
+  return lax.dynamic_update_slice_in_dim(w, columns.T, start, 1)
+
+
+def _upper(reversed: Array, row: Any, column: Any, shape: tuple[int, int]) -> Array:
+  """Returns a tile of the upper factor, of which only the reversed one is in memory."""
+  start = [len(reversed) - at - size for at, size in zip((row, column), shape)]
+  return lax.dynamic_slice(reversed, start, shape)[::-1, ::-1]
 
 
 def _rows(w: Array, start: Any, width: int) -> Array:
@@ -114,5 +131,5 @@ def _tile(w: Array, row: Any, column: Any, shape: tuple[int, int]) -> Array:
   return lax.dynamic_slice(w, (row, column), shape)
 
 
-def _put(w: Array, rows: Array, start: Any) -> Array:
+def _fill(w: Array, rows: Array, start: Any) -> Array:
   return lax.dynamic_update_slice_in_dim(w, rows, start, 0)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparsejax import counts, hessians, scores
@@ -63,33 +64,39 @@ def columns(block: int = 128, damping: float = 0.01, quantize: Grid | None = Non
 
 def _columns(stack: Stack, choose: Chooser, statistic: Any, block: int, damping: float, quantize: Grid | None) -> Stack:
   gram, length = _gram('columns', statistic), stack.dense.shape[2]
-  if not parts.divides(choose, length):  # a unit is as long as the matrix
+  settled, told = not parts.divides(choose, length), None
+  if settled:  # a unit is as long as the matrix
     values = scores.obs(stack.dense, Signals(stats=statistic, axes=STACKED), damping)
-    return _swept(stack.kept(choose(values, stack.mask)), gram, None, damping, None, block, quantize)
-  if min(block, length) % choose.group:
+    stack = stack.kept(choose(values, stack.mask))
+  elif min(block, length) % choose.group:
     raise ValueError(f'repairs.columns: block={block} would divide a group of {choose.pattern}. Use a multiple of '
                      f'{choose.group}, say {-(-block // choose.group) * choose.group}.')
-  return _swept(stack, gram, parts.shares(stack.mask, choose, min(block, length)), damping, choose, block, quantize)
+  else:
+    told = parts.shares(stack.mask, choose, min(block, length))
+  static = None if settled else choose, min(block, length), quantize
+  return _repaired(stack, gram, damping, functools.partial(swept_layer, stack.dense, stack.mask, told, static))
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _swept(stack: Stack, gram: Array, told: Any, damping: Any, choose: Chooser | None, block: int,
-           quantize: Grid | None) -> Stack:
-  def one(factor: hessians.InverseFactor, gram: Array, row: Any) -> tuple[Array, Array]:
-    dense, among, own = row
-    sweep = _sweep(among.T, own, choose, min(block, len(gram)))
-    if quantize is not None:
-      sweep = sweep._replace(rounded=functools.partial(quantize.rounded, grid=quantize.fitted(dense)))
-    w, mask = swept(jnp.where(factor.dead[None], 0, dense).T, factor.upper, sweep)
-    return w.T, mask.T
+@functools.partial(jax.jit, static_argnums=3)
+def swept_layer(dense: Array, mask: Array, told: Any, static: Any, layer: Any, factor: hessians.InverseFactor,
+                gram: Array | None = None) -> tuple[Array, Array]:
+  """Returns the weights and the mask of one layer of a stack, pruned by columns, `[R, K]`.
 
-  return _each(one, stack, gram, damping, (stack.dense, stack.mask, told))
+  `told` is that of `parts.shares`. `static` is the chooser, or `None` to keep the mask, the block and the grid.
+  """
+  del gram
+  choose, block, quantize = static
+  w, among, own = _of_layer((dense, mask, told), layer)
+  sweep = _sweep(among, own, choose, block)
+  if quantize is not None:
+    sweep = sweep._replace(rounded=functools.partial(quantize.rounded, grid=quantize.fitted(w)))
+  return swept(jnp.where(factor.dead[None], 0, w), factor.reversed, sweep)
 
 
 def _sweep(among: Array, told: Any, choose: Chooser | None, block: int) -> Sweep:
-  """Returns the sweep that chooses among the weights `among`, `[K, R]`, or that keeps all of them."""
+  """Returns the sweep that chooses among the weights `among`, `[R, K]`, or that keeps all of them."""
   def chosen(values: Array, start: Any) -> Array:
-    own = lax.dynamic_slice_in_dim(among, start, len(values), 0)
+    own = lax.dynamic_slice_in_dim(among, start, len(values), 1).T
     share = None if told is None else lax.dynamic_index_in_dim(told, start // block, 0, keepdims=False)
     return own if choose is None else parts.best_of_part(choose, values, own, share)
 
@@ -115,15 +122,15 @@ def greedy(damping: float = 0.01, rows: int = 32) -> Repair:
 def _greedy(stack: Stack, choose: Chooser, statistic: Any, damping: float, rows: int) -> Stack:
   gram = _gram('greedy', statistic)
   width, group = _unit(choose)
-  losses, step = _removed(stack, gram, damping, width, group, rows)
+  removed = functools.partial(_removed, stack.dense, stack.mask, (width, group, rows))
+  _, (losses, step) = _over_layers(removed, len(stack.dense), gram, damping)
+  taken: Any = losses.shape[2]
   if group is None:
     # The steps that the count keeps are those with the largest losses; a row takes as many steps as are not kept.
     kept = choose(jnp.repeat(losses, width, 2), jnp.ones(stack.mask.shape, bool))
     taken = (kept.shape[2] - jnp.sum(kept, 2, keepdims=True)) // width
-  else:
-    taken = losses.shape[2]
   mask = jnp.repeat(step >= taken, width, 2) & stack.mask
-  return _fitted(stack._replace(mask=mask), gram, damping, rows)
+  return _least_squares(stack._replace(mask=mask), choose, statistic, damping, rows)
 
 
 def _unit(choose: Chooser) -> tuple[int, tuple[int, int] | None]:
@@ -139,14 +146,14 @@ def _unit(choose: Chooser) -> tuple[int, tuple[int, int] | None]:
   return weights, None
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _removed(stack: Stack, gram: Array, damping: Any, width: int, group: Any, rows: int) -> tuple[Array, Array]:
-  def one(factor: hessians.InverseFactor, gram: Array, row: Any) -> one_by_one.Removals:
-    inverse = jnp.matmul(factor.upper.T, factor.upper, precision=lax.Precision.HIGHEST)
-    w = jnp.where(factor.dead[None], 0, row[0])
-    return one_by_one.removals(w, row[1], inverse, width=width, group=group, rows=rows)
-
-  return _over_layers(one, gram, damping, (stack.dense, stack.mask))[1]
+@functools.partial(jax.jit, static_argnums=2)
+def _removed(dense: Array, mask: Array, static: Any, layer: Any, factor: hessians.InverseFactor,
+             gram: Array) -> one_by_one.Removals:
+  del gram
+  w, kept = _of_layer((dense, mask), layer)
+  inverse = jnp.matmul(factor.upper.T, factor.upper, precision=lax.Precision.HIGHEST)
+  width, group, rows = static
+  return one_by_one.removals(jnp.where(factor.dead[None], 0, w), kept, inverse, width=width, group=group, rows=rows)
 
 
 @checked
@@ -161,16 +168,15 @@ def least_squares(damping: float = 0.01, rows: int = 32) -> Repair:
 
 def _least_squares(stack: Stack, choose: Chooser, statistic: Any, damping: float, rows: int) -> Stack:
   del choose
-  return _fitted(stack, _gram('least_squares', statistic), damping, rows)
+  fitted = functools.partial(_fitted, stack.dense, stack.mask, rows)
+  return _repaired(stack, _gram('least_squares', statistic), damping, fitted)
 
 
-@functools.partial(jax.jit, static_argnums=(3,))
-def _fitted(stack: Stack, gram: Array, damping: Any, rows: int) -> Stack:
-  def one(factor: hessians.InverseFactor, gram: Array, row: Any) -> tuple[Array, Array]:
-    dense, mask = row
-    return one_by_one.best_weights(dense, mask, hessians.damped(gram, factor.damping), rows=rows), mask
-
-  return _each(one, stack, gram, damping, (stack.dense, stack.mask))
+@functools.partial(jax.jit, static_argnums=2)
+def _fitted(dense: Array, mask: Array, rows: int, layer: Any, factor: hessians.InverseFactor,
+            gram: Array) -> tuple[Array, Array]:
+  w, kept = _of_layer((dense, mask), layer)
+  return one_by_one.best_weights(w, kept, _hessian(gram, layer, factor), rows=rows), kept
 
 
 @checked
@@ -185,17 +191,16 @@ def rounding(quantize: Grid, damping: float = 0.01, rows: int = 32) -> Repair:
 
 def _rounding(stack: Stack, choose: Chooser, statistic: Any, quantize: Grid, damping: float, rows: int) -> Stack:
   del choose
-  return _rounded(stack, _gram('rounding', statistic), damping, quantize, rows)
+  rounded = functools.partial(_rounded, stack.w, stack.mask, (quantize, rows))
+  return _repaired(stack, _gram('rounding', statistic), damping, rounded)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _rounded(stack: Stack, gram: Array, damping: Any, quantize: Grid, rows: int) -> Stack:
-  def one(factor: hessians.InverseFactor, gram: Array, row: Any) -> tuple[Array, Array]:
-    w, mask = row
-    hessian = hessians.damped(gram, factor.damping)
-    return one_by_one.roundings(w, mask, hessian, quantize.fitted(w), quantize.rounded, rows=rows), mask
-
-  return _each(one, stack, gram, damping, (stack.w, stack.mask))
+@functools.partial(jax.jit, static_argnums=2)
+def _rounded(w: Array, mask: Array, static: Any, layer: Any, factor: hessians.InverseFactor,
+             gram: Array) -> tuple[Array, Array]:
+  (own, kept), (quantize, rows) = _of_layer((w, mask), layer), static
+  hessian, grid = _hessian(gram, layer, factor), quantize.fitted(own)
+  return one_by_one.roundings(own, kept, hessian, grid, quantize.rounded, rows=rows), kept
 
 
 @checked
@@ -249,44 +254,51 @@ def convex(epsilon: float = 0.1, rho: float = 10.0, iterations: int = 2000) -> R
 
 
 def _convex(stack: Stack, choose: Chooser, statistic: Any, epsilon: float, rho: float, iterations: int) -> Stack:
-  solved = _trimmed(stack, _gram('convex', statistic), epsilon, rho, iterations)
+  solved = _repaired(stack, _gram('convex', statistic), hessians.LEAST,
+                     functools.partial(_trimmed, stack.dense, stack.mask, (rho, iterations), epsilon))
   mask = choose(jnp.abs(solved.w), stack.mask)
   return solved._replace(w=jnp.where(mask & (solved.w != 0), solved.w, 0), mask=mask)
 
 
-@functools.partial(jax.jit, static_argnums=(4,))
-def _trimmed(stack: Stack, gram: Array, epsilon: Any, rho: Any, iterations: int) -> Stack:
-  def one(factor: hessians.InverseFactor, gram: Array, row: Any) -> tuple[Array, Array]:
-    dense, mask = row
-    root = lax.linalg.cholesky(hessians.damped(gram, factor.damping), symmetrize_input=False)
-    most = epsilon * jnp.linalg.norm(jnp.matmul(dense, root, precision=lax.Precision.HIGHEST))
-    return trimmed(dense.T, root, most, rho=rho, iterations=iterations).T, mask
-
-  return _each(one, stack, gram, hessians.LEAST, (stack.dense, stack.mask))
+@functools.partial(jax.jit, static_argnums=2)
+def _trimmed(dense: Array, mask: Array, static: Any, epsilon: Any, layer: Any, factor: hessians.InverseFactor,
+             gram: Array) -> tuple[Array, Array]:
+  (w, kept), (rho, iterations) = _of_layer((dense, mask), layer), static
+  root = lax.linalg.cholesky(_hessian(gram, layer, factor), symmetrize_input=False)
+  most = epsilon * jnp.linalg.norm(jnp.matmul(w, root, precision=lax.Precision.HIGHEST))
+  return trimmed(w.T, root, most, rho=rho, iterations=iterations).T, kept
 
 
-def _each(function: Callable[..., tuple[Array, Array]], stack: Stack, gram: Array, damping: Any, rows: Any) -> Stack:
-  """Returns the stack with the weights and masks that `function` gives for each of its matrices."""
-  factors, (w, mask) = _over_layers(function, gram, damping, rows)
-  as_many = lambda x: jnp.broadcast_to(x, stack.damping.shape).astype(jnp.result_type(x))
-  return stack._replace(w=w.astype(stack.w.dtype), mask=mask, damping=as_many(factors[0]), raised=as_many(factors[1]))
+def _repaired(stack: Stack, gram: Array, damping: float, function: Callable[..., tuple[Array, Array]]) -> Stack:
+  """Returns the stack with the weights and the masks that `function` gives for each of its layers."""
+  (used, raised), (w, mask) = _over_layers(function, len(stack.dense), gram, damping)
+  as_many = lambda numbers: jnp.broadcast_to(jnp.stack(numbers), len(stack.dense))
+  return stack._replace(w=w, mask=mask, damping=as_many(used), raised=as_many(raised))
 
 
-def _over_layers(function: Callable[..., Any], gram: Array, damping: Any, rows: Any) -> Any:
-  """Returns damping and times raised of all Gram matrices, and `function(factor, gram, row)` of each matrix, stacked.
+def _over_layers(function: Callable[..., Any], layers: int, gram: Array, damping: float) -> Any:
+  """Returns what `function(layer, factor, gram)` gives, stacked, behind the dampings and the times that they rose.
 
-  Matrices that read the same inputs share a factor. Only one factor is in memory at a time.
+  Layers that read the same inputs share a factor. Only one factor is in memory at a time.
   """
-  if len(gram) == 1:
-    factor = hessians.inverse_factor(gram[0], damping)
-    found = lax.map(lambda row: function(factor, gram[0], row), rows)
-    return (factor.damping[None], factor.raised[None]), found
+  found: list[Any] = []
+  used: list[Array] = []
+  raised: list[Array] = []
+  for layer in map(np.int32, range(layers)):
+    if layer < len(gram):
+      factor = hessians.inverse_factor(gram, damping, layer)
+      used, raised = [*used, factor.damping], [*raised, factor.raised]
+    found.append(function(layer, factor, gram))
+  return (used, raised), jax.tree.map(lambda *rows: jnp.stack(rows), *found)
 
-  def one(pair: Any) -> Any:
-    factor = hessians.inverse_factor(pair[0], damping)
-    return (factor.damping, factor.raised), function(factor, *pair)
 
-  return lax.map(one, (gram, rows))
+def _hessian(gram: Array, layer: Any, factor: hessians.InverseFactor) -> Array:
+  return hessians.damped(_of_layer(gram, layer), factor.damping)
+
+
+def _of_layer(arrays: Any, layer: Any) -> Any:
+  """Returns one layer of each array; an array of one layer has the same for all."""
+  return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), arrays)
 
 
 def _gram(repair: str, statistic: Any) -> Array:
