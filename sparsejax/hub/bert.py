@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from sparsejax.hub.layers import attended, checked, layer_norm, plus, rooted
+from sparsejax.hub.layers import attended, layer_norm, plus, refuse_others, rooted
 from sparsejax.types import Array
 
 MATRICES = ('*encoder.layer.*.attention.*.weight', '*encoder.layer.*.dense.weight')
@@ -17,7 +17,7 @@ MATRICES = ('*encoder.layer.*.attention.*.weight', '*encoder.layer.*.dense.weigh
 
 def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
   """Returns the encoder of a configuration. Dropout is off, and all tokens have type 0."""
-  checked('bert', config, hidden_act='gelu', position_embedding_type='absolute')
+  refuse_others('bert', config, hidden_act='gelu', position_embedding_type='absolute')
   epsilon, heads = config.get('layer_norm_eps', 1e-12), config['num_attention_heads']
 
   def apply(params: Mapping[str, Any], tokens: Array, valid: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.hub.layers import attended, causal, checked, layer_norm, plus, rooted
+from sparsejax.hub.layers import attended, causal, layer_norm, plus, refuse_others, rooted
 from sparsejax.types import Array
 
 MATRICES = ('*h.*.attn.c_*.weight', '*h.*.mlp.c_*.weight')
@@ -17,7 +17,7 @@ MATRICES = ('*h.*.attn.c_*.weight', '*h.*.mlp.c_*.weight')
 
 def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
   """Returns the decoder of a configuration. Dropout is off. Positions count from the first token, valid or not."""
-  checked('gpt2', config, activation_function='gelu_new', scale_attn_weights=True,
+  refuse_others('gpt2', config, activation_function='gelu_new', scale_attn_weights=True,
           scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
   epsilon, heads = config.get('layer_norm_epsilon', 1e-5), config['n_head']
 

@@ -20,7 +20,7 @@ def rooted(params: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
   return {name.removeprefix(prefix): value for name, value in params.items()}
 
 
-def checked(function: str, config: Mapping[str, Any], **wanted: Any) -> None:
+def refuse_others(function: str, config: Mapping[str, Any], **wanted: Any) -> None:
   """Raises `ValueError` if the configuration has another value than the only one that a reader knows."""
   for name, value in wanted.items():
     if config.get(name, value) != value:

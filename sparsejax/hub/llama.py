@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.hub.layers import attended, causal, checked
+from sparsejax.hub.layers import attended, causal, refuse_others
 from sparsejax.types import Array
 
 MATRICES = ('model.layers.*_proj.weight',)
@@ -17,7 +17,7 @@ MATRICES = ('model.layers.*_proj.weight',)
 
 def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
   """Returns the decoder of a configuration. Positions count from the first token, valid or not."""
-  checked('llama', config, hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None)
+  refuse_others('llama', config, hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None)
   base, epsilon = config.get('rope_theta', 10_000.0), config.get('rms_norm_eps', 1e-6)
 
   def apply(params: Mapping[str, Any], tokens: Array, valid: Array) -> Array:
