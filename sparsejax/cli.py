@@ -3,6 +3,7 @@
     sparsejax report CKPT                                  # the sparsity and pattern of each parameter
     sparsejax pack CKPT OUT --pattern 2:4                  # one safetensors file without the zeros
     sparsejax advise CKPT --pattern '128x128 0.9'          # whether packing makes it smaller and faster
+    sparsejax prune OUT --model hf:FOLDER --data IDS.npy   # a pruned model of the same layout
 
 The exit status is 0 if the command succeeded, and 1 if `check` found parameters that do not keep the pattern. The exit
 status is 2 if the command could not be carried out; one line on the standard error says why.
@@ -21,8 +22,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from sparsejax import advice, checkpoints, formats, io, patterns, tables, trees
+from sparsejax import advice, checkpoints, errors, formats, hub, huggingface, io, patterns, recipes, tables, trees
 from sparsejax.types import Pattern
 
 _LONGEST = 8000  # letters of a refusal, which may quote names of another program's file
@@ -104,6 +106,22 @@ def advise(args: argparse.Namespace) -> int:
   return 0
 
 
+def prune(args: argparse.Namespace) -> int:
+  """Writes the folder of the pruned model, prints each matrix as it is pruned, and then the table of the report."""
+  if args.recipe not in recipes.POST_TRAINING:
+    raise errors.unknown('--recipe', 'recipe', args.recipe, recipes.POST_TRAINING)
+  told = {'sparsity': args.sparsity, 'pattern': args.pattern and patterns.parse(args.pattern)}
+  recipe = recipes.POST_TRAINING[args.recipe](**{name: value for name, value in told.items() if value is not None})
+  with jax.enable_x64(False):
+    made = huggingface.prune_folder(
+        args.model.removeprefix('hf:'), args.out, recipe, np.load(args.data, allow_pickle=False),
+        padding=args.padding, batch=args.batch, where=trees.named(*args.where) if args.where else None,
+        packed=_one_pattern(args.packed) if args.packed else None, workdir=args.workdir,
+        sequential=args.sequential, progress=lambda text: print(tables.printable(text), file=sys.stderr))
+  print(made)
+  return 0
+
+
 def plan(args: argparse.Namespace) -> int:
   """Prints the table of `planning.budget`, made in a new process: the number of devices of a process cannot change."""
   asked = {'path': args.program, 'devices': args.devices, 'options': dict(map(_option, args.set))}
@@ -151,6 +169,8 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument('--device', default='cpu', help='cpu, h200, tpu, or another measured device; default cpu')
   command.add_argument('--tokens', type=_positive, default=1024, metavar='N', help='the number of rows that a '
                        'weight multiplies in one call, batch times length; default 1024')
+  _pruning(_command(commands, 'prune', prune, 'prune the model of a Hugging Face folder on some data, and write a '
+                    'folder of the same layout with zeros in place'))
   command = _command(commands, 'plan', plan, 'print the state, memory and communication of a step on devices that are '
                      'not here')
   command.add_argument('program', metavar='PROGRAM.py', help='a file with a function program(mesh, ...) that returns '
@@ -167,6 +187,25 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
   command = commands.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
   command.set_defaults(run=run)
   return command
+
+
+def _pruning(command: argparse.ArgumentParser) -> None:
+  command.add_argument('out', metavar='OUT', help='the folder to write')
+  command.add_argument('--model', required=True, metavar='hf:FOLDER', help='a folder with config.json and safetensors '
+                       f'files, of a model of type {", ".join(hub.TABLE)}')
+  command.add_argument('--data', required=True, metavar='FILE.npy', help='token ids, int[sentences, length]')
+  command.add_argument('--recipe', default='sparsegpt', help=f'default sparsegpt; {", ".join(recipes.POST_TRAINING)}')
+  command.add_argument('--pattern', help='a pattern, as in 2:4, 128x128 or "unstructured 0.5"; default: the recipe\'s')
+  command.add_argument('--sparsity', type=float, help='the fraction of zeros')
+  command.add_argument('--padding', type=int, metavar='ID', help='the token that does not count; default: '
+                       'pad_token_id of config.json')
+  command.add_argument('--batch', type=_positive, default=huggingface.BATCH, metavar='N', help='sentences in a batch')
+  command.add_argument('--where', nargs='+', metavar='GLOB', help='the parameters to prune; default: the matrices of '
+                       'the transformer layers')
+  command.add_argument('--sequential', default='weight', help='weight (default) or dense')
+  command.add_argument('--packed', metavar='PATTERN', help='write OUT.packed.safetensors too, packed by this pattern '
+                       'or format')
+  command.add_argument('--workdir', metavar='FOLDER', help='keep finished matrices here, so that a run can go on')
 
 
 def _selection(command: argparse.ArgumentParser, pattern_required: bool) -> None:

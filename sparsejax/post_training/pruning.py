@@ -81,6 +81,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   steps = Lockstep(walks, made, cohorts, statistic, solver)
   for unit, (solved, row) in (folder.read(units) if folder else {}).items():
     steps.solved[unit], solver.rows[unit] = solved, row
+  tell.number = len(steps.solved)
   steps.run()
   for unit in units:
     if unit not in steps.solved:

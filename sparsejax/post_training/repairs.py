@@ -281,7 +281,9 @@ def _over_layers(function: Callable[..., Any], layers: int, gram: Array, damping
 
   Layers that read the same inputs share a factor. Only one factor is in memory at a time.
   """
-  found, used, raised = [], [], []
+  found: list[Any] = []
+  used: list[Array] = []
+  raised: list[Array] = []
   for layer in map(np.int32, range(layers)):
     if layer < len(gram):
       factor = hessians.inverse_factor(gram, damping, layer)

@@ -14,6 +14,7 @@ import optax
 from sparsejax import allocation, errors, formats, metrics, patterns, schedules, states, trees
 from sparsejax.arguments import is_number
 from sparsejax.recipes.at_init import (
+  fixed,
   freeze_net,
   grasp,
   magnitude_at_init,
@@ -50,7 +51,7 @@ POST_TRAINING = {f.__name__: f for f in (
 TABLES = {'train': TABLE, 'prune': POST_TRAINING}
 # Type checkers read this list, and cannot read a table: a test compares both.
 __all__ = [
-    'POST_TRAINING', 'TABLE', 'TABLES', 'arguments', 'from_config',
+    'POST_TRAINING', 'TABLE', 'TABLES', 'arguments', 'fixed', 'from_config',
     'dsnot', 'ecoflap', 'exact_obs', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
     'asp', 'bdwp', 'dense', 'freeze_net', 'global_sparse_momentum',
     'gradual_magnitude', 'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'lottery_jackpot',

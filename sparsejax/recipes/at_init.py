@@ -17,8 +17,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from sparsejax import allocation as allocations
-from sparsejax import flows, schedules, scores, selections, starts, transforms, updates
+from sparsejax import errors, flows, schedules, scores, selections, starts, transforms, trees, updates
 from sparsejax.patterns import Channel, Unstructured
 from sparsejax.recipes.sentence import sentence
 from sparsejax.types import Allocation, Array, Flow, Inner, Optimizer, Pattern, PyTree, Score, Start
@@ -27,9 +30,9 @@ Shares = Allocation | allocations.Ranked
 Loss = Callable[[PyTree], Array]
 
 
-def fixed(inner: Inner, pattern: Pattern, sparsity: float | None, allocation: Shares | None, score: Score,
-          start: Start | None = None, *, flow: Flow = flows.hard(), at_first_update: bool = False,
-          **options: Any) -> Optimizer:
+def chosen_once(inner: Inner, pattern: Pattern, sparsity: float | None, allocation: Shares | None, score: Score,
+                start: Start | None = None, *, flow: Flow = flows.hard(), at_first_update: bool = False,
+                **options: Any) -> Optimizer:
   """Returns the sentence of all recipes here: a fixed mask, by `score`, from `init` or the first update's gradient."""
   selection = selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=allocation or together(pattern))
   dense_steps = options.pop('dense_steps', 0) + int(at_first_update)
@@ -49,6 +52,27 @@ def most(pattern: Pattern | Mapping[str, Pattern], sparsity: float | None) -> fl
   return max(1.0 if each.sparsity is None else each.sparsity for each in own) if sparsity is None else sparsity
 
 
+@sentence('refresh', 'where')
+def fixed(inner: Inner, masks: PyTree, **options: Any) -> Optimizer:
+  """Trains under the given masks, which never change: fine-tuning of a pruned model, with any `inner` and loss.
+
+  `masks`: a tree like the parameters, of bools with the shape of a sparse leaf, or a scalar `True` for a dense leaf.
+  `sj.prune` and `sj.masks` give such trees. The zeros of parameters have the masks
+  `jax.tree.map(lambda w: w != 0, params)`.
+  """
+  paths, leaves, treedef = trees.flatten(masks)
+  for path, mask in zip(paths, leaves):
+    if jnp.result_type(mask) != np.dtype(bool):
+      raise errors.at_leaf('recipes.fixed', path, jnp.shape(mask), f'dtype {jnp.result_type(mask)} is no mask; give '
+                           'bools, as in params != 0, or True for a dense leaf.')
+  where, sparse = treedef.unflatten([bool(jnp.ndim(mask)) for mask in leaves]), [m for m in leaves if jnp.ndim(m)]
+  size, kept = sum(mask.size for mask in sparse), sum(int(np.sum(mask)) for mask in sparse)
+  start = starts.probed(starts.of(treedef.unflatten([jnp.asarray(mask, jnp.float32) for mask in leaves])))
+  # Ranked over all leaves, the `kept` ones are exactly the mask, however they are spread.
+  return chosen_once(inner, Unstructured(), 1 - kept / max(size, 1), allocations.global_(), scores.gradient, start,
+                     where=where, **options)
+
+
 @sentence('refresh')
 def random_pruning(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                    loss: Loss | None = None, allocation: Shares = allocations.erk, **options: Any) -> Optimizer:
@@ -58,14 +82,14 @@ def random_pruning(inner: Inner, sparsity: float | None = None, pattern: Pattern
   With another allocation `loss` is refused. Counts are exact, while the authors' code draws every weight by itself.
   """
   start = loss and starts.probed(starts.gradient(loss))
-  return fixed(inner, pattern, sparsity, allocation, scores.random, start, **options)
+  return chosen_once(inner, pattern, sparsity, allocation, scores.random, start, **options)
 
 
 @sentence('refresh')
 def magnitude_at_init(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                       allocation: Shares | None = None, **options: Any) -> Optimizer:
   """Prunes by |w| at initialisation, ranked over all leaves (the baseline of Frankle et al. 2021, 2009.08576)."""
-  return fixed(inner, pattern, sparsity, allocation, scores.magnitude, **options)
+  return chosen_once(inner, pattern, sparsity, allocation, scores.magnitude, **options)
 
 
 @sentence('refresh')
@@ -82,7 +106,7 @@ def snip(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
 def _by_snip(inner: Inner, sparsity: float | None, pattern: Pattern, loss: Loss | None, allocation: Shares | None,
              **options: Any) -> Optimizer:
   start = loss and starts.probed(starts.gradient(loss))
-  return fixed(inner, pattern, sparsity, allocation, scores.snip, start, at_first_update=loss is None, **options)
+  return chosen_once(inner, pattern, sparsity, allocation, scores.snip, start, at_first_update=loss is None, **options)
 
 
 @sentence('refresh')
@@ -98,7 +122,7 @@ def grasp(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstru
   loss = starts.needed('grasp', 'loss', loss, 'a function params -> scalar whose gradient and Hessian it looks at')
   loss = loss if temperature is None else _at_temperature(loss, temperature)
   start = starts.probed(starts.hessian_gradient(loss))
-  return fixed(inner, pattern, sparsity, allocation, scores.grasp, start, **options)
+  return chosen_once(inner, pattern, sparsity, allocation, scores.grasp, start, **options)
 
 
 def _at_temperature(loss: Callable[..., Array], temperature: float) -> Callable[..., Array]:
@@ -162,4 +186,4 @@ def random_search(inner: Inner, sparsity: float | None = None, pattern: Pattern 
   nodes are the classes. Another `pattern` searches among random masks of that pattern. Needs `key=`.
   """
   loss = starts.needed('random_search', 'loss', loss, 'a function params -> scalar that ranks the candidates')
-  return fixed(inner, pattern, sparsity, allocation, scores.random, starts.best_of(loss, candidates), **options)
+  return chosen_once(inner, pattern, sparsity, allocation, scores.random, starts.best_of(loss, candidates), **options)

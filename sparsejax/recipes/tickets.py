@@ -12,7 +12,7 @@ import optax
 
 from sparsejax import flows, schedules, scores, selections, starts, transforms, updates
 from sparsejax.patterns import Unstructured
-from sparsejax.recipes.at_init import Shares, fixed
+from sparsejax.recipes.at_init import Shares, chosen_once
 from sparsejax.recipes.sentence import sentence
 from sparsejax.types import Inner, Optimizer, Pattern, Predicate, PyTree, Schedule
 
@@ -32,7 +32,7 @@ def iterative_magnitude(inner: Inner, sparsity: float | None = None, pattern: Pa
   """
   start = starts.probed(starts.of(ticket)) if ticket is not None else None
   score = scores.magnitude if ticket is None else scores.gradient
-  return fixed(inner, pattern, sparsity, allocation, score, start, **options)
+  return chosen_once(inner, pattern, sparsity, allocation, score, start, **options)
 
 
 @sentence()

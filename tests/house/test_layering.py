@@ -42,7 +42,12 @@ SPARSEJAX = (
     tuple(FAMILIES),
     ('recipes',),
     ('reports', 'advice'),
+<<<<<<< HEAD
     ('checkpoints',),
+=======
+    ('io',),
+    ('checkpoints', 'huggingface'),
+>>>>>>> p1
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
 )
@@ -76,8 +81,12 @@ INSIDE = {
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim'),
                                 ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'inputs', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),
+<<<<<<< HEAD
     'sparsejax.structured': (('dimensions',), ('reading', 'same'), ('elementwise',), ('moving', 'picking', 'layers'),
                              ('rules',), ('groups', 'smaller'), ('removal',), ('training', 'proof', 'files')),
+=======
+    'sparsejax.hub': (('layers',), ('bert', 'gpt2', 'llama')),
+>>>>>>> p1
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
                      ('saving', 'loading')),

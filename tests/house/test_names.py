@@ -16,6 +16,7 @@ SIGNATURES = {
     'main': r'.*',  # a command
     'get_config': r'experiments/configs/.*',  # what ml_collections calls a config
     'draw': r'experiments/tables/.*',  # a picture of the results of one command
+    'forward': r'sparsejax/hub(/\w+)?',  # the forward pass of a configuration, in each reader
     'page': r'experiments/tables/.*',  # a page of them
     'named': r'sparsejax/(allocation|schedules)|experiments/loop/tasks',  # a word by the name in a configuration
     'whole': r'sparsejax/programs/(factors|views)|kernels_pallas/held',  # a value that is all of a parameter

@@ -10,7 +10,7 @@ import pytest
 
 from sparsejax import calibration, hessians, recipes, scores
 from sparsejax.patterns import NM, Block, Channel, Unstructured
-from sparsejax.post_training import Chooser, Recipe, net_trim, one_by_one, repairs, stack_of
+from sparsejax.post_training import Chooser, Recipe, columns, net_trim, one_by_one, repairs, stack_of
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent.parent / 'golden' / 'post_training.json').read_text())
 W, X = (np.asarray(GOLDEN[name], np.float32) for name in ('w', 'x'))
@@ -182,6 +182,29 @@ def test_zeros_of_before_count_among_those_that_are_asked():
   for fix in (repairs.columns(8), repairs.greedy()):
     stack = repaired(HALF, fix, w=w, x=x, kept=kept)
     assert int(stack.mask.sum()) == 60 and not np.any(np.asarray(stack.mask[0]) & ~kept)
+  kept = np.ones(W.shape, bool)
+  kept[0, :3] = False  # three of a group, of which 2:4 asks for two
+  stack = repaired(NM(2, 4), repairs.columns(), kept=kept)
+  assert not np.any(np.asarray(stack.mask[0]) & ~kept) and int(stack.mask.sum()) == 11
+
+
+def test_errors_are_spread_alike_by_products_of_any_width(monkeypatch):
+  w, x = wide()
+  factor = hessians.inverse_factor(statistic(x).gram, 0.01)
+  sweep = columns.Sweep(4, 4, lambda scores, start: scores > 0.5)
+  whole = columns.swept(jnp.asarray(w), factor.reversed, sweep)
+  monkeypatch.setattr(columns, '_WIDE', 8)  # K = 20 is no multiple
+  for one, other in zip(whole, columns.swept(jnp.asarray(w), factor.reversed, sweep)):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_factor_by_tiles_is_the_inverse_of_the_hessian(monkeypatch):
+  gram = statistic(wide()[1]).gram[:, :19, :19]  # a shape that no other test compiles
+  monkeypatch.setattr(hessians, '_BLOCK', 8)
+  factor = hessians.inverse_factor(gram, 0.0)
+  assert np.asarray(factor.dead).tolist() == [i == 5 for i in range(19)] and int(factor.raised) == 0
+  inverse = np.float64(factor.upper).T @ np.float64(factor.upper)
+  np.testing.assert_allclose(inverse @ np.float64(hessians.damped(gram[0], 0.0)), np.eye(19), atol=1e-3)
 
 
 def test_least_squares_is_the_optimum_of_its_mask_and_repairs_never_do_worse_than_it():

@@ -115,6 +115,16 @@ def test_a_copied_walk_returns_to_its_site_and_goes_on_with_other_answers():
     steps.answer()
 
 
+def test_positions_compare_in_the_order_of_execution_also_where_a_scan_runs_backwards():
+  backwards = lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p['w'], reverse=True)[0] @ p['head']
+  steps, seen = walk(trace(backwards, (STACK, X))), []
+  while steps.stopped:
+    seen.append(steps.position)
+    assert steps.copy().position == steps.position
+    steps.answer()
+  assert len(seen) == 4 and seen == sorted(set(seen)) and steps.position == ()
+
+
 def test_walks_of_several_batches_go_in_lock_step():
   program = trace(layers, (STACK, X))
   arrays = [(program.arrays[0], program.arrays[1], x) for x in (X, -X)]

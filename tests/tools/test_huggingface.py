@@ -1,0 +1,199 @@
+"""Tests the readers of Hugging Face models against NumPy, and folders that are pruned and written back."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import sparsejax as sj
+from experiments.models import encoders
+from sparsejax import cli, hub, huggingface
+
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(1, 13, (6, 5))
+GPT2 = {'model_type': 'gpt2', 'n_head': 2, 'n_layer': 2, 'n_embd': 8, 'activation_function': 'gelu_new'}
+LLAMA = {'model_type': 'llama', 'num_attention_heads': 4, 'num_key_value_heads': 2, 'num_hidden_layers': 2,
+         'hidden_size': 8, 'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'rope_theta': 1e4, 'pad_token_id': 0}
+
+
+def tensors(shapes, dtype=np.float32):
+  return {name: (RNG.standard_normal(shape) * 0.5).astype(dtype) for name, shape in shapes.items()}
+
+
+def gpt2():
+  shapes = {'wte.weight': (13, 8), 'wpe.weight': (6, 8), 'ln_f.weight': (8,), 'ln_f.bias': (8,)}
+  for i in range(2):
+    for name, sizes in {'attn.c_attn': (8, 24), 'attn.c_proj': (8, 8), 'mlp.c_fc': (8, 32), 'mlp.c_proj': (32, 8),
+                        'ln_1': (8,), 'ln_2': (8,)}.items():
+      shapes |= {f'h.{i}.{name}.weight': sizes, f'h.{i}.{name}.bias': sizes[-1:]}
+  return tensors(shapes)
+
+
+def llama(dtype=np.float32):
+  shapes = {'model.embed_tokens.weight': (13, 8), 'model.norm.weight': (8,), 'lm_head.weight': (13, 8)}
+  for i in range(2):
+    at = f'model.layers.{i}.'
+    shapes |= {f'{at}self_attn.{name}_proj.weight': (n, 8) for name, n in (('q', 8), ('k', 4), ('v', 4), ('o', 8))}
+    shapes |= {f'{at}mlp.gate_proj.weight': (16, 8), f'{at}mlp.up_proj.weight': (16, 8),
+               f'{at}mlp.down_proj.weight': (8, 16), f'{at}input_layernorm.weight': (8,),
+               f'{at}post_attention_layernorm.weight': (8,)}
+  return tensors(shapes, dtype)
+
+
+# The oracles compute the same models in NumPy, position by position.
+
+
+def softmax(x):
+  e = np.exp(x - x.max())
+  return e / e.sum()
+
+
+def attention(q, k, v):
+  """Computes causal attention of one head and one sentence, `[T, D]`."""
+  return np.stack([softmax(k[:t + 1] @ q[t] / np.sqrt(q.shape[1])) @ v[:t + 1] for t in range(len(q))])
+
+
+def heads_of(x, n):
+  return np.split(x, n, -1)
+
+
+def gpt2_in_numpy(p, ids):
+  def norm(x, name):
+    scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return scaled * p[f'{name}.weight'] + p[f'{name}.bias']
+
+  dense = lambda x, name: x @ p[f'{name}.weight'] + p[f'{name}.bias']
+  x = p['wte.weight'][ids] + p['wpe.weight'][:len(ids)]
+  for i in range(2):
+    q, k, v = (heads_of(part, 2) for part in np.split(dense(norm(x, f'h.{i}.ln_1'), f'h.{i}.attn.c_attn'), 3, -1))
+    x = x + dense(np.concatenate([attention(*each) for each in zip(q, k, v)], -1), f'h.{i}.attn.c_proj')
+    h = dense(norm(x, f'h.{i}.ln_2'), f'h.{i}.mlp.c_fc')
+    x = x + dense(0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))), f'h.{i}.mlp.c_proj')
+  return norm(x, 'ln_f') @ p['wte.weight'].T
+
+
+def turned(x):
+  """Rotates the pairs `(i, i + D/2)` of `[T, D]` as complex numbers."""
+  half = x.shape[1] // 2
+  angle = np.arange(len(x))[:, None] * 1e4 ** (-np.arange(half) / half)
+  z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+  return np.concatenate([z.real, z.imag], 1)
+
+
+def llama_in_numpy(p, ids):
+  norm = lambda x, name: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[f'{name}.weight']
+  x = p['model.embed_tokens.weight'][ids]
+  for i in range(2):
+    at = f'model.layers.{i}.'
+    dense = lambda x, name, at=at: x @ p[f'{at}{name}_proj.weight'].T
+    y = norm(x, f'{at}input_layernorm')
+    q, k, v = (heads_of(dense(y, f'self_attn.{name}'), n) for name, n in (('q', 4), ('k', 2), ('v', 2)))
+    y = np.concatenate([attention(turned(q[h]), turned(k[h // 2]), v[h // 2]) for h in range(4)], -1)
+    x = x + dense(y, 'self_attn.o')
+    y = norm(x, f'{at}post_attention_layernorm')
+    gate = dense(y, 'mlp.gate')
+    x = x + dense(gate / (1 + np.exp(-gate)) * dense(y, 'mlp.up'), 'mlp.down')
+  return norm(x, 'model.norm') @ p['lm_head.weight'].T
+
+
+@pytest.mark.parametrize('config, made, oracle', [(GPT2, gpt2, gpt2_in_numpy), (LLAMA, llama, llama_in_numpy)],
+                         ids=['gpt2', 'llama'])
+def test_a_decoder_is_its_formulas_written_out(config, made, oracle):
+  params = made()
+  valid = jnp.ones((2, 5), bool).at[1, 3:].set(False)
+  found = jax.jit(hub.forward(config))(params, jnp.asarray(TOKENS[:2], jnp.int32), valid)
+  wide = {name: value.astype(np.float64) for name, value in params.items()}
+  np.testing.assert_allclose(found[0], oracle(wide, TOKENS[0]), rtol=2e-4, atol=2e-4)
+  np.testing.assert_allclose(found[1, :3], oracle(wide, TOKENS[1, :3]), rtol=2e-4, atol=2e-4)
+
+
+def test_the_pretrained_encoder_gives_its_embeddings(standard_promotion):
+  folder = encoders.folder()
+  config = json.loads((folder / 'config.json').read_text()) | {'num_hidden_layers': 2}
+  params = safetensors.numpy.load_file(folder / 'model.safetensors')
+  tokens = jnp.asarray([[101, 2023, 2003, 102, 0, 0], [101, 2307, 3185, 999, 999, 102]])
+  hidden = jax.jit(hub.forward(config))(params, tokens, tokens != 0)
+  weight = (tokens != 0)[..., None].astype(jnp.float32)
+  pooled = (hidden * weight).sum(1)
+  deeper = {f'block_{i}' for i in range(2, 6)}
+  body = {key: value for key, value in encoders.load_pretrained(folder).items() if key not in deeper}
+  expected = jax.jit(encoders.embed)(body, tokens, tokens != 0)
+  np.testing.assert_allclose(pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True), expected, atol=1e-5)
+
+
+def stored(folder, config, params, parts=1):
+  """Writes a folder of `parts` files, with an index if there are several."""
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps(config))
+  (folder / 'tokenizer.json').write_text('{}')
+  names = list(params)
+  files = ['model.safetensors'] if parts == 1 else [f'model-{i}-of-{parts}.safetensors' for i in range(parts)]
+  where = {name: files[i % parts] for i, name in enumerate(names)}
+  for file in files:
+    safetensors.numpy.save_file({n: params[n] for n in names if where[n] == file}, folder / file, {'format': 'pt'})
+  if parts > 1:
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': where}))
+  return folder
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_sharded_folder_comes_back_in_the_same_layout_with_zeros_in_place(tmp_path, monkeypatch):
+  params = llama(ml_dtypes.bfloat16)
+  folder, out = stored(tmp_path / 'dense', LLAMA, params, parts=2), tmp_path / 'sparse'
+  before, tokens = contents(folder), np.where(TOKENS > 9, 0, TOKENS)
+  with pytest.raises(OSError, match='No space left'), monkeypatch.context() as patched:
+    patched.setattr(huggingface, '_synchronise', full)
+    huggingface.prune_folder(folder, out, sj.recipes.wanda(pattern=sj.NM(2, 4)), tokens)
+  assert [path.name for path in tmp_path.iterdir()] == ['dense']
+  report = huggingface.prune_folder(folder, out, sj.recipes.wanda(pattern=sj.NM(2, 4)), tokens, packed=sj.NM(2, 4))
+  assert contents(folder) == before and {row.rows for row in report.rows} == {int((tokens != 0).sum())}
+  after = contents(out)
+  assert after.keys() == before.keys()
+  assert all(after[name] == before[name] for name in before if name.endswith('.json'))
+  packed = sj.formats.unpack(sj.io.load(tmp_path / 'sparse.packed.safetensors'))
+  flat = dict(zip(*sj.trees.flatten(packed)[:2]))
+  for name in (name for name in before if name.endswith('.safetensors')):
+    old, new = (safetensors.numpy.load_file(each / name) for each in (folder, out))
+    assert list(old) == list(new) and safetensors.safe_open(out / name, 'numpy').metadata() == {'format': 'pt'}
+    for key, value in new.items():
+      np.testing.assert_array_equal(flat[key], value)
+      assert value.dtype == ml_dtypes.bfloat16
+      if '_proj' in key:
+        assert ((value.reshape(len(value), -1, 4) != 0).sum(2) == 2).all()
+        np.testing.assert_array_equal(value[value != 0], old[key][value != 0])
+      else:
+        np.testing.assert_array_equal(value, old[key])
+  with pytest.raises(ValueError, match='is there already'):
+    huggingface.prune_folder(folder, out, sj.recipes.wanda(0.5), tokens)
+
+
+def full(folder):
+  raise OSError(28, 'No space left on device')
+
+
+def test_the_command_prunes_a_folder_and_says_in_one_line_what_is_wrong(tmp_path, capsys):
+  folder = stored(tmp_path / 'dense', GPT2, gpt2())
+  np.save(tmp_path / 'ids.npy', TOKENS)
+  call = lambda *more: cli.main(['prune', str(tmp_path / 'out'), '--model', f'hf:{folder}', '--data',
+                                 str(tmp_path / 'ids.npy'), *more])
+  assert call('--recipe', 'wanda', '--pattern', '2:4') == 0
+  printed = capsys.readouterr()
+  assert 'h.1.mlp.c_proj.weight' in printed.out and '8/8 h.1.mlp.c_proj.weight: 0.5000 zero' in printed.err
+  made = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
+  assert ((made['h.0.attn.c_attn.weight'].reshape(2, 4, 24) != 0).sum(1) == 2).all()
+  assert call() == 2 and 'is there already' in capsys.readouterr().err
+  shutil.rmtree(tmp_path / 'out')
+  assert call('--recipe', 'wnda') == 2 and "Did you mean 'wanda'" in capsys.readouterr().err
+  for config, why in (({'model_type': 'opt'}, "unknown `model_type` 'opt'"),
+                      ({**GPT2, 'activation_function': 'relu'}, "only 'gelu_new' is known")):
+    (folder / 'config.json').write_text(json.dumps(config))
+    assert call('--recipe', 'wanda') == 2
+    assert why in capsys.readouterr().err and not (tmp_path / 'out').exists()
