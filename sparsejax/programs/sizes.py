@@ -36,7 +36,10 @@ def kept_shape(kept: Sequence[np.ndarray]) -> tuple[int, ...]:
 
 
 def taken(x: Array, kept: Sequence[np.ndarray]) -> Array:
-  """Returns what is kept of a whole array."""
+  """Returns what is kept of a whole array. Raises `ValueError` for an array of another shape."""
+  if np.shape(x) != tuple(map(len, kept)):
+    raise ValueError(f'sizes.taken: an array of shape {np.shape(x)} is not the whole of shape {tuple(map(len, kept))}; '
+                     'the operation before has no function in RESIZED. Please report the program.')
   for axis, dim in enumerate(kept):
     if not dim.all():
       x = jnp.take(x, np.flatnonzero(dim), axis)
@@ -149,6 +152,11 @@ def _gathered(eqn: Any, values: Sequence[Any], sizes: Sizes) -> list[Any]:
   return _again(eqn, values, slice_sizes=new)
 
 
+def _tiled(eqn: Any, values: Sequence[Any], sizes: Sizes) -> list[Any]:
+  pairs = zip(kept_shape(sizes.results[0]), kept_shape(sizes.operands[0]))
+  return _again(eqn, values, reps=tuple(result // operand for result, operand in pairs))
+
+
 def _convolved(eqn: Any, values: Sequence[Any], sizes: Sizes) -> list[Any]:
   numbers = jaxprs.convolution(eqn)
   groups = values[0].shape[numbers.lhs[1]] // values[1].shape[numbers.rhs[1]]
@@ -158,4 +166,4 @@ def _convolved(eqn: Any, values: Sequence[Any], sizes: Sizes) -> list[Any]:
 Resized = Callable[[Any, Sequence[Any], Sizes], list[Any]]
 RESIZED: dict[str, Resized] = {
   'reshape': _reshape, 'broadcast_in_dim': _broadcast, 'slice': _slice, 'split': _split, 'gather': _gathered,
-  'dynamic_slice': _gathered, 'conv_general_dilated': _convolved}
+  'dynamic_slice': _gathered, 'tile': _tiled, 'conv_general_dilated': _convolved}

@@ -122,8 +122,8 @@ class Groups(Mapping[str, UnitGroup]):
 
   def __str__(self) -> str:
     ordered = lambda group: sorted(group.members, key=lambda member: (PRODUCED, CONTRACTED, BESIDE).index(member.side))
-    rows = [(group.name, f'{group.size}' + f' in each of {group.layers} layers' * bool(group.layers), f'{group.weights:,}', _some(member.name for member in ordered(group)))
-            for group in self.values()]
+    rows = [(group.name, f'{group.size}' + f' in each of {group.layers} layers' * bool(group.layers),
+             f'{group.weights:,}', _some(member.name for member in ordered(group))) for group in self.values()]
     lines = [tables.aligned(('group', 'units', 'weights a unit', 'members'), rows, right=(1, 2), rule=False)]
     reasons: dict[str, list[str]] = {}
     for name, why in self.pinned.items():
@@ -168,7 +168,8 @@ def _some(names: Iterable[str], most: int = 6) -> str:
 def _struct(leaf: Any) -> Any:
   if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype') or isinstance(leaf, np.generic):
     return leaf
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if isinstance(leaf, np.ndarray) else leaf.dtype
+  return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def _grouped(reading: Reading, uses: Contractions) -> dict[str, UnitGroup]:

@@ -26,8 +26,8 @@ from sparsejax.types import PyTree
 class Cut(NamedTuple):
   """A `Cut` holds smaller parameters, the function that runs on them, and what is kept of the large parameters.
 
-  `kept` maps 'path:axis' to `bool[n]`, for each axis that is shorter now, or to `bool[layers, n]`. `apply` is the user's
-  own function if its program on the smaller parameters is that of the function that `cut` makes; see `smaller`.
+  `kept` maps 'path:axis' to `bool[n]`, for each axis that is shorter now, or to `bool[layers, n]`. `apply` is the
+  user's own function if its program on the smaller parameters is that of the function that `cut` makes.
   """
 
   params: PyTree

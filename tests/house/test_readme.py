@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / 'README.md'
 # The pages continue the README, and each other, in this order: a block may use the names of the blocks before it.
 PAGES = [ROOT / 'docs' / f'{name}.md' for name in ('training', 'recipes', 'packed', 'experiments', 'measured', 'words',
-                                               'scale')]
+                                               'scale', 'structured')]
 TEXTS = {path: path.read_text() for path in (README, *PAGES)}
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures('standard_promotion')
 
 def made(program):
   shapes, apply, inputs, groups = program()
-  inputs = [x if isinstance(x, np.ndarray) else ints(x, 99) for x in inputs]
+  inputs = [jnp.asarray(x) if isinstance(x, np.ndarray) else ints(x, 99) for x in inputs]
   return apply, params_of(shapes), inputs, groups
 
 

@@ -276,6 +276,19 @@ def recurrent():
 
 
 @program
+def constants():
+  """Constants that a function closes over have no axis of their own: what is left of them is taken at each use."""
+  scales, start = ints((6,), 5), ints((2, 5), 6)
+
+  def apply(p, x):
+    step = lambda h, x: (jnp.tanh(relu(x @ p['a'] * scales) @ p['i'] + h @ p['w']), None)
+    return lax.scan(step, start, x)[0] @ p['c']
+
+  return {'a': (3, 6), 'i': (6, 5), 'w': (5, 5), 'c': (5, 2)}, apply, [(4, 2, 3)], [
+    (6, same('a:1', 'i:0')), (5, same('i:1', 'w:0', 'w:1', 'c:0'))]
+
+
+@program
 def branches():
   """Both branches of a `cond` give one value."""
   def apply(p, x):
@@ -359,6 +372,13 @@ def nested_concatenations():
   return {'a': (4, 2), 'b': (4, 3), 'c': (4, 2), 'o': (9, 2)}, apply, [(2, 4)], [
     (2, {'a:1': at(0), 'o:0': both(at(0), at(7))}), (3, {'b:1': at(0), 'o:0': at(2)}),
     (2, {'c:1': at(0), 'o:0': at(5)})]
+
+
+@program
+def tiled():
+  """A copy of all channels may go, or a channel of all copies."""
+  apply = lambda p, x: jnp.tile(jnp.tanh(x @ p['a']), (1, 3)) @ p['c']
+  return {'a': (4, 2), 'c': (6, 3)}, apply, [(2, 4)], [(3, {'c:0': run(2)}), (2, {'a:1': at(0), 'c:0': comb(3, 2)})]
 
 
 @program
