@@ -126,11 +126,14 @@ def _settings(grid: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
 
 
 def _arms(config: ConfigDict, grid: Mapping[str, Any], setting: Mapping[str, str | None]) -> Iterator[Arm]:
+  data_dir = config.data.data_dir
   if setting['task'] is not None:
     config = configs.merged(config, grid['task'][setting['task']])
   for axis in ('data', 'model'):
     if setting[axis] is not None:
       config = configs.merged(config, {axis: grid[axis][setting[axis]]})
+  if config.data.data_dir is None and config.data.name not in ('digits', configs.OWN):  # Digits would be written there.
+    config = configs.merged(config, {'data': {**config.data, 'data_dir': data_dir}})
   if grid['seed']:
     config = configs.merged(config, {'seeds': grid['seed']})
   rates = (None,) if grid['tuning'] else grid['learning_rate'] or (None,)

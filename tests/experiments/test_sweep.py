@@ -20,7 +20,7 @@ from experiments import configs, sweep, train
 from experiments.loop import records, runs, training
 from experiments.sweep import board, engine, grids, ledger
 from experiments.tables import paired, sweeps
-from sparsejax import trees
+from sparsejax import recipes, trees
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
@@ -91,6 +91,25 @@ def test_a_grid_that_makes_no_sense_is_refused_before_any_run(tmp_path, grid, wo
     sweep.run(toy(), tmp_path / 'sweep', grid)
   assert all(word in str(error.value) for word in words), error.value
   assert not (tmp_path / 'sweep').exists()
+
+
+SWEEPS = sorted((pathlib.Path(__file__).parents[2] / 'experiments/configs/sweeps').glob('[a-z]*.py'))
+
+
+@pytest.mark.parametrize('path', SWEEPS, ids=lambda path: path.stem)
+def test_every_recipe_of_a_sweep_that_ships_is_made_for_each_pattern(path):
+  config, grid = sweep.load(path)
+  arms = grids.arms(config, grids.read(grid, config))
+  assert len({arm.place for arm in arms}) == len(arms) > 100
+  for arm in arms:
+    recipe, = configs.plain(arm.config)['recipes'].values()
+    recipes.from_config(optax.sgd(0.1), recipe, total_steps=arm.config.steps)
+  changed, hours = sweep.load(path, ['sweep.cpu_hours=3', 'data.data_dir=/x'])
+  assert hours['cpu_hours'] == 3 and changed.data.data_dir == '/x'
+  places = {arm.config.data.name: arm.config.data.data_dir for arm in grids.arms(changed, grids.read(hours, changed))}
+  assert places == {'tiny_shakespeare': '/x', 'cifar10': '/x', 'digits': None}
+  with pytest.raises(ValueError, match='sweep.cpu_hours=many'):
+    sweep.load(path, ['sweep.cpu_hours=many'])
 
 
 # Running.
