@@ -173,7 +173,7 @@ def test_another_config_and_a_second_sweep_are_refused(swept, tmp_path):
   workdir, _ = swept
   with pytest.raises(ValueError, match='cell SR-STE/1of4/rate-0.01 .* another config .steps: 4 -> 6'):
     sweep.run(toy(steps=6), workdir, GRID)
-  with ledger.opened(tmp_path):
+  with ledger.locked(tmp_path):
     with pytest.raises(ValueError, match='another sweep runs in'):
       sweep.run(toy(), tmp_path)
 
@@ -257,7 +257,7 @@ def test_own_model_trains_sparse_as_by_hand(kind, tmp_path):
   run, = runs.build(setup, {SR: tmp_path}).values()
   assert run.sparse == [path]
   start = dict(zip(*trees.flatten(run.start().params)[:2]))
-  assert (start[path] == 0).mean() == 0.75 and not np.array_equal(*start[path])  # one draw a seed
+  assert (start[path] == 0).mean() == 0.75 and not np.array_equal(*start[path])  # Each seed draws its own.
   made = model(jax.random.key(5)) if kind in ('nnx', 'equinox') else None
   outputs = run.model.apply(jax.tree.map(lambda leaf: leaf[1], setup.models[SR].initial()), SPLITS['test'][0])
   by_hand = {'nnx': lambda: made(SPLITS['test'][0]), 'equinox': lambda: jax.vmap(made)(SPLITS['test'][0])}.get(kind)
@@ -407,7 +407,7 @@ def test_the_report_is_complete_and_its_page_needs_nothing_from_outside(swept):
 
 
 def test_holm_and_paired_differences():
-  # By hand: 0.01 x 4, then max(0.04, 0.02 x 3), then 0.03 x 2 and 0.04 x 1 below it.
+  # The values by hand are 0.01 x 4, then max(0.04, 0.02 x 3), then 0.03 x 2 and 0.04 x 1, which are not larger.
   np.testing.assert_allclose(paired.holm([0.03, 0.01, float('nan'), 0.04, 0.02]), [0.06, 0.04, np.nan, 0.06, 0.06])
   assert paired.holm([0.9, 0.8]) == [1.0, 1.0] and paired.holm([]) == []
   pair = paired.paired([1.0, 2.0, 4.0], [0.0, 2.0, 2.0])  # differences 1, 0, 2: t = sqrt(3), 2 degrees of freedom

@@ -1,13 +1,13 @@
-r"""Sweeps the N:M recipes from 2:4 to 1:32 on three tasks, to test progressive gradient flow where it claims to win.
+r"""The sweep trains N:M recipes from 2:4 to 1:32 on three tasks, to test progressive gradient flow on its own ground.
 
     .venv/bin/python -m experiments.sweep --config experiments/configs/sweeps/progressive_gradient_flow.py \
         --workdir runs/progressive --data_dir /where/tfds/prepared/them
 
 Written down before any run, and not to be changed after one:
 
-- Tasks, none of them saturated. `lm`: bytes of Tiny Shakespeare, loss in nats, 750 steps, 5 seeds. `digits`: a ViT after
-  120 steps, where dense reaches 94 %, 5 seeds. `cifar`: a ViT on JPEG copies of CIFAR-10, so that an accuracy is not
-  comparable to one on the original pixels in the last percent, 600 steps, 3 seeds.
+- No task is saturated. `lm`: bytes of Tiny Shakespeare, loss in nats, 750 steps, 5 seeds. `digits`: a ViT after 120
+  steps, where dense reaches 94 %, 5 seeds. `cifar`: a ViT on CIFAR-10, 600 steps, 3 seeds. The images are JPEG copies,
+  so an accuracy is not comparable to one on the original pixels in the last percent.
 - All matrices of the blocks are sparse, attention included. Embeddings, positions, norms and the head are dense.
 - The learning rate of each recipe and task is the best of three on the validation split, at 1:16 and on two seeds of
   their own: the same budget for all. The metric of the verdicts is the test loss, and the baseline is SR-STE.
