@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
       'num_classes': None,  # of own data; None: the largest label plus one
   }
   config.model = {'name': 'vit'}
-  # A model of one's own: `config.model = make`, see `experiments.models.own`.
+  # A model of the user's own is given as `config.model = make`, see `experiments.models.own`.
   config.models = {}  # changes of `model` for single runs: {'wide': {'width': 128}}
   config.optimizer = {
       'name': 'adamw',
@@ -41,8 +41,8 @@ def get_config() -> ConfigDict:
       'options': {},  # further keyword arguments of the optimizer: {'b2': 0.95}, {'momentum': 0.9}
   }
   config.optimizers = {}  # changes of `optimizer` for single runs: {'SET': {'name': 'sgd'}}
-  # Functions (outputs, labels) -> `[B]` or `[B, T]`, a number for each label. None: those of `data.task`. A larger
-  # score is better. With a score of one's own the records call it `score`.
+  # `loss` and `score` are functions (outputs, labels) -> `[B]` or `[B, T]`, a number for each label. `None` stands for
+  # the functions of `data.task`. A larger score is better.
   config.loss = None
   config.score = None
   # Each entry is one run; they run in this order. The first run is the baseline of the differences in the results.

@@ -19,7 +19,7 @@ def sparse_paths(masks: PyTree, params: PyTree) -> list[str]:
 
 
 def noisy_paths(globs: Sequence[str] | None, params: PyTree, sparse: Sequence[str]) -> list[str]:
-  """Returns the paths of the leaves whose gradient noise is measured: those that match `globs`, or else `sparse`."""
+  """Returns the paths of the leaves whose gradient noise is measured: all that match `globs`, or else `sparse`."""
   if globs is None:
     return list(sparse)
   names, picked = trees.flatten(params)[0], trees.select('config: noise', trees.named(*globs), params)

@@ -1,4 +1,4 @@
-r"""Sweeps a grid: recipe x pattern x model x data x learning rate x seed, from one config, on the loop of `train`.
+r"""A sweep runs a grid of recipe x pattern x model x data x learning rate x seed on the loop of `experiments.train`.
 
     python -m experiments.sweep --config my.py --workdir runs/mine [--set key=value] [--set sweep.cpu_hours=2]
 
@@ -33,7 +33,7 @@ from experiments.loop.shared import Shared
 from experiments.loop.stopping import StopRequest
 from experiments.sweep import engine, grids
 from experiments.sweep.board import Board
-from experiments.sweep.ledger import opened
+from experiments.sweep.ledger import locked
 from experiments.tables import pages
 from experiments.tables import sweeps as tables
 from experiments.tables.sweeps import Findings
@@ -75,8 +75,8 @@ def run(config: ConfigDict | Mapping[str, Any] | str | os.PathLike, workdir: str
   """Runs what is not finished of a sweep, writes and prints its report, and returns the findings.
 
   `config` is a config, a dict of its keys, or the path of a config file, whose grid is used if `grid` is `None`. The
-  files go to `workdir`. Raises `ValueError` for an unknown axis and where another sweep runs in `workdir`, and
-  `training.Stopped` where Ctrl-C or SIGTERM stopped the sweep; the same call goes on.
+  files go to `workdir`. Raises `ValueError` for an unknown axis, and where another sweep runs in `workdir`. Raises
+  `training.Stopped` where Ctrl-C or SIGTERM stopped the sweep. The same call then goes on.
   """
   if not hosts.alone():
     raise ValueError('sweep: runs in one process only; leave --distributed out.')
@@ -88,7 +88,7 @@ def run(config: ConfigDict | Mapping[str, Any] | str | os.PathLike, workdir: str
   arms = grids.arms(config, grid)
   for arm in arms:
     grids.metric(arm.config, grid['metric'])
-  with opened(workdir) as ledger, _shared_programs(workdir):
+  with locked(workdir) as ledger, _shared_programs(workdir):
     began, console = time.monotonic(), training.console()
     with Board(arms, engine.planned(arms, grid), grid['metric'], console) as board:
       with contextlib.nullcontext(request) if request else StopRequest() as stop:

@@ -48,7 +48,7 @@ class Board:
     if self._console.is_terminal:
       self._live.stop()
 
-  # What `training.run` calls.
+  # `training.run` calls the methods that follow.
 
   def say(self, line: str) -> None:
     """Prints a line that stays on the screen."""
@@ -69,7 +69,7 @@ class Board:
     if self._phase == 'test':
       self._cells[self._arm.place] = f'{done / self._arm.config.steps:.0%}'
 
-  # What the engine calls.
+  # The engine calls the methods that follow.
 
   def begin(self, arm: Arm, phase: str) -> None:
     """Notes that the cell `arm` runs now, in one of the phases `tuning`, `test` and `flops`."""

@@ -6,8 +6,8 @@ The line of a finished cell, as the ledger keeps it, has these keys:
   `pattern`, `learning_rate`.
 - `status`: `done`, `refused` (by the data, the model or the recipe) or `diverged` (a number is not finite); `reason`.
 - `config`; `rate`, the peak of the learning rate; `steps`, `seeds`; `wall` and `cpu`, the seconds that the cell took.
-- If done: `scores` by name, a number for each seed; `split`; `metric_task`; `seconds`, `asked`, `achieved`,
-  `training_flops`, `inference_flops`, `environment`, and `curve`, the records of the run, means over the seeds.
+- `scores` of a cell that is done, by name, a number for each seed, on `split`. `metric_task` is the name of the task.
+  `seconds`, sparsities, FLOPs and `environment` are the outcome's. `curve` holds the records, means over the seeds.
 - `tuning`, of a tested cell: the validation metric of each rate, the best rate, and whether it is the first or last.
 """
 
@@ -219,7 +219,7 @@ def _curve(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[Any]]:
   count = min(map(len, runs))
   points = min(count, POINTS)
   chosen = {count - 1 - round(i * count / points) for i in range(points)}
-  # What is recorded more rarely, such as validation, stays whole.
+  # Records with a validation are rare, and stay whole.
   rare = {i for i in range(count) if any(key.startswith('valid_') for key in runs[0][i])}
   keys = dict.fromkeys(key for record in runs[0] for key in record if key != 'step')
   places = sorted({*chosen, *rare})

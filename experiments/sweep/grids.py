@@ -1,4 +1,4 @@
-"""Turns a config and a grid into cells: one run each, of all seeds, with a place of its own and an ordinary config.
+"""Turns a config and a grid into cells. A cell is one run of all seeds, with its own place and an ordinary config.
 
     grid = read({'pattern': ['1:4', '1:8'], 'learning_rate': [1e-3, 3e-3], 'tuning': {'seeds': (100, 101)}}, config)
     for arm in arms(config, grid):
@@ -20,7 +20,7 @@ from experiments.loop import tasks
 from sparsejax import errors, patterns, recipes
 
 AXES = {
-    'recipe': None,  # recipes by name; None: those of the config
+    'recipe': None,  # recipes by name; None: the recipes of the config
     'pattern': (),  # 'N:M'
     'model': {},  # by name: a section `model`, or a model of the user's own
     'data': {},  # by name: a section `data`, or the user's own splits
@@ -31,9 +31,9 @@ AXES = {
 OPTIONS = {
     'optimizer': {},  # by name of the recipe: changes of the section `optimizer`
     'tuning': None,  # {'seeds': seeds of their own, 'steps': None for those of the config, 'pattern': None for each}
-    'metric': 'loss',  # what the verdicts are about: 'loss', or the name of the task's score
+    'metric': 'loss',  # of the verdicts: 'loss', or the name of the task's score
     'baseline': None,  # the recipe that the others are compared with; None: the first
-    'order': (),  # what runs first: a list of {axis: values}; what matches none of them runs last
+    'order': (),  # a list of {axis: values}: the cells that match the first run first, and others last
     'equal_flops': False,  # runs each arm once more, with the steps at which its training FLOPs are the baseline's
     'cpu_hours': None,  # after which no further cell begins; the report names what is left out
     'pack': None,  # seeds that train together; None: all, or as many as the memory holds
@@ -126,11 +126,14 @@ def _settings(grid: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
 
 
 def _arms(config: ConfigDict, grid: Mapping[str, Any], setting: Mapping[str, str | None]) -> Iterator[Arm]:
+  data_dir = config.data.data_dir
   if setting['task'] is not None:
     config = configs.merged(config, grid['task'][setting['task']])
   for axis in ('data', 'model'):
     if setting[axis] is not None:
       config = configs.merged(config, {axis: grid[axis][setting[axis]]})
+  if config.data.data_dir is None and config.data.name not in ('digits', configs.OWN):  # Digits would be written there.
+    config = configs.merged(config, {'data': {**config.data, 'data_dir': data_dir}})
   if grid['seed']:
     config = configs.merged(config, {'seeds': grid['seed']})
   rates = (None,) if grid['tuning'] else grid['learning_rate'] or (None,)

@@ -1,6 +1,6 @@
 """Keeps the finished cells of a sweep as JSON lines, one sweep in a folder at a time.
 
-    with opened(workdir) as ledger:
+    with locked(workdir) as ledger:
       ledger.add('SR-STE/1of8', {'status': 'done', ...})
     ledger['SR-STE/1of8']['status']    # 'done', also after a kill
 """
@@ -49,7 +49,7 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def opened(workdir: pathlib.Path) -> Iterator[Ledger]:
+def locked(workdir: pathlib.Path) -> Iterator[Ledger]:
   """Yields the ledger in `workdir`. Raises `ValueError` if another process has the ledger open."""
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / LOCK).open('w') as lock:

@@ -42,7 +42,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-  """Returns the p-values adjusted for all comparisons together (Holm 1979): those below `LEVEL` hold all at once.
+  """Returns the p-values adjusted for all comparisons together (Holm 1979): all below `LEVEL` hold at once.
 
   The k-th smallest of n is multiplied by n - k + 1, is at least the adjusted value before, and at most 1. A NaN stays
   NaN and does not count among the n.

@@ -31,7 +31,7 @@ class Findings(NamedTuple):
 
   @property
   def tested(self) -> list[Line]:
-    """The lines of the tested runs: those of the same steps, then those of the same FLOPs."""
+    """The lines of the tested runs: first the runs of the same steps, then the runs of the same FLOPs."""
     return sorted((line for line in self.lines if line['phase'] != 'tuning'), key=lambda line: line['phase'] == 'flops')
 
   @property
@@ -117,8 +117,7 @@ def _name_columns() -> pages.Columns:
 
 def _table(columns: pages.Columns, lines: Sequence[Line]) -> pages.Table:
   """Returns the table of `lines`, with a row that names the setting and the phase above those that share both."""
-  heads = lambda line: ' '.join(part for part in (setting(line), '(equal FLOPs)' if line['phase'] == 'flops' else '')
-                                if part)
+  heads = lambda line: f'{setting(line)}{" (equal FLOPs)" if line["phase"] == "flops" else ""}'.strip()
   cells = []
   for head in dict.fromkeys(map(heads, lines)):
     cells += [[head, *[''] * (len(columns) - 1)]] if head else []

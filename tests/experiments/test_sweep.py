@@ -20,7 +20,7 @@ from experiments import configs, sweep, train
 from experiments.loop import records, runs, training
 from experiments.sweep import board, engine, grids, ledger
 from experiments.tables import paired, sweeps
-from sparsejax import trees
+from sparsejax import recipes, trees
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
@@ -93,6 +93,25 @@ def test_a_grid_that_makes_no_sense_is_refused_before_any_run(tmp_path, grid, wo
   assert not (tmp_path / 'sweep').exists()
 
 
+SWEEPS = sorted((pathlib.Path(__file__).parents[2] / 'experiments/configs/sweeps').glob('[a-z]*.py'))
+
+
+@pytest.mark.parametrize('path', SWEEPS, ids=lambda path: path.stem)
+def test_every_recipe_of_a_sweep_that_ships_is_made_for_each_pattern(path):
+  config, grid = sweep.load(path)
+  arms = grids.arms(config, grids.read(grid, config))
+  assert len({arm.place for arm in arms}) == len(arms) > 100
+  for arm in arms:
+    recipe, = configs.plain(arm.config)['recipes'].values()
+    recipes.from_config(optax.sgd(0.1), recipe, total_steps=arm.config.steps)
+  changed, hours = sweep.load(path, ['sweep.cpu_hours=3', 'data.data_dir=/x'])
+  assert hours['cpu_hours'] == 3 and changed.data.data_dir == '/x'
+  places = {arm.config.data.name: arm.config.data.data_dir for arm in grids.arms(changed, grids.read(hours, changed))}
+  assert places == {'tiny_shakespeare': '/x', 'cifar10': '/x', 'digits': None}
+  with pytest.raises(ValueError, match='sweep.cpu_hours=many'):
+    sweep.load(path, ['sweep.cpu_hours=many'])
+
+
 # Running.
 
 
@@ -154,7 +173,7 @@ def test_another_config_and_a_second_sweep_are_refused(swept, tmp_path):
   workdir, _ = swept
   with pytest.raises(ValueError, match='cell SR-STE/1of4/rate-0.01 .* another config .steps: 4 -> 6'):
     sweep.run(toy(steps=6), workdir, GRID)
-  with ledger.opened(tmp_path):
+  with ledger.locked(tmp_path):
     with pytest.raises(ValueError, match='another sweep runs in'):
       sweep.run(toy(), tmp_path)
 
@@ -238,7 +257,7 @@ def test_own_model_trains_sparse_as_by_hand(kind, tmp_path):
   run, = runs.build(setup, {SR: tmp_path}).values()
   assert run.sparse == [path]
   start = dict(zip(*trees.flatten(run.start().params)[:2]))
-  assert (start[path] == 0).mean() == 0.75 and not np.array_equal(*start[path])  # one draw a seed
+  assert (start[path] == 0).mean() == 0.75 and not np.array_equal(*start[path])  # Each seed draws its own.
   made = model(jax.random.key(5)) if kind in ('nnx', 'equinox') else None
   outputs = run.model.apply(jax.tree.map(lambda leaf: leaf[1], setup.models[SR].initial()), SPLITS['test'][0])
   by_hand = {'nnx': lambda: made(SPLITS['test'][0]), 'equinox': lambda: jax.vmap(made)(SPLITS['test'][0])}.get(kind)
@@ -388,7 +407,7 @@ def test_the_report_is_complete_and_its_page_needs_nothing_from_outside(swept):
 
 
 def test_holm_and_paired_differences():
-  # By hand: 0.01 x 4, then max(0.04, 0.02 x 3), then 0.03 x 2 and 0.04 x 1 below it.
+  # The values by hand are 0.01 x 4, then max(0.04, 0.02 x 3), then 0.03 x 2 and 0.04 x 1, which are not larger.
   np.testing.assert_allclose(paired.holm([0.03, 0.01, float('nan'), 0.04, 0.02]), [0.06, 0.04, np.nan, 0.06, 0.06])
   assert paired.holm([0.9, 0.8]) == [1.0, 1.0] and paired.holm([]) == []
   pair = paired.paired([1.0, 2.0, 4.0], [0.0, 2.0, 2.0])  # differences 1, 0, 2: t = sqrt(3), 2 degrees of freedom
