@@ -42,12 +42,7 @@ SPARSEJAX = (
     tuple(FAMILIES),
     ('recipes',),
     ('reports', 'advice'),
-<<<<<<< HEAD
-    ('checkpoints',),
-=======
-    ('io',),
     ('checkpoints', 'huggingface'),
->>>>>>> p1
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
 )
@@ -72,8 +67,9 @@ EXPERIMENTS = (
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
 INSIDE = {
-    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'sizes', 'structures'), ('views', 'follow', 'evaluate'),
-                           ('contractions', 'origins'), ('operands', 'arrangements'), ('replace',)),
+    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'sizes', 'structures'),
+                           ('views', 'follow', 'evaluate'), ('contractions', 'origins'), ('operands', 'arrangements'),
+                           ('replace', 'again')),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
@@ -81,12 +77,9 @@ INSIDE = {
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim'),
                                 ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'inputs', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),
-<<<<<<< HEAD
     'sparsejax.structured': (('dimensions',), ('reading', 'same'), ('elementwise',), ('moving', 'picking', 'layers'),
                              ('rules',), ('groups', 'smaller'), ('removal',), ('training', 'proof', 'files')),
-=======
     'sparsejax.hub': (('layers',), ('bert', 'gpt2', 'llama')),
->>>>>>> p1
     'sparsejax.advice': (('measured',), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
                      ('saving', 'loading')),
