@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+from scipy import special
 
 from experiments.tables import pages
 
@@ -38,7 +38,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
   error = differences.std(ddof=1) / np.sqrt(count)
   if not error:  # All seeds differ by the same number, which is no chance unless the number is zero.
     return Paired(mean, half, float(mean == 0))
-  return Paired(mean, half, float(2 * scipy.stats.t.sf(abs(mean / error), count - 1)))
+  return Paired(mean, half, float(2 * special.stdtr(count - 1, -abs(mean / error))))
 
 
 def holm(values: Sequence[float]) -> list[float]:
