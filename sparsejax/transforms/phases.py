@@ -315,10 +315,16 @@ def began(method: Method, leaves: Leaves, params: PyTree) -> Point:
   else:
     level = method.selection.threshold
     stats = [trees.DENSE if level is None else jnp.float32(level) for _ in weights]
-  point = Point(weights, [neighbours.everywhere(w) for w in weights], stats, None)
+  point = Point(weights, _whole(weights), stats, None)
   if not method.allow_empty:
     refusals.refuse_empty(leaves.plan)
   return point if method.dense_steps else first_masks(method, leaves, params, point)
+
+
+@functools.partial(jax.jit, inline=True)
+def _whole(weights: list[Array]) -> list[Array]:
+  """Returns masks that keep everything, by a single program outside of `jit` too."""
+  return [neighbours.everywhere(w) for w in weights]
 
 
 def first_masks(method: Method, leaves: Leaves, params: PyTree, point: Point) -> Point:
