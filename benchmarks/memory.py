@@ -12,7 +12,7 @@ from benchmarks.timing import Measurement
 # A bar counts the bytes for each sparse weight over dense: a mask of one byte, and a float32 master of four bytes.
 # With bfloat16 parameters, each of AdamW's two moments takes two bytes more: the optimizer updates the float32 master.
 BARS = {'float32': {'sr_ste': 5.001, 'mdgf': 5.001, 'asp': 1.001}, 'bfloat16': {'sr_ste': 9.001, 'asp': 1.001}}
-# What a recipe keeps (the mask, a master, the memory of its score), and four bytes in which masks are chosen.
+# A bar counts what a recipe keeps (mask, master, memory of its score), and four bytes in which masks are chosen.
 MOVING = {'set_': 5.001, 'rigl': 5.001, 'snfs': 9.001, 'movement_pruning': 13.001, 'soft_movement_pruning': 21.001}
 
 

@@ -48,7 +48,8 @@ class BitmaskArray(arrays.PackedArray):
     if misfit := misfits.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
     kept = arrays.stored_entries(w, None, signed_zeros)
-    return cls(jnp.asarray(arrays.entries_at(np.asarray(w), kept)), jnp.asarray(np.packbits(kept, bitorder='little')), tuple(w.shape))
+    values, mask = arrays.entries_at(np.asarray(w), kept), np.packbits(kept, bitorder='little')
+    return cls(jnp.asarray(values), jnp.asarray(mask), tuple(w.shape))
 
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):

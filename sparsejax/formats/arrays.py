@@ -323,7 +323,7 @@ def stored_entries(w: Array, mask: Array | None = None, signed_zeros: bool = Fal
     return np.asarray(mask)
   w = np.asarray(w)
   if w.dtype.kind == 'f' and not signed_zeros:
-    return w != 0  # one pass; only NumPy's own dtypes are compared fast
+    return w != 0  # NumPy compares only its own dtypes fast
   bits = w.view(f'u{w.dtype.itemsize}')
   stored, negative = bits != 0, zeros.minus_zero(w.dtype)
   if negative and not signed_zeros:

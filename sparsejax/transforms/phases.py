@@ -149,8 +149,8 @@ def _moved(call: Call, point: Point, moves: PyTree) -> list[Array]:
   return [(w + u).astype(w.dtype) for w, u in zip(point.weights, call.leaves.pick(moves))]
 
 
-class Choice(NamedTuple):
-  """A `Choice` is what leaves the branch that chooses masks.
+class Refreshed(NamedTuple):
+  """A `Refreshed` is what leaves the branch that chooses masks.
 
   `thresholds`: `None` if the selection has none. `slots`: the slots of the optimizer that are made fresh. `weights`:
   the weights before the step, if they are to be overwritten after the choice and not before it, else nothing.
@@ -176,7 +176,7 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
   inner, structure = jax.tree.flatten(point.inner)
   slots = call.leaves.slots(point.inner) if method.slots == 'fresh' else {}
   thresholds = None if method.selection.threshold is None else point.stats
-  old = Choice(point.masks, thresholds, [inner[i] for i in slots], point.weights if ordered else [])
+  old = Refreshed(point.masks, thresholds, [inner[i] for i in slots], point.weights if ordered else [])
   # JAX leaves out of the branches what both return as they got it, but for the barrier.
   choose = lambda: _choice(call, point._replace(weights=weights()), slots)._replace(
       weights=jax.lax.optimization_barrier(old.weights))
@@ -194,17 +194,17 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
   return Point(new.weights if ordered else point.weights, new.masks, stats, jax.tree.unflatten(structure, inner))
 
 
-def _choice(call: Call, point: Point, slots: Mapping[int, int]) -> Choice:
+def _choice(call: Call, point: Point, slots: Mapping[int, int]) -> Refreshed:
   """Returns the masks that the selection chooses, and the slots, fresh at the weights that have just grown."""
   method, leaves = call.method, call.leaves
   new = _selected(method.selection, leaves, point, _signals(call, point, call.step))
   thresholds = None if method.selection.threshold is None else new.stats
   if not slots:
-    return Choice(new.masks, thresholds, [], [])
+    return Refreshed(new.masks, thresholds, [], [])
   grown = [now & ~before for now, before in zip(new.masks, point.masks)]
   fresh = jax.tree.leaves(method.inner.init(leaves.put(point.weights, call.params)))
   held = jax.tree.leaves(point.inner)
-  return Choice(new.masks, thresholds, [jnp.where(grown[k], fresh[i], held[i]) for i, k in slots.items()], [])
+  return Refreshed(new.masks, thresholds, [jnp.where(grown[k], fresh[i], held[i]) for i, k in slots.items()], [])
 
 
 def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:

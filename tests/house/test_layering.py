@@ -67,8 +67,8 @@ EXPERIMENTS = (
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
 INSIDE = {
-    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'), ('views', 'follow', 'evaluate'),
-                           ('contractions',), ('operands',), ('replace',)),
+    'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'structures'),
+                           ('views', 'follow', 'evaluate', 'again'), ('contractions',), ('operands',), ('replace',)),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
