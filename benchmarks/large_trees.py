@@ -1,4 +1,4 @@
-"""Measures the start of a training outside of `jit`: `init` of 100 million weights, and the first calls on a small model.
+"""Measures the start of a training outside of `jit`: `init` of 100 million weights, and first calls on a small model.
 
 The weights are 25 matrices of 2048 x 2048. `init` is compared with that of AdamW alone. The small model has the
 parameters of a vision transformer of six layers, 64 wide. Its first `init` and its first `update` compile everything
@@ -26,7 +26,8 @@ def run(rounds: int = 5, names: Sequence[str] = NAMES, shape: tuple[int, ...] = 
   jax.config.update('jax_enable_compilation_cache', False)
   keys = jax.random.split(jax.random.key(0), leaves)
   params = {f'layer_{i}': {'kernel': jax.random.normal(key, shape)} for i, key in enumerate(keys)}
-  starts = {name: lambda tx=compile_time.make(name): jax.tree.leaves(tx.init(params)) for name in ('dense', *names)}
+  makers = {name: compile_time.make(name) for name in ('dense', *names)}
+  starts = {name: lambda tx=tx: jax.tree.leaves(tx.init(params)) for name, tx in makers.items()}
   seconds = list(timing.take_turns(starts, min(rounds, 5)))
   for name in names:
     what = f'{name}: init of {leaves * shape[0] * shape[1]} weights, over AdamW'

@@ -177,9 +177,7 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
   slots = call.leaves.slots(point.inner) if method.slots == 'fresh' else {}
   thresholds = None if method.selection.threshold is None else point.stats
   old = Refreshed(point.masks, thresholds, [inner[i] for i in slots], point.weights if ordered else [])
-  # JAX leaves out of the branches what both return as they got it, but for the barrier.
-  choose = lambda: _choice(call, point._replace(weights=weights()), slots)._replace(
-      weights=jax.lax.optimization_barrier(old.weights))
+  choose = lambda: _choice(call, point._replace(weights=weights()), slots, old.weights)
   if method.always and jax.default_backend() != 'cpu':
     new = choose()
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
@@ -194,34 +192,38 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
   return Point(new.weights if ordered else point.weights, new.masks, stats, jax.tree.unflatten(structure, inner))
 
 
-def _choice(call: Call, point: Point, slots: Mapping[int, int]) -> Refreshed:
-  """Returns the masks that the selection chooses, and the slots, fresh at the weights that have just grown."""
+def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Array]) -> Refreshed:
+  """Returns the masks that the selection chooses, the slots, fresh where weights have just grown, and `weights`."""
+  weights = jax.lax.optimization_barrier(weights)  # JAX leaves out of a `cond` what every branch hands on as it is
   method, leaves = call.method, call.leaves
   new = _selected(method.selection, leaves, point, _signals(call, point, call.step))
   thresholds = None if method.selection.threshold is None else new.stats
   if not slots:
-    return Refreshed(new.masks, thresholds, [], [])
+    return Refreshed(new.masks, thresholds, [], weights)
   grown = [now & ~before for now, before in zip(new.masks, point.masks)]
   fresh = jax.tree.leaves(method.inner.init(leaves.put(point.weights, call.params)))
   held = jax.tree.leaves(point.inner)
-  return Refreshed(new.masks, thresholds, [jnp.where(grown[k], fresh[i], held[i]) for i, k in slots.items()], [])
+  renewed = [jnp.where(grown[k], fresh[i], held[i]) for i, k in slots.items()]
+  return Refreshed(new.masks, thresholds, renewed, weights)
 
 
 def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
   arrays = [(s.grad, s.key, s.stats) for s in signals]
   told = selection.select, leaves.plan.leaves
-  select = _select if flows.hashes(told) else _select.__wrapped__
+  select = _select_at_once if flows.hashes(told) else _select
   masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
   masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
   return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)
 
 
-# A single program outside of `jit` too: its operations would be compiled one by one, and run without fusion.
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _select(select: Any, leaves: Any, weights: list[Array], masks: list[Array], arrays: Any, step: Any) -> Any:
-  signals = [Signals(*each, step, leaf.axes) for each, leaf in zip(arrays, leaves)]
+  signals = [Signals(grad, key, stats, step, leaf.axes) for (grad, key, stats), leaf in zip(arrays, leaves)]
   return select(leaves, weights, masks, signals)
+
+
+# A single program outside of `jit` too: its operations would be compiled one by one, and run without fusion.
+_select_at_once = jax.jit(_select, static_argnums=(0, 1), inline=True)
 
 
 def settled(call: Call, point: Point) -> Point:
