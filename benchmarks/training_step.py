@@ -21,8 +21,9 @@ BATCH, LENGTH, VOCABULARY = 8, 128, 256
 BARS = {'sr_ste': 1.06, 'mdgf': 1.06, 'asp': 1.03}  # at most so many times a dense step
 DYNAMIC = {'rigl': 1.05, 'set_': 1.05}  # at most so many times a step of static_sparse
 RARELY = {'every': 10**6, 'end': 10**7}
-OPTIONS = {'static_sparse': {'key': jax.random.key(0)},
-           **dict.fromkeys(DYNAMIC, {'key': jax.random.key(0), **RARELY})}
+OPTIONS = {'static_sparse': {'key': jax.random.key(0)}, 'movement_pruning': RARELY,
+           'soft_movement_pruning': {'end': 10**7},
+           **dict.fromkeys((*DYNAMIC, 'snfs'), {'key': jax.random.key(0), **RARELY})}
 
 
 def run(rounds: int = 20, width: int = 512, depth: int = 12) -> Iterator[Measurement]:

@@ -48,7 +48,8 @@ class BitmaskArray(arrays.PackedArray):
     if misfit := misfits.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
     kept = arrays.stored_entries(w, None, signed_zeros)
-    return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(np.packbits(kept, bitorder='little')), tuple(w.shape))
+    values, mask = arrays.entries_at(np.asarray(w), kept), np.packbits(kept, bitorder='little')
+    return cls(jnp.asarray(values), jnp.asarray(mask), tuple(w.shape))
 
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
@@ -62,7 +63,7 @@ class BitmaskArray(arrays.PackedArray):
     values, count, masks = np.empty(leaf.size, leaf.dtype), 0, []  # Memory is taken only where values are written.
     for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, octets)):
       kept = arrays.stored_entries(block, None, signed_zeros)
-      found = block[kept]
+      found = arrays.entries_at(block, kept)
       values[count:count + len(found)] = found
       count += len(found)
       masks.append(np.packbits(kept, bitorder='little'))
@@ -123,7 +124,7 @@ class RelativeIndexArray(arrays.PackedArray):
       raise arrays.Misfit('RelativeIndexArray.from_dense', w.shape, misfit)
     kept = arrays.stored_entries(w, mask, signed_zeros)
     code = gaps.encoded(np.flatnonzero(kept))
-    return cls(jnp.asarray(np.asarray(w)[kept]), jnp.asarray(code), tuple(w.shape))
+    return cls(jnp.asarray(arrays.entries_at(np.asarray(w), kept)), jnp.asarray(code), tuple(w.shape))
 
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):

@@ -44,7 +44,8 @@ def halves(function: Callable[[PyTree], tuple[PyTree, PyTree]], spent: PyTree) -
   """Returns the `Halves` of `function(spent)`.
 
   `again` may read the scalars of `spent`, and every array that the function closes over. No other array of `spent` is
-  read again, so that the compiler may update all of them in place. Outside of `jit`, `again` is `None`.
+  read again: the compiler may update all of them in place. `again` is `None` outside of `jit`, and for a `spent`
+  without arrays.
   """
   if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(spent)):
     return Halves(*function(spent))

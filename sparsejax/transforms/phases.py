@@ -149,8 +149,8 @@ def _moved(call: Call, point: Point, moves: PyTree) -> list[Array]:
   return [(w + u).astype(w.dtype) for w, u in zip(point.weights, call.leaves.pick(moves))]
 
 
-class Choice(NamedTuple):
-  """A `Choice` is what leaves the branch that chooses masks.
+class Refreshed(NamedTuple):
+  """A `Refreshed` is what leaves the branch that chooses masks.
 
   `thresholds`: `None` if the selection has none. `slots`: the slots of the optimizer that are made fresh. `weights`:
   the weights before the step, if they are to be overwritten after the choice and not before it, else nothing.
@@ -176,10 +176,8 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
   inner, structure = jax.tree.flatten(point.inner)
   slots = call.leaves.slots(point.inner) if method.slots == 'fresh' else {}
   thresholds = None if method.selection.threshold is None else point.stats
-  old = Choice(point.masks, thresholds, [inner[i] for i in slots], point.weights if ordered else [])
-  # JAX leaves out of the branches what both return as they got it, but for the barrier.
-  choose = lambda: _choice(call, point._replace(weights=weights()), slots)._replace(
-      weights=jax.lax.optimization_barrier(old.weights))
+  old = Refreshed(point.masks, thresholds, [inner[i] for i in slots], point.weights if ordered else [])
+  choose = lambda: _choice(call, point._replace(weights=weights()), slots, old.weights)
   if method.always and jax.default_backend() != 'cpu':
     new = choose()
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
@@ -194,34 +192,38 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
   return Point(new.weights if ordered else point.weights, new.masks, stats, jax.tree.unflatten(structure, inner))
 
 
-def _choice(call: Call, point: Point, slots: Mapping[int, int]) -> Choice:
-  """Returns the masks that the selection chooses, and the slots, fresh at the weights that have just grown."""
+def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Array]) -> Refreshed:
+  """Returns the masks that the selection chooses, the slots, fresh where weights have just grown, and `weights`."""
+  weights = jax.lax.optimization_barrier(weights)  # JAX leaves out of a `cond` what every branch hands on as it is
   method, leaves = call.method, call.leaves
   new = _selected(method.selection, leaves, point, _signals(call, point, call.step))
   thresholds = None if method.selection.threshold is None else new.stats
   if not slots:
-    return Choice(new.masks, thresholds, [], [])
+    return Refreshed(new.masks, thresholds, [], weights)
   grown = [now & ~before for now, before in zip(new.masks, point.masks)]
   fresh = jax.tree.leaves(method.inner.init(leaves.put(point.weights, call.params)))
   held = jax.tree.leaves(point.inner)
-  return Choice(new.masks, thresholds, [jnp.where(grown[k], fresh[i], held[i]) for i, k in slots.items()], [])
+  renewed = [jnp.where(grown[k], fresh[i], held[i]) for i, k in slots.items()]
+  return Refreshed(new.masks, thresholds, renewed, weights)
 
 
 def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
   arrays = [(s.grad, s.key, s.stats) for s in signals]
   told = selection.select, leaves.plan.leaves
-  select = _select if flows.hashes(told) else _select.__wrapped__
+  select = _select_at_once if flows.hashes(told) else _select
   masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
   masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
   return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)
 
 
-# A single program outside of `jit` too: its operations would be compiled one by one, and run without fusion.
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _select(select: Any, leaves: Any, weights: list[Array], masks: list[Array], arrays: Any, step: Any) -> Any:
-  signals = [Signals(*each, step, leaf.axes) for each, leaf in zip(arrays, leaves)]
+  signals = [Signals(grad, key, stats, step, leaf.axes) for (grad, key, stats), leaf in zip(arrays, leaves)]
   return select(leaves, weights, masks, signals)
+
+
+# A single program outside of `jit` too: its operations would be compiled one by one, and run without fusion.
+_select_at_once = jax.jit(_select, static_argnums=(0, 1), inline=True)
 
 
 def settled(call: Call, point: Point) -> Point:
@@ -315,10 +317,16 @@ def began(method: Method, leaves: Leaves, params: PyTree) -> Point:
   else:
     level = method.selection.threshold
     stats = [trees.DENSE if level is None else jnp.float32(level) for _ in weights]
-  point = Point(weights, [neighbours.everywhere(w) for w in weights], stats, None)
+  point = Point(weights, _whole(weights), stats, None)
   if not method.allow_empty:
     refusals.refuse_empty(leaves.plan)
   return point if method.dense_steps else first_masks(method, leaves, params, point)
+
+
+@functools.partial(jax.jit, inline=True)
+def _whole(weights: list[Array]) -> list[Array]:
+  """Returns masks that keep everything, by a single program outside of `jit` too."""
+  return [neighbours.everywhere(w) for w in weights]
 
 
 def first_masks(method: Method, leaves: Leaves, params: PyTree, point: Point) -> Point:

@@ -4,6 +4,7 @@
     refusals.refuse_empty(leaves.plan, masks)  # by the first masks
 """
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,10 +34,19 @@ def refuse_empty(plan: Plan, masks: Sequence[Array] = ()) -> None:
     if leaf.sparsity > 0 and size and not counts.kept_of(leaf.sparsity, size):
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'a sparsity of {leaf.sparsity:.6g} keeps nothing of '
                            f'{size} units, and a layer that is empty passes nothing on. {_WAY_OUT}')
-  for leaf, mask in zip(plan.leaves, masks):
-    along = tuple(a for a in range(mask.ndim) if a not in leaf.axes.layer)
-    if mask.size and not isinstance(mask, jax.core.Tracer) and not jnp.all(jnp.any(mask, along)):
+  if any(isinstance(mask, jax.core.Tracer) for mask in masks):
+    return
+  layers = tuple(leaf.axes.layer for leaf in plan.leaves)
+  for leaf, passes in zip(plan.leaves, _pass_on(layers, list(masks)) if masks else ()):
+    if not passes:
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the first mask keeps nothing of it. {_WAY_OUT}')
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pass_on(layers: tuple[tuple[int, ...], ...], masks: list[Array]) -> list[Array]:
+  """Returns of each mask whether each of its layers keeps something; a mask without entries counts as one."""
+  kept = [jnp.any(mask, tuple(a for a in range(mask.ndim) if a not in own)) for mask, own in zip(masks, layers)]
+  return [jnp.all(each) | (mask.size == 0) for mask, each in zip(masks, kept)]
 
 
 def refuse_no_params(grads: PyTree, params: PyTree | None) -> None:
