@@ -29,6 +29,7 @@ from sparsejax import (
   flows,
   formats,
   io,
+  losses,
   metrics,
   patterns,
   post_training,
@@ -38,6 +39,7 @@ from sparsejax import (
   schedules,
   scores,
   selections,
+  sensitivities,
   starts,
   states,
   transforms,
@@ -55,7 +57,7 @@ from sparsejax.states import SparseState, apply_masks, masks, project
 __all__ = [
   'NM', 'Advice', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
   'apply_masks', 'calibration', 'check', 'contractions',
-  'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'post_training', 'programs', 'project', 'prune',
+  'flows', 'formats', 'io', 'losses', 'masks', 'metrics', 'patterns', 'post_training', 'programs', 'project', 'prune',
   'prune_weights', 'ranking', 'recipes', 'report', 'schedules',
-  'scores', 'selections', 'starts', 'states', 'transforms', 'trees', 'types', 'updates',
+  'scores', 'selections', 'sensitivities', 'starts', 'states', 'transforms', 'trees', 'types', 'updates',
 ]
