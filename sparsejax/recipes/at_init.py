@@ -57,7 +57,8 @@ def fixed(inner: Inner, masks: PyTree, **options: Any) -> Optimizer:
   """Trains under the given masks, which never change: fine-tuning of a pruned model, with any `inner` and loss.
 
   `masks`: a tree like the parameters, of bools with the shape of a sparse leaf, or a scalar `True` for a dense leaf.
-  `sj.prune` and `sj.masks` give such trees. `jax.tree.map(lambda w: w != 0, params)` gives the masks of zeros.
+  `sj.prune` and `sj.masks` give such trees. The zeros of parameters have the masks
+  `jax.tree.map(lambda w: w != 0, params)`.
   """
   paths, leaves, treedef = trees.flatten(masks)
   for path, mask in zip(paths, leaves):
