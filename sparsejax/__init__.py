@@ -30,6 +30,7 @@ from sparsejax import (
   flows,
   formats,
   io,
+  losses,
   metrics,
   patterns,
   post_training,
@@ -39,6 +40,7 @@ from sparsejax import (
   schedules,
   scores,
   selections,
+  sensitivities,
   starts,
   states,
   structured,
@@ -56,8 +58,8 @@ from sparsejax.states import SparseState, apply_masks, masks, project
 
 __all__ = [
   'NM', 'Advice', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
-  'apply_masks', 'calibration', 'check', 'contractions',
-  'flows', 'formats', 'io', 'masks', 'metrics', 'patterns', 'post_training', 'programs', 'project', 'prune',
-  'prune_weights', 'ranking', 'recipes', 'report', 'schedules',
-  'scores', 'selections', 'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'updates',
+  'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'io', 'losses', 'masks', 'metrics',
+  'patterns', 'post_training', 'programs', 'project', 'prune', 'prune_weights', 'ranking', 'recipes', 'report',
+  'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states', 'structured', 'transforms', 'trees',
+  'types', 'updates',
 ]

@@ -1,8 +1,9 @@
 """Prunes trained models from a few batches of data, for any JAX function."""
 
+from sparsejax.post_training.essential import Essential, essential_sparsity
 from sparsejax.post_training.pruning import prune, prune_weights
 from sparsejax.post_training.recipe import STACKED, Chooser, Recipe, Repair, Stack, stack_of
 from sparsejax.post_training.results import Pruned, PruningReport, StackReport
 
-__all__ = ['STACKED', 'Chooser', 'Pruned', 'PruningReport', 'Recipe', 'Repair', 'Stack', 'StackReport', 'prune',
-           'prune_weights', 'stack_of']
+__all__ = ['STACKED', 'Chooser', 'Essential', 'Pruned', 'PruningReport', 'Recipe', 'Repair', 'Stack', 'StackReport',
+           'essential_sparsity', 'prune', 'prune_weights', 'stack_of']
