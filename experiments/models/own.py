@@ -36,7 +36,7 @@ def adapted(given: Any) -> Adapted:
 
   An Equinox module is called on one example, under `jax.vmap`, as Equinox's own layers require. Give a pair (init,
   apply) to call a model otherwise. Raises `ValueError` for anything that is no model, and for a model with state
-  besides its parameters, such as running statistics. If the model itself fails, the `ValueError` holds the model's error.
+  besides its parameters, such as running statistics. If the model fails, the `ValueError` holds the model's error.
   """
   given = given.value if isinstance(given, configs.Own) else given
   model = _calling('the model', lambda: _adapted(given))
