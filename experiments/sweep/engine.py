@@ -7,7 +7,8 @@ The line of a finished cell, as the ledger keeps it, has these keys:
 - `status`: `done`, `refused` (by the data, the model or the recipe) or `diverged` (a number is not finite); `reason`.
 - `config`; `rate`, the peak of the learning rate; `steps`, `seeds`; `wall` and `cpu`, the seconds that the cell took.
 - `scores` of a cell that is done, by name, a number for each seed, on `split`. `metric_task` is the name of the task.
-  `seconds`, sparsities, FLOPs and `environment` are the outcome's. `curve` of a tested cell holds records, means over the seeds.
+  `seconds`, sparsities, FLOPs and `environment` are the outcome's. `curve` of a tested cell
+  holds its records, means over the seeds.
 - `tuning`, of a tested cell: the validation metric of each rate, the best rate, and whether it is the first or last.
 """
 
