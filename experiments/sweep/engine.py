@@ -7,7 +7,8 @@ The line of a finished cell, as the ledger keeps it, has these keys:
 - `status`: `done`, `refused` (by the data, the model or the recipe) or `diverged` (a number is not finite); `reason`.
 - `config`; `rate`, the peak of the learning rate; `steps`, `seeds`; `wall` and `cpu`, the seconds that the cell took.
 - `scores` of a cell that is done, by name, a number for each seed, on `split`. `metric_task` is the name of the task.
-  `seconds`, sparsities, FLOPs and `environment` are the outcome's. `curve` holds the records, means over the seeds.
+  `seconds`, sparsities, FLOPs and `environment` are the outcome's. `curve` of a tested cell
+  holds its records, means over the seeds.
 - `tuning`, of a tested cell: the validation metric of each rate, the best rate, and whether it is the first or last.
 """
 
@@ -208,7 +209,8 @@ def _joined(packs: Sequence[outcomes.Outcome], split: str) -> dict[str, Any]:
       'scores': {key: [x for pack in packs for x in pack[split][key]] for key in first[split]},
       'seconds': sum(pack['seconds'] for pack in packs), 'asked': first['asked'], 'achieved': first['achieved'],
       'training_flops': mean('training_flops'), 'inference_flops': mean('inference_flops'),
-      'environment': first['environment'], 'curve': _curve([list(records.read(pack['directory'])) for pack in packs])}
+      'environment': first['environment'],
+      **({'curve': _curve([list(records.read(pack['directory'])) for pack in packs])} if split == 'test' else {})}
 
 
 def _curve(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[Any]]:
@@ -229,7 +231,8 @@ def _curve(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[Any]]:
 
 def _mean(values: Sequence[Any]) -> float | None:
   numbers = [x for value in values for x in np.atleast_1d(np.array(value, object))]
-  return None if None in numbers else float(np.mean(np.array(numbers, np.float64)))
+  # Five digits are enough for a picture, and keep a line at a few kilobytes.
+  return None if None in numbers else float(f'{np.mean(np.array(numbers, np.float64)):.5g}')
 
 
 def _drop_files(place: pathlib.Path) -> None:
