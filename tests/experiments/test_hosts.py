@@ -41,7 +41,9 @@ def trained_on(folder, most):
 
 
 def writing(folder, most):
-  return trained_on(folder, most) and any((folder / 'killed' / RUN / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))
+  """Returns whether a checkpoint is being written beside one that is whole."""
+  names = [path.name for path in (folder / 'killed' / RUN / 'checkpoints').glob('*')]
+  return trained_on(folder, most) and any(map(str.isdigit, names)) and any('.orbax-checkpoint-tmp' in n for n in names)
 
 
 def bits(folder, workdir, step=STEPS):
