@@ -211,7 +211,8 @@ def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signal
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
   arrays = [(s.grad, s.key, s.stats) for s in signals]
   told = selection.select, leaves.plan.leaves
-  select = _select_at_once if flows.hashes(told) else _select
+  traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((point, signals[0].step)))
+  select = _select if traced or not flows.hashes(told) else _select_at_once
   masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
   masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
   return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)
