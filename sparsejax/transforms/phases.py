@@ -183,7 +183,11 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
     new = new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
   elif isinstance(due := method.due(call.step), jax.core.Tracer):
-    new = jax.lax.cond(due, choose, lambda: old)
+    # The second branch has the weights as an operand. XLA would compute them anew in each pass over the scores, rounded
+    # in different ways, so that the passes would not rank the same scores.
+    pick = lambda w: _choice(call, point._replace(weights=w), slots, old.weights)
+    within = lambda w: jax.lax.cond(due, pick, lambda _: old, w)
+    new = jax.lax.cond(due, lambda: within(weights()), lambda: old)
   else:  # outside of `jit`, where a `cond` would be compiled at each call
     new = choose() if due else old
   for i, slot in zip(slots, new.slots):
