@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from benchmarks import compile_time, timing
 from benchmarks.timing import Measurement
 
-NAMES = ('asp', 'sr_ste', 'gradual_magnitude', 'movement_pruning', 'set_', 'rigl', 'snfs')
+NAMES = ('asp', 'sr_ste', 'gradual_magnitude', 'rigl')
 BAR, SECONDS = 2.0, 1.0  # at most so many times the `init` of AdamW, and so many seconds for the first calls
 WIDTH, DEPTH = 64, 6
 

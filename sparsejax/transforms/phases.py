@@ -183,7 +183,11 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
     new = new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
   elif isinstance(due := method.due(call.step), jax.core.Tracer):
-    new = jax.lax.cond(due, choose, lambda: old)
+    # The second branch has the weights as an operand. XLA would compute them anew in each pass over the scores, rounded
+    # in different ways, so that the passes would not rank the same scores.
+    pick = lambda w: _choice(call, point._replace(weights=w), slots, old.weights)
+    within = lambda w: jax.lax.cond(due, pick, lambda _: old, w)
+    new = jax.lax.cond(due, lambda: within(weights()), lambda: old)
   else:  # outside of `jit`, where a `cond` would be compiled at each call
     new = choose() if due else old
   for i, slot in zip(slots, new.slots):
@@ -211,7 +215,8 @@ def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signal
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
   arrays = [(s.grad, s.key, s.stats) for s in signals]
   told = selection.select, leaves.plan.leaves
-  select = _select_at_once if flows.hashes(told) else _select
+  traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((point, signals[0].step)))
+  select = _select if traced or not flows.hashes(told) else _select_at_once
   masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
   masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
   return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)
