@@ -175,7 +175,8 @@ def test_computes_in_dtype_and_keeps_float32(dtype, short):
 def test_the_body_is_the_pretrained_one_and_the_head_the_seeds(body, monkeypatch):
   monkeypatch.setattr(encoders, 'load_pretrained', lambda: body)
   example = jax.ShapeDtypeStruct((4, 7), jnp.int32)
-  params = runs._initial(made(pretrained=True), (0, 3), example, sharding.layout(_config()))()
+  initial = runs._initial(made(pretrained=True), example, sharding.layout(_config()))
+  params = initial(np.array([0, 3], np.uint32))
   head = params.pop('head')['kernel']
   assert head.shape == (2, 12, 2) and not bool((head[0] == head[1]).any())
   expected = leaves(body)
