@@ -76,7 +76,7 @@ class Arrangement:
   def row_key(self) -> tuple[Any, ...]:
     """The facts that two arrangements share if they show one operand as the same rows."""
     dims = tuple(tuple(digit for digit in dim if digit.role != OUTPUT) for dim in self.dims)
-    return self.eqn.primitive.name, str(self.eqn.params), dims, self.axes.contracted, self.operand_number, self.groups
+    return jaxprs.setting(self.eqn), dims, self.axes.contracted, self.operand_number, self.groups
 
   def _size(self, role: int) -> int:
     return math.prod(digit.size for digit in self.digits if digit.role == role)

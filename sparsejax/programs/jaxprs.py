@@ -94,6 +94,11 @@ def shards(eqn: Any) -> tuple[Any, int]:
   return eqn.params['jaxpr'], math.prod(mesh.shape[name] for name in manual)
 
 
+def setting(eqn: Any) -> str:
+  """Returns the name and all parameters of an operation as a text, which is equal for equal operations."""
+  return f'{eqn.primitive.name} {eqn.params}'
+
+
 def shard_map_parts(eqn: Any) -> tuple[Any, dict[str, Any]]:
   """Returns the program of a `shard_map`, and the arguments of `jax.shard_map` that reproduce the operation."""
   options = {name: eqn.params[name] for name in ('mesh', 'in_specs', 'out_specs', 'check_vma')}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from sparsejax.programs import factors, jaxprs
+from sparsejax.programs import factors, jaxprs, sizes
 from sparsejax.programs.factors import Dims, Factor
 from sparsejax.programs.follow import FactRules, Position, follow
 from sparsejax.programs.tracing import Program
@@ -157,7 +157,7 @@ def _moved(eqn: Any, facts: Sequence[Origin], shape: Sequence[int]) -> Dims | No
 
 def _reduced(eqn: Any, facts: Sequence[Origin], shape: Sequence[int]) -> Dims | None:
   dims = _dims(facts[0], eqn, 0)
-  return tuple(dim for i, dim in enumerate(dims) if i not in eqn.params['axes'])
+  return tuple(dim for i, dim in enumerate(dims) if i not in sizes.along(eqn))
 
 
 def _cut(eqn: Any, facts: Sequence[Origin], shape: Sequence[int]) -> Dims | None:
@@ -197,10 +197,8 @@ def _gathered(eqn: Any, facts: Sequence[Origin], shape: Sequence[int]) -> Dims |
 
 
 def _sorted(eqn: Any, facts: Sequence[Origin], shape: Sequence[int]) -> Dims | None:
-  along = eqn.params.get('dimension', eqn.params.get('dimensions'))
-  moved = along if isinstance(along, Sequence) else (along,)
   dims = _like_the_result(eqn, facts, shape)
-  return None if dims is None or any(factors.over(dims[i]) for i in moved) else dims
+  return None if dims is None or any(factors.over(dims[i]) for i in sizes.along(eqn)) else dims
 
 
 def _contracted(eqn: Any, facts: Sequence[Origin], shape: Sequence[int]) -> Dims | None:

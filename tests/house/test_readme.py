@@ -11,8 +11,8 @@ import sparsejax
 ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / 'README.md'
 # The pages continue the README, and each other, in this order: a block may use the names of the blocks before it.
-PAGES = [ROOT / 'docs' / f'{name}.md' for name in ('training', 'recipes', 'packed', 'experiments', 'measured', 'words',
-                                               'scale', 'structured')]
+PAGES = [ROOT / 'docs' / f'{name}.md' for name in (
+    'post_training', 'training', 'recipes', 'packed', 'experiments', 'measured', 'words', 'scale', 'structured')]
 TEXTS = {path: path.read_text() for path in (README, *PAGES)}
 
 
