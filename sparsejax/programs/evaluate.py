@@ -226,10 +226,13 @@ def inside(eqn: Any, values: list[Any], rules: ValueRules, here: Operation,
 def _entered(eqn: Any, rules: ValueRules) -> bool:
   """Returns whether the rules reach the programs inside of an operation.
 
-  `jit` and structures are always entered. An unknown operation with a body is entered where structures are walked. If
-  structures are kept, entering could lose a rule for `vmap` or for derivatives that the operation may have.
+  `jit` and structures are always entered, but a `shard_map` only if it is kept. An unknown operation with a body is
+  entered where structures are walked. If structures are kept, entering could lose a rule for `vmap` or for derivatives
+  that the operation may have.
   """
   name = eqn.primitive.name
+  if name == 'shard_map':  # Its body runs on every device, so that only the structure itself can run it.
+    return rules.keeps(eqn)
   if name in KEPT or name in CALLS:
     return True
   return name not in jaxprs.STRUCTURES and not rules.keeps(eqn) and jaxprs.body(eqn) is not None
