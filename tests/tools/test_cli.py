@@ -242,7 +242,7 @@ def altered():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    ('', 'COMMAND'), ('prune', "'prune'.*'report'"), ('check CKPT', '--pattern'), ('report', 'CKPT'),
+    ('', 'COMMAND'), ('prunes', "'prunes'.*'report'"), ('check CKPT', '--pattern'), ('report', 'CKPT'),
     ('report CKPT --colour', '--colour'), ('report nowhere', 'nowhere does not exist'),
     ('report empty', 'no complete Orbax'), ('report bad', "bad: tensor '.*' was altered"),
     ('unpack nowhere out', 'nowhere: No such file'),
