@@ -53,9 +53,12 @@ def ranked_by(update: Update, mask: Array, scores: Array, w: Array, signals: Sig
     handed.append(scores)
     return mask
 
-  update(mask, scores, select, w, signals)
+  def ranked() -> Array:
+    update(mask, scores, select, w, signals)
+    return handed[0] if handed else scores
+
   try:
-    return jnp.array(handed[0], copy=True) if handed else scores  # a copy raises for a tracer of an inner trace
+    return jax.jit(ranked, inline=True)()  # A trace of its own raises for what an inner trace has made.
   except jax.errors.UnexpectedTracerError as problem:
     raise ValueError('sparsejax: leaves are ranked together by the scores that the update hands to `select`, and this '
                      'update calls it inside of lax.cond or a loop. Call it outside, with jnp.where on the scores, or '
