@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from sparsejax import counts, ranking
 from sparsejax.arguments import checked
@@ -47,22 +48,18 @@ def ranked_by(update: Update, mask: Array, scores: Array, w: Array, signals: Sig
   `reselect` hands on the scores themselves, `prune_to` ranks every pruned weight last. Raises `ValueError` for an
   update that calls `select` inside of `lax.cond` or a loop, where the scores do not leave the branch.
   """
-  handed = []
+  handed, here = [], core.get_opaque_trace_state(convention='flax')
 
   def select(scores: Array, drop: Array | None = None) -> Array:
+    if core.get_opaque_trace_state(convention='flax') != here:
+      raise ValueError('sparsejax: leaves are ranked together by the scores that the update hands to `select`, and '
+                       'this update calls it inside of lax.cond or a loop. Call it outside, with jnp.where on the '
+                       'scores, or use allocation=allocation.uniform.')
     handed.append(scores)
     return mask
 
-  def ranked() -> Array:
-    update(mask, scores, select, w, signals)
-    return handed[0] if handed else scores
-
-  try:
-    return jax.jit(ranked, inline=True)()  # A trace of its own raises for what an inner trace has made.
-  except jax.errors.UnexpectedTracerError as problem:
-    raise ValueError('sparsejax: leaves are ranked together by the scores that the update hands to `select`, and this '
-                     'update calls it inside of lax.cond or a loop. Call it outside, with jnp.where on the scores, or '
-                     'use allocation=allocation.uniform.') from problem
+  update(mask, scores, select, w, signals)
+  return handed[0] if handed else scores
 
 
 @checked
