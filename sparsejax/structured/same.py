@@ -8,7 +8,7 @@ from jax.extend import core
 
 from sparsejax.programs import jaxprs
 from sparsejax.programs.evaluate import CALLS
-from sparsejax.programs.tracing import Program, trace
+from sparsejax.programs.tracing import trace
 
 
 def is_same(first: Callable[..., Any], second: Callable[..., Any], args: Sequence[Any]) -> bool:
@@ -23,8 +23,8 @@ def is_same(first: Callable[..., Any], second: Callable[..., Any], args: Sequenc
   return one.structure == other.structure and _listed(one) == _listed(other)
 
 
-def _listed(program: Program) -> list[Any]:
-  """Returns the operations of a program, with numbers for values in the order in which they are made."""
+def _listed(program: Any) -> list[Any]:
+  """Returns the operations of a program or of an inner one, with numbers for values in the order of their making."""
   found: list[Any] = []
   jaxpr = jaxprs.opened(program)
   numbers: dict[Any, Any] = {v: ('input', i) for i, v in enumerate(jaxpr.invars)}
@@ -44,19 +44,10 @@ def _run(jaxpr: Any, numbers: dict[Any, Any], found: list[Any]) -> list[Any]:
       inside.update({v: _constant(c) for v, c in zip(jaxprs.opened(body).constvars, jaxprs.constants(body))})
       results = _run(jaxprs.opened(body), inside, found)
     else:
-      found.append((name, _options(eqn), values, [_inner(part) for part in jaxprs.inner(eqn)]))
+      found.append((name, _options(eqn), values, [_listed(part) for part in jaxprs.inner(eqn)]))
       results = [(len(found), i) for i in range(len(eqn.outvars))]
     numbers.update(zip(eqn.outvars, results))
   return [read(v) for v in jaxpr.outvars]
-
-
-def _inner(part: Any) -> list[Any]:
-  found: list[Any] = []
-  jaxpr = jaxprs.opened(part)
-  numbers: dict[Any, Any] = {v: ('input', i) for i, v in enumerate(jaxpr.invars)}
-  numbers.update({v: _constant(c) for v, c in zip(jaxpr.constvars, jaxprs.constants(part))})
-  found.append(_run(jaxpr, numbers, found))
-  return found
 
 
 def _options(eqn: Any) -> list[tuple[str, str]]:
