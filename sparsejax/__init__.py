@@ -33,10 +33,12 @@ from sparsejax import (
   losses,
   metrics,
   patterns,
+  penalties,
   post_training,
   programs,
   ranking,
   recipes,
+  saliences,
   schedules,
   scores,
   selections,
@@ -47,6 +49,7 @@ from sparsejax import (
   transforms,
   trees,
   types,
+  units,
   updates,
 )
 from sparsejax.advice import Advice, advise
@@ -57,9 +60,9 @@ from sparsejax.reports import Report, check, report
 from sparsejax.states import SparseState, apply_masks, masks, project
 
 __all__ = [
-  'NM', 'Advice', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
+  'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
   'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'io', 'losses', 'masks', 'metrics',
-  'patterns', 'post_training', 'programs', 'project', 'prune', 'prune_weights', 'ranking', 'recipes', 'report',
-  'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states', 'structured', 'transforms', 'trees',
-  'types', 'updates',
+  'patterns', 'penalties', 'post_training', 'programs', 'project', 'prune', 'prune_weights', 'ranking', 'recipes',
+  'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states', 'structured',
+  'transforms', 'trees', 'types', 'units', 'updates',
 ]

@@ -102,6 +102,12 @@ WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of boo
 MEMORY = Kind('a scores.Memory', having('start', 'observe'))
 SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('plan', 'select'))
 QUANTIZE = Kind('a grid, as in repairs.Grid(bits=4)', having('fitted', 'rounded'))
+GROUPS = Kind('the groups of a program, as in structured.groups(apply, params, x), or some of them in a dict',
+              one_of(Mapping))
+PENALTY = Kind('a penalty, as in penalties.l1(1e-4)', having('value', 'prox', 'lmo'))
+# Functions of which `groups` are those of units; other functions take names of groups of leaves.
+_OVER_GROUPS = ('grouped', 'kept', 'group_norm', 'sparse_envelope', 'effective_size', 'oto', 'hesso', 'dhspg', 'wgsef',
+                'norm_scale', 'group_magnitude', 'group_taylor', 'hap', 'latency_aware')
 FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
 
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
@@ -130,6 +136,10 @@ KINDS: dict[str, Kind] = {
     'pattern': PATTERN, 'allocation': ALLOCATION, 'key': KEY, 'axes': AXES, 'memory': MEMORY, 'flow': FLOW,
     **dict.fromkeys(('inner', 'score_optimizer', 'optimizer'), OPTIMIZER),
     **dict.fromkeys(('selection', 'first'), SELECTION),
+    **dict.fromkeys(('half_space.epsilon', 'oto.epsilon'), PART),
+    'alone': FLAG, 'multiple_of': TIMES, 'samples': TIMES,
+    **dict.fromkeys((f'{name}.groups' for name in _OVER_GROUPS), GROUPS),
+    'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
     'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
 }
 

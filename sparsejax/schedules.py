@@ -127,6 +127,16 @@ def either(first: Schedule, second: Schedule) -> Schedule:
   return Bound(_either, (first, second), end=max((reach(each) or 0 for each in (first, second)), default=None))
 
 
+@checked
+def fade(steps: int, *, begin: int = 0) -> Schedule:
+  """Returns the factor (T - t - 1) / (T - t) at t steps after `begin`, with T = `steps` (HESSO, Chen et al. 2024).
+
+  A weight that is multiplied by the factor at each step falls along a straight line to zero. The factor is 0 after
+  `steps` steps. Before `begin` the factor is that of t = 0.
+  """
+  return Bound(_fade, (steps, begin), (), begin + steps)
+
+
 def reach(schedule: Any) -> int | None:
   """Returns the last step that a schedule names, see `types.Bound`, or `None` for another function or value.
 
@@ -212,6 +222,11 @@ def _before(step: Step, schedule: Schedule, end: int) -> Any:
 def _density_decay(step: Step, sparsity: float, end: int) -> Any:
   part = 1.0 - jnp.float32(1.0 - sparsity) ** _progress(step, 0, end)
   return jnp.where(jnp.asarray(step) < end, part / sparsity, 1.0) if sparsity else jnp.asarray(step) >= end
+
+
+def _fade(step: Step, steps: int, begin: int) -> Any:
+  left = jnp.clip(steps - (jnp.asarray(step, jnp.float32) - begin), 0, steps)
+  return jnp.maximum(left - 1, 0) / jnp.maximum(left, 1)
 
 
 def _once(step: Step, at: int) -> Any:

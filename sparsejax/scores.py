@@ -196,6 +196,15 @@ def squared_gradient_average(decay: float = 0.99) -> Memory:
   return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(s.grad.astype(jnp.float32)))
 
 
+def previous() -> Memory:
+  """Returns the memory of the weights before the step, which a selection compares with those after it."""
+  return Memory(_copy, lambda stat, w, s: w.astype(jnp.float32))
+
+
+def _copy(w: Array) -> Array:
+  return jnp.array(w, jnp.float32, copy=True)
+
+
 def _zeros(w: Array) -> Array:
   """Returns `float32` zeros with the shape and the sharding of `w`.
 

@@ -31,6 +31,15 @@ def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array,
   return select(kept_first(mask, scores))
 
 
+@elementwise
+def below_zero(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
+  """Returns the mask without the entries whose score is below zero. A pruned entry stays pruned.
+
+  The best of the count are kept whatever their scores, so that the count is the least that is kept. NaN is kept.
+  """
+  return select(kept_first(mask, scores)) | mask & ~(scores < 0)
+
+
 def kept_first(mask: Array, scores: Array) -> Array:
   """Returns scores that rank every pruned weight last; a kept NaN or -inf still ranks before all pruned weights."""
   return jnp.where(mask, bounded(scores), -jnp.inf)

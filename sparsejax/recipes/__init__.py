@@ -35,6 +35,17 @@ from sparsejax.recipes.gradual import (
 from sparsejax.recipes.n_m import asp, bdwp, dense, mdgf, sdgf_geometric, sdgf_stepwise, sr_ste, st3, ste
 from sparsejax.recipes.post_training import dsnot, ecoflap, exact_obs, magnitude, net_trim, obc, sparsegpt, wanda
 from sparsejax.recipes.sentence import parameters, without_effect
+from sparsejax.recipes.structured import (
+  dhspg,
+  group_magnitude,
+  group_taylor,
+  hap,
+  hesso,
+  latency_aware,
+  norm_scale,
+  oto,
+  wgsef,
+)
 from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot
 from sparsejax.types import Inner, Optimizer, moved
 
@@ -48,11 +59,14 @@ TABLE = {f.__name__: f for f in (
 # Each kind of sentence has a table. A family adds the table of its kind.
 POST_TRAINING = {f.__name__: f for f in (
     magnitude, wanda, sparsegpt, exact_obs, obc, dsnot, ecoflap, net_trim)}
-TABLES = {'train': TABLE, 'prune': POST_TRAINING}
+STRUCTURED = {f.__name__: f for f in (
+    group_magnitude, group_taylor, oto, hesso, dhspg, wgsef, norm_scale, latency_aware, hap)}
+TABLES = {'train': TABLE, 'prune': POST_TRAINING, 'cut': STRUCTURED}
 # Type checkers read this list, and cannot read a table: a test compares both.
 __all__ = [
-    'POST_TRAINING', 'TABLE', 'TABLES', 'arguments', 'fixed', 'from_config',
+    'POST_TRAINING', 'STRUCTURED', 'TABLE', 'TABLES', 'arguments', 'fixed', 'from_config',
     'dsnot', 'ecoflap', 'exact_obs', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
+    'dhspg', 'group_magnitude', 'group_taylor', 'hap', 'hesso', 'latency_aware', 'norm_scale', 'oto', 'wgsef',
     'asp', 'bdwp', 'dense', 'freeze_net', 'global_sparse_momentum',
     'gradual_magnitude', 'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'lottery_jackpot',
     'magnitude_at_init', 'mdgf', 'movement_pruning', 'random_pruning', 'random_search', 'rigl', 'robust_at_init',
