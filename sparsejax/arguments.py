@@ -106,7 +106,7 @@ GROUPS = Kind('the groups of a program, as in structured.groups(apply, params, x
               one_of(Mapping))
 PENALTY = Kind('a penalty, as in penalties.l1(1e-4)', having('value', 'prox', 'lmo'))
 # Functions of which `groups` are those of units; other functions take names of groups of leaves.
-_OVER_GROUPS = ('grouped', 'kept', 'group_norm', 'sparse_envelope', 'effective_size', 'oto', 'hesso', 'dhspg', 'wgsef',
+_OVER_GROUPS = ('grouped', 'kept', 'group_norm', 'sparse_envelope', 'latency', 'oto', 'hesso', 'dhspg', 'wgsef',
                 'norm_scale', 'group_magnitude', 'group_taylor', 'hap', 'latency_aware')
 FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
 

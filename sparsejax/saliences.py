@@ -1,7 +1,7 @@
 """A salience ranks the units of groups, such as neurons, heads and channels. The units with the least salience go.
 
-A salience is `salience(units) -> float32[rows, units]`, where `units` is a `Units`, which sums any score over the weights
-of each unit. `structured.grouped` calls it with all leaves at once, so that a salience may compare units of several
+A salience is `salience(units) -> float32[rows, units]`, where `units` is a `Units`, which sums any score over the
+weights of each unit. `structured.grouped` calls it with all leaves at once, so that a salience may compare units of several
 groups. Ties keep the lower unit of the earlier group; NaN ranks last.
 
     def largest_gradient(units):
@@ -103,12 +103,13 @@ def hesso(units: Units) -> Array:
 def dhspg(units: Units) -> Array:
   """Returns minus the redundancy of DHSPG, so that units to shrink rank last (Chen et al. 2023, OTOv2).
 
-  The redundancy is half of cos(x, g) over its norm and half of |g| / ||x|| over its norm, both over all units. A
-  positive cosine says that a step along the gradient already shrinks the unit. HESSO gives the cosine the other sign.
+  The redundancy is half of cos(x, g) and half of p / ||x||, with p the size of the unit, each over its norm over all
+  units. A positive cosine says that a step along the gradient already shrinks the unit. HESSO gives the
+  cosine the other sign.
   """
-  norm, steep = jnp.sqrt(units.sum(_square)), jnp.sqrt(units.sum(_gradient_square))
-  cosine = units.sum(_product) / (norm * steep + TINY)
-  return -(units.scaled(cosine) + units.scaled(1 / (norm / (steep + TINY) + TINY))) / 2
+  norm, product = jnp.sqrt(units.sum(_square)), units.sum(_product)
+  cosine = product / (norm * jnp.sqrt(units.sum(_gradient_square)) + TINY)
+  return -(units.scaled(cosine) + units.scaled(1 / (norm / units.size + TINY))) / 2
 
 
 def hessian_trace(units: Units) -> Array:
