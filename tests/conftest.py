@@ -1,6 +1,7 @@
 """Gives every test eight CPU devices, and makes JAX strict, so that a silent promotion is an error in the tests."""
 
 import collections
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -15,6 +16,7 @@ os.environ.setdefault('XLA_FLAGS', ' '.join([
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
+import minutes
 import pytest
 import sampling
 
@@ -24,6 +26,10 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+# A tenth of the time of tracing and lowering goes into stacks of Python calls, which no test reads.
+jax.config.update('jax_traceback_in_locations_limit', 0)
+
+METER = minutes.Meter()
 
 
 @pytest.fixture
@@ -58,12 +64,27 @@ def pytest_collection_modifyitems(items, config):
   items.sort(key=lambda item: item.path.stem not in ('test_crash', 'test_hosts', 'test_train'))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  """Notes in each report the CPU seconds since the report before."""
+  report = yield
+  report.cpu_seconds = METER.lap()
+  return report
+
+
+def pytest_collection_finish(session):
+  """Keeps the garbage collector from what was imported and collected, which stays to the end."""
+  gc.collect()
+  gc.freeze()
+  METER.lap()
+
+
 def pytest_terminal_summary(terminalreporter, config):
   """Prints the time of each family and ten docstrings for the reviewer; with `--table`, writes a page of the docs."""
-  reports = [report for key in ('passed', 'failed') for report in terminalreporter.stats.get(key, [])]
-  seconds, docstrings, cells = collections.Counter(), [], {}
+  reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, 'cpu_seconds')]
+  spent, docstrings, cells = collections.Counter(), [], {}
   for report in reports:
-    seconds[pathlib.PurePath(report.nodeid.split('::')[0]).parent.name] += report.duration
+    spent[pathlib.PurePath(report.nodeid.split('::')[0]).parent.name] += report.cpu_seconds / 60
     properties = dict(report.user_properties)
     docstrings += properties.get('docstrings', [])
     if 'cell' in properties:
@@ -71,9 +92,12 @@ def pytest_terminal_summary(terminalreporter, config):
   if docstrings:
     terminalreporter.section('ten docstrings: would a newcomer say what each of these returns?')
     terminalreporter.write_line('\n\n'.join(docstrings))
-  terminalreporter.section('minutes of each family, summed over the processes')
-  for family, spent in seconds.most_common():
-    terminalreporter.write_line(f'{spent / 60:6.2f}  {family}')
+  terminalreporter.section('process-minutes of each family and its budget (tests/support/minutes.py)')
+  for family, took in spent.most_common():
+    terminalreporter.write_line(f'{took:6.2f} of {minutes.budget(family):4.1f}  {family}')
+  for line in minutes.exceeded(spent) if config.getoption('--cells') != 'all' else ():
+    terminalreporter.write_line(f'error: {line}', red=True)
+    config.pluginmanager.get_plugin('session').exitstatus = pytest.ExitCode.TESTS_FAILED
   if config.getoption('--table'):
     import conformance_page  # This module imports JAX, which must be configured before.
 

@@ -51,11 +51,20 @@ def smaller(path, text, directory):
       'mesh.data=1', *SMALLER[config.model.name], f'recipes={dict([last])}', 'models={}']
 
 
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize('path', JOBS, ids=lambda path: path.stem)
-def test_trains_at_toy_size(path, text, tmp_path, standard_promotion):
-  arguments = ['--config', str(path), '--workdir', str(tmp_path / 'run')]
-  changes = smaller(path, text, tmp_path / 'data')
+# Models that no other test trains by the command. All: `--cells all`. `test_train` trains demo_vit_digits.
+FEW = ('mdgf_lm_shakespeare', 'movement_minilm_sst2')
+
+
+def pytest_generate_tests(metafunc):
+  if 'job' in metafunc.fixturenames:
+    few = [path for path in CONFIGS if path.stem in FEW]
+    metafunc.parametrize('job', [*few, *JOBS] if metafunc.config.getoption('--cells') == 'all' else few,
+                         ids=lambda path: path.stem)
+
+
+def test_trains_at_toy_size(job, text, tmp_path, standard_promotion):
+  arguments = ['--config', str(job), '--workdir', str(tmp_path / 'run')]
+  changes = smaller(job, text, tmp_path / 'data')
   assert train.main(arguments + [part for change in changes for part in ('--set', change)]) == 0
   assert (tmp_path / 'run' / 'results.png').exists()
 

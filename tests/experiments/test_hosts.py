@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 
 import jax
@@ -80,7 +81,9 @@ def test_two_processes_train_and_test_as_one_does(folder, undisturbed, standard_
     np.testing.assert_allclose(outcome['test'][key], value, rtol=1e-5)
 
 
-def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed, pytestconfig):
+@pytest.fixture(scope='module')
+def stopped(folder, pytestconfig):
+  """Returns the workdir of two processes, one of which was killed, and which were stopped after they had resumed."""
   kills = ((1, trained_on), (0, writing)) if pytestconfig.getoption('--cells') == 'all' else ((0, writing),)
   for victim, moment in kills:
     with started(folder, 'killed', 2) as both:
@@ -98,19 +101,33 @@ def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undistu
     assert (code, err) == (128 + signal.SIGTERM, '') and other == (code, '', ''), (out, err, other)
     assert 'Stopped by SIGTERM' in out and 'resumed at step' in out
     assert len(list((folder / 'killed' / RUN / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))) == 0
+  return folder / 'killed'
+
+
+@pytest.fixture(params=['two', 'four'])
+def several(request, folder, stopped):
+  """Returns a workdir in which several processes trained and none trains any more."""
+  if request.param == 'two':
+    return shutil.copytree(stopped, folder / 'copy')
+  with started(folder, 'four', 4, '--set', 'steps=4') as many:
+    assert [job.wait()[::2] for job in many] == [(0, '')] * 4
+  return folder / 'four'
+
+
+@pytest.mark.sampled(1)
+def test_a_single_process_resumes_what_several_trained(folder, several):
+  last = max(int(path.name) for path in (several / RUN / 'checkpoints').iterdir())
+  alone = ('--config', folder / 'config.py', '--workdir', several, '--data_dir', folder / 'data',
+           '--set', f'steps={last + 2}', '--set', 'resume_changed=True')
+  with jobs.together(jobs.Job(folder / 'one', *alone, cache=folder / 'cache')) as (one,):
+    code, out, err = one.wait()
+  assert (code, err) == (0, '') and f'resumed at step {last}' in out
+
+
+def test_killed_and_stopped_and_resumed_it_ends_in_the_same_bits(folder, undisturbed, stopped):
   with started(folder, 'killed', 2) as both:
     assert [job.wait()[0] for job in both] == [0, 0]
   assert bits(folder, 'killed') == bits(folder, 'alone')
-
-
-def test_a_single_process_resumes_what_several_trained(folder, pytestconfig):
-  count = 4 if pytestconfig.getoption('--cells') == 'all' else 2
-  with started(folder, 'many', count, '--set', 'steps=4') as many:
-    assert [job.wait()[::2] for job in many] == [(0, '')] * count
-  more = ('--set', 'steps=6', '--set', 'resume_changed=True')
-  with jobs.together(jobs.Job(folder / 'one', *many[0].arguments[:-2], *more, cache=folder / 'cache')) as (one,):
-    code, out, err = one.wait()
-  assert (code, err) == (0, '') and 'resumed at step 4' in out
 
 
 @pytest.mark.parametrize(('arguments', 'others', 'words'), [

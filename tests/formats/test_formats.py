@@ -249,6 +249,13 @@ def test_gradients_reach_the_values(n, m, width):
   np.testing.assert_allclose(through(lambda p: formats.matmul(x, p)), expected, rtol=1e-5, atol=1e-5)
   packing = jax.jit(jax.grad(lambda w: jnp.sum(NMArray.from_dense(w, n, m, 0, False, width).values ** 2)))(w)
   np.testing.assert_allclose(packing, 2 * w, rtol=1e-6)
+
+
+def test_gradients_reach_the_values_of_zeros_anywhere():
+  """The base that fills the zeros has a gradient, too."""
+  rng = np.random.default_rng(0)
+  w, dense_gradient = (rng.standard_normal((64, 3)).astype(np.float32) for _ in range(2))
+  w = jnp.asarray(np.where(rng.random(w.shape) < 0.5, w, 0))
   for packed in (kind.from_dense(w) for kind in ANYWHERE.values()):
     values, places = jax.tree.leaves(packed)
     again = jax.tree.structure(packed).unflatten

@@ -209,9 +209,9 @@ def masked(q, k, v, index, counts, block_q, block_k, causal, scale):
 
 # A case is: batch, heads of q and of k, queries, keys, d, blocks of both, longest list, causal, dtype.
 ATTENTION = {
-    '128': (1, (2, 2), 384, 512, 64, (128, 128), 3, False, F32),
-    'causal, shared heads of 16 bits': (1, (2, 1), 512, 512, 128, (128, 128), 3, True, BF16),
-    'causal, other blocks, two of a batch': (2, (1, 1), 384, 512, 64, (128, 256), 2, True, F32),
+    '128': (1, (2, 2), 256, 384, 64, (128, 128), 2, False, F32),
+    'causal, shared heads of 16 bits': (1, (2, 1), 384, 384, 128, (128, 128), 2, True, BF16),
+    'causal, other blocks, two of a batch': (2, (1, 1), 256, 512, 64, (128, 256), 2, True, F32),
 }
 
 

@@ -129,9 +129,10 @@ DECAYS = {
     'exponential': schedules.exponential(half_life=2),
 }
 VARIANTS = {
-    **{f'mdgf-{gradient}-{name}': ('mdgf', {'decay': decay, 'gradient': gradient},
+    **{f'mdgf-{gradient}-{name}': ('mdgf', {'decay': DECAYS[name], 'gradient': gradient},
                                    Promise(((2, 4),), None if name == 'exponential' else 5))
-       for gradient in ('scaled', 'straight_through') for name, decay in DECAYS.items()},
+       for gradient, name in (('scaled', 'linear'), ('straight_through', 'cosine'),
+                              ('straight_through', 'exponential'))},
     'sr_ste-decoupled': ('sr_ste', {'pattern': sparsejax.NM(1, 8), 'decoupled': True, 'decay': 0.1},
                          Promise(((1, 8),))),
     'sdgf_stepwise-odd': ('sdgf_stepwise', {'pattern': sparsejax.NM(2, 12), 'gradient': 'scaled'},

@@ -25,18 +25,18 @@ def tensors(shapes, dtype=np.float32):
   return {name: (RNG.standard_normal(shape) * 0.5).astype(dtype) for name, shape in shapes.items()}
 
 
-def gpt2():
+def gpt2(layers=2):
   shapes = {'wte.weight': (13, 8), 'wpe.weight': (6, 8), 'ln_f.weight': (8,), 'ln_f.bias': (8,)}
-  for i in range(2):
+  for i in range(layers):
     for name, sizes in {'attn.c_attn': (8, 24), 'attn.c_proj': (8, 8), 'mlp.c_fc': (8, 32), 'mlp.c_proj': (32, 8),
                         'ln_1': (8,), 'ln_2': (8,)}.items():
       shapes |= {f'h.{i}.{name}.weight': sizes, f'h.{i}.{name}.bias': sizes[-1:]}
   return tensors(shapes)
 
 
-def llama(dtype=np.float32):
+def llama(dtype=np.float32, layers=2):
   shapes = {'model.embed_tokens.weight': (13, 8), 'model.norm.weight': (8,), 'lm_head.weight': (13, 8)}
-  for i in range(2):
+  for i in range(layers):
     at = f'model.layers.{i}.'
     shapes |= {f'{at}self_attn.{name}_proj.weight': (n, 8) for name, n in (('q', 8), ('k', 4), ('v', 4), ('o', 8))}
     shapes |= {f'{at}mlp.gate_proj.weight': (16, 8), f'{at}mlp.up_proj.weight': (16, 8),
@@ -146,8 +146,8 @@ def contents(folder):
 
 
 def test_a_sharded_folder_comes_back_in_the_same_layout_with_zeros_in_place(tmp_path, monkeypatch):
-  params = llama(ml_dtypes.bfloat16)
-  folder, out = stored(tmp_path / 'dense', LLAMA, params, parts=2), tmp_path / 'sparse'
+  params, config = llama(ml_dtypes.bfloat16, 1), LLAMA | {'num_hidden_layers': 1}
+  folder, out = stored(tmp_path / 'dense', config, params, parts=2), tmp_path / 'sparse'
   before, tokens = contents(folder), np.where(TOKENS > 9, 0, TOKENS)
   with pytest.raises(OSError, match='No space left'), monkeypatch.context() as patched:
     patched.setattr(huggingface, '_synchronise', full)
@@ -180,20 +180,21 @@ def full(folder):
 
 
 def test_the_command_prunes_a_folder_and_says_in_one_line_what_is_wrong(tmp_path, capsys):
-  folder = stored(tmp_path / 'dense', GPT2, gpt2())
+  small = GPT2 | {'n_layer': 1}
+  folder = stored(tmp_path / 'dense', small, gpt2(1))
   np.save(tmp_path / 'ids.npy', TOKENS)
   call = lambda *more: cli.main(['prune', str(tmp_path / 'out'), '--model', f'hf:{folder}', '--data',
                                  str(tmp_path / 'ids.npy'), *more])
   assert call('--recipe', 'wanda', '--pattern', '2:4') == 0
   printed = capsys.readouterr()
-  assert 'h.1.mlp.c_proj.weight' in printed.out and '8/8 h.1.mlp.c_proj.weight: 0.5000 zero' in printed.err
+  assert 'h.0.mlp.c_proj.weight' in printed.out and '4/4 h.0.mlp.c_proj.weight: 0.5000 zero' in printed.err
   made = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
   assert ((made['h.0.attn.c_attn.weight'].reshape(2, 4, 24) != 0).sum(1) == 2).all()
   assert call() == 2 and 'is there already' in capsys.readouterr().err
   shutil.rmtree(tmp_path / 'out')
   assert call('--recipe', 'wnda') == 2 and "Did you mean 'wanda'" in capsys.readouterr().err
   for config, why in (({'model_type': 'opt'}, "unknown `model_type` 'opt'"),
-                      ({**GPT2, 'activation_function': 'relu'}, "only 'gelu_new' is known")):
+                      (small | {'activation_function': 'relu'}, "only 'gelu_new' is known")):
     (folder / 'config.json').write_text(json.dumps(config))
     assert call('--recipe', 'wanda') == 2
     assert why in capsys.readouterr().err and not (tmp_path / 'out').exists()

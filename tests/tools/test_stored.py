@@ -133,6 +133,7 @@ def stack():
   return w
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('kind', formats.TABLE)
 @pytest.mark.parametrize('tree', TREES)
 @pytest.mark.parametrize('source', AXES)

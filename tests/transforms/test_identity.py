@@ -38,7 +38,7 @@ def through_a_file(state, blank):
   return jax.tree.unflatten(jax.tree.structure(blank), arrays)
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('name', recipes.TABLE)
 def test_every_other_recipe_refuses_a_state_and_names_both(name):
   """Tests the plan in one process, and the array from a file wherever the trees have the same structure."""

@@ -5,6 +5,7 @@ parameter has other axes by convention than by its program. Parameters that a pr
 dense.
 """
 
+import functools
 import typing
 
 import equinox
@@ -207,11 +208,17 @@ CASES = {
 }
 
 
+@functools.cache
+def read(case):
+  """Returns the parameters of a case, and the contractions of its program."""
+  apply, params, x = CASES[case][0]()
+  return params, sparsejax.contractions(apply, params, x)
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_a_convention_says_what_the_program_says_or_nothing(case, standard_promotion):
-  build, known = CASES[case]
-  apply, params, x = build()
-  found, axes = sparsejax.contractions(apply, params, x), trees.axes_by_path('f', None, params)
+  (params, found), known = read(case), CASES[case][1]
+  axes = trees.axes_by_path('f', None, params)
   for path in found:
     expected = any(path.endswith(tail) for tail in known)
     assert (axes[path].source == 'convention') == expected, path
@@ -225,8 +232,7 @@ def test_a_convention_says_what_the_program_says_or_nothing(case, standard_promo
 
 @pytest.mark.parametrize('case', CASES)
 def test_with_a_program_the_sparse_leaves_are_those_that_it_contracts(case, standard_promotion):
-  apply, params, x = CASES[case][0]()
-  found = sparsejax.contractions(apply, params, x)
+  params, found = read(case)
   where = trees.default_where(found)
   picked = [path for path, leaf in zip(*trees.flatten(params)[:2]) if where(path, leaf)]
   assert {*picked} == {path for path in found if path not in found.lookups}
