@@ -175,47 +175,45 @@ def _starts(leaves: Sequence[Array], groups: Sequence[Sequence[int]]) -> list[np
   return [starts[list(places)] for places in groups]
 
 
-class _Settled(NamedTuple):
-  """A `_Settled` is where the search of `_top_n_of_rows` stands after `turn` bits.
+class _Search(NamedTuple):
+  """A `_Search` is where the search of `_top_n_of_rows` stands after `turn` bits.
 
-  `kept`: the number of entries above `least`, and of those equal to it that stand before `stop`.
+  `number`: how many entries are above `least`, or equal to it and before the place `stop`.
   """
 
-  turn: Array
-  least: Array
-  stop: Array
-  kept: Array
+  turn: Any
+  least: Any
+  stop: Any
+  number: Any
 
 
 def _top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> list[Array]:
   """Returns the masks of the `n` largest keys of all stacks `[rows, ...]` together, whose rows begin at `starts`.
 
-  A single loop settles the bits of the least key that is kept, and then those of the place at which equal keys are cut.
-  It ends as soon as the count is right, without ties after about as many bits as tell the keys apart.
+  A single loop settles the bits of the least key that is kept, and then those of the place before which equal keys are
+  kept. It ends as soon as the number is right, without ties after about as many bits as tell the keys apart.
   """
   info, size = jnp.iinfo(keys[0].dtype), sum(key.size for key in keys)
+  turns = info.bits + size.bit_length()
   places = [_index(range(1, key.ndim), key.shape) + lax.expand_dims(start, range(1, key.ndim))
             for key, start in zip(keys, starts)]
 
-  def both(least: Array, stop: Array) -> list[list[Array]]:
+  def kept(least: Array, stop: Array) -> list[list[Array]]:
+    least = least.astype(info.dtype)
     return [[key > least, (key == least) & (place < stop)] for key, place in zip(keys, places)]
 
-  def settle(now: _Settled) -> _Settled:
-    tied, last = now.turn >= info.bits, info.bits + size.bit_length() - 1
-    step = jnp.left_shift(np.int32(1), jnp.where(tied, last, info.bits - 1) - now.turn)
-    before = jnp.where(now.turn == info.bits, 0, now.stop)
-    least, stop = jnp.where(tied, now.least, now.least + step.astype(info.dtype)), jnp.where(tied, before + step, size)
-    larger, equal = totals(both(least, stop))
-    fits = jnp.where(tied, larger + equal <= n, larger + equal >= n)
-    return _Settled(now.turn + 1, *jax.tree.map(functools.partial(jnp.where, fits), (least, stop, larger + equal),
-                                                (now.least, before, now.kept)))
+  def settle(now: _Search) -> _Search:
+    tied, stop = now.turn >= info.bits, jnp.where(now.turn == info.bits, 0, now.stop)
+    step = jnp.left_shift(np.int32(1), jnp.where(tied, turns - 1, info.bits - 1) - now.turn)
+    tried = jnp.where(tied, now.least, now.least + step), jnp.where(tied, stop + step, size)
+    number = sum(totals(kept(*tried)))
+    fits = jnp.where(tied, number <= n, number >= n)
+    return _Search(now.turn + 1, *_where(fits, (*tried, number), (now.least, stop, now.number)))
 
-  first = _Settled(np.int32(0), jnp.asarray(info.min, info.dtype), np.int32(size), np.int32(size))
-  first = jax.tree.map(lambda x: varying(jnp.asarray(x), lambda _: totals(both(first.least, first.stop))), first)
-  goes_on = lambda now: (now.kept != n) & (now.turn < info.bits + size.bit_length())
-  found = lax.while_loop(goes_on, settle, first)
-  return [larger | equal for larger, equal in both(found.least, found.stop)]
-
+  start = _Search(*map(np.int32, (0, info.min, size, size)))
+  start = jax.tree.map(lambda x: varying(jnp.asarray(x), lambda _: totals(kept(start.least, start.stop))), start)
+  found = lax.while_loop(lambda now: (now.number != n) & (now.turn < turns), settle, start)
+  return [larger | equal for larger, equal in kept(found.least, found.stop)]
 
 def _stacks(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
   """Returns the places of the leaves of each kind, and the leaves of each kind as one array, `[leaves, ...]`.
