@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -59,7 +60,7 @@ def two_of_four(scores: jax.Array) -> jax.Array:
 
 
 def gradual(inner: optax.GradientTransformation) -> Step:
-  """Returns gradual magnitude pruning of each matrix: one branch, in which matrices of one shape are a stack."""
+  """Returns gradual magnitude pruning of each matrix, whose masks are chosen in one branch."""
   def init(params):
     return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
 
@@ -67,7 +68,8 @@ def gradual(inner: optax.GradientTransformation) -> Step:
     step, masks, own = state
     moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, params)
     share = SPARSITY * (1 - (1 - jnp.clip(step / END, 0, 1)) ** 3)
-    choose = lambda: _by_shape(lambda w, u: largest(jnp.abs(w + u), share), params, moves)
+    chosen = lambda w, size: largest(w, size - jnp.round(share * size))
+    choose = lambda: _by_rows(chosen, jax.tree.map(lambda w, u: jnp.abs(w + u), params, moves))
     masks = lax.cond(step % EVERY == 0, choose, lambda: masks)
     return jax.tree.map(lambda m, w, u: jnp.where(m, u, -w), masks, params, moves), (step + 1, masks, own)
 
@@ -79,14 +81,16 @@ def rigl(inner: optax.GradientTransformation) -> Step:
   def init(params):
     return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
 
-  def moved(w, g, m, fraction):
-    alive = m & largest(jnp.where(m, jnp.abs(w), -1), 1 - (1 - SPARSITY) * (1 - fraction))
-    return largest(jnp.where(alive, jnp.inf, jnp.abs(g)), SPARSITY)
+  def moved(w, g, fraction, size):
+    keep = jnp.round((1 - SPARSITY) * size)
+    alive = largest(w, jnp.round((1 - fraction) * keep))
+    return largest(jnp.where(alive, jnp.inf, g), keep)
 
   def update(grads, state, params, **extra):
     step, masks, own = state
     fraction, due = FRACTION / 2 * (1 + jnp.cos(jnp.pi * step / END)), step % EVERY == 0
-    choose = lambda: _by_shape(lambda *each: moved(*each, fraction), params, grads, masks)
+    kept = jax.tree.map(lambda w, m: jnp.where(m, jnp.abs(w), -1), params, masks)
+    choose = lambda: _by_rows(lambda w, g, size: moved(w, g, fraction, size), kept, jax.tree.map(jnp.abs, grads))
     new = lax.cond(due, choose, lambda: masks)
     moves, after = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, params)
     own = jax.tree.map(lambda a, b: jnp.where(due, a, b), own, after)
@@ -96,39 +100,42 @@ def rigl(inner: optax.GradientTransformation) -> Step:
   return Step(init, update)
 
 
-def _by_shape(function: Callable[..., jax.Array], *trees: Any) -> Any:
-  """Returns the tree of `function` of each leaf, computed by `vmap` over the stack of the leaves of each shape."""
-  leaves, structure = zip(*map(jax.tree.flatten, trees))
-  found: list[Any] = [None] * len(leaves[0])
-  for shape in dict.fromkeys(x.shape for x in leaves[0]):
-    places = [i for i, x in enumerate(leaves[0]) if x.shape == shape]
-    stack = jax.vmap(function)(*(jnp.stack([own[i] for i in places]) for own in leaves))
-    for row, i in enumerate(places):
-      found[i] = stack[row]
-  return jax.tree.unflatten(structure[0], found)
+def _by_rows(function: Callable[..., jax.Array], *trees: Any) -> Any:
+  """Returns the tree of `function` of each leaf and its size, by a loop over rows of one width, with -1 behind a leaf.
 
-
-def largest(scores: jax.Array, sparsity: Any) -> jax.Array:
-  """Returns the mask of all but a fraction of the scores, which are no NaN; ties keep the lower index.
-
-  Bisection settles the bits of the least score that is kept, and then the index before which ties are kept.
+  The places of the rows are results of a branch: XLA:CPU would compile a kernel for each constant place.
   """
-  keep = scores.size - jnp.round(sparsity * scores.size).astype(jnp.int32)
-  keys = lax.bitcast_convert_type(scores, jnp.int32)
-  least = _settled(lambda key: jnp.sum(keys >= key) >= keep, 31)
-  equal, missing = keys == least, keep - jnp.sum(keys > least)
-  place = jnp.arange(scores.size).reshape(scores.shape)
-  stop = _settled(lambda stop: jnp.sum(equal & (place < stop)) <= missing, scores.size.bit_length())
-  return (keys > least) | (equal & (place < stop))
+  all_leaves, structures = zip(*map(jax.tree.flatten, trees))
+  leaves = all_leaves[0]
+  width, numbers = max(x.size for x in leaves), [np.int32(i) for i in range(len(leaves))]
+  row = lambda x: jnp.pad(x.reshape(-1), (0, width - x.size), constant_values=-1)
+  stacks = [jnp.stack([row(x) for x in jax.tree.leaves(tree)]) for tree in trees]
+  sizes = np.array([x.size for x in leaves], np.float32)
+  masks = lax.map(lambda each: function(*each), (*stacks, sizes))
+  places = lax.cond(masks[0, 0], lambda: numbers, lambda: numbers)
+  found = [lax.dynamic_index_in_dim(masks, i, 0, keepdims=False)[:x.size].reshape(x.shape)
+           for i, x in zip(places, leaves)]
+  return jax.tree.unflatten(structures[0], found)
 
 
-def _settled(holds: Callable[[jax.Array], jax.Array], bits: int) -> jax.Array:
-  """Returns the largest number of so many bits for which `holds` is `True`."""
-  def settle(i, number):
-    more = number + (1 << (bits - 1 - i))
-    return jnp.where(holds(more), more, number)
+def largest(scores: jax.Array, keep: jax.Array) -> jax.Array:
+  """Returns the mask of the `keep` largest of a row of scores that are at least 0; ties keep the lower index.
 
-  return lax.fori_loop(0, bits, settle, jnp.zeros((), jnp.int32))
+  One loop settles the bits of the least score that is kept, and then the index before which ties are kept.
+  """
+  keys, place = lax.bitcast_convert_type(scores, jnp.int32), lax.iota(jnp.int32, scores.size)
+  kept = lambda least, stop: (keys > least) | ((keys == least) & (place < stop))
+  turns = 31 + scores.size.bit_length()
+
+  def settle(i, now):
+    tied, stop = i >= 31, jnp.where(i == 31, 0, now[1])
+    step = 1 << (jnp.where(tied, turns - 1, 30) - i)
+    tried = jnp.where(tied, now[0], now[0] + step), jnp.where(tied, stop + step, scores.size)
+    number = jnp.sum(kept(*tried), dtype=jnp.int32)
+    fits = jnp.where(tied, number <= keep, number >= keep)
+    return jnp.where(fits, tried[0], now[0]), jnp.where(fits, tried[1], stop)
+
+  return kept(*lax.fori_loop(0, turns, settle, (jnp.int32(0), jnp.int32(0))))
 
 
 STEPS = {'a master under a fixed mask': least_master, 'sr_ste, by hand': sr_ste, 'gradual_magnitude, by hand': gradual,

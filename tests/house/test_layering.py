@@ -72,7 +72,7 @@ INSIDE = {
                            ('replace', 'again')),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
-    'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('phases', 'small'), ('sparsify',)),
+    'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('choosing', 'small'), ('phases',), ('sparsify',)),
     'sparsejax.recipes': (('sentence', 'post_training'), ('n_m', 'at_init'), ('gradual', 'dynamic', 'tickets')),
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim',
                                  'essential'),
