@@ -18,7 +18,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 
 from sparsejax import kinds, rows
-from sparsejax.keys import key_scores, largest_key, order_keys
+from sparsejax.keys import key_scores, largest_key, order_keys, varying
 from sparsejax.passes import keyed, least_key, top_n_of_large
 from sparsejax.types import Array
 from sparsejax.wholes import Count, along, at_least, count, counted, minus, most, one, plus, totals
@@ -117,19 +117,37 @@ def number(mask: Array) -> Count:
 # programs in flight have deadlocked XLA:CPU with more devices than cores.
 @functools.partial(jax.jit, inline=True)
 def _top_n_of_leaves(leaves: list[Array], n: Any) -> list[Array]:
+  if _small(leaves):
+    groups, keys = _rows(leaves)
+    return _of_leaves(leaves, groups, _top_n_of_rows(keys, _starts(leaves, groups), n))
   if len(leaves) == 1 and leaves[0].size >= LARGE:
     return [top_n_of_large(leaves[0], n)]
   groups, keys, least, counts = _ranked(leaves, n)
   missing = _missing(n, groups, counts)
   masks = [(k > least) | _first(k == least, each, equals) for k, each, (_, equals) in zip(keys, missing, counts)]
+  return _of_leaves(leaves, groups, masks)
+
+
+def _small(leaves: Sequence[Array]) -> bool:
+  return sum(leaf.size for leaf in leaves) < min(LARGE, most())
+
+
+def _of_leaves(leaves: Sequence[Array], groups: Sequence[Sequence[int]], masks: Sequence[Array]) -> list[Array]:
+  """Returns the mask of each leaf, out of the masks `[rows, ...]` of stacks of leaves."""
   found = dict(zip(itertools.chain(*groups), itertools.chain(*map(kinds.apart, masks))))
   return [rows.from_rows(found[i], leaf.shape, found[i].size) for i, leaf in enumerate(leaves)]
 
 
 @functools.partial(jax.jit, inline=True)
 def _shares_of_leaves(leaves: list[Array], n: Any) -> list[Count]:
+  found: dict[int, Any] = {}
+  if _small(leaves):
+    groups, keys = _rows(leaves)
+    masks = _top_n_of_rows(keys, _starts(leaves, groups), n)
+    for places, key, mask in zip(groups, keys, masks):
+      found |= zip(places, kinds.apart(_of_rows([mask & (key > jnp.iinfo(key.dtype).min)], False)[0]))
+    return [count(found[i]) for i in range(len(leaves))]
   groups, _, _, counts = _ranked(leaves, n)
-  found: dict[int, Count] = {}
   for places, missing, (larger, equals) in zip(groups, _missing(n, groups, counts), counts):
     none = jax.tree.map(jnp.zeros_like, equals)
     ties = _where(at_least(missing, none), _where(at_least(equals, missing), missing, equals), none)
@@ -146,17 +164,56 @@ def _ranked(leaves: Sequence[Array], n: Any) -> tuple[list[list[int]], list[Arra
 
   The last result holds the numbers of keys above the `n`-th largest, and of keys equal to it, `[rows]` for each stack.
   """
-  if sum(leaf.size for leaf in leaves) < LARGE:
-    groups, keys = _rows(leaves)
-    enough = lambda ts: [at_least(c, n) for c in totals([[k >= t for t in ts] for k in keys])]
-    least = largest_key(enough, jnp.zeros((), keys[0].dtype))
-  else:
-    groups, stacks = _stacks(leaves)
-    keys, least = [order_keys(stack, keyed(stacks)) for stack in stacks], least_key(stacks, n)
-  # Below all scores there is only padding, which is equal to `least` if there are fewer than `n` scores.
-  equal = [(k == least) & (least > jnp.iinfo(least.dtype).min) for k in keys]
-  return groups, keys, least, [_of_rows([k > least, same], isinstance(n, Count)) for k, same in zip(keys, equal)]
+  groups, stacks = _stacks(leaves)
+  keys, least = [order_keys(stack, keyed(stacks)) for stack in stacks], least_key(stacks, n)
+  return groups, keys, least, [_of_rows([k > least, k == least], isinstance(n, Count)) for k in keys]
 
+
+def _starts(leaves: Sequence[Array], groups: Sequence[Sequence[int]]) -> list[np.ndarray]:
+  """Returns how many entries the leaves before each leaf have together, `int32[rows]` for each stack."""
+  starts = np.cumsum([0, *(leaf.size for leaf in leaves)]).astype(np.int32)
+  return [starts[list(places)] for places in groups]
+
+
+class _Search(NamedTuple):
+  """A `_Search` is where the search of `_top_n_of_rows` stands after `turn` bits.
+
+  `number`: how many entries are above `least`, or equal to it and before the place `stop`.
+  """
+
+  turn: Any
+  least: Any
+  stop: Any
+  number: Any
+
+
+def _top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> list[Array]:
+  """Returns the masks of the `n` largest keys of all stacks `[rows, ...]` together, whose rows begin at `starts`.
+
+  A single loop settles the bits of the least key that is kept, and then those of the place before which equal keys are
+  kept. It ends as soon as the number is right, without ties after about as many bits as tell the keys apart.
+  """
+  info, size = jnp.iinfo(keys[0].dtype), sum(key.size for key in keys)
+  turns = info.bits + size.bit_length()
+  places = [_index(range(1, key.ndim), key.shape) + lax.expand_dims(start, range(1, key.ndim))
+            for key, start in zip(keys, starts)]
+
+  def kept(least: Array, stop: Array) -> list[list[Array]]:
+    least = least.astype(info.dtype)
+    return [[key > least, (key == least) & (place < stop)] for key, place in zip(keys, places)]
+
+  def settle(now: _Search) -> _Search:
+    tied, stop = now.turn >= info.bits, jnp.where(now.turn == info.bits, 0, now.stop)
+    step = jnp.left_shift(np.int32(1), jnp.where(tied, turns - 1, info.bits - 1) - now.turn)
+    tried = jnp.where(tied, now.least, now.least + step), jnp.where(tied, stop + step, size)
+    number = sum(totals(kept(*tried)))
+    fits = jnp.where(tied, number <= n, number >= n)
+    return _Search(now.turn + 1, *_where(fits, (*tried, number), (now.least, stop, now.number)))
+
+  start = _Search(*map(np.int32, (0, info.min, size, size)))
+  start = jax.tree.map(lambda x: varying(jnp.asarray(x), lambda _: totals(kept(start.least, start.stop))), start)
+  found = lax.while_loop(lambda now: (now.number != n) & (now.turn < turns), settle, start)
+  return [larger | equal for larger, equal in kept(found.least, found.stop)]
 
 def _stacks(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
   """Returns the places of the leaves of each kind, and the leaves of each kind as one array, `[leaves, ...]`.

@@ -1,8 +1,8 @@
 """A salience ranks the units of groups, such as neurons, heads and channels. The units with the least salience go.
 
 A salience is `salience(units) -> float32[rows, units]`, where `units` is a `Units`, which sums any score over the
-weights of each unit. `structured.grouped` calls it with all leaves at once, so that a salience may compare units of several
-groups. Ties keep the lower unit of the earlier group; NaN ranks last.
+weights of each unit. `structured.grouped` calls it with all leaves at once, so that a salience may compare units of
+several groups. Ties keep the lower unit of the earlier group; NaN ranks last.
 
     def largest_gradient(units):
       return units.mean(lambda w, signals: jnp.abs(signals.grad))

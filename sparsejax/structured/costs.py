@@ -19,8 +19,8 @@ def multiply_adds(groups: Groups) -> Callable[[Mapping[str, Any]], Any]:
   """Returns the function from sizes of groups to the multiply-adds of one call, in contractions of parameters.
 
   The count of a parameter is a product of the lengths of its axes. A length is linear in the size of each group with
-  positions on the axis. Sizes may be traced, and groups without a size are whole. Contractions of no parameter, such as attention scores, do not shrink, and are left out.
-  The function raises `ValueError` for a name that is no group.
+  positions on the axis. Sizes may be traced, and groups without a size are whole. Contractions of no parameter, such as
+  attention scores, do not shrink, and are left out. The function raises `ValueError` for a name that is no group.
   """
   macs = dict(read(trace(groups.apply, (groups.shapes, *groups.inputs))).macs)
   axes: dict[str, dict[int, list[tuple[str, float]]]] = {}

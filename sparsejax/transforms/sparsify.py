@@ -23,7 +23,7 @@ from sparsejax import errors, plans, schedules, scores
 from sparsejax.arguments import checked
 from sparsejax.selections import Selection
 from sparsejax.states import SparseState
-from sparsejax.transforms import phases, refusals, small
+from sparsejax.transforms import choosing, phases, refusals, small
 from sparsejax.transforms.leaves import Leaves, plain_key
 from sparsejax.transforms.method import Method
 from sparsejax.types import Array, Axes, Flow, Inner, Optimizer, Predicate, PyTree, Schedule, Start
@@ -115,7 +115,7 @@ def _init(method: Method, /, params: PyTree, **values: Any) -> SparseState:
   refusals.refuse_unfilled(method.placeholders, values)
   method = method.filled(values)
   leaves = Leaves.of(method, params)
-  point = phases.began(method, leaves, params)
+  point = choosing.began(method, leaves, params)
   point = point._replace(inner=method.inner.init(leaves.put(point.weights, params)))
   if method.flow.dense or not method.never:
     refusals.refuse_line_search(point.inner)
