@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, patterns, scores, selections, trees
+from sparsejax import arguments, errors, patterns, scores, selections, trees
 from sparsejax.post_training.recipe import Recipe
 from sparsejax.programs.arrangements import Arrangement, arrangement_of
 from sparsejax.programs.contractions import Contractions, Use, read
@@ -80,7 +80,9 @@ def targets(function: str, program: Program, params: PyTree, recipe: Recipe, whe
   found = read(program)
   picked = _picked(function, found, params, where)
   paths, leaves, _ = trees.flatten(params)
-  arrays = {path: jnp.asarray(leaf) for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  held = {path: leaf for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  arguments.refuse_unknown(function, held)
+  arrays = {path: jnp.asarray(leaf) for path, leaf in held.items()}
   order = [path for path in found if path in arrays]
   arrays = {path: arrays[path] for path in (*order, *(path for path in arrays if path not in order))}
   _refuse(function, params, where, {path: _unused(found, path, array) for path, array in arrays.items()}, arrays)
