@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from kernels_pallas.models import OPS
-from sparsejax import advice, formats, tables, trees
+from sparsejax import advice, arguments, formats, tables, trees
 from sparsejax.advice import measured
 from sparsejax.formats import PackedArray
 from sparsejax.formats.arrays import matrix_sizes
@@ -59,8 +59,7 @@ def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain:
   why. Every form has the same values and the same products, up to the order of sums. A stored zero may be dropped, so
   train before leaves are prepared. Raises `ValueError` if `tokens` is below 1, or for a leaf that is traced.
   """
-  if tokens < 1:
-    raise ValueError(f'prepared: tokens is the number of rows that a weight multiplies, at least 1, not {tokens}.')
+  tokens = arguments.verified('prepared', 'tokens', tokens)
   device = device or _default_device(folder)
   table = measured.read_table(device, folder)
   near = measured.near_tokens(table, tokens) if table else None

@@ -11,6 +11,7 @@
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -101,6 +102,9 @@ AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.ap
 WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of bools", lambda value: not is_number(value))
 MEMORY = Kind('a scores.Memory', having('start', 'observe'))
 SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('plan', 'select'))
+FOLDER = Kind('the path of a folder', lambda value: one_of(str, os.PathLike)(value) and (
+    os.path.isdir(value) or not os.path.lexists(value)))
+CONFIG = Kind("a mapping, as in {'name': 'sr_ste', 'pattern': '2:4'}", having('keys', '__getitem__'))
 QUANTIZE = Kind('a grid, as in repairs.Grid(bits=4)', having('fitted', 'rounded'))
 GROUPS = Kind('the groups of a program, as in structured.groups(apply, params, x), or some of them in a dict',
               one_of(Mapping))
@@ -116,8 +120,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('begin', 'end', 'dense_steps', 'fine_tune_steps', 'at'), STEP),
     **dict.fromkeys(('every', 'steps', 'total_steps', 'ramp_steps', 'set_.end', 'rigl.end', 'snfs.end',
                      'iterative_soft_shrinkage.fine_tune_steps'), UPDATES),
-    **dict.fromkeys(('rounds', 'candidates', 'k', 'block', 'rows', 'cycles', 'iterations',
-                     'bits'), TIMES),
+    **dict.fromkeys(('rounds', 'candidates', 'k', 'block', 'rows', 'cycles', 'iterations', 'bits', 'tokens',
+                     'memory_limit'), TIMES),
     **dict.fromkeys(('threshold', 'least', 'damping', 'most'), PART),
     **dict.fromkeys(('fraction', 'shrink', 'ratio', 'beta'), PART_OR_SCHEDULE),
     'momentum': AVERAGE, 'gradient_average.decay': AVERAGE, 'squared_gradient_average.decay': AVERAGE,
@@ -132,7 +136,7 @@ KINDS: dict[str, Kind] = {
                      'score_threshold.threshold', 'global_threshold.sparsity', 'drop_and_grow.fraction',
                      'swap.fraction', 'redistributed.fraction'), SCHEDULE),
     'refresh': BOOLS, 'value': VALUE,
-    **dict.fromkeys(('loss', 'outputs', 'score', 'update', 'grow', 'start', 'groups'), FUNCTION),
+    **dict.fromkeys(('loss', 'outputs', 'score', 'update', 'grow', 'start', 'groups', 'apply', 'progress'), FUNCTION),
     'pattern': PATTERN, 'allocation': ALLOCATION, 'key': KEY, 'axes': AXES, 'memory': MEMORY, 'flow': FLOW,
     **dict.fromkeys(('inner', 'score_optimizer', 'optimizer'), OPTIMIZER),
     **dict.fromkeys(('selection', 'first'), SELECTION),
@@ -140,7 +144,7 @@ KINDS: dict[str, Kind] = {
     'alone': FLAG, 'multiple_of': TIMES, 'samples': TIMES,
     **dict.fromkeys((f'{name}.groups' for name in _OVER_GROUPS), GROUPS),
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
-    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
+    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING, 'workdir': FOLDER, 'config': CONFIG,
 }
 
 
@@ -204,6 +208,20 @@ def checked(function: F) -> F:
     return function(*first, *args[len(first):], **{key: one(key, value) for key, value in kwargs.items()})
 
   return call  # type: ignore[return-value]
+
+
+def is_known(array: Any) -> bool:
+  """Returns whether `array` has values here, and is neither traced nor a mere shape."""
+  return not isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct))
+
+
+def refuse_unknown(function: str, arrays: Mapping[str, Any], traced: bool = False) -> None:
+  """Raises `ValueError` for the first of `arrays`, by path, without values; with `traced`, a traced array will do."""
+  for path, array in arrays.items():
+    if not is_known(array) and not (traced and isinstance(array, jax.core.Tracer)):
+      raise errors.at_leaf(function, path, array.shape, 'its values are not known here (traced, or a mere shape). '
+                           f'Call {function} with arrays, ' + ('or under jax.eval_shape.' if traced else
+                                                               'outside of jit, vmap and grad.'))
 
 
 def public_name(function: Callable[..., Any]) -> str:

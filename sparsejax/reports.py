@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import census, errors, patterns, states, tables, trees, types
+from sparsejax import arguments, census, errors, patterns, states, tables, trees, types
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
@@ -104,7 +104,9 @@ def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[
     return with_note(params, _of_state(params, opt_state, axes))
   paths, leaves, _ = trees.flatten(params)
   picked = trees.select('report', where or trees.default_where(axes), params)
-  arrays = {path: jnp.asarray(leaf) for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  held = {path: leaf for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  arguments.refuse_unknown('report', held)
+  arrays = {path: jnp.asarray(leaf) for path, leaf in held.items()}
   asked = trees.per_leaf('report', 'pattern', patterns.parse(pattern) if pattern else None, list(arrays))
   known = trees.axes_by_path('report', axes, params, arrays)
   rows = tuple(row_of_pattern(path, w, own, known[path]) for (path, w), own in zip(arrays.items(), asked))
@@ -152,6 +154,9 @@ def check(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[s
 
 def _of_state(params: PyTree, opt_state: Any, axes: Mapping[str, Axes] | None) -> Report:
   sparse, held = states.find(opt_state), states.by_path(params)
+  for tree in (held, *(states.by_path(state.masks) for state in sparse)):
+    arguments.refuse_unknown('report', {leaf.path: tree[leaf.path] for state in sparse for leaf in state.plan.leaves
+                                        if leaf.path in tree})
   extra = jax.tree.leaves(sparse[0].step)[0].ndim  # the axes of a vmap around init and update
   project = states.project
   for _ in range(extra):

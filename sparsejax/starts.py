@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax import trees
+from sparsejax import arguments, errors, trees
 from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, PyTree, Start
 
@@ -90,7 +90,7 @@ def best_of(loss: Loss, candidates: int) -> Start:
 
 def _best_of(choose: Any, place: Any, masks: Any, key: Array, loss: Loss, candidates: int) -> Any:
   keys = jax.random.split(key, candidates)
-  losses = jax.lax.map(lambda key: loss(place(choose(masks, key=key))), keys)
+  losses = jax.lax.map(lambda key: called(loss, place(choose(masks, key=key))), keys)
   return choose(masks, key=keys[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))])
 
 
@@ -101,7 +101,7 @@ def gradient(loss: Loss) -> Probe:
 
 
 def _gradient(params: PyTree, loss: Loss) -> PyTree:
-  return jax.grad(loss)(params)
+  return jax.grad(functools.partial(called, loss))(params)
 
 
 @checked
@@ -114,6 +114,7 @@ def hessian_gradient(loss: Loss) -> Probe:
 
 
 def _hessian_gradient(params: PyTree, loss: Loss) -> PyTree:
+  loss = functools.partial(called, loss)
   paths, leaves, treedef = trees.flatten(jax.grad(loss)(params))
   sparse = trees.over(trees.matrices, params)
   moving = [g if sparse(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]
@@ -153,7 +154,7 @@ def synaptic_flow(outputs: Callable[[PyTree], Array]) -> Probe:
 
 
 def _synaptic_flow(params: PyTree, outputs: Callable[[PyTree], Array]) -> PyTree:
-  return jax.grad(lambda params: jnp.sum(outputs(params)))(jax.tree.map(jnp.abs, params))
+  return jax.grad(lambda params: jnp.sum(called(outputs, params)))(jax.tree.map(jnp.abs, params))
 
 
 def of(other: PyTree) -> Probe:
@@ -163,6 +164,24 @@ def of(other: PyTree) -> Probe:
 
 def _other(params: PyTree, other: PyTree) -> PyTree:
   return other
+
+
+def called(function: Callable[[PyTree], Array], params: PyTree) -> Array:
+  """Returns `function(params)`; where it fails on a tree in which optax hides parameters, says so.
+
+  `optax.masked`, `multi_transform` and `partition` give the recipe a tree with `MaskedNode` in the place of the
+  parameters of other optimizers. A function that has the whole tree may fill them in.
+  """
+  try:
+    return function(params)
+  except Exception as error:
+    hidden = [path for path, leaf in zip(*trees.flatten(params, is_leaf=trees.is_dense)[:2]) if trees.is_dense(leaf)]
+    if not hidden:
+      raise
+    raise ValueError(
+        f'sparsejax: {arguments.shown(function)} failed in `init` on parameters of which optax.masked or multi_transform '
+        f'hides {errors.some(hidden, 3)} ({type(error).__name__}: {error}). Wrap the whole optimizer in the recipe and '
+        'say by where= what is sparse, or fill the hidden parameters in before the model runs.') from error
 
 
 def needed(recipe: str, name: str, value: Any, what: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, plans, trees
+from sparsejax import arguments, errors, plans, trees
 from sparsejax.plans import Plan, SparseLeaf
 from sparsejax.types import Array, PyTree, Signals, moved
 
@@ -147,6 +147,8 @@ def _replace(params: PyTree, opt_state: Any, point: Callable[..., Array]) -> PyT
     for leaf in state.plan.leaves:
       _refuse_unless_among(paths, leaf.path)
       w, mask = leaves[place[leaf.path]], masks[leaf.path]
+      for array in (w, mask):
+        arguments.refuse_unknown('sparsejax.project', {leaf.path: array}, traced=True)
       if mask.shape != w.shape:
         raise errors.at_leaf('sparsejax', leaf.path, w.shape, f'the state holds a mask of shape {mask.shape}; make the '
                              'state from these parameters: tx.init(params).')

@@ -114,7 +114,7 @@ def is_traced(axes: Mapping[str, Axes] | None) -> bool:
   """Returns whether `axes` were read from a program, at least one of them. The program contracts no other leaf."""
   if axes is None:
     return False
-  return hasattr(axes, 'lookups') or any(Axes(*each).source == 'traced' for each in axes.values())
+  return hasattr(axes, 'lookups') or any(getattr(each, 'source', '') == 'traced' for each in axes.values())
 
 
 def all_but(*globs: str, where: Predicate = matrices) -> Predicate:
@@ -150,7 +150,7 @@ def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]
   picked = _picked(function, where, tree)
   _refuse_globs(function, where, tree, any(picked))
   if not any(picked):
-    raise ValueError(f'{function}: `where` picks no parameter. {_looks(names)}')
+    raise ValueError(f'{function}: `where` picks no parameter. {_kinds(leaves)}{_looks(names)}')
   rows, seen = [(name, leaf) for name, leaf, pick in zip(names, leaves, picked) if pick], collections.Counter(names)
   if problems := [errors.Problem(name, w.shape, f'dtype {w.dtype} is not floating; leave it out of `where`.')
                   for name, w in rows if not jnp.issubdtype(w.dtype, jnp.floating)]:
@@ -161,7 +161,19 @@ def select(function: str, where: Predicate | PyTree, tree: PyTree) -> list[bool]
   return picked
 
 
+def _kinds(leaves: list[Any]) -> str:
+  """Returns what keeps every leaf from being picked, or an empty string."""
+  arrays = [leaf for leaf in leaves if hasattr(leaf, 'dtype')]
+  if not arrays:
+    return 'The tree holds no array. '
+  if not any(map(_is_floating, arrays)):
+    return f'No array is floating, but {errors.some(sorted({str(leaf.dtype) for leaf in arrays}))}. '
+  return ''
+
+
 def _looks(names: list[str]) -> str:
+  if not names:
+    return 'Pass the parameters, a tree of arrays.'
   return (f'Paths look like {errors.some(names)}; '
           "match them with trees.named('tail/of/path'), * for one key and ** for several.")
 
@@ -302,10 +314,14 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
     problem = f'fits {errors.some(names)}' if names else f'is none of {errors.some(axes)}'
     raise errors.at_leaf(function, path, shape, f'its axes are not in `axes`: the path {problem}. '
                          'Trace a program that uses it in one contraction, or leave it out of `where`.')
-  found = Axes(*axes[names[0]])
+  if not isinstance(axes[names[0]], Axes):
+    raise errors.at_leaf(function, path, shape, f'`axes` says {axes[names[0]]!r} of it, which is no Axes; write '
+                         'sj.types.Axes(contracted=(0,), output=(1,)).')
+  found = axes[names[0]]
   meant = [a for group in found[:4] if isinstance(group, tuple) for a in group]
   if len(meant) != len(shape) or {*meant} != {*range(len(shape))}:
-    raise errors.at_leaf(function, path, shape, f'the {found.source} axes {found} are of another shape; trace again, '
+    source = 'given' if found.source == 'convention' else found.source
+    raise errors.at_leaf(function, path, shape, f'the {source} axes {found[:4]} are of another shape; trace again, '
                          'or put each axis into one of the four tuples.')
   return found
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, formats, patterns, trees
+from sparsejax import arguments, errors, formats, patterns, trees
 from sparsejax.advice import measured
 from sparsejax.advice.measured import DEVICES, FASTER, TABLES, Measured
 from sparsejax.formats.arrays import matrix_sizes
@@ -103,8 +103,7 @@ def advise(params: PyTree, pattern: Pattern | str | Mapping[str, Pattern | str],
   known = sorted({*DEVICES, *(path.stem for path in pathlib.Path(tables).glob('*.json'))})
   if device not in known:
     raise errors.unknown('advise', 'device', device, known)
-  if tokens < 1:
-    raise ValueError(f'advise: tokens is the number of rows that a weight multiplies, at least 1, not {tokens}.')
+  tokens = arguments.verified('advise', 'tokens', tokens)
   table = measured.read_table(device, tables)
   params = formats.unpack(params)
   names, leaves, _ = trees.flatten(params)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import conventions, errors
+from sparsejax.arguments import is_known
 from sparsejax.types import Array, Axes
 
 TRACED = ('its values are not known here (traced, or a mere shape), so its zeros cannot be counted. Pack outside of '
@@ -43,7 +44,7 @@ def mask_misfit(w: Array, mask: Array | None) -> str | None:
   """Returns why `mask` cannot choose the stored entries of `w`, or `None`."""
   if mask is not None and (tuple(mask.shape) != tuple(w.shape) or mask.dtype != bool):
     return f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} must be bool of the same shape.'
-  if mask is not None and not concrete(mask):
+  if mask is not None and not is_known(mask):
     return 'its mask has no values here (traced, or a mere shape). Pack outside of jit, vmap and grad.'
   return None
 
@@ -60,9 +61,4 @@ def host_misfit(w: Array) -> str | None:
   """Returns why `w` cannot be packed on the host, or `None`."""
   if w.size >= 2**31:
     return 'it has 2^31 weights or more; leave it out of `where`.'
-  return dtype_misfit(w.dtype) or (None if concrete(w) else TRACED)
-
-
-def concrete(w: Array) -> bool:
-  """Returns whether `w` has values, and is neither traced nor a mere shape."""
-  return not isinstance(w, (jax.core.Tracer, jax.ShapeDtypeStruct))
+  return dtype_misfit(w.dtype) or (None if is_known(w) else TRACED)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
+from sparsejax.arguments import is_known
 from sparsejax.formats import arrays, misfits, zeros
 from sparsejax.types import Array, Axes
 
@@ -224,7 +225,7 @@ def _misfit(w: Array, n: Any, m: int, axes: tuple[int, ...], check: bool, width:
 def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
              signed_zeros: bool) -> str | None:
   """Returns which groups have more than `n` nonzeros, or that nobody can know; `None` if no group has."""
-  if not misfits.concrete(w):
+  if not is_known(w):
     return misfits.TRACED
   counts = np.asarray(_nonzeros(w, m, axes, width, outputs, signed_zeros))
   if counts.max(initial=0) <= n:

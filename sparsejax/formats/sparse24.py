@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
+from sparsejax.arguments import is_known
 from sparsejax.formats import arrays, misfits, zeros
 from sparsejax.types import Array, Axes
 
@@ -120,7 +121,7 @@ def _padded(w: Array, axes: Axes) -> Array:
 
 def _crowded(w: Array, axes: Axes, signed_zeros: bool) -> str | None:
   """Returns how many groups have more than two nonzeros, or that nobody can know; `None` if no group has."""
-  if not misfits.concrete(w):
+  if not is_known(w):
     return misfits.TRACED
   counts = np.asarray(_counts(w, axes, signed_zeros))
   if counts.max(initial=0) <= 2:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from sparsejax import errors, formats, trees
+from sparsejax.arguments import is_known
 from sparsejax.io import bodies, claims, headers
 from sparsejax.io.stored import Stored
 from sparsejax.types import PyTree
@@ -150,7 +151,7 @@ def _entry(path: str, leaf: Any, check: bool = True) -> tuple[dict[str, Any], di
 def _refuse(path: str, part: Any) -> None:
   """Raises `ValueError` if `part`, an array of a leaf, has no bytes that can be written."""
   problem = None
-  if isinstance(part, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+  if not is_known(part):
     problem = 'it has no values here (traced, or a mere shape); save concrete arrays.'
   elif jax.dtypes.issubdtype(part.dtype, jax.dtypes.prng_key):
     problem = 'it is a typed PRNG key; save jax.random.key_data of it.'

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import allocation as allocations
-from sparsejax import calibration, errors, patterns, scores, selections, trees
+from sparsejax import arguments, calibration, errors, patterns, scores, selections, trees
 from sparsejax.plans import SparseLeaf
 from sparsejax.post_training import memory
 from sparsejax.post_training.cohorts import Sequential, cohorts_of
@@ -48,7 +48,8 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   a batched or ragged product. A weight that is used several times is pruned once, on the rows of all its uses.
 
   `where` picks the parameters to prune. By default, these are all that the program contracts, without those of which it
-  also looks up rows, and without that of the last product (the head). The report lists the others.
+  also looks up rows, and without that of the last product, if its result is no operand of another product and is not
+  added to a residual stream (the head). The report lists the others.
   `axes` are compared with those of the program, which decide.
   `keep` says where weights are pruned already, and stay zero. By default, and with 'zeros', this is every zero. A tree
   of masks says it by `False`. With `keep=False`, zeros are ordinary weights.
@@ -65,6 +66,8 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   """
   began = time.perf_counter()
   _check(recipe, unseen)
+  for name, value in (('apply', apply), ('memory_limit', memory_limit), ('workdir', workdir), ('progress', progress)):
+    arguments.verified('prune', name, value, None)
   calls = calls_of(apply, params, batches, valid)
   made, dense = targets('prune', calls.programs[0], params, recipe, where, axes, keep)
   calls.refuse_other_programs(made)
@@ -102,7 +105,9 @@ def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str
   began = time.perf_counter()
   paths, leaves, structure = trees.flatten(params)
   picked = trees.select('prune_weights', where or trees.default_where(axes), params)
-  arrays = {path: jnp.asarray(leaf) for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  held = {path: leaf for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  arguments.refuse_unknown('prune_weights', held)
+  arrays = {path: jnp.asarray(leaf) for path, leaf in held.items()}
   pattern = patterns.parse(pattern)
   own = trees.axes_by_path('prune_weights', axes, params, arrays)
   selection = selections.leafwise(pattern)  # type: ignore[arg-type]

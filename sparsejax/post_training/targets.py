@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, patterns, scores, selections, trees
+from sparsejax import arguments, errors, patterns, scores, selections, trees
 from sparsejax.post_training.recipe import Recipe
 from sparsejax.programs.arrangements import Arrangement, arrangement_of
 from sparsejax.programs.contractions import Contractions, Use, read
+from sparsejax.programs.heads import ends
 from sparsejax.programs.jaxprs import Address, equations
 from sparsejax.programs.tracing import Program
 from sparsejax.states import SparseLeaf
@@ -78,9 +79,12 @@ def targets(function: str, program: Program, params: PyTree, recipe: Recipe, whe
             axes: Mapping[str, Axes] | None, keep: Any) -> tuple[dict[str, Target], dict[str, str]]:
   """Returns the targets by path, in the order of the program, and the reason for each parameter that is left dense."""
   found = read(program)
-  picked = _picked(function, found, params, where)
+  head = _head(program, found)
+  picked = _picked(function, found, head, params, where)
   paths, leaves, _ = trees.flatten(params)
-  arrays = {path: jnp.asarray(leaf) for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  held = {path: leaf for path, leaf, pick in zip(paths, leaves, picked) if pick}
+  arguments.refuse_unknown(function, held)
+  arrays = {path: jnp.asarray(leaf) for path, leaf in held.items()}
   order = [path for path in found if path in arrays]
   arrays = {path: arrays[path] for path in (*order, *(path for path in arrays if path not in order))}
   _refuse(function, params, where, {path: _unused(found, path, array) for path, array in arrays.items()}, arrays)
@@ -93,7 +97,7 @@ def targets(function: str, program: Program, params: PyTree, recipe: Recipe, whe
   uses = {path: {i: use for i, use in enumerate(found.uses[path]) if use.data} for path in arrays}
   return ({leaf.path: Target(leaf.path, arrays[leaf.path], leaf, by_path[leaf.path], kept[leaf.path],
                              uses[leaf.path], made[leaf.path]) for leaf in chosen.leaves},
-          _left_dense(found, paths, arrays, where))
+          _left_dense(found, head, paths, arrays, where))
 
 
 def words_of(recipe: Recipe) -> selections.Selection:
@@ -102,31 +106,34 @@ def words_of(recipe: Recipe) -> selections.Selection:
                              sparsity=recipe.sparsity, allocation=recipe.allocation)
 
 
-def _picked(function: str, found: Contractions, params: PyTree, where: Any) -> list[bool]:
-  """Returns whether each leaf is pruned. Without `where`, all that is contracted, but look-ups and the last product."""
+def _picked(function: str, found: Contractions, head: str | None, params: PyTree, where: Any) -> list[bool]:
+  """Returns whether each leaf is pruned. Without `where`, all that is contracted, but look-ups and the head."""
   if where is not None:
     return trees.select(function, where, params)
   picked = trees.select(function, trees.default_where(found), params)
-  head = _head(found)
-  rest = [pick and path != head for path, pick in zip(trees.flatten(params)[0], picked)]
+  rest = [pick and path != head and any(use.data for use in found.uses.get(path, ()))
+          for path, pick in zip(trees.flatten(params)[0], picked)]
   if not any(rest):
     raise ValueError(f'{function}: the program has one product with a parameter, {head!r}, which is its last: the head '
                      f"stays dense by default. Pass where=sj.trees.named({head!r}) to prune it.")
   return rest
 
 
-def _head(found: Contractions) -> str:
-  """Returns the path of the parameter in the last product with data."""
-  return max((use.address, path) for path, uses in found.uses.items() for use in uses if use.data)[1]
+def _head(program: Program, found: Contractions) -> str | None:
+  """Returns the path of the parameter in the last product with data, if the product ends the program."""
+  uses = [(use.address, path) for path, uses in found.uses.items() for use in uses if use.data]
+  address, path = max(uses, default=((), None))
+  return path if address in ends(program) else None
 
 
-def _left_dense(found: Contractions, paths: Sequence[str], arrays: Mapping[str, Array], where: Any) -> dict[str, str]:
+def _left_dense(found: Contractions, head: str | None, paths: Sequence[str], arrays: Mapping[str, Array], where: Any) -> dict[str, str]:
   """Returns why each contracted parameter, and each look-up, that is not pruned is left dense."""
   reasons = {}
   for path in paths:
     if path not in arrays and (path in found or path in found.lookups):
       reasons[path] = ('left out by `where`' if where is not None else 'looked up by data' if path in found.lookups
-                       else 'the last product of the program' if path == _head(found) else 'a vector')
+                       else 'the last product of the program' if path == head else
+                       'a vector' if any(use.data for use in found.uses[path]) else 'no product takes it with data')
   return reasons
 
 

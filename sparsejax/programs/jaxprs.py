@@ -94,9 +94,19 @@ def shards(eqn: Any) -> tuple[Any, int]:
   return eqn.params['jaxpr'], math.prod(mesh.shape[name] for name in manual)
 
 
+def options(eqn: Any) -> tuple[tuple[str, Any], ...]:
+  """Returns the parameters of an operation, in the order of their names, as `eqn.primitive.bind` takes them."""
+  return tuple(sorted(eqn.params.items()))
+
+
 def setting(eqn: Any) -> str:
-  """Returns the name and all parameters of an operation as a text, which is equal for equal operations."""
-  return f'{eqn.primitive.name} {eqn.params}'
+  """Returns the name and the parameters of an operation as a text, which is equal for equal operations.
+
+  The text is without inner programs, functions and the names of functions, which have to be compared by themselves.
+  """
+  plain = {key: value for key, value in options(eqn)
+           if key != 'name' and not callable(value) and not list(core.jaxprs_in_params({key: value}))}
+  return f'{eqn.primitive.name} {plain}'
 
 
 def shard_map_parts(eqn: Any) -> tuple[Any, dict[str, Any]]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from sparsejax import trees
+from sparsejax.arguments import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +48,9 @@ def trace(apply: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
   flag, a string, a function) and NumPy scalars are passed to `apply` as they are. `is_leaf(node)` marks nodes such as
   packed arrays: `apply` gets a dense array of the node's shape and dtype.
   """
+  if not callable(apply):
+    raise ValueError(f'programs.trace: the function of the program must be a function, not {shown(apply)}; pass '
+                     'model.apply, or the call of a module.')
   both = (*args, kwargs or {})
   leaves, treedef = jax.tree.flatten(both, is_leaf=is_leaf)
   named = [(i, path) for i, part in enumerate(both) for path in trees.flatten(part, is_leaf=is_leaf)[0]]

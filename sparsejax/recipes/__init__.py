@@ -5,6 +5,7 @@
     tx = sj.recipes.from_config(optax.adamw(1e-3), {'name': 'mdgf', 'pattern': '1:8'}, total_steps=10_000)
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import optax
 
 from sparsejax import allocation, errors, formats, metrics, patterns, schedules, states, trees
-from sparsejax.arguments import is_number
+from sparsejax.arguments import is_number, known, shown, verified
 from sparsejax.recipes.at_init import (
   fixed,
   freeze_net,
@@ -103,14 +104,18 @@ def from_config(inner: Inner, config: Mapping[str, Any], *, total_steps: int, ax
   sparsities by glob. A float among the numbers of steps is a fraction of `total_steps`. Raises `ValueError` with the
   closest names for a name or key that does not exist, and what the recipe itself raises.
   """
-  config = dict(config)
+  verified('recipes.from_config', 'total_steps', total_steps)
+  config = dict(verified('recipes.from_config', 'config', config))
   name = config.pop('name', None)
-  if name not in TABLE:
+  if not isinstance(name, str) or name not in TABLE:
     raise errors.unknown('recipes.from_config', 'recipe', name, TABLE)
   valid = arguments(TABLE[name])
   for key in config:
     if key not in valid:
       raise errors.unknown('recipes.from_config', f'key of recipe {name!r}:', key, ['name', *valid])
+  if config.get('total_steps', total_steps) != total_steps:
+    raise ValueError(f'recipes.from_config: the configuration says total_steps={shown(config["total_steps"])}, and the '
+                     f'call total_steps={total_steps}. Leave it out of the configuration.')
   read = {key: _read(key, value, total_steps) for key, value in config.items()}
   rest = {'total_steps': total_steps, 'axes': axes, **signals}
   values = {key: value for key, value in rest.items() if key in valid} | read
@@ -119,11 +124,15 @@ def from_config(inner: Inner, config: Mapping[str, Any], *, total_steps: int, ax
 
 
 def _globs(value: Any) -> Any:
-  return value if callable(value) else trees.named(value) if isinstance(value, str) else trees.named(*value)
+  globs = [value] if isinstance(value, str) else value
+  return trees.named(*globs) if isinstance(globs, (list, tuple)) and all(isinstance(g, str) for g in globs) else value
 
 
 def _adam(value: Any) -> Any:
-  return optax.adam(**value) if isinstance(value, Mapping) else value
+  if not isinstance(value, Mapping):
+    return value
+  known('recipes.from_config, `score_optimizer` (optax.adam)', value, inspect.signature(optax.adam).parameters)
+  return optax.adam(**value)
 
 
 _READERS = {'pattern': patterns.parse, 'allocation': allocation.named, 'where': _globs, 'score_optimizer': _adam}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.programs import jaxprs
 from sparsejax.programs.follow import Position
 from sparsejax.structured.dimensions import Bits, Dim
 from sparsejax.structured.reading import Reading, Symbolic
@@ -110,7 +111,7 @@ def _evaluated(eqn: Any, numbers: Sequence[Any]) -> Any:
   dtypes = tuple(v.aval.dtype for v in eqn.invars)
   if any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes):
     return None
-  options = tuple(sorted(eqn.params.items()))
+  options = jaxprs.options(eqn)
   try:
     return _once(eqn.primitive, options, tuple(map(str, dtypes)), tuple(numbers))
   except TypeError:  # a parameter that is not hashable

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, trees
+from sparsejax import arguments, errors, trees
 from sparsejax.programs.tracing import trace
 from sparsejax.structured.groups import PRODUCED, Groups, UnitGroup
 from sparsejax.structured.reading import Reading
@@ -134,6 +134,7 @@ def _checked(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
   if not isinstance(keep, Mapping):
     raise ValueError('structured.cut: `keep` must map names of groups to bool[units], as in '
                      f'{{{next(iter(groups), "up/kernel:1")!r}: scores > 0}}.')
+  arguments.refuse_unknown('structured.cut', {f'`keep` of {name}': mask for name, mask in keep.items()})
   return {name: _mask_of(groups[name], np.asarray(mask)) for name, mask in keep.items()}
 
 
@@ -158,6 +159,7 @@ def _mask_of(group: UnitGroup, mask: np.ndarray) -> np.ndarray:
 
 def _unneeded(groups: Groups, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Returns, for each group, the units without which the function is another one."""
+  arguments.refuse_unknown('structured.cut', leaves)
   reading = Reading(trace(groups.apply, (groups.shapes, *groups.inputs)), RULES)
   reading.run()
   free = reading.free()

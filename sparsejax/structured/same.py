@@ -37,23 +37,17 @@ def _run(jaxpr: Any, numbers: dict[Any, Any], found: list[Any]) -> list[Any]:
   """Appends the operations of one jaxpr to `found`, and returns the numbers of its results."""
   read = lambda v: _constant(v.val) if isinstance(v, core.Literal) else numbers[v]
   for eqn in jaxpr.eqns:
-    values, name = [read(v) for v in eqn.invars], eqn.primitive.name
-    if name in CALLS:
+    values = [read(v) for v in eqn.invars]
+    if eqn.primitive.name in CALLS:
       body = jaxprs.body(eqn)
       inside = dict(zip(jaxprs.opened(body).invars, values))
       inside.update({v: _constant(c) for v, c in zip(jaxprs.opened(body).constvars, jaxprs.constants(body))})
       results = _run(jaxprs.opened(body), inside, found)
     else:
-      found.append((name, _options(eqn), values, [_listed(part) for part in jaxprs.inner(eqn)]))
+      found.append((jaxprs.setting(eqn), values, [_listed(part) for part in jaxprs.inner(eqn)]))
       results = [(len(found), i) for i in range(len(eqn.outvars))]
     numbers.update(zip(eqn.outvars, results))
   return [read(v) for v in jaxpr.outvars]
-
-
-def _options(eqn: Any) -> list[tuple[str, str]]:
-  """Returns the parameters of an operation as text, without programs, functions and names."""
-  return [(key, repr(value)) for key, value in sorted(eqn.params.items())
-          if key != 'name' and not callable(value) and not list(core.jaxprs_in_params({key: value}))]
 
 
 def _constant(value: Any) -> Any:

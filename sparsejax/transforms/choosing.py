@@ -204,6 +204,7 @@ def first_masks(method: Method, leaves: Leaves, params: PyTree, point: Point) ->
     point = beginning.select(point.masks)._replace(weights=point.weights)
   else:
     point = point._replace(masks=method.start(beginning.choose, beginning.place, point.masks, method.key))
+    refusals.refuse_other_masks(leaves.plan, point.masks)
   if not method.allow_empty:
     refusals.refuse_empty(leaves.plan, point.masks)
   return point._replace(weights=beginning.weights(point.masks))

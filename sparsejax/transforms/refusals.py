@@ -102,6 +102,14 @@ def refuse_other_shapes(leaves: Leaves, state: SparseState, grads: PyTree) -> No
                              'it; make the state from these parameters: tx.init(params).')
 
 
+def refuse_other_masks(plan: Plan, masks: Sequence[Array]) -> None:
+  """Raises `ValueError` for a first mask that has not the shape of its parameter, as a start of one's own may give."""
+  for leaf, mask in zip(plan.leaves, masks):
+    if mask.shape != leaf.shape:
+      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its first mask has shape {mask.shape}. Give masks, or '
+                           'scores of a probe, that have the shape of their parameter.')
+
+
 def refuse_other_memory(memory: Memory | None, leaves: Leaves, state: SparseState) -> None:
   """Raises `ValueError` if the state's memory of the first leaf has another structure than that of `memory`."""
   if memory is None or not leaves.index:

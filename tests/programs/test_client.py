@@ -1,5 +1,6 @@
 """Tests new clients of both interpreters, which are written outside of the library, through public names only."""
 
+import ast
 import pathlib
 
 import jax
@@ -51,10 +52,12 @@ def test_a_client_of_evaluate_changes_an_operation_inside_of_every_structure():
 
 
 def test_one_module_knows_the_parameters_of_jax_and_one_package_knows_its_structures():
-  """Reads the sources: `jaxprs` and `sizes` read `eqn.params`; packed models have no rule for loops and branches."""
-  programs = pathlib.Path(sj.programs.__file__).parent
-  clients = [pathlib.Path(kernels_pallas.__file__).parent / name for name in ('models.py', 'held.py')]
-  readers = {path.name for path in (*programs.glob('*.py'), *clients) if '.params' in path.read_text()}
+  """Reads all sources: `jaxprs` and `sizes` read `eqn.params`; packed models have no rule for loops and branches."""
+  folders = [pathlib.Path(package.__file__).parent for package in (sj, kernels_pallas)]
+  clients = [folders[1] / name for name in ('models.py', 'held.py')]
+  reads = lambda node: isinstance(node, ast.Attribute) and node.attr == 'params' and ast.unparse(node.value).endswith('eqn')
+  readers = {path.name for folder in folders for path in folder.rglob('*.py')
+             if any(map(reads, ast.walk(ast.parse(path.read_text()))))}
   assert readers == {'jaxprs.py', 'sizes.py'}
   for path in clients:
     assert not [name for name in (*structures.KEPT, *structures.WALKED) if repr(name) in path.read_text()]
