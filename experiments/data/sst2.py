@@ -58,7 +58,8 @@ def _tokenised(text: str, path: str, length: int) -> Batch:
       raise ValueError(f'data.load: line {number} of {path!r} is {line[:80]!r}; it must be sentence<TAB>label with a '
                        'label of 0 or 1.')
     examples.append((sentence, int(label)))
-  arrays = {'inputs': tokens([sentence for sentence, _ in examples], length), 'labels': np.array([label for _, label in examples], np.int32)}
+  arrays = {'inputs': tokens([sentence for sentence, _ in examples], length),
+            'labels': np.array([label for _, label in examples], np.int32)}
   for array in arrays.values():
     array.setflags(write=False)
   return arrays

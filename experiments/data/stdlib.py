@@ -1,7 +1,7 @@
 """Reads the standard library of the running Python as text: sources for a language model, docstrings as sentences.
 
     sources()                    # [('abc.py', b'...'), ...], sorted by name
-    docstrings()                 # [('Return the absolute value of the argument.', 0), ...], 0 of a function, 1 of a class
+    docstrings()                 # [('Return the absolute value.', 0), ...]: 0 of a function, 1 of a class
 """
 
 import ast
@@ -22,7 +22,10 @@ def sources() -> tuple[tuple[str, bytes], ...]:
 
 @functools.cache
 def docstrings() -> tuple[tuple[str, int], ...]:
-  """Returns the first line of each docstring in `sources()`, and whether a function or a class has it; no line twice."""
+  """Returns the first line of each docstring in `sources()` and the label of what has the docstring; no line twice.
+
+  Lines of fewer than four words are left out.
+  """
   found: dict[str, int] = {}
   for _, content in sources():
     with warnings.catch_warnings():

@@ -12,8 +12,8 @@ class Subject(NamedTuple):
   """A `Subject` is a trained model that each recipe prunes.
 
   `apply(params, *batch)` runs on each of `batches`, tuples of arrays, which `sj.prune` is given together with `valid`.
-  `where`: the matrices to prune. `loss(params, batch)`: a scalar, by which `ecoflap` measures sensitivities on the first
-  batch, and `groups(path)`: the name of the block that shares one sparsity.
+  `where`: the matrices to prune. `loss(params, batch)`: a scalar, by which `ecoflap` measures sensitivities on the
+  first batch. `groups(path)`: the name of the block whose matrices share one sparsity.
   `scored(params)`: numbers of the held-out examples by name, each `float[N]`, in a fixed order of the examples.
   `facts`: what a reader must know about data and sizes, as JSON; a cell that was finished with other facts is refused.
   """
