@@ -12,10 +12,11 @@ import numpy as np
 from experiments.tables import pages
 
 Line = Mapping[str, Any]  # of one cell, see `experiments.pruning.engine`
-NOTE = ('±: half the 95 % interval over the held-out examples (Student t), of one model and one draw of the calibration '
-        'data. To dense: the difference to the dense model, example by example. Before and after: the squared change '
-        'of the product of a matrix over the squared product, on the calibration rows, before and after repair; the '
-        'mean over the matrices. Rows: the least number of calibration rows of a matrix. CPU s: of pruning.')
+NOTE = ('±: half the 95 % interval over the held-out examples (Student t), of one model and one draw of the '
+        'calibration data. To dense: the difference to the dense model, example by example. Before and after: the '
+        'squared change of the product of a matrix over the squared product, on the calibration rows, before and after '
+        'repair; the mean over the matrices. Rows: the least number of calibration rows of a matrix. CPU s: of '
+        'pruning.')
 
 
 class Metric(NamedTuple):

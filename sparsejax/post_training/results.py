@@ -51,8 +51,9 @@ class StackReport(NamedTuple):
     """The row as the texts of a table."""
     number = lambda value, form='.4f': '-' if value is None else format(value, form)
     share = None if self.rows is None else self.rows / self.shape[-1]
+    rows = f'{self.rows}-{max(self.each)}' if len({*self.each}) > 1 else number(self.rows, 'd')
     return (self.name, ' x '.join(map(str, self.shape)), str(self.pattern), number(self.asked), number(self.achieved),
-            f'{self.rows}-{max(self.each)}' if len({*self.each}) > 1 else number(self.rows, 'd'), number(share, '.1f'), number(self.before, '.3g'), number(self.after, '.3g'),
+            rows, number(share, '.1f'), number(self.before, '.3g'), number(self.after, '.3g'),
             number(self.damping or None, '.3g'), str(self.raised or '-'), str(self.dead or '-'),
             number(self.seconds, '.2f'), self.note)
 
