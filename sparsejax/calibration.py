@@ -126,9 +126,10 @@ def recalibrated(update: Callable[[PyTree, Any], PyTree], running: PyTree, batch
                                             use_running_average=False)[1]['batch_stats']
       stats = calibration.recalibrated(update, stats, batches)
 
-  The momentum need not be known: what `update` makes of zeros and of ones tells the momentum and the statistic of the
-  batch apart. Batches count alike, as in `update_bn` of Izmailov et al. 2018, 1803.05407. Leaves that are no floats
-  stay. Raises `ValueError` without a batch, for a statistic that is not finite, and for a leaf that is no running mean.
+  The momentum need not be known: `update` is linear in the recorded statistics, and its results for zeros and for ones
+  give the momentum and the statistic of the batch. Batches count alike, as in `update_bn` of Izmailov et al. 2018,
+  1803.05407. Leaves that are no floats stay. Raises `ValueError` without a batch, for a statistic that is not finite,
+  and for a leaf that is no running mean.
   """
   paths, leaves, structure = trees.flatten(running)
   is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]

@@ -1,7 +1,7 @@
 """Trains a byte-level decoder of 10.8M parameters and judges pruned copies of it by their loss on held-out text.
 
-The text is Tiny Shakespeare, where a folder has it, and the sources of the standard library. One module in twenty is
-held out, by its place in the alphabet, and of Shakespeare the test split.
+The text is Tiny Shakespeare, where a folder has it, and the sources of the standard library. Every twentieth module is
+held out, in the order of their names. Of Shakespeare the test split is held out.
 """
 
 import functools
@@ -26,7 +26,7 @@ from sparsejax.types import Array, PyTree
 
 CALIBRATED, HELD_OUT = 64, 256  # windows: to prune, and to judge
 BATCH = 16  # windows
-EVERY = 20  # one module of so many is held out
+EVERY = 20  # the distance of modules that are held out, in the order of their names
 CONFIG: dict[str, Any] = {
     'steps': 6000, 'batch_size': 16, 'model': {'name': 'lm', 'width': 384, 'depth': 6, 'heads': 6},
     'optimizer': {'learning_rate': 6e-4, 'weight_decay': 0.1, 'options': {'b2': 0.95}}, 'validate_every': 500,

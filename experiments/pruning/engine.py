@@ -1,9 +1,12 @@
 """Prunes a subject by each recipe at each pattern, judges the result, and keeps one line for each cell.
 
-A line has `recipe`, `pattern`, `seed`, `status` (`done` or `refused`, with the `reason`), `achieved`, `rows` (the least
-number of calibration rows of a matrix), `before` and `after` (the mean relative squared errors of the matrices on the
-calibration rows, without and with repair), `scores` (a number for each held-out example, by name), `cpu` and `wall`
-seconds of pruning, `environment`, and `config`, the facts of the subject.
+A line of the ledger has these keys:
+
+- `recipe`, `pattern`, `seed`; `status`: `done` or `refused`; `reason`; `environment`; `facts`, those of the subject.
+- `achieved`, the sparsity; `rows`, the least number of calibration rows of a matrix; `damping raised`, how many times.
+- `before` and `after`: the mean over the matrices of the relative squared error on the calibration rows.
+- `scores`: a number for each held-out example, by name. `cpu` and `wall`: the seconds that pruning took.
+- `config`: the facts that have to be the same for the line to count.
 """
 
 import shutil

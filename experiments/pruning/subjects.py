@@ -15,7 +15,7 @@ class Subject(NamedTuple):
   `where`: the matrices to prune. `loss(params, batch)`: a scalar, by which `ecoflap` measures sensitivities on the
   first batch. `groups(path)`: the name of the block whose matrices share one sparsity.
   `scored(params)`: numbers of the held-out examples by name, each `float[N]`, in a fixed order of the examples.
-  `facts`: what a reader must know about data and sizes, as JSON; a cell that was finished with other facts is refused.
+  `facts`: data and sizes, for the reader of the table.
   """
 
   apply: Callable[..., Array]
