@@ -144,7 +144,8 @@ KINDS: dict[str, Kind] = {
     'alone': FLAG, 'multiple_of': TIMES, 'samples': TIMES,
     **dict.fromkeys((f'{name}.groups' for name in _OVER_GROUPS), GROUPS),
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
-    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING, 'workdir': FOLDER, 'config': CONFIG,
+    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
+    'workdir': FOLDER, 'config': CONFIG,
 }
 
 

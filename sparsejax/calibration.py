@@ -5,16 +5,19 @@ grouping, so that batches and shards can be summed in parts. Each tuple counts i
 
     statistic = add(moments(Rows(x0)), moments(Rows(x1)))     # `x` is `[L, T, K]`: L matrices, T tokens, K inputs
     statistic.square / statistic.rows[:, None]                # the mean of the squares of each input, `[L, K]`
+
+`recalibrated` measures the statistics of batch norms anew, after weights have changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparsejax.types import Array
+from sparsejax import trees
+from sparsejax.types import Array, PyTree
 
 
 class Rows(NamedTuple):
@@ -111,3 +114,48 @@ def _sums(rows: Rows) -> tuple[Array, Array, Array]:
   valid = counted.astype(jnp.float32)
   total = jnp.einsum('lt,ltk->lk', valid, _zeroed(rows), precision=lax.Precision.HIGHEST)
   return jnp.sum(counted, 1, dtype=jnp.int32), total, valid
+
+
+def recalibrated(update: Callable[[PyTree, Any], PyTree], running: PyTree, batches: Iterable[Any]) -> PyTree:
+  """Returns the running statistics of batch norms, measured anew: the mean over `batches` of each batch's statistic.
+
+  Weights that were pruned or rounded give other means and variances than those that training has recorded. `running`:
+  the recorded statistics. `update(running, batch)` returns these after one forward pass in training mode. With Flax:
+
+      update = lambda stats, x: model.apply({'params': params, 'batch_stats': stats}, x, mutable=['batch_stats'],
+                                            use_running_average=False)[1]['batch_stats']
+      stats = calibration.recalibrated(update, stats, batches)
+
+  The momentum need not be known: `update` is linear in the recorded statistics, and its results for zeros and for ones
+  give the momentum and the statistic of the batch. Batches count alike, as in `update_bn` of Izmailov et al. 2018,
+  1803.05407. Leaves that are no floats stay. Raises `ValueError` without a batch, for a statistic that is not finite,
+  and for a leaf that is no running mean.
+  """
+  paths, leaves, structure = trees.flatten(running)
+  is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+  filled = lambda value: structure.unflatten([jnp.full_like(leaf, value) if own else leaf
+                                              for leaf, own in zip(leaves, is_float)])
+  run = jax.jit(lambda running, batch: trees.flatten(update(running, batch))[1])
+  total, number, momentum = [jnp.zeros_like(leaf) for leaf in leaves], 0, None
+  for batch in batches:
+    low = run(filled(0), batch)
+    if momentum is None:
+      momentum = [high - low for high, low in zip(run(filled(1), batch), low)]
+      _refuse_other_leaves(paths, is_float, leaves, low, momentum, run(running, batch))
+    total, number = [a + b for a, b in zip(total, low)], number + 1
+  if momentum is None:
+    raise ValueError('calibration.recalibrated: there is no batch; give at least one.')
+  found = [a / (number * (1 - m)) if own else a for a, m, own in zip(total, momentum, is_float)]
+  for path, new in zip(paths, found):
+    if not bool(jnp.all(jnp.isfinite(new))):
+      raise ValueError(f'calibration.recalibrated: the statistic of {path!r} is not finite. Look at the batches.')
+  return structure.unflatten([new if own else leaf for leaf, own, new in zip(leaves, is_float, found)])
+
+
+def _refuse_other_leaves(paths: list[str], *found: Any) -> None:
+  """Raises `ValueError` for a float leaf that is no running mean: `momentum * leaf + (1 - momentum) * statistic`."""
+  for path, own, leaf, low, momentum, after in zip(paths, *found):
+    if own and not (jnp.all((momentum >= -1e-6) & (momentum < 1)) and
+                    jnp.allclose(after, low + momentum * leaf, rtol=1e-3, atol=1e-5)):
+      raise ValueError(f'calibration.recalibrated: {path!r} is no running mean with a momentum below 1. Pass only the '
+                       'statistics of batch norms, and an `update` in training mode.')

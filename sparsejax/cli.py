@@ -3,7 +3,7 @@
     sparsejax report CKPT                                  # the sparsity and pattern of each parameter
     sparsejax pack CKPT OUT --pattern 2:4                  # one safetensors file without the zeros
     sparsejax advise CKPT --pattern '128x128 0.9'          # whether packing makes it smaller and faster
-    sparsejax prune OUT --model hf:FOLDER --data IDS.npy   # a pruned model of the same layout
+    sparsejax prune OUT --model hf:FOLDER --data TEXT.txt  # a pruned model of the same layout
 
 The exit status is 0 if the command succeeded, and 1 if `check` found parameters that do not keep the pattern. The exit
 status is 2 if the command could not be carried out; one line on the standard error says why.
@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 
 from sparsejax import advice, checkpoints, errors, formats, hub, huggingface, io, patterns, recipes, tables, trees
+from sparsejax.hub import texts
 from sparsejax.types import Pattern
 
 _LONGEST = 8000  # letters of a refusal, which may quote names of another program's file
@@ -114,12 +116,38 @@ def prune(args: argparse.Namespace) -> int:
   recipe = recipes.POST_TRAINING[args.recipe](**{name: value for name, value in told.items() if value is not None})
   with jax.enable_x64(False):
     made = huggingface.prune_folder(
-        args.model.removeprefix('hf:'), args.out, recipe, np.load(args.data, allow_pickle=False),
-        padding=args.padding, batch=args.batch, where=trees.named(*args.where) if args.where else None,
+        args.model.removeprefix('hf:'), args.out, recipe, _data(args.data),
+        apply=args.apply and _function(args.apply), padding=args.padding, length=args.length, batch=args.batch,
+        where=trees.named(*args.where) if args.where else None,
         packed=_one_pattern(args.packed) if args.packed else None, workdir=args.workdir,
         sequential=args.sequential, progress=lambda text: print(tables.printable(text), file=sys.stderr))
   print(made)
   return 0
+
+
+def _data(path: str) -> np.ndarray | str:
+  """Returns the token ids of a file of NumPy, or the path itself of a text."""
+  return np.load(path, allow_pickle=False) if path.endswith('.npy') else path
+
+
+def _function(text: str) -> Callable[..., Any]:
+  """Returns the function that `MODULE:FUNCTION` names; a module is a dotted name, or the path of a Python file."""
+  module, _, name = text.rpartition(':')
+  try:
+    names = runpy.run_path(module) if module.endswith('.py') else _run_module(module)
+  except ImportError as error:
+    raise ValueError(f'--apply {text}: {error}. Give MODULE:FUNCTION, or FILE.py:FUNCTION.') from error
+  if not callable(names.get(name)):
+    raise ValueError(f'--apply {text}: there is no function {name!r} in {module!r}. Give MODULE:FUNCTION.')
+  return names[name]
+
+
+def _run_module(name: str) -> dict[str, Any]:
+  sys.path.insert(0, os.getcwd())  # A command, unlike `python -m`, does not look into its folder.
+  try:
+    return runpy.run_module(name)
+  finally:
+    sys.path.pop(0)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -193,7 +221,12 @@ def _pruning(command: argparse.ArgumentParser) -> None:
   command.add_argument('out', metavar='OUT', help='the folder to write')
   command.add_argument('--model', required=True, metavar='hf:FOLDER', help='a folder with config.json and safetensors '
                        f'files, of a model of type {", ".join(hub.TABLE)}')
-  command.add_argument('--data', required=True, metavar='FILE.npy', help='token ids, int[sentences, length]')
+  command.add_argument('--data', required=True, metavar='FILE', help='a UTF-8 text, through the tokenizer.json of the '
+                       'folder, or token ids, int[sentences, length], as .npy')
+  command.add_argument('--length', type=_positive, default=texts.LENGTH, metavar='N', help='tokens of a row of a text, '
+                       f'at most; default {texts.LENGTH}')
+  command.add_argument('--apply', metavar='MODULE:FUNCTION', help='function(params, tokens, valid) that runs a model '
+                       'of any other type, with the parameters by their names in the files')
   command.add_argument('--recipe', default='sparsegpt', help=f'default sparsegpt; {", ".join(recipes.POST_TRAINING)}')
   command.add_argument('--pattern', help='a pattern, as in 2:4, 128x128 or "unstructured 0.5"; default: the recipe\'s')
   command.add_argument('--sparsity', type=float, help='the fraction of zeros')

@@ -11,7 +11,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,49 +19,52 @@ import numpy as np
 import safetensors.numpy
 
 from sparsejax import formats, hub, io, post_training, trees
+from sparsejax.hub import texts
 from sparsejax.io import folders
 from sparsejax.post_training import PruningReport, Recipe
+from sparsejax.programs.contractions import contractions
 from sparsejax.types import Pattern
 
 BATCH = 16
 
 
-def prune_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str], recipe: Recipe, tokens: np.ndarray, *,
-                 padding: int | None = None, batch: int = BATCH, where: Any = None, packed: Pattern | None = None,
-                 **options: Any) -> PruningReport:
-  """Prunes the model in `folder` by a recipe, on `tokens` `int[N, T]`, and writes the folder `out`.
+def prune_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str], recipe: Recipe,
+                 tokens: np.ndarray | str | os.PathLike[str], *, apply: Callable[..., Any] | None = None,
+                 padding: int | None = None, length: int = texts.LENGTH, batch: int = BATCH, where: Any = None,
+                 packed: Pattern | None = None, **options: Any) -> PruningReport:
+  """Prunes the model in `folder` by a recipe, on `tokens` `int[N, T]` or on a text, and writes the folder `out`.
 
+  A text is the path of a UTF-8 file, which the `tokenizer.json` of the folder makes tokens of: a row of at most
+  `length` tokens for each line, or windows where there is no padding. `apply(params, tokens, valid)`: a model of any
+  type, whose parameters are named as in the files; by default, the reader of `hub` for the `model_type`.
   `padding`: the token that does not count, by default `pad_token_id` of `config.json`, if it has one. `where`: by
-  default, the matrices of the transformer layers. `packed`: the pattern by which a packed copy is written too, to the
-  file `out` with the ending `.packed.safetensors`. `options` are those of `sj.prune`. Raises `ValueError` for a model
-  of another type, and if `out` exists.
+  default, the matrices of the transformer layers; with `apply`, the default of `sj.prune`. `packed`: the pattern by
+  which a packed copy is written too, to the file `out` with the ending `.packed.safetensors`. `options` are those of
+  `sj.prune`. Raises `ValueError` for a model of another type without `apply`, and if `out` exists.
   """
   folder, out = pathlib.Path(folder), pathlib.Path(out)
   if out.exists():
     raise ValueError(f'prune: {out} is there already; name a folder that does not exist.')
   config = _config(folder)
+  run = hub.forward(config) if apply is None else apply
+  if where is None and apply is None:
+    where = trees.named(*hub.MATRICES[hub.reader(config)])
+  padding = config.get('pad_token_id') if padding is None else padding
+  if not isinstance(tokens, np.ndarray):
+    tokens = texts.tokens(folder, tokens, length=length, padding=padding)
   tensors = folders.tensors(folder)
   if tensors is None:
     raise ValueError(f'prune: {folder} holds no safetensors file; convert the model to safetensors first.')
   params = {name: jnp.asarray(tensor.read()) for name, tensor in tensors.items()}
-  batches, valid = _batches(tokens, config.get('pad_token_id') if padding is None else padding, batch)
-  picked = trees.named(*hub.MATRICES[hub.reader(config)]) if where is None else where
-  made = post_training.prune(hub.forward(config), params, batches, recipe, where=picked, valid=valid, **options)
+  batches, valid = _batches(tokens, padding, batch)
+  made = post_training.prune(run, params, batches, recipe, where=where, valid=valid, **options)
   changed = {name for name, mask in made.masks.items() if mask is not True}
   _write(folder, out, {name: str(tensor.path) for name, tensor in tensors.items()},
          {name: np.asarray(made.params[name]) for name in changed})
   if packed is not None:
     io.save(out.with_name(out.name + '.packed.safetensors'),
-            formats.pack(made.params, packed, where=trees.named(*changed), axes=_axes(made, hub.reader(config))))
+            formats.pack(made.params, packed, where=trees.named(*changed), axes=contractions(run, params, *batches[0])))
   return made.report
-
-
-def _axes(made: Any, kind: str) -> dict[str, Any]:
-  """Returns the axes of the pruned matrices: `[in, out]` in GPT-2, `[out, in]` elsewhere."""
-  contracted = int(kind != 'gpt2')
-  return {name: post_training.STACKED._replace(contracted=(contracted,), output=(1 - contracted,), layer=(),
-                                               source='given')
-          for name, mask in made.masks.items() if mask is not True}
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:

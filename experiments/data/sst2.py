@@ -7,7 +7,7 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -58,12 +58,17 @@ def _tokenised(text: str, path: str, length: int) -> Batch:
       raise ValueError(f'data.load: line {number} of {path!r} is {line[:80]!r}; it must be sentence<TAB>label with a '
                        'label of 0 or 1.')
     examples.append((sentence, int(label)))
-  tokenizer = _tokenizer(length)
-  inputs = np.array([tokenizer.encode(sentence).ids for sentence, _ in examples], np.int32)
-  arrays = {'inputs': inputs, 'labels': np.array([label for _, label in examples], np.int32)}
+  arrays = {'inputs': tokens([sentence for sentence, _ in examples], length),
+            'labels': np.array([label for _, label in examples], np.int32)}
   for array in arrays.values():
     array.setflags(write=False)
   return arrays
+
+
+def tokens(sentences: Sequence[str], length: int) -> np.ndarray:
+  """Returns the tokens of sentences, `int32[N, length]`, cut or filled up with `encoders.PADDING`."""
+  tokenizer = _tokenizer(length)
+  return np.array([tokenizer.encode(sentence).ids for sentence in sentences], np.int32)
 
 
 def _tokenizer(length: int):

@@ -22,7 +22,7 @@ from sparsejax.post_training.lockstep import Solved, Unit
 from sparsejax.post_training.results import StackReport
 from sparsejax.post_training.targets import Target, names_of
 
-_NUMBERS = ('achieved', 'rows', 'before', 'after', 'damping', 'raised', 'dead', 'seconds', 'note')
+_NUMBERS = ('achieved', 'rows', 'before', 'after', 'damping', 'raised', 'dead', 'seconds', 'note', 'each')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Finished:
     started = weights(arrays['started']) if 'started' in arrays else None
     solved = Solved(weights(arrays['part']), jnp.asarray(arrays['mask']), started, about['measured'])
     own = next(iter(target.arrangements.values()))
-    return solved, StackReport(unit[0], unit[1], tuple(own.shape), target.pattern, target.leaf.sparsity, **about['row'])
+    numbers = {**about['row'], 'each': tuple(about['row']['each'])}  # JSON has no tuples
+    return solved, StackReport(unit[0], unit[1], tuple(own.shape), target.pattern, target.leaf.sparsity, **numbers)
 
 
 def _raw(array: Any) -> np.ndarray:

@@ -19,7 +19,8 @@ class StackReport(NamedTuple):
   """A `StackReport` is the row of one unit: a parameter, or one layer of it that the program takes by itself.
 
   `unit`: the index of the layer. `shape`: `(matrices, outputs, inputs)`. `asked`, `achieved`: fractions of zeros.
-  `rows`: the least number of calibration rows of a matrix. `before`, `after`: the squared error of the product over the
+  `rows`: the least number of calibration rows of a matrix. `each`: the number of each matrix, such as of each expert;
+  empty for a unit of one matrix. `before`, `after`: the squared error of the product over the
   squared dense product, on the calibration rows, with the mask alone and after the repairs. Both are `None` without
   data. `damping`, `raised`: the largest of a matrix. `dead`: the number of inputs that were zero in all rows. `note`
   says what else a reader must know.
@@ -39,6 +40,7 @@ class StackReport(NamedTuple):
   dead: int = 0
   seconds: float = 0.0
   note: str = ''
+  each: tuple[int, ...] = ()
 
   @property
   def name(self) -> str:
@@ -49,8 +51,9 @@ class StackReport(NamedTuple):
     """The row as the texts of a table."""
     number = lambda value, form='.4f': '-' if value is None else format(value, form)
     share = None if self.rows is None else self.rows / self.shape[-1]
+    rows = f'{self.rows}-{max(self.each)}' if len({*self.each}) > 1 else number(self.rows, 'd')
     return (self.name, ' x '.join(map(str, self.shape)), str(self.pattern), number(self.asked), number(self.achieved),
-            number(self.rows, 'd'), number(share, '.1f'), number(self.before, '.3g'), number(self.after, '.3g'),
+            rows, number(share, '.1f'), number(self.before, '.3g'), number(self.after, '.3g'),
             number(self.damping or None, '.3g'), str(self.raised or '-'), str(self.dead or '-'),
             number(self.seconds, '.2f'), self.note)
 

@@ -95,10 +95,11 @@ class Solver:
     before, after = _errors(statistic, stack, first, made)
     solved = Solved(weights, mask, back(first.w).astype(part.dtype) if repaired else None, after is None)
     dead = 0 if statistic is None else int(jnp.sum(statistic.square == 0))
+    rows = [0] if statistic is None else np.asarray(statistic.rows).tolist()
     return solved, StackReport(
         unit[0], unit[1], tuple(own.shape), target.pattern, target.leaf.sparsity, 1 - float(jnp.mean(made.mask)),
-        0 if statistic is None else int(jnp.min(statistic.rows)), before, after, float(jnp.max(made.damping)),
-        int(jnp.max(made.raised)), dead)
+        min(rows), before, after, float(jnp.max(made.damping)), int(jnp.max(made.raised)), dead,
+        each=tuple(rows) if len(rows) > 1 else ())
 
   def measured(self, solved: Mapping[Unit, Solved]) -> None:
     """Completes the rows by the errors that were measured on the products."""

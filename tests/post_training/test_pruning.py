@@ -204,7 +204,7 @@ def slots(p, x):
 @pytest.mark.parametrize('apply', [ragged, slots])
 def test_an_expert_without_tokens_is_refused_or_pruned_by_magnitude_or_left(apply):
   params = {'w': normal(3, 8, 4)}
-  prune = functools.partial(sj.prune, apply, params, [X], by_inputs(), where=sj.trees.named('w'))
+  prune = functools.partial(sj.prune, apply, params, [X], recipe=by_inputs(), where=sj.trees.named('w'))
   with pytest.raises(ValueError, match=r"prune: parameter 'w\[matrix 1\]'.*0 rows.*unseen='magnitude'"):
     prune()
   masks = {unseen: prune(unseen=unseen).masks['w'] for unseen in ('magnitude', 'dense')}
@@ -216,7 +216,10 @@ def test_an_expert_without_tokens_is_refused_or_pruned_by_magnitude_or_left(appl
     mask = two_of_four(np.abs(np.asarray(params['w'][i])) * np.sqrt(np.square(x).sum(0))[:, None])
     np.testing.assert_array_equal(masks['magnitude'][i], mask)
     np.testing.assert_array_equal(masks['dense'][i], mask)
-  assert 'matrices 1: left dense' in prune(unseen='dense').report.rows[0].note
+  result = prune(recipe=by_inputs(statistic=calibration.gram), unseen='dense')
+  (row,) = result.report.rows
+  assert 'matrices 1: left dense' in row.note and row.each == (3, 0, 5) and '0-5' in str(result.report)
+  np.testing.assert_array_equal(result.masks['w'], masks['dense'])  # the Gram matrix of an expert is that of its tokens
 
 
 def test_a_weight_that_is_used_several_times_is_pruned_once_by_the_rows_of_all_its_uses():

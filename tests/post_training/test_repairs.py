@@ -168,6 +168,8 @@ def test_counts_are_exact_and_zeros_are_not_revived(name, pattern):
     return
   stack = repaired(pattern, FIXES[name], w=w, x=x)
   assert int(stack.mask.sum()) == int(pattern(jnp.asarray(w).T).sum())
+  if isinstance(pattern, NM):  # in each group, also where K is no multiple of the block
+    assert (np.asarray(stack.mask).reshape(-1, pattern.m).sum(1) == pattern.n).all()
   assert not np.any(np.asarray(stack.w)[~np.asarray(stack.mask)]) and np.isfinite(stack.w).all()
   # Weights that were pruned before are among the zeros, and where these suffice they are all of them.
   kept = np.asarray(stack.mask[0])

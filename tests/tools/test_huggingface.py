@@ -13,12 +13,19 @@ import safetensors.numpy
 import sparsejax as sj
 from experiments.models import encoders
 from sparsejax import cli, hub, huggingface
+from sparsejax.hub import texts
 
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(1, 13, (6, 5))
 GPT2 = {'model_type': 'gpt2', 'n_head': 2, 'n_layer': 2, 'n_embd': 8, 'activation_function': 'gelu_new'}
 LLAMA = {'model_type': 'llama', 'num_attention_heads': 4, 'num_key_value_heads': 2, 'num_hidden_layers': 2,
          'hidden_size': 8, 'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'rope_theta': 1e4, 'pad_token_id': 0}
+
+
+WORDS = {'[PAD]': 0, 'the': 1, 'film': 2, 'is': 3, 'good': 4, 'bad': 5, '[UNK]': 6}
+TOKENIZER = json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
+                        'pre_tokenizer': {'type': 'Whitespace'}, 'post_processor': None, 'decoder': None,
+                        'model': {'type': 'WordLevel', 'vocab': WORDS, 'unk_token': '[UNK]'}})
 
 
 def tensors(shapes, dtype=np.float32):
@@ -130,7 +137,7 @@ def stored(folder, config, params, parts=1):
   """Writes a folder of `parts` files, with an index if there are several."""
   folder.mkdir()
   (folder / 'config.json').write_text(json.dumps(config))
-  (folder / 'tokenizer.json').write_text('{}')
+  (folder / 'tokenizer.json').write_text(TOKENIZER)
   names = list(params)
   files = ['model.safetensors'] if parts == 1 else [f'model-{i}-of-{parts}.safetensors' for i in range(parts)]
   where = {name: files[i % parts] for i, name in enumerate(names)}
@@ -190,6 +197,9 @@ def test_the_command_prunes_a_folder_and_says_in_one_line_what_is_wrong(tmp_path
   assert 'h.0.mlp.c_proj.weight' in printed.out and '4/4 h.0.mlp.c_proj.weight: 0.5000 zero' in printed.err
   made = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
   assert ((made['h.0.attn.c_attn.weight'].reshape(2, 4, 24) != 0).sum(1) == 2).all()
+  logits = hub.forward(GPT2)(made, jnp.asarray(TOKENS, jnp.int32), jnp.ones(TOKENS.shape, bool))
+  wide = {name: value.astype(np.float64) for name, value in made.items()}
+  np.testing.assert_allclose(logits[0], gpt2_in_numpy(wide, TOKENS[0]), rtol=2e-4, atol=2e-4)  # of the written file
   assert call() == 2 and 'is there already' in capsys.readouterr().err
   shutil.rmtree(tmp_path / 'out')
   assert call('--recipe', 'wnda') == 2 and "Did you mean 'wanda'" in capsys.readouterr().err
@@ -198,3 +208,53 @@ def test_the_command_prunes_a_folder_and_says_in_one_line_what_is_wrong(tmp_path
     (folder / 'config.json').write_text(json.dumps(config))
     assert call('--recipe', 'wanda') == 2
     assert why in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+def test_a_text_becomes_rows_by_line_or_windows_of_the_whole(tmp_path):
+  folder = stored(tmp_path / 'dense', GPT2, {'w': np.zeros(1, np.float32)})
+  text = tmp_path / 'text.txt'
+  text.write_text('the film is good\n\nthe film is bad bad bad\nfilm\n')
+  rows = texts.tokens(folder, text, length=5, padding=0)
+  assert rows.tolist() == [[1, 2, 3, 4, 0], [1, 2, 3, 5, 5], [2, 0, 0, 0, 0]]
+  assert texts.tokens(folder, text, length=4, padding=None).tolist() == [[1, 2, 3, 4], [1, 2, 3, 5], [5, 5, 5, 2]]
+  assert texts.tokens(folder, text, length=5, padding=None).tolist()[-1] == [3, 5, 5, 5, 2]
+  assert texts.tokens(folder, text, length=99, padding=None).shape == (1, 11)
+  text.write_bytes(b'\xff\xfe')
+  with pytest.raises(ValueError, match='is not UTF-8 text'):
+    texts.tokens(folder, text, padding=0)
+  text.write_text(' \n')
+  with pytest.raises(ValueError, match='has no text'):
+    texts.tokens(folder, text, padding=0)
+  (folder / 'tokenizer.json').write_text('{}')
+  with pytest.raises(ValueError, match=r'tokenizer.json cannot be read as a tokenizer.*Give token ids as \.npy'):
+    texts.tokens(folder, text, padding=0)
+
+
+def test_a_model_of_any_type_enters_as_a_function_and_a_stop_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+  """Prunes a model that no reader knows, by a text; a Ctrl-C while the folder is written leaves no folder."""
+  folder = stored(tmp_path / 'dense', {'model_type': 'own', 'pad_token_id': 0}, tensors(
+      {'table': (13, 8), 'up': (16, 8), 'down': (16, 8), 'head': (8, 13)}), parts=2)
+  (tmp_path / 'own.py').write_text(
+      'import jax.numpy as jnp\ndef apply(p, tokens, valid):\n'
+      '  return jnp.tanh(p["table"][tokens] @ p["up"].T) @ p["down"] @ p["head"]\n')
+  (tmp_path / 'text.txt').write_text('the film is good\nthe film is bad\n')
+  call = lambda function, *more: cli.main([
+      'prune', str(tmp_path / 'out'), '--model', f'hf:{folder}', '--data', str(tmp_path / 'text.txt'), '--recipe',
+      'wanda', '--pattern', '2:4', '--apply', f'{tmp_path}/own.py:{function}', *more])
+  def stopped(*_):
+    raise KeyboardInterrupt
+
+  before = contents(folder)
+  with monkeypatch.context() as patched:
+    patched.setattr(huggingface, '_write_part', stopped)
+    assert call('apply') == 130
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['dense', 'own.py', 'text.txt']
+  assert call('apply', '--packed', '2:4') == 0 and contents(folder) == before
+  new = {name: value for part in (tmp_path / 'out').glob('*.safetensors')
+         for name, value in safetensors.numpy.load_file(part).items()}
+  assert ((new['up'].reshape(16, 2, 4) != 0).sum(2) == 2).all()  # each along its contracted axis
+  assert ((new['down'].reshape(4, 4, 8) != 0).sum(1) == 2).all() and (new['head'] != 0).all()
+  packed = sj.formats.unpack(sj.io.load(tmp_path / 'out.packed.safetensors'))
+  assert all(np.array_equal(packed[name], new[name]) for name in new)
+  capsys.readouterr()
+  assert call('aply') == 2 and "there is no function 'aply'" in capsys.readouterr().err

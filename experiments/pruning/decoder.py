@@ -1,0 +1,94 @@
+"""Trains a byte-level decoder of 10.8M parameters and judges pruned copies of it by their loss on held-out text.
+
+The text is Tiny Shakespeare, where a folder has it, and the sources of the standard library. Every twentieth module is
+held out, in the order of their names. Of Shakespeare the test split is held out.
+"""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tensorflow_datasets as tfds
+
+from experiments import configs
+from experiments.data import stdlib, text
+from experiments.loop import outcomes, training
+from experiments.loop.stopping import StopRequest
+from experiments.models.lm import LM
+from experiments.pruning.encoder import WHERE
+from experiments.pruning.subjects import Subject
+from sparsejax.types import Array, PyTree
+
+CALIBRATED, HELD_OUT = 64, 256  # windows: to prune, and to judge
+BATCH = 16  # windows
+EVERY = 20  # the distance of modules that are held out, in the order of their names
+CONFIG: dict[str, Any] = {
+    'steps': 6000, 'batch_size': 16, 'model': {'name': 'lm', 'width': 384, 'depth': 6, 'heads': 6},
+    'optimizer': {'learning_rate': 6e-4, 'weight_decay': 0.1, 'options': {'b2': 0.95}}, 'validate_every': 500,
+    'checkpoint_every': 250}
+LENGTH = 256  # bytes of a window
+SIZES = {'calibration': f'{CALIBRATED} windows', 'held out': f'{HELD_OUT} windows', 'bytes a window': LENGTH,
+         'steps': CONFIG['steps'], 'windows a step': CONFIG['batch_size']}
+
+
+def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, seed: int,
+            config: Mapping[str, Any] = CONFIG) -> Subject:
+  """Returns the decoder, trained in `workdir / 'training'` if it is not yet, with the windows that `seed` draws.
+
+  Raises `training.Stopped` where a signal stops the training.
+  """
+  windows, names = splits(data_dir)
+  outcome = training.run(configs.complete({**config, 'data': {
+      'name': configs.OWN, 'splits': configs.Own(windows), 'num_classes': text.BYTES}}), workdir / 'training', request)
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.parameters(outcome['dense']))
+  model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
+  apply = lambda params, tokens: model.apply({'params': params}, tokens)
+  drawn = lambda split, count: [array[np.random.default_rng(seed).permutation(len(array))[:count]]
+                                for array in windows[split]]
+  (inputs, labels), held_out = map(jnp.asarray, drawn('train', CALIBRATED)), drawn('test', HELD_OUT)
+  return Subject(
+      apply, params, [(inputs[i:i + BATCH],) for i in range(0, len(inputs), BATCH)], None, WHERE,
+      functools.partial(_loss, apply, labels[:BATCH]), lambda path: path.split('/')[0],
+      functools.partial(_scored, jax.jit(functools.partial(_nats, apply)), held_out),
+      {'data': names, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), **SIZES, 'seed': seed})
+
+
+def splits(data_dir: str | None) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str]:
+  """Returns windows of bytes and of the next bytes, `int32[N, LENGTH]` each, of `train` and `test`, and what they are.
+  """
+  modules = stdlib.sources()
+  texts = {'train': [b for i, (_, b) in enumerate(modules) if i % EVERY], 'test': [b for _, b in modules[::EVERY]]}
+  name = 'sources of the standard library'
+  if data_dir is not None:
+    shakespeare = text.builder_splits(tfds.builder('tiny_shakespeare', data_dir=data_dir))
+    texts = {split: [getattr(shakespeare, split).tobytes(), *parts] for split, parts in texts.items()}
+    name = f'Tiny Shakespeare and {name}'
+  return {split: _windows(b''.join(parts)) for split, parts in texts.items()}, name
+
+
+def _windows(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+  array = np.frombuffer(content, np.uint8).astype(np.int32)
+  count = (len(array) - 1) // LENGTH
+  cut = lambda shift: array[shift:shift + count * LENGTH].reshape(count, LENGTH)
+  return cut(0), cut(1)
+
+
+def _nats(apply: Any, params: PyTree, inputs: Array, labels: Array) -> Array:
+  """Returns the mean loss of each window, `float32[N]`."""
+  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(apply(params, inputs), labels), -1)
+
+
+def _loss(apply: Any, labels: Array, params: PyTree, batch: tuple[Array]) -> Array:
+  return jnp.mean(_nats(apply, params, *batch, labels))
+
+
+def _scored(nats: Any, held_out: list[np.ndarray], params: PyTree) -> dict[str, np.ndarray]:
+  """Returns the loss in nats a byte of each held-out window."""
+  inputs, labels = held_out
+  parts = [nats(params, inputs[i:i + BATCH], labels[i:i + BATCH]) for i in range(0, len(inputs), BATCH)]
+  return {'nats': np.concatenate([np.asarray(part, np.float64) for part in parts])}
