@@ -55,6 +55,7 @@ from sparsejax.post_training import prune, prune_weights
 from sparsejax.programs import contractions
 from sparsejax.reports import Report, check, report
 from sparsejax.states import SparseState, apply_masks, masks, project
+from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'NM', 'Advice', 'Block', 'Channel', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',

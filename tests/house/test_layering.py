@@ -21,7 +21,7 @@ FAMILIES = {
 # From the bottom up. A name is a module or a package of sparsejax; it imports from lines above its own, not from its
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
-    ('types',),
+    ('types', 'version'),
     ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'rows', 'wholes'),
     ('arguments',),
     ('trees',),
