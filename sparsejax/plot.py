@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.reports import Report
 from sparsejax.types import Array, Schedule
 
 MISSING = "sparsejax.plot: matplotlib cannot be imported. Run: pip install 'sparsejax[plot]'"
@@ -40,14 +39,14 @@ def saved(path: str | os.PathLike[str], rows: int = 1, columns: int = 1, *, dpi:
   figure.savefig(path, dpi=dpi)
 
 
-def sparsity(report: Report, axis: Any = None) -> Any:
+def sparsity(report: Any, axis: Any = None) -> Any:
   """Draws one bar a parameter, the achieved sparsity, with a mark at the sparsity that was asked.
 
-  Sparsities are fractions of zeros, from 0 to 1. A parameter that breaks its pattern has a red bar.
+  `report` is that of `sj.report`, of `sj.check`, or of a result of `sj.prune`. Sparsities are fractions of zeros, from 0 to 1. A parameter that breaks its pattern has a red bar.
   """
   axis, rows = _axes(axis), report.rows
   places = np.arange(len(rows))
-  axis.barh(places, [row.achieved for row in rows], color=['tab:red' if row.problem else KEPT for row in rows])
+  axis.barh(places, [row.achieved for row in rows], color=['tab:red' if getattr(row, 'problem', '') else KEPT for row in rows])
   asked = [(place, row.asked) for place, row in zip(places, rows) if row.asked is not None]
   axis.plot([share for _, share in asked], [place for place, _ in asked], 'k|', markersize=14, label='asked')
   axis.set_yticks(places, [row.path for row in rows])
