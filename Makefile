@@ -15,7 +15,7 @@ MATRIX ?= 3.11:0.10 newest:newest
 # do): without them every process compiles JAX and 3,000 other modules again, for 13 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-full test-matrix bench lint setup clean
+.PHONY: help demo test test-full test-matrix bench lint docs package setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,8 @@ help:
 	@echo 'make test-matrix  the tests on the oldest JAX that is supported and on the newest, each in its own .venv-...'
 	@echo 'make bench        set up, measure side by side what the README claims (25 minutes, an otherwise idle machine)'
 	@echo 'make lint         set up, run ruff and mypy'
+	@echo 'make docs         set up, build the pages of the site, where each warning is an error (docs/_build/html)'
+	@echo 'make package      set up, build the wheel and the sdist, and test both in empty environments'
 	@echo 'make clean        remove .venv, .venv-... and caches'
 
 setup: $(READY)
@@ -63,5 +65,13 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+docs: $(READY)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]' || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo 'sparsejax: docs/_build/html/index.html'
+
+package: $(READY)
+	@.ci/package
+
 clean:
-	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis docs/_build docs/generated

@@ -13,7 +13,7 @@ import importlib
 import pathlib
 import sys
 
-from benchmarks import results, timing
+from benchmarks import pictures, results, timing
 from sparsejax import errors, tables
 
 SUITES = ('group_selection', 'selection', 'bandwidth', 'training_step', 'memory', 'kernels', 'packed_training',
@@ -110,7 +110,6 @@ def record(options: argparse.Namespace) -> int:
 
 def draw(options: argparse.Namespace) -> int:
   """Draws the sections `options.names` of the file of results, one PNG each; returns 2 for a name without a section."""
-  pictures = importlib.import_module('benchmarks.pictures')  # needs matplotlib, which measuring does not
   sections = results.read(options.file.read_text())
   if unknown := set(options.names) - set(sections):
     print(f'{options.file} has no claims of {", ".join(sorted(unknown))}; it has {", ".join(sections)}',

@@ -17,8 +17,8 @@ Modules import only from the lines above their own:
 - `post_training` prunes trained models: `prune` with a few batches of data, `prune_weights` without.
 - `structured` finds units that can be removed, and removes them from parameters and programs.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
-- The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, and the
-  command line (`sparsejax --help`) offers the tools on checkpoints.
+- The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, `plot`
+  draws pictures, and the command line (`sparsejax --help`) offers the tools on checkpoints.
 
 `docs/words.md` explains every noun of the library in one line.
 """
@@ -34,6 +34,7 @@ from sparsejax import (
   metrics,
   patterns,
   penalties,
+  plot,
   post_training,
   programs,
   ranking,
@@ -58,11 +59,12 @@ from sparsejax.post_training import prune, prune_weights
 from sparsejax.programs import contractions
 from sparsejax.reports import Report, check, report
 from sparsejax.states import SparseState, apply_masks, masks, project
+from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
   'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'io', 'losses', 'masks', 'metrics',
-  'patterns', 'penalties', 'post_training', 'programs', 'project', 'prune', 'prune_weights', 'ranking', 'recipes',
-  'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states', 'structured',
+  'patterns', 'penalties', 'plot', 'post_training', 'programs', 'project', 'prune', 'prune_weights', 'ranking',
+  'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states', 'structured',
   'transforms', 'trees', 'types', 'units', 'updates',
 ]

@@ -11,7 +11,6 @@ status is 2 if the command could not be carried out; one line on the standard er
 
 import argparse
 import ast
-import importlib.metadata
 import json
 import logging
 import os
@@ -25,7 +24,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsejax import advice, checkpoints, errors, formats, hub, huggingface, io, patterns, recipes, tables, trees
+from sparsejax import (
+  advice,
+  checkpoints,
+  errors,
+  formats,
+  hub,
+  huggingface,
+  io,
+  patterns,
+  recipes,
+  tables,
+  trees,
+  version,
+)
 from sparsejax.hub import texts
 from sparsejax.types import Pattern
 
@@ -177,7 +189,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser('sparsejax', description='Reports on sparse checkpoints, checks, packs and unpacks '
                    'them, advises on patterns, and plans training on devices that are not here.')
-  parser.add_argument('--version', action='version', version=f'sparsejax {importlib.metadata.version("sparsejax")}')
+  parser.add_argument('--version', action='version', version=f'sparsejax {version.__version__}')
   commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
   command = _command(commands, 'report', report, 'print a table of the sparsity and pattern of each parameter')
   _selection(command, pattern_required=False)

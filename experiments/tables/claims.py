@@ -13,6 +13,7 @@ from experiments.configs.claims import Claim, Comparison, Scores
 from experiments.loop import origins
 from experiments.loop.outcomes import Outcomes
 from experiments.tables import pages, runs
+from sparsejax import plot
 
 Judgement = Mapping[str, Any]  # of one comparison, see `judged`
 
@@ -115,13 +116,10 @@ def draw(findings: Sequence[Finding], path: pathlib.Path) -> None:
   """Draws one panel a tested claim: the differences, their intervals, and the bars that they have to be right of."""
   panels = [(finding.claim, finding.judgements) for finding in findings if finding.outcomes]
   heights = [1 + len(judgements) for _, judgements in panels] or [1]
-  with pages.figure(path, len(heights), 1, figsize=(9, 0.45 * sum(heights)), height_ratios=heights) as axes:
+  with plot.saved(path, len(heights), 1, figsize=(9, 0.45 * sum(heights)), height_ratios=heights) as axes:
     for axis, (claim, judgements) in zip(axes[:, 0], panels):
-      for place, row in enumerate(judgements):
-        axis.errorbar(row['difference'], -place, xerr=np.nan_to_num(row['ci95']), fmt='o', capsize=3,
-                      color=COLOURS[row['verdict']])
-        axis.plot([row['bar']] * 2, [-place - 0.5, -place + 0.5], color='black', linewidth=1)
-      axis.set_yticks(range(0, -len(judgements), -1), [f'{row["what"]} ({row["unit"]})' for row in judgements])
-      axis.set_ylim(-len(judgements) + 0.5, 0.5)
+      plot.intervals(
+          [f'{row["what"]} ({row["unit"]})' for row in judgements], [row['difference'] for row in judgements],
+          [(row['difference'] - row['ci95'], row['difference'] + row['ci95']) for row in judgements], axis,
+          colours=[COLOURS[row['verdict']] for row in judgements], bars=[row['bar'] for row in judgements])
       axis.set_title(claim.title, loc='left', fontsize='medium')
-      axis.grid(False, axis='y')

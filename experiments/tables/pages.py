@@ -6,12 +6,11 @@
 """
 
 import base64
-import contextlib
 import csv
 import errno
 import html
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,20 +160,6 @@ def machine(environment: Mapping[str, Any]) -> str:
   """Returns the `environment` of an outcome in words: platform, device, CPUs, version of JAX, commit."""
   return (f'{environment["platform"]} ({environment["device"]}), {environment["cpus"]} CPUs, '
           f'jax {environment["jax"]}, commit {environment["commit"] or "unknown"}')
-
-
-@contextlib.contextmanager
-def figure(path: pathlib.Path, rows: int, columns: int, **options: Any) -> Iterator[np.ndarray]:
-  """Yields the axes of a figure, `[rows, columns]`, each with a grid, and then saves the figure at `path`."""
-  import matplotlib  # The import takes a second, which only pictures need.
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-  canvas, axes = plt.subplots(rows, columns, squeeze=False, layout='constrained', **options)
-  for axis in axes.flat:
-    axis.grid(alpha=0.3)
-  yield axes
-  canvas.savefig(path, dpi=120)
-  plt.close(canvas)
 
 
 def _drawn(table: Table) -> rich.table.Table:

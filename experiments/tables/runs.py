@@ -13,6 +13,7 @@ import numpy as np
 from experiments.loop import origins, records, tasks
 from experiments.loop.outcomes import Outcome
 from experiments.tables import pages
+from sparsejax import plot
 
 Numbers = Mapping[str, Any]  # of one run, see `rows`
 
@@ -120,16 +121,17 @@ def _notes(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[str]:
 def draw(outcomes: Sequence[Outcome], path: pathlib.Path) -> None:
   """Draws the validation score, flip rate and gradient noise over the steps: the seeds' mean in a band of all seeds."""
   task = task_of(outcomes)
-  with pages.figure(path, 1, 3, figsize=(15, 4.5)) as axes:
+  with plot.saved(path, 1, 3, figsize=(15, 4.5)) as axes:
     score, flips, noise = axes[0]
-    reached = []
     for i, outcome in enumerate(outcomes):
-      reached.extend(_plot(score, outcome, f'valid_{task.name}', color=f'C{i}', label=outcome['name']))
-      _plot(noise, outcome, 'noise_kept', color=f'C{i}')
+      lines, colour = list(records.read(outcome['directory'])), f'C{i}'
+      plot.over_steps(lines, f'valid_{task.name}', score, color=colour, label=outcome['name'])
+      plot.over_steps(lines, 'noise_kept', noise, color=colour)
       if outcome['asked'] is not None:  # A run that prunes nothing has no mask.
-        _plot(flips, outcome, 'flips', color=f'C{i}')
-        _plot(noise, outcome, 'noise_pruned', band=False, color=f'C{i}', linestyle=':')
-    score.set_ylim(bottom=np.quantile(reached, 0.1))  # The lowest first steps would squeeze the later steps.
+        plot.over_steps(lines, 'flips', flips, color=colour)
+        plot.over_steps(lines, 'noise_pruned', noise, band=False, color=colour, linestyle=':')
+    if reached := [y for line in score.lines for y in line.get_ydata()]:
+      score.set_ylim(bottom=np.quantile(reached, 0.1))  # The lowest first steps would squeeze the later steps.
     flips.set_yscale('symlog', linthresh=1e-5)
     noise.set_yscale('log')
     for axis, title in ((score, f'validation {task.name}'), (flips, 'mask entries flipped by a step, fraction'),
@@ -138,15 +140,3 @@ def draw(outcomes: Sequence[Outcome], path: pathlib.Path) -> None:
     score.legend(loc='lower right')
     styles = [noise.plot([], [], color='grey', linestyle=style)[0] for style in ('-', ':')]
     noise.legend(styles, ['kept', 'pruned weights'])
-
-
-def _plot(axis: Any, outcome: Outcome, key: str, band: bool = True, **style: Any) -> Sequence[float]:
-  """Draws the quantity `key` of one run over its steps. Returns the quantity's means over the seeds."""
-  lines = [line for line in records.read(outcome['directory']) if None not in np.atleast_1d(line.get(key))]
-  if not lines:
-    return []
-  steps, values = [line['step'] for line in lines], np.array([line[key] for line in lines], np.float64)
-  axis.plot(steps, values.mean(1), **style)
-  if band:
-    axis.fill_between(steps, values.min(1), values.max(1), color=style['color'], alpha=0.15, linewidth=0)
-  return values.mean(1).tolist()

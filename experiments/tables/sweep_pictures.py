@@ -2,12 +2,13 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.tables import pages
+from sparsejax import plot
 
 Line = Mapping[str, Any]
 
@@ -42,7 +43,7 @@ def heat_map(findings: Any, found: Mapping[str, Mapping[str, Any]], path: pathli
   settings = _settings(findings)
   height = sum(1.2 + 0.32 * len(_recipes(lines)) for lines in settings.values())
   widest = max(len(_patterns(lines)) for lines in settings.values())
-  with pages.figure(path, len(settings), 1, figsize=(3.5 + 1.3 * widest, max(2.5, height))) as axes:
+  with plot.saved(path, len(settings), 1, figsize=(3.5 + 1.3 * widest, max(2.5, height))) as axes:
     for axis, (name, lines) in zip(axes[:, 0], settings.items()):
       _heat(axis, findings, found, lines)
       axis.set_title(f'{name} test {findings.metric}'.strip() + f', colour: minus {findings.baseline}', loc='left',
@@ -75,16 +76,16 @@ def _heat(axis: Any, findings: Any, found: Mapping[str, Mapping[str, Any]], line
 
 def _trade_off(findings: Any, path: pathlib.Path) -> None:
   settings = _settings(findings)
-  with pages.figure(path, 1, len(settings), figsize=(1.5 + 6 * len(settings), 5)) as axes:
+  with plot.saved(path, 1, len(settings), figsize=(1.5 + 6 * len(settings), 5)) as axes:
     for axis, (name, lines) in zip(axes[0], settings.items()):
-      colours, patterns = _styles(lines), _patterns(lines)
+      colours, patterns = plot.palette(_recipes(lines)), _patterns(lines)
       longest = max(line['steps'] for line in lines if line['phase'] == 'test')
       for line in lines:
         if line['status'] == 'done':
           mean, half = pages.interval(line['scores'][findings.metric])
-          axis.errorbar(line['training_flops'] * line['steps'] / longest, mean, yerr=np.nan_to_num(half), capsize=2,
-                        marker=MARKERS[patterns.index(line['pattern'] or 'any') % len(MARKERS)], linestyle='',
-                        color=colours[_label(line)][0], fillstyle='none' if line['phase'] == 'flops' else 'full')
+          plot.trade_off(line['training_flops'] * line['steps'] / longest, mean, half, axis,
+                         fmt=MARKERS[patterns.index(line['pattern'] or 'any') % len(MARKERS)],
+                         color=colours[_label(line)][0], fillstyle='none' if line['phase'] == 'flops' else 'full')
       handles = [axis.plot([], [], 's', color=colour, label=label)[0] for label, (colour, _) in colours.items()]
       handles += [axis.plot([], [], MARKERS[i % len(MARKERS)], color='grey', label=pattern)[0]
                   for i, pattern in enumerate(patterns)]
@@ -97,15 +98,16 @@ def _curves(findings: Any, lines: Sequence[Line], path: pathlib.Path) -> None:
   done = [line for line in lines if line['status'] == 'done' and line['phase'] == 'test']
   shared = [line for line in done if line['pattern'] is None]
   patterns = [pattern for pattern in _patterns(done) if pattern != 'any'] or ['any']
-  colours = _styles(lines)
-  with pages.figure(path, len(patterns), len(CURVES), figsize=(4.5 * len(CURVES), 3.2 * len(patterns) + 0.5)) as axes:
+  colours = plot.palette(_recipes(lines))
+  with plot.saved(path, len(patterns), len(CURVES), figsize=(4.5 * len(CURVES), 3.2 * len(patterns) + 0.5)) as axes:
     for row, pattern in zip(axes, patterns):
       of_row = shared + [line for line in done if line['pattern'] == pattern]
       for axis, (key, title, logarithmic, window) in zip(row, CURVES):
         key = f'valid_{findings.metric}' if key == 'valid' else key
         for line in of_row:
           colour, style = colours[_label(line)]
-          _plot(axis, line['curve'], key, window, logarithmic, color=colour, linestyle=style, label=_label(line))
+          plot.over_steps(_records(line['curve'], key, logarithmic), key, axis, window=window, color=colour,
+                          linestyle=style, label=_label(line), linewidth=1.2)
         axis.set_title(f'{pattern}: {title}' if axis is row[0] else title, fontsize='medium')
         if logarithmic and axis.lines:
           axis.set_yscale('log')
@@ -115,14 +117,10 @@ def _curves(findings: Any, lines: Sequence[Line], path: pathlib.Path) -> None:
       axis.set_xlabel('step')
 
 
-def _plot(axis: Any, curve: Mapping[str, Any], key: str, window: int, logarithmic: bool, **style: Any) -> None:
-  pairs = [(step, value) for step, value in zip(curve['step'], curve.get(key, ()))
-           if value is not None and (value > 0 or not logarithmic)]
-  if pairs:
-    steps, values = (np.array(column, np.float64) for column in zip(*pairs))
-    window = min(window, max(1, len(values) // 5))
-    smooth = np.convolve(values, np.ones(window) / window, 'valid')
-    axis.plot(steps[window - 1:], smooth, linewidth=1.2, **style)
+def _records(curve: Mapping[str, Any], key: str, positive: bool) -> list[dict[str, Any]]:
+  """Returns one record for each number of a curve; with `positive`, without those that have no logarithm."""
+  return [{'step': step, key: value} for step, value in zip(curve['step'], curve.get(key, ()))
+          if value is not None and (value > 0 or not positive)]
 
 
 def _from_the_tenth(axis: Any, lower_is_better: bool) -> None:
@@ -154,10 +152,3 @@ def _patterns(lines: Sequence[Line]) -> list[str]:
   """Returns the patterns in the order of the sparsity that was asked, and `any` first."""
   asked = {line['pattern'] or 'any': -1.0 if line['pattern'] is None else line.get('asked') or 0.0 for line in lines}
   return sorted(asked, key=asked.get)
-
-
-def _styles(lines: Sequence[Line]) -> dict[str, tuple[Any, str]]:
-  """Returns a colour and a style of line for each recipe."""
-  import matplotlib
-  palette: Callable[[int], Any] = matplotlib.colormaps['tab10']
-  return {name: (palette(i % 10), ('-', '--', ':')[i // 10 % 3]) for i, name in enumerate(_recipes(lines))}

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.loop import tasks
 from experiments.tables import pages, runs
+from sparsejax import plot
 
 Results = Mapping[str, Any]  # the content of results.json, see `experiments.tickets`
 
@@ -45,13 +46,12 @@ def _barrier(results: Results, barrier: Mapping[str, Any], task: tasks.Task) -> 
 
 def draw(results: Results, task: tasks.Task, path: pathlib.Path) -> None:
   """Draws the test scores over the rounds, means of the seeds, and the test loss on the way from member 0 to 1."""
-  with pages.figure(path, 1, 1 + bool(results['barriers']), figsize=(13, 4.5)) as axes:
+  with plot.saved(path, 1, 1 + bool(results['barriers']), figsize=(13, 4.5)) as axes:
     scores, *ways = axes[0]
     for outcome in results['outcomes']:
       offset, colour = next((style for kind, style in STYLES.items() if kind in outcome['name']), (0, 'C0'))
       mean, half = pages.interval(outcome['test'][task.name])
-      scores.errorbar(outcome['round'] + offset, task.scale * mean, yerr=task.scale * np.nan_to_num(half), fmt='o',
-                      capsize=3, color=colour)
+      plot.trade_off(outcome['round'] + offset, task.scale * mean, task.scale * half, scores, color=colour)
     ticks = ['dense', *(f'round {i}\n{sparsity:.1%}' for i, sparsity in enumerate(results['sparsities'], 1))]
     scores.set_xticks(range(len(ticks)), ticks)
     scores.set_title(f'test {task.name}, {task.unit}' + (': members grey, soup orange' if results['barriers'] else ''))

@@ -24,6 +24,7 @@ from experiments.loop.progress import Progress
 from experiments.loop.stopping import StopRequest
 from experiments.tables import pages
 from experiments.tables import runs as tables
+from sparsejax import plot
 
 # Checkpoints.
 
@@ -209,7 +210,7 @@ def test_json_has_no_nan(tmp_path):
 def test_a_page_goes_to_the_terminal_and_to_files(tmp_path):
   def draw(path):
     assert not (tmp_path / 'results.json').exists()  # The JSON is last.
-    with pages.figure(path, 1, 2, figsize=(4, 2)) as axes:
+    with plot.saved(path, 1, 2, figsize=(4, 2)) as axes:
       assert axes.shape == (1, 2)
 
   lines = [{'run': 'a', 'loss': 0.25}, {'run': 'b', 'loss': float('nan')}]

@@ -21,7 +21,7 @@ FAMILIES = {
 # From the bottom up. A name is a module or a package of sparsejax; it imports from lines above its own, not from its
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
-    ('types',),
+    ('types', 'version'),
     ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'rows', 'wholes'),
     ('arguments',),
     ('trees',),
@@ -42,7 +42,7 @@ SPARSEJAX = (
     tuple(FAMILIES),
     ('recipes',),
     ('reports', 'advice'),
-    ('checkpoints', 'huggingface'),
+    ('checkpoints', 'huggingface', 'plot'),
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
 )
@@ -94,7 +94,8 @@ PACKAGES = {'sparsejax': {'sparsejax'}, 'kernels_pallas': {'kernels_pallas', 'sp
             'experiments': {'experiments', 'kernels_pallas', 'sparsejax'}}
 # What setup.cfg installs for the library, by import name. Not flax.
 OUTSIDE = {'jax', 'numpy', 'optax', 'orbax', 'safetensors'} | sys.stdlib_module_names
-OPTIONAL = {'sparsejax.hub.texts': {'tokenizers'}}  # what a module imports where it is needed
+# What a module imports inside of functions only, see `test_everything_loaded_...`.
+OPTIONAL = {'sparsejax.hub.texts': {'tokenizers'}, 'sparsejax.plot': {'matplotlib'}}
 
 
 def dotted(path):
@@ -195,6 +196,7 @@ def test_no_name_stands_on_two_floors():
     ('sparsejax.io', 'import kernels_pallas.dispatch'),
     ('sparsejax.cli', 'import importlib\nimportlib.import_module("fl" + "ax")'),
     ('sparsejax', 'import flax'),
+    ('sparsejax.metrics', 'def f():\n  import matplotlib'),
     ('sparsejax.attention.masks', 'from sparsejax import moe'),
     ('sparsejax.post_training.repairs', 'from sparsejax.structured import channels'),
     ('sparsejax.selections', 'from sparsejax.post_training import repairs'),
@@ -215,6 +217,7 @@ def test_a_wrong_import_is_found(module, source):
     ('sparsejax.recipes', 'from sparsejax.recipes.n_m import ste\nfrom .n_m import ste\nfrom .. import flows'),
     ('sparsejax.cli', 'import importlib.metadata\nimport orbax.checkpoint\nfrom sparsejax import io, reports'),
     ('sparsejax', 'from sparsejax.cli import main'),
+    ('sparsejax.plot', 'def f():\n  from matplotlib import pyplot'),
     ('sparsejax.structured.rotate', 'from sparsejax.post_training import calibration'),
     ('sparsejax.attention.masks', 'from sparsejax.attention import routing\nfrom sparsejax import programs'),
     ('kernels_pallas.block_sparse.gpu', 'from kernels_pallas import hopper\nfrom sparsejax import formats'),
@@ -230,7 +233,7 @@ def test_everything_loaded_leaves_flax_and_the_experiments_out():
   names = sorted(module for module in MODULES if module.split('.')[0] == 'sparsejax')
   code = (f'import sys, {", ".join(names)}\n'
           'outside = {name.split(".")[0] for name in sys.modules}\n'
-          'print(sorted(outside & {"flax", "experiments", "kernels_pallas", "tensorflow", "torch", "equinox"}))')
+          'print(sorted(outside & {"flax", "experiments", "kernels_pallas", "matplotlib", "torch", "equinox"}))')
   done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT,
                         check=False)
   assert done.returncode == 0, done.stderr

@@ -1,0 +1,74 @@
+"""Draws the picture of each recipe from a training or a pruning of a tiny network."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sparsejax as sj
+
+STEPS = 60
+# Gives the arguments that recipes need beside the `signals` below, and shorter stages.
+CONFIGS = {
+    'lottery_jackpot': {'pattern': 'unstructured 0.5'}, 'static_sparse': {'sparsity': 0.9}, 'set_': {'sparsity': 0.9},
+    'rigl': {'sparsity': 0.9}, 'snfs': {'sparsity': 0.9}, 'mdgf': {'pattern': '1:4'},
+    'sdgf_stepwise': {'pattern': '1:8'}, 'sdgf_geometric': {'pattern': '1:4', 'k': 4},
+}
+
+
+def draw(folder: pathlib.Path) -> None:
+  """Draws the picture of each recipe that has none yet, `folder/<kind>/<name>.png`."""
+  drawings = {'train': _trained, 'prune': _pruned}
+  for kind, table in sj.recipes.TABLES.items():
+    for name in table:
+      path = folder / kind / f'{name}.png'
+      if not path.exists() and kind in drawings:
+        with sj.plot.saved(path, figsize=(6, 2.6)) as axes:
+          drawings[kind](name, axes[0, 0])
+
+
+def network(*widths: int):
+  """Returns the parameters of a network of matrices, its function, a batch, and a loss."""
+  keys = jax.random.split(jax.random.key(0), len(widths))
+  params = {f'layer{i}': {'kernel': jax.random.normal(key, shape) * shape[0] ** -0.5}
+            for i, (key, shape) in enumerate(zip(keys, zip(widths, widths[1:])), 1)}
+  x = jax.random.normal(keys[-1], (64, widths[0])) * jnp.linspace(0.2, 2.0, widths[0])
+
+  def apply(params, x):
+    *hidden, last = params.values()
+    for layer in hidden:
+      x = jnp.tanh(x @ layer['kernel'])
+    return x @ last['kernel']
+
+  loss = lambda params: jnp.mean((apply(params, x) - jnp.sin(x[:, :widths[-1]])) ** 2)
+  return params, apply, x, loss
+
+
+def _trained(name: str, axis) -> None:
+  params, apply, x, loss = network(32, 64, 16)
+  signals = {'loss': loss, 'outputs': lambda params: apply(params, x), 'key': jax.random.key(1), 'ticket': params}
+  tx = sj.recipes.from_config(optax.adam(1e-2), {'name': name, **CONFIGS.get(name, {})}, total_steps=STEPS,
+                              axes=sj.contractions(apply, params, x), signals=signals)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  state, records = tx.init(params), []
+  for i in range(STEPS + 1):
+    shares = {path: float(jnp.mean(layer['kernel'] == 0)) for path, layer in params.items()}
+    records.append({'step': i, **shares})
+    params, state = step(params, state)
+  for path in params:
+    sj.plot.over_steps(records, path, axis, label=path, drawstyle='steps-post')
+  axis.set(ylim=(-0.02, 1.02), xlabel='update', ylabel='sparsity')
+  axis.legend(loc='best')
+
+
+def _pruned(name: str, axis) -> None:
+  params, apply, x, _ = network(16, 32, 24, 8)
+  needed = {'ecoflap': {'sensitivity': {'layer1/kernel': 1.0, 'layer2/kernel': 0.2}}}
+  recipe = sj.recipes.POST_TRAINING[name](sparsity=0.5, **needed.get(name, {}))
+  sj.plot.sparsity(sj.prune(apply, params, [x], recipe).report, axis)
