@@ -55,7 +55,7 @@ class Units:
     return real / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(real))), jnp.finfo(jnp.float32).tiny)
 
 
-def magnitude(units: Units) -> Array:
+def mean_magnitude(units: Units) -> Array:
   """Returns the root of the mean square of each unit's weights (Li et al. 2017, but l2 and a mean over all members).
 
   A mean lets units of several sizes compete. Torch-Pruning also divides by the mean over the group.
@@ -64,15 +64,15 @@ def magnitude(units: Units) -> Array:
 
 
 @checked
-def of(glob: str) -> Salience:
+def matching(glob: str) -> Salience:
   """Returns the salience that is the mean magnitude of those weights of a unit whose path matches `glob`.
 
   Raises `ValueError` for groups without such a weight.
   """
-  return Bound(_of, (glob,))
+  return Bound(_matching, (glob,))
 
 
-def _of(units: Units, glob: str) -> Array:
+def _matching(units: Units, glob: str) -> Array:
   own = [float(matches(glob, path)) for path in units.places.paths]
   size = units.places.sums([jnp.full(w.shape, share) for w, share in zip(units.weights, own)])
   units.places.refuse_groups_without(glob, own)
@@ -88,7 +88,7 @@ def taylor(units: Units) -> Array:
   return jnp.square(units.sum(_product))
 
 
-def hesso(units: Units) -> Array:
+def importance(units: Units) -> Array:
   """Returns the salience of HESSO: five terms of a fifth each, each over its norm over all units (Chen et al. 2024).
 
   The terms are ||x||, ||x|| over the size, cos(x, g) + 1, |<x, g>| and <x, g>^2 / 2, with g the gradient. The released
@@ -100,7 +100,7 @@ def hesso(units: Units) -> Array:
   return jnp.sum(jnp.stack([units.scaled(term) for term in terms]), 0) / len(terms)
 
 
-def dhspg(units: Units) -> Array:
+def redundancy(units: Units) -> Array:
   """Returns minus the redundancy of DHSPG, so that units to shrink rank last (Chen et al. 2023, OTOv2).
 
   The redundancy is half of cos(x, g) and half of p / ||x||, with p the size of the unit, each over its norm over all

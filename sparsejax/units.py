@@ -30,8 +30,8 @@ class Row(NamedTuple):
   size: int
 
 
-class Place(NamedTuple):
-  """A `Place` says which unit each position on one axis of a leaf belongs to: `labels`, `int[n]`, -1 for none.
+class UnitAxis(NamedTuple):
+  """A `UnitAxis` says which unit each position on one axis of a leaf belongs to: `labels`, `int[n]`, -1 for none.
 
   `rows`: the first of the rows of units, and how many, of which `layered` ones go with the first axis of the leaf.
   """
@@ -53,7 +53,7 @@ class Places:
 
   names: tuple[str, ...]
   rows: tuple[Row, ...]
-  places: tuple[Place, ...]
+  places: tuple[UnitAxis, ...]
   paths: tuple[str, ...]
   shapes: tuple[tuple[int, ...], ...]
 
@@ -66,7 +66,7 @@ class Places:
     leaves are left out. Raises `ValueError` for a weight that is not, and for a leaf of another shape.
     """
     rows: list[Row] = []
-    places: list[Place] = []
+    places: list[UnitAxis] = []
     owner = _owners(groups, arrays)
     for number, group in enumerate(groups.values()):
       first = len(rows)
@@ -75,7 +75,7 @@ class Places:
         if member.path not in owner:
           continue
         leaf = owner[member.path]
-        places += [Place(leaf, member.axis, labels, first, group.layers, member.side) for labels in member.labels]
+        places += [UnitAxis(leaf, member.axis, labels, first, group.layers, member.side) for labels in member.labels]
     return cls(tuple(groups), tuple(rows), tuple(places), tuple(arrays), tuple(tuple(w.shape) for w in arrays.values()))
 
   @property
@@ -99,7 +99,7 @@ class Places:
         total = total.at[place.row:place.row + (place.layers or 1)].add(self._of_place(values[place.leaf], place))
     return total
 
-  def _of_place(self, values: Array, place: Place) -> Array:
+  def _of_place(self, values: Array, place: UnitAxis) -> Array:
     """Returns the sums over the units at one place, `float32[layers or 1, units]`."""
     kept = (place.axis,) if place.layers is None else (0, place.axis)
     along = tuple(a for a in range(values.ndim) if a not in kept)
@@ -128,7 +128,7 @@ class Places:
         found[place.leaf] = own if before is None else before & own if own.dtype == bool else before * own
     return found
 
-  def _at(self, values: Array, place: Place, missing: int) -> Array:
+  def _at(self, values: Array, place: UnitAxis, missing: int) -> Array:
     """Returns what each position of a place has in `values`, shaped to broadcast against the leaf."""
     shape, layers = self.shapes[place.leaf], place.layers
     own = values[place.row:place.row + (layers or 1), np.where(place.labels < 0, missing, place.labels)]
@@ -151,7 +151,7 @@ class Places:
     having = {self.rows[place.row].group for place in self.places if leaves[place.leaf]}
     without = [name for number, name in enumerate(self.names) if number not in having]
     if without:
-      raise ValueError(f'saliences.of: {glob!r} matches no weight of {errors.some(without)}. Paths look like '
+      raise ValueError(f'saliences.matching: {glob!r} matches no weight of {errors.some(without)}. Paths look like '
                        f'{errors.some(self.paths)}. Name others, or leave the groups out: pass a dict with the others.')
 
   def alive(self, masks: Sequence[Array]) -> Array:

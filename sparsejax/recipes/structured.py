@@ -25,7 +25,7 @@ SETS = ('refresh', 'where', 'axes', 'dense_steps')  # of the options of `sparsif
 
 @sentence(*SETS)
 def group_magnitude(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, end: int | None = None,
-                    every: int = 100, score: Salience = saliences.magnitude, alone: bool = False, multiple_of: int = 1,
+                    every: int = 100, score: Salience = saliences.mean_magnitude, alone: bool = False, multiple_of: int = 1,
                     total_steps: int | None = None, **options: Any) -> Optimizer:
   """Prunes the units of least magnitude, with a cubic rise (Li et al. 2017, Pruning filters; the ramp is Zhu's, 2017).
 
@@ -75,7 +75,7 @@ def oto(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalty: float =
 
 @sentence(*SETS)
 def hesso(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, steps: int = 100,
-          score: Salience = saliences.hesso, multiple_of: int = 1, **options: Any) -> Optimizer:
+          score: Salience = saliences.importance, multiple_of: int = 1, **options: Any) -> Optimizer:
   """Chooses the redundant units at `begin` and fades them out over `steps` updates: HESSO (Chen et al. 2024).
 
   Exactly the fraction `sparsity` of all units is zero in the end, without a penalty to tune. The authors' code goes
@@ -95,7 +95,7 @@ def dhspg(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1
   The paper shrinks the redundant units by a penalty of its own for each unit, and projects them by the half-space until
   all are zero. This recipe lets the units fall along a straight line over `steps` updates, as in `hesso`.
   """
-  return hesso(inner, groups, sparsity, begin=begin, steps=steps, score=saliences.dhspg, multiple_of=multiple_of,
+  return hesso(inner, groups, sparsity, begin=begin, steps=steps, score=saliences.redundancy, multiple_of=multiple_of,
                **options)
 
 
@@ -123,7 +123,7 @@ def norm_scale(inner: Inner, groups: Groups, sparsity: float = 0.5, *, scales: s
   At `begin` all units compete by |scale|, a threshold over all layers as in the paper.
   """
   pulled = transforms.penalised(penalties.l1(penalty), where=trees.named(scales))
-  selection = structured.grouped(groups, sparsity, score=saliences.of(scales), multiple_of=multiple_of)
+  selection = structured.grouped(groups, sparsity, score=saliences.matching(scales), multiple_of=multiple_of)
   return transforms.sparsify(optax.chain(pulled, inner), flows.hard(), selection, where=belongs(groups),
                              dense_steps=begin, refresh=schedules.once(0), **options)
 

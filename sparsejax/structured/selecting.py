@@ -23,7 +23,7 @@ from sparsejax.units import Places
 
 
 @checked
-def grouped(groups: Groups | Mapping[str, UnitGroup], sparsity: float, *, score: Salience = saliences.magnitude,
+def grouped(groups: Groups | Mapping[str, UnitGroup], sparsity: float, *, score: Salience = saliences.mean_magnitude,
             update: Update = updates.reselect, ramp: Schedule | None = None, alone: bool = False,
             multiple_of: int = 1) -> Selection:
   """Returns the selection that prunes whole units of `groups`: all weights of a unit, in all of its members.

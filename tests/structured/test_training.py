@@ -89,7 +89,7 @@ def test_every_recipe_trains_half_of_the_units_to_zero_and_cut_removes_exactly_t
 
 
 @pytest.mark.parametrize('options, counts', [
-  ({}, {7}), ({'alone': True}, {7}), ({'multiple_of': 2}, {6}), ({'score': saliences.of('scale')}, {7}),
+  ({}, {7}), ({'alone': True}, {7}), ({'multiple_of': 2}, {6}), ({'score': saliences.matching('scale')}, {7}),
 ])
 def test_counts_hold_for_all_groups_together_or_each_alone(options, counts):
   selection = structured.grouped(found(), 0.5, **options)
@@ -160,7 +160,7 @@ def test_half_space_projects_what_the_paper_projects():
 
 def test_saliences_equal_those_of_the_published_code():
   _, _, own = seen([[1, 2], [-.3, .1], [.05, -.02]], grad=[[-.2, .05], [.5, .4], [.3, .3]])
-  np.testing.assert_allclose(-saliences.dhspg(own)[0], [-.14193, -.30124, .77205], atol=2e-4)
+  np.testing.assert_allclose(-saliences.redundancy(own)[0], [-.14193, -.30124, .77205], atol=2e-4)
   # trace and squared norm of three units of nine weights: 4, 1, 1/2 and 1, 9, 4
   w = np.eye(3, 9) * np.sqrt([[1], [9], [4]])
   _, _, own = seen(w, grad=np.eye(3, 9) * [[4], [1], [.5]])
