@@ -129,7 +129,7 @@ def killed(folder, pytestconfig):
   return [victim.workdir for victim in victims]
 
 
-# One history, so that few processes are started: kills, a signal, a write that fails, and the end.
+# A run has all misfortunes in turn, so that few processes are started: kills, a signal, a write that fails.
 
 
 @pytest.fixture(scope='module', params=[(signal.SIGTERM, 'SIGTERM'), (signal.SIGINT, 'Ctrl-C')], ids=lambda p: p[1])
@@ -198,7 +198,7 @@ def test_writes_that_a_full_disk_left_behind_are_not_told(capsys):
 
 
 def on_a_small_disk(disk):
-  """Mounts a small disk on `disk`, for this process alone, trains on it, makes room and trains again, all in forks.
+  """Runs the caller in a fork on a small disk, mounted on `disk` for this process alone, and again after making room.
 
   Does nothing but say `forbidden` where the kernel lets no ordinary user mount in a namespace.
   """
