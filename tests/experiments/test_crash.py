@@ -121,7 +121,7 @@ def killed(folder, pytestconfig):
       for victim in victims:
         if not victim.done:
           victim.step()
-      time.sleep(0.0005)
+      time.sleep(0.002)
   finally:
     for victim in victims:
       if victim.job:
