@@ -92,11 +92,16 @@ class Victim:
       return
     assert self.job.running(), self.job.wait()
     if self.at is None:
-      there = unfinished(self.workdir) if self.writing else lines(self.workdir) > self.before + self.steps
-      if there:
+      if self._there():
         self.at = time.monotonic() + (self.delay / 5 if self.writing else self.delay)
     elif time.monotonic() >= self.at:
       self.end()
+
+  def _there(self):
+    """Returns whether it is time: the first kill may come before any checkpoint, the others come after a new one."""
+    if self.kills == 0:
+      return lines(self.workdir) > self.steps
+    return whole(self.workdir) > self.before and (not self.writing or unfinished(self.workdir))
 
   def end(self):
     self.job.signal(signal.SIGKILL)
@@ -139,11 +144,11 @@ def stopped(request, folder, killed):
   workdir = shutil.copytree(killed[0], folder / f'stopped-{name}')
   before = whole(workdir)
   with jobs.together(started(folder, workdir.name)) as (job,):
-    jobs.until(lambda: lines(workdir) > before + 2, job)
+    jobs.until(lambda: whole(workdir) > before, job)
     job.signal(number)
     code, out, err = job.wait()
   assert (code, err) == (128 + number, '') and f'Stopped by {name}, {RUN} is saved.' in out
-  assert f'--workdir {workdir}' in out.split('Resume with:')[1] and (not before or f'resumed at step {before}' in out)
+  assert f'--workdir {workdir}' in out.split('Resume with:')[1] and f'resumed at step {before}' in out
   assert not unfinished(workdir) and before < whole(workdir) == lines(workdir) < STEPS
   return workdir, whole(workdir)
 
