@@ -75,3 +75,4 @@ package: $(READY)
 
 clean:
 	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis docs/_build docs/generated
+	find . -name __pycache__ -prune -exec rm -rf {} +
