@@ -229,15 +229,23 @@ def home(value) -> str:
 
 def module_page(name: str, module: types.ModuleType) -> str:
   """Returns the page of a module: its docstring, and an entry for each public function and class."""
-  parts = [f'# {name}', f'```{{py:module}} {name}\n```', prose(inspect.getdoc(module) or '')]
+  parts = [f'# {name}', f'```{{py:module}} {name}\n```', prose(docstring(module))]
   for own, value in sorted(own_names(module).items(), key=lambda pair: pair[0].lower()):
     if inspect.isclass(value):
-      parts.append(class_entry(f'{name}.{own}', value))
+      parts.append(class_entry(own, value))
     elif callable(value):
-      parts.append(entry('py:function', f'{name}.{own}{signature(value)}', prose(inspect.getdoc(value) or '')))
+      parts.append(entry('py:function', f'{own}{signature(value)}', prose(inspect.getdoc(value) or '')))
     elif not isinstance(value, types.ModuleType):
-      parts.append(entry('py:data', f'{name}.{own}', contents(value)))
+      parts.append(entry('py:data', own, contents(value)))
   return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def docstring(module: types.ModuleType) -> str:
+  """Returns the docstring of a module as it stands in the source.
+
+  `inspect.getdoc` would take an example for prose where nothing but the example follows the first line.
+  """
+  return ast.get_docstring(ast.parse(inspect.getsource(module)), clean=False) or ''
 
 
 def contents(value) -> str:
@@ -254,7 +262,7 @@ def class_entry(name: str, cls: type) -> str:
   for own, value in vars(cls).items():
     if not own.startswith('_') and value.__doc__ and (isinstance(value, property) or inspect.isfunction(value)):
       kind, head = ('py:property', own) if isinstance(value, property) else ('py:method', own + signature(value))
-      members.append(entry(kind, f'{name}.{head}', prose(inspect.getdoc(value))))
+      members.append(entry(kind, head, prose(inspect.getdoc(value))))
   return entry('py:class', f'{name}{signature(cls)}', '\n\n'.join([doc, *members]), '`' * 5)
 
 
@@ -294,10 +302,10 @@ def shown(default) -> str:
   return '...' if '<' in text or '\n' in text or len(text) > 60 else text
 
 
-def prose(docstring: str) -> str:
+def prose(text: str) -> str:
   """Returns a docstring as Markdown: lines that begin with the name of an argument become a list."""
   lines, before = [], ''
-  for line in docstring.splitlines():
+  for line in text.splitlines():
     if re.match(r'`[\w=*()., \']+`(, `\w+`)*:', line):
       if before and not before.startswith(('- ', '  ')):
         lines.append('')
