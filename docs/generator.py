@@ -22,6 +22,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
 KINDS = {'train': 'Training', 'prune': 'Pruning after training'}
 COPIES = {'results.md': 'benchmarks/results.md', 'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md'}
+# The pictures show so many updates, and recipes get these arguments for them. Stages of thousands of updates shrink.
+STEPS = 60
+CONFIGS = {
+    'lottery_jackpot': {'pattern': 'unstructured 0.5'}, 'static_sparse': {'sparsity': 0.9},
+    **dict.fromkeys(('set_', 'rigl', 'snfs'), {'sparsity': 0.9, 'every': 10}), 'gradual_magnitude': {'every': 5},
+    'soft_movement_pruning': {'score_optimizer': {'learning_rate': 0.1}}, 'mdgf': {'pattern': '1:4'},
+    'sdgf_stepwise': {'pattern': '1:8'}, 'sdgf_geometric': {'pattern': '1:4', 'k': 4},
+}
 # Says what arguments mean that many recipes share. A docstring that speaks of an argument wins.
 MEANINGS = {
     'pattern': 'which weights may be zero together',
@@ -111,8 +119,9 @@ def recipe_page(kind: str, name: str, recipe) -> str:
 def picture_text(kind: str, name: str) -> str:
   """Returns what the picture of a recipe shows."""
   if kind == 'train':
-    return (f'Sparsity over 60 updates of a network of two matrices, 32 x 64 and 64 x 16, trained by {name} with its '
-            'default arguments')
+    told = ', '.join(f'{key}={value}' for key, value in CONFIGS.get(name, {}).items()) or 'its default arguments'
+    return (f'Sparsity over {STEPS} updates of a network of two matrices, 32 x 64 and 64 x 16, trained by {name} with '
+            f'{told}')
   return f'Asked and achieved sparsity of a network of three matrices, pruned by {name}'
 
 
