@@ -50,7 +50,8 @@ def sparsity(report: Any, axis: Any = None) -> Any:
   colours = ['tab:red' if getattr(row, 'problem', '') else KEPT for row in rows]
   axis.barh(places, [row.achieved for row in rows], color=colours)
   asked = [(place, row.asked) for place, row in zip(places, rows) if row.asked is not None]
-  axis.plot([share for _, share in asked], [place for place, _ in asked], 'k|', markersize=14, label='asked')
+  axis.plot([share for _, share in asked], [place for place, _ in asked], '|', color='tab:orange', markersize=18,
+            markeredgewidth=3)
   axis.set_yticks(places, [row.path for row in rows])
   axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel='sparsity (bar: achieved, mark: asked)')
   return axis
