@@ -22,6 +22,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
 KINDS = {'train': 'Training', 'prune': 'Pruning after training'}
 COPIES = {'results.md': 'benchmarks/results.md', 'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md'}
+# The pictures show so many updates, and recipes get these arguments for them. Stages of thousands of updates shrink.
+STEPS = 60
+CONFIGS = {
+    'lottery_jackpot': {'pattern': 'unstructured 0.5'}, 'static_sparse': {'sparsity': 0.9},
+    **dict.fromkeys(('set_', 'rigl', 'snfs'), {'sparsity': 0.9, 'every': 10}), 'gradual_magnitude': {'every': 5},
+    'soft_movement_pruning': {'score_optimizer': {'learning_rate': 0.1}}, 'mdgf': {'pattern': '1:4'},
+    'sdgf_stepwise': {'pattern': '1:8'}, 'sdgf_geometric': {'pattern': '1:4', 'k': 4},
+}
 # Says what arguments mean that many recipes share. A docstring that speaks of an argument wins.
 MEANINGS = {
     'pattern': 'which weights may be zero together',
@@ -111,8 +119,9 @@ def recipe_page(kind: str, name: str, recipe) -> str:
 def picture_text(kind: str, name: str) -> str:
   """Returns what the picture of a recipe shows."""
   if kind == 'train':
-    return (f'Sparsity over 60 updates of a network of two matrices, 32 x 64 and 64 x 16, trained by {name} with its '
-            'default arguments')
+    told = ', '.join(f'{key}={value}' for key, value in CONFIGS.get(name, {}).items()) or 'its default arguments'
+    return (f'Sparsity over {STEPS} updates of a network of two matrices, 32 x 64 and 64 x 16, trained by {name} with '
+            f'{told}')
   return f'Asked and achieved sparsity of a network of three matrices, pruned by {name}'
 
 
@@ -229,15 +238,23 @@ def home(value) -> str:
 
 def module_page(name: str, module: types.ModuleType) -> str:
   """Returns the page of a module: its docstring, and an entry for each public function and class."""
-  parts = [f'# {name}', f'```{{py:module}} {name}\n```', prose(inspect.getdoc(module) or '')]
+  parts = [f'# {name}', f'```{{py:module}} {name}\n```', prose(docstring(module))]
   for own, value in sorted(own_names(module).items(), key=lambda pair: pair[0].lower()):
     if inspect.isclass(value):
-      parts.append(class_entry(f'{name}.{own}', value))
+      parts.append(class_entry(own, value))
     elif callable(value):
-      parts.append(entry('py:function', f'{name}.{own}{signature(value)}', prose(inspect.getdoc(value) or '')))
+      parts.append(entry('py:function', f'{own}{signature(value)}', prose(inspect.getdoc(value) or '')))
     elif not isinstance(value, types.ModuleType):
-      parts.append(entry('py:data', f'{name}.{own}', contents(value)))
+      parts.append(entry('py:data', own, contents(value)))
   return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def docstring(module: types.ModuleType) -> str:
+  """Returns the docstring of a module as it stands in the source.
+
+  `inspect.getdoc` would take an example for prose where nothing but the example follows the first line.
+  """
+  return ast.get_docstring(ast.parse(inspect.getsource(module)), clean=False) or ''
 
 
 def contents(value) -> str:
@@ -254,7 +271,7 @@ def class_entry(name: str, cls: type) -> str:
   for own, value in vars(cls).items():
     if not own.startswith('_') and value.__doc__ and (isinstance(value, property) or inspect.isfunction(value)):
       kind, head = ('py:property', own) if isinstance(value, property) else ('py:method', own + signature(value))
-      members.append(entry(kind, f'{name}.{head}', prose(inspect.getdoc(value))))
+      members.append(entry(kind, head, prose(inspect.getdoc(value))))
   return entry('py:class', f'{name}{signature(cls)}', '\n\n'.join([doc, *members]), '`' * 5)
 
 
@@ -294,10 +311,10 @@ def shown(default) -> str:
   return '...' if '<' in text or '\n' in text or len(text) > 60 else text
 
 
-def prose(docstring: str) -> str:
+def prose(text: str) -> str:
   """Returns a docstring as Markdown: lines that begin with the name of an argument become a list."""
   lines, before = [], ''
-  for line in docstring.splitlines():
+  for line in text.splitlines():
     if re.match(r'`[\w=*()., \']+`(, `\w+`)*:', line):
       if before and not before.startswith(('- ', '  ')):
         lines.append('')

@@ -5,16 +5,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import optax
+from generator import CONFIGS, STEPS
 
 import sparsejax as sj
-
-STEPS = 60
-# Gives the arguments that recipes need beside the `signals` below, and shorter stages.
-CONFIGS = {
-    'lottery_jackpot': {'pattern': 'unstructured 0.5'}, 'static_sparse': {'sparsity': 0.9}, 'set_': {'sparsity': 0.9},
-    'rigl': {'sparsity': 0.9}, 'snfs': {'sparsity': 0.9}, 'mdgf': {'pattern': '1:4'},
-    'sdgf_stepwise': {'pattern': '1:8'}, 'sdgf_geometric': {'pattern': '1:4', 'k': 4},
-}
 
 
 def draw(folder: pathlib.Path) -> None:
@@ -57,6 +50,7 @@ def _trained(name: str, axis) -> None:
     return optax.apply_updates(params, updates), state
 
   state, records = tx.init(params), []
+  params = sj.project(params, state)
   for i in range(STEPS + 1):
     shares = {path: float(jnp.mean(layer['kernel'] == 0)) for path, layer in params.items()}
     records.append({'step': i, **shares})

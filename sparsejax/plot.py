@@ -42,13 +42,16 @@ def saved(path: str | os.PathLike[str], rows: int = 1, columns: int = 1, *, dpi:
 def sparsity(report: Any, axis: Any = None) -> Any:
   """Draws one bar a parameter, the achieved sparsity, with a mark at the sparsity that was asked.
 
-  `report` is that of `sj.report`, of `sj.check`, or of a result of `sj.prune`. Sparsities are fractions of zeros, from 0 to 1. A parameter that breaks its pattern has a red bar.
+  `report` is that of `sj.report`, of `sj.check`, or of a result of `sj.prune`.
+  Sparsities are fractions of zeros, from 0 to 1. A parameter that breaks its pattern has a red bar.
   """
   axis, rows = _axes(axis), report.rows
   places = np.arange(len(rows))
-  axis.barh(places, [row.achieved for row in rows], color=['tab:red' if getattr(row, 'problem', '') else KEPT for row in rows])
+  colours = ['tab:red' if getattr(row, 'problem', '') else KEPT for row in rows]
+  axis.barh(places, [row.achieved for row in rows], color=colours)
   asked = [(place, row.asked) for place, row in zip(places, rows) if row.asked is not None]
-  axis.plot([share for _, share in asked], [place for place, _ in asked], 'k|', markersize=14, label='asked')
+  axis.plot([share for _, share in asked], [place for place, _ in asked], '|', color='tab:orange', markersize=18,
+            markeredgewidth=3)
   axis.set_yticks(places, [row.path for row in rows])
   axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel='sparsity (bar: achieved, mark: asked)')
   return axis

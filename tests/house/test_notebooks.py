@@ -51,6 +51,7 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, pytestconfig, standard_pro
   if is_whole(pytestconfig):
     return in_a_kernel(path, tmp_path, True)
   import matplotlib
+
   import sparsejax
   matplotlib.use('Agg')
   monkeypatch.setattr(sparsejax.recipes, 'TABLE', dict(sparsejax.recipes.TABLE))
