@@ -20,7 +20,7 @@ from sparsejax.recipes import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
-KINDS = {'train': 'Training', 'prune': 'Pruning after training'}
+KINDS = {'train': 'Training', 'prune': 'Pruning after training', 'cut': 'Units to zero'}
 COPIES = {'results.md': 'benchmarks/results.md', 'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md'}
 # The pictures show so many updates, and recipes get these arguments for them. Stages of thousands of updates shrink.
 STEPS = 60
@@ -51,6 +51,12 @@ MEANINGS = {
     'epsilon': 'the bound on the relative error of the result of a layer',
     'iterations': 'the number of iterations of the solver',
     'start': 'the recipe that chooses the first mask',
+    'groups': 'the groups of the program, from `structured.groups`, or a dict with some of them',
+    'alone': 'whether each group loses its own fraction of units, rather than all groups together',
+    'multiple_of': 'the count of kept units of each group is rounded up to a multiple of this number',
+    'penalty': 'the factor of the term that is added to the loss',
+    'steps': 'how many updates the fading takes',
+    'key': 'the PRNG key of random numbers',
 }
 
 
@@ -122,6 +128,9 @@ def picture_text(kind: str, name: str) -> str:
     told = ', '.join(f'{key}={value}' for key, value in CONFIGS.get(name, {}).items()) or 'its default arguments'
     return (f'Sparsity over {STEPS} updates of a network of two matrices, 32 x 64 and 64 x 16, trained by {name} with '
             f'{told}')
+  if kind == 'cut':
+    return (f'Fraction of zero units of each group over {STEPS} updates of a network of three matrices, trained by '
+            f'{name} towards half of the units')
   return f'Asked and achieved sparsity of a network of three matrices, pruned by {name}'
 
 
@@ -131,7 +140,7 @@ def own_and_options(kind: str, recipe) -> tuple[list[tuple[str, ...]], list[str]
   rows = [(f'`{p.name}`', 'required' if p.default is p.empty else f'`{shown(p.default)}`', meaning(recipe, p.name),
            may_be(recipe, p.name))
           for p in given.values() if p.kind is not p.VAR_KEYWORD]
-  options = [name for name in sentence.parameters(recipe) if name not in given] if kind == 'train' else []
+  options = [name for name in sentence.parameters(recipe) if name not in given] if kind in ('train', 'cut') else []
   return rows, options
 
 

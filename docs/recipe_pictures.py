@@ -12,7 +12,7 @@ import sparsejax as sj
 
 def draw(folder: pathlib.Path) -> None:
   """Draws the picture of each recipe that has none yet, `folder/<kind>/<name>.png`."""
-  drawings = {'train': _trained, 'prune': _pruned}
+  drawings = {'train': _trained, 'prune': _pruned, 'cut': _faded}
   for kind, table in sj.recipes.TABLES.items():
     for name in table:
       path = folder / kind / f'{name}.png'
@@ -66,3 +66,29 @@ def _pruned(name: str, axis) -> None:
   needed = {'ecoflap': {'sensitivity': {'layer1/kernel': 1.0, 'layer2/kernel': 0.2}}}
   recipe = sj.recipes.POST_TRAINING[name](sparsity=0.5, **needed.get(name, {}))
   sj.plot.sparsity(sj.prune(apply, params, [x], recipe).report, axis)
+
+
+def _faded(name: str, axis) -> None:
+  params, apply, x, loss = network(32, 24, 16, 8)
+  groups = sj.structured.groups(apply, params, x)
+  signals = {'loss': loss, 'key': jax.random.key(1), 'samples': 8, 'kept': 20, 'learning_rate': 0.02, 'every': 5,
+             'total_steps': STEPS, 'scales': 'kernel', 'cost': None, 'epsilon': 0.9, 'steps': 30, 'begin': 10}
+  penalties = {'oto': 0.2, 'wgsef': 1.0, 'norm_scale': 1e-3, 'latency_aware': 1e-6}
+  recipe = sj.recipes.STRUCTURED[name]
+  own = {key: value for key, value in signals.items() if key in sj.recipes.arguments(recipe)}
+  tx = recipe(optax.sgd(0.02), groups, **own, **({'penalty': penalties[name]} if name in penalties else {}))
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  state, records = tx.init(params), []
+  for i in range(STEPS + 1):
+    keep = sj.structured.kept(groups, params)
+    records.append({'step': i, **{group: 1 - mask.mean() for group, mask in keep.items()}})
+    params, state = step(params, state)
+  for group in groups:
+    sj.plot.over_steps(records, group, axis, label=group, drawstyle='steps-post')
+  axis.set(ylim=(-0.02, 1.02), xlabel='update', ylabel='zero units')
+  axis.legend(loc='best')

@@ -65,6 +65,6 @@ __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
   'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'io', 'losses', 'masks', 'metrics',
   'patterns', 'penalties', 'plot', 'post_training', 'programs', 'project', 'prune', 'prune_weights', 'ranking',
-  'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states', 'structured',
-  'transforms', 'trees', 'types', 'units', 'updates',
+  'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states',
+  'structured', 'transforms', 'trees', 'types', 'units', 'updates',
 ]

@@ -1,10 +1,8 @@
 """Gives every test eight CPU devices, and makes JAX strict, so that a silent promotion is an error in the tests."""
 
 import collections
-import functools
 import gc
 import importlib.metadata
-import itertools
 import os
 import pathlib
 
@@ -21,7 +19,6 @@ import jax
 import minutes
 import pytest
 import sampling
-from jax._src.interpreters import mlir
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -31,12 +28,6 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 # A tenth of the time of tracing and lowering goes into stacks of Python calls, which no test reads.
 jax.config.update('jax_traceback_in_locations_limit', 0)
-
-# Half of the time of lowering a small program is a new MLIR context, so that 256 programs share one. JAX has no public
-# name for the place.
-NEW, COUNT = mlir.make_ir_context, itertools.count()
-shared = functools.lru_cache(maxsize=1)(lambda turn: NEW())
-mlir.make_ir_context = lambda: shared(next(COUNT) // 256)
 
 METER = minutes.Meter()
 

@@ -13,7 +13,18 @@ from typing import Any
 
 import optax
 
-from sparsejax import flows, penalties, saliences, schedules, scores, starts, structured, transforms, trees, updates
+from sparsejax import (
+  flows,
+  penalties,
+  saliences,
+  schedules,
+  scores,
+  starts,
+  structured,
+  transforms,
+  trees,
+  updates,
+)
 from sparsejax.recipes.sentence import sentence
 from sparsejax.saliences import Salience
 from sparsejax.structured import Groups
@@ -25,8 +36,8 @@ SETS = ('refresh', 'where', 'axes', 'dense_steps')  # of the options of `sparsif
 
 @sentence(*SETS)
 def group_magnitude(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, end: int | None = None,
-                    every: int = 100, score: Salience = saliences.mean_magnitude, alone: bool = False, multiple_of: int = 1,
-                    total_steps: int | None = None, **options: Any) -> Optimizer:
+                    every: int = 100, score: Salience = saliences.mean_magnitude, alone: bool = False,
+                    multiple_of: int = 1, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Prunes the units of least magnitude, with a cubic rise (Li et al. 2017, Pruning filters; the ramp is Zhu's, 2017).
 
   Units are chosen every `every` updates from `begin` to `end`, by default half of `total_steps`. A unit that is zero
