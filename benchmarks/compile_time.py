@@ -61,7 +61,7 @@ def run(rounds: int = 20, leaves: Sequence[int] = LEAVES, names: Sequence[str] =
              for _ in range(min(rounds, 3 if number < 200 else 1))]
     for name in now:
       yield from _claims(name, number, turns)
-  yield first_state('rigl', max(n for n in leaves if n < MANY))
+  yield first_state('rigl', max((n for n in leaves if n < MANY), default=MANY))
 
 
 def _claims(name: str, leaves: int, turns: Sequence[Mapping[str, Cost]]) -> Iterator[Measurement]:
