@@ -191,7 +191,7 @@ def _top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> l
   """Returns the masks of the `n` largest keys of all stacks `[rows, ...]` together, whose rows begin at `starts`.
 
   A single loop settles the bits of the least key that is kept, and then those of the place before which equal keys are
-  kept. It ends as soon as the number is right, without ties after about as many bits as tell the keys apart.
+  kept. The loop ends as soon as the number is right: without ties, after about as many bits as tell the keys apart.
   """
   info, size = jnp.iinfo(keys[0].dtype), sum(key.size for key in keys)
   turns = info.bits + size.bit_length()
