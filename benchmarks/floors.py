@@ -77,7 +77,7 @@ def gradual(inner: optax.GradientTransformation) -> Step:
 
 
 def rigl(inner: optax.GradientTransformation) -> Step:
-  """Returns RigL of each matrix. A branch drops by magnitude and grows by gradient, and the weights wait for the branch."""
+  """Returns RigL of each matrix: a branch drops by magnitude and grows by gradient, and the weights wait."""
   def init(params):
     return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
 
