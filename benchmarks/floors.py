@@ -1,7 +1,7 @@
-"""Contains the smallest steps of three methods in plain JAX, which `compile_time` compares with their recipes.
+"""Contains the smallest steps of some methods in plain JAX, with which their recipes are compared.
 
 Each step has nothing but its method, by hand, for float32 matrices `[in, out]` that AdamW trains: no other pattern,
-container, dtype, schedule or phase, and no message. What it takes to compile is the least that its method takes.
+container, dtype, schedule or phase, and no message. The time of the step is about the least that its method takes.
 
     tx = STEPS['sr_ste, by hand'](optax.adamw(1e-3))
     state = tx.init(params)
@@ -77,7 +77,7 @@ def gradual(inner: optax.GradientTransformation) -> Step:
 
 
 def rigl(inner: optax.GradientTransformation) -> Step:
-  """Returns RigL of each matrix: one branch drops by magnitude and grows by gradient, and the weights wait for it."""
+  """Returns RigL of each matrix: a branch drops by magnitude and grows by gradient, and the weights wait."""
   def init(params):
     return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
 
@@ -96,6 +96,37 @@ def rigl(inner: optax.GradientTransformation) -> Step:
     own = jax.tree.map(lambda a, b: jnp.where(due, a, b), own, after)
     moves = jax.tree.map(lambda m, u, w: jnp.where(m, jnp.where(due, 0, u), -w), new, moves, params)
     return moves, (step + 1, new, own)
+
+  return Step(init, update)
+
+
+def soft_movement(inner: optax.GradientTransformation) -> Step:
+  """Returns soft movement pruning between two choices of the mask: Adam moves the scores, and `inner` the master.
+
+  The matrix of the last layer has no scores. Its gradients are those of a dense weight.
+  """
+  adam = optax.adam(1e-2)
+  sparse = lambda params: {path: params[path] for path in sorted(params)[:-1]}
+
+  def init(params):
+    scores, masks = jax.tree.map(jnp.zeros_like, sparse(params)), jax.tree.map(lambda w: w == w, params)
+    master = jax.tree.map(jnp.array, params)
+    return jnp.zeros((), jnp.int32), master, scores, masks, adam.init(scores), inner.init(params)
+
+  def update(grads, state, params, **extra):
+    step, master, scores, masks, held, own = state
+    penalty = jnp.clip(step / END, 0, 1)
+
+    def pull(w, g, s):
+      gate = jax.nn.sigmoid(s)
+      return w * g + penalty * gate * (1 - gate) / w.size
+
+    moves, held = adam.update(jax.tree.map(pull, sparse(master), sparse(grads), scores), held, scores)
+    scores = optax.apply_updates(scores, moves)
+    moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, master)
+    master = optax.apply_updates(master, moves)
+    moves = jax.tree.map(lambda w, m, p: jnp.where(m, w, 0) - p, master, masks, params)
+    return moves, (step + 1, master, scores, masks, held, own)
 
   return Step(init, update)
 
@@ -121,7 +152,7 @@ def _by_rows(function: Callable[..., jax.Array], *trees: Any) -> Any:
 def largest(scores: jax.Array, keep: jax.Array) -> jax.Array:
   """Returns the mask of the `keep` largest of a row of scores that are at least 0; ties keep the lower index.
 
-  One loop settles the bits of the least score that is kept, and then the index before which ties are kept.
+  A loop settles the bits of the least score that is kept, and then the index before which ties are kept.
   """
   keys, place = lax.bitcast_convert_type(scores, jnp.int32), lax.iota(jnp.int32, scores.size)
   kept = lambda least, stop: (keys > least) | ((keys == least) & (place < stop))
@@ -139,4 +170,4 @@ def largest(scores: jax.Array, keep: jax.Array) -> jax.Array:
 
 
 STEPS = {'a master under a fixed mask': least_master, 'sr_ste, by hand': sr_ste, 'gradual_magnitude, by hand': gradual,
-         'rigl, by hand': rigl}
+         'rigl, by hand': rigl, 'soft_movement_pruning, by hand': soft_movement}

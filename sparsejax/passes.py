@@ -59,7 +59,9 @@ def least_key(leaves: Sequence[Array], n: Any) -> Array:
     return key + jnp.left_shift(byte.astype(kind) + kind(128), shift)
 
   start = varying(jnp.asarray(jnp.iinfo(kind).min, kind), enough([order_keys(leaf, dtype) for leaf in leaves]))
-  return lax.fori_loop(0, dtype.itemsize, settle_byte, start)
+  size = sum(leaf.size for leaf in leaves)
+  everything = at_least(n, wholes.counted(wholes.count(size), size))  # as at the start of a ramp: no pass is needed
+  return lax.fori_loop(jnp.where(everything, dtype.itemsize, 0), dtype.itemsize, settle_byte, start)
 
 
 def _first(mask: Callable[[], Array], n: Any, total: Any) -> Array:

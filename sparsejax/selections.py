@@ -243,12 +243,13 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
 
   def select(leaves, weights, masks, signals):
     sizes, step = [math.prod(leaf.layer_shape) for leaf in leaves], signals[0].step
-    fewest = [ranking.counted(ranking.count(int(least * size) + 1), size) for size in sizes]
+    few = [ranking.count(int(least * size) + 1) for size in sizes]
+    fewest = list(map(ranking.counted, few, sizes))
     rows, own = list(zip(weights, map(_arrays, signals), fewest)), [patterns.Unstructured()] * len(leaves)
     ranked = lambda: choices.each(chosen, leaves, own, rows, (step,), words=(score,))
     above = [score(w, s) > threshold(step) for w, s in zip(weights, signals)]
-    enough = [jnp.all(_per_layer(mask, Pooled(mask, leaf.axes.layer, None)).low >= few)
-              for mask, leaf, few in zip(above, leaves, fewest)]
+    enough = [jnp.all(ranking.at_least(_per_layer(mask, own[0].pooled(mask, leaf.axes)), number))
+              for mask, leaf, number in zip(above, leaves, few)]
     # Where enough weights of a layer are above the threshold, the best of the layer are among them.
     return jax.lax.cond(functools.reduce(jnp.logical_and, enough), lambda: above, ranked), None
 

@@ -26,7 +26,7 @@ SPARSEJAX = (
     ('arguments',),
     ('trees',),
     ('programs',),
-    ('passes', 'neighbours'),
+    ('passes', 'neighbours', 'networks', 'searches'),
     ('census', 'ranking'),
     ('counts', 'hessians', 'units'),
     ('stages',),
