@@ -119,9 +119,9 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('threshold', 'least', 'damping', 'most'), PART),
     **dict.fromkeys(('fraction', 'shrink', 'ratio', 'beta'), PART_OR_SCHEDULE),
     'momentum': AVERAGE, 'gradient_average.decay': AVERAGE, 'squared_gradient_average.decay': AVERAGE,
-    **dict.fromkeys(('weight_decay', 'penalty'), RATE),
+    **dict.fromkeys(('weight_decay', 'penalty', 'config: optimizer.learning_rate'), RATE),
     **dict.fromkeys(('decay', 'learning_rate'), RATE_OR_SCHEDULE),
-    **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life', 'eps', 'epsilon', 'rho'), POSITIVE),
+    **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life', 'clip', 'eps', 'epsilon', 'rho'), POSITIVE),
     **dict.fromkeys(('init_value', 'end_value', 'kept', 'pruned'), NUMBER),
     **dict.fromkeys(('decoupled', 'sigma', 'scaled', 'allow_empty', 'pause', 'balanced', 'at_first_update',
                      'guard'), FLAG),
@@ -134,7 +134,8 @@ KINDS: dict[str, Kind] = {
     'pattern': PATTERN, 'allocation': ALLOCATION, 'key': KEY, 'axes': AXES, 'memory': MEMORY, 'flow': FLOW,
     **dict.fromkeys(('inner', 'score_optimizer', 'optimizer'), OPTIMIZER),
     **dict.fromkeys(('selection', 'first'), SELECTION),
-    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING, 'workdir': FOLDER, 'config': CONFIG,
+    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
+    'workdir': FOLDER, 'config': CONFIG,
 }
 
 

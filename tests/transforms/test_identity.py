@@ -154,7 +154,8 @@ def test_a_state_without_its_plan_is_refused():
     tx.update(PARAMS, tx.init(PARAMS)._replace(plan=None), PARAMS)
 
 
-CASTS = {  # what is done to a state on the way, and what the refusal says
+# Each entry changes a state, and has the words of the refusal.
+CASTS = {
     'all of it to bfloat16': (lambda state: jax.tree.map(
         lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state), 'master .* is bfloat16'),
     'a step as a float': (lambda state: state._replace(step=jnp.float32(2)), r'step of the state is float32\[\]'),

@@ -331,7 +331,7 @@ REFUSALS = {
                                    {'fc': False, 'head': True})),
         ['failed in `init`', "optax.masked or multi_transform hides 'fc'", 'TypeError', 'where=']),
     # Trees and axes that say nothing.
-    'no parameters': (lambda: start(recipes.ste(SGD), {}), ['`where` picks no parameter', 'holds no array', 'Pass']),
+    'an empty tree': (lambda: start(recipes.ste(SGD), {}), ['`where` picks no parameter', 'holds no array', 'Pass']),
     'no numbers': (lambda: sparsejax.report({'kernel': jnp.ones((4, 4), jnp.int8)}),
                    ['report', 'picks no parameter', "No array is floating, but 'int8'"]),
     'axes that are a plain tuple': (
@@ -358,7 +358,8 @@ REFUSALS = {
     'a program that is none': (
         lambda: sparsejax.contractions(5, PARAMS), ['programs.trace', 'must be a function, not 5', 'model.apply']),
     **{f'{name} with tokens={value}': (
-        lambda call=call, value=value: call(tokens=value), [f'{name}: `tokens` must be a whole number', f'not {value!r}'])
+        lambda call=call, value=value: call(tokens=value),
+        [f'{name}: `tokens` must be a whole number', f'not {value!r}'])
        for name, call in (('advise', functools.partial(sparsejax.advise, PARAMS, '2:4')),
                           ('prepared', functools.partial(prepared, PARAMS))) for value in (0, 1.5, '1')},
 }
@@ -367,7 +368,8 @@ FUNCTIONS = {
     'report': sparsejax.report, 'report, of a pattern': lambda p: sparsejax.check(p, NM(2, 4)),
     'prune': lambda p: sparsejax.prune(APPLY, p, *PRUNED[2:]),
     'prune_weights': lambda p: sparsejax.prune_weights(p, NM(2, 4)),
-    'structured.cut': lambda p: sparsejax.structured.cut(UNITS, p), 'pack': lambda p: sparsejax.formats.pack(p, NM(2, 4)),
+    'structured.cut': lambda p: sparsejax.structured.cut(UNITS, p),
+    'pack': lambda p: sparsejax.formats.pack(p, NM(2, 4)),
     'io.save': lambda p: sparsejax.io.save('never.safetensors', p)}
 
 
