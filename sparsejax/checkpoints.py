@@ -78,7 +78,9 @@ def _given(texts: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[
   """Returns the axes that the texts 'GLOB=AXIS' give to the parameters with these `shapes`."""
   axes = {}
   for text in texts:
-    glob, _, numbers = text.rpartition('=')
+    glob, equals, numbers = text.rpartition('=')
+    if not equals:
+      raise ValueError(f'--axis {text}: write GLOB=AXIS, as in "--axis {next(iter(shapes), "kernel")}=0".')
     chosen = [name for name in shapes if trees.matches(glob, name)]
     if not chosen:
       raise errors.unknown('--axis', 'parameter', glob, shapes)

@@ -179,9 +179,10 @@ def called(function: Callable[[PyTree], Array], params: PyTree) -> Array:
     if not hidden:
       raise
     raise ValueError(
-        f'sparsejax: {arguments.shown(function)} failed in `init` on parameters of which optax.masked or multi_transform '
-        f'hides {errors.some(hidden, 3)} ({type(error).__name__}: {error}). Wrap the whole optimizer in the recipe and '
-        'say by where= what is sparse, or fill the hidden parameters in before the model runs.') from error
+        f'sparsejax: {arguments.shown(function)} failed in `init` on parameters of which optax.masked or '
+        f'multi_transform hides {errors.some(hidden, 3)} ({type(error).__name__}: {error}). Wrap the whole '
+        'optimizer in the recipe and say by where= what is sparse, or fill the hidden parameters in before the model '
+        'runs.') from error
 
 
 def needed(recipe: str, name: str, value: Any, what: str) -> Any:

@@ -114,7 +114,7 @@ def is_traced(axes: Mapping[str, Axes] | None) -> bool:
   """Returns whether `axes` were read from a program, at least one of them. The program contracts no other leaf."""
   if axes is None:
     return False
-  return hasattr(axes, 'lookups') or any(getattr(each, 'source', '') == 'traced' for each in axes.values())
+  return hasattr(axes, 'lookups') or any(isinstance(each, tuple) and 'traced' in each for each in axes.values())
 
 
 def all_but(*globs: str, where: Predicate = matrices) -> Predicate:
@@ -314,10 +314,11 @@ def axes_of(function: str, axes: Mapping[str, Axes] | None, path: str, shape: tu
     problem = f'fits {errors.some(names)}' if names else f'is none of {errors.some(axes)}'
     raise errors.at_leaf(function, path, shape, f'its axes are not in `axes`: the path {problem}. '
                          'Trace a program that uses it in one contraction, or leave it out of `where`.')
-  if not isinstance(axes[names[0]], Axes):
+  try:
+    found = Axes(*axes[names[0]])
+  except TypeError:
     raise errors.at_leaf(function, path, shape, f'`axes` says {axes[names[0]]!r} of it, which is no Axes; write '
-                         'sj.types.Axes(contracted=(0,), output=(1,)).')
-  found = axes[names[0]]
+                         'sj.types.Axes(contracted=(0,), output=(1,)).') from None
   meant = [a for group in found[:4] if isinstance(group, tuple) for a in group]
   if len(meant) != len(shape) or {*meant} != {*range(len(shape))}:
     source = 'given' if found.source == 'convention' else found.source

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import CustomJSONEncoder
 
 from experiments.configs import default
-from sparsejax import errors
+from sparsejax import arguments, errors
 
 # The keys of these sections are the arguments of a function, which checks them: see `configs/default.py`.
 OPEN = ('model', 'models', 'optimizer.options', 'optimizers', 'recipes')
@@ -161,6 +161,11 @@ def _check(config: ConfigDict) -> None:
   for key in ('loss', 'score'):
     if config[key] is not None and not callable(config[key]):
       raise ValueError(f'config: {key}={config[key]!r} must be None or a function (outputs, labels) -> numbers.')
+  for key, says, fits in (('writers', 'a tuple of functions (run, step, numbers)', callable),
+                          ('noise', 'None or a tuple of globs', lambda glob: isinstance(glob, str))):
+    value = config[key] if config[key] is not None or key == 'writers' else ()
+    if not isinstance(value, (tuple, list)) or not all(map(fits, value)):
+      raise ValueError(f'config: {key}={config[key]!r} must be {says}.')
   for section, example in (('models', '{"width": 128}'), ('optimizers', '{"learning_rate": 1e-3}')):
     refuse_unknown('config', f'run in {section}', config[section], runs)
     for run, changes in config[section].items():
@@ -168,6 +173,9 @@ def _check(config: ConfigDict) -> None:
         raise ValueError(f'config: {section}.{run} is a section, such as {example}, not {changes!r}.')
   for run, changes in config['optimizers'].items():
     refuse_unknown('config', f'key of optimizers.{run}:', changes, default.get_config().optimizer)
+  for run, section in {'': config['optimizer'], **config['optimizers']}.items():
+    for key in {'learning_rate', 'weight_decay', 'clip'} & {*section}:
+      arguments.verified(f'config{run and f", run {run!r}"}: optimizer', key, section[key], None)
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def shares(mask: Array, choose: Chooser, block: int) -> np.ndarray | None:
   shared = counts.competes(choose.pattern, (1, rows, length), STACKED)  # units of all rows and groups share one count
   together = there.reshape(-1, choose.groups * there.shape[1], *there.shape[2:]) if shared else there
   size = counts.units(choose.pattern, (1, rows * (choose.groups if shared else 1), length), STACKED)[0]
-  sparsity = choose.pattern.sparsity if choose.sparsity is None else choose.sparsity
+  sparsity = choose.asked
   kept = counts.kept_of(sparsity, size)
   upto = np.cumsum(together, 1)
   all_of_them = np.maximum(upto[:, -1:], 1)

@@ -48,8 +48,8 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   a batched or ragged product. A weight that is used several times is pruned once, on the rows of all its uses.
 
   `where` picks the parameters to prune. By default, these are all that the program contracts, without those of which it
-  also looks up rows, and without that of the last product, if its result is no operand of another product and is not
-  added to a residual stream (the head). The report lists the others.
+  also looks up rows, and without the head. The head is the parameter of the last product, unless the result goes into
+  another product or is added to a residual stream. The report lists the others.
   `axes` are compared with those of the program, which decide.
   `keep` says where weights are pruned already, and stay zero. By default, and with 'zeros', this is every zero. A tree
   of masks says it by `False`. With `keep=False`, zeros are ordinary weights.

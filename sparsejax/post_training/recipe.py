@@ -77,12 +77,17 @@ class Chooser:
     return self.pattern(rows, told, STACKED).reshape(ranked.shape) & among
 
   @property
+  def asked(self) -> float | None:
+    """The sparsity that is asked, or else the pattern's own."""
+    return self.pattern.sparsity if self.sparsity is None else self.sparsity
+
+  @property
   def group(self) -> int:
     """How many consecutive inputs the pattern treats as one: a part begins and ends at a multiple of this number."""
     return self.pattern.group[0]
 
   def _count(self, shape: tuple[int, ...], part: slice) -> int:
-    upto = lambda stop: counts.count_of(self.pattern, self.sparsity, (*shape[:2], stop), STACKED) if stop else 0
+    upto = lambda stop: counts.count_of(self.pattern, self.asked, (*shape[:2], stop), STACKED) if stop else 0
     return upto(part.stop) - upto(part.start)
 
 

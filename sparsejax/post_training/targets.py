@@ -126,7 +126,8 @@ def _head(program: Program, found: Contractions) -> str | None:
   return path if address in ends(program) else None
 
 
-def _left_dense(found: Contractions, head: str | None, paths: Sequence[str], arrays: Mapping[str, Array], where: Any) -> dict[str, str]:
+def _left_dense(found: Contractions, head: str | None, paths: Sequence[str], arrays: Mapping[str, Array], where: Any
+                ) -> dict[str, str]:
   """Returns why each contracted parameter, and each look-up, that is not pruned is left dense."""
   reasons = {}
   for path in paths:

@@ -42,7 +42,7 @@ def ends(program: Program) -> set[jaxprs.Address]:
   """Returns the addresses of the products that end a program whose first argument holds the parameters.
 
   The result of such a product reaches the results of the program without another product, and without a residual
-  connection: an encoder whose last product is added to the stream has no head. What a loss does to it does not count.
+  connection: an encoder whose last product is added to the stream has no head. Operations of a loss do not count.
   """
   found = _Ends()
   rules = FactRules(found.operation, lambda facts: frozenset().union(*facts), frozenset())

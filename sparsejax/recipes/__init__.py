@@ -110,17 +110,22 @@ def from_config(inner: Inner, config: Mapping[str, Any], *, total_steps: int, ax
   if not isinstance(name, str) or name not in TABLE:
     raise errors.unknown('recipes.from_config', 'recipe', name, TABLE)
   valid = arguments(TABLE[name])
+  _refuse_keys(config, name, valid, total_steps)
+  read = {key: _read(key, value, total_steps) for key, value in config.items()}
+  rest = {'total_steps': total_steps, 'axes': axes, **signals}
+  values = {key: value for key, value in rest.items() if key in valid} | read
+  offered = {key for key in signals if key not in read and without_effect(TABLE[name], key, values)}
+  return TABLE[name](inner, **{key: value for key, value in values.items() if key not in offered})
+
+
+def _refuse_keys(config: Mapping[str, Any], name: str, valid: list[str], total_steps: int) -> None:
+  """Raises `ValueError` for a key that the recipe does not take, and for a number of steps that is told twice."""
   for key in config:
     if key not in valid:
       raise errors.unknown('recipes.from_config', f'key of recipe {name!r}:', key, ['name', *valid])
   if config.get('total_steps', total_steps) != total_steps:
     raise ValueError(f'recipes.from_config: the configuration says total_steps={shown(config["total_steps"])}, and the '
                      f'call total_steps={total_steps}. Leave it out of the configuration.')
-  read = {key: _read(key, value, total_steps) for key, value in config.items()}
-  rest = {'total_steps': total_steps, 'axes': axes, **signals}
-  values = {key: value for key, value in rest.items() if key in valid} | read
-  offered = {key for key in signals if key not in read and without_effect(TABLE[name], key, values)}
-  return TABLE[name](inner, **{key: value for key, value in values.items() if key not in offered})
 
 
 def _globs(value: Any) -> Any:

@@ -29,6 +29,7 @@ def opened(method: Method, updates: PyTree, state: SparseState, params: PyTree |
   refusals.refuse_no_params(updates, params)
   leaves = Leaves.of(method, params)
   refusals.refuse_others(leaves.plan, state)
+  refusals.refuse_damaged(leaves, state, method.key is not None)
   refusals.refuse_other_shapes(leaves, state, updates)
   refusals.refuse_other_memory(method.memory, leaves, state)
   if method.flow.dense:

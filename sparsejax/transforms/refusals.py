@@ -102,6 +102,27 @@ def refuse_other_shapes(leaves: Leaves, state: SparseState, grads: PyTree) -> No
                              'it; make the state from these parameters: tx.init(params).')
 
 
+def refuse_damaged(leaves: Leaves, state: SparseState, keyed: bool) -> None:
+  """Raises `ValueError` for a state whose arrays were lost or cast on the way, as by a cast of a whole training state.
+
+  `keyed`: whether the optimizer has a PRNG key. Masks may be numbers: `optax.contrib.sam` blends states as numbers.
+  """
+  remedy = 'restore it into a state of tx.init(params), in the dtypes of that state.'
+  shown = lambda array: 'gone' if array is None else f'{jnp.result_type(array)}{[*jnp.shape(array)]}'
+  if state.step is None or jnp.shape(state.step) or not jnp.issubdtype(jnp.result_type(state.step), jnp.integer):
+    raise ValueError(f'sparsejax: the step of the state is {shown(state.step)}, and not int32[]; {remedy}')
+  if keyed != (state.key is not None) or keyed and jnp.result_type(state.key) != jnp.uint32:
+    raise ValueError(f'sparsejax: the PRNG key of the state is {shown(state.key)}, and this optimizer has ' +
+                     (f'one, uint32[2]; {remedy}' if keyed else 'none; make the state by tx.init(params).'))
+  for leaf, mask, master in zip(leaves.plan.leaves, *map(leaves.pick, (state.masks, state.master))):
+    lost = [name for name, array in (('mask', mask), ('master', master)) if array is None]
+    if lost:
+      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its {lost[0]} in the state is None; {remedy}')
+    if not trees.is_dense(master) and master.dtype.itemsize < 4:
+      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its master in the state is {master.dtype}, in which '
+                           f'small steps are rounded away; {remedy}')
+
+
 def refuse_other_masks(plan: Plan, masks: Sequence[Array]) -> None:
   """Raises `ValueError` for a first mask that has not the shape of its parameter, as a start of one's own may give."""
   for leaf, mask in zip(plan.leaves, masks):

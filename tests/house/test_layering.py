@@ -68,8 +68,8 @@ EXPERIMENTS = (
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
 INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'sizes', 'structures'),
-                           ('views', 'follow', 'evaluate'), ('contractions', 'heads', 'origins'), ('operands', 'arrangements'),
-                           ('replace', 'again')),
+                           ('views', 'follow', 'evaluate'), ('contractions', 'heads', 'origins'),
+                           ('operands', 'arrangements'), ('replace', 'again')),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('choosing', 'small'), ('phases',),

@@ -296,3 +296,11 @@ def test_recipes_of_pruning_are_named_as_in_their_table():
   assert [recipe(*needs.get(name, ())).name for name, recipe in recipes.POST_TRAINING.items()] == [
       *recipes.POST_TRAINING]
   assert recipes.dsnot() == recipes.dsnot() and hash(recipes.sparsegpt()) == hash(recipes.sparsegpt())
+
+
+def test_a_chooser_without_a_sparsity_takes_that_of_the_pattern():
+  values, among = jnp.arange(24.0).reshape(1, 4, 6), jnp.ones((1, 4, 6), bool)
+  for part in (None, slice(0, 4)):
+    chosen = [Chooser(HALF, asked)(values[..., part or slice(0, 6)], among[..., part or slice(0, 6)], part)
+              for asked in (None, HALF.sparsity)]
+    np.testing.assert_array_equal(*chosen)

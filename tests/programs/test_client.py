@@ -55,7 +55,8 @@ def test_one_module_knows_the_parameters_of_jax_and_one_package_knows_its_struct
   """Reads all sources: `jaxprs` and `sizes` read `eqn.params`; packed models have no rule for loops and branches."""
   folders = [pathlib.Path(package.__file__).parent for package in (sj, kernels_pallas)]
   clients = [folders[1] / name for name in ('models.py', 'held.py')]
-  reads = lambda node: isinstance(node, ast.Attribute) and node.attr == 'params' and ast.unparse(node.value).endswith('eqn')
+  reads = lambda node: (isinstance(node, ast.Attribute) and node.attr == 'params' and
+                        ast.unparse(node.value).endswith('eqn'))
   readers = {path.name for folder in folders for path in folder.rglob('*.py')
              if any(map(reads, ast.walk(ast.parse(path.read_text()))))}
   assert readers == {'jaxprs.py', 'sizes.py'}

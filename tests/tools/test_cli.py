@@ -253,7 +253,7 @@ def altered():
     ('check CKPT --pattern down/*=2:4', "says nothing about 'mlp/up/kernel'"),
     ('check CKPT --pattern 2:4 --axis no/such=1', "'no/such'.*Valid: mlp/down/kernel"),
     ('check CKPT --pattern 2:4 --axis up/kernel=2', r"'mlp/up/kernel' of shape \(8, 16\).*0 to 1"),
-    ('check CKPT --pattern 2:4 --axis 1', "''|unknown parameter"),
+    ('check CKPT --pattern 2:4 --axis 1', '--axis 1: write GLOB=AXIS, as in "--axis mlp/down/kernel=0"'),
     ('report CKPT --item ema', "'ema'.*Valid: embed, mlp"),
     ('pack CKPT out --pattern 1:4', r"'mlp/down/kernel' of shape \(16, 8\): .* more than 1"),
     ('pack CKPT CKPT --pattern 2:4', 'there already; --force'), ('unpack CKPT empty --force', 'is a folder'),

@@ -152,3 +152,23 @@ def test_a_state_without_its_plan_is_refused():
   tx = recipes.ste(SGD)
   with pytest.raises(ValueError, match='the plan of the state is gone; a NoneType is in its place'):
     tx.update(PARAMS, tx.init(PARAMS)._replace(plan=None), PARAMS)
+
+
+# Each entry changes a state, and has the words of the refusal.
+CASTS = {
+    'all of it to bfloat16': (lambda state: jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state), 'master .* is bfloat16'),
+    'a step as a float': (lambda state: state._replace(step=jnp.float32(2)), r'step of the state is float32\[\]'),
+    'a step of two devices': (lambda state: state._replace(step=jnp.zeros(2, jnp.int32)), r'is int32\[2\]'),
+    'no step': (lambda state: state._replace(step=None), 'step of the state is gone'),
+    'no key': (lambda state: state._replace(key=None), 'PRNG key of the state is gone'),
+    'a typed key': (lambda state: state._replace(key=jax.random.key(0)), r'PRNG key of the state is key<.*>\[\]'),
+}
+
+
+@pytest.mark.parametrize('cast', CASTS)
+def test_a_state_that_was_cast_or_lost_an_array_is_refused(cast):
+  change, says = CASTS[cast]
+  tx = recipes.sr_ste(SGD, key=jax.random.key(0))
+  with pytest.raises(ValueError, match=f'^sparsejax: .*{says}.*tx.init'):
+    jax.eval_shape(tx.update, PARAMS, change(tx.init(PARAMS)), PARAMS)

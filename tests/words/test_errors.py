@@ -1,6 +1,7 @@
 """Checks that each refusal names the function, the parameter, the problem, and the remedy or the valid names."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import sparsejax
+from kernels_pallas import prepared
 from sparsejax import (
   NM,
   Unstructured,
@@ -54,6 +56,10 @@ def without(params, *path):
 LOUD = jax.tree.map(lambda w: w, PARAMS) | {'head': {'kernel': jnp.full((24, 6), 2.0)}}  # more than half of it all
 # A coefficient that cannot be compared, so not part of a state.
 ARRAYS = transforms.sparsify(SGD, flows.decayed(jnp.float32(0.1), 'scaled'), selections.leafwise(NM(2, 4)))
+
+APPLY = lambda p, x: jnp.tanh(x @ p['fc']['kernel'] + p['fc']['bias'][None]) @ p['head']['kernel'][:8]
+PRUNED = APPLY, PARAMS, [jnp.ones((2, 16))], recipes.wanda(0.5)
+UNITS = sparsejax.structured.groups(APPLY, PARAMS, jnp.ones((2, 16)))
 
 # Each entry has the call that is refused, and the parts of the message in their order.
 REFUSALS = {
@@ -317,7 +323,64 @@ REFUSALS = {
     'no recipe in the state': (
         lambda: sparsejax.masks(PARAMS, SGD.init(PARAMS)),
         ['no SparseState', 'Wrap the optimizer in a recipe', 'sr_ste']),
+    'a first mask of another shape': (
+        lambda: start(recipes.fixed(SGD, jax.tree.map(lambda w: jnp.ones(3, bool), PARAMS))),
+        ["'fc/bias' of shape (8,)", 'first mask has shape (3,)', 'Give masks']),
+    'a loss that cannot run on a part of the tree': (
+        lambda: start(optax.masked(recipes.snip(SGD, 0.5, loss=lambda p: p['head']['kernel'].sum() + p['fc']['kernel']),
+                                   {'fc': False, 'head': True})),
+        ['failed in `init`', "optax.masked or multi_transform hides 'fc'", 'TypeError', 'where=']),
+    # Trees and axes that say nothing.
+    'an empty tree': (lambda: start(recipes.ste(SGD), {}), ['`where` picks no parameter', 'holds no array', 'Pass']),
+    'no numbers': (lambda: sparsejax.report({'kernel': jnp.ones((4, 4), jnp.int8)}),
+                   ['report', 'picks no parameter', "No array is floating, but 'int8'"]),
+    'axes that are a plain tuple': (
+        lambda: start(recipes.ste(SGD, axes={'fc/kernel': (0,)})),
+        ["'fc/kernel' of shape (16, 8)", 'says (0,)', 'no Axes', 'sj.types.Axes(contracted=']),
+    # Configurations.
+    'a configuration that is a list': (
+        lambda: from_config(['ste']), ['recipes.from_config: `config` must be a mapping', "not ['ste']"]),
+    'a name that is a list': (
+        lambda: from_config({'name': ['ste']}), ['recipes.from_config: unknown recipe', 'Valid: asp']),
+    'steps that are told twice': (
+        lambda: from_config({'name': 'mdgf', 'total_steps': 5}),
+        ['recipes.from_config', 'total_steps=5', 'total_steps=10', 'Leave it out of the configuration']),
+    'fewer than no steps': (lambda: recipes.from_config(SGD, {'name': 'dense'}, total_steps=-1),
+                            ['recipes.from_config: `total_steps` must be a number of updates', 'not -1']),
+    'where as a number': (lambda: from_config({'name': 'ste', 'where': 3}), ['recipes.ste: `where` must be', 'not 3']),
+    'an unknown argument of Adam': (
+        lambda: from_config({'name': 'movement_pruning', 'score_optimizer': {'lr': 1}}),
+        ['recipes.from_config', '`score_optimizer`', "'lr'", 'learning_rate']),
+    # Arguments of tools.
+    **{f'prune with {name}={value}': (
+        lambda name=name, value=value: sparsejax.prune(*PRUNED, **{name: value}), [f'prune: `{name}` must be', 'not'])
+       for name, value in (('memory_limit', -1), ('progress', True), ('workdir', __file__))},
+    'a program that is none': (
+        lambda: sparsejax.contractions(5, PARAMS), ['programs.trace', 'must be a function, not 5', 'model.apply']),
+    **{f'{name} with tokens={value}': (
+        lambda call=call, value=value: call(tokens=value),
+        [f'{name}: `tokens` must be a whole number', f'not {value!r}'])
+       for name, call in (('advise', functools.partial(sparsejax.advise, PARAMS, '2:4')),
+                          ('prepared', functools.partial(prepared, PARAMS))) for value in (0, 1.5, '1')},
 }
+
+FUNCTIONS = {
+    'report': sparsejax.report, 'report, of a pattern': lambda p: sparsejax.check(p, NM(2, 4)),
+    'prune': lambda p: sparsejax.prune(APPLY, p, *PRUNED[2:]),
+    'prune_weights': lambda p: sparsejax.prune_weights(p, NM(2, 4)),
+    'structured.cut': lambda p: sparsejax.structured.cut(UNITS, p),
+    'pack': lambda p: sparsejax.formats.pack(p, NM(2, 4)),
+    'io.save': lambda p: sparsejax.io.save('never.safetensors', p)}
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_what_needs_numbers_refuses_parameters_without_values(name):
+  """Raises for a traced parameter and for a mere shape, naming the function, the path and the shape."""
+  call, shapes = FUNCTIONS[name], jax.eval_shape(lambda: PARAMS)
+  for do in (functools.partial(jax.eval_shape, call, PARAMS), functools.partial(call, shapes)):
+    with pytest.raises(ValueError, match=rf"^{name.partition(',')[0]}: .*'fc/.*' of shape \((16, )?8,?\).*") as refusal:
+      do()
+    assert re.search('traced|mere shape|ShapeDtypeStruct', str(refusal.value))
 
 
 @pytest.mark.parametrize('what', REFUSALS)
