@@ -61,10 +61,10 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Seque
   todo, found = engine.cells(recipes, patterns, seeds), []
   with locked(place) as ledger, console.status('') as status:
     bench = engine.Bench(make, request, status.update)
-    for line, ran in engine.lines(bench, ledger, place, todo, facts):
+    for line, ran in engine.cell_lines(bench, ledger, place, todo, facts):
       found.append(line)
       if ran:
-        console.print(pruned.told(table, line), markup=False, highlight=False, soft_wrap=True)
+        console.print(pruned.announced(table, line), markup=False, highlight=False, soft_wrap=True)
       if request.received:
         raise training.Stopped(line['cell'], request)
   pages.show(pruned.page(table, found, place), place, console)

@@ -32,7 +32,7 @@ def subject(seed):
 def ran(workdir, todo, make=subject, request=None, facts=None, tell=lambda text: None):
   with locked(workdir) as ledger:
     bench = engine.Bench(make, request or StopRequest(), tell)
-    return list(engine.lines(bench, ledger, workdir, todo, facts or {'table': 'decoder'}))
+    return list(engine.cell_lines(bench, ledger, workdir, todo, facts or {'table': 'decoder'}))
 
 
 def test_cells_run_once_and_a_stop_keeps_what_is_finished(tmp_path):
