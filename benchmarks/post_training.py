@@ -1,4 +1,4 @@
-"""Measures repairs of post-training pruning: SparseGPT beside NumPy, its memory, and how ExactOBS grows with rows."""
+"""Measures post-training pruning: SparseGPT beside NumPy and its memory, ExactOBS by rows, Wanda of a whole encoder."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import sparsejax as sj
 from benchmarks import timing
 from benchmarks.timing import Measurement
+from experiments.models import encoders
 from sparsejax import calibration, hessians
 from sparsejax.patterns import Unstructured
 from sparsejax.post_training import Chooser, Stack, repairs, stack_of
@@ -16,7 +18,8 @@ from sparsejax.post_training import Chooser, Stack, repairs, stack_of
 SIZE, LARGE, BLOCK, DAMPING = 2048, 4096, 128, 0.01
 ROWS, INPUTS = (64, 256), 256
 HALF = Chooser(Unstructured(0.5), 0.5)
-BARS = {'faster': 2.0, 'copies': 4.0, 'linear': 1.25}
+SENTENCES, TOKENS = 128, 32
+BARS = {'faster': 2.0, 'copies': 4.0, 'linear': 1.25, 'passes': 3.0}
 
 
 def layer(rows: int, inputs: int) -> tuple[Stack, calibration.Gram]:
@@ -45,10 +48,11 @@ def by_numpy(w: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(rounds: int = 5) -> Iterator[Measurement]:
-  """Yields one claim each on speed, memory and rows. Both SparseGPTs have to leave the same output error."""
+  """Yields one claim each on speed, memory, rows and passes. Both SparseGPTs have to leave the same output error."""
   yield _speed(rounds)
   yield _memory()
   yield _rows(rounds)
+  yield _passes(rounds)
 
 
 def _speed(rounds: int) -> Measurement:
@@ -100,3 +104,16 @@ def _rows(rounds: int) -> Measurement:
   scaled = [{str(many): each[str(many)] * few / many, str(few): each[str(few)]} for each in seconds]
   return timing.claim(f'exact_obs of {INPUTS} inputs, seconds a row at {many} rows over those at {few}', scaled,
                       str(many), str(few), BARS['linear'], at_least=False)
+
+
+def _passes(rounds: int) -> Measurement:
+  """Returns how many times longer Wanda takes for the pretrained encoder than forward passes of the same batches."""
+  params = jax.tree.map(jnp.asarray, encoders.load_pretrained())
+  tokens = jax.random.randint(jax.random.key(0), (SENTENCES, TOKENS), 1, 30_000)
+  batches = [(each, each > 0) for each in jnp.split(tokens, 2)]
+  forward, where = jax.jit(encoders.embed), sj.trees.named('attention/*/kernel', 'mlp/*/kernel')
+  ways: dict[str, Any] = {
+      'forward': lambda: [forward(params, *batch) for batch in batches],
+      'wanda': lambda: sj.prune(encoders.embed, params, batches, sj.recipes.wanda(0.5), where=where).params}
+  return timing.claim('wanda of the pretrained encoder, times as long as its calibration forward passes',
+                      timing.take_turns(ways, rounds), 'wanda', 'forward', BARS['passes'], at_least=False)

@@ -133,8 +133,7 @@ def recalibrated(update: Callable[[PyTree, Any], PyTree], running: PyTree, batch
   """
   paths, leaves, structure = trees.flatten(running)
   is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
-  filled = lambda value: structure.unflatten([jnp.full_like(leaf, value) if own else leaf
-                                              for leaf, own in zip(leaves, is_float)])
+  filled = lambda value: structure.unflatten([_filled(leaf, value) for leaf in leaves])
   run = jax.jit(lambda running, batch: trees.flatten(update(running, batch))[1])
   total, number, momentum = [jnp.zeros_like(leaf) for leaf in leaves], 0, None
   for batch in batches:
@@ -150,6 +149,10 @@ def recalibrated(update: Callable[[PyTree, Any], PyTree], running: PyTree, batch
     if not bool(jnp.all(jnp.isfinite(new))):
       raise ValueError(f'calibration.recalibrated: the statistic of {path!r} is not finite. Look at the batches.')
   return structure.unflatten([new if own else leaf for leaf, own, new in zip(leaves, is_float, found)])
+
+
+def _filled(leaf: Array, value: float) -> Array:
+  return jnp.full_like(leaf, value) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
 
 
 def _refuse_other_leaves(paths: list[str], *found: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from experiments.loop import commands, training
 from experiments.loop.stopping import StopRequest
 from experiments.pruning import decoder, encoder, engine
-from experiments.sweep.ledger import locked
+from experiments.sweep.ledger import Line, locked
 from experiments.tables import pages, pruned
 from sparsejax import errors, recipes
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Sequence[str] = RECIPES,
         patterns: Sequence[str] = engine.PATTERNS, seeds: Sequence[int] = (0,),
-        request: StopRequest | None = None) -> list[dict[str, Any]]:
+        request: StopRequest | None = None) -> list[Line]:
   """Prunes and judges what is not finished, writes and prints the table in `workdir`, and returns the lines.
 
   `table`: 'encoder' or 'decoder'. Raises `ValueError` for an unknown table or recipe, and where another process works
@@ -61,10 +61,10 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Seque
   todo, found = engine.cells(recipes, patterns, seeds), []
   with locked(place) as ledger, console.status('') as status:
     bench = engine.Bench(make, request, status.update)
-    for line, ran in engine.lines(bench, ledger, place, todo, facts):
+    for line, ran in engine.cell_lines(bench, ledger, place, todo, facts):
       found.append(line)
       if ran:
-        console.print(pruned.told(table, line), markup=False, highlight=False, soft_wrap=True)
+        console.print(pruned.announced(table, line), markup=False, highlight=False, soft_wrap=True)
       if request.received:
         raise training.Stopped(line['cell'], request)
   pages.show(pruned.page(table, found, place), place, console)

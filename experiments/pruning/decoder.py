@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from experiments import configs
 from experiments.data import stdlib, text
-from experiments.loop import outcomes, training
+from experiments.loop import outcomes, records, training
 from experiments.loop.stopping import StopRequest
 from experiments.models.lm import LM
 from experiments.pruning.encoder import WHERE
@@ -42,15 +42,16 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
 
   Raises `training.Stopped` where a signal stops the training.
   """
-  windows, names = splits(data_dir)
-  outcome = training.run(configs.complete({**config, 'data': {
-      'name': configs.OWN, 'splits': configs.Own(windows), 'num_classes': text.BYTES}}), workdir / 'training', request)
+  texts, names = split_texts(data_dir)
+  windows = {split: _windows(content) for split, content in texts.items()}
+  outcome = training.run(configs.complete({**config, 'data': _file(workdir / 'text.txt', texts)}), workdir / 'training',
+                         request)
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.parameters(outcome['dense']))
   model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
   apply = lambda params, tokens: model.apply({'params': params}, tokens)
-  drawn = lambda split, count: [array[np.random.default_rng(seed).permutation(len(array))[:count]]
-                                for array in windows[split]]
-  (inputs, labels), held_out = map(jnp.asarray, drawn('train', CALIBRATED)), drawn('test', HELD_OUT)
+  (inputs, labels), held_out = (_drawn(windows[split], count, seed)
+                                for split, count in (('train', CALIBRATED), ('test', HELD_OUT)))
+  inputs, labels = jnp.asarray(inputs), jnp.asarray(labels)
   return Subject(
       apply, params, [(inputs[i:i + BATCH],) for i in range(0, len(inputs), BATCH)], None, WHERE,
       functools.partial(_loss, apply, labels[:BATCH]), lambda path: path.split('/')[0],
@@ -58,9 +59,8 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
       {'data': names, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), **SIZES, 'seed': seed})
 
 
-def splits(data_dir: str | None) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str]:
-  """Returns windows of bytes and of the next bytes, `int32[N, LENGTH]` each, of `train` and `test`, and what they are.
-  """
+def split_texts(data_dir: str | None) -> tuple[dict[str, bytes], str]:
+  """Returns the UTF-8 text of `train` and of `test`, and what they are."""
   modules = stdlib.sources()
   texts = {'train': [b for i, (_, b) in enumerate(modules) if i % EVERY], 'test': [b for _, b in modules[::EVERY]]}
   name = 'sources of the standard library'
@@ -68,14 +68,29 @@ def splits(data_dir: str | None) -> tuple[dict[str, tuple[np.ndarray, np.ndarray
     shakespeare = text.builder_splits(tfds.builder('tiny_shakespeare', data_dir=data_dir))
     texts = {split: [getattr(shakespeare, split).tobytes(), *parts] for split, parts in texts.items()}
     name = f'Tiny Shakespeare and {name}'
-  return {split: _windows(b''.join(parts)) for split, parts in texts.items()}, name
+  return {split: b''.join(parts) for split, parts in texts.items()}, name
+
+
+def _file(path: pathlib.Path, texts: Mapping[str, bytes]) -> dict[str, Any]:
+  """Writes both texts to one file, `test` last, and returns the section `data` of a config that reads the file so."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  records.write_whole(path, b''.join(texts[split] for split in ('train', 'test')).decode())
+  return {'name': str(path), 'sequence_length': LENGTH,
+          'valid_fraction': len(texts['test']) / sum(map(len, texts.values()))}
 
 
 def _windows(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+  """Returns windows of bytes and of the next bytes, `int32[N, LENGTH]` each."""
   array = np.frombuffer(content, np.uint8).astype(np.int32)
   count = (len(array) - 1) // LENGTH
   cut = lambda shift: array[shift:shift + count * LENGTH].reshape(count, LENGTH)
   return cut(0), cut(1)
+
+
+def _drawn(arrays: tuple[np.ndarray, ...], count: int, seed: int) -> list[np.ndarray]:
+  """Returns the same `count` rows of each array."""
+  rows = np.random.default_rng(seed).permutation(len(arrays[0]))[:count]
+  return [array[rows] for array in arrays]
 
 
 def _nats(apply: Any, params: PyTree, inputs: Array, labels: Array) -> Array:

@@ -81,8 +81,8 @@ class Bench:
     return told
 
 
-def lines(bench: Bench, ledger: Ledger, workdir: Any, todo: Sequence[Cell], facts: Mapping[str, Any]
-          ) -> Iterator[tuple[Line, bool]]:
+def cell_lines(bench: Bench, ledger: Ledger, workdir: Any, todo: Sequence[Cell], facts: Mapping[str, Any]
+               ) -> Iterator[tuple[Line, bool]]:
   """Yields the line of each cell, and whether the cell ran now. Finished cells make no subject.
 
   `facts` are what the caller knows without a subject; a cell that was finished under others is refused.

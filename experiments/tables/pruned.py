@@ -51,7 +51,7 @@ def page(table: str, lines: Sequence[Line], workdir: pathlib.Path) -> pages.Page
                     lambda path: draw(table, done, path))
 
 
-def told(table: str, line: Line) -> str:
+def announced(table: str, line: Line) -> str:
   """Returns the line of a cell that is finished now as one sentence."""
   if line['status'] != 'done':
     return f'{line["cell"]}: refused: {line["reason"]}'
@@ -78,14 +78,16 @@ def draw(table: str, lines: Sequence[Line], path: pathlib.Path) -> None:
 
 def _columns(name: str, metric: Metric, dense: Mapping[int, Line]) -> dict[str, Callable[[Line], str]]:
   """Returns the columns of one metric: the mean, and the difference to the dense model of the same seed."""
-  spread = lambda values, sign='': '{:{sign}.{digits}f} ± {:.{digits}f}'.format(
-      *(metric.scale * x for x in pages.interval(values)), sign=sign, digits=1 if metric.scale > 1 else 3)
   scores = lambda line: np.asarray(line['scores'][name])
-  columns = {metric.head: lambda line: spread(scores(line))}
-  if metric.differs:
-    columns['to dense'] = lambda line: '-' if not line['pattern'] else spread(
-        scores(line) - scores(dense[line['seed']]), '+')
-  return columns
+  difference = lambda line: _spread(scores(line) - scores(dense[line['seed']]), metric.scale, '+')
+  columns = {metric.head: lambda line: _spread(scores(line), metric.scale)}
+  return columns | ({'to dense': lambda line: difference(line) if line['pattern'] else '-'} if metric.differs else {})
+
+
+def _spread(values: np.ndarray, scale: float, sign: str = '') -> str:
+  mean, half = (scale * x for x in pages.interval(values))
+  digits = 1 if scale > 1 else 3
+  return f'{mean:{sign}.{digits}f} ± {half:.{digits}f}'
 
 
 def _number(line: Line, name: str) -> str:

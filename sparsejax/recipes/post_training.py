@@ -94,6 +94,9 @@ def ecoflap(sensitivity: Mapping[str, float], sparsity: float | None = None,
   2310.02998. `sensitivity`: that of `sensitivities.zeroth_order`. `groups`: leaves of one name share one sparsity, as
   the matrices of a transformer block do in the authors' runs. `most` is by default 0.1 more than `sparsity`, as theirs.
   """
+  if getattr(pattern := patterns.parse(pattern), 'fixed', False):
+    raise ValueError(f'recipes.ecoflap: {pattern} keeps the same fraction of every leaf, and nothing is shared out. '
+                     'Take Unstructured or Block, or the recipe `start` without shares.')
   asked = _asked('ecoflap', pattern, sparsity)
   shares = allocations.shared_by(sensitivity, min(asked + 0.1, 1.0) if most is None else most, groups)
   return _named('ecoflap', start(asked, pattern, allocation=shares))

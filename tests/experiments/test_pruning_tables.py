@@ -24,7 +24,7 @@ def apply(p, x):
 def subject(seed):
   params = {'w': W, 'v': V}
   off = lambda p: np.asarray(jnp.sum(jnp.square(apply(p, X) - apply(params, X)), 1), np.float64)
-  return Subject(apply, params, [(X[:16] + seed,), (X[16:],)], None, sj.trees.named('w'),
+  return Subject(apply, params, [(X[:16] + seed,), (X[16:],)], None, sj.trees.named('*'),
                  lambda p, batch: jnp.mean(jnp.square(apply(p, *batch))), lambda path: path,
                  lambda p: {'nats': off(p)}, {'data': 'normal numbers', 'seed': seed})
 
@@ -32,7 +32,7 @@ def subject(seed):
 def ran(workdir, todo, make=subject, request=None, facts=None, tell=lambda text: None):
   with locked(workdir) as ledger:
     bench = engine.Bench(make, request or StopRequest(), tell)
-    return list(engine.lines(bench, ledger, workdir, todo, facts or {'table': 'decoder'}))
+    return list(engine.cell_lines(bench, ledger, workdir, todo, facts or {'table': 'decoder'}))
 
 
 def test_cells_run_once_and_a_stop_keeps_what_is_finished(tmp_path):
@@ -42,7 +42,7 @@ def test_cells_run_once_and_a_stop_keeps_what_is_finished(tmp_path):
   request = StopRequest()
 
   def tell(text):
-    if '1/1' in text:
+    if '1/2' in text:
       request.received = 15
 
   with pytest.raises(Stopped, match='wanda/0.5/seed 0 is saved'):
@@ -51,7 +51,7 @@ def test_cells_run_once_and_a_stop_keeps_what_is_finished(tmp_path):
   lines = [line for line, new in ran(tmp_path, todo)]
   assert [line['status'] for line in lines] == ['done'] * 4 + ['refused'] and not list(tmp_path.rglob('*.npz'))
   assert lines[0]['scores']['nats'] == [0] * 32 and lines[1]['achieved'] == lines[3]['achieved'] == 0.5
-  expected = sj.prune(apply, {'w': W, 'v': V}, [X[:16], X[16:]], sj.recipes.wanda(0.5), where=sj.trees.named('w'))
+  expected = sj.prune(apply, {'w': W, 'v': V}, [X[:16], X[16:]], sj.recipes.wanda(0.5), where=sj.trees.named('*'))
   np.testing.assert_allclose(lines[1]['scores']['nats'], subject(0).scored(expected.params)['nats'], atol=1e-5)
   fail = lambda seed: pytest.fail('made again')
   assert [new for _, new in ran(tmp_path, todo, fail)] == [False] * 5

@@ -76,7 +76,7 @@ INSIDE = {
                              ('sparsify', 'penalised')),
     'sparsejax.recipes': (('sentence', 'post_training'), ('n_m', 'at_init', 'structured'),
                           ('gradual', 'dynamic', 'tickets')),
-    'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim',
+    'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim', 'wrapped',
                                  'essential'),
                                 ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'inputs', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),

@@ -283,6 +283,7 @@ def test_matrices_of_one_stack_are_repaired_like_each_by_itself():
     (lambda: repairs.columns(damping=-1), '`damping` must be a number from 0 to 1'),
     (lambda: repairs.columns(quantize=4), '`quantize` must be a grid'),
     (lambda: recipes.ecoflap({'a': 1.0}, pattern=Unstructured()), 'recipes.ecoflap: what is shared out'),
+    (lambda: recipes.ecoflap({'a': 1.0}, pattern=NM(2, 4)), '2:4 keeps the same fraction of every leaf'),
     (lambda: recipes.sparsegpt(blocks=3), "unknown argument 'blocks'. Did you mean 'block'"),
 ])
 def test_refusals_name_the_repair_and_the_remedy(make, message):
