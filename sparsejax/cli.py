@@ -10,11 +10,9 @@ status is 2 if the command could not be carried out; one line on the standard er
 """
 
 import argparse
-import ast
 import json
 import logging
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -22,7 +20,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from sparsejax import (
   advice,
@@ -34,6 +31,7 @@ from sparsejax import (
   io,
   patterns,
   recipes,
+  spellings,
   tables,
   trees,
   version,
@@ -128,8 +126,8 @@ def prune(args: argparse.Namespace) -> int:
   recipe = recipes.POST_TRAINING[args.recipe](**{name: value for name, value in told.items() if value is not None})
   with jax.enable_x64(False):
     made = huggingface.prune_folder(
-        args.model.removeprefix('hf:'), args.out, recipe, _data(args.data),
-        apply=args.apply and _function(args.apply), padding=args.padding, length=args.length, batch=args.batch,
+        args.model.removeprefix('hf:'), args.out, recipe, spellings.data(args.data),
+        apply=args.apply and spellings.function(args.apply), padding=args.padding, length=args.length, batch=args.batch,
         where=trees.named(*args.where) if args.where else None,
         packed=_one_pattern(args.packed) if args.packed else None, workdir=args.workdir,
         sequential=args.sequential, progress=lambda text: print(tables.printable(text), file=sys.stderr))
@@ -137,36 +135,11 @@ def prune(args: argparse.Namespace) -> int:
   return 0
 
 
-def _data(path: str) -> np.ndarray | str:
-  """Returns the token ids of a file of NumPy, or the path itself of a text."""
-  return np.load(path, allow_pickle=False) if path.endswith('.npy') else path
-
-
-def _function(text: str) -> Callable[..., Any]:
-  """Returns the function that `MODULE:FUNCTION` names; a module is a dotted name, or the path of a Python file."""
-  module, _, name = text.rpartition(':')
-  try:
-    names = runpy.run_path(module) if module.endswith('.py') else _run_module(module)
-  except ImportError as error:
-    raise ValueError(f'--apply {text}: {error}. Give MODULE:FUNCTION, or FILE.py:FUNCTION.') from error
-  if not callable(names.get(name)):
-    raise ValueError(f'--apply {text}: there is no function {name!r} in {module!r}. Give MODULE:FUNCTION.')
-  return names[name]
-
-
-def _run_module(name: str) -> dict[str, Any]:
-  sys.path.insert(0, os.getcwd())  # A command, unlike `python -m`, does not look into its folder.
-  try:
-    return runpy.run_module(name)
-  finally:
-    sys.path.pop(0)
-
-
 def plan(args: argparse.Namespace) -> int:
   """Prints the table of `planning.budget`, made in a new process: the number of devices of a process cannot change."""
-  asked = {'path': args.program, 'devices': args.devices, 'options': dict(map(_option, args.set))}
+  asked = {'path': args.program, 'devices': args.devices, 'options': dict(map(spellings.option, args.set))}
   if args.mesh:
-    asked['mesh'] = _mesh(args.mesh)
+    asked['mesh'] = spellings.mesh(args.mesh)
   env = {key: value for key, value in os.environ.items() if key != 'JAX_NUM_CPU_DEVICES'} | {'JAX_PLATFORMS': 'cpu'}
   env['XLA_FLAGS'] = f'{env.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={args.devices}'.strip()
   done = subprocess.run([sys.executable, '-m', 'sparsejax.planning', json.dumps(asked)], env=env, text=True,
@@ -207,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
                      'faster on a device: 2:4, "128x128 0.9", "unstructured 0.9" or "channel 0.5"')
   _selection(command, pattern_required=True)
   command.add_argument('--device', default='cpu', help='cpu, h200, tpu, or another measured device; default cpu')
-  command.add_argument('--tokens', type=_positive, default=1024, metavar='N', help='the number of rows that a '
+  command.add_argument('--tokens', type=spellings.positive, default=1024, metavar='N', help='the number of rows that a '
                        'weight multiplies in one call, batch times length; default 1024')
   _pruning(_command(commands, 'prune', prune, 'prune the model of a Hugging Face folder on some data, and write a '
                     'folder of the same layout with zeros in place'))
@@ -215,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
                      'not here')
   command.add_argument('program', metavar='PROGRAM.py', help='a file with a function program(mesh, ...) that returns '
                        '(step, arguments): a function, and a tuple of pytrees of jax.ShapeDtypeStruct with shardings')
-  command.add_argument('--devices', type=_positive, required=True, metavar='N', help='the number of devices; '
+  command.add_argument('--devices', type=spellings.positive, required=True, metavar='N', help='the number of devices; '
                        'none has to be here')
   command.add_argument('--mesh', metavar='AXIS=N,...', help='the lengths of the mesh axes; default data=N')
   command.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='an argument of the '
@@ -235,8 +208,8 @@ def _pruning(command: argparse.ArgumentParser) -> None:
                        f'files, of a model of type {", ".join(hub.TABLE)}')
   command.add_argument('--data', required=True, metavar='FILE', help='a UTF-8 text, through the tokenizer.json of the '
                        'folder, or token ids, int[sentences, length], as .npy')
-  command.add_argument('--length', type=_positive, default=texts.LENGTH, metavar='N', help='tokens of a row of a text, '
-                       f'at most; default {texts.LENGTH}')
+  command.add_argument('--length', type=spellings.positive, default=texts.LENGTH, metavar='N',
+                       help=f'tokens of a row of a text, at most; default {texts.LENGTH}')
   command.add_argument('--apply', metavar='MODULE:FUNCTION', help='function(params, tokens, valid) that runs a model '
                        'of any other type, with the parameters by their names in the files')
   command.add_argument('--recipe', default='sparsegpt', help=f'default sparsegpt; {", ".join(recipes.POST_TRAINING)}')
@@ -244,7 +217,8 @@ def _pruning(command: argparse.ArgumentParser) -> None:
   command.add_argument('--sparsity', type=float, help='the fraction of zeros')
   command.add_argument('--padding', type=int, metavar='ID', help='the token that does not count; default: '
                        'pad_token_id of config.json')
-  command.add_argument('--batch', type=_positive, default=huggingface.BATCH, metavar='N', help='sentences in a batch')
+  command.add_argument('--batch', type=spellings.positive, default=huggingface.BATCH, metavar='N',
+                       help='sentences in a batch')
   command.add_argument('--where', nargs='+', metavar='GLOB', help='the parameters to prune; default: the matrices of '
                        'the transformer layers')
   command.add_argument('--sequential', default='weight', help='weight (default) or dense')
@@ -306,34 +280,6 @@ def _pattern(args: argparse.Namespace, read: Callable[[str], Any] = _one_pattern
     raise ValueError('--pattern: two are for the same parameters; give one for each GLOB, and at most one without.')
   everywhere = asked.pop('**', None)
   return {**asked, '**': everywhere} if asked and everywhere else asked or everywhere
-
-
-def _positive(text: str) -> int:
-  if not text.isdigit() or not int(text):
-    raise argparse.ArgumentTypeError(f'{text!r} is not a whole number, at least 1')
-  return int(text)
-
-
-def _mesh(text: str) -> dict[str, int]:
-  axes = [axis.partition('=') for axis in text.split(',')]
-  if not all(name.isidentifier() and size.isdigit() and int(size) for name, _, size in axes):
-    raise ValueError(f'--mesh {text}: name each axis with its length, as in data=8,fsdp=32.')
-  if len({name for name, _, _ in axes}) != len(axes):
-    raise ValueError(f'--mesh {text}: two axes have one name.')
-  return {name: int(size) for name, _, size in axes}
-
-
-def _option(text: str) -> tuple[str, object]:
-  """Returns the name and the value of `name=value`: the value is a Python literal or else the text itself."""
-  name, equals, value = text.partition('=')
-  if not equals:
-    raise ValueError(f'--set {text}: give NAME=VALUE.')
-  try:
-    literal = ast.literal_eval(value)
-    json.dumps(literal)
-    return name, literal
-  except (ValueError, SyntaxError, TypeError):
-    return name, value
 
 
 def _metadata(path: str) -> dict[str, str] | None:

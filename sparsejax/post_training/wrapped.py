@@ -60,8 +60,8 @@ def factorised(w: Array, square: Array, *, key: Array, block: int = 32, iteratio
   """Returns the factors of one matrix `[R, K]`: ARMOR (Liu et al. 2025), for inputs with mean squares `square` `[K]`.
 
   Columns and then rows are normalised. The start is the 2:4 core that is best alone. Each iteration takes one Adam step
-  on all three factors. The iteration then chooses one group of four in each block of the core anew, by least squares;
-  `key` draws the group in proportion to the gradient. The loop ends after `iterations`, or after `patience` of them
+  on all three factors. The iteration then chooses one group of four in each block of the core anew, by least squares.
+  `key` draws the group, in proportion to the gradient. The loop ends after `iterations`, or after `patience` of them
   without progress.
 
   Deviation: the factors with the least loss are returned, so that the loss is never above that of the start. The

@@ -90,7 +90,7 @@ def hesso(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1
   """Chooses the redundant units at `begin` and fades them out over `steps` updates: HESSO (Chen et al. 2024).
 
   Exactly the fraction `sparsity` of all units is zero in the end, without a penalty to tune. The authors' code goes
-  through several periods of this kind; here there is one.
+  through several periods of this kind; here there is one. Another `score` is another ranking of the units.
   """
   selection = structured.grouped(groups, sparsity, score=score, multiple_of=multiple_of)
   fading = flows.soft_shrink(schedules.fade(steps, begin=begin))
@@ -144,7 +144,7 @@ def latency_aware(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalt
                   cost: Any = None, begin: int = 1, multiple_of: int = 1, **options: Any) -> Optimizer:
   """Trains with the l1/l2 surrogate of the multiply-adds as a penalty, and chooses the units at `begin`.
 
-  `cost(sizes)` (default: `structured.multiply_adds(groups)`) is the cost of effective sizes, see `penalties.latency`.
+  `cost` is a function of effective sizes, see `penalties.latency`. The default is `structured.multiply_adds(groups)`.
   The published method learns gates; here the norm of what produces a unit stands for its gate.
   """
   where = belongs(groups)

@@ -42,7 +42,7 @@ SPARSEJAX = (
     tuple(FAMILIES),
     ('recipes',),
     ('reports', 'advice'),
-    ('checkpoints', 'huggingface', 'plot'),
+    ('checkpoints', 'huggingface', 'spellings', 'plot'),
     ('cli',),
     ('__init__', 'tracing'),  # the table of contents, and a former name
 )

@@ -351,8 +351,8 @@ def test_what_is_wrong_with_a_program_is_one_line(run, program, monkeypatch, arg
   name, *rest = arguments.split()
   asked = {'path': name, 'devices': 8}
   if rest[:1] == ['--mesh']:
-    asked['mesh'] = cli._mesh(rest[1])
-  asked['options'] = dict(map(cli._option, rest[1::2] if rest[:1] == ['--set'] else []))
+    asked['mesh'] = spellings.mesh(rest[1])
+  asked['options'] = dict(map(spellings.option, rest[1::2] if rest[:1] == ['--set'] else []))
   status, out, err = planning._main(asked), *run.output()
   assert (status, out) == (2, '')
   assert err.startswith('sparsejax: ') and err.count('\n') == 1 and re.search(message, err.strip())
