@@ -242,16 +242,10 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
     return (values > threshold(step)) | alike.pattern(alike.ranked(values, size), fewest, alike.leaf.axes)
 
   def select(leaves, weights, masks, signals):
-    sizes, step = [math.prod(leaf.layer_shape) for leaf in leaves], signals[0].step
-    few = [ranking.count(int(least * size) + 1) for size in sizes]
-    fewest = list(map(ranking.counted, few, sizes))
+    sizes = [math.prod(leaf.layer_shape) for leaf in leaves]
+    fewest = [ranking.counted(ranking.count(int(least * size) + 1), size) for size in sizes]
     rows, own = list(zip(weights, map(_arrays, signals), fewest)), [patterns.Unstructured()] * len(leaves)
-    ranked = lambda: choices.each(chosen, leaves, own, rows, (step,), words=(score,))
-    above = [score(w, s) > threshold(step) for w, s in zip(weights, signals)]
-    enough = [jnp.all(ranking.at_least(_per_layer(mask, own[0].pooled(mask, leaf.axes)), number))
-              for mask, leaf, number in zip(above, leaves, few)]
-    # Where enough weights of a layer are above the threshold, the best of the layer are among them.
-    return jax.lax.cond(functools.reduce(jnp.logical_and, enough), lambda: above, ranked), None
+    return choices.each(chosen, leaves, own, rows, (signals[0].step,), words=(score,)), None
 
   return Selection(Bound(_all_alike, (None, Asked())), select)
 
