@@ -17,7 +17,7 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sparsejax as sj
-from sparsejax import checkpoints, cli, formats, io, planning
+from sparsejax import checkpoints, cli, formats, io, planning, spellings
 from sparsejax.formats import arrays
 
 
