@@ -38,7 +38,7 @@ def picked(path: str, item: str | None = None, *, where: Predicate | None = None
            given: Sequence[str] = ()) -> Opened:
   """Returns the checkpoint at `path`; leaves that are packed there are unpacked when they are read.
 
-  `where` picks the parameters, by default all matrices but those that an optimizer keeps. `but` are globs of parameters
+  `where` picks the parameters, by default what is packed, and all matrices but those that an optimizer keeps. `but` are globs of parameters
   to leave out. `given` are texts 'GLOB=AXIS', or 'GLOB=AXIS,AXIS', of contracted axes. Of the other parameters a packed
   file says the axes, or else the conventions do.
   """
@@ -46,7 +46,8 @@ def picked(path: str, item: str | None = None, *, where: Predicate | None = None
   params = unpacked(stored)
   names, leaves, _ = trees.flatten(params)
   kept_aside = slots.left_out({name: leaf.shape for name, leaf in zip(names, leaves)}) if where is None else []
-  where = _without(kept_aside, trees.over(trees.matrices, params)) if where is None else where
+  if where is None:
+    where = _or_packed(stored, _without(kept_aside, trees.over(trees.matrices, params)))
   where = trees.all_but(*but, where=where) if but else where
   chosen = [name for name, pick in zip(names, trees.select('--where', where, params)) if pick]
   axes = trees.axes_by_path('--axis', None, params, chosen)
@@ -72,6 +73,13 @@ def _dense(leaf: Any) -> Any:
 def _without(paths: Sequence[str], where: Predicate) -> Predicate:
   among = set(paths)
   return lambda path, leaf: path not in among and where(path, leaf)
+
+
+def _or_packed(stored: PyTree, where: Predicate) -> Predicate:
+  """Returns the predicate of the leaves that `where` picks or that are packed: somebody pruned them, whatever their name.
+  """
+  packed = {name for name, leaf in zip(*trees.flatten(stored)[:2]) if getattr(leaf, 'axes', None)}
+  return lambda path, leaf: path in packed or where(path, leaf)
 
 
 def _given(texts: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:

@@ -107,8 +107,7 @@ class _Leafwise:
 
   @staticmethod
   def _same(pattern: Pattern, asked: Asked) -> bool:
-    size = pattern.group[0]
-    return counts.kept_of(asked.sparsity, size) == counts.kept_of(pattern.sparsity, size)
+    return math.isclose(asked.sparsity, pattern.sparsity, abs_tol=0.005)  # 0.67 stands for 1:3
 
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
     rows, step = list(zip(masks, weights, map(_arrays, signals))), signals[0].step

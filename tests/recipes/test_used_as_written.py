@@ -120,6 +120,8 @@ IDLE = {
     'a sparsity that is not that of the pattern': (
         lambda: recipes.magnitude_at_init(SGD, 0.75, NM(2, 4)).init(PARAMS),
         ["parameters 'a/kernel' of shape (64, 8), 'b/kernel'", '2:4 keeps 0.5 of every group', 'sparsity=0.75']),
+    'a sparsity of which groups of four keep as many': (
+        lambda: recipes.magnitude_at_init(SGD, 0.4, NM(2, 4)).init(PARAMS), ['2:4 keeps 0.5', 'sparsity=0.4']),
 }
 
 

@@ -162,6 +162,13 @@ def test_a_packed_file_says_its_axes_and_who_said_so(run):
   assert open('again', 'rb').read() == open('packed', 'rb').read()
 
 
+def test_what_is_packed_is_checked_whatever_its_name(run):
+  io.save('F', sj.formats.pack({'a': sparse(8, 4), 'b': sparse(8, 4)}, sj.NM(2, 4), where=lambda *_: True))
+  assert run('check', 'F', '--pattern', '2:4')[:2] == (0, 'ok: 2 parameters keep 2:4\n')
+  status, out, _ = run('check', 'F', '--pattern', '1:4')
+  assert status == 1 and [line.split()[0] for line in out.splitlines()] == ['a', 'b']
+
+
 @pytest.mark.parametrize('pattern, kind', [
     ('4x8 0.5', 'block_sparse'), ('unstructured 0.9', 'csc'), ('unstructured', 'csc'), ('csc', 'csc'),
     ('sparse24', 'sparse24'), ('channel 0.5', 'no format stores channel 0.5'), ('2:4 0.5', 'leave 0.5 out')])
