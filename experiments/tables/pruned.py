@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.tables import pages
+from sparsejax import plot
 
 Line = Mapping[str, Any]  # of one cell, see `experiments.pruning.engine`
 NOTE = ('±: half the 95 % interval over the held-out examples (Student t), of one model and one draw of the '
@@ -62,7 +63,7 @@ def announced(table: str, line: Line) -> str:
 
 def draw(table: str, lines: Sequence[Line], path: pathlib.Path) -> None:
   """Draws each metric over the sparsity, a curve for each recipe, with the dense model as a line."""
-  with pages.figure(path, 1, len(METRICS[table])) as axes:
+  with plot.saved(path, 1, len(METRICS[table]), figsize=(6 * len(METRICS[table]), 4.5)) as axes:
     for axis, (name, metric) in zip(axes.flat, METRICS[table].items()):
       mean = lambda line, name=name, scale=metric.scale: scale * np.mean(line['scores'][name])
       for recipe in dict.fromkeys(line['recipe'] for line in lines if line['pattern']):

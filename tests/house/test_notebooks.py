@@ -43,7 +43,7 @@ def test_the_first_notebook_runs_in_a_kernel(tmp_path, pytestconfig):
   in_a_kernel(NOTEBOOKS[0], tmp_path, is_whole(pytestconfig))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('path', NOTEBOOKS[1:], ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch, pytestconfig, standard_promotion):
   monkeypatch.chdir(tmp_path)

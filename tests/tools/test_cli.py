@@ -163,7 +163,8 @@ def test_a_packed_file_says_its_axes_and_who_said_so(run):
 
 
 def test_what_is_packed_is_checked_whatever_its_name(run):
-  io.save('F', sj.formats.pack({'a': sparse(8, 4), 'b': sparse(8, 4)}, sj.NM(2, 4), where=lambda *_: True))
+  axes = dict.fromkeys('ab', sj.types.Axes((0,), (1,)))
+  io.save('F', sj.formats.pack({'a': sparse(8, 4), 'b': sparse(8, 4)}, sj.NM(2, 4), where=lambda *_: True, axes=axes))
   assert run('check', 'F', '--pattern', '2:4')[:2] == (0, 'ok: 2 parameters keep 2:4\n')
   status, out, _ = run('check', 'F', '--pattern', '1:4')
   assert status == 1 and [line.split()[0] for line in out.splitlines()] == ['a', 'b']
