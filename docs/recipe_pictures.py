@@ -72,8 +72,8 @@ def _faded(name: str, axis) -> None:
   params, apply, x, loss = network(32, 24, 16, 8)
   groups = sj.structured.groups(apply, params, x)
   signals = {'loss': loss, 'key': jax.random.key(1), 'samples': 8, 'kept': 20, 'learning_rate': 0.02, 'every': 5,
-             'total_steps': STEPS, 'scales': 'kernel', 'cost': None, 'epsilon': 0.9, 'steps': 30, 'begin': 10}
-  penalties = {'oto': 0.2, 'wgsef': 1.0, 'norm_scale': 1e-3, 'latency_aware': 1e-6}
+             'total_steps': STEPS, 'scales': 'kernel', 'cost': None, 'epsilon': 0.98, 'steps': 30, 'begin': 10}
+  penalties = {'oto': 1.5, 'wgsef': 1.0, 'norm_scale': 1e-3, 'latency_aware': 1e-6}
   recipe = sj.recipes.STRUCTURED[name]
   own = {key: value for key, value in signals.items() if key in sj.recipes.arguments(recipe)}
   tx = recipe(optax.sgd(0.02), groups, **own, **({'penalty': penalties[name]} if name in penalties else {}))
