@@ -38,9 +38,9 @@ def picked(path: str, item: str | None = None, *, where: Predicate | None = None
            given: Sequence[str] = ()) -> Opened:
   """Returns the checkpoint at `path`; leaves that are packed there are unpacked when they are read.
 
-  `where` picks the parameters, by default what is packed, and all matrices but those that an optimizer keeps. `but` are globs of parameters
-  to leave out. `given` are texts 'GLOB=AXIS', or 'GLOB=AXIS,AXIS', of contracted axes. Of the other parameters a packed
-  file says the axes, or else the conventions do.
+  `where` picks the parameters, by default what is packed, and all matrices but those that an optimizer keeps. `but` are
+  globs of parameters to leave out. `given` are texts 'GLOB=AXIS', or 'GLOB=AXIS,AXIS', of contracted axes. Of the other
+  parameters a packed file says the axes, or else the conventions do.
   """
   stored = io.stored(path, item)
   params = unpacked(stored)
@@ -76,8 +76,7 @@ def _without(paths: Sequence[str], where: Predicate) -> Predicate:
 
 
 def _or_packed(stored: PyTree, where: Predicate) -> Predicate:
-  """Returns the predicate of the leaves that `where` picks or that are packed: somebody pruned them, whatever their name.
-  """
+  """Returns the predicate of the leaves that `where` picks, or that are packed, whatever their names are."""
   packed = {name for name, leaf in zip(*trees.flatten(stored)[:2]) if getattr(leaf, 'axes', None)}
   return lambda path, leaf: path in packed or where(path, leaf)
 

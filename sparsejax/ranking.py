@@ -143,7 +143,7 @@ def _small(leaves: Sequence[Array]) -> bool:
 
 
 def _of_leaves(leaves: Sequence[Array], groups: Sequence[Sequence[int]], masks: Sequence[Array]) -> list[Array]:
-  """Returns the mask of each leaf, out of the masks `[rows, ...]` of stacks of leaves."""
+  """Returns the mask of each leaf; `masks` holds one array `[rows, ...]` for each stack, with a row for each leaf."""
   found = dict(zip(itertools.chain(*groups), itertools.chain(*map(kinds.apart, masks))))
   return [rows.from_rows(found[i], leaf.shape, found[i].size) for i, leaf in enumerate(leaves)]
 

@@ -57,6 +57,7 @@ def top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> li
   found = lax.while_loop(lambda now: (now.number != n) & (now.turn < turns), settle, start)
   return [larger | equal for larger, equal in kept(found.least, found.stop)]
 
+
 def index_along(axes: Sequence[int], shape: tuple[int, ...]) -> Array:
   """Returns the index that merges `axes`, row-major, of each entry: `int32`, of length 1 along all other axes."""
   place, stride = jnp.zeros([1] * len(shape), jnp.int32), 1

@@ -167,7 +167,7 @@ def _other(params: PyTree, other: PyTree) -> PyTree:
 
 
 def called(function: Callable[[PyTree], Array], params: PyTree) -> Array:
-  """Returns `function(params)`; where it fails on a tree in which optax hides parameters, says so.
+  """Returns `function(params)`. Raises `ValueError` that names the cause if optax hides parameters from the function.
 
   `optax.masked`, `multi_transform` and `partition` give the recipe a tree with `MaskedNode` in the place of the
   parameters of other optimizers. A function that has the whole tree may fill them in.

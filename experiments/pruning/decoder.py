@@ -60,7 +60,7 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
 
 
 def split_texts(data_dir: str | None) -> tuple[dict[str, bytes], str]:
-  """Returns the UTF-8 text of `train` and of `test`, and what they are."""
+  """Returns the text of `train` and of `test` as UTF-8 bytes, and a description of the data."""
   modules = stdlib.sources()
   texts = {'train': [b for i, (_, b) in enumerate(modules) if i % EVERY], 'test': [b for _, b in modules[::EVERY]]}
   name = 'sources of the standard library'

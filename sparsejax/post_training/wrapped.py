@@ -89,7 +89,7 @@ def _factorised(w: Array, square: Array, key: Array, rate: Any, sizes: tuple[int
     mask = factors[1] != 0
     slope = jax.grad(lambda each: loss(w, square, *each))(factors)
     update, moments = adam.update((slope[0], jnp.where(mask, slope[1], 0), slope[2]), moments)
-    # Adam still moves a weight whose place another one has taken.
+    # The mask stops Adam's moments, which would move a pruned weight of the core although its gradient is zero.
     factors = optax.apply_updates(factors, (update[0], jnp.where(mask, update[1], 0), update[2]))
     factors = factors[0], _chosen_anew(w, square, factors, slope[1], jax.random.fold_in(key, i)), factors[2]
     now = loss(w, square, *factors)

@@ -142,7 +142,7 @@ def norm_scale(inner: Inner, groups: Groups, sparsity: float = 0.5, *, scales: s
 @sentence(*SETS)
 def latency_aware(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalty: float = 1e-7,
                   cost: Any = None, begin: int = 1, multiple_of: int = 1, **options: Any) -> Optimizer:
-  """Trains with the l1/l2 surrogate of the multiply-adds as a penalty, and chooses the units at `begin`.
+  """Adds a differentiable estimate of the multiply-adds to the loss, and prunes the smallest units at `begin`.
 
   `cost` is a function of effective sizes, see `penalties.latency`. The default is `structured.multiply_adds(groups)`.
   The published method learns gates; here the norm of what produces a unit stands for its gate.
