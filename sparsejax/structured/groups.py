@@ -26,8 +26,7 @@ from sparsejax.structured.layers import layered
 from sparsejax.structured.reading import Reading
 from sparsejax.structured.rules import RULES
 from sparsejax.types import PyTree
-
-PRODUCED, CONTRACTED, BESIDE = 'produced', 'contracted', 'beside'
+from sparsejax.units import BESIDE, CONTRACTED, PRODUCED
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
