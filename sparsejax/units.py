@@ -33,8 +33,8 @@ class Row(NamedTuple):
 class UnitAxis(NamedTuple):
   """A `UnitAxis` says which unit each position on one axis of a leaf belongs to: `labels`, `int[n]`, -1 for none.
 
-  `leaf`: the number of the leaf. `row`: the first row of the group. `layers`: the number of layers, along the first axis
-  of the leaf, or `None`. `side`: 'produced', 'contracted' or 'beside', as in `structured.Member`.
+  `leaf`: the number of the leaf. `row`: the first row of the group. `layers`: the number of layers, along the
+  first axis of the leaf, or `None`. `side`: 'produced', 'contracted' or 'beside', as in `structured.Member`.
   """
 
   leaf: int

@@ -15,12 +15,13 @@ import numpy as np
 
 from sparsejax import arguments, errors, trees
 from sparsejax.programs.tracing import trace
-from sparsejax.structured.groups import PRODUCED, Groups, UnitGroup
+from sparsejax.structured.groups import Groups, UnitGroup
 from sparsejax.structured.reading import Reading
 from sparsejax.structured.rules import RULES
 from sparsejax.structured.same import is_same
 from sparsejax.structured.smaller import Kept, smaller
 from sparsejax.types import PyTree
+from sparsejax.units import PRODUCED
 
 
 class Cut(NamedTuple):
