@@ -201,6 +201,11 @@ def test_multiply_adds_are_products_of_the_sizes():
     cost({'in/kernel': 4})
 
 
+def test_what_fades_falls_along_a_line_to_zero_and_stays_there():
+  factors = [float(schedules.fade(4, begin=3)(step)) for step in range(3, 9)]
+  np.testing.assert_allclose(np.cumprod(factors), [.75, .5, .25, 0, 0, 0], atol=1e-6)
+
+
 def test_the_trace_of_the_hessian_is_estimated_within_its_error():
   h = np.diag([1., 2, 3]) + 0.1
   quadratic = lambda p: 0.5 * p['w'] @ h @ p['w']
