@@ -55,7 +55,7 @@ def one_by_one(function: Callable[..., Any], loop: bool) -> Callable[..., Any]:
 
   Under an ordinary `vmap` the convolutions of several models become one grouped convolution. On two CPU cores a
   training step of five small CNNs then takes three times as long, and ten times as long in `jax.lax.map`. Matrix
-  products are faster in `jax.lax.map`: one step of five small transformers takes 0.72 of the time under `vmap`.
+  products are faster in `jax.lax.map`: a step of five small transformers takes 0.72 of the time under `vmap`.
   """
   called = jax.custom_batching.custom_vmap(function)
 

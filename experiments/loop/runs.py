@@ -197,7 +197,7 @@ def _model(section: Mapping[str, Any], first: data.Data, layout: sharding.Layout
   params = jax.eval_shape(module.init, jax.random.key(0), example)['params']
   contractions = sparsejax.contractions(apply, params, example)
   convolutional = any(axes.spatial for axes in contractions.values())
-  # One device is enough to say: sharded batches, and accelerators, are faster with the seeds in one operation.
+  # Accelerators, and devices that share a batch, are faster with all seeds in one operation.
   loops = not convolutional and layout.mesh.size == 1 and jax.default_backend() == 'cpu'
   by_seed = functools.partial(evaluate.one_by_one, loop=loops) if convolutional or loops else lambda function: function
   predict = evaluate.predictor(by_seed(apply))

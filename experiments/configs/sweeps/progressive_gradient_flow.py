@@ -13,7 +13,7 @@ Written down before any run, and not to be changed after one:
 - The learning rate of each recipe and task is the best of four on the validation split, at 1:16 and on two seeds of
   their own: the same budget for all. The metric of the verdicts is the test loss, and the baseline is SR-STE.
 - A pilot of nine cells of `lm` came before, at batches of 16 and three rates. The largest rate was best for SR-STE, so
-  a rate of 0.1 was added, and the batch was halved to fit the processor time; no MdGf cell had run.
+  a rate of 0.1 was added. The batch was halved to fit the processor time. No MdGf cell had run.
 - Every decay of MdGf ends at half of the steps, while the learning rate is high. The exponential decay never reaches
   zero, so its last quarter is a fine-tune phase under the mask, as is that of SdGf.
 - What is dropped first, because it runs last: the repeat at equal training FLOPs, then 2:4 and 1:4, then CIFAR-10. No
@@ -48,7 +48,7 @@ TASKS = {
 def get_config():
   config = default.get_config()
   config.noise = ('mlp/*/kernel',)
-  config.validate_every = 750  # The split is read at the end alone: it takes as long as 100 steps.
+  config.validate_every = 750  # Validation takes as long as 100 steps, so it comes at the end alone.
   config.optimizer.weight_decay = 0.01
   config.optimizer.warmup = 0.05
   config.optimizer.learning_rate = 1e-2
