@@ -2,7 +2,8 @@
 
   python -m experiments.claims --workdir runs/claims [--only NAME ...] [--data_dir DIRECTORY] [--set KEY=VALUE]
 
-NAME is the name of a config in `experiments/configs/claims`, without `.py`. Runs that are not finished are trained.
+NAME is the name of a config in `experiments/configs/claims`, without `.py`. The runs of a config are a sweep: each has
+its learning rate tuned on the validation split, with the same budget. Runs that are not finished are trained.
 Then the table is printed, and `claims.md`, `claims.json` and `claims.png` are written. The same command resumes a job
 that was stopped.
 
@@ -13,11 +14,13 @@ import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from experiments import configs, tickets, train
+from experiments import configs, sweep, tickets
 from experiments.loop import commands, exits, training
+from experiments.loop.outcomes import Outcome, Outcomes
 from experiments.loop.stopping import StopRequest
 from experiments.tables import claims as tables
 from experiments.tables import pages
+from experiments.tables.sweeps import Line
 
 CONFIGS = pathlib.Path(__file__).parent / 'configs' / 'claims'
 
@@ -33,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       ended = _tested(claims[name], workdir / name, request, options, again)
       if ended.status not in (0, commands.REFUSED):
         return ended.status
-      status = max(status, ended.status)
-      findings.append(tables.Finding(name, configs.module(claims[name]).CLAIM, ended.outcomes))
+      outcomes, missing = ended.outcomes or ({}, {})
+      status = max(status, ended.status, commands.REFUSED if missing else 0)
+      findings.append(tables.Finding(name, configs.module(claims[name]).CLAIM, outcomes, missing))
   pages.show(tables.page(findings, workdir), workdir, training.console())
   return status
 
@@ -46,13 +50,25 @@ def collected() -> dict[str, pathlib.Path]:
 
 def _tested(config: pathlib.Path, workdir: pathlib.Path, request: StopRequest, options: argparse.Namespace,
             again: str) -> commands.Ended:
-  """Runs the job of one config: rounds of pruning if the config has `tickets`, or else a comparison of runs."""
-  def work() -> Mapping:
-    loaded = configs.load(config, overrides(config, options.data_dir, options.set))
-    job = train.compared if loaded.tickets is None else tickets.rounds
-    return job(loaded, workdir, request)
+  """Runs the job of one config; what it gives are the outcomes by run, and why runs have none.
+
+  The job is rounds of pruning if the config has `tickets`. Otherwise the job is the sweep of the config's runs, which
+  the config's grid tunes.
+  """
+  def work() -> tuple[Outcomes, Mapping[str, str]]:
+    loaded, grid = sweep.load(config, overrides(config, options.data_dir, options.set))
+    if loaded.tickets is not None:
+      return tickets.rounds(loaded, workdir, request), {}
+    return outcomes_of(sweep.found(loaded, workdir, grid, request).tested)
 
   return commands.attempt(work, str(workdir), again)
+
+
+def outcomes_of(lines: Sequence[Line]) -> tuple[dict[str, Outcome], dict[str, str]]:
+  """Returns the outcome of each finished run of a sweep, by run, and why the others have none."""
+  done = {line['recipe']: {**line, 'task': line['metric_task'], 'test': line['scores']}
+          for line in lines if line['status'] == 'done'}
+  return done, {line['recipe']: f'{line["status"]}: {line["reason"]}' for line in lines if line['status'] != 'done'}
 
 
 def overrides(config: pathlib.Path, data_dir: str | None, changes: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@
     test['accuracy']    # float64[seeds]
 """
 
+import collections
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,6 +40,23 @@ def scores(task: Task, predict: Predict, params: PyTree, batches: Iterable[Batch
     total += np.float64(weight)
   score, loss = sums / total
   return {task.name: score, 'loss': loss}
+
+
+def labels(batches: Iterable[Batch]) -> dict[str, float | None]:
+  """Returns the `count` of the labels of a split, and `chance`: the accuracy of the best constant prediction.
+
+  Padding has the weight zero and does not count. `chance` is `None` for labels that are no classes.
+  """
+  count, of_class = 0, collections.Counter()
+  for batch in batches:
+    values, weight = map(np.asarray, sharding.gathered((batch['labels'], batch['weight'])))
+    real = values[weight > 0] if weight.ndim <= values.ndim else values
+    if np.issubdtype(real.dtype, np.integer):
+      of_class.update(real.ravel().tolist())
+    else:
+      count += len(real)
+  count += of_class.total()
+  return {'count': count, 'chance': max(of_class.values()) / count if of_class else None}
 
 
 def same_predictions(predict: Predict, params: PyTree, others: PyTree, batches: Iterable[Batch]) -> bool:

@@ -61,6 +61,7 @@ def write(run: Run, setup: Setup, say: Callable[[str], None], scored: str = 'tes
     step, state, meta = checkpoints.restore(saved, run.state, say)
   place = run.directory / 'checkpoints' / str(step)
   scores = evaluate.scores(setup.task, run.model.predict, state.params, split(setup, scored))
+  labels = evaluate.labels(split(setup, scored))
   fingerprint = checkpoints.fingerprint(state.params)
   sharded, state = state.params, sharding.gathered(state)
   report = sparsejax.report(state.params, state.opt_state)
@@ -71,7 +72,7 @@ def write(run: Run, setup: Setup, say: Callable[[str], None], scored: str = 'tes
   records.write_json(run.directory / FILE, {
       'name': run.name, 'steps': step, 'seeds': list(setup.config.seeds), 'seconds': meta['seconds'],
       'task': setup.task_name, scored: {key: value.tolist() for key, value in scores.items()},
-      'empty': _empty(run, state.params),
+      'labels': labels, 'empty': _empty(run, state.params),
       'asked': report.asked, 'achieved': report.achieved if report.rows else None,
       'training_flops': _training_flops(run), 'inference_flops': _inference_flops(run, state),
       'checkpoint': {'path': f'checkpoints/{step}', 'bytes': _size(place / 'params'),

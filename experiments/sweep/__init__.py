@@ -78,26 +78,30 @@ def run(config: ConfigDict | Mapping[str, Any] | str | os.PathLike, workdir: str
   files go to `workdir`. Raises `ValueError` for an unknown axis, and where another sweep runs in `workdir`. Raises
   `training.Stopped` where Ctrl-C or SIGTERM stopped the sweep. The same call then goes on.
   """
-  if not hosts.alone():
-    raise ValueError('sweep: runs in one process only; leave --distributed out.')
   if isinstance(config, str | os.PathLike):
     config, of_file = load(config)
     grid = of_file if grid is None else grid
-  config, workdir = configs.complete(config), pathlib.Path(workdir)
-  grid = grids.read(grid or {}, config)
+  with contextlib.nullcontext(request) if request else StopRequest() as stop:
+    findings = found(configs.complete(config), pathlib.Path(workdir), grid or {}, stop)
+  pages.show(tables.page(findings, pathlib.Path(workdir)), pathlib.Path(workdir), training.console())
+  return findings
+
+
+def found(config: ConfigDict, workdir: pathlib.Path, grid: Mapping[str, Any], request: StopRequest) -> Findings:
+  """Runs what is not finished of a sweep, as `run` does, and returns the findings without a report."""
+  if not hosts.alone():
+    raise ValueError('sweep: runs in one process only; leave --distributed out.')
+  grid = grids.read(grid, config)
   arms = grids.arms(config, grid)
   for arm in arms:
     grids.metric(arm.config, grid['metric'])
   with locked(workdir) as ledger, _shared_programs(workdir):
-    began, console = time.monotonic(), training.console()
-    with Board(arms, engine.planned(arms, grid), grid['metric'], console) as board:
-      with contextlib.nullcontext(request) if request else StopRequest() as stop:
-        job = engine.Job(grid, workdir, ledger, board, stop, Shared())
-        lines = list({line['cell']: line for line in engine.lines(job, arms)}.values())
-      ran = time.monotonic() - began
-    findings = Findings(lines, grid['metric'], grid['baseline'], ran / board.ran - 1 if board.ran else None)
-    pages.show(tables.page(findings, workdir), workdir, console)
-  return findings
+    began = time.monotonic()
+    with Board(arms, engine.planned(arms, grid), grid['metric'], training.console()) as board:
+      job = engine.Job(grid, workdir, ledger, board, request, Shared())
+      lines = list({line['cell']: line for line in engine.lines(job, arms)}.values())
+    ran = time.monotonic() - began
+  return Findings(lines, grid['metric'], grid['baseline'], ran / board.ran - 1 if board.ran else None)
 
 
 @contextlib.contextmanager

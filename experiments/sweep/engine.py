@@ -7,7 +7,7 @@ The line of a finished cell, as the ledger keeps it, has these keys:
 - `status`: `done`, `refused` (by the data, the model or the recipe) or `diverged` (a number is not finite); `reason`.
 - `config`; `rate`, the peak of the learning rate; `steps`, `seeds`; `wall` and `cpu`, the seconds that the cell took.
 - `scores` of a cell that is done, by name, a number for each seed, on `split`. `metric_task` is the name of the task.
-  `seconds`, sparsities, FLOPs and `environment` are the outcome's. `curve` of a tested cell
+  `seconds`, sparsities, FLOPs, `empty`, `labels` and `environment` are the outcome's. `curve` of a tested cell
   holds its records, means over the seeds.
 - `tuning`, of a tested cell: the validation metric of each rate, the best rate, and whether it is the first or last.
 """
@@ -207,6 +207,7 @@ def _joined(packs: Sequence[outcomes.Outcome], split: str) -> dict[str, Any]:
   return {
       'split': split, 'metric_task': first['task'],
       'scores': {key: [x for pack in packs for x in pack[split][key]] for key in first[split]},
+      'empty': [count for pack in packs for count in pack['empty']], 'labels': first.get('labels'),
       'seconds': sum(pack['seconds'] for pack in packs), 'asked': first['asked'], 'achieved': first['achieved'],
       'training_flops': mean('training_flops'), 'inference_flops': mean('inference_flops'),
       'environment': first['environment'],

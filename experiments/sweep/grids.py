@@ -139,15 +139,16 @@ def _arms(config: ConfigDict, grid: Mapping[str, Any], setting: Mapping[str, str
   rates = (None,) if grid['tuning'] else grid['learning_rate'] or (None,)
   for name, recipe in grid['recipe'].items():
     for (pattern, section), rate in itertools.product(_patterned(recipe, grid['pattern']), rates):
-      changes = dict(grid['optimizer'].get(name, {})) | ({} if rate is None else {'learning_rate': rate})
-      # The changes go into the section itself: a change of `name` keeps the other keys of the optimizer.
-      optimizer = {**config.optimizer, **changes}
+      # The changes go into the sections themselves: a change of `name` keeps the other keys of the optimizer.
+      optimizer = {**config.optimizer, **config.optimizers.get(name, {}), **grid['optimizer'].get(name, {}),
+                   **({} if rate is None else {'learning_rate': rate})}
+      model = {**config.model, **config.models.get(name, {})}
       axes = {**setting, 'recipe': name, 'pattern': pattern, 'learning_rate': None if rate is None else f'{rate:g}'}
       spelled = pattern and re.sub(r'\W+', '-', pattern.replace(':', 'of'))
       parts = [setting['task'], setting['data'], setting['model'], name, spelled,
                None if rate is None else f'{RATE}{rate:g}']
       yield Arm('/'.join(part for part in parts if part), axes, configs.merged(config, {
-          'recipes': {name: section}, 'models': {}, 'optimizers': {}, 'optimizer': optimizer}))
+          'recipes': {name: section}, 'models': {}, 'model': model, 'optimizers': {}, 'optimizer': optimizer}))
 
 
 def _patterned(recipe: Mapping[str, Any], axis: Sequence[str]) -> Iterator[tuple[str | None, dict[str, Any]]]:

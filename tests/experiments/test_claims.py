@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import claims, configs, models, train
-from experiments.configs.claims import better
-from experiments.loop import runs, tasks, training
+from experiments import claims, configs, models, sweep
+from experiments.configs.claims import Claim, at_least, better
+from experiments.loop import evaluate, runs, tasks, training
 from experiments.tables import claims as tables
 from sparsejax import trees
 
@@ -18,22 +18,17 @@ pytestmark = pytest.mark.usefixtures('standard_promotion')
 CONFIGS = claims.collected()
 
 
-@pytest.mark.parametrize(('difference', 'half', 'bar', 'verdict'), [
-    (2.0, 1.0, 0.0, 'reproduced'),
-    (0.5, 1.0, 0.0, 'not reproduced'),
-    (-0.5, 1.0, 0.0, 'not reproduced'),
-    (1.0, 1.0, 0.0, 'not reproduced'),  # 0 is in the interval
-    (-1.0, 1.0, 0.0, 'not reproduced'),
-    (-2.0, 1.0, 0.0, 'the opposite'),
-    (-0.5, 0.4, -1.0, 'reproduced'),  # worse, but by less than the bar
-    (-0.5, 0.6, -1.0, 'not reproduced'),
-    (-2.0, 0.6, -1.0, 'the opposite'),
-    (2.0, 0.0, 0.0, 'reproduced'),  # counts that are the same for all seeds
-    (0.0, 0.0, 0.0, 'not reproduced'),
-    (2.0, np.nan, 0.0, 'not reproduced'),  # a single seed
+@pytest.mark.parametrize(('difference', 'bar', 'adjusted', 'reason', 'verdict'), [
+    (2.0, 0.0, 0.01, None, 'reproduced'),
+    (2.0, 0.0, 0.05, None, 'not reproduced'),
+    (-2.0, 0.0, 0.01, None, 'the opposite'),
+    (-0.5, -1.0, 0.01, None, 'reproduced'),  # worse, but by less than the bar
+    (-2.0, -1.0, 0.01, None, 'the opposite'),
+    (0.5, 1.0, 0.01, None, 'the opposite'),  # better, but by less than the bar
+    (2.0, 0.0, 0.01, 'at chance level', 'not testable'),
 ])
-def test_verdicts(difference, half, bar, verdict):
-  assert tables.verdict(difference, half, bar) == verdict
+def test_verdicts(difference, bar, adjusted, reason, verdict):
+  assert tables.verdict({'difference': difference, 'bar': bar, 'reason': reason}, adjusted) == verdict
 
 
 def made_up(runs, task='classification', seeds=4, **scores):
@@ -41,21 +36,64 @@ def made_up(runs, task='classification', seeds=4, **scores):
   rng, name = np.random.default_rng(0), tasks.TASKS[task].name
   return {run: {
       'name': run, 'task': task, 'seeds': list(range(seeds)), 'steps': 2, 'seconds': 1.0, 'empty': [0] * seeds,
-      'asked': None if run.startswith('dense') else 0.5,
+      'asked': None if run.startswith('dense') else 0.5, 'labels': {'count': 400, 'chance': 0.05},
       'test': {name: scores.get(run, rng.random(seeds).tolist()), 'loss': [1.0] * seeds},
       'environment': {'platform': 'cpu', 'device': 'cpu', 'cpus': 2, 'jax': '0', 'commit': 'beef'}} for run in runs}
 
 
+def found(outcomes, *comparisons, needs=(), missing=None):
+  claim = Claim('a', 'A.', 'Nobody', comparisons, needs)
+  return tables.verdicts([tables.Finding('a', claim, outcomes, missing or {})])['a']
+
+
 def test_a_comparison_is_seed_by_seed_in_the_unit_of_the_score():
-  scores = tables.scored(made_up('ab', a=[0.2, 0.6, 0.9], b=[0.1, 0.5, 0.8], seeds=3))
-  found = tables.judged(better('a', 'b')(scores))
-  assert found['difference'] == pytest.approx(10) and found['ci95'] < 1e-6 and found['verdict'] == 'reproduced'
-  assert found['unit'] == '%' and found['more'] == pytest.approx(100 * 1.7 / 3)
-  assert tables.judged(better('b', 'a')(scores))['verdict'] == 'the opposite'
-  images = made_up('ab', 'super_resolution', a=[30.0, 31.0], b=[29.0, 30.5])
-  decibel = tables.judged(better('a', 'b')(tables.scored(images)))
-  assert decibel['unit'] == 'dB' and decibel['difference'] == pytest.approx(0.75)
+  outcomes = made_up('ab', a=[0.2, 0.6, 0.91], b=[0.1, 0.5, 0.8], seeds=3)
+  first, second = found(outcomes, better('a', 'b', trains=False), better('b', 'a', trains=False))
+  assert first['difference'] == pytest.approx(31 / 3) and first['ci95'] < 2 and first['verdict'] == 'reproduced'
+  assert first['unit'] == '%' and first['more'] == pytest.approx(171 / 3) and second['verdict'] == 'the opposite'
+  # Of 400 labels, 57 and 46.7 % are right: the interval of test sampling, were the labels of the two not the same ones.
+  assert first['test95'] == pytest.approx(1.96 * 100 * np.sqrt((0.57 * 0.43 + 7 / 15 * 8 / 15) / 400), rel=1e-6)
+  decibel, = found(made_up('ab', 'super_resolution', a=[30.0, 31.0], b=[29.0, 30.5]), better('a', 'b'))
+  assert decibel['unit'] == 'dB' and decibel['difference'] == pytest.approx(0.75) and decibel['test95'] is None
   assert decibel['verdict'] == 'not reproduced'
+
+
+def test_chance_level_is_that_of_the_commonest_label():
+  """Padding has the weight zero, text has a label for each token, and images are no classes."""
+  padded = {'labels': np.array([5, 1, 1]), 'weight': np.array([1.0, 0.0, 0.0])}
+  batches = [{'labels': np.array([0, 2, 2]), 'weight': np.ones(3)}, padded]
+  assert evaluate.labels(batches) == {'count': 4, 'chance': 0.5}
+  tokens = {'labels': np.array([[1, 1, 4], [3, 3, 3]]), 'weight': np.array([1.0, 0.0])}
+  assert evaluate.labels([tokens]) == {'count': 3, 'chance': 2 / 3}
+  images = {'labels': np.ones((3, 4, 4, 1), np.float32), 'weight': np.array([1.0, 1.0, 0.0])}
+  assert evaluate.labels([images, images]) == {'count': 4, 'chance': None}
+
+
+def test_verdicts_of_a_page_hold_all_together():
+  outcomes = made_up(['a', 'b', 'dense'], a=[0.5, 0.6, 0.7, 0.8], b=[0.45, 0.58, 0.63, 0.77],
+                     dense=[0.2, 0.9, 0.4, 0.8])
+  alone, = found(outcomes, better('a', 'b'))
+  assert alone['p'] == alone['p_holm'] < 0.05 and alone['verdict'] == 'reproduced'
+  others = [better('a', 'dense', trains=False), better('dense', 'b', trains=False)]
+  together = found(outcomes, better('a', 'b'), *others)
+  assert together[0]['p_holm'] == pytest.approx(3 * alone['p']) and together[0]['verdict'] == 'not reproduced'
+
+
+def test_what_these_runs_cannot_decide_is_not_testable():
+  """Runs at chance level, a baseline that is too weak, a single seed, and runs that were refused decide nothing."""
+  lost = made_up(['a', 'b', 'dense'], a=[0.06, 0.03, 0.05, 0.06], b=[0.6, 0.7, 0.6, 0.7], dense=[0.7, 0.7, 0.7, 0.7])
+  chance, dead = found(lost, better('b', 'a'), better('b', 'a', trains=False))
+  assert chance['verdict'] == 'not testable' and chance['reason'] == 'a at chance level, 5.0 %'
+  assert dead['verdict'] == 'reproduced' and chance['p_holm'] is None  # and the other does not pay for it
+  weak, = found(lost, better('dense', 'b'), needs=[at_least('dense', 98), at_least('dense', 60)])
+  assert weak['reason'] == 'dense reaches 70.00 %, below 98' and weak['verdict'] == 'not testable'
+  single, = found(made_up('ab', a=[0.2], b=[0.1], seeds=1), better('a', 'b', trains=False))
+  assert single['reason'] == 'one seed has no interval'
+  gone, kept = found(lost, better('c', 'b'), better('dense', 'b'), missing={'c': 'diverged: NaN'})
+  assert (gone['what'], gone['reason'], gone['verdict']) == ('c', 'c: diverged: NaN', 'not testable')
+  assert kept['reason'] is None
+  with pytest.raises(KeyError):  # A comparison of a run that the config does not have.
+    found(lost, better('d', 'b'))
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -63,9 +101,9 @@ def test_a_claim_compares_runs_of_its_config_over_enough_seeds(name):
   config, claim = configs.load(CONFIGS[name]), configs.module(CONFIGS[name]).CLAIM
   names = configs.runs(config) if config.tickets is None else ['dense', 'member-0', 'member-1', 'soup']
   outcomes = made_up(names, config.data.task)
-  found = tables.Finding(name, claim, outcomes).judgements
-  assert found and len({one['what'] for one in found}) == len(found) and len(config.seeds) >= 5
-  assert {one['unit'] for one in found} <= {tasks.TASKS[config.data.task].unit, 'layers'}
+  rows = tables.Finding(name, claim, outcomes).judgements
+  assert rows and len({one['what'] for one in rows}) == len(rows) and len(config.seeds) >= 5
+  assert {one['unit'] for one in rows} <= {tasks.TASKS[config.data.task].unit, 'layers'}
   assert claim.title and claim.sentence.endswith('.') and claim.reference
 
 
@@ -92,33 +130,38 @@ CLAIM = claims.Claim({!r}, 'b is better than a.', 'Nobody 2000', [claims.better(
 
 
 def test_what_cannot_be_tested_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-  outcomes = made_up(['a', 'b', 'dense', 'dense-8'], a=[0.1] * 4, b=[0.2, 0.2, 0.2, 0.3], dense=[0.7, 0.7, 0.7, 0.8],
-                     **{'dense-8': [0.5] * 4})
+  outcomes = made_up(['a', 'b', 'dense', 'dense-8'], a=[0.1, 0.12, 0.1, 0.1], b=[0.2, 0.2, 0.2, 0.3],
+                     dense=[0.7, 0.7, 0.7, 0.8], **{'dense-8': [0.5] * 4})
   outcomes['b']['environment'] |= {'cpus': 1, 'commit': 'cafe'}
+  outcomes['b']['tuning'] = {'rates': [0.1, 0.2], 'seeds': [7, 8], 'best': 0.2}
   (tmp_path / 'configs').mkdir()
   for name in 'first', 'second', 'third':
     (tmp_path / 'configs' / f'{name}.py').write_text(FAKE.format(f'The {name} claim'))
   given = []
 
-  def compared(config, workdir, request):
+  def swept(config, workdir, grid, request):
     given.append((config.steps, config.data.data_dir, workdir))
     if workdir.name == 'first':
       raise ValueError('no such data')
     if workdir.name == 'third':
       request.received = 15
       raise training.Stopped('b', request)
-    return outcomes
+    lines = [{**outcome, 'recipe': run, 'status': 'done', 'metric_task': outcome['task'], 'scores': outcome['test'],
+              'phase': 'test'} for run, outcome in outcomes.items()]
+    gone = {'recipe': 'c', 'status': 'diverged', 'reason': 'NaN', 'phase': 'test'}
+    return sweep.Findings([*lines, gone], 'loss', 'a', None)
 
   monkeypatch.setattr(claims, 'CONFIGS', tmp_path / 'configs')
-  monkeypatch.setattr(train, 'compared', compared)
+  monkeypatch.setattr(sweep, 'found', swept)
   call = ['--workdir', str(tmp_path), '--only', 'first', 'second', '--set', 'steps=3', '--data_dir', '/x']
   assert claims.main(call) == 2
   assert given == [(3, None, tmp_path / 'first'), (3, None, tmp_path / 'second')]  # The data are digits.
   (out, err), page = capsys.readouterr(), (tmp_path / 'claims.md').read_text()
   assert err == 'error: no such data\n' and 'not tested' in out and 'reproduced' in out and 'b > a' in out
-  assert '## The first claim' in page and 'Not tested.' in page and '| b > a | 22.50 | 10.00 | +12.50 ± 7.96 |' in page
-  assert 'Not pruned: dense 72.50 ± 7.96 %, dense-8 50.00 ± 0.00 %.' in page
+  assert '## The first claim' in page and 'Not tested.' in page and '| b > a | 22.50 | 10.50 | +12.00 ± 8.62 |' in page
+  assert 'Not pruned: dense 72.50 ± 7.96 %, dense-8 50.00 ± 0.00 %. A constant prediction: 5.00 %.' in page
   assert '4 s of training on cpu (cpu), 2 CPUs, jax 0, commit beef; cpu (cpu), 1 CPUs, jax 0, commit cafe.' in page
+  assert 'c: diverged: NaN.' in page and 'the best of 0.1, 0.2 on the validation split' in page and 'b 0.2.' in page
   assert json.loads((tmp_path / 'claims.json').read_text())['second'][0]['verdict'] == 'reproduced'
   assert (tmp_path / 'claims.png').read_bytes()[:4] == b'\x89PNG'
   assert claims.main(['--workdir', str(tmp_path / 'stopped')]) == 143  # Nothing is shown of a job that was stopped.

@@ -64,6 +64,11 @@ def test_cells_of_a_grid_are_configs_of_one_run():
   assert arms['b/dense'].model.name == 'mlp'  # a section without a name changes single keys
   assert {tuple(of_arm.seeds) for of_arm in arms.values()} == {(0, 1, 2)}
   assert arms['a/dense'].optimizer.name == 'sgd' and arms[f'a/{SR}/1of2'].optimizer.name == 'adamw'
+  own = configs.complete(toy(recipes={'dense': DENSE, 'wide': DENSE}, models={'wide': {'widths': (9, 9)}},
+                             optimizers={'wide': {'name': 'sgd'}}))
+  dense, wide = grids.arms(own, grids.read({}, own))  # What a config changes for one run holds in a sweep, too.
+  assert wide.config.model.widths == (9, 9) != dense.config.model.widths
+  assert (dense.config.optimizer.name, wide.config.optimizer.name) == ('adamw', 'sgd')
   untuned = grids.read({'learning_rate': [1e-2, 2e-2]}, config)
   assert [arm.config.optimizer.learning_rate for arm in grids.arms(config, untuned)] == [1e-2, 2e-2] * 3
 
@@ -139,7 +144,7 @@ def test_tuning_never_reads_the_test_split(tmp_path, monkeypatch):
   config = configs.complete(toy(recipes={'dense': DENSE}))
   with training_stop() as stop:
     training.run(config, tmp_path, stop, scored='valid')
-  assert read == ['valid'] and list(json.loads((tmp_path / 'dense/outcome.json').read_text())['valid']) == [
+  assert set(read) == {'valid'} and list(json.loads((tmp_path / 'dense/outcome.json').read_text())['valid']) == [
       'accuracy', 'loss']
 
 

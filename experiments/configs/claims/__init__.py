@@ -16,15 +16,22 @@ from experiments.configs import default
 
 class Scores(NamedTuple):
   """A `Scores` holds, by run name, a test score for each seed and how many sparse layers the run emptied in each seed.
+
+  `unit` is that of the test scores, and `chance` is the score of the best constant prediction, `None` where unknown.
+  `labels` is the number of test labels where the score is the percentage of them that is right, and else `None`.
   """
 
-  unit: str  # of the test scores
+  unit: str
   test: Mapping[str, Sequence[float]]
   empty: Mapping[str, Sequence[int]]
+  chance: float | None = None
+  labels: int | None = None
 
 
 class Comparison(NamedTuple):
   """A `Comparison` claims that `more` is larger than `less` by more than `bar`; both sides hold a number for each seed.
+
+  `trained` names the runs whose test scores the sides are, where these must be above chance level.
   """
 
   what: str
@@ -32,28 +39,53 @@ class Comparison(NamedTuple):
   more: Sequence[float]
   less: Sequence[float]
   bar: float = 0.0
+  trained: Sequence[str] = ()
 
 
 class Claim(NamedTuple):
   """A `Claim` says what a paper claims, in a `sentence` of our own words, and which runs of the config test the claim.
 
-  `comparisons` are functions, because the scores exist only after the runs.
+  `comparisons` are functions, because the scores exist only after the runs. Each of `needs` returns why these runs
+  cannot test the claim, or `None`.
   """
 
   title: str
   sentence: str
   reference: str
   comparisons: Sequence[Callable[[Scores], Comparison]]
+  needs: Sequence[Callable[[Scores], str | None]] = ()
 
 
-def better(more: str, less: str, bar: float = 0.0) -> Callable[[Scores], Comparison]:
-  """Returns the function that compares two runs' test scores. `bar` is in the score's unit."""
-  return lambda scores: Comparison(f'{more} > {less}', scores.unit, scores.test[more], scores.test[less], bar)
+def better(more: str, less: str, bar: float = 0.0, trains: bool = True) -> Callable[[Scores], Comparison]:
+  """Returns the function that compares two runs' test scores. `bar` is in the score's unit.
+
+  Two runs of which one is at chance level decide nothing, unless `trains` is false: the claim is then that one of the
+  runs does not train.
+  """
+  return lambda scores: Comparison(f'{more} > {less}', scores.unit, scores.test[more], scores.test[less], bar,
+                                   (more, less) if trains else ())
+
+
+def at_least(run: str, score: float) -> Callable[[Scores], str | None]:
+  """Returns the function that says that `run` does not reach `score`, a mean over the seeds in the score's unit."""
+  def missed(scores: Scores) -> str | None:
+    mean = sum(scores.test[run]) / len(scores.test[run])
+    return None if mean >= score else f'{run} reaches {mean:.2f} {scores.unit}, below {score:g}'
+
+  return missed
 
 
 def emptier(more: str, less: str) -> Callable[[Scores], Comparison]:
   """Returns the function that compares the numbers of sparse layers that two runs left without any weight."""
   return lambda scores: Comparison(f'empty: {more} > {less}', 'layers', scores.empty[more], scores.empty[less])
+
+
+def tuned(*rates: float, metric: str = 'accuracy') -> dict[str, Any]:
+  """Returns the grid that tunes each run over the learning `rates`, on the validation split and two seeds of its own.
+
+  Every run of a claim thus has the same budget.
+  """
+  return {'learning_rate': rates, 'tuning': {'seeds': (1000, 1001)}, 'metric': metric}
 
 
 def at_sparsities(percents: Sequence[int], methods: Mapping[str, Mapping], **shared: Any) -> dict[str, dict[str, Any]]:

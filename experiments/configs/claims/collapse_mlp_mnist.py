@@ -38,6 +38,10 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 2e-3, 4e-3)
+
+
 CLAIM = claims.Claim(
     title='Layer collapse',
     sentence='SNIP empties whole layers, and nothing trains then, where SynFlow and robust pruning at initialisation '

@@ -31,6 +31,10 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 2e-3, 4e-3)
+
+
 CLAIM = claims.Claim(
     title='Dynamic sparse training',
     sentence='At 90 and 95 % RigL is better than SET, and SET than a fixed random mask.',

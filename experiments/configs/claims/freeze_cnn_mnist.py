@@ -28,6 +28,10 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3, 1e-2)
+
+
 CLAIM = claims.Claim(
     title='FreezeNet',
     sentence='With 1 % of the weights trained, the others frozen are better than the others zero (SNIP).',

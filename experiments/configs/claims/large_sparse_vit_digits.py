@@ -33,6 +33,10 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 2e-3, 4e-3)
+
+
 CLAIM = claims.Claim(
     title='Large sparse, small dense',
     sentence='With as many non-zero parameters, a large model pruned gradually is better than a small dense one.',

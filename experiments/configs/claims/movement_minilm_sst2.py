@@ -38,6 +38,10 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(5e-5, 1e-4, 2e-4)
+
+
 CLAIM = claims.Claim(
     title='Movement pruning',
     sentence='In fine-tuning to 10 % of the weights movement is better than magnitude.',

@@ -27,6 +27,10 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 2e-3, 4e-3)
+
+
 CLAIM = claims.Claim(
     title='Random search',
     sentence='The best of many random subnetworks is no better than any one of them; here: it is better by less than '

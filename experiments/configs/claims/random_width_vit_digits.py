@@ -31,6 +31,10 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 2e-3, 4e-3)
+
+
 def closing(narrow, wide):
   gap = lambda scores, width: scores.test[f'dense-{width}'] - scores.test[f'ERK-{width}']
   return lambda scores: claims.Comparison(f'gap of ERK-{narrow} > gap of ERK-{wide}', scores.unit,

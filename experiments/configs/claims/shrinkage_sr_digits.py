@@ -40,6 +40,10 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 2e-3, 4e-3, metric='psnr')
+
+
 CLAIM = claims.Claim(
     title='Soft shrinkage',
     sentence='In 2x super-resolution shrinking a little at each step is better than setting to zero.',
