@@ -147,8 +147,9 @@ def _arms(config: ConfigDict, grid: Mapping[str, Any], setting: Mapping[str, str
       spelled = pattern and re.sub(r'\W+', '-', pattern.replace(':', 'of'))
       parts = [setting['task'], setting['data'], setting['model'], name, spelled,
                None if rate is None else f'{RATE}{rate:g}']
-      yield Arm('/'.join(part for part in parts if part), axes, configs.merged(config, {
-          'recipes': {name: section}, 'models': {}, 'model': model, 'optimizers': {}, 'optimizer': optimizer}))
+      of_one = configs.changed(config, models={}, optimizers={})
+      yield Arm('/'.join(part for part in parts if part), axes, configs.merged(of_one, {
+          'recipes': {name: section}, 'model': model, 'optimizer': optimizer}))
 
 
 def _patterned(recipe: Mapping[str, Any], axis: Sequence[str]) -> Iterator[tuple[str | None, dict[str, Any]]]:
