@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, patterns, states, trees
+from sparsejax import errors, patterns, progress, states, trees
 from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, axes_of, nbytes, with_axes
 from sparsejax.formats.blocks import BlockSparseArray
@@ -113,7 +113,8 @@ def _packed(plans: Mapping[str, Packing], params: PyTree, check: bool, problems:
   names, leaves, treedef = trees.flatten(params, is_leaf=is_packed)
   once: dict[Any, Any] = {}  # A leaf in several places is packed once.
   arrays = []
-  for name, leaf in zip(names, leaves) if not problems else ():
+  work = list(zip(names, leaves)) if not problems else []
+  for name, leaf in progress.counted('pack', work, lambda pair: pair[0]):
     key = (id(leaf), *plans[name][1:]) if name in plans else name
     try:
       if key not in once:
