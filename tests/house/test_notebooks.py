@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
-SHORTER = re.compile(r'((?:steps ?=|\'steps\':|end=|range\() ?)(\d+)')
+SHORTER = re.compile(r'((?:(?:steps|layers) ?=|\'steps\':|end=|range\() ?)(\d+)')
 
 
 def is_whole(config):
