@@ -13,7 +13,7 @@ README = ROOT / 'README.md'
 # The pages continue the README, and each other, in this order: a block may use the names of the blocks before it.
 PAGES = [ROOT / 'docs' / f'{name}.md' for name in (
     'post_training', 'training', 'recipes', 'packed', 'experiments', 'measured', 'words', 'scale', 'structured',
-    'quick_start', 'your_own_method', 'concepts', 'which_method', 'troubleshooting')]
+    'interoperability', 'quick_start', 'your_own_method', 'concepts', 'which_method', 'troubleshooting')]
 RAISING = ROOT / 'docs' / 'troubleshooting.md'  # `test_docs` runs its blocks.
 OTHERS = [ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']
 TEXTS = {path: path.read_text() for path in (README, *PAGES, *OTHERS)}
