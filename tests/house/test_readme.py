@@ -43,6 +43,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, standard_promotion):
   assert len(code) >= 9
   namespace = {}
   for body in code:
+    body = body.replace('for _ in range(100)', 'for _ in range(4)')  # `test_package` runs the quick start as it is.
     exec(compile(body, 'a Python block of the README or of docs/', 'exec'), namespace)
 
 

@@ -59,7 +59,8 @@ def test_images_in_linen_with_train_state_grain_and_tensorboard(run, tmp_path):
 
 
 def test_language_in_nnx_with_hyperparameters_and_orbax(run, tmp_path, capsys):
-  module, (model, optimizer) = run('nnx_language', tmp_path, steps=4, batch_size=2, length=8, width=16, heads=2, depth=1)
+  module, (model, optimizer) = run(
+      'nnx_language', tmp_path, steps=4, batch_size=2, length=8, width=16, heads=2, depth=1)
   params = nnx.state(model, nnx.Param)
   assert {row.path.split('/')[0] for row in sj.check(params, optimizer.opt_state).rows} == {'blocks', 'head'}
   assert 'rate 0.0010' in capsys.readouterr().out
