@@ -84,3 +84,19 @@ def test_sentences_can_be_read_by_a_newcomer(path):
 def test_every_recipe_has_its_row():
   rows = re.findall(r'^\| `(\w+)` \|', (ROOT / 'docs' / 'recipes.md').read_text(), re.MULTILINE)
   assert sorted(rows) == sorted(name for table in sparsejax.recipes.TABLES.values() for name in table)
+
+
+def test_figures_of_the_readme_are_those_of_the_pages():
+  table = re.search(r'\| what \| measured on .*?\n\n', TEXTS[README], re.DOTALL)[0]
+  figures = re.findall(r'\d+\.\d+', table)
+  pages = TEXTS[ROOT / 'docs' / 'measured.md'] + TEXTS[ROOT / 'docs' / 'packed.md']
+  assert len(figures) > 8 and not [figure for figure in figures if not re.search(rf'(?<![\d.]){figure}(?!\d)', pages)]
+
+
+def test_counts_of_the_readme_are_those_of_the_repository():
+  words = 'one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen'.split()
+  script = re.search(r'```python\n(.*?)```', TEXTS[ROOT / 'docs' / 'quick_start.md'], re.DOTALL)[1]
+  claims = [path for path in (ROOT / 'experiments/configs/claims').glob('*.py') if path.stem != '__init__']
+  for count, text in ((len(script.splitlines()), 'a script of {} lines'), (len(claims), 'which of {} published claims')):
+    assert any(text.format(name) in TEXTS[README] for name in (count, words[count - 1]))
+  assert 'more than twenty other recipes' in TEXTS[README] and 21 < len(sparsejax.recipes.TABLE) <= 31
