@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, patterns, progress, states, trees
+from sparsejax import errors, patterns, states, trees
 from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, axes_of, nbytes, with_axes
 from sparsejax.formats.blocks import BlockSparseArray
@@ -30,6 +30,7 @@ from sparsejax.formats.ell import ELLArray
 from sparsejax.formats.n_m import NMArray
 from sparsejax.formats.sparse24 import Sparse24Array
 from sparsejax.patterns import Unstructured
+from sparsejax.progress import counted
 from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
@@ -114,7 +115,7 @@ def _packed(plans: Mapping[str, Packing], params: PyTree, check: bool, problems:
   once: dict[Any, Any] = {}  # A leaf in several places is packed once.
   arrays = []
   work = list(zip(names, leaves)) if not problems else []
-  for name, leaf in progress.counted('pack', work, lambda pair: pair[0]):
+  for name, leaf in counted('pack', work, lambda pair: pair[0]):
     key = (id(leaf), *plans[name][1:]) if name in plans else name
     try:
       if key not in once:
