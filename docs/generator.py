@@ -15,11 +15,12 @@ import types
 
 import kernels_pallas
 import sparsejax
-from sparsejax import arguments, recipes, transforms
+from sparsejax import arguments, hub, huggingface, planning, recipes, transforms
 from sparsejax.recipes import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
+APART = (hub, huggingface, planning)  # public modules that `import sparsejax` leaves to those who need them
 KINDS = {'train': 'Training', 'prune': 'Pruning after training', 'cut': 'Units to zero'}
 COPIES = {'results.md': 'benchmarks/results.md', 'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md'}
 # The pictures show so many updates, and recipes get these arguments for them. Stages of thousands of updates shrink.
@@ -209,13 +210,13 @@ def reference_pages() -> dict[str, str]:
 
 
 def public_modules() -> dict[str, types.ModuleType]:
-  """Returns the modules that `sparsejax.__all__` names, and the modules of the other names in it."""
+  """Returns the modules that `sparsejax.__all__` names, the modules of the other names in it, and those in `APART`."""
   modules = [value for name in sparsejax.__all__ if isinstance(value := getattr(sparsejax, name), types.ModuleType)]
   homes = {inspect.getmodule(value) for value in own_names(sparsejax).values()
            if not isinstance(value, types.ModuleType)}
   extra = [module for module in sorted(homes, key=lambda module: module.__name__)
            if not any(holds(other, module) for other in modules)]
-  return {module.__name__: module for module in [*modules, *extra, kernels_pallas]}
+  return {module.__name__: module for module in [*modules, *extra, *APART, kernels_pallas]}
 
 
 def holds(package: types.ModuleType, module: types.ModuleType) -> bool:

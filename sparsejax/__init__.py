@@ -18,7 +18,8 @@ Modules import only from the lines above their own:
 - `structured` finds units that can be removed, and removes them from parameters and programs.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
 - The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, `plot`
-  draws pictures, and the command line (`sparsejax --help`) offers the tools on checkpoints.
+  draws pictures, `progress` tells how far a long call is, and the command line (`sparsejax --help`) offers the tools
+  on checkpoints.
 
 `docs/words.md` explains every noun of the library in one line.
 """
@@ -37,6 +38,7 @@ from sparsejax import (
   plot,
   post_training,
   programs,
+  progress,
   ranking,
   recipes,
   saliences,
@@ -64,7 +66,7 @@ from sparsejax.version import __version__ as __version__
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
   'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'io', 'losses', 'masks', 'metrics',
-  'patterns', 'penalties', 'plot', 'post_training', 'programs', 'project', 'prune', 'prune_weights', 'ranking',
-  'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states',
+  'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune', 'prune_weights',
+  'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states',
   'structured', 'transforms', 'trees', 'types', 'units', 'updates',
 ]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import census, errors, formats, io, patterns, reports, trees
+from sparsejax import census, errors, formats, io, patterns, progress, reports, trees
 from sparsejax.formats.arrays import block_rows, nbytes
 from sparsejax.io import slots
 from sparsejax.reports import LeafReport, Report
@@ -134,7 +134,8 @@ def reported(opened: Opened, pattern: Pattern | Mapping[str, Pattern] | None) ->
   asked = dict(zip(opened.axes, trees.per_leaf('report', 'pattern', pattern, list(opened.axes))))
   _refuse_unknown_axes(opened, [path for path, own in asked.items()
                                 if own and own.validate(leaves[path].shape, opened.axes[path])])
-  rows = tuple(_row(path, leaves[path], own, opened.axes[path]) for path, own in asked.items())
+  rows = tuple(_row(path, leaves[path], asked[path], opened.axes[path])
+               for path in progress.counted('check', list(asked)))
   made = reports.with_note(opened.params, Report(rows, asked=reports.overall(rows, [row.asked for row in rows])))
   return dataclasses.replace(made, notes=(*made.notes, *opened.notes))
 

@@ -30,6 +30,7 @@ from sparsejax import (
   huggingface,
   io,
   patterns,
+  progress,
   recipes,
   spellings,
   tables,
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _own_process()
   try:
     args = _parser().parse_args(argv)
-    with jax.enable_x64(True):  # keeps 64-bit leaves whole
+    with jax.enable_x64(True), progress.listening(progress.paced(_line)):  # keeps 64-bit leaves whole
       return args.run(args)
   except SystemExit as e:  # argparse has printed the error, or the help
     return int(e.code or 0)
@@ -60,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print('sparsejax: interrupted', file=sys.stderr)
     return 130
+
+
+def _line(text: str) -> None:
+  progress.on_standard_error(tables.printable(text))
 
 
 def _own_process() -> None:
@@ -130,7 +135,7 @@ def prune(args: argparse.Namespace) -> int:
         apply=args.apply and spellings.function(args.apply), padding=args.padding, length=args.length, batch=args.batch,
         where=trees.named(*args.where) if args.where else None,
         packed=_one_pattern(args.packed) if args.packed else None, workdir=args.workdir,
-        sequential=args.sequential, progress=lambda text: print(tables.printable(text), file=sys.stderr))
+        sequential=args.sequential, progress=_line)
   print(made)
   return 0
 

@@ -109,14 +109,15 @@ def schedule(value: Schedule, steps: int, axis: Any = None, **style: Any) -> Any
   return axis
 
 
-def trade_off(costs: Sequence[float] | float, means: Sequence[float] | float, halves: Sequence[float] | float,
-              axis: Any = None, **style: Any) -> Any:
+def trade_off(costs: Sequence[float] | float, means: Sequence[float] | float,
+              halves: Sequence[float] | float | None = None, axis: Any = None, **style: Any) -> Any:
   """Draws points of quality against cost, each with a bar of half an interval, `halves`, up and down.
 
-  A NaN in `halves`, as of a single seed, draws no bar. `style` goes to `errorbar`.
+  Without `halves`, and where they are NaN, as of a single seed, no bar is drawn. `style` goes to `errorbar`;
+  `linestyle='-'` joins the points.
   """
   axis = _axes(axis)
-  axis.errorbar(costs, means, yerr=np.nan_to_num(np.asarray(halves, np.float64)), **{
+  axis.errorbar(costs, means, yerr=None if halves is None else np.nan_to_num(np.asarray(halves, np.float64)), **{
       'fmt': 'o', 'linestyle': '', 'capsize': 3, **style})
   return axis
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax import arguments, trees
+from sparsejax import arguments, progress, trees
 from sparsejax.types import Array, Predicate, PyTree
 
 
@@ -33,7 +33,7 @@ def zeroth_order(loss: Callable[[PyTree, Any], Array], params: PyTree, batches: 
   found, run = dict.fromkeys((paths[i] for i in picked), 0.0), jax.jit(loss)
   batch_number = -1
   for batch_number, batch in enumerate(batches):
-    for i in picked:
+    for i in progress.counted(f'sensitivities, batch {batch_number + 1}:', picked, paths.__getitem__):
       own = jax.random.fold_in(jax.random.fold_in(key, batch_number), i)
       moved = [[*leaves[:i], _moved(leaves[i], own, step), *leaves[i + 1:]] for step in (eps, -eps)]
       up, down = (_number(paths[i], run(treedef.unflatten(each), batch)) for each in moved)

@@ -6,6 +6,7 @@
 """
 
 import datetime
+import io
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +15,35 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from experiments.loop import hosts
 from experiments.loop.tasks import TASKS
+from sparsejax import progress
 
 QUIET = 5.0  # seconds between two plain lines
 SHOWN = {'loss': 'loss {:.3f}', **{f'valid_{task.name}': f'valid {task.short}' for task in TASKS.values()},
          'sparsity': 'sparse {:.1%}', 'flips': 'flips {:.2%}'}
+
+
+def heard(console: rich.console.Console) -> rich.console.Console:
+  """Returns a console whose lines go to the hook of `sparsejax.progress.listening`, or else `console`.
+
+  Only the leading process tells the hook.
+  """
+  hook = progress.replaced()
+  return rich.console.Console(file=_Told(hook), width=1000) if hook and hosts.leads() else console
+
+
+class _Told(io.TextIOBase):
+  """A `_Told` is a file whose lines go to a hook."""
+
+  def __init__(self, hook: progress.Hook):
+    super().__init__()
+    self._hook = hook
+
+  def write(self, text: str) -> int:
+    for line in text.splitlines():
+      self._hook(line.rstrip())
+    return len(text)
 
 
 class Progress:
@@ -28,6 +53,7 @@ class Progress:
   """
 
   def __init__(self, runs: int, steps: int, console: rich.console.Console):
+    console = heard(console)
     self._console, self._steps, self._steps_left = console, steps, runs * steps
     self._timed_steps, self._seconds, self._last_line = 0, 0.0, -QUIET
     columns = (rich.progress.BarColumn(bar_width=10), rich.progress.TextColumn('{task.description}', markup=False))

@@ -16,7 +16,7 @@ import rich.live
 import rich.table
 import rich.text
 
-from experiments.loop.progress import Progress
+from experiments.loop.progress import Progress, heard
 from experiments.sweep.grids import Arm
 
 WAITING, REFUSED, DIVERGED, DROPPED = '.', 'refused', 'diverged', 'dropped'
@@ -32,6 +32,7 @@ class Board:
 
   def __init__(self, arms: Sequence[Arm], runs: int, metric: str, console: rich.console.Console):
     self.spent = self.ran = self._wall = 0.0
+    console = heard(console)
     self._arms, self._runs, self._metric, self._console = arms, runs, metric, console
     self._cells = {arm.place: WAITING for arm in arms}
     self._done, self._now, self._began = set(), '', time.monotonic()

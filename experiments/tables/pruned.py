@@ -68,7 +68,7 @@ def draw(table: str, lines: Sequence[Line], path: pathlib.Path) -> None:
       mean = lambda line, name=name, scale=metric.scale: scale * np.mean(line['scores'][name])
       for recipe in dict.fromkeys(line['recipe'] for line in lines if line['pattern']):
         own = [line for line in lines if line['recipe'] == recipe and ':' not in line['pattern']]
-        axis.plot([line['achieved'] for line in own], [mean(line) for line in own], marker='o', label=recipe)
+        plot.trade_off([line['achieved'] for line in own], list(map(mean, own)), axis=axis, linestyle='-', label=recipe)
       for line in lines:
         if not line['pattern']:
           axis.axhline(mean(line), color='gray', linestyle=':')

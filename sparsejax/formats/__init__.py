@@ -30,6 +30,7 @@ from sparsejax.formats.ell import ELLArray
 from sparsejax.formats.n_m import NMArray
 from sparsejax.formats.sparse24 import Sparse24Array
 from sparsejax.patterns import Unstructured
+from sparsejax.progress import counted
 from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
@@ -113,7 +114,8 @@ def _packed(plans: Mapping[str, Packing], params: PyTree, check: bool, problems:
   names, leaves, treedef = trees.flatten(params, is_leaf=is_packed)
   once: dict[Any, Any] = {}  # A leaf in several places is packed once.
   arrays = []
-  for name, leaf in zip(names, leaves) if not problems else ():
+  work = list(zip(names, leaves)) if not problems else []
+  for name, leaf in counted('pack', work, lambda pair: pair[0]):
     key = (id(leaf), *plans[name][1:]) if name in plans else name
     try:
       if key not in once:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sparsejax import errors, formats, trees
+from sparsejax import errors, formats, progress, trees
 from sparsejax.arguments import is_known
 from sparsejax.io import bodies, claims, headers
 from sparsejax.io.stored import Stored
@@ -44,8 +44,9 @@ def save(path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str,
   _refuse_unreadable(leaves, entries, metadata, room)
   with bodies.replacing(path) as file:
     body = bodies.Body(file, room)
+    once = [leaf for leaf in leaves if 'same' not in leaf.entry]
     try:
-      for leaf in sorted((leaf for leaf in leaves if 'same' not in leaf.entry), key=lambda leaf: -leaf.widest):
+      for leaf in progress.counted('write', sorted(once, key=lambda leaf: -leaf.widest), lambda leaf: leaf.path):
         _write(body, leaf)
       body.finish(lambda places, digests, length: _header(entries, places, digests, metadata, length))
     finally:

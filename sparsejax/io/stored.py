@@ -13,9 +13,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
+from sparsejax import progress, trees
 from sparsejax.io import headers
 from sparsejax.types import Axes, PyTree
 
@@ -101,12 +101,7 @@ class Tensor:
 
 def loaded(tree: PyTree) -> PyTree:
   """Returns `tree` with every `Stored` leaf loaded. A leaf that is in several places stays one array."""
-  arrays: dict[int, Any] = {}
-  def array(leaf: Any) -> Any:
-    if isinstance(leaf, Stored):
-      if id(leaf) not in arrays:
-        arrays[id(leaf)] = leaf.load()
-      return arrays[id(leaf)]
-    return leaf
-
-  return jax.tree.map(array, tree)
+  paths, leaves, structure = trees.flatten(tree)
+  once = {id(leaf): (path, leaf) for path, leaf in zip(paths, leaves) if isinstance(leaf, Stored)}
+  arrays = {id(leaf): leaf.load() for _, leaf in progress.counted('read', list(once.values()), lambda pair: pair[0])}
+  return structure.unflatten([arrays.get(id(leaf), leaf) for leaf in leaves])

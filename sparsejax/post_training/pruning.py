@@ -29,6 +29,7 @@ from sparsejax.post_training.results import Pruned, PruningReport, StackReport
 from sparsejax.post_training.solving import UNSEEN, Solver
 from sparsejax.post_training.targets import Target, targets, words_of
 from sparsejax.programs.operands import walk
+from sparsejax.progress import replaced
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree, Signals
 
 
@@ -60,6 +61,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   (prunes it by magnitude) or 'dense' (leaves it).
   `memory_limit`: bytes, by default the free memory. The need is estimated first. `workdir` is a folder that keeps each
   finished matrix, so that a call that was killed goes on. `progress(text)` is called first, and after each matrix.
+  The default is the hook of `sj.progress.listening`.
 
   Raises `ValueError` for data that say nothing or are not finite, and for products that take other values than those of
   a parameter. Pattern, recipe and repairs may refuse a matrix, too. All messages name the path.
@@ -75,7 +77,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   need = memory.estimate(calls.programs, made, cohorts, statistic)
   memory.refuse_if_too_large(need, memory_limit)
   units = [(path, unit) for path, target in made.items() for unit in target.units]
-  tell = _Told(progress or (lambda text: None), len(units))
+  tell = _Told(replaced(progress) or (lambda text: None), len(units))
   tell.began(len(calls.programs), need)
   folder = _folder(workdir, params, calls, made, (recipe, sequential, unseen))
   solver = Solver(recipe, made, unseen, _competed(recipe, made), functools.partial(_done, tell, folder))

@@ -123,6 +123,13 @@ def test_the_reference_has_every_public_name():
       assert isinstance(value, types.ModuleType) or f'{module.__name__}.{name}' in defined, name
 
 
+def test_what_pages_and_notebooks_import_is_in_the_reference():
+  texts = [path.read_text() for path in [ROOT / 'README.md', *DOCS.glob('*.md'), *(ROOT / 'notebooks').glob('*.ipynb')]]
+  names = {name for text in texts for found in re.findall(r'from sparsejax import ([\w, ]+)', text)
+           for name in found.split(', ')}
+  assert {'hub', 'planning'} <= names <= {name.removeprefix('sparsejax.') for name in generator.public_modules()}
+
+
 def test_signatures_can_be_parsed():
   heads = re.findall(r'^`+\{py:(?:function|class|method)\} [\w.]+(\(.*\))$', '\n'.join(
       generator.reference_pages().values()), re.MULTILINE)

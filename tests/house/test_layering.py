@@ -22,7 +22,7 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types', 'version'),
-    ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'rows', 'wholes'),
+    ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'progress', 'rows', 'wholes'),
     ('arguments',),
     ('trees',),
     ('programs',),

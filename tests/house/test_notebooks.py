@@ -1,9 +1,11 @@
 """Every notebook runs from top to bottom, with a 25th of its steps, and is committed without outputs.
 
-By default the first runs in a kernel, and two others in this process, where they share compiled programs with the other
-tests. `make test-full` runs all of them in kernels, with all steps, and `make docs` shows their outputs.
+By default one of them runs in a kernel, and two others in this process, where they share compiled programs with the
+other tests. The names of the library in all of them are looked up. `make test-full` runs all of them in kernels, with
+all steps, and `make docs` shows their outputs.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -12,9 +14,14 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import sparsejax
+
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
-SHORTER = re.compile(r'((?:steps ?=|\'steps\':|end=|range\() ?)(\d+)')
+# The quickest run in each `make test`.
+IN_A_KERNEL, = (path for path in NOTEBOOKS if path.stem.startswith('05'))
+OFTEN = ('02', '08')
+SHORTER = re.compile(r'((?:(?:steps|layers) ?=|\'steps\':|end=|range\() ?)(\d+)')
 
 
 def is_whole(config):
@@ -39,20 +46,20 @@ def code(path):
   return [re.sub(r'^( *)%pip.*$', r'\1raise', cell, flags=re.MULTILINE) for cell in cells]
 
 
-def test_the_first_notebook_runs_in_a_kernel(tmp_path, pytestconfig):
-  in_a_kernel(NOTEBOOKS[0], tmp_path, is_whole(pytestconfig))
+def test_a_notebook_runs_in_a_kernel(tmp_path, pytestconfig):
+  in_a_kernel(IN_A_KERNEL, tmp_path, is_whole(pytestconfig))
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize('path', NOTEBOOKS[1:], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [path for path in NOTEBOOKS if path != IN_A_KERNEL], ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch, pytestconfig, standard_promotion):
+  if path.stem[:2] not in OFTEN and not is_whole(pytestconfig):
+    pytest.skip('runs under --cells all')
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   if is_whole(pytestconfig):
     return in_a_kernel(path, tmp_path, True)
   import matplotlib
 
-  import sparsejax
   matplotlib.use('Agg')
   monkeypatch.setattr(sparsejax.recipes, 'TABLE', dict(sparsejax.recipes.TABLE))
   namespace = {}
@@ -60,6 +67,17 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, pytestconfig, standard_pro
     exec(compile(shorter(cell), path.name, 'exec'), namespace)
   assert matplotlib.pyplot.get_fignums(), 'a notebook shows a picture'
   matplotlib.pyplot.close('all')
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_names_of_the_library_in_a_notebook_exist(path):
+  found = set()
+  for cell in code(path):
+    compile(cell, path.name, 'exec')
+    for name in re.findall(r'\bsj((?:\.[A-Za-z]\w*)+)', cell):
+      functools.reduce(getattr, name[1:].split('.'), sparsejax)
+      found.add(name)
+  assert found or 'experiments' in path.read_text()
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """Counts code lines: lines without docstrings, comments and blanks."""
 
 import ast
+import functools
 import io
 import tokenize
 
@@ -20,10 +21,10 @@ def numbers(source):
   return held
 
 
+@functools.cache  # Several laws read the same files.
 def of_functions(source):
   """Name, first line and code lines of the body of each function of `source`, functions inside of functions too."""
   held = numbers(source)
-  for node in ast.walk(ast.parse(source)):
-    if isinstance(node, _FUNCTIONS):
-      # The signature counts for nothing: arguments one a line are easier to read.
-      yield node.name, node.lineno, len(held.intersection(range(node.body[0].lineno, node.end_lineno + 1)))
+  # The signature counts for nothing: arguments one a line are easier to read.
+  return [(node.name, node.lineno, len(held.intersection(range(node.body[0].lineno, node.end_lineno + 1))))
+          for node in ast.walk(ast.parse(source)) if isinstance(node, _FUNCTIONS)]

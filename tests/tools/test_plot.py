@@ -62,6 +62,8 @@ def test_schedules_trade_offs_and_intervals_stand_at_their_numbers(axis):
   assert np.allclose(axis.lines[0].get_xydata(), [[i, 1 - i / 10] for i in range(11)])
   sj.plot.trade_off([0.5, 1.0], [90.0, 95.0], [1.0, float('nan')], axis)
   assert np.array_equal(axis.lines[1].get_xydata(), [[0.5, 90], [1, 95]])
+  sj.plot.trade_off([0.5], [90.0], axis=axis, linestyle='-')
+  assert axis.containers[-1].has_yerr is False and axis.containers[0].has_yerr
   rows = Figure().subplots()
   sj.plot.intervals(['a', 'b'], [1.0, 2.0], [(0.0, 2.0), (float('nan'), float('nan'))], rows, bars=[0.5, 0.5])
   assert [list(line.get_xdata()) for line in rows.lines] == [[0, 2], [1], [0.5] * 2, [2, 2], [2], [0.5] * 2]
