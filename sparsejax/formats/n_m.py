@@ -76,7 +76,8 @@ class NMArray(arrays.PackedArray):
     axes = arrays.contracted_axes('NMArray.from_dense', w, axes)
     why = _misfit(w, n, m, axes, check, width, outputs)
     if not why:
-      w, groups = jnp.asarray(w), _Groups(int(n), int(m), axes, int(width), outputs)
+      w = w if isinstance(w, jax.Array) else jax.device_put(w)  # once for all programs
+      groups = _Groups(int(n), int(m), axes, int(width), outputs)
       occupied = _occupied(w, groups, signed_zeros)
       why = _crowded(w, occupied, groups, signed_zeros) if check else None
     if why:

@@ -20,14 +20,14 @@ from sparsejax.formats import arrays
 from sparsejax.types import Array
 
 _PIECE = 1 << 16  # entries, a multiple of the eight that share a byte of a mask
-_ALONE = 1 << 20  # entries that one thread packs sooner than several
+_ALONE = 1 << 22  # entries that one thread packs sooner than several
 
 
 def packed(flat: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndarray]:
   """Returns the entries of `flat` that are not zero, in order, and the mask of all entries, eight to a byte."""
   parts = _each(lambda share: [_packed(flat[piece], signed_zeros) for piece in _pieces(share)], _shares(flat.size))
   values, masks = zip(*sum(parts, [])) if flat.size else ((flat,), (np.empty(0, np.uint8),))
-  return np.concatenate(values, out=_empty(sum(map(len, values)), flat.dtype)), np.concatenate(masks)
+  return np.concatenate(values, out=empty(sum(map(len, values)), flat.dtype)), np.concatenate(masks)
 
 
 def _packed(piece: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +38,7 @@ def _packed(piece: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndarr
 def unpacked(values: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
   """Returns the `size` entries that `packed` packed."""
   bits, shares = values.view(f'u{values.dtype.itemsize}'), _shares(size)
-  dense = _empty(size, bits.dtype)
+  dense = empty(size, bits.dtype)
   stored = [_number(mask[share.start // 8:-(-share.stop // 8)]) for share in shares]
   starts = np.cumsum([0, *stored])
 
@@ -91,8 +91,8 @@ def _each(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
     return list(threads.map(function, *rows))
 
 
-def _empty(size: int, dtype: Any) -> np.ndarray:
-  """Returns new memory at an address from which JAX takes arrays over without a copy."""
+def empty(size: int, dtype: Any) -> np.ndarray:
+  """Returns `size` new entries at an address from which `jax.device_put` takes them over without a copy."""
   memory = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
   start = -memory.ctypes.data % 64
   return memory[start:len(memory) - 64 + start].view(dtype)
