@@ -145,7 +145,7 @@ def first_random(inner: optax.GradientTransformation) -> Step:
   """
   def drawn(key, size):
     keep = round((1 - SPARSITY) * size)
-    chunk = max(keep // 8, 1)  # one draw in twenty falls on a place that is there already
+    chunk = max(keep // 8, 1)  # about a twentieth of the first draws are repeated
 
     def more(now):
       mask, missing, key = now

@@ -10,7 +10,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ import numpy as np
 
 from sparsejax import neighbours, patterns
 from sparsejax.arguments import is_known
-from sparsejax.formats import arrays, misfits, zeros
+from sparsejax.formats import arrays, grouping, misfits, zeros
+from sparsejax.formats.grouping import Grouping
 from sparsejax.types import Array, Axes
 
 
@@ -72,13 +73,13 @@ class NMArray(arrays.PackedArray):
     its first `n` nonzeros and drops the rest. Raises `ValueError` for a group with more nonzeros, and for a shape, an
     axis or a dtype that cannot be packed.
     """
-    outputs = _outputs(w, axes, width)
-    axes = arrays.contracted_axes('NMArray.from_dense', w, axes)
-    why = _misfit(w, n, m, axes, check, width, outputs)
+    contracted = arrays.contracted_axes('NMArray.from_dense', w, axes)
+    groups = Grouping(n, m, contracted, width, _outputs(w, axes, width))
+    why = _misfit(w, groups, check)
     if not why:
+      groups = Grouping(int(n), int(m), contracted, int(width), groups.outputs)
       w = w if isinstance(w, jax.Array) else jax.device_put(w)  # once for all programs
-      groups = _Groups(int(n), int(m), axes, int(width), outputs)
-      occupied = _occupied(w, groups, signed_zeros)
+      occupied = grouping.occupied(w, groups, signed_zeros)
       why = _crowded(w, occupied, groups, signed_zeros) if check else None
     if why:
       raise arrays.Misfit('NMArray.from_dense', w.shape, why)
@@ -218,96 +219,52 @@ def _outputs(w: Array, axes: Axes | int | tuple[int, ...], width: int) -> tuple[
   return arrays.matrix_axes('NMArray.from_dense', w, axes).output
 
 
-class _Groups(NamedTuple):
-  """A `_Groups` says which groups of an array have `n` of `m`: along `axes`, in vectors of `width` along `outputs`."""
-
-  n: int
-  m: int
-  axes: tuple[int, ...]
-  width: int
-  outputs: tuple[int, ...]
-
-
-def _misfit(w: Array, n: Any, m: int, axes: tuple[int, ...], check: bool, width: int, outputs: tuple[int, ...]
-            ) -> str | None:
-  """Returns why no values of `w` could be packed along `axes`, or why they cannot be checked; `None` if they can."""
+def _misfit(w: Array, groups: Grouping, check: bool) -> str | None:
+  """Returns why no values of `w` could be packed, or why they cannot be checked; `None` if they can."""
+  n, m, axes, width, outputs = groups
   if not isinstance(n, (int, np.integer)) or n < 1:
     return f'n must be a known whole number, at least 1, to be packed as n:{m}, not {n!r}.'
   why = patterns.NM(n, m, width).validate(tuple(w.shape), Axes(axes, outputs)) or misfits.dtype_misfit(w.dtype)
   return why or (misfits.TRACED if check and not is_known(w) else None)
 
 
-def _crowded(w: Array, occupied: Array, groups: _Groups, signed_zeros: bool) -> str | None:
+def _crowded(w: Array, occupied: Array, groups: Grouping, signed_zeros: bool) -> str | None:
   """Returns which groups have more than `n` nonzeros, with the remedy; `None` if no group has."""
   n, m, axes, width, _ = groups
-  if _most(occupied, groups) <= n:
+  if grouping.fullest(occupied, groups) <= n:
     return None
-  counts = np.asarray(neighbours.numbers(occupied, _along(groups, occupied.ndim)))
+  counts = np.asarray(neighbours.numbers(occupied, groups.along(occupied.ndim)))
   bad = np.argwhere(counts > n)
-  first, merged = bad[0].tolist(), min(axes) if width == 1 else counts.ndim - 2
-  place = ', '.join(str(i) if a != merged else f'group {i}' for a, i in enumerate(first))
+  merged = min(axes) if width == 1 else counts.ndim - 2
+  place = ', '.join(str(i) if a != merged else f'group {i}' for a, i in enumerate(bad[0]))
   units = 'nonzeros' if width == 1 else f'vectors of {width} that are not zero'
   problem = (f'{len(bad)} of {counts.size} groups of {m} along axes {axes} have more than {n} {units}, the first, '
-             f'[{place}], has {counts[tuple(first)]}.')
-  if signed_zeros and _most(_occupied(w, groups, False), groups) <= n:
+             f'[{place}], has {counts[tuple(bad[0])]}.')
+  if signed_zeros and grouping.fullest(grouping.occupied(w, groups, False), groups) <= n:
     return f'{problem} Some are -0.0: leave signed_zeros out.'
   return (f'{problem} Make them sparse first: project(params, opt_state), or train on into `fine_tune_steps`, or '
           'choose another pattern, axis or `where`. sparsejax.check names every such parameter.')
 
 
-def _along(groups: _Groups, rank: int) -> int:
-  """Returns the axis along which each group lies in what `_occupied` returns, which has `rank` axes."""
-  return min(groups.axes) + 1 if groups.width == 1 else rank - 2
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _most(occupied: Array, groups: _Groups) -> Array:
-  """Returns the largest number of nonzeros in a group."""
-  return jnp.max(neighbours.numbers(occupied, _along(groups, occupied.ndim)), initial=0)
-
-
-def _packed(w: Array, occupied: Array, groups: _Groups, signed_zeros: bool) -> NMArray:
+def _packed(w: Array, occupied: Array, groups: Grouping, signed_zeros: bool) -> NMArray:
   # Several programs, because a single program would compute the positions again for the values and for the indices.
   positions = _positions(occupied, groups)
-  values, indices = _values(w, positions, groups, signed_zeros), _encoded(positions, groups)
-  return NMArray(values, indices, groups.n, groups.m, arrays.from_end(groups.axes, w.ndim),
-                 tuple(w.shape[a] for a in groups.axes), groups.width, arrays.from_end(groups.outputs, w.ndim))
-
-
-def _grouped(w: Array, groups: _Groups) -> tuple[Array, int]:
-  """Returns `w` in groups of `m`, and the axis along which each group lies.
-
-  Groups are `[..., K / m, m, ...]`, or with a `width` groups of vectors, `[..., K / m, m, N / width, width]`.
-  """
-  n, m, axes, width, outputs = groups
-  octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
-  if width == 1:
-    return neighbours.split(neighbours.merged(w, axes, octets), m, min(axes)), min(axes) + 1
-  vectors = neighbours.tiled(neighbours.undivided(w, axes, octets), axes, outputs, (m, width))[0]
-  return vectors, vectors.ndim - 3
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _occupied(w: Array, groups: _Groups, signed_zeros: bool) -> Array:
-  """Returns which weights, or vectors, of each group are not zero, as `neighbours.occupied` does."""
-  grouped, axis = _grouped(w, groups)
-  bits = neighbours.bits(grouped)
-  sign = bits.dtype.type(0 if signed_zeros else zeros.minus_zero(w.dtype))
-  nonzero = bits & ~sign != 0
-  return neighbours.occupied(nonzero if groups.width == 1 else jnp.any(nonzero, -1), axis)
+  values, indices, axes = _values(w, positions, groups, signed_zeros), _encoded(positions, groups), groups.axes
+  return NMArray(values, indices, groups.n, groups.m, arrays.from_end(axes, w.ndim), tuple(w.shape[a] for a in axes),
+                 groups.width, arrays.from_end(groups.outputs, w.ndim))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _positions(occupied: Array, groups: _Groups) -> Array:
+def _positions(occupied: Array, groups: Grouping) -> Array:
   """Returns the positions of the stored weights, or vectors, of each group: `n` instead of `m` entries."""
-  return neighbours.first_nonzeros(occupied, groups.n, _along(groups, occupied.ndim))
+  return neighbours.first_nonzeros(occupied, groups.n, groups.along(occupied.ndim))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _values(w: Array, positions: Array, groups: _Groups, signed_zeros: bool) -> Array:
+def _values(w: Array, positions: Array, groups: Grouping, signed_zeros: bool) -> Array:
   """Returns the `values` at the `positions` of the groups."""
   w = w if signed_zeros else zeros.without_signed_zeros(w)
-  grouped, axis = _grouped(w, groups)
+  grouped, axis = groups.of(w)
   if groups.width == 1:
     return neighbours.joined(neighbours.exactly(neighbours.take, grouped, positions, axis), axis)
   taken = neighbours.exactly(neighbours.take, grouped, positions[..., None], axis)
@@ -316,10 +273,10 @@ def _values(w: Array, positions: Array, groups: _Groups, signed_zeros: bool) -> 
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _encoded(positions: Array, groups: _Groups) -> Array:
+def _encoded(positions: Array, groups: Grouping) -> Array:
   """Returns the `indices` of the positions of all groups."""
-  axis = _along(groups, positions.ndim) - 1
-  return neighbours.encoded(neighbours.joined(positions, axis + 1), groups.m, axis)
+  along = groups.along(positions.ndim)
+  return neighbours.encoded(neighbours.joined(positions, along), groups.m, along - 1)
 
 
 def _value_axes(rank: int, axes: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], int, list[int]]:

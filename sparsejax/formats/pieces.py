@@ -3,8 +3,8 @@
     values, mask = pieces.packed(w.reshape(-1), signed_zeros=False)     # the nonzeros, and one bit for each entry
     pieces.unpacked(values, mask, w.size)                               # the same entries, bit for bit
 
-NumPy asks the operating system for large pages, and XLA:CPU does not: to write 64 MB for the first time takes a program
-of XLA five times as long as a copy into memory that has been written before.
+NumPy asks the operating system for large pages, and XLA:CPU does not: a program of XLA takes five times as long to
+write 64 MB for the first time as a copy takes to write them once more.
 """
 
 import os

@@ -29,8 +29,8 @@ class Body:
   """A `Body` collects the tensors of a new file in an order in which every tensor is aligned to its own item size.
 
   Tensors with wide items come first. `add` writes a tensor to the file at once if no wider tensor can follow. Narrower
-  tensors wait in a temporary file for each item size. What is written goes to the disk in a thread of its own: a system
-  that only begins when the file is complete would leave the disk idle until then.
+  tensors wait in a temporary file for each item size. A thread flushes the file to the disk while the next tensors are
+  made: the disk would otherwise be idle until the file is complete.
   """
 
   def __init__(self, file: BinaryIO, room: int):

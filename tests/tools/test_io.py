@@ -381,7 +381,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatc
              'replace': ('os', types.SimpleNamespace(**{**vars(os), 'replace': fail})),
              'interrupt': ('raw', lambda t: fail(t, error=KeyboardInterrupt(), at=2))}
   monkeypatch.setattr(bodies, *targets[moment])
-  monkeypatch.setattr(bodies, '_FLUSH', 1 if moment == 'flush' else bodies._FLUSH)  # else the file is too small for one
+  monkeypatch.setattr(bodies, '_FLUSH', 1 if moment == 'flush' else bodies._FLUSH)
   with pytest.raises(KeyboardInterrupt if moment == 'interrupt' else OSError) as failure:
     io.save(path, packed())
   assert calls
