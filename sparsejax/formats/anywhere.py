@@ -47,7 +47,7 @@ class BitmaskArray(arrays.PackedArray):
     """
     if misfit := misfits.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
-    values, mask = pieces.packed(np.asarray(w).reshape(-1), signed_zeros)
+    values, mask = pieces.compacted(np.asarray(w).reshape(-1), signed_zeros)
     return cls(jax.device_put(values), jnp.asarray(mask), tuple(w.shape))
 
   @classmethod
@@ -61,7 +61,7 @@ class BitmaskArray(arrays.PackedArray):
     octets = 8 // math.gcd(8, math.prod(leaf.shape[1:]))
     values, count, masks = np.empty(leaf.size, leaf.dtype), 0, []  # Memory is taken only where values are written.
     for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, octets)):
-      found, mask = pieces.packed(block.reshape(-1), signed_zeros)
+      found, mask = pieces.compacted(block.reshape(-1), signed_zeros)
       values[count:count + len(found)] = found
       count += len(found)
       masks.append(mask)
@@ -74,7 +74,7 @@ class BitmaskArray(arrays.PackedArray):
 
   def to_dense(self) -> Array:
     if pieces.on_host(self.values, self.mask):
-      dense = pieces.unpacked(np.asarray(self.values), np.asarray(self.mask), math.prod(self.shape))
+      dense = pieces.spread(np.asarray(self.values), np.asarray(self.mask), math.prod(self.shape))
       return pieces.as_array(dense.reshape(self.shape), self.values)
     return _bitmask_dense(self, *_words(self.mask))  # A single program would be four times as slow.
 

@@ -1,7 +1,7 @@
 """Packs zeros anywhere on the host, with NumPy: by pieces that fit into the cache of a processor, on all processors.
 
-    values, mask = pieces.packed(w.reshape(-1), signed_zeros=False)     # the nonzeros, and one bit for each entry
-    pieces.unpacked(values, mask, w.size)                               # the same entries, bit for bit
+    values, mask = pieces.compacted(w.reshape(-1), signed_zeros=False)   # the nonzeros, and one bit for each entry
+    pieces.spread(values, mask, w.size)                                # the same entries, bit for bit
 
 NumPy asks the operating system for large pages, and XLA:CPU does not: a program of XLA takes five times as long to
 write 64 MB for the first time as a copy takes to write them once more.
@@ -23,20 +23,20 @@ _PIECE = 1 << 16  # entries, a multiple of the eight that share a byte of a mask
 _ALONE = 1 << 22  # entries that one thread packs sooner than several
 
 
-def packed(flat: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndarray]:
+def compacted(flat: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndarray]:
   """Returns the entries of `flat` that are not zero, in order, and the mask of all entries, eight to a byte."""
-  parts = _each(lambda share: [_packed(flat[piece], signed_zeros) for piece in _pieces(share)], _shares(flat.size))
+  parts = _each(lambda share: [_compacted(flat[piece], signed_zeros) for piece in _pieces(share)], _shares(flat.size))
   values, masks = zip(*sum(parts, [])) if flat.size else ((flat,), (np.empty(0, np.uint8),))
   return np.concatenate(values, out=empty(sum(map(len, values)), flat.dtype)), np.concatenate(masks)
 
 
-def _packed(piece: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndarray]:
+def _compacted(piece: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndarray]:
   kept = arrays.stored_entries(piece, None, signed_zeros)
   return arrays.entries_at(piece, kept), np.packbits(kept, bitorder='little')
 
 
-def unpacked(values: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
-  """Returns the `size` entries that `packed` packed."""
+def spread(values: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
+  """Returns the `size` entries that `compacted` packed."""
   bits, shares = values.view(f'u{values.dtype.itemsize}'), _shares(size)
   dense = empty(size, bits.dtype)
   stored = [_number(mask[share.start // 8:-(-share.stop // 8)]) for share in shares]

@@ -22,11 +22,11 @@ def small(monkeypatch):
 def test_pieces_make_the_whole(small, size, dtype, signed_zeros):
   flat = np.asarray(anything((size,), dtype))
   kept = arrays.stored_entries(flat, None, signed_zeros)
-  values, mask = pieces.packed(flat, signed_zeros)
+  values, mask = pieces.compacted(flat, signed_zeros)
   np.testing.assert_array_equal(bits(values), bits(flat[kept]))
   np.testing.assert_array_equal(mask, np.packbits(kept, bitorder='little'))
   expected = np.where(kept, bits(flat), bits(np.zeros_like(flat)))
-  np.testing.assert_array_equal(bits(pieces.unpacked(values, mask, size)), expected)
+  np.testing.assert_array_equal(bits(pieces.spread(values, mask, size)), expected)
 
 
 def test_shares_are_whole_pieces_and_cover_every_entry_once(small):
