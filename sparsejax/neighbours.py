@@ -4,7 +4,8 @@ The packed formats and the tiles of `patterns` are built on these functions. `ax
 axes stay as they are, so that arrays that are sharded or batched along other axes need no communication.
 
     groups = neighbours.split(w, 4, axis=0)                            # [K, N] -> [K / 4, 4, N]
-    positions = neighbours.first_nonzeros(groups != 0, 2, axis=1)      # [K / 4, 2, N], uint8
+    nonzero = neighbours.occupied(groups != 0, axis=1)                 # [K / 4, 1, N], uint8, a bit for each entry
+    positions = neighbours.first_nonzeros(nonzero, 2, axis=1)          # [K / 4, 2, N], uint8
     values = neighbours.take(groups, positions, axis=1)                # [K / 4, 2, N]
 """
 
@@ -160,15 +161,35 @@ def expanded(values: Array, slots: Array, stored: Array, base: Array) -> Array:
   return result
 
 
-def first_nonzeros(nonzero: Array, n: int, axis: int) -> Array:
-  """Returns the positions of the first `n` nonzeros along `axis`, in increasing order, `[..., n, ...]`.
+def occupied(nonzero: Array, axis: int) -> Array:
+  """Returns the mask `nonzero` as bits: bit i of an unsigned integer, of length 1 along `axis`, says entry i.
 
-  `nonzero` is a mask. Where there are fewer than `n` nonzeros, the first zeros along `axis` fill the missing places.
-  Positions are `uint8` up to a length of 256, and `uint16` above.
+  A mask of more than 32 entries along `axis` is returned as it is.
   """
   m = nonzero.shape[axis]
-  if m <= _UNROLLED:
-    return _first_of_few(nonzero, n, axis)
+  if m > _UNROLLED:
+    return nonzero
+  kind = jnp.dtype(next(f'uint{bits}' for bits in (8, 16, 32) if m <= bits))
+  each = (entry.astype(kind) << kind.type(i) for i, entry in enumerate(_entries(nonzero, axis)))
+  return functools.reduce(jnp.bitwise_or, each)
+
+
+def numbers(occupied: Array, axis: int) -> Array:
+  """Returns how many entries along `axis` are nonzero, of what `occupied` returned, without this axis, as `int16`."""
+  if occupied.dtype == jnp.bool_:
+    return jnp.sum(occupied, axis, dtype=jnp.int16)
+  return jax.lax.population_count(jnp.squeeze(occupied, axis)).astype(jnp.int16)
+
+
+def first_nonzeros(occupied: Array, n: int, axis: int) -> Array:
+  """Returns the positions of the first `n` nonzeros along `axis`, in increasing order, `[..., n, ...]`.
+
+  `occupied` is what the function of this name returned. Where there are fewer than `n` nonzeros, the first zeros along
+  `axis` fill the missing places. Positions are `uint8` up to a length of 256, and `uint16` above.
+  """
+  if occupied.dtype != jnp.bool_:
+    return _first_bits(occupied, n, axis)
+  nonzero, m = occupied, occupied.shape[axis]
   before = jnp.cumsum(nonzero, axis=axis, dtype=jnp.int16) - nonzero.astype(jnp.int16)  # nonzeros to the left
   zeros_before = _indices_along(m, axis, nonzero.ndim) - before
   spare = n - jnp.sum(nonzero, axis=axis, keepdims=True, dtype=jnp.int16)
@@ -177,16 +198,15 @@ def first_nonzeros(nonzero: Array, n: int, axis: int) -> Array:
   return _below(kept, _indices_along(n, axis, nonzero.ndim) + 1, axis).astype(_position_dtype(m))
 
 
-def _first_of_few(nonzero: Array, n: int, axis: int) -> Array:
-  """Returns `first_nonzeros`, computed entry by entry, which XLA fuses into one loop."""
-  entries = [entry.astype(jnp.int8) for entry in _entries(nonzero, axis)]
-  before, kept, total = jnp.zeros_like(entries[0]), jnp.zeros_like(entries[0]), sum(entries)
-  position = jnp.zeros([n if a == axis else length for a, length in enumerate(nonzero.shape)], jnp.int8)
-  for i, entry in enumerate(entries):
-    keep = jnp.where(entry == 1, before < n, i - before < n - total)
-    before, kept = before + entry, kept + keep.astype(jnp.int8)
-    position += (kept <= _indices_along(n, axis, nonzero.ndim, jnp.int8)).astype(jnp.int8)
-  return position.astype(jnp.uint8)
+def _first_bits(bits: Array, n: int, axis: int) -> Array:
+  """Returns the positions of the first `n` bits that are set, after the lowest other bits are set until `n` are."""
+  one, number = bits.dtype.type(1), jax.lax.population_count(bits)
+  for i in range(n):
+    bits = jnp.where(number < n - i, bits | (bits + one), bits)  # sets the lowest bit that is not set
+  place = _indices_along(n, axis, bits.ndim, bits.dtype)
+  for i in range(n - 1):
+    bits = jnp.where(i < place, bits & (bits - one), bits)  # takes the lowest bit away
+  return jax.lax.population_count((bits & -bits) - one).astype(jnp.uint8)
 
 
 def _entries(w: Array, axis: int) -> list[Array]:

@@ -25,8 +25,14 @@ from sparsejax.wholes import along, at_least, minus, most, one, reduced, totals
 def top_n_of_large(leaf: Array, n: Any) -> Array:
   """Returns the mask of the `n` largest scores of one leaf that does not fit into the caches of a processor.
 
-  The keys are never written to memory, and ties at the cut take a single pass. The program takes longer to compile.
+  The keys are never written to memory, and ties at the cut take a single pass. Where everything is kept, as at the
+  start of a ramp, nothing is read. The program takes longer to compile.
   """
+  everything = at_least(n, wholes.counted(wholes.count(leaf.size), leaf.size))
+  return lax.cond(everything, lambda: (leaf == leaf) | (leaf != leaf), lambda: _top_n(leaf, n))
+
+
+def _top_n(leaf: Array, n: Any) -> Array:
   least = least_key([leaf], n)
   keys = functools.partial(order_keys, leaf, keyed([leaf]))
   larger, equals = totals([[keys() > least, keys() == least]])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax import hessians, neighbours, trees
@@ -33,11 +34,27 @@ def magnitude(w: Array, signals: Signals = Signals()) -> Array:
 def random(w: Array, signals: Signals) -> Array:
   """Returns random scores, uniform in [0, 1); needs `signals.key`.
 
-  Scores are drawn in `float32` for weights of any dtype, because bfloat16 has too few levels to rank a matrix.
+  Each score is a hash of the key and of the weight's place in row-major order: two rounds of a mixing function of
+  32 bits (Wellons 2018, Prospecting for Hash Functions, `lowbias32`), with two words that the key draws. A score of
+  `jax.random.uniform` takes thirteen times as long. Leaves of 2^32 weights and more take that one. Scores are multiples
+  of 2^-24 in `float32` for weights of any dtype, because bfloat16 has too few levels to rank a matrix.
   """
   if signals.key is None:
     raise ValueError('scores.random: needs a PRNG key; pass `key=jax.random.key(seed)` to the recipe.')
-  return jax.random.uniform(signals.key, w.shape, jnp.float32)
+  if w.size >= 2**32:
+    return jax.random.uniform(signals.key, w.shape, jnp.float32)
+  first, second = jax.random.bits(signals.key, (2,))
+  place = jnp.zeros((), jnp.uint32)
+  for axis, length in enumerate(w.shape):
+    place = place * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis)
+  return (_mixed(_mixed(place ^ first) + second) >> 8).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-24)
+
+
+def _mixed(x: Array) -> Array:
+  """Returns a permutation of all `uint32` that turns each bit with a probability near one half if another bit turns."""
+  for shift, factor in ((16, 0x7feb352d), (15, 0x846ca68b)):
+    x = (x ^ x >> shift) * np.uint32(factor)
+  return x ^ x >> 16
 
 
 @elementwise

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours, patterns
-from sparsejax.formats import arrays, gaps, misfits
+from sparsejax.formats import arrays, gaps, misfits, pieces
 from sparsejax.types import Array, Axes
 
 
@@ -47,9 +47,8 @@ class BitmaskArray(arrays.PackedArray):
     """
     if misfit := misfits.host_misfit(w):
       raise arrays.Misfit('BitmaskArray.from_dense', w.shape, misfit)
-    kept = arrays.stored_entries(w, None, signed_zeros)
-    values, mask = arrays.entries_at(np.asarray(w), kept), np.packbits(kept, bitorder='little')
-    return cls(jnp.asarray(values), jnp.asarray(mask), tuple(w.shape))
+    values, mask = pieces.compacted(np.asarray(w).reshape(-1), signed_zeros)
+    return cls(jax.device_put(values), jnp.asarray(mask), tuple(w.shape))
 
   @classmethod
   def from_pattern(cls, w, pattern, axes, check=True, signed_zeros=False):
@@ -62,11 +61,10 @@ class BitmaskArray(arrays.PackedArray):
     octets = 8 // math.gcd(8, math.prod(leaf.shape[1:]))
     values, count, masks = np.empty(leaf.size, leaf.dtype), 0, []  # Memory is taken only where values are written.
     for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, octets)):
-      kept = arrays.stored_entries(block, None, signed_zeros)
-      found = arrays.entries_at(block, kept)
+      found, mask = pieces.compacted(block.reshape(-1), signed_zeros)
       values[count:count + len(found)] = found
       count += len(found)
-      masks.append(np.packbits(kept, bitorder='little'))
+      masks.append(mask)
     return cls(values[:count], np.concatenate(masks), tuple(leaf.shape))
 
   @classmethod
@@ -75,6 +73,9 @@ class BitmaskArray(arrays.PackedArray):
     return (size - round(sparsity * size)) * np.dtype(dtype).itemsize + -(-size // 8)
 
   def to_dense(self) -> Array:
+    if pieces.on_host(self.values, self.mask):
+      dense = pieces.spread(np.asarray(self.values), np.asarray(self.mask), math.prod(self.shape))
+      return pieces.as_array(dense.reshape(self.shape), self.values)
     return _bitmask_dense(self, *_words(self.mask))  # A single program would be four times as slow.
 
   def problem(self) -> str | None:

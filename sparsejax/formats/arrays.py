@@ -268,9 +268,9 @@ def nbytes(tree: Any) -> int:
 
 
 def block_rows(shape: tuple[int, ...], dtype: Any, multiple: int) -> int:
-  """Returns how many rows of an array make a block of about 2 MB, a multiple of `multiple`."""
+  """Returns how many rows of an array make a block of about 4 MB, a multiple of `multiple`."""
   row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-  return max((1 << 21) // max(row, 1) // multiple, 1) * multiple
+  return max((1 << 22) // max(row, 1) // multiple, 1) * multiple
 
 
 def contracted_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> tuple[int, ...]:

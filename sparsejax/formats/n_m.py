@@ -18,7 +18,8 @@ import numpy as np
 
 from sparsejax import neighbours, patterns
 from sparsejax.arguments import is_known
-from sparsejax.formats import arrays, misfits, zeros
+from sparsejax.formats import arrays, grouping, misfits, zeros
+from sparsejax.formats.grouping import Grouping
 from sparsejax.types import Array, Axes
 
 
@@ -72,12 +73,17 @@ class NMArray(arrays.PackedArray):
     its first `n` nonzeros and drops the rest. Raises `ValueError` for a group with more nonzeros, and for a shape, an
     axis or a dtype that cannot be packed.
     """
-    outputs = _outputs(w, axes, width)
-    axes = arrays.contracted_axes('NMArray.from_dense', w, axes)
-    why = _misfit(w, n, m, axes, check, width, outputs, signed_zeros)
+    contracted = arrays.contracted_axes('NMArray.from_dense', w, axes)
+    groups = Grouping(n, m, contracted, width, _outputs(w, axes, width))
+    why = _misfit(w, groups, check)
+    if not why:
+      groups = Grouping(int(n), int(m), contracted, int(width), groups.outputs)
+      w = w if isinstance(w, jax.Array) else jax.device_put(w)  # once for all programs
+      occupied = grouping.occupied(w, groups, signed_zeros)
+      why = _crowded(w, occupied, groups, signed_zeros) if check else None
     if why:
       raise arrays.Misfit('NMArray.from_dense', w.shape, why)
-    return _packed(w, int(n), int(m), axes, int(width), outputs, signed_zeros)
+    return _packed(w, occupied, groups, signed_zeros)
 
   @classmethod
   def fits(cls, pattern):
@@ -213,101 +219,64 @@ def _outputs(w: Array, axes: Axes | int | tuple[int, ...], width: int) -> tuple[
   return arrays.matrix_axes('NMArray.from_dense', w, axes).output
 
 
-def _misfit(w: Array, n: Any, m: int, axes: tuple[int, ...], check: bool, width: int, outputs: tuple[int, ...],
-            signed_zeros: bool) -> str | None:
-  """Returns why `w` cannot be packed along `axes`, with the remedy, or `None`."""
+def _misfit(w: Array, groups: Grouping, check: bool) -> str | None:
+  """Returns why no values of `w` could be packed, or why they cannot be checked; `None` if they can."""
+  n, m, axes, width, outputs = groups
   if not isinstance(n, (int, np.integer)) or n < 1:
     return f'n must be a known whole number, at least 1, to be packed as n:{m}, not {n!r}.'
   why = patterns.NM(n, m, width).validate(tuple(w.shape), Axes(axes, outputs)) or misfits.dtype_misfit(w.dtype)
-  return why or (_crowded(w, int(n), int(m), axes, int(width), outputs, signed_zeros) if check else None)
+  return why or (misfits.TRACED if check and not is_known(w) else None)
 
 
-def _crowded(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
-             signed_zeros: bool) -> str | None:
-  """Returns which groups have more than `n` nonzeros, or that nobody can know; `None` if no group has."""
-  if not is_known(w):
-    return misfits.TRACED
-  counts = np.asarray(_nonzeros(w, m, axes, width, outputs, signed_zeros))
-  if counts.max(initial=0) <= n:
+def _crowded(w: Array, occupied: Array, groups: Grouping, signed_zeros: bool) -> str | None:
+  """Returns which groups have more than `n` nonzeros, with the remedy; `None` if no group has."""
+  n, m, axes, width, _ = groups
+  if grouping.fullest(occupied, groups) <= n:
     return None
+  counts = np.asarray(neighbours.numbers(occupied, groups.along(occupied.ndim)))
   bad = np.argwhere(counts > n)
-  first, merged = bad[0].tolist(), min(axes) if width == 1 else counts.ndim - 2
-  place = ', '.join(str(i) if a != merged else f'group {i}' for a, i in enumerate(first))
+  merged = min(axes) if width == 1 else counts.ndim - 2
+  place = ', '.join(str(i) if a != merged else f'group {i}' for a, i in enumerate(bad[0]))
   units = 'nonzeros' if width == 1 else f'vectors of {width} that are not zero'
   problem = (f'{len(bad)} of {counts.size} groups of {m} along axes {axes} have more than {n} {units}, the first, '
-             f'[{place}], has {counts[tuple(first)]}.')
-  if signed_zeros and (_nonzeros(w, m, axes, width, outputs, False) <= n).all():
+             f'[{place}], has {counts[tuple(bad[0])]}.')
+  if signed_zeros and grouping.fullest(grouping.occupied(w, groups, False), groups) <= n:
     return f'{problem} Some are -0.0: leave signed_zeros out.'
   return (f'{problem} Make them sparse first: project(params, opt_state), or train on into `fine_tune_steps`, or '
           'choose another pattern, axis or `where`. sparsejax.check names every such parameter.')
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _nonzeros(w: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...], signed_zeros: bool
-              ) -> Array:
-  """Returns the number of nonzeros of each group: `[..., K / m, ...]`.
-
-  With a `width` these are the vectors of each group that are not zero: `[..., K / m, N / width]`.
-  """
-  w = w if signed_zeros else zeros.without_signed_zeros(w)
-  if width > 1:
-    vectors = neighbours.tiled(neighbours.bits(w) != 0, axes, outputs, (m, width))[0]
-    return jnp.sum(jnp.any(vectors, -1), -2, dtype=jnp.int16)
-  nonzero = neighbours.split(neighbours.bits(neighbours.merged(w, axes, m)) != 0, m, min(axes))
-  return jnp.sum(nonzero, axis=min(axes) + 1, dtype=jnp.int16)
+def _packed(w: Array, occupied: Array, groups: Grouping, signed_zeros: bool) -> NMArray:
+  # Several programs, because a single program would compute the positions again for the values and for the indices.
+  positions = _positions(occupied, groups)
+  values, indices, axes = _values(w, positions, groups, signed_zeros), _encoded(positions, groups), groups.axes
+  return NMArray(values, indices, groups.n, groups.m, arrays.from_end(axes, w.ndim), tuple(w.shape[a] for a in axes),
+                 groups.width, arrays.from_end(groups.outputs, w.ndim))
 
 
-def _packed(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...], signed_zeros: bool
-            ) -> NMArray:
-  # Three programs, because one program would compute the positions again for the values, and again for the indices.
-  positions = _positions(w, n, m, axes, width, outputs, signed_zeros)
-  values = _values(w, positions, m, axes, width, outputs, signed_zeros)
-  indices = _encoded(positions, m, min(axes) if width == 1 else positions.ndim - 3)
-  return NMArray(values, indices, n, m, arrays.from_end(axes, w.ndim), tuple(w.shape[a] for a in axes), width,
-                 arrays.from_end(outputs, w.ndim))
-
-
-def _grouped(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...]
-             ) -> tuple[Array, int]:
-  """Returns `w` in groups of `m`, and the axis along which each group lies.
-
-  Groups are `[..., K / m, m, ...]`, or with a `width` groups of vectors, `[..., K / m, m, N / width, width]`.
-  """
-  octets = m * (8 // math.gcd(n, 8))  # The indices of eight neighbours share bytes, across groups.
-  if width == 1:
-    return neighbours.split(neighbours.merged(w, axes, octets), m, min(axes)), min(axes) + 1
-  vectors = neighbours.tiled(neighbours.undivided(w, axes, octets), axes, outputs, (m, width))[0]
-  return vectors, vectors.ndim - 3
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
-def _positions(w: Array, n: int, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
-               signed_zeros: bool) -> Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _positions(occupied: Array, groups: Grouping) -> Array:
   """Returns the positions of the stored weights, or vectors, of each group: `n` instead of `m` entries."""
-  w = w if signed_zeros else zeros.without_signed_zeros(w)
-  groups, axis = _grouped(w, n, m, axes, width, outputs)
-  nonzero = neighbours.bits(groups) != 0
-  return neighbours.first_nonzeros(nonzero if width == 1 else jnp.any(nonzero, -1), n, axis)
+  return neighbours.first_nonzeros(occupied, groups.n, groups.along(occupied.ndim))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _values(w: Array, positions: Array, m: int, axes: tuple[int, ...], width: int, outputs: tuple[int, ...],
-            signed_zeros: bool) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _values(w: Array, positions: Array, groups: Grouping, signed_zeros: bool) -> Array:
   """Returns the `values` at the `positions` of the groups."""
   w = w if signed_zeros else zeros.without_signed_zeros(w)
-  n = positions.shape[min(axes) + 1 if width == 1 else -2]
-  groups, axis = _grouped(w, n, m, axes, width, outputs)
-  if width == 1:
-    return neighbours.joined(neighbours.exactly(neighbours.take, groups, positions, axis), axis)
-  taken = neighbours.exactly(neighbours.take, groups, positions[..., None], axis)
-  rows = neighbours.joined(neighbours.joined(taken, groups.ndim - 1), axis)
-  return _in_place(rows, _value_axes(w.ndim, axes, outputs), [w.shape[a] for a in outputs])
+  grouped, axis = groups.of(w)
+  if groups.width == 1:
+    return neighbours.joined(neighbours.exactly(neighbours.take, grouped, positions, axis), axis)
+  taken = neighbours.exactly(neighbours.take, grouped, positions[..., None], axis)
+  rows = neighbours.joined(neighbours.joined(taken, grouped.ndim - 1), axis)
+  return _in_place(rows, _value_axes(w.ndim, groups.axes, groups.outputs), [w.shape[a] for a in groups.outputs])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _encoded(positions: Array, m: int, axis: int) -> Array:
-  """Returns the `indices` of the positions of all groups, whose axis is `axis`."""
-  return neighbours.encoded(neighbours.joined(positions, axis + 1), m, axis)
+@functools.partial(jax.jit, static_argnums=1)
+def _encoded(positions: Array, groups: Grouping) -> Array:
+  """Returns the `indices` of the positions of all groups."""
+  along = groups.along(positions.ndim)
+  return neighbours.encoded(neighbours.joined(positions, along), groups.m, along - 1)
 
 
 def _value_axes(rank: int, axes: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[list[int], int, list[int]]:

@@ -155,7 +155,8 @@ def _packed(w: Array, axes: Axes, signed_zeros: bool) -> tuple[Array, Array]:
 def _positions(w: Array, axes: Axes, signed_zeros: bool) -> Array:
   """Returns the positions of both stored weights of each group, `[..., N, K / 4, 2]`."""
   w = w if signed_zeros else zeros.without_signed_zeros(w)
-  return neighbours.first_nonzeros(_nonzero(w, axes), 2, len(axes.layer) + 2)
+  along = len(axes.layer) + 2
+  return neighbours.first_nonzeros(neighbours.occupied(_nonzero(w, axes), along), 2, along)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -14,6 +14,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,13 +22,15 @@ import numpy as np
 from sparsejax.io.headers import Extent, Hashing
 
 _COPY = 1 << 24  # bytes that are moved at a time
+_FLUSH = 1 << 26  # bytes behind which the disk is told to begin, while the next tensors are made
 
 
 class Body:
   """A `Body` collects the tensors of a new file in an order in which every tensor is aligned to its own item size.
 
   Tensors with wide items come first. `add` writes a tensor to the file at once if no wider tensor can follow. Narrower
-  tensors wait in a temporary file for each item size.
+  tensors wait in a temporary file for each item size. A thread flushes the file to the disk while the next tensors are
+  made: the disk would otherwise be idle until the file is complete.
   """
 
   def __init__(self, file: BinaryIO, room: int):
@@ -35,6 +38,8 @@ class Body:
     self.places: dict[str, Extent] = {}
     self.digests: dict[str, str] = {}
     self._waiting: dict[int, tuple[BinaryIO, dict[str, Extent]]] = {}
+    self._thread, self._flushing, self._flushed = ThreadPoolExecutor(1), Future[None](), 0
+    self._flushing.set_result(None)
     file.seek(self.start)
 
   def add(self, name: str, blocks: Iterable[Any], like: Any, front: int) -> None:
@@ -63,6 +68,13 @@ class Body:
     places[name] = Extent(dtype, tuple(like.shape), begin, end)
     if places is self.places:
       self.end = end
+      self._flush()
+
+  def _flush(self) -> None:
+    """Begins to flush the file, if much was written since the last time. Raises `OSError` if that time failed."""
+    if self._flushing.done() and self.end - self._flushed >= _FLUSH:
+      self._flushing.result()
+      self._flushing, self._flushed = self._thread.submit(os.fsync, self.file.fileno()), self.end
 
   def _settle(self, front: int) -> None:
     """Appends the waiting tensors whose items are not narrower than `front`, the widest first."""
@@ -82,6 +94,7 @@ class Body:
     leaves much room.
     """
     self._settle(0)
+    self._flushing.result()
     self.file.truncate(self.start + self.end)
     text, room = header(self.places, self.digests, 0), self.start - 8
     if len(text) > room or room - len(text) > self.end // 1024:
@@ -92,7 +105,8 @@ class Body:
     self.file.write(len(text).to_bytes(8, 'little') + text)
 
   def close(self) -> None:
-    """Removes the temporary files."""
+    """Removes the temporary files, and waits for what is being flushed."""
+    self._thread.shutdown()
     for waiting, _ in self._waiting.values():
       waiting.close()
 

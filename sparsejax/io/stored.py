@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax import progress, trees
+from sparsejax.formats import pieces
 from sparsejax.io import headers
 from sparsejax.types import Axes, PyTree
 
@@ -88,8 +89,13 @@ class Tensor:
         self._verify(hashed.hexdigest())
 
   def _bytes(self, begin: int, end: int) -> np.ndarray:
-    data = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
-    if len(data) != end - begin:
+    data = pieces.empty(end - begin, np.uint8)
+    with open(self.path, 'rb', buffering=0) as file:
+      file.seek(begin)
+      filled = 0
+      while more := file.readinto(data[filled:]):  # The system reads at most 2 GB at a time.
+        filled += more
+    if filled != end - begin:
       raise headers.bad(self.path, f'tensor {self.name!r} was truncated while it was read')
     return data
 

@@ -70,7 +70,7 @@ INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'sizes', 'structures'),
                            ('views', 'follow', 'evaluate'), ('contractions', 'heads', 'origins'),
                            ('operands', 'arrangements'), ('replace', 'again')),
-    'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays',),
+    'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays', 'grouping'), ('pieces',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell')),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('choosing', 'small'), ('phases',),
                              ('sparsify', 'penalised')),

@@ -362,7 +362,7 @@ def test_metadata_are_strings_under_keys_of_their_own(metadata, tmp_path):
     io.save(tmp_path / 'f', {}, metadata=metadata)
 
 
-@pytest.mark.parametrize('moment', ['first write', 'last write', 'sync', 'replace', 'interrupt'])
+@pytest.mark.parametrize('moment', ['first write', 'last write', 'flush', 'sync', 'replace', 'interrupt'])
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch, moment):
   """Tests a full disk at any moment, and Ctrl-C."""
   before, calls = path.read_bytes(), []
@@ -376,10 +376,12 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatc
 
   tensors = len(jax.tree.leaves(packed()))
   targets = {'first write': ('raw', fail), 'last write': ('raw', lambda t: fail(t, at=tensors)),
+             'flush': ('os', types.SimpleNamespace(**{**vars(os), 'fsync': lambda f: fail(f, real=os.fsync)})),
              'sync': ('os', types.SimpleNamespace(**{**vars(os), 'fsync': fail})),
              'replace': ('os', types.SimpleNamespace(**{**vars(os), 'replace': fail})),
              'interrupt': ('raw', lambda t: fail(t, error=KeyboardInterrupt(), at=2))}
   monkeypatch.setattr(bodies, *targets[moment])
+  monkeypatch.setattr(bodies, '_FLUSH', 1 if moment == 'flush' else bodies._FLUSH)
   with pytest.raises(KeyboardInterrupt if moment == 'interrupt' else OSError) as failure:
     io.save(path, packed())
   assert calls

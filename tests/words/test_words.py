@@ -34,6 +34,25 @@ def test_random_is_uniform_drawn_from_the_key_and_nothing_else():
   assert abs(float(drawn.mean()) - 0.5) < 0.02 and drawn.min() >= 0 and drawn.max() < 1
 
 
+def test_masks_of_random_scores_are_uniform_over_masks_of_their_count():
+  """Counts how often places, and pairs of places, are kept together by 4000 keys, in numbers of standard deviations."""
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4000))
+  drawn = jax.jit(jax.vmap(lambda key: scores.random(jnp.zeros((8, 8)), Signals(key=key)).reshape(64)))(keys)
+  kept = np.zeros((4000, 64), np.float32)
+  np.put_along_axis(kept, np.argsort(drawn, 1)[:, :16], 1, 1)
+  together, chance = kept.T @ kept / 4000, np.where(np.eye(64), 16 / 64, 16 * 15 / (64 * 63))
+  off = (together - chance) / np.sqrt(chance * (1 - chance) / 4000)
+  assert np.abs(off).max() < 5 and 0.9 < np.mean(off**2) < 1.1
+
+
+def test_random_scores_of_neighbours_of_leaves_and_of_keys_are_unrelated():
+  first, second = (scores.random(jnp.zeros((512, 512)), Signals(key=jax.random.key(i))) for i in range(2))
+  pairs = [(first, second), (first, first.T), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1]),
+           (first[::2], first[1::2]), (first[:256], first[256:])]
+  for a, b in pairs:
+    assert abs(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]) < 5 / np.sqrt(a.size)
+
+
 @pytest.mark.parametrize('score, message', [
     (scores.random, r'scores.random: needs a PRNG key; pass `key=jax.random.key\(seed\)`'),
     (scores.gradient, 'scores.gradient: needs the gradient of this leaf.*magnitude or random instead')])
