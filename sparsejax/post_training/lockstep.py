@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sparsejax import calibration, errors
 from sparsejax.post_training.cohorts import Cohort
+from sparsejax.post_training.recipe import Factors
 from sparsejax.post_training.targets import Index, Target, names_of
 from sparsejax.programs.arrangements import Arrangement
 from sparsejax.programs.evaluate import Walk
@@ -29,12 +30,13 @@ class Solved:
   """A `Solved` is a unit that has been pruned: its weights and mask, and the error that was measured since.
 
   `part`, `mask`: shaped like the unit. `started`: the dense weights at the mask before any repair, or `None` if no
-  repair changed a weight. `errors`: sums of squares over the outputs so far, of the dense product and of the errors
+  repair changed a weight. `factors`: the factors of a wrapped unit, or `None`; `part` is then dense. `errors`: sums of
+  squares over the outputs so far, of the dense product and of the errors
   before and after repair.
   """
 
-  def __init__(self, part: Array, mask: Array, started: Array | None, measured: bool):
-    self.part, self.mask, self.started, self.measured = part, mask, started, measured
+  def __init__(self, part: Array, mask: Array, started: Array | None, measured: bool, factors: Factors | None = None):
+    self.part, self.mask, self.started, self.measured, self.factors = part, mask, started, measured, factors
     self.errors: list[Any] = [0.0, 0.0, 0.0]
 
 

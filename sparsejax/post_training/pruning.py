@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import allocation as allocations
-from sparsejax import arguments, calibration, errors, patterns, scores, selections, trees
+from sparsejax import arguments, calibration, errors, formats, patterns, scores, selections, trees
 from sparsejax.plans import SparseLeaf
 from sparsejax.post_training import memory
 from sparsejax.post_training.cohorts import Sequential, cohorts_of
@@ -191,11 +191,31 @@ def _result(params: PyTree, made: Mapping[str, Target], solved: Mapping[Unit, So
   weights, masks = {}, {}
   for path, target in made.items():
     like = lambda array, target=target: _alike(target.joined(array), target.array)
-    weights[path] = like({unit: solved[path, unit].part for unit in target.units})
-    masks[path] = like({unit: solved[path, unit].mask for unit in target.units})
+    own = {unit: solved[path, unit] for unit in target.units}
+    if any(each.factors is not None for each in own.values()):
+      weights[path], masks[path] = _packed(target, own), True
+      continue
+    weights[path] = like({unit: each.part for unit, each in own.items()})
+    masks[path] = like({unit: each.mask for unit, each in own.items()})
   paths, leaves, structure = trees.flatten(params)
   return Pruned(structure.unflatten([weights.get(path, leaf) for path, leaf in zip(paths, leaves)]),
                 structure.unflatten([masks.get(path, True) for path in paths]), report)
+
+
+def _packed(target: Target, solved: Mapping[Any, Solved]) -> formats.Wrapped:
+  """Returns the wrapped parameter of the factors of its units; a unit without factors gets identities."""
+  arrangement, dtype = next(iter(target.arrangements.values())), target.array.dtype
+  some = next(each.factors for each in solved.values() if each.factors is not None)
+  identity = lambda blocks: jnp.broadcast_to(jnp.eye(blocks.shape[-1], dtype=blocks.dtype), blocks.shape)
+  found = {unit: each.factors or some._replace(left=identity(some.left), right=identity(some.right),
+                                               core=arrangement.stack(each.part)) for unit, each in solved.items()}
+  core = target.joined({unit: arrangement.part(each.core, target.at(target.array, unit).shape)
+                        for unit, each in found.items()})
+  packed = formats.with_axes(formats.NMArray.from_dense(core.astype(dtype), 2, 4, target.leaf.axes), target.leaf.axes)
+  lead = [target.array.shape[a] for a in sorted(target.leaf.axes.layer)]
+  outer = lambda name: jnp.stack([getattr(each, name) for each in found.values()]).reshape(
+      *lead, *getattr(some, name).shape[1:]).astype(dtype)
+  return formats.Wrapped.of(packed, outer('left'), outer('right'))  # type: ignore[arg-type]
 
 
 def _alike(array: Array, other: Array) -> Array:

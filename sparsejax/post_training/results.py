@@ -95,6 +95,9 @@ class Pruned(NamedTuple):
 
   `params`: like the parameters given; those that were not pruned are the same objects. `masks`: a tree like `params`
   of `bool` masks, `True` where kept, and of the scalar `True` for parameters that were not pruned.
+
+  Parameters that `recipes.armor` wraps are `formats.Wrapped` with the mask `True`: `kernels_pallas.packed(apply)` runs
+  them, and `formats.unpack` gives the dense products.
   """
 
   params: PyTree
