@@ -86,9 +86,8 @@ def _by_groups(row: Array, w: Scaled) -> Array:
   """Returns one token `[K]` times blocks of one output, `[N]`."""
   whole = dataclasses.replace(w, values=jnp.ones_like(w.values)).weights()  # numbers before the scale, [G, blocks]
   held: Any = w.held
-  sums = jnp.promote_types(row.dtype, jnp.float32)
-  parts = row.reshape(-1, w.entries[-2])[held.rows].astype(sums)
-  of_block = jnp.sum(parts * whole.T.astype(sums), 1) * w.values[0].astype(sums)
+  parts = row.reshape(-1, w.entries[-2])[held.rows].astype(jnp.float32)
+  of_block = jnp.sum(parts * whole.T.astype(jnp.float32), 1) * w.values[0].astype(jnp.float32)
   count = math.prod(held.output_sizes)
   return jax.ops.segment_sum(of_block, held.cols, count, indices_are_sorted=True).astype(row.dtype)
 

@@ -46,8 +46,9 @@ class Rows(NamedTuple):
 class Moments(NamedTuple):
   """A `Moments` holds sums over the rows of each input of L matrices.
 
-  `rows`: `int32[L]`, how many rows were counted. `total`, `square`: `float32[L, K]`, the sums of `x` and of `x^2`.
-  `within`: `float32[L, K]`, the sum over batches of the batch's rows times the (biased) variance within the batch.
+  `rows`: `int32[L]`, how many rows were counted. `total`, `square`: `[L, K]`, `float32` or, of `float64` rows,
+  `float64`: the sums of `x` and of `x^2`.
+  `within`: `[L, K]`, the sum over batches of the batch's rows times the (biased) variance within the batch.
   """
 
   rows: Array
@@ -59,7 +60,7 @@ class Moments(NamedTuple):
 class Gram(NamedTuple):
   """A `Gram` holds the sums of `x x^T` over the rows of L matrices, not divided by their number and not damped.
 
-  `rows`: `int32[L]`. `total`: `float32[L, K]`, the sum of `x`. `gram`: `float32[L, K, K]`.
+  `rows`: `int32[L]`. `total`: `[L, K]`, the sum of `x`. `gram`: `[L, K, K]`, `float32` or `float64`.
   """
 
   rows: Array
@@ -80,7 +81,7 @@ def moments(rows: Rows) -> Moments:
   """Returns the `Moments` of the rows of one batch."""
   count, total, valid = _sums(rows)
   square = jnp.einsum('lt,ltk->lk', valid, jnp.square(_zeroed(rows)), precision=lax.Precision.HIGHEST)
-  mean = total / jnp.maximum(count, 1).astype(jnp.float32)[:, None]
+  mean = total / jnp.maximum(count, 1).astype(total.dtype)[:, None]
   return Moments(count, total, square, square - mean * total)
 
 
@@ -103,17 +104,22 @@ def add(a: Any, b: Any) -> Any:
   return jax.tree.map(jnp.add, a, b)
 
 
+def wide(x: Array) -> Array:
+  """Returns `x` as `float32`, or as it is if it is `float64`: the dtype in which sums are taken."""
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 def _zeroed(rows: Rows) -> Array:
-  """Returns `x` as `float32`, with zeros in the place of rows that count for no matrix: NaN in padding is no NaN."""
+  """Returns `x` in the dtype of its sums, with zeros in the place of rows that count for no matrix: NaN in padding is no NaN."""
   anywhere = jnp.any(rows.counted, 0)
-  return jnp.where(anywhere[None, :, None], rows.x.astype(jnp.float32), 0)
+  return jnp.where(anywhere[None, :, None], wide(rows.x), 0)
 
 
 def _sums(rows: Rows) -> tuple[Array, Array, Array]:
-  """Returns the number of rows `int32[L]`, the sums of `x`, and the rows that count as `float32[L, T]`."""
+  """Returns the number of rows `int32[L]`, the sums of `x`, and the rows that count as `[L, T]` of the same dtype."""
   stack = max(len(rows.x), len(rows.counted))
   counted = jnp.broadcast_to(rows.counted, (stack, rows.x.shape[1]))
-  valid = counted.astype(jnp.float32)
+  valid = counted.astype(rows.x.dtype if rows.x.dtype == jnp.float64 else jnp.float32)
   total = jnp.einsum('lt,ltk->lk', valid, _zeroed(rows), precision=lax.Precision.HIGHEST)
   return jnp.sum(counted, 1, dtype=jnp.int32), total, valid
 

@@ -225,9 +225,9 @@ def _finite(statistic: Any) -> Array:
 @jax.jit
 def _energies(y: Array, error: Array, first: Array, valid: Array | None) -> list[Array]:
   """Returns the sums of squares of the dense product `y + error`, of the first error, and of the error."""
-  square = lambda a: jnp.square(a.astype(jnp.float32))
+  square, wide = lambda a: jnp.square(calibration.wide(a)), calibration.wide
   counted = lambda a: jnp.sum(a if valid is None else jnp.where(valid, a, 0))
-  return [counted(square(y.astype(jnp.float32) + error.astype(jnp.float32))), counted(square(first)),
+  return [counted(square(wide(y) + wide(error))), counted(square(first)),
           counted(square(error))]
 
 

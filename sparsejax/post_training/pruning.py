@@ -25,10 +25,11 @@ from sparsejax.post_training.finished import Finished, fingerprint_of
 from sparsejax.post_training.inputs import Calls, calls_of, validity
 from sparsejax.post_training.lockstep import BatchWalk, Lockstep, Solved, Unit
 from sparsejax.post_training.recipe import Recipe
-from sparsejax.post_training.results import Pruned, PruningReport, StackReport
+from sparsejax.post_training.results import Pruned, StackReport, report_of
 from sparsejax.post_training.solving import UNSEEN, Solver
 from sparsejax.post_training.targets import Target, targets, words_of
 from sparsejax.programs.operands import walk
+from sparsejax.tables import Report
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree, Signals
 
 
@@ -91,7 +92,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
       steps.solved[unit] = solver(unit, None)
   solver.measured(steps.solved)
   rows = tuple(solver.rows[unit] for unit in steps.solved)
-  return _result(params, made, steps.solved, PruningReport(rows, dense, need, time.perf_counter() - began))
+  return _result(params, made, steps.solved, report_of(rows, dense, need, time.perf_counter() - began))
 
 
 def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str, *,
@@ -119,7 +120,7 @@ def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str
   new = {path: jnp.where(masks[path], w, jnp.zeros((), w.dtype)) for path, w in arrays.items()}
   return Pruned(structure.unflatten([new.get(path, leaf) for path, leaf in zip(paths, leaves)]),
                 structure.unflatten([masks.get(path, True) for path in paths]),
-                PruningReport(rows, {}, 0, time.perf_counter() - began))
+                report_of(rows, seconds=time.perf_counter() - began))
 
 
 def _selected(selection: selections.Selection, plan: Sequence[SparseLeaf], arrays: list[Array]) -> list[Array]:
@@ -186,7 +187,7 @@ def _folder(workdir: str | None, params: PyTree, calls: Calls, made: Mapping[str
   return Finished(pathlib.Path(workdir), fingerprint, made)
 
 
-def _result(params: PyTree, made: Mapping[str, Target], solved: Mapping[Unit, Solved], report: PruningReport) -> Pruned:
+def _result(params: PyTree, made: Mapping[str, Target], solved: Mapping[Unit, Solved], report: Report) -> Pruned:
   """Returns the tree with the pruned parameters, sharded as before, and the masks."""
   weights, masks = {}, {}
   for path, target in made.items():

@@ -25,7 +25,7 @@ STACKED = Axes(contracted=(2,), output=(1,), layer=(0,), source='traced')  # the
 class Stack(NamedTuple):
   """A `Stack` holds the L matrices of one product on their way from dense to sparse; all arrays are `[L, R, K]`.
 
-  `dense`: the weights before pruning, `float32`, which no repair changes. `w`: the present weights, zero outside of
+  `dense`: the weights before pruning, `float32` or `float64`, which no repair changes. `w`: the present weights, zero outside of
   `mask`. `mask`: `bool`, the weights that are kept so far. Weights that were pruned before the call are `False` from
   the beginning and stay so.
   `damping`: `float32[L]`, what the last repair added to the diagonal of the Gram matrix, relative to the diagonal's
@@ -59,9 +59,9 @@ class Factors(NamedTuple):
 
 def stack_of(dense: Array, kept: Array | None = None) -> Stack:
   """Returns the stack of weights `[L, R, K]` before pruning; `kept` is `False` for weights that are pruned already."""
-  dense = dense.astype(jnp.float32)
+  dense = calibration.wide(dense)
   mask = jnp.ones(dense.shape, bool) if kept is None else kept
-  none = jnp.zeros(dense.shape[:1])
+  none = jnp.zeros(dense.shape[:1], jnp.float32)
   return Stack(dense, jnp.where(mask, dense, 0), mask, none, none.astype(jnp.int32))
 
 

@@ -234,7 +234,7 @@ def _swaps(stack: Stack, choose: Chooser, statistic: Any, cycles: int, threshold
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _exchanged(stack: Stack, statistic: Any, threshold: Any, power: Any, cycles: int, guard: bool,
                group: int | None) -> Array:
-  rows = jnp.maximum(statistic.rows, 1).astype(jnp.float32)[:, None]
+  rows = jnp.maximum(statistic.rows, 1).astype(statistic.square.dtype)[:, None]
   means = [jnp.broadcast_to(x / rows, stack.dense.shape[::2]) for x in (statistic.total, statistic.within)]
   inputs = InputMoments(*means)
   values = scores.wanda(stack.dense, Signals(stats=statistic, axes=STACKED))
@@ -288,7 +288,7 @@ def _wrapped(stack: Stack, choose: Chooser, statistic: Any, block: int, iteratio
   if not bool(jnp.all(stack.mask | (stack.dense != 0))):
     raise ValueError('repairs.wrapped: weights are pruned already, and the product of the factors has no zeros. Pass '
                      'keep=False to prune, or take another recipe.')
-  rows = jnp.maximum(statistic.rows, 1).astype(jnp.float32)[:, None]
+  rows = jnp.maximum(statistic.rows, 1).astype(statistic.square.dtype)[:, None]
   square = jnp.broadcast_to(statistic.square / rows, stack.dense.shape[::2])
   made = [factorised(w, own, key=jax.random.fold_in(jax.random.key(seed), layer), block=block, iterations=iterations,
                      learning_rate=rate) for layer, (w, own) in enumerate(zip(stack.dense, square))]

@@ -47,6 +47,7 @@ class Solver:
     empty = np.ones(own.shape[0], bool) if statistic is None else np.asarray(statistic.rows) == 0
     self._refuse_unseen(target, unit, empty)
     stack = stack_of(own.stack(part), own.stack(target.at(target.kept, unit[1])))
+    statistic = _alike(statistic, stack.dense.dtype)
     choose = Chooser(target.pattern, target.leaf.sparsity, own.groups)
     started = self._chosen(target, unit, stack, choose, statistic, empty)
     made = started if empty.all() else _merged(empty, started, self.recipe.repaired(started, choose, statistic))
@@ -110,6 +111,11 @@ class Solver:
       total, before, after = map(float, each.errors)
       if each.measured and total > 0:
         self.rows[unit] = self.rows[unit]._replace(before=before / total, after=after / total)
+
+
+def _alike(statistic: Any, dtype: Any) -> Any:
+  """Returns the statistic with its sums in the dtype of the weights, which decides how the unit is solved."""
+  return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, statistic)
 
 
 def _merged(which: np.ndarray, a: Stack, b: Stack) -> Stack:
