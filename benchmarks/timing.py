@@ -33,12 +33,14 @@ class Measurement(NamedTuple):
     return self.measured >= self.bar if self.at_least else self.measured <= self.bar
 
 
-def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1) -> Iterator[dict[str, float]]:
+def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1,
+               clock: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
   """Yields, for each round, the seconds of one call of each contestant. A first call of each compiles and warms up.
 
   The order of the contestants rotates from round to round, so that a slow moment of the machine does not always hit the
   same contestant. `calls` is the number of calls in a row, of which the median counts. With several calls, small
-  operands are in the cache, as they are not after another contestant's turn.
+  operands are in the cache, as they are not after another contestant's turn. `time.process_time` as the `clock` counts
+  the seconds of all cores together, without those of other processes.
   """
   names = list(contestants)
   for call in contestants.values():
@@ -48,9 +50,9 @@ def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, calls:
     for name in names[i % len(names):] + names[:i % len(names)]:
       taken = []
       for _ in range(calls):
-        start = time.perf_counter()
+        start = clock()
         jax.block_until_ready(contestants[name]())
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
       seconds[name] = float(np.median(taken))
     yield seconds
 

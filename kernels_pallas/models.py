@@ -20,32 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import block_sparse, ell, held, n_m, sparse24, unstructured
+from kernels_pallas import held
+from kernels_pallas.around import OPS, Op
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
 from sparsejax.programs import Operation, Program, ValueRules, evaluate, jaxprs, trace
 from sparsejax.programs.jaxprs import Numbers
 from sparsejax.types import Array
-
-
-class Op(NamedTuple):
-  """An `Op` holds the functions that multiply by one kind of packed weight.
-
-  `multiply(x, w, implementation=None, explain=False)` contracts the last axis of `x`. With `explain`, `multiply`
-  returns the implementations that it would run. `refusal(x, w)` returns why no implementation can multiply `x` by `w`,
-  or `None`; only shapes and dtypes are read. An error of `multiply` that `refusal` does not announce is raised.
-  """
-
-  multiply: Callable[..., Any]
-  refusal: Callable[[Any, Any], str | None]
-
-
-OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
-  'block_sparse': Op(block_sparse.block_sparse_matmul, block_sparse.refusal),
-  'csc': Op(unstructured.unstructured_matmul, unstructured.refusal),
-  'ell': Op(ell.ell_matmul, ell.refusal),
-  'nm': Op(n_m.nm_matmul, n_m.refusal),
-  'sparse24': Op(sparse24.sparse24_matmul, sparse24.refusal)}
 
 
 class PackedUse(NamedTuple):

@@ -21,8 +21,9 @@ import safetensors.numpy
 from sparsejax import formats, hub, io, post_training, trees
 from sparsejax.hub import texts
 from sparsejax.io import folders
-from sparsejax.post_training import PruningReport, Recipe
+from sparsejax.post_training import Recipe
 from sparsejax.programs.contractions import contractions
+from sparsejax.tables import Report
 from sparsejax.types import Pattern
 
 BATCH = 16
@@ -31,7 +32,7 @@ BATCH = 16
 def prune_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str], recipe: Recipe,
                  tokens: np.ndarray | str | os.PathLike[str], *, apply: Callable[..., Any] | None = None,
                  padding: int | None = None, length: int = texts.LENGTH, batch: int = BATCH, where: Any = None,
-                 packed: Pattern | None = None, **options: Any) -> PruningReport:
+                 packed: Pattern | None = None, **options: Any) -> Report:
   """Prunes the model in `folder` by a recipe, on `tokens` `int[N, T]` or on a text, and writes the folder `out`.
 
   A text is the path of a UTF-8 file, which the `tokenizer.json` of the folder makes tokens of: a row of at most

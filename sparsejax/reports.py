@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import arguments, census, errors, patterns, states, tables, trees, types
+from sparsejax import arguments, census, errors, patterns, states, trees, types
 from sparsejax.patterns import NM
+from sparsejax.tables import Report, number
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
 COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
-_HEAD = ('parameter', 'shape', 'pattern', 'along', 'asked', 'achieved', '')
 
 
 class LeafReport(NamedTuple):
@@ -41,43 +41,10 @@ class LeafReport(NamedTuple):
     """The row as the texts of a table."""
     along = f'{",".join(map(str, self.axes.contracted)) or "-"} ({self.axes.source})'
     shape, pattern = ' x '.join(map(str, self.shape)), str(self.pattern or '-')
-    return (self.path, shape, pattern, along, _number(self.asked), _number(self.achieved), self.problem)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """A `Report` holds the rows of the sparse parameters, or of all matrices where nothing was asked. Prints as a table.
-
-  `asked`: the sparsity asked of all rows together, or `None` if nothing was asked of some of them.
-  """
-
-  rows: tuple[LeafReport, ...]
-  notes: tuple[str, ...] = ()
-  asked: float | None = None
-
-  @property
-  def violations(self) -> list[LeafReport]:
-    return [row for row in self.rows if row.problem]
-
-  @property
-  def sizes(self) -> list[int]:
-    return [math.prod(row.shape) for row in self.rows]
-
-  @property
-  def achieved(self) -> float:
-    """The sparsity of all rows together."""
-    return sum(n * row.achieved for n, row in zip(self.sizes, self.rows)) / max(sum(self.sizes), 1)
-
-  def __str__(self) -> str:
-    total = ('together', '', '', '', _number(self.asked), _number(self.achieved), '')
-    return '\n'.join([tables.aligned(_HEAD, [*(row.cells for row in self.rows), total]), *self.notes])
+    return (self.path, shape, pattern, along, number(self.asked), number(self.achieved), self.problem)
 
 
 types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
-
-
-def _number(sparsity: float | None) -> str:
-  return '-' if sparsity is None else f'{sparsity:.4f}'
 
 
 def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,

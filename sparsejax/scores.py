@@ -140,8 +140,8 @@ def wanda(w: Array, signals: Signals) -> Array:
   that is always zero score 0.
   """
   stats = _needed('wanda', signals.stats, 'the statistic calibration.moments of a Recipe')
-  mean = stats.square / jnp.maximum(stats.rows, 1).astype(jnp.float32)[:, None]
-  return jnp.abs(w).astype(jnp.float32) * jnp.sqrt(mean)[:, None]
+  mean = stats.square / jnp.maximum(stats.rows, 1).astype(stats.square.dtype)[:, None]
+  return jnp.abs(w).astype(mean.dtype) * jnp.sqrt(mean)[:, None]
 
 
 def obs(w: Array, signals: Signals, damping: float = 0.01) -> Array:
@@ -152,7 +152,7 @@ def obs(w: Array, signals: Signals, damping: float = 0.01) -> Array:
   without a factor gives NaN.
   """
   stats = _needed('obs', signals.stats, 'the statistic calibration.gram of a Recipe')
-  return jnp.square(w.astype(jnp.float32)) / hessians.inverse_diagonal(stats.gram, damping)[:, None]
+  return jnp.square(w.astype(stats.gram.dtype)) / hessians.inverse_diagonal(stats.gram, damping)[:, None]
 
 
 class Memory(NamedTuple):

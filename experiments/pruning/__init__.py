@@ -35,18 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   def work() -> Any:
     with StopRequest() as request:
       return run(given.table, given.workdir, given.data_dir, recipes=given.recipes.split(','),
-                 patterns=given.patterns.split(','), seeds=[int(seed) for seed in given.seeds.split(',')],
+                 patterns=given.patterns.split(','), seeds=[int(seed) for seed in given.seeds.split(',')], steps=given.steps,
                  request=request)
 
   return commands.attempt(work, given.workdir, commands.command('pruning', arguments), given.traceback).status
 
 
 def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Sequence[str] = RECIPES,
-        patterns: Sequence[str] = engine.PATTERNS, seeds: Sequence[int] = (0,),
+        patterns: Sequence[str] = engine.PATTERNS, seeds: Sequence[int] = (0,), steps: int = decoder.CONFIG['steps'],
         request: StopRequest | None = None) -> list[Line]:
   """Prunes and judges what is not finished, writes and prints the table in `workdir`, and returns the lines.
 
-  `table`: 'encoder' or 'decoder'. Raises `ValueError` for an unknown table or recipe, and where another process works
+  `table`: 'encoder' or 'decoder'. `steps`: those of the training of the decoder. Raises `ValueError` for an unknown table or recipe, and where another process works
   in `workdir`. Raises `training.Stopped` where a signal stopped it; the same call then goes on.
   """
   if table not in pruned.METRICS:
@@ -56,8 +56,9 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Seque
       raise errors.unknown('pruning', 'recipe', name, RECIPES)
   place, console, request = pathlib.Path(workdir), training.console(), request or StopRequest()
   make = {'encoder': functools.partial(encoder.subject, data_dir),
-          'decoder': functools.partial(decoder.subject, data_dir, place, request)}[table]
-  facts = {'table': table, 'data': 'given' if data_dir else 'the standard library', **SIZES[table]}
+          'decoder': functools.partial(decoder.subject, data_dir, place, request, steps)}[table]
+  facts = {'table': table, 'data': 'given' if data_dir else 'the standard library', **SIZES[table],
+           **({'steps': steps} if table == 'decoder' else {})}
   todo, found = engine.cells(recipes, patterns, seeds), []
   with locked(place) as ledger, console.status('') as status:
     bench = engine.Bench(make, request, status.update)
@@ -80,5 +81,6 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--recipes', default=','.join(RECIPES), help='names with commas; default: all')
   parser.add_argument('--patterns', default=','.join(engine.PATTERNS), help='sparsities and N:M, with commas')
   parser.add_argument('--seeds', default='0', help='seeds that draw the data, with commas')
+  parser.add_argument('--steps', type=int, default=decoder.CONFIG['steps'], help='of the training of the decoder')
   parser.add_argument('--traceback', action='store_true', help='show where in the code a refusal comes from')
   return parser.parse_args(arguments)

@@ -10,7 +10,8 @@ bits of the weights as unsigned integers, because floating-point units may flush
 `TABLE` holds the formats by name. `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern. `BitmaskArray`
 and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` and `ELLArray` do for products. A format of one's own
 is a registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and
-the command line then use it.
+the command line then use it. `AROUND` holds the formats around a packed array: `Scaled` quantizes its values, and
+`Wrapped` multiplies it by block-diagonal matrices.
 """
 
 import dataclasses
@@ -22,26 +23,32 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import errors, patterns, states, trees
+from sparsejax.formats import arrays
 from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, axes_of, nbytes, with_axes
 from sparsejax.formats.blocks import BlockSparseArray
 from sparsejax.formats.columns import CSCArray
 from sparsejax.formats.ell import ELLArray
 from sparsejax.formats.n_m import NMArray
+from sparsejax.formats.scaled import Scaled
 from sparsejax.formats.sparse24 import Sparse24Array
+from sparsejax.formats.wrapped import Wrapped
 from sparsejax.patterns import Unstructured
 from sparsejax.progress import counted
 from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
-    'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
-    'RelativeIndexArray', 'Sparse24Array', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed', 'matmul', 'nbytes',
+    'AROUND', 'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
+    'RelativeIndexArray', 'Scaled', 'Sparse24Array', 'Wrapped', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed', 'matmul', 'nbytes',
     'pack', 'packings', 'unfit', 'unpack', 'values', 'with_axes', 'with_values',
 ]
 
 # The formats by name. `pack` takes the first format that fits a pattern and pays for a leaf, so the order counts.
-TABLE: dict[str, type[PackedArray]] = {each.kind: each for each in (
-    NMArray, BlockSparseArray, CSCArray, BitmaskArray, RelativeIndexArray, Sparse24Array, ELLArray)}
+TABLE = arrays.TABLE
+TABLE.update({each.kind: each for each in (
+    NMArray, BlockSparseArray, CSCArray, BitmaskArray, RelativeIndexArray, Sparse24Array, ELLArray)})
+# The formats that hold an array of `TABLE` and change it; `pack` makes none of them, and files have them.
+AROUND: dict[str, type[PackedArray]] = {each.kind: each for each in (Scaled, Wrapped)}
 
 
 def is_packed(node: Any) -> bool:

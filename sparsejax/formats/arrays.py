@@ -25,6 +25,7 @@ from sparsejax.formats import zeros
 from sparsejax.types import Array, Axes, Pattern
 
 static = functools.partial(dataclasses.field, metadata={'static': True})
+TABLE: dict[str, type['PackedArray']] = {}  # `formats.TABLE`, for formats that hold another
 
 
 class Misfit(ValueError):

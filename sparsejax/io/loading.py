@@ -168,7 +168,7 @@ def _made(path: Any, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> An
   name, kind = entry['path'], entry['kind']
   if kind == 'dense':
     return tensors[name].read()
-  format_ = formats.TABLE.get(kind)
+  format_ = formats.TABLE.get(kind) or formats.AROUND.get(kind)
   if not format_:
     raise headers.bad(path, f'{name!r} is of an unknown kind, {kind!r}: none of {", ".join(formats.TABLE)} in '
                             'formats.TABLE')

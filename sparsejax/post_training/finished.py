@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.post_training.lockstep import Solved, Unit
+from sparsejax.post_training.recipe import Factors
 from sparsejax.post_training.results import StackReport
 from sparsejax.post_training.targets import Target, names_of
 
@@ -39,6 +40,8 @@ class Finished:
     arrays = {'part': _raw(solved.part), 'mask': np.asarray(solved.mask)}
     if solved.started is not None:
       arrays['started'] = _raw(solved.started)
+    if solved.factors is not None:
+      arrays |= {f'factors.{name}': np.asarray(array) for name, array in solved.factors._asdict().items()}
     about = {'fingerprint': self.fingerprint, 'name': row.name, 'measured': solved.measured,
              'row': {name: getattr(row, name) for name in _NUMBERS}}
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +75,9 @@ class Finished:
     shape = target.at(target.array, unit[1]).shape
     weights = lambda raw: jnp.asarray(raw.view(target.array.dtype).reshape(shape))
     started = weights(arrays['started']) if 'started' in arrays else None
-    solved = Solved(weights(arrays['part']), jnp.asarray(arrays['mask']), started, about['measured'])
+    factors = Factors(*(jnp.asarray(arrays[f'factors.{name}']) for name in Factors._fields)
+                      ) if 'factors.core' in arrays else None
+    solved = Solved(weights(arrays['part']), jnp.asarray(arrays['mask']), started, about['measured'], factors)
     own = next(iter(target.arrangements.values()))
     numbers = {**about['row'], 'each': tuple(about['row']['each'])}  # JSON has no tuples
     return solved, StackReport(unit[0], unit[1], tuple(own.shape), target.pattern, target.leaf.sparsity, **numbers)

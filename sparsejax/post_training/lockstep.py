@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sparsejax import calibration, errors
 from sparsejax.post_training.cohorts import Cohort
+from sparsejax.post_training.recipe import Factors
 from sparsejax.post_training.targets import Index, Target, names_of
 from sparsejax.programs.arrangements import Arrangement
 from sparsejax.programs.evaluate import Walk
@@ -29,12 +30,13 @@ class Solved:
   """A `Solved` is a unit that has been pruned: its weights and mask, and the error that was measured since.
 
   `part`, `mask`: shaped like the unit. `started`: the dense weights at the mask before any repair, or `None` if no
-  repair changed a weight. `errors`: sums of squares over the outputs so far, of the dense product and of the errors
+  repair changed a weight. `factors`: the factors of a wrapped unit, or `None`; `part` is then dense. `errors`: sums of
+  squares over the outputs so far, of the dense product and of the errors
   before and after repair.
   """
 
-  def __init__(self, part: Array, mask: Array, started: Array | None, measured: bool):
-    self.part, self.mask, self.started, self.measured = part, mask, started, measured
+  def __init__(self, part: Array, mask: Array, started: Array | None, measured: bool, factors: Factors | None = None):
+    self.part, self.mask, self.started, self.measured, self.factors = part, mask, started, measured, factors
     self.errors: list[Any] = [0.0, 0.0, 0.0]
 
 
@@ -223,9 +225,9 @@ def _finite(statistic: Any) -> Array:
 @jax.jit
 def _energies(y: Array, error: Array, first: Array, valid: Array | None) -> list[Array]:
   """Returns the sums of squares of the dense product `y + error`, of the first error, and of the error."""
-  square = lambda a: jnp.square(a.astype(jnp.float32))
+  square, wide = lambda a: jnp.square(calibration.wide(a)), calibration.wide
   counted = lambda a: jnp.sum(a if valid is None else jnp.where(valid, a, 0))
-  return [counted(square(y.astype(jnp.float32) + error.astype(jnp.float32))), counted(square(first)),
+  return [counted(square(wide(y) + wide(error))), counted(square(first)),
           counted(square(error))]
 
 

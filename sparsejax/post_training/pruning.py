@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import allocation as allocations
-from sparsejax import arguments, calibration, errors, patterns, scores, selections, trees
+from sparsejax import arguments, calibration, errors, formats, patterns, scores, selections, trees
 from sparsejax.plans import SparseLeaf
 from sparsejax.post_training import memory
 from sparsejax.post_training.cohorts import Sequential, cohorts_of
@@ -25,11 +25,12 @@ from sparsejax.post_training.finished import Finished, fingerprint_of
 from sparsejax.post_training.inputs import Calls, calls_of, validity
 from sparsejax.post_training.lockstep import BatchWalk, Lockstep, Solved, Unit
 from sparsejax.post_training.recipe import Recipe
-from sparsejax.post_training.results import Pruned, PruningReport, StackReport
+from sparsejax.post_training.results import Pruned, StackReport, report_of
 from sparsejax.post_training.solving import UNSEEN, Solver
 from sparsejax.post_training.targets import Target, targets, words_of
 from sparsejax.programs.operands import walk
 from sparsejax.progress import replaced
+from sparsejax.tables import Report
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree, Signals
 
 
@@ -93,7 +94,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
       steps.solved[unit] = solver(unit, None)
   solver.measured(steps.solved)
   rows = tuple(solver.rows[unit] for unit in steps.solved)
-  return _result(params, made, steps.solved, PruningReport(rows, dense, need, time.perf_counter() - began))
+  return _result(params, made, steps.solved, report_of(rows, dense, need, time.perf_counter() - began))
 
 
 def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str, *,
@@ -121,7 +122,7 @@ def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str
   new = {path: jnp.where(masks[path], w, jnp.zeros((), w.dtype)) for path, w in arrays.items()}
   return Pruned(structure.unflatten([new.get(path, leaf) for path, leaf in zip(paths, leaves)]),
                 structure.unflatten([masks.get(path, True) for path in paths]),
-                PruningReport(rows, {}, 0, time.perf_counter() - began))
+                report_of(rows, seconds=time.perf_counter() - began))
 
 
 def _selected(selection: selections.Selection, plan: Sequence[SparseLeaf], arrays: list[Array]) -> list[Array]:
@@ -188,16 +189,36 @@ def _folder(workdir: str | None, params: PyTree, calls: Calls, made: Mapping[str
   return Finished(pathlib.Path(workdir), fingerprint, made)
 
 
-def _result(params: PyTree, made: Mapping[str, Target], solved: Mapping[Unit, Solved], report: PruningReport) -> Pruned:
+def _result(params: PyTree, made: Mapping[str, Target], solved: Mapping[Unit, Solved], report: Report) -> Pruned:
   """Returns the tree with the pruned parameters, sharded as before, and the masks."""
   weights, masks = {}, {}
   for path, target in made.items():
     like = lambda array, target=target: _alike(target.joined(array), target.array)
-    weights[path] = like({unit: solved[path, unit].part for unit in target.units})
-    masks[path] = like({unit: solved[path, unit].mask for unit in target.units})
+    own = {unit: solved[path, unit] for unit in target.units}
+    if any(each.factors is not None for each in own.values()):
+      weights[path], masks[path] = _packed(target, own), True
+      continue
+    weights[path] = like({unit: each.part for unit, each in own.items()})
+    masks[path] = like({unit: each.mask for unit, each in own.items()})
   paths, leaves, structure = trees.flatten(params)
   return Pruned(structure.unflatten([weights.get(path, leaf) for path, leaf in zip(paths, leaves)]),
                 structure.unflatten([masks.get(path, True) for path in paths]), report)
+
+
+def _packed(target: Target, solved: Mapping[Any, Solved]) -> formats.Wrapped:
+  """Returns the wrapped parameter of the factors of its units; a unit without factors gets identities."""
+  arrangement, dtype = next(iter(target.arrangements.values())), target.array.dtype
+  some = next(each.factors for each in solved.values() if each.factors is not None)
+  identity = lambda blocks: jnp.broadcast_to(jnp.eye(blocks.shape[-1], dtype=blocks.dtype), blocks.shape)
+  found = {unit: each.factors or some._replace(left=identity(some.left), right=identity(some.right),
+                                               core=arrangement.stack(each.part)) for unit, each in solved.items()}
+  core = target.joined({unit: arrangement.part(each.core, target.at(target.array, unit).shape)
+                        for unit, each in found.items()})
+  packed = formats.with_axes(formats.NMArray.from_dense(core.astype(dtype), 2, 4, target.leaf.axes), target.leaf.axes)
+  lead = [target.array.shape[a] for a in sorted(target.leaf.axes.layer)]
+  outer = lambda name: jnp.stack([getattr(each, name) for each in found.values()]).reshape(
+      *lead, *getattr(some, name).shape[1:]).astype(dtype)
+  return formats.Wrapped.of(packed, outer('left'), outer('right'))  # type: ignore[arg-type]
 
 
 def _alike(array: Array, other: Array) -> Array:

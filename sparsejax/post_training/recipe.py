@@ -25,12 +25,13 @@ STACKED = Axes(contracted=(2,), output=(1,), layer=(0,), source='traced')  # the
 class Stack(NamedTuple):
   """A `Stack` holds the L matrices of one product on their way from dense to sparse; all arrays are `[L, R, K]`.
 
-  `dense`: the weights before pruning, `float32`, which no repair changes. `w`: the present weights, zero outside of
+  `dense`: the weights before pruning, `float32` or `float64`, which no repair changes. `w`: the present weights, zero outside of
   `mask`. `mask`: `bool`, the weights that are kept so far. Weights that were pruned before the call are `False` from
   the beginning and stay so.
   `damping`: `float32[L]`, what the last repair added to the diagonal of the Gram matrix, relative to the diagonal's
   mean over live inputs. NaN says that no factor was found at any damping; `prune` then raises and names the layer.
   `raised`: `int32[L]`, how many times the damping was raised.
+  `factors`: `None`, or what `repairs.wrapped` writes the matrices as: `w` is then dense, and `mask` that of the core.
   """
 
   dense: Array
@@ -38,17 +39,29 @@ class Stack(NamedTuple):
   mask: Array
   damping: Array
   raised: Array
+  factors: 'Factors | None' = None
 
   def kept(self, mask: Array) -> 'Stack':
     """Returns the stack with the dense weights at `mask` and zeros elsewhere."""
     return self._replace(w=jnp.where(mask, self.dense, 0), mask=mask)
 
 
+class Factors(NamedTuple):
+  """A `Factors` holds L matrices `[R, K]` as products `left core right`, of which the outer two are block-diagonal.
+
+  `left`: `[L, R / b, b, b]`. `core`: `[L, R, K]`, 2:4. `right`: `[L, K / b, b, b]`.
+  """
+
+  left: Array
+  core: Array
+  right: Array
+
+
 def stack_of(dense: Array, kept: Array | None = None) -> Stack:
   """Returns the stack of weights `[L, R, K]` before pruning; `kept` is `False` for weights that are pruned already."""
-  dense = dense.astype(jnp.float32)
+  dense = calibration.wide(dense)
   mask = jnp.ones(dense.shape, bool) if kept is None else kept
-  none = jnp.zeros(dense.shape[:1])
+  none = jnp.zeros(dense.shape[:1], jnp.float32)
   return Stack(dense, jnp.where(mask, dense, 0), mask, none, none.astype(jnp.int32))
 
 
@@ -93,7 +106,8 @@ class Chooser:
 
 # (stack, choose, statistic) -> stack. A repair changes weights inside of the mask, or exchanges its entries. The
 # first repair of a recipe without a score chooses the mask as well, among `stack.mask`, by `choose`. A repair runs on
-# concrete arrays, and compiles what it needs by itself. A repair must keep the zeros outside of the mask.
+# concrete arrays, and compiles what it needs by itself. A repair must keep the zeros outside of the mask, unless it
+# gives `factors`.
 Repair = Callable[[Stack, Chooser, Any], Stack]
 
 

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparsejax import counts, hessians, scores
+from sparsejax import counts, hessians, patterns, scores
 from sparsejax.arguments import checked
 from sparsejax.post_training import one_by_one, parts
 from sparsejax.post_training.columns import Sweep, swept
 from sparsejax.post_training.exchanges import InputMoments, exchanged
 from sparsejax.post_training.net_trim import trimmed
-from sparsejax.post_training.recipe import STACKED, Chooser, Repair, Stack
+from sparsejax.post_training.recipe import STACKED, Chooser, Factors, Repair, Stack
+from sparsejax.post_training.wrapped import factorised, product
 from sparsejax.types import Array, Bound, Signals
 
 
@@ -233,7 +234,7 @@ def _swaps(stack: Stack, choose: Chooser, statistic: Any, cycles: int, threshold
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _exchanged(stack: Stack, statistic: Any, threshold: Any, power: Any, cycles: int, guard: bool,
                group: int | None) -> Array:
-  rows = jnp.maximum(statistic.rows, 1).astype(jnp.float32)[:, None]
+  rows = jnp.maximum(statistic.rows, 1).astype(statistic.square.dtype)[:, None]
   means = [jnp.broadcast_to(x / rows, stack.dense.shape[::2]) for x in (statistic.total, statistic.within)]
   inputs = InputMoments(*means)
   values = scores.wanda(stack.dense, Signals(stats=statistic, axes=STACKED))
@@ -267,6 +268,32 @@ def _trimmed(dense: Array, mask: Array, static: Any, epsilon: Any, layer: Any, f
   root = lax.linalg.cholesky(_hessian(gram, layer, factor), symmetrize_input=False)
   most = epsilon * jnp.linalg.norm(jnp.matmul(w, root, precision=lax.Precision.HIGHEST))
   return trimmed(w.T, root, most, rho=rho, iterations=iterations).T, kept
+
+
+@checked
+def wrapped(block: int = 32, iterations: int = 3000, learning_rate: float = 1e-4, seed: int = 0) -> Repair:
+  """Returns the repair that writes each matrix as a 2:4 core between block-diagonal matrices: ARMOR (Liu et al. 2025).
+
+  See `wrapped.factorised` for the algorithm and its deviation. The pattern is NM(2, 4), and the statistic has the mean
+  squares of the inputs. The products are dense, so that `prune` returns these parameters as `formats.Wrapped`. Raises
+  `ValueError` for another pattern, for weights that are pruned already, and for sizes that `block` does not divide.
+  """
+  return Bound(_wrapped, (block, iterations, learning_rate, seed))
+
+
+def _wrapped(stack: Stack, choose: Chooser, statistic: Any, block: int, iterations: int, rate: float,
+             seed: int) -> Stack:
+  if choose.pattern != patterns.NM(2, 4):
+    raise ValueError(f'repairs.wrapped: the core is 2:4, and the pattern {choose.pattern}. Use NM(2, 4).')
+  if not bool(jnp.all(stack.mask | (stack.dense != 0))):
+    raise ValueError('repairs.wrapped: weights are pruned already, and the product of the factors has no zeros. Pass '
+                     'keep=False to prune, or take another recipe.')
+  rows = jnp.maximum(statistic.rows, 1).astype(statistic.square.dtype)[:, None]
+  square = jnp.broadcast_to(statistic.square / rows, stack.dense.shape[::2])
+  made = [factorised(w, own, key=jax.random.fold_in(jax.random.key(seed), layer), block=block, iterations=iterations,
+                     learning_rate=rate) for layer, (w, own) in enumerate(zip(stack.dense, square))]
+  factors = Factors(*(jnp.stack([getattr(each, name) for each in made]) for name in Factors._fields))
+  return stack._replace(w=jax.vmap(product)(*factors), mask=factors.core != 0, factors=factors)
 
 
 def _repaired(stack: Stack, gram: Array, damping: float, function: Callable[..., tuple[Array, Array]]) -> Stack:

@@ -5,10 +5,11 @@
     result.report.rows[0].after                      # the relative squared error of the product, on calibration rows
 """
 
-import dataclasses
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from sparsejax import tables
+from sparsejax.tables import Report
 from sparsejax.types import Pattern, PyTree
 
 _HEAD = ('parameter', 'stack', 'pattern', 'asked', 'achieved', 'rows', 'rows/input', 'before', 'after', 'damping',
@@ -58,36 +59,16 @@ class StackReport(NamedTuple):
             number(self.seconds, '.2f'), self.note)
 
 
-@dataclasses.dataclass(frozen=True)
-class PruningReport:
-  """A `PruningReport` holds the rows of all units, in the order in which they were pruned. Prints as a table.
-
-  `dense`: the reason for each matrix and look-up that was left dense, by path. `memory`: the bytes that were expected
-  at the peak. `seconds`: the time of the whole call.
-  """
-
-  rows: tuple[StackReport, ...]
-  dense: dict[str, str] = dataclasses.field(default_factory=dict)
-  memory: int = 0
-  seconds: float = 0.0
-
-  @property
-  def achieved(self) -> float:
-    """The sparsity of all rows together."""
-    sizes = [row.shape[0] * row.shape[1] * row.shape[2] for row in self.rows]
-    return sum(n * row.achieved for n, row in zip(sizes, self.rows)) / max(sum(sizes), 1)
-
-  @property
-  def notes(self) -> list[str]:
-    """The notes under the table: matrices with few rows, and parameters that were left dense."""
-    few = [row.name for row in self.rows if row.rows is not None and row.rows < row.shape[-1]]
-    notes = [f'fewer rows than inputs: {", ".join(few)}; a repair then fits the sample'] * bool(few)
-    return notes + [f'left dense: {path} ({why})' for path, why in self.dense.items()]
-
-  def __str__(self) -> str:
-    together = ('together', '', '', '', f'{self.achieved:.4f}', *[''] * 7, f'{self.seconds:.2f}', '')
-    table = tables.aligned(_HEAD, [*(row.cells for row in self.rows), together], right=range(3, 13))
-    return '\n'.join([table, *self.notes])
+def report_of(rows: Sequence[StackReport], dense: dict[str, str] | None = None, memory: int = 0,
+              seconds: float = 0.0) -> Report:
+  """Returns the report of the units, in the order in which they were pruned, with notes on what a reader must know."""
+  few = [row.name for row in rows if row.rows is not None and row.rows < row.shape[-1]]
+  notes = [f'fewer rows than inputs: {", ".join(few)}; a repair then fits the sample'] * bool(few)
+  notes += [f'left dense: {path} ({why})' for path, why in (dense or {}).items()]
+  sizes = [math.prod(row.shape) for row in rows]
+  asked = None if any(row.asked is None for row in rows) or not rows else (
+      sum(n * row.asked for n, row in zip(sizes, rows)) / max(sum(sizes), 1))  # type: ignore[operator]
+  return Report(tuple(rows), tuple(notes), asked, _HEAD, dense or {}, memory, seconds)
 
 
 class Pruned(NamedTuple):
@@ -95,8 +76,11 @@ class Pruned(NamedTuple):
 
   `params`: like the parameters given; those that were not pruned are the same objects. `masks`: a tree like `params`
   of `bool` masks, `True` where kept, and of the scalar `True` for parameters that were not pruned.
+
+  Parameters that `recipes.armor` wraps are `formats.Wrapped` with the mask `True`: `kernels_pallas.packed(apply)` runs
+  them, and `formats.unpack` gives the dense products.
   """
 
   params: PyTree
   masks: PyTree
-  report: PruningReport
+  report: Report

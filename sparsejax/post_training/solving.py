@@ -47,6 +47,7 @@ class Solver:
     empty = np.ones(own.shape[0], bool) if statistic is None else np.asarray(statistic.rows) == 0
     self._refuse_unseen(target, unit, empty)
     stack = stack_of(own.stack(part), own.stack(target.at(target.kept, unit[1])))
+    statistic = _alike(statistic, stack.dense.dtype)
     choose = Chooser(target.pattern, target.leaf.sparsity, own.groups)
     started = self._chosen(target, unit, stack, choose, statistic, empty)
     made = started if empty.all() else _merged(empty, started, self.recipe.repaired(started, choose, statistic))
@@ -89,11 +90,14 @@ class Solver:
     mask, w = back(made.mask), back(made.w)
     changed = bool(jnp.any(made.w != jnp.where(made.mask, stack.dense, 0)))
     weights = jnp.where(w == part.astype(w.dtype), part, w.astype(part.dtype)) if changed else part
-    weights = jnp.where(mask, weights, jnp.zeros((), part.dtype))
+    if made.factors is None:
+      weights = jnp.where(mask, weights, jnp.zeros((), part.dtype))
+    else:
+      _refuse_inner_layers(target)
     first = started if self.recipe.score is not None else stack.kept(made.mask)
     repaired = changed or bool(jnp.any(first.mask != made.mask))
     before, after = _errors(statistic, stack, first, made)
-    solved = Solved(weights, mask, back(first.w).astype(part.dtype) if repaired else None, after is None)
+    solved = Solved(weights, mask, back(first.w).astype(part.dtype) if repaired else None, after is None, made.factors)
     dead = 0 if statistic is None else int(jnp.sum(statistic.square == 0))
     rows = [0] if statistic is None else np.asarray(statistic.rows).tolist()
     return solved, StackReport(
@@ -107,6 +111,11 @@ class Solver:
       total, before, after = map(float, each.errors)
       if each.measured and total > 0:
         self.rows[unit] = self.rows[unit]._replace(before=before / total, after=after / total)
+
+
+def _alike(statistic: Any, dtype: Any) -> Any:
+  """Returns the statistic with its sums in the dtype of the weights, which decides how the unit is solved."""
+  return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, statistic)
 
 
 def _merged(which: np.ndarray, a: Stack, b: Stack) -> Stack:
@@ -125,9 +134,18 @@ def _refuse_failed(target: Target, unit: Unit, made: Stack) -> None:
     raise errors.at_leaf('prune', names_of(target, unit[1], matrix), target.array.shape,
                          'the Gram matrix of its inputs has no Cholesky factor, at any damping up to 1. Give more '
                          'data, look for inputs of very different scales, or take a recipe without a Gram matrix.')
-  if bool(jnp.any((made.w != 0) & ~made.mask)) or not bool(jnp.all(jnp.isfinite(made.w))):
+  if made.factors is None and bool(jnp.any((made.w != 0) & ~made.mask)) or not bool(jnp.all(jnp.isfinite(made.w))):
     raise errors.at_leaf('prune', names_of(target, unit[1]), target.array.shape,
                          'a repair returned weights outside of its mask, or NaN. Leave the repair out.')
+
+
+def _refuse_inner_layers(target: Target) -> None:
+  """Raises `ValueError` unless the layers of a parameter are its first axes, so that a packed leaf can hold factors."""
+  axes = target.leaf.axes
+  if tuple(sorted(axes.layer)) != tuple(range(len(axes.layer))) or axes.spatial or any(
+      target.array.shape[a] > 1 for a in axes.spatial):
+    raise errors.at_leaf('prune', target.path, target.array.shape, f'factors are stored for matrices, and for stacks '
+                         f'whose layers come first, and its axes are {axes[:4]}. Leave it out of `where`.')
 
 
 def _errors(statistic: Any, stack: Stack, first: Stack, made: Stack) -> tuple[float | None, float | None]:

@@ -27,8 +27,8 @@ _ROWS = Axes((1,), (0,), source='given')
 _RIDGE = 1e-9, 1e-8  # the authors' constants of the small linear systems
 
 
-class Wrapped(NamedTuple):
-  """A `Wrapped` is a matrix `[R, K]` as a product of three: `left @ core @ right`, the outer two block-diagonal.
+class WrappedFit(NamedTuple):
+  """A `WrappedFit` is a matrix `[R, K]` as a product of three: `left @ core @ right`, the outer two block-diagonal.
 
   `left`: `[R / b, b, b]`. `core`: `[R, K]`, 2:4 along K. `right`: `[K / b, b, b]`. `loss`: the weighted squared error
   over the weighted squared norm, both of the normalised matrix. `start`: the loss of the best 2:4 core alone.
@@ -56,7 +56,7 @@ def loss(w: Array, square: Array, left: Array, core: Array, right: Array) -> Arr
 
 
 def factorised(w: Array, square: Array, *, key: Array, block: int = 32, iterations: int = 3000, patience: int = 100,
-               learning_rate: float = 1e-4) -> Wrapped:
+               learning_rate: float = 1e-4) -> WrappedFit:
   """Returns the factors of one matrix `[R, K]`: ARMOR (Liu et al. 2025), for inputs with mean squares `square` `[K]`.
 
   Columns and then rows are normalised. The start is the 2:4 core that is best alone. Each iteration takes one Adam step
@@ -71,11 +71,12 @@ def factorised(w: Array, square: Array, *, key: Array, block: int = 32, iteratio
     raise ValueError(f'post_training.wrapped: a matrix {w.shape} with mean squares {square.shape} and block={block}; '
                      f'give [R, K] and [K], and a block that divides both and is a multiple of {GROUP}.')
   learning_rate = arguments.verified('post_training.wrapped', 'learning_rate', learning_rate)
-  return _factorised(w.astype(jnp.float32), square, key, learning_rate, (block, iterations, patience))
+  with jax.numpy_dtype_promotion('standard'):  # Adam counts its steps in int32
+    return _factorised(w.astype(jnp.float32), square, key, learning_rate, (block, iterations, patience))
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _factorised(w: Array, square: Array, key: Array, rate: Any, sizes: tuple[int, int, int]) -> Wrapped:
+def _factorised(w: Array, square: Array, key: Array, rate: Any, sizes: tuple[int, int, int]) -> WrappedFit:
   block, iterations, patience = sizes
   columns, rows = _norms(w)
   w = w / columns[None] / rows[:, None]
@@ -101,7 +102,7 @@ def _factorised(w: Array, square: Array, key: Array, rate: Any, sizes: tuple[int
   going = lambda state: (state[0] < iterations) & (state[1] < patience)
   *_, (left, core, right), least = lax.while_loop(going, step, (0, 0, first, adam.init(first), first, start))
   left = left * rows.reshape(-1, block, 1)  # undoes the normalisation
-  return Wrapped(left, core, right * columns.reshape(-1, 1, block), least, start)
+  return WrappedFit(left, core, right * columns.reshape(-1, 1, block), least, start)
 
 
 def _norms(w: Array) -> tuple[Array, Array]:

@@ -34,7 +34,18 @@ from sparsejax.recipes.gradual import (
   soft_movement_pruning,
 )
 from sparsejax.recipes.n_m import asp, bdwp, dense, mdgf, sdgf_geometric, sdgf_stepwise, sr_ste, st3, ste
-from sparsejax.recipes.post_training import dsnot, ecoflap, exact_obs, magnitude, net_trim, obc, sparsegpt, wanda
+from sparsejax.recipes.post_training import (
+  armor,
+  dsnot,
+  ecoflap,
+  exact_obs,
+  gqsa,
+  magnitude,
+  net_trim,
+  obc,
+  sparsegpt,
+  wanda,
+)
 from sparsejax.recipes.sentence import parameters, without_effect
 from sparsejax.recipes.structured import (
   dhspg,
@@ -59,14 +70,14 @@ TABLE = {f.__name__: f for f in (
     iterative_magnitude, lottery_jackpot)}
 # Each kind of sentence has a table. A family adds the table of its kind.
 POST_TRAINING = {f.__name__: f for f in (
-    magnitude, wanda, sparsegpt, exact_obs, obc, dsnot, ecoflap, net_trim)}
+    magnitude, wanda, sparsegpt, exact_obs, obc, dsnot, ecoflap, net_trim, armor, gqsa)}
 STRUCTURED = {f.__name__: f for f in (
     group_magnitude, group_taylor, oto, hesso, dhspg, wgsef, norm_scale, latency_aware, hap)}
 TABLES = {'train': TABLE, 'prune': POST_TRAINING, 'cut': STRUCTURED}
 # Type checkers read this list, and cannot read a table: a test compares both.
 __all__ = [
     'POST_TRAINING', 'STRUCTURED', 'TABLE', 'TABLES', 'arguments', 'fixed', 'from_config',
-    'dsnot', 'ecoflap', 'exact_obs', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
+    'armor', 'dsnot', 'ecoflap', 'exact_obs', 'gqsa', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
     'dhspg', 'group_magnitude', 'group_taylor', 'hap', 'hesso', 'latency_aware', 'norm_scale', 'oto', 'wgsef',
     'asp', 'bdwp', 'dense', 'freeze_net', 'global_sparse_momentum',
     'gradual_magnitude', 'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'lottery_jackpot',

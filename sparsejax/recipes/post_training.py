@@ -14,7 +14,7 @@ from typing import Any
 from sparsejax import allocation as allocations
 from sparsejax import calibration, patterns, scores
 from sparsejax.arguments import checked
-from sparsejax.patterns import Unstructured
+from sparsejax.patterns import NM, Block, Unstructured
 from sparsejax.post_training import Recipe, repairs
 from sparsejax.types import Allocation, Pattern
 
@@ -111,6 +111,30 @@ def net_trim(sparsity: float | None = None, pattern: Patterns = Unstructured(0.5
   weights of the solution are kept, as many as asked, where the paper takes the zeros that come out.
   """
   return _recipe('net_trim', pattern, sparsity, allocation, repairs.convex(epsilon, iterations=iterations), **GRAM)
+
+
+@checked
+def armor(sparsity: float | None = None, pattern: Patterns = NM(2, 4), *, block: int = 32, iterations: int = 3000, learning_rate: float = 1e-4,
+          seed: int = 0) -> Recipe:
+  """Writes each matrix as a 2:4 core between block-diagonal matrices: ARMOR (Liu et al. 2025, 2510.05528).
+
+  `prune` returns the matrices as `formats.Wrapped`, without zeros. Deviations: see `wrapped.factorised`.
+  """
+  fix = repairs.wrapped(block, iterations, learning_rate, seed)
+  return _recipe('armor', pattern, sparsity, allocations.uniform, fix, score=None, statistic=calibration.moments)
+
+
+@checked
+def gqsa(sparsity: float | None = None, pattern: Patterns = Block((16, 1), 0.5, balanced=True), *, block: int = 128,
+         damping: float = 0.01, allocation: Shares = allocations.uniform) -> Recipe:
+  """Prunes groups of inputs of an output by Wanda's scores, and compensates: GQSA (Zeng et al. 2024, 2412.17560).
+
+  The pruned half of the method; the values are then quantized with a scale for each group: `post_training.quantized`.
+  No code is public. Deviations: the weights are compensated by SparseGPT's sweep, where the paper trains the weights of
+  each block of layers by its outputs (`losses`), and then the scales alone, which `formats.values` gives.
+  """
+  return _recipe('gqsa', pattern, sparsity, allocation, repairs.columns(block, damping), score=scores.wanda,
+                 statistic=calibration.gram)
 
 
 GRAM: Any = {'score': None, 'statistic': calibration.gram}  # the first repair chooses the mask, from the Gram matrix

@@ -1,13 +1,16 @@
 """Compares repairs with the numbers that the authors' functions print, and checks the laws of every layer."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sparsejax as sj
 from sparsejax import calibration, hessians, recipes, scores
 from sparsejax.patterns import NM, Block, Channel, Unstructured
 from sparsejax.post_training import Chooser, Recipe, columns, net_trim, one_by_one, repairs, stack_of
@@ -305,3 +308,17 @@ def test_a_chooser_without_a_sparsity_takes_that_of_the_pattern():
     chosen = [Chooser(HALF, asked)(values[..., part or slice(0, 6)], among[..., part or slice(0, 6)], part)
               for asked in (None, HALF.sparsity)]
     np.testing.assert_array_equal(*chosen)
+
+
+def test_float64_weights_are_solved_in_float64():
+  with jax.enable_x64(True):
+    w, x = jnp.asarray(W[0] if W.ndim > 2 else W, jnp.float64).T, jnp.asarray(X, jnp.float64).reshape(-1, W.shape[-1])
+    recipe = recipes.wanda(0.5).then(repairs.least_squares(damping=0.0))
+    recipe = dataclasses.replace(recipe, statistic=calibration.gram)
+    out = sj.prune(lambda p, x: x @ p['w'], {'w': w}, [x], recipe, where=sj.trees.named('w'))
+    found, kept = np.asarray(out.params['w']), np.asarray(out.masks['w'])
+  assert found.dtype == np.float64
+  for j in range(w.shape[1]):
+    own = kept[:, j]
+    best = np.linalg.lstsq(np.asarray(x)[:, own], np.asarray(x) @ np.asarray(w)[:, j], rcond=None)[0]
+    np.testing.assert_allclose(found[own, j], best, rtol=1e-9)

@@ -1,0 +1,118 @@
+"""Multiplies by packed weights that are quantized, `scaled_matmul`, or wrapped in two matrices, `wrapped_matmul`.
+
+    y = scaled_matmul(x, formats.Scaled.of(packed, quantize))     # x times codes and scales
+    y = wrapped_matmul(x, wrapped)                                # x times three factors, one after the other
+
+Both end in the op of the packed array that they hold. A `Scaled` of blocks of one output, as in GQSA, has a matvec of its
+own: each block is multiplied as whole numbers, and scaled once.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import block_sparse, dispatch, ell, n_m, products, sparse24, unstructured
+from kernels_pallas.dispatch import Choice, Choices
+from sparsejax.formats import BlockSparseArray, Scaled, Wrapped
+from sparsejax.formats.wrapped import multiplied
+from sparsejax.types import Array
+
+_FEW = 4  # tokens up to which the blocks of one output are multiplied as they are
+
+
+class Op(NamedTuple):
+  """An `Op` holds the functions that multiply by one kind of packed weight.
+
+  `multiply(x, w, implementation=None, explain=False)` contracts the last axis of `x`. With `explain`, `multiply`
+  returns the implementations that it would run. `refusal(x, w)` returns why no implementation can multiply `x` by `w`,
+  or `None`; only shapes and dtypes are read. An error of `multiply` that `refusal` does not announce is raised.
+  """
+
+  multiply: Callable[..., Any]
+  refusal: Callable[[Any, Any], str | None]
+
+
+OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
+    'block_sparse': Op(block_sparse.block_sparse_matmul, block_sparse.refusal),
+    'csc': Op(unstructured.unstructured_matmul, unstructured.refusal),
+    'ell': Op(ell.ell_matmul, ell.refusal),
+    'nm': Op(n_m.nm_matmul, n_m.refusal),
+    'sparse24': Op(sparse24.sparse24_matmul, sparse24.refusal)}
+
+
+def scaled_matmul(x: Array, w: Scaled, *, implementation: str | None = None, explain: bool = False) -> Any:
+  """Returns `x [..., K]` times the quantized weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.
+
+  The weights are rounded numbers of the dtype of `w.values`. They are computed in the program, and the op of the packed
+  array multiplies by them with this `implementation`. Up to 4 tokens by blocks of one output (`Block((k, 1))`) run by
+  their own matvec (Zeng et al. 2024, GQSA, 2412.17560), 'xla', in which one scale a block multiplies the sum of the
+  block. The result is differentiable in `x` and in `w.values`, the scales. `explain=True` returns the choice of each
+  platform. Raises `ValueError` with the `refusal` of `x` and `w`.
+  """
+  if reason := scaled_refusal(x, w):
+    raise ValueError(f'scaled_matmul: {reason}.')
+  flat = products.as_matrix(x)
+  if _in_groups(flat, w) and implementation in (None, 'xla'):
+    if explain:
+      why = Choice('xla', f'{len(flat)} tokens: whole numbers by groups, scaled once a group')
+      return Choices({platform: why for platform in ('cpu', *dispatch.PLATFORMS)})
+    return products.each_token(lambda row: _by_groups(row, w), flat).reshape(*x.shape[:-1], *w.opened().output_sizes)
+  opened = w.opened()
+  return OPS[opened.kind].multiply(x, opened, implementation=implementation, explain=explain)
+
+
+def scaled_refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
+  """Returns why `scaled_matmul` cannot multiply `x` by `w`, with the remedy, or `None`."""
+  if not isinstance(w, Scaled):
+    return f'the weight must be a formats.Scaled, not {type(w).__name__}; Scaled.of quantizes an array'
+  kind = 'dense' if w.held is None else w.held.kind
+  if kind not in OPS:
+    return f'no op multiplies by a {kind} array; unpack it, or take N:M, blocks, CSC or ELL'
+  return OPS[kind].refusal(x, jax.eval_shape(lambda w: w.opened(), w))
+
+
+def _in_groups(flat: Array, w: Scaled) -> bool:
+  """Returns whether few tokens meet blocks of one output, with one scale a block."""
+  held = w.held
+  return (0 < len(flat) <= _FEW and isinstance(held, BlockSparseArray) and w.entries[-1] == 1
+          and held.contracted_size % w.entries[-2] == 0 and w.values.shape[-2] == 1 and w.zero is None)
+
+
+def _by_groups(row: Array, w: Scaled) -> Array:
+  """Returns one token `[K]` times blocks of one output, `[N]`."""
+  whole = dataclasses.replace(w, values=jnp.ones_like(w.values)).weights()  # numbers before the scale, [G, blocks]
+  held: Any = w.held
+  parts = row.reshape(-1, w.entries[-2])[held.rows].astype(jnp.float32)
+  of_block = jnp.sum(parts * whole.T.astype(jnp.float32), 1) * w.values[0].astype(jnp.float32)
+  count = math.prod(held.output_sizes)
+  return jax.ops.segment_sum(of_block, held.cols, count, indices_are_sorted=True).astype(row.dtype)
+
+
+def wrapped_matmul(x: Array, w: Wrapped, *, implementation: str | None = None, explain: bool = False) -> Any:
+  """Returns `x [..., K]` times the three factors of `w`, one after the other: `[..., *outputs]`, in x's dtype.
+
+  The outer factors are block-diagonal. `nm_matmul` multiplies by the core with this `implementation`. The result is
+  differentiable in `x` and in all factors. `explain=True` returns the choice of each platform for the core. Raises
+  `ValueError` with the `refusal` of `x` and `w`.
+  """
+  if reason := wrapped_refusal(x, w):
+    raise ValueError(f'wrapped_matmul: {reason}.')
+  if explain:
+    return n_m.nm_matmul(x, w.core, explain=True)
+  y = n_m.nm_matmul(multiplied(x, w.right.swapaxes(-1, -2)), w.core, implementation=implementation)
+  rows = y.reshape(*x.shape[:-1], -1)
+  return multiplied(rows, w.left.swapaxes(-1, -2)).reshape(y.shape)
+
+
+def wrapped_refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
+  """Returns why `wrapped_matmul` cannot multiply `x` by `w`, with the remedy, or `None`."""
+  if not isinstance(w, Wrapped):
+    return f'the weight must be a formats.Wrapped, not {type(w).__name__}; recipes.armor makes such weights'
+  return n_m.refusal(x, w.core)
+
+
+OPS |= {'scaled': Op(scaled_matmul, scaled_refusal), 'wrapped': Op(wrapped_matmul, wrapped_refusal)}
