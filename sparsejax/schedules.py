@@ -128,13 +128,14 @@ def either(first: Schedule, second: Schedule) -> Schedule:
 
 
 @checked
-def fade(steps: int, *, begin: int = 0) -> Schedule:
+def fade(steps: int, *, begin: int = 0, periods: int = 1) -> Schedule:
   """Returns the factor (T - t - 1) / (T - t) at t steps after `begin`, with T = `steps` (HESSO, Chen et al. 2024).
 
   A weight that is multiplied by the factor at each step falls along a straight line to zero. The factor is 0 after
-  `steps` steps. Before `begin` the factor is that of t = 0.
+  `steps` steps. Before `begin` the factor is that of t = 0. Each of several `periods` begins anew at t = 0, so that
+  weights that are chosen then fall to zero in their turn.
   """
-  return Bound(_fade, (steps, begin), (), begin + steps)
+  return Bound(_fade, (steps, begin, periods), (), begin + steps * periods)
 
 
 def reach(schedule: Any) -> int | None:
@@ -224,8 +225,9 @@ def _density_decay(step: Step, sparsity: float, end: int) -> Any:
   return jnp.where(jnp.asarray(step) < end, part / sparsity, 1.0) if sparsity else jnp.asarray(step) >= end
 
 
-def _fade(step: Step, steps: int, begin: int) -> Any:
-  left = jnp.clip(steps - (jnp.asarray(step, jnp.float32) - begin), 0, steps)
+def _fade(step: Step, steps: int, begin: int, periods: int) -> Any:
+  since = jnp.maximum(jnp.asarray(step, jnp.float32) - begin, 0)
+  left = jnp.where(since < steps * periods, steps - since % steps, 0)
   return jnp.maximum(left - 1, 0) / jnp.maximum(left, 1)
 
 
