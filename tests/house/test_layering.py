@@ -62,7 +62,7 @@ EXPERIMENTS = (
     ('loop',),
     ('tables',),
     ('train', 'tickets', 'sweep'),
-    ('claims', 'pruning'),
+    ('claims', 'pruning', 'structured'),
     ('__init__',),
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
