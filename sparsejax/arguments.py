@@ -112,7 +112,8 @@ PENALTY = Kind('a penalty, as in penalties.l1(1e-4)', having('value', 'prox', 'l
 BUDGET = Kind('a fraction of a cost, as in structured.flops(0.5)', having('fraction', 'cost'))
 # Functions of which `groups` are those of units; other functions take names of groups of leaves.
 _OVER_GROUPS = ('grouped', 'kept', 'group_norm', 'sparse_envelope', 'latency', 'oto', 'hesso', 'dhspg', 'wgsef',
-                'norm_scale', 'group_magnitude', 'group_taylor', 'hap', 'latency_aware', 'choose', 'seconds')
+                'norm_scale', 'group_magnitude', 'group_taylor', 'hap', 'latency_aware', 'choose', 'seconds',
+                'slice_gpt', 'multi_pruner', 'tyr')
 FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
 
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
@@ -146,7 +147,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('scales', 'matching.glob'), NAME), 'cost': FUNCTION,
     **dict.fromkeys((f'{name}.groups' for name in _OVER_GROUPS), GROUPS),
     **dict.fromkeys((f'{name}.fraction' for name in ('flops', 'parameters', 'latency')), SPARSITY),
-    **dict.fromkeys(('points', 'periods'), TIMES), 'budget': BUDGET,
+    **dict.fromkeys(('points', 'periods', 'generations', 'offspring', 'levels', 'step'), TIMES), 'budget': BUDGET,
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
     'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,

@@ -14,13 +14,17 @@ from sparsejax.structured.costs import Allowance, flops, latency, multiply_adds,
 from sparsejax.structured.erasing import erasable
 from sparsejax.structured.files import load, save
 from sparsejax.structured.groups import Groups, Member, UnitGroup, groups
+from sparsejax.structured.least_squares import tyr
 from sparsejax.structured.proof import Proof, prove
 from sparsejax.structured.removal import Cut, cut, masks
+from sparsejax.structured.rotating import is_rotated, rotate, slice_gpt
+from sparsejax.structured.searching import Stage, multi_pruner, search
 from sparsejax.structured.selecting import choose, choose_in_rounds, grouped, kept
 from sparsejax.structured.training import cut_state
 
 __all__ = [
-  'Allowance', 'Cut', 'Groups', 'Member', 'Proof', 'UnitGroup', 'choose', 'choose_in_rounds', 'cut', 'cut_state',
-  'erasable', 'flops', 'grouped', 'groups', 'kept', 'latency', 'load', 'masks', 'multiply_adds', 'parameters', 'prove',
-  'save', 'seconds', 'weights',
+  'Allowance', 'Cut', 'Groups', 'Member', 'Proof', 'Stage', 'UnitGroup', 'choose', 'choose_in_rounds', 'cut',
+  'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'is_rotated', 'kept', 'latency', 'load', 'masks',
+  'multi_pruner', 'multiply_adds', 'parameters', 'prove', 'rotate', 'save', 'search', 'seconds', 'slice_gpt', 'tyr',
+  'weights',
 ]
