@@ -49,6 +49,17 @@ def cosine(init_value: float = 1.0, end_value: float = 0.0, *, begin: int = 0, e
 
 
 @checked
+def cosine_power(init_value: float = 1.0, end_value: float = 0.0, *, power: float = 10.0, begin: int = 0, end: int
+                 ) -> Schedule:
+  """Returns the cosine power annealing of sharpDARTS (Hundt et al. 2019, 1903.09900), from `begin` to `end`.
+
+  With c = (1 + cos(pi e / E)) / 2, e from 1 to E = `end - begin + 1`, the value follows `power`^c, scaled to the ends.
+  A larger `power` falls faster. `power=1` is the cosine itself.
+  """
+  return Bound(_cosine_power, (init_value, end_value, begin, _after('cosine_power', begin, end), power), end=end)
+
+
+@checked
 def exponential(rate: float | None = None, *, half_life: float | None = None, begin: int = 0) -> Schedule:
   """Returns the schedule `exp(-rate * (step - begin))`, which is 1 before `begin`.
 
@@ -191,6 +202,14 @@ def _cosine(step: Step, init_value: float, end_value: float, begin: int, end: in
   # On some backends cos(pi) in float32 differs from -1 in the last bit, but a decaying mask must end at exactly 0.
   height = jnp.where(progress < 1.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)), 0.0)
   return end_value + (init_value - end_value) * height
+
+
+def _cosine_power(step: Step, init_value: float, end_value: float, begin: int, end: int, power: float) -> Any:
+  count, progress = end - begin + 1, _progress(step, begin, end)
+  height = lambda e: 0.5 * (1.0 + jnp.cos(jnp.pi * e / count))
+  bent = height if power == 1 else lambda e: jnp.float32(power) ** height(e)
+  part = (bent(1 + progress * (count - 1)) - bent(count)) / (bent(1) - bent(count))
+  return end_value + (init_value - end_value) * jnp.where(progress < 1.0, part, 0.0)
 
 
 def _exponential(step: Step, rate: float, begin: int) -> Any:

@@ -133,7 +133,7 @@ class Places:
   def _at(self, values: Array, place: UnitAxis, outside: float) -> Array:
     """Returns what each position of a place has in `values`, shaped to broadcast against the leaf."""
     shape, layers, of = self.shapes[place.leaf], place.layers, np if isinstance(values, np.ndarray) else jnp
-    own = of.where(place.labels < 0, outside, values[place.row:place.row + (layers or 1), place.labels])
+    own = of.where((place.labels < 0)[None], outside, values[place.row:place.row + (layers or 1), place.labels])
     own = own.astype(values.dtype)
     return own.reshape([n if a == place.axis or a == 0 and layers else 1 for a, n in enumerate(shape)])
 

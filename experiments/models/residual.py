@@ -16,7 +16,7 @@ from sparsejax.types import Array
 class ResNet(nn.Module):
   """A `ResNet` maps images `float[B, H, W, C]` to logits `float32[B, num_classes]`.
 
-  One residual block of two 3 x 3 convolutions stands in each stage. All stages but the first halve the resolution and
+  Each stage is a residual block of two 3 x 3 convolutions. All stages but the first halve the resolution and
   double the width; a 1 x 1 convolution is the shortcut there. Reference: He et al. 2016, arXiv:1512.03385. `train`
   takes the statistics of the batch.
   """

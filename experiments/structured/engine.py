@@ -19,6 +19,7 @@ import optax
 from experiments.structured.subjects import Cuttable, Sizes
 from sparsejax import contractions, io, recipes, structured
 from sparsejax.types import Array, PyTree
+from sparsejax.units import CONTRACTED
 
 DENSE, ROUNDS = 'dense', 15
 TIMED = 256  # inputs of a call whose seconds are measured
@@ -45,7 +46,7 @@ class Trained:
     tx = optax.adam(optax.cosine_decay_schedule(sizes.rate, sizes.steps))
     self.variables = own.settled(_trained(own, tx, own.start, 0, sizes.steps))
     self.inputs = jnp.asarray(own.test[0][:sizes.batch])
-    self.groups = structured.groups(own.apply, self.variables, self.inputs)
+    self.groups = _apart(structured.groups(own.apply, self.variables, self.inputs))
     self.dense = structured.Cut(self.variables, own.apply, {})
 
   def measured(self, cell: CutCell) -> dict[str, Any]:
@@ -74,13 +75,28 @@ class Trained:
     return float(np.mean(right))
 
 
+def _apart(groups: structured.Groups) -> structured.Groups:
+  """Returns the groups whose units share no produced weight, the largest units first: heads, and not their widths.
+
+  The proximal step of `wgsef` needs this. All methods choose among the same units.
+  """
+  taken: dict[str, int] = {}
+  picked = []
+  for name in sorted(groups, key=lambda name: -groups[name].weights):
+    own = {member.path: member.axis for member in groups[name].members if member.side != CONTRACTED}
+    if all(taken.get(path, axis) == axis for path, axis in own.items()):
+      taken |= own
+      picked.append(name)
+  return groups.only(*picked)
+
+
 def loss_of(own: Cuttable, variables: PyTree, inputs: Array, labels: Array) -> Array:
   """Returns the mean cross-entropy of one batch."""
   return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(own.trained(variables, inputs), labels))
 
 
 def _optimizer(dense: Trained, cell: CutCell) -> Any:
-  """Returns the method of a cell around Adam: it prunes in the first half of its updates, and trains on in the rest."""
+  """Returns the method of a cell around Adam, which prunes in the first half of the updates and then trains on."""
   sizes, budget = dense.sizes, structured.flops(cell.left)
   inner, middle = optax.adam(optax.cosine_decay_schedule(sizes.rate / 3, sizes.tuned)), sizes.tuned // 2
   if cell.method == 'oto':

@@ -22,7 +22,7 @@ from sparsejax.types import Array, PyTree
 
 
 class Sizes(NamedTuple):
-  """A `Sizes` fixes a run beforehand: batch, updates of the dense model and of each method, width and rate."""
+  """A `Sizes` holds what is fixed before a run, such as the batch and the updates of the dense model and a method."""
 
   batch: int = 64
   steps: int = 400

@@ -10,6 +10,7 @@ A unit is what can be removed together: a neuron, a head, a channel of a residua
 program, as `groups` says, so that no model is changed or registered. `cut_state` cuts the state of the optimizer.
 """
 
+from sparsejax.structured import architecture, iso_flop, sharing
 from sparsejax.structured.costs import Allowance, flops, latency, multiply_adds, parameters, seconds, weights
 from sparsejax.structured.erasing import erasable
 from sparsejax.structured.files import load, save
@@ -23,8 +24,8 @@ from sparsejax.structured.selecting import choose, choose_in_rounds, grouped, ke
 from sparsejax.structured.training import cut_state
 
 __all__ = [
-  'Allowance', 'Cut', 'Groups', 'Member', 'Proof', 'Stage', 'UnitGroup', 'choose', 'choose_in_rounds', 'cut',
-  'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'is_rotated', 'kept', 'latency', 'load', 'masks',
-  'multi_pruner', 'multiply_adds', 'parameters', 'prove', 'rotate', 'save', 'search', 'seconds', 'slice_gpt', 'tyr',
-  'weights',
+  'Allowance', 'Cut', 'Groups', 'Member', 'Proof', 'Stage', 'UnitGroup', 'architecture', 'choose', 'choose_in_rounds',
+  'cut', 'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'is_rotated', 'iso_flop', 'kept', 'latency', 'load',
+  'masks', 'multi_pruner', 'multiply_adds', 'parameters', 'prove', 'rotate', 'save', 'search', 'seconds', 'sharing',
+  'slice_gpt', 'tyr', 'weights',
 ]

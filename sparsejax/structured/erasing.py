@@ -23,7 +23,7 @@ from sparsejax.structured.rules import RULES
 ZERO, FIXED, MOVING = range(3)  # A value is zero without the groups, or another constant, or depends on an input.
 # A zero operand makes these operations zero.
 PRODUCTS = {'mul', 'dot_general', 'ragged_dot_general', 'conv_general_dilated'}
-# Of zeros alone, these operations make zeros.
+# These operations make zeros of zeros.
 KEEP_ZERO = PRODUCTS | {
   'add', 'add_any', 'sub', 'neg', 'max', 'min', 'abs', 'sign', 'sqrt', 'square', 'tanh', 'sin', 'copy', 'transpose',
   'reshape', 'squeeze', 'broadcast_in_dim', 'convert_element_type', 'reduce_sum', 'concatenate', 'slice', 'split',

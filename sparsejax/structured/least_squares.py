@@ -31,13 +31,13 @@ def tyr(groups: Groups, params: PyTree, batches: Iterable[Any], loss: Callable[[
   """Returns the model without the units that Týr-the-Pruner removes (Li et al. 2025, 2503.09657).
 
   Groups take part if one product contracts their units, such as heads and the widths of MLPs. Units leave each consumer
-  by the rule of optimal brain surgery, at `levels` counts around `sparsity`, and the weights that stay are fitted again
-  by least squares to the inputs of `batches`. An evolution of the levels then looks for the least `loss` of the masked
+  by the rule of optimal brain surgery, at `levels` counts around `sparsity`. The weights that stay are fitted again by
+  least squares to the inputs of `batches`. An evolution of the levels then looks for the least `loss` of the masked
   and fitted model, with the same number of levels in all. In `batches` a tuple is several inputs.
 
   The published score adds a term to that of optimal brain surgery, by which it may prefer worse units; here the term is
-  left out. The authors go through the layers in order, each on the pruned inputs of those before, and repeat search and
-  pruning four times with smaller steps. Here all layers see the dense inputs, and the search runs once. Raises
+  left out. The authors prune each layer on the pruned inputs of the layers before, and repeat search and pruning four
+  times with smaller steps. In this function all layers see the dense inputs, and the search runs once. Raises
   `ValueError` if no group takes part.
   """
   own = _consumers(groups)

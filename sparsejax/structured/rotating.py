@@ -42,8 +42,8 @@ def slice_gpt(groups: Groups, params: PyTree, batches: Iterable[Any], sparsity: 
   are cut. `int((1 - sparsity) * width)`, rounded down to a multiple of `multiple_of`, stay. `stream`: the name of the
   group, by default the group with the most weights a unit. In `batches` a tuple is several inputs.
 
-  The paper rotates each block on its own, with matrices on the shortcuts. Here one rotation serves all blocks, so that
-  no matrix is added and the user's function stays. The paper reads the stream before a norm, this function behind it,
+  The paper rotates each block on its own, with matrices on the shortcuts. In this function a single
+  rotation serves all blocks, so that no matrix is added and the user's function stays. The paper reads the stream before a norm, this function behind it,
   where each token counts alike. The norm divides by the old width, as in the authors' code. Raises `ValueError` for a
   stream that cannot be rotated, see `rotate`.
   """
@@ -135,12 +135,12 @@ def _changed(params: PyTree, changes: Mapping[Member, Any]) -> PyTree:
   return treedef.unflatten(list(found.values()))
 
 
-# Which scale stands before which weight.
+# Scales and the weights behind them.
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
-  """A `Scaled` is the fact that a value is a parameter (`whole`), or was multiplied by one."""
+class _Scaled:
+  """A `_Scaled` is the fact that a value is a parameter (`whole`), or was multiplied by one."""
 
   path: str
   whole: bool
@@ -152,13 +152,13 @@ def _scales(groups: Groups, group: UnitGroup) -> dict[str, str | None]:
   readers = {member.path for member in group.members if member.side == CONTRACTED}
   found: dict[str, set[str | None]] = {path: set() for path in readers}
 
-  def operation(eqn: Any, facts: Sequence[Scaled | None], here: Position) -> list[Scaled | None]:
+  def operation(eqn: Any, facts: Sequence[_Scaled | None], here: Position) -> list[_Scaled | None]:
     name, known = eqn.primitive.name, [fact for fact in facts if fact is not None]
     if name in MOVES:
       return [facts[0]] * len(eqn.outvars)
     if name == 'mul' and any(fact.whole and fact.path in vectors for fact in known):
       scale = next(fact.path for fact in known if fact.whole and fact.path in vectors)
-      return [Scaled(scale, False)]
+      return [_Scaled(scale, False)]
     if name in ('add', 'sub') and any(not fact.whole for fact in known) and any(
         fact.whole and fact.path in vectors for fact in known):
       scale, shift = (next(fact.path for fact in known if fact.whole == whole) for whole in (False, True))
@@ -172,7 +172,7 @@ def _scales(groups: Groups, group: UnitGroup) -> dict[str, str | None]:
     return [None] * len(eqn.outvars)
 
   program = trace(groups.apply, (groups.shapes, *groups.inputs))
-  inputs = [Scaled(path, True) if argument == 0 else None for argument, path in zip(program.arguments, program.paths)]
+  inputs = [_Scaled(path, True) if argument == 0 else None for argument, path in zip(program.arguments, program.paths)]
   follow(program, inputs, FactRules(operation, joined=lambda facts: facts[0] if len(set(facts)) == 1 else None))
   for path, scales in found.items():
     if len(scales) != 1:

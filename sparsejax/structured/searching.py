@@ -31,8 +31,8 @@ SHARES = (0.44, 0.96, 1.0)  # of the saving, after blocks, widths and heads: the
 class Stage(NamedTuple):
   """A `Stage` takes units of `groups` until the cost is at most `left` of the whole model's.
 
-  A removal takes the `step` least units of one group, or with `step=None` all of them, as far as every result then
-  still depends on an input.
+  A removal takes the `step` least units of one group. With `step=None` a removal takes a whole group, if every result
+  then still depends on an input.
   """
 
   groups: tuple[str, ...]
@@ -135,8 +135,8 @@ def evolved(levels: Mapping[str, int], evaluate: Callable[[Mapping[str, int]], f
             generations: int = 50, offspring: int = 128, seed: int = 0) -> tuple[dict[str, int], float]:
   """Returns the level of each group with the least value, and the value: the search of EvoPress (2410.14649).
 
-  `levels`: the number of levels of each group. Each child of the best state lowers some levels by one and raises as
-  many of the others, so that the sum of the levels stays. The best state survives. A state is evaluated once.
+  `levels`: the number of levels of each group. A child of the best state has some levels lowered
+  by one and as many raised, so that the sum stays. The best state survives. A state is evaluated once.
   """
   rng, known = np.random.default_rng(seed), {}
 

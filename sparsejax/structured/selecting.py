@@ -177,7 +177,7 @@ def choose(groups: Groups, params: PyTree, sparsity: float = 0.5, *, budget: All
            score: Salience = saliences.mean_magnitude, grads: PyTree | None = None, alone: bool = False,
            multiple_of: int = 1, erase: Sequence[str] = (), among: Mapping[str, Any] | None = None
            ) -> dict[str, np.ndarray]:
-  """Returns the units that stay, by the name of their group, as `keep=` of `cut`: one choice, without training.
+  """Returns the units that stay, by the name of their group, as `keep=` of `cut`, without training.
 
   The arguments are those of `grouped`. `grads`: the gradients of the loss, for scores that read them. `among`: the
   units of an earlier choice; all others have gone, and stay so.
@@ -199,7 +199,7 @@ def choose_in_rounds(groups: Groups, params: PyTree, sparsities: Sequence[float]
 
   For each of the rising `sparsities`, units go by `choose(..., **options)`, and `tune(params, masks)` trains what is
   left, for example with `recipes.fixed(optimizer, masks)`. `grads(params)`: the gradients for scores that read them.
-  One sparsity is one-shot pruning. `cut(groups, params, keep)` then makes the model smaller.
+  With a single sparsity, pruning is one-shot. `cut(groups, params, keep)` then makes the model smaller.
   """
   if not sparsities or sorted(sparsities) != [*sparsities]:
     raise ValueError(f'structured.choose_in_rounds: `sparsities` must rise, as in (0.25, 0.5), not {sparsities!r}.')
