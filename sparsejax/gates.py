@@ -70,7 +70,8 @@ def computed(x: Array, into: Array, out: Array, keep: Array, widths: Sequence[in
   """Returns `activation(x @ into) @ out` over the units in `keep`, `bool[units]`, and computes few others.
 
   The least of the rising `widths` that holds all open units is computed, on gathered columns and rows. Open units
-  beyond the last width are dropped, those of the highest numbers first. `x`: `[..., features]`. Raises `ValueError` for widths that do not rise.
+  beyond the last width are dropped, those of the highest numbers first.
+  `x`: `[..., features]`. Raises `ValueError` for widths that do not rise.
   """
   if not widths or list(widths) != sorted(set(widths)) or widths[-1] > len(keep):
     raise ValueError(f'gates.computed: `widths` must rise up to the {len(keep)} units, not {tuple(widths)}.')

@@ -33,8 +33,8 @@ def mixed(operations: Sequence[Callable[[Array], Array]], alpha: Array, x: Array
           weighting: Weighting = jax.nn.softmax, channels: int = 1) -> Array:
   """Returns the sum of `weighting(alpha)[o] * operations[o](x)`, the mixture of DARTS (Liu et al. 2019, equation 2).
 
-  With `channels=K`, only the first 1/K of the last axis goes through the operations, which must keep the shape, as in
-  the partial connections of PC-DARTS. Raises `ValueError` if `alpha` has not one
+  With `channels=K`, only the first 1/K of the last axis goes through the operations. These must keep the shape.
+  PC-DARTS calls this a partial connection. Raises `ValueError` if `alpha` has not one
   number for each operation, and if K does not divide the axis.
   """
   if jnp.shape(alpha) != (len(operations),):
@@ -55,7 +55,7 @@ def sharpest(alpha: Array) -> Array:
 def without_worst(alive: Array, performance: Array) -> Array:
   """Returns which operations stay, `bool[operations]`, after the one of the least `performance` is dropped.
 
-  This is the reduction of the search space of Binarized NAS (Chen et al. 2020). The last operation stays. NaN is least.
+  Binarized NAS (Chen et al. 2020) reduces its search space so. The last operation stays. NaN is least.
   """
   known = jnp.where(jnp.isnan(performance), -jnp.inf, performance)
   worst = jnp.argmin(jnp.where(alive, known, jnp.inf)) if alive.ndim == 1 else None
@@ -65,9 +65,9 @@ def without_worst(alive: Array, performance: Array) -> Array:
 
 
 def bilevel(loss: Callable[[PyTree, Any], Array], params: PyTree, train: Any, valid: Any, alphas: Predicate) -> PyTree:
-  """Returns gradients of `loss(params, batch)`: those of the alphas on `valid`, all others on `train`.
+  """Returns gradients of `loss(params, batch)`, on `valid` for the alphas and on `train` for all others.
 
-  This is the first-order form of DARTS. `alphas(path, leaf)` picks the leaves. Raises `ValueError` if it picks none.
+  DARTS calls this the first-order form. `alphas(path, leaf)` picks the leaves. Raises `ValueError` if it picks none.
   """
   paths, leaves, treedef = trees.flatten(params)
   picked = [bool(alphas(path, leaf)) for path, leaf in zip(paths, leaves)]

@@ -1,4 +1,4 @@
-"""Trades a dense layer for a larger sparse one of equal FLOPs: Sparse-IFT (Saxena et al. 2023, 2303.11525).
+"""Returns how large a sparse layer may be that costs a dense one: Sparse-IFT (Saxena et al. 2023, 2303.11525).
 
     wider = wide_width(64, 0.75)                             # 128: a network twice as wide, a quarter of it kept
     asked = equal_flops(sj.contractions(f, small, x), sj.contractions(f, large, x))
@@ -46,7 +46,7 @@ def equal_flops(dense: Contractions, larger: Contractions, of: Mapping[str, str]
                 whole: tuple[str, ...] = ()) -> dict[str, float]:
   """Returns the sparsity of each leaf of the larger program with which both programs have equal multiply-adds.
 
-  `of` maps leaves of the larger program to the leaf of the dense one that they replace; by default each leaf replaces
+  `of` maps leaves of the larger program to the leaf of the dense one that they replace. By default, a leaf replaces
   the leaf of its own path. Leaves in `whole` stay dense, and the others that replace the same leaf make up for them.
   Raises `ValueError` for a leaf without a partner, and where the replacement has fewer multiply-adds than the leaf.
   """

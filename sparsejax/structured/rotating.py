@@ -42,10 +42,10 @@ def slice_gpt(groups: Groups, params: PyTree, batches: Iterable[Any], sparsity: 
   are cut. `int((1 - sparsity) * width)`, rounded down to a multiple of `multiple_of`, stay. `stream`: the name of the
   group, by default the group with the most weights a unit. In `batches` a tuple is several inputs.
 
-  The paper rotates each block on its own, with matrices on the shortcuts. In this function a single
-  rotation serves all blocks, so that no matrix is added and the user's function stays. The paper reads the stream before a norm, this function behind it,
-  where each token counts alike. The norm divides by the old width, as in the authors' code. Raises `ValueError` for a
-  stream that cannot be rotated, see `rotate`.
+  The paper rotates each block on its own, with matrices on the shortcuts. In this function a single rotation serves all
+  blocks, so that no matrix is added and the user's function stays. The paper reads the stream before a norm, and this
+  function behind it, where each token counts alike. The norm divides by the old width, as in the authors' code. Raises
+  `ValueError` for a stream that cannot be rotated, see `rotate`.
   """
   stream = stream or max(groups, key=lambda name: groups[name].weights)
   folded = fold(groups, params, stream)

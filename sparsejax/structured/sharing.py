@@ -23,7 +23,7 @@ PRIME = 2_038_074_743  # of the hash of ROAST's code
 class Folding(NamedTuple):
   """A `Folding` says which entry of the memory each weight reads, and by what each leaf multiplies the entries.
 
-  `places`: `int32` arrays shaped like the leaves. `scales`: one number for each leaf. `size`: that of the memory.
+  `places`: `int32` arrays shaped like the leaves. `scales`: a number for each leaf. `size`: the numbers in the memory.
   """
 
   places: list[np.ndarray]

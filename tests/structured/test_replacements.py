@@ -48,7 +48,7 @@ def test_a_mixture_is_the_weighted_sum_and_channels_pass_by():
 
 
 def test_a_search_over_sparse_operations_finds_the_sparse_one():
-  """DASS: masks are learned by a recipe, weights on the training batch, and alphas on the validation batch."""
+  """As in DASS, a recipe learns the masks, the training batch the weights, and the validation batch the alphas."""
   x = jax.random.normal(KEY, (64, 6))
   y = x[:, :2].sum(1, keepdims=True) * 2  # two inputs of six count
   p = {'sparse': {'kernel': jax.random.normal(KEY, (6, 1))}, 'skip': {'kernel': jnp.zeros((1,))}, 'alpha': jnp.zeros(2)}
@@ -158,7 +158,7 @@ def test_a_wider_sparse_layer_trains_at_the_flops_of_the_dense_one():
   assert kept == pytest.approx(24 * 32 + 32 * 10, rel=0.02)
 
 
-# One memory for all weights.
+# Shared memories.
 
 
 def test_tiles_read_the_memory_where_the_published_hash_says():
