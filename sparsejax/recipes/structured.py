@@ -169,15 +169,17 @@ def latency_aware(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalt
 
 @sentence(*SETS, 'start')
 def hap(inner: Inner, groups: Groups, sparsity: float = 0.5, *, loss: Any, samples: int = 300, key: Any,
+        implants: float = 0.0,
         multiple_of: int = 1, budget: Allowance | None = None, **options: Any) -> Optimizer:
   """Prunes a trained model by the trace of the Hessian, then trains on: HAP (Yu et al. 2022, equation 6).
 
   `loss(params)`: the loss of a batch, in evaluation mode. `samples`: the random vectors of the trace. All units
-  compete; the paper keeps at least 5 % of a layer, here one unit of each group. The neural implant, which replaces
-  pruned filters by their centre, is not part of the recipe.
+  compete; the paper keeps at least 5 % of a layer, here one unit of each group. `implants`: the fraction of the units
+  to be pruned that keep the centre tap of their filters, the neural implant of the paper (its code has 0.1).
+  `structured.split_centers` makes 1 x 1 convolutions of these filters after the cut.
   """
-  selection = structured.grouped(groups, sparsity, score=saliences.hessian_trace, multiple_of=multiple_of,
-                                 budget=budget)
+  selection = structured.implanted(groups, sparsity, implants, score=saliences.hessian_trace, budget=budget,
+                                   multiple_of=multiple_of)
   probe = starts.hutchinson(starts.needed('hap', 'loss', loss, 'params -> scalar'), samples, key)
   return transforms.sparsify(inner, flows.hard(), selection, where=belongs(groups), refresh=schedules.once(0),
                              start=starts.probed(probe), key=key, **options)

@@ -15,6 +15,7 @@ from sparsejax.structured.costs import Allowance, flops, latency, multiply_adds,
 from sparsejax.structured.erasing import erasable
 from sparsejax.structured.files import load, save
 from sparsejax.structured.groups import Groups, Member, UnitGroup, groups
+from sparsejax.structured.implants import Implanted, implanted, split_centers
 from sparsejax.structured.least_squares import tyr
 from sparsejax.structured.proof import Proof, prove
 from sparsejax.structured.removal import Cut, cut, masks
@@ -24,8 +25,8 @@ from sparsejax.structured.selecting import choose, choose_in_rounds, grouped, ke
 from sparsejax.structured.training import cut_state
 
 __all__ = [
-  'Allowance', 'Cut', 'Groups', 'Member', 'Proof', 'Stage', 'UnitGroup', 'architecture', 'choose', 'choose_in_rounds',
-  'cut', 'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'is_rotated', 'iso_flop', 'kept', 'latency', 'load',
-  'masks', 'multi_pruner', 'multiply_adds', 'parameters', 'prove', 'rotate', 'save', 'search', 'seconds', 'sharing',
-  'slice_gpt', 'tyr', 'weights',
+  'Allowance', 'Cut', 'Groups', 'Implanted', 'Member', 'Proof', 'Stage', 'UnitGroup', 'architecture', 'choose',
+  'choose_in_rounds', 'cut', 'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'implanted', 'is_rotated',
+  'iso_flop', 'kept', 'latency', 'load', 'masks', 'multi_pruner', 'multiply_adds', 'parameters', 'prove', 'rotate',
+  'save', 'search', 'seconds', 'sharing', 'slice_gpt', 'split_centers', 'tyr', 'weights',
 ]

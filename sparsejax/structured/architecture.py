@@ -33,7 +33,7 @@ def mixed(operations: Sequence[Callable[[Array], Array]], alpha: Array, x: Array
           weighting: Weighting = jax.nn.softmax, channels: int = 1) -> Array:
   """Returns the sum of `weighting(alpha)[o] * operations[o](x)`, the mixture of DARTS (Liu et al. 2019, equation 2).
 
-  With `channels=K`, only the first 1/K of the last axis goes through the operations. These must keep the shape.
+  With `channels=K`, only the first 1/K of the last axis goes through the operations, which must keep the shape.
   PC-DARTS calls this a partial connection. Raises `ValueError` if `alpha` has not one
   number for each operation, and if K does not divide the axis.
   """

@@ -84,7 +84,7 @@ INSIDE = {
                              ('elementwise',), ('moving', 'picking', 'layers'),
                              ('rules',), ('groups', 'smaller'), ('erasing',), ('removal',),
                              ('training', 'proof', 'files', 'costs', 'rotating'), ('selecting', 'searching'),
-                             ('least_squares',)),
+                             ('least_squares', 'implants')),
     'sparsejax.hub': (('layers', 'texts'), ('bert', 'gpt2', 'llama')),
     'sparsejax.advice': (('measured', 'arrays'), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
