@@ -7,10 +7,11 @@
 `python benchmarks/kernels.py` measures the table of another CPU; the folder `TABLES` holds the tables.
 """
 
+from sparsejax.advice.arrays import filled, utilization
 from sparsejax.advice.measured import TABLES, Measured, Speed, read_table
 from sparsejax.advice.rows import Advice, ParameterAdvice, advise
 from sparsejax.types import moved
 
-__all__ = ['TABLES', 'Advice', 'Measured', 'ParameterAdvice', 'Speed', 'advise', 'read_table']
+__all__ = ['TABLES', 'Advice', 'Measured', 'ParameterAdvice', 'Speed', 'advise', 'filled', 'read_table', 'utilization']
 
 moved(__name__, {'Row': (ParameterAdvice, 'advice.ParameterAdvice')})
