@@ -23,6 +23,7 @@ from jax import lax
 from kernels_pallas import block_sparse, ell, held, n_m, sparse24, unstructured
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
+from sparsejax.arguments import checked
 from sparsejax.programs import Operation, Program, ValueRules, evaluate, jaxprs, trace
 from sparsejax.programs.jaxprs import Numbers
 from sparsejax.types import Array
@@ -74,6 +75,7 @@ class ProgramExplanation(tuple):
     return tables.aligned(('parameter', 'shape', 'format', 'op', 'by', 'why'), rows, rule=False)
 
 
+@checked
 def packed(apply: Callable[..., Any], *, implementation: str | None = None, explain: bool = False
            ) -> Callable[..., Any]:
   """Returns `apply` for arguments of which any leaves are packed arrays of `sparsejax.formats`.

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from sparsejax import errors
+from sparsejax.arguments import checked
 from sparsejax.programs.contractions import read
 from sparsejax.programs.tracing import trace
 from sparsejax.structured.groups import Groups
 
 
+@checked
 def multiply_adds(groups: Groups) -> Callable[[Mapping[str, Any]], Any]:
   """Returns the function from sizes of groups to the multiply-adds of one call, in contractions of parameters.
 

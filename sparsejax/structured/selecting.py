@@ -113,6 +113,7 @@ class _Grouped:
     return left if drop is None else left - jnp.floor(drop * left.astype(jnp.float32)).astype(jnp.int32)
 
 
+@checked
 def kept(groups: Mapping[str, UnitGroup], masks: PyTree) -> dict[str, np.ndarray]:
   """Returns which units have a kept weight under `masks`, as `keep=` of `cut`.
 
