@@ -225,19 +225,8 @@ def holds(package: types.ModuleType, module: types.ModuleType) -> bool:
 
 
 def own_names(module: types.ModuleType) -> dict:
-  """Returns the public names of a module, from `__all__` or else from its definitions, by name."""
-  if hasattr(module, '__all__'):
-    names = module.__all__
-  else:
-    names = [name for name, value in vars(module).items() if not name.startswith('_') and is_own(module, value)]
-  return {name: getattr(module, name) for name in names}
-
-
-def is_own(module: types.ModuleType, value) -> bool:
-  """Returns whether a function or class is defined in the module, or in a part of the package that `module` is."""
-  if not (inspect.isfunction(value) or inspect.isclass(value)):
-    return False
-  return f'{value.__module__}.'.startswith(f'{module.__name__}.')
+  """Returns the public names of a module, those in its `__all__`."""
+  return {name: getattr(module, name) for name in module.__all__}
 
 
 def home(value) -> str:

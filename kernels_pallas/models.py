@@ -24,6 +24,7 @@ from kernels_pallas import held
 from kernels_pallas.around import OPS, Op
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
+from sparsejax.arguments import checked
 from sparsejax.programs import Operation, Program, ValueRules, evaluate, jaxprs, trace
 from sparsejax.programs.jaxprs import Numbers
 from sparsejax.types import Array
@@ -55,6 +56,7 @@ class ProgramExplanation(tuple):
     return tables.aligned(('parameter', 'shape', 'format', 'op', 'by', 'why'), rows, rule=False)
 
 
+@checked
 def packed(apply: Callable[..., Any], *, implementation: str | None = None, explain: bool = False
            ) -> Callable[..., Any]:
   """Returns `apply` for arguments of which any leaves are packed arrays of `sparsejax.formats`.

@@ -16,6 +16,7 @@ import jax
 from kernels_pallas.models import OPS
 from sparsejax import advice, arguments, formats, tables, trees
 from sparsejax.advice import measured
+from sparsejax.arguments import checked
 from sparsejax.formats import PackedArray
 from sparsejax.formats.arrays import matrix_sizes
 from sparsejax.types import Axes, PyTree
@@ -45,6 +46,7 @@ class Preparation(tuple):
                           rule=False)
 
 
+@checked
 def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain: bool = False,
              folder: str | pathlib.Path = advice.TABLES) -> PyTree:
   """Returns `params` with each packed leaf in the form whose product with `tokens` rows runs fastest on `device`.

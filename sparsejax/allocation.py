@@ -21,6 +21,11 @@ from sparsejax import arguments, errors, trees
 from sparsejax.arguments import checked
 from sparsejax.types import Allocation, Array, Axes, Score
 
+__all__ = [
+  'Ranked', 'custom', 'erdos_renyi', 'erk', 'from_scores', 'global_', 'knapsack', 'lamp', 'named', 'shared_by',
+  'uniform', 'uniform_plus',
+]
+
 OF_ITS_OWN = 'sparsities of its own'  # an allocation with this fact does not look at the sparsity that is asked
 
 
@@ -99,6 +104,7 @@ def uniform_plus(first: str | None = None, last: str | None = None, least: float
   return allocate
 
 
+@checked
 def custom(sparsities: Mapping[str, float]) -> Allocation:
   """Returns the allocation with the sparsities of a dict by globs, such as `{'block_0/**': 0.5, '**': 0.9}`.
 
@@ -120,6 +126,7 @@ def global_() -> Ranked:
   return Ranked()
 
 
+@checked
 def from_scores(score: Score) -> Ranked:
   """Returns the allocation in which each leaf keeps as many weights as if `score` ranked all leaves together.
 
@@ -146,6 +153,7 @@ def _lamp(scores: Array) -> Array:
   return jnp.zeros_like(squares).at[order].set(ranked).reshape(scores.shape)
 
 
+@checked
 def named(name: Any) -> Allocation | Ranked:
   """Returns the allocation that a configuration gives by `name`; raises `ValueError` for an unknown name.
 
@@ -164,6 +172,7 @@ def named(name: Any) -> Allocation | Ranked:
   return known[name]
 
 
+@checked
 def shared_by(scores: Mapping[str, float], most: float,
               groups: Callable[[str], str] = lambda path: path) -> Allocation:
   """Returns the allocation that keeps more where `scores` are higher: ECoFLaP (Sung et al. 2023, 2310.02998).
@@ -237,6 +246,7 @@ def _whole(exact: Mapping[str, float], room: Mapping[str, int], total: int) -> d
   return kept
 
 
+@checked
 def knapsack(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float) -> tuple[int, ...]:
   """Returns the choice of each layer with the least sum of costs whose sizes add up to at most `budget`.
 

@@ -12,7 +12,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -62,6 +62,23 @@ def one_of(*types: Any) -> Test:
   return lambda value: isinstance(value, types)
 
 
+def is_tree(value: Any) -> bool:
+  """Returns whether `value` may be a tree of arrays: an array, a container of JAX or a mapping, and no other leaf."""
+  if hasattr(value, 'dtype') or isinstance(value, Mapping):
+    return True
+  return value is not None and not jax.tree_util.all_leaves([value])
+
+
+def is_series(value: Any) -> bool:
+  """Returns whether `value` can be gone through item by item, and is no text and no mapping."""
+  return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) and getattr(value, 'ndim', 1) > 0
+
+
+def is_path(value: Any) -> bool:
+  """Returns whether `value` is the path of a file or a folder; a number would be an open file of the process."""
+  return isinstance(value, (str, os.PathLike)) and os.fspath(value) not in ('', b'')
+
+
 def is_key(value: Any) -> bool:
   """Returns whether `value` is a PRNG key, typed or `uint32`, or an array of keys."""
   dtype = getattr(value, 'dtype', None)
@@ -98,6 +115,7 @@ OPTIMIZER = Kind('an optimizer of optax, as in optax.adamw(1e-3)', having('init'
 KEY = Kind("a PRNG key, as in jax.random.key(0), or starts.given('key')",
            lambda value: callable(value) or is_key(value))
 AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.apply, params, x)', one_of(Mapping))
+DRAWN = Kind('a PRNG key, as in jax.random.key(0)', is_key)
 # `trees.select` answers a glob that stands by itself.
 WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of bools", lambda value: not is_number(value))
 MEMORY = Kind('a scores.Memory', having('start', 'observe'))
@@ -107,7 +125,7 @@ FOLDER = Kind('the path of a folder', lambda value: one_of(str, os.PathLike)(val
 CONFIG = Kind("a mapping, as in {'name': 'sr_ste', 'pattern': '2:4'}", having('keys', '__getitem__'))
 QUANTIZE = Kind('a grid, as in repairs.Grid(bits=4)', having('fitted', 'rounded'))
 GROUPS = Kind('the groups of a program, as in structured.groups(apply, params, x), or some of them in a dict',
-              one_of(Mapping))
+              lambda value: isinstance(value, Mapping) and all(map(having('members', 'size'), value.values())))
 PENALTY = Kind('a penalty, as in penalties.l1(1e-4)', having('value', 'prox', 'lmo'))
 BUDGET = Kind('a fraction of a cost, as in structured.flops(0.5)', having('fraction', 'cost'))
 # Functions of which `groups` are those of units; other functions take names of groups of leaves.
@@ -115,11 +133,31 @@ _OVER_GROUPS = ('grouped', 'kept', 'group_norm', 'sparse_envelope', 'latency', '
                 'norm_scale', 'group_magnitude', 'group_taylor', 'hap', 'latency_aware', 'choose', 'seconds',
                 'slice_gpt', 'multi_pruner', 'tyr')
 FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
+PARAMS = Kind("a tree of arrays, as in model.init(key, x)['params']", is_tree)
+MEMBERS = Kind('a list of trees of arrays', lambda value: isinstance(value, Sequence) and all(map(is_tree, value)))
+SERIES = Kind('a sequence, as in a list', is_series)
+LISTS = Kind('a list of lists of numbers', lambda value: is_series(value) and all(map(is_series, value)))
+BATCHES = Kind('an iterable of batches, as in a list', is_series)
+BY_NAME = Kind('a mapping, as in a dict', one_of(Mapping))
+PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
+ARRAY = Kind('an array', having('shape', 'dtype'))
+PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
+PREDICATE = Kind("a predicate, as in trees.named('tail/of/path')", callable)
+CONTRACTIONS = Kind('the contractions of a program, as in sparsejax.contractions(apply, params, x)',
+                    having('uses', 'macs', 'other_macs'))
+UNITS = Kind('the groups of a program, as in structured.groups(apply, params, x)', having('shapes', 'apply', 'items'))
+CUT = Kind('what structured.cut returns', having('params', 'apply', 'kept'))
+NAMED = Kind('a name, or the mapping or the word of a configuration',
+             lambda value: isinstance(value, (str, Mapping)) or callable(value) or hasattr(value, 'score'))
+REPORT = Kind('what sparsejax.report returns', having('rows'))
+SEQUENTIAL = Kind("'weight', 'dense' or a function path -> key",
+                  lambda value: isinstance(value, str) or callable(value))
+NUMBERS = Kind('a number or a sequence of numbers', lambda value: is_number(value) or is_series(value))
 
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(('sparsity', 'initial', 'target'), SPARSITY),
-    **dict.fromkeys(('begin', 'end', 'dense_steps', 'fine_tune_steps', 'at'), STEP),
+    **dict.fromkeys(('begin', 'end', 'dense_steps', 'fine_tune_steps', 'at', 'delayed.steps'), STEP),
     **dict.fromkeys(('every', 'steps', 'total_steps', 'ramp_steps', 'set_.end', 'rigl.end', 'snfs.end',
                      'iterative_soft_shrinkage.fine_tune_steps'), UPDATES),
     **dict.fromkeys(('rounds', 'candidates', 'k', 'block', 'rows', 'cycles', 'iterations', 'bits', 'tokens',
@@ -151,6 +189,28 @@ KINDS: dict[str, Kind] = {
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
     'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,
+    # The tools.
+    **dict.fromkeys(('params', 'tree', 'base', 'like', 'a', 'b', 'before', 'after', 'seen', 'masks', 'grads', 'running',
+                     'cut_state.state', 'with_values.values'), PARAMS),
+    **dict.fromkeys(('batches', 'valid'), BATCHES), 'squarehead.valid': ARRAY, 'members': MEMBERS,
+    **dict.fromkeys(('states', 'teacher_states', 'weights', 'sparsities', 'names', 'values', 'records', 'ends',
+                     'colours', 'marks', 'bars', 'boundaries'), SERIES),
+    **dict.fromkeys(('metadata', 'densities', 'scores', 'leaves', 'keep', 'cut_state.kept', 'custom.sparsities',
+                     'replace.values'), BY_NAME), 'prune.keep': ANYTHING,
+    **dict.fromkeys(('path', 'tables', 'folder'), PATH), 'sequential': SEQUENTIAL,
+    **dict.fromkeys(('unseen', 'device', 'item', 'input_gradient', 'globs', 'implementation', 'given.name',
+                     'identity.name', 'over_steps.key'), NAME), 'named.name': NAMED,
+    **dict.fromkeys(('check', 'signed_zeros', 'own', 'exact', 'explain', 'band', 'causal'), FLAG),
+    **dict.fromkeys(('callback', 'metric', 'probe', 'essential_sparsity.pruned', 'schedule.value'), FUNCTION),
+    **dict.fromkeys(('either.first', 'either.second'), BOOLS), 'all_but.where': PREDICATE, 'zeroth_order.key': DRAWN,
+    **dict.fromkeys(('x', 'w', 'dy', 'q', 'v', 'index', 'counts', 'block_sparse_attention.k', 'mask'), ARRAY),
+    **dict.fromkeys((f'{op}_matmul.w' for op in ('nm', 'block_sparse', 'ell', 'sparse24', 'unstructured')), PACKED),
+    'sampled_matmul.like': PACKED, 'packed': PACKED, 'contractions': CONTRACTIONS, 'small': CUT, 'report': REPORT,
+    **dict.fromkeys((f'{name}.groups' for name in ('cut', 'cut_state', 'masks', 'multiply_adds', 'prove')), UNITS),
+    **dict.fromkeys(('points', 'columns', 'window', 'block_q', 'block_k', 'capacity'), TIMES),
+    **dict.fromkeys(('dpi', 'limit', 'scale'), POSITIVE), **dict.fromkeys(('costs', 'means', 'halves'), NUMBERS),
+    **dict.fromkeys(('knapsack.costs', 'sizes'), LISTS), 'budget': NUMBER, 'tolerance': RATE,
+    'effective_sizes.groups': GROUPS, 'active_matmul.threshold': ANYTHING,
 }
 
 
@@ -206,12 +266,17 @@ def checked(function: F) -> F:
   parameters = inspect.signature(function).parameters
   name = public_name(function)
 
+  of_kind = lambda *kinds: [key for key, parameter in parameters.items() if parameter.kind in kinds]
+  places = of_kind(inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  rest, others = of_kind(inspect.Parameter.VAR_POSITIONAL), of_kind(inspect.Parameter.VAR_KEYWORD)
+
   @functools.wraps(function)
   def call(*args: Any, **kwargs: Any) -> Any:
-    known(name, kwargs, parameters)
+    known(name, () if others else kwargs, parameters)
     one = lambda key, value: verified(name, key, value, parameters[key].default)
-    first = [one(*each) for each in zip(parameters, args)]
-    return function(*first, *args[len(first):], **{key: one(key, value) for key, value in kwargs.items()})
+    first = [one(*each) for each in zip(places + rest * len(args), args)]
+    return function(*first, *args[len(first):], **{
+        key: one(key, value) if key in parameters else value for key, value in kwargs.items()})
 
   return call  # type: ignore[return-value]
 
@@ -230,6 +295,12 @@ def refuse_unknown(function: str, arrays: Mapping[str, Any], traced: bool = Fals
                                                                'outside of jit, vmap and grad.'))
 
 
+# The functions that messages call by their own names: those at the top of `sparsejax`, and `pack`.
+_TOP = ('advise', 'check', 'contractions', 'pack', 'prune', 'prune_weights', 'report')
+
+
 def public_name(function: Callable[..., Any]) -> str:
   """Returns how users call a function: 'recipes.mdgf' for `mdgf` of `sparsejax.recipes.n_m`."""
-  return '.'.join([*function.__module__.split('.')[1:2], function.__name__])
+  package, *module = function.__module__.split('.')
+  alone = function.__name__ in _TOP or package != 'sparsejax'
+  return function.__name__ if alone else '.'.join([*module[:1], function.__name__])

@@ -19,7 +19,10 @@ import optax
 from jax import lax
 
 from sparsejax import trees
+from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
+
+__all__ = ['Gram', 'Moments', 'Rows', 'add', 'gram', 'moments', 'recalibrated']
 
 
 class Rows(NamedTuple):
@@ -124,6 +127,7 @@ def _sums(rows: Rows) -> tuple[Array, Array, Array]:
   return jnp.sum(counted, 1, dtype=jnp.int32), total, valid
 
 
+@checked
 def recalibrated(update: Callable[[PyTree, Any], PyTree], running: PyTree, batches: Iterable[Any]) -> PyTree:
   """Returns the running statistics of batch norms, measured anew: the mean over `batches` of each batch's statistic.
 

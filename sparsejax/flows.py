@@ -19,6 +19,11 @@ from sparsejax import errors, neighbours
 from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, Flow, Schedule, Signals
 
+__all__ = [
+  'bidirectional', 'decayed', 'forgotten', 'frozen', 'hard', 'is_forgotten', 'on_the_edge', 'remembered',
+  'searched', 'soft_shrink', 'soft_threshold', 'sr_ste', 'straight_through', 'until',
+]
+
 GRADIENTS = ('scaled', 'straight_through')
 
 
@@ -125,6 +130,7 @@ def on_the_edge(gain: float) -> Flow:
   return Flow(_masked, _masked_gradient, begin=Bound(_rescaled, (gain,)), along_axes=True)
 
 
+@checked
 def until(flow: Flow, at: int) -> Flow:
   """Returns a flow that is `flow` before step `at` and `hard` from then on.
 

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from sparsejax.arguments import checked
 from sparsejax.types import Array
+
+__all__ = ['squarehead']
 
 _FLOOR = 2.0**-7  # the authors' epsilon: that of bfloat16
 
 
+@checked
 def squarehead(states: Sequence[Array], teacher_states: Sequence[Array], valid: Array | None = None) -> Array:
   """Returns the SquareHead loss `float32[]` (Kurtic et al. 2023, 2310.06927), summed over hidden states.
 

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors, trees
+from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
+
+__all__ = [
+  'Barrier', 'Change', 'Exploration', 'Flops', 'Overlap', 'Variance', 'barrier', 'collapsed', 'density', 'flops',
+  'gradient_variance', 'itop_rate', 'kept', 'model_soup', 'overlap', 'sad', 'union',
+]
 
 
 class Change(NamedTuple):
@@ -85,12 +91,14 @@ class Flops(NamedTuple):
   dense_training: float
 
 
+@checked
 def density(params: PyTree) -> dict[str, Array]:
   """Returns the fraction of each leaf that is not zero, as `float32[]` by path; -0.0 is zero, and NaN is not."""
   paths, leaves, _ = trees.flatten(params)
   return {path: jnp.mean(leaf != 0, dtype=jnp.float32) for path, leaf in zip(paths, leaves)}
 
 
+@checked
 def kept(tree: PyTree) -> dict[str, Array]:
   """Returns the number of entries of each leaf that are not zero, as `float32[]` by path; NaN is not zero.
 
@@ -100,6 +108,7 @@ def kept(tree: PyTree) -> dict[str, Array]:
   return {path: jnp.sum(mask, dtype=jnp.float32) for path, mask in _prunable(tree).items()}
 
 
+@checked
 def collapsed(tree: PyTree) -> dict[str, Array]:
   """Returns whether a leaf keeps no weight at all, as `bool[]` by path, for the same leaves as `kept`.
 
@@ -129,6 +138,7 @@ def _pairs(function: str, a: PyTree, b: PyTree) -> list[tuple[str, Array, Array]
   return pairs
 
 
+@checked
 def sad(before: PyTree, after: PyTree) -> dict[str, Change]:
   """Returns the sum of absolute mask differences, `||after - before||_1`, as a `Change` by path.
 
@@ -140,6 +150,7 @@ def sad(before: PyTree, after: PyTree) -> dict[str, Change]:
   return {path: Change(flips[path], flips[path] / a.size) for path, a, _ in pairs}
 
 
+@checked
 def overlap(a: PyTree, b: PyTree) -> dict[str, Overlap]:
   """Returns how similar two trees of masks are, as an `Overlap` by path.
 
@@ -164,6 +175,7 @@ def _overlap(a: Array, b: Array) -> Overlap:
   return Overlap(both, chance, both / chance, both / either)
 
 
+@checked
 def union(seen: PyTree, masks: PyTree) -> PyTree:
   """Returns the masks of all weights that were kept at any time: `seen or masks`.
 
@@ -172,6 +184,7 @@ def union(seen: PyTree, masks: PyTree) -> PyTree:
   return jax.tree.structure(seen).unflatten([a | b for _, a, b in _pairs('union', seen, masks)])
 
 
+@checked
 def itop_rate(seen: PyTree) -> Exploration:
   """Returns the in-time over-parametrisation rate R_s of all leaves together and of each leaf.
 
@@ -184,6 +197,7 @@ def itop_rate(seen: PyTree) -> Exploration:
   return Exploration(total(counts) / total(sizes), {path: counts[path] / sizes[path] for path in counts})
 
 
+@checked
 def gradient_variance(grads: PyTree, masks: PyTree) -> dict[str, Variance]:
   """Returns the variance of the absolute gradient over kept and over pruned weights, as a `Variance` by path.
 
@@ -201,6 +215,7 @@ def _variance(x: Array, mask: Array) -> Array:
   return jnp.sum(jnp.where(mask, jnp.square(x - mean), 0)) / count
 
 
+@checked
 def barrier(loss: Callable[[PyTree], Array], a: PyTree, b: PyTree, points: int = 11) -> Barrier:
   """Returns how far `loss` rises above the chord, at most, on the straight line from parameters `a` to `b`.
 
@@ -243,6 +258,7 @@ def _between(alpha: Array, x: Array, y: Array) -> Array:
   return ((1 - alpha) * x.astype(wide) + alpha * y.astype(wide)).astype(x.dtype)
 
 
+@checked
 def flops(contractions: Any, densities: Mapping[str, Any] | None = None, *, input_gradient: str = 'sparse') -> Flops:
   """Returns the operations of all contractions of a program, from `sparsejax.contractions` and the densities.
 
@@ -271,6 +287,7 @@ def flops(contractions: Any, densities: Mapping[str, Any] | None = None, *, inpu
   return Flops(2 * (inference + other), 2 * (training + 3 * other), 2.0 * dense, 6.0 * dense)
 
 
+@checked
 def model_soup(members: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:
   """Returns the average of models that were retrained from one pruned model (Zimmer et al. 2023, Sparse Model Soups).
 

@@ -20,6 +20,8 @@ from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound
 from sparsejax.units import BESIDE, PRODUCED, Places
 
+__all__ = ['Penalty', 'effective_sizes', 'group_norm', 'l1', 'latency', 'sparse_envelope']
+
 Leaves = Mapping[str, Array]
 OUT = (PRODUCED, BESIDE)  # A zero-invariant group of OTO holds the producer of a unit, with biases and norms.
 
@@ -154,6 +156,7 @@ def _latency(leaves: Leaves, penalty: float, groups: Mapping[str, Any], cost: An
   return penalty * cost(effective_sizes(groups, leaves))
 
 
+@checked
 def effective_sizes(groups: Mapping[str, Any], leaves: Leaves) -> dict[str, Array]:
   """Returns the effective size of each group, `float32[]`: (sum ||x||)^2 / sum ||x||^2, the mean over layers."""
   places = Places.of(groups, leaves)

@@ -15,12 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from sparsejax.arguments import checked
 from sparsejax.types import Array, Schedule
+
+__all__ = ['intervals', 'matrix', 'over_steps', 'palette', 'saved', 'schedule', 'sparsity', 'trade_off']
 
 MISSING = "sparsejax.plot: matplotlib cannot be imported. Run: pip install 'sparsejax[plot]'"
 KEPT, PRUNED, ZERO = '#1f3b5c', '#f2f0ea', '#c9c6be'
 
 
+@checked
 @contextlib.contextmanager
 def saved(path: str | os.PathLike[str], rows: int = 1, columns: int = 1, *, dpi: float = 120,
           **options: Any) -> Iterator[Any]:
@@ -39,6 +43,7 @@ def saved(path: str | os.PathLike[str], rows: int = 1, columns: int = 1, *, dpi:
   figure.savefig(path, dpi=dpi)
 
 
+@checked
 def sparsity(report: Any, axis: Any = None) -> Any:
   """Draws one bar a parameter, the achieved sparsity, with a mark at the sparsity that was asked.
 
@@ -57,6 +62,7 @@ def sparsity(report: Any, axis: Any = None) -> Any:
   return axis
 
 
+@checked
 def matrix(w: Array, axis: Any = None, *, limit: float | None = None) -> Any:
   """Draws a mask or weights as a picture, one pixel an entry; leading axes are joined to rows.
 
@@ -78,6 +84,7 @@ def matrix(w: Array, axis: Any = None, *, limit: float | None = None) -> Any:
   return axis
 
 
+@checked
 def over_steps(records: Iterable[Mapping[str, Any]], key: str, axis: Any = None, *, window: int = 1, band: bool = True,
                **style: Any) -> Any:
   """Draws a recorded quantity over the steps: the mean over the seeds, in a band from the lowest to the highest seed.
@@ -101,6 +108,7 @@ def over_steps(records: Iterable[Mapping[str, Any]], key: str, axis: Any = None,
   return axis
 
 
+@checked
 def schedule(value: Schedule, steps: int, axis: Any = None, **style: Any) -> Any:
   """Draws a schedule, a function of the step, from step 0 to `steps`."""
   axis, at = _axes(axis), np.unique(np.linspace(0, steps, 200).astype(int))
@@ -109,6 +117,7 @@ def schedule(value: Schedule, steps: int, axis: Any = None, **style: Any) -> Any
   return axis
 
 
+@checked
 def trade_off(costs: Sequence[float] | float, means: Sequence[float] | float,
               halves: Sequence[float] | float | None = None, axis: Any = None, **style: Any) -> Any:
   """Draws points of quality against cost, each with a bar of half an interval, `halves`, up and down.
@@ -122,6 +131,7 @@ def trade_off(costs: Sequence[float] | float, means: Sequence[float] | float,
   return axis
 
 
+@checked
 def intervals(names: Sequence[str], values: Sequence[float], ends: Sequence[tuple[float, float]], axis: Any = None, *,
               colours: Sequence[str] | None = None, marks: Sequence[str] | None = None,
               bars: Sequence[float] | None = None) -> Any:
@@ -143,6 +153,7 @@ def intervals(names: Sequence[str], values: Sequence[float], ends: Sequence[tupl
   return axis
 
 
+@checked
 def palette(names: Iterable[str]) -> dict[str, tuple[Any, str]]:
   """Returns a colour and a style of line for each name: ten colours, and then the same in dashes and in dots."""
   _figure_class()

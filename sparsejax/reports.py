@@ -19,6 +19,8 @@ from sparsejax.patterns import NM
 from sparsejax.tables import Report, number
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
+__all__ = ['LeafReport', 'Report', 'check', 'report']
+
 COMMON = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8)))
 
 
@@ -47,6 +49,14 @@ class LeafReport(NamedTuple):
 types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
 
 
+<<<<<<< HEAD
+=======
+def _number(sparsity: float | None) -> str:
+  return '-' if sparsity is None else f'{sparsity:.4f}'
+
+
+@arguments.checked
+>>>>>>> s6r
 def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
            where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None) -> Report:
   """Reports asked and achieved sparsity of each sparse parameter, its pattern checked along the contraction axis.
@@ -70,7 +80,7 @@ def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[
       raise ValueError('report: what was asked is in the optimizer state; pass either it or pattern and where.')
     return with_note(params, _of_state(params, opt_state, axes))
   paths, leaves, _ = trees.flatten(params)
-  picked = trees.select('report', where or trees.default_where(axes), params)
+  picked = trees.select('report', trees.default_where(axes) if where is None else where, params)
   held = {path: leaf for path, leaf, pick in zip(paths, leaves, picked) if pick}
   arguments.refuse_unknown('report', held)
   arrays = {path: jnp.asarray(leaf) for path, leaf in held.items()}
@@ -105,6 +115,7 @@ def row_of_pattern(path: str, w: Array, pattern: Pattern | None, axes: Axes) -> 
   return LeafReport(path, w.shape, pattern, axes, pattern.sparsity, _sparsity(w), pattern.violation(w, axes))
 
 
+@arguments.checked
 def check(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
           where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None) -> Report:
   """Returns the `report`. Raises `ValueError` that names every parameter that does not keep what was asked of it.

@@ -20,6 +20,8 @@ from sparsejax.globs import matches
 from sparsejax.types import Array, Bound, Score, Signals
 from sparsejax.units import BESIDE, PRODUCED, SIDES, Places
 
+__all__ = ['Units', 'half_space', 'hessian_trace', 'importance', 'matching', 'mean_magnitude', 'redundancy', 'taylor']
+
 Salience = Callable[['Units'], Array]
 TINY = 1e-6  # of the authors of OTO, in the place of a division by zero
 

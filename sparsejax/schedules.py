@@ -19,6 +19,11 @@ from sparsejax import arguments, errors
 from sparsejax.arguments import checked
 from sparsejax.types import ALWAYS, AT_ZERO, ENDLESS, Bound, Schedule, Step
 
+__all__ = [
+  'before', 'constant', 'cosine', 'cubic', 'delayed', 'density_decay', 'either', 'every', 'exponential', 'fade',
+  'linear', 'named', 'once', 'polynomial', 'reach', 'stepwise',
+]
+
 
 @checked
 def constant(value: float) -> Schedule:
@@ -127,12 +132,14 @@ def once(at: int) -> Schedule:
   return Bound(_once, (at,), (AT_ZERO,) if at == 0 else (), at)
 
 
+@checked
 def delayed(schedule: Schedule, steps: int) -> Schedule:
   """Returns the schedule that is at `step + steps` what `schedule` is at `step`; negative `steps` bring it forward."""
   end = reach(schedule)
   return Bound(_delayed, (schedule, steps), end=None if end is None else end + steps)
 
 
+@checked
 def either(first: Schedule, second: Schedule) -> Schedule:
   """Returns the schedule of bools that is `True` where one of two schedules is."""
   return Bound(_either, (first, second), end=max((reach(each) or 0 for each in (first, second)), default=None))
@@ -158,6 +165,7 @@ def reach(schedule: Any) -> int | None:
   return end if isinstance(end, int) else None
 
 
+@checked
 def named(name: str, **values: Any) -> Schedule:
   """Returns the schedule that a configuration gives by its `name` and the arguments of the function of that name.
 

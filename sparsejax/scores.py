@@ -22,6 +22,12 @@ from sparsejax import hessians, neighbours, trees
 from sparsejax.arguments import checked
 from sparsejax.types import Array, Schedule, Signals, elementwise
 
+__all__ = [
+  'Memory', 'Movement', 'accumulated_movement', 'fisher', 'gradient', 'gradient_average', 'grasp', 'magnitude',
+  'momentum', 'movement', 'obs', 'previous', 'random', 'snip', 'soft_movement', 'squared_gradient_average',
+  'synflow', 'value', 'wanda',
+]
+
 
 @elementwise
 def magnitude(w: Array, signals: Signals = Signals()) -> Array:

@@ -21,6 +21,8 @@ from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
 from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
 
+__all__ = ['Selection', 'global_threshold', 'leafwise', 'redistributed', 'score_threshold']
+
 Leaves, Masks = Sequence[SparseLeaf], list[Array]
 
 

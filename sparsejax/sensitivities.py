@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from sparsejax import arguments, progress, trees
 from sparsejax.types import Array, Predicate, PyTree
 
+__all__ = ['zeroth_order']
 
+
+@arguments.checked
 def zeroth_order(loss: Callable[[PyTree, Any], Array], params: PyTree, batches: Iterable[Any], key: Array, *,
                  eps: float = 1e-3, where: Predicate | PyTree = trees.matrices) -> dict[str, float]:
   """Returns `|L(W + eps z) - L(W - eps z)| / (2 eps)` of each leaf W by path, summed over batches.

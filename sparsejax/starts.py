@@ -22,6 +22,11 @@ from sparsejax import arguments, errors, trees
 from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, PyTree, Start
 
+__all__ = [
+  'Given', 'best_of', 'fill', 'given', 'gradient', 'hessian_gradient', 'hutchinson', 'names', 'of', 'probed',
+  'synaptic_flow',
+]
+
 Probe = Callable[[PyTree], PyTree]
 Loss = Callable[[PyTree], Array]
 
@@ -37,6 +42,7 @@ class Given:
                      'own has to hold it where it can be filled: in the arguments of a types.Bound.')
 
 
+@checked
 def given(name: str) -> Any:
   """Returns a placeholder for `loss`, `outputs`, `ticket` or `key`, which `tx.init(params, name=value)` fills."""
   return Given(name)

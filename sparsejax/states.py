@@ -122,6 +122,7 @@ def reproject(params: PyTree, opt_state: Any, point: Callable[[Array, SparseLeaf
   return _replace(params, opt_state, lambda state, leaf, w, mask, stats: point(w, leaf))
 
 
+@arguments.checked
 def project(params: PyTree, opt_state: Any) -> PyTree:
   """Returns the sparse point of an optimizer state, in the parameters' structure and dtypes; dense leaves as they are.
 
@@ -163,6 +164,7 @@ def _refuse_unless_among(paths: Sequence[str], path: str) -> None:
                      f'{errors.some(paths)}. Make the state from these parameters: tx.init(params).')
 
 
+@arguments.checked
 def apply_masks(tree: PyTree, opt_state: Any) -> PyTree:
   """Returns `tree`, which has the parameters' structure, with zeros where the state's masks prune.
 
@@ -173,6 +175,7 @@ def apply_masks(tree: PyTree, opt_state: Any) -> PyTree:
   return jax.tree.map(zeroed, tree, masks(tree, opt_state))
 
 
+@arguments.checked
 def masks(params: PyTree, opt_state: Any) -> PyTree:
   """Returns the masks in the parameters' structure, `True` where kept; the scalar `True` for a dense leaf."""
   sparse = {path: mask for state in find(opt_state) for path, mask in by_path(state.masks).items()}
@@ -182,6 +185,7 @@ def masks(params: PyTree, opt_state: Any) -> PyTree:
   return treedef.unflatten([sparse.get(path, jnp.ones((), bool)) for path in paths])
 
 
+@arguments.checked
 def bdwp_backward(params: PyTree, opt_state: Any) -> PyTree:
   """Returns m_b W for `recipes.bdwp`: the weights of the input-gradient product, N:M along each leaf's output axes."""
   return reproject(params, opt_state, _along_output)

@@ -22,9 +22,15 @@ import numpy as np
 import optax
 
 from sparsejax import conventions, errors
+from sparsejax.arguments import checked
 from sparsejax.conventions import path_name
 from sparsejax.globs import matches
 from sparsejax.types import Array, Axes, Bound, Predicate, PyTree
+
+__all__ = [
+  'DENSE', 'all_but', 'axes_by_path', 'conventional_axes', 'default_where', 'flatten', 'is_dense', 'matrices',
+  'named', 'over', 'per_leaf', 'select', 'undecided',
+]
 
 DENSE = optax.MaskedNode()
 
@@ -40,6 +46,7 @@ def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple
   return [path_name(keys) for keys, _ in with_paths], [leaf for _, leaf in with_paths], treedef
 
 
+@checked
 def named(*globs: str) -> Predicate:
   """Returns the predicate of all leaves whose path, or a tail of the path, matches one of `globs`; see `matches`.
 
@@ -117,6 +124,7 @@ def is_traced(axes: Mapping[str, Axes] | None) -> bool:
   return hasattr(axes, 'lookups') or any(isinstance(each, tuple) and 'traced' in each for each in axes.values())
 
 
+@checked
 def all_but(*globs: str, where: Predicate = matrices) -> Predicate:
   """Returns the predicate of the leaves of `where` without the leaves whose path matches one of `globs`.
 

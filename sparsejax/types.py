@@ -18,6 +18,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import optax
 
+__all__ = [
+  'ALWAYS', 'AT_ZERO', 'ELEMENTWISE', 'ENDLESS', 'Asked', 'Axes', 'Bound', 'Flow', 'Pattern', 'Pooled', 'Signals',
+  'elementwise', 'says',
+]
+
 Array = jax.Array
 PyTree = Any
 Word = TypeVar('Word', bound=Callable[..., Any])

@@ -20,6 +20,8 @@ import numpy as np
 from sparsejax import errors
 from sparsejax.types import Array, Bound, Predicate
 
+__all__ = ['Places', 'Row', 'UnitAxis', 'belongs']
+
 PRODUCED, CONTRACTED, BESIDE = 'produced', 'contracted', 'beside'
 SIDES = (PRODUCED, CONTRACTED, BESIDE)
 

@@ -18,6 +18,8 @@ from sparsejax import counts, ranking
 from sparsejax.arguments import checked
 from sparsejax.types import ELEMENTWISE, Array, Schedule, Score, Signals, Update, elementwise, says
 
+__all__ = ['below_zero', 'drop_and_grow', 'prune_to', 'ranked_by', 'reselect', 'swap']
+
 
 @elementwise
 def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:

@@ -5,7 +5,11 @@
     len(batches)          # 3 for a batch size of 64
 """
 
+import math
 import operator
+import os
+import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +20,7 @@ import numpy as np
 from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder
 
 Batch = Mapping[str, np.ndarray]
+_OF_POSITIONS = 32  # bytes of an example's place in the order, while a batch is put together
 Reader = Callable[[np.ndarray], Batch]  # rows of a split -> their `inputs` and `labels`
 
 
@@ -64,11 +69,32 @@ def from_datasets(train: grain.MapDataset, valid: grain.MapDataset, test: grain.
 def ordered(splits: Sequence[tuple[Reader, np.ndarray]], part: BatchPart, seed: int) -> list[grain.MapDataset]:
   """Returns the data set of each split, a reader and its rows: the first split without end, shuffled by `seed`.
 
-  The other splits are read in order, and their batches have a `weight`.
+  The other splits are read in order, and their batches have a `weight`. Raises `ValueError` for a batch that the memory
+  cannot hold.
   """
   (read, rows), *others = splits
+  refuse_too_large(part, sum(array.nbytes for array in read(rows[:1]).values()))
   return [in_order(ShuffledOrder(len(rows), part, seed), read, rows),
           *(in_order(SequentialOrder(len(rows), part), read, rows) for read, rows in others)]
+
+
+def refuse_too_large(part: BatchPart, of_example: int) -> None:
+  """Raises `ValueError` if a batch of examples of `of_example` bytes each is larger than the free memory."""
+  rows = len(range(*part.rows.indices(part.batch_size)))
+  needed, free = rows * (of_example + _OF_POSITIONS), host_memory()
+  if needed > free:
+    raise ValueError(f'data.load: a batch of batch_size={part.batch_size} takes {needed:,} bytes, of which {rows:,} '
+                     f'examples are read here, and {free:,} are free; give a smaller batch.')
+
+
+def host_memory() -> int:
+  """Returns the bytes of memory that are available on this machine."""
+  pages = ('SC_AVPHYS_PAGES', 'SC_PAGE_SIZE')
+  try:
+    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable'))
+  except (OSError, StopIteration):  # Not Linux.
+    return math.prod(map(os.sysconf, pages)) if set(pages) <= set(os.sysconf_names) else sys.maxsize
 
 
 def in_order(order: ShuffledOrder | SequentialOrder, read: Reader, rows: np.ndarray) -> grain.MapDataset:

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.data.batches import Batch, Data, from_datasets
+from experiments.data.batches import Batch, Data, from_datasets, refuse_too_large
 from experiments.data.order import BatchPart, SequentialOrder, ShuffledOrder, philox
 
 BYTES = 256  # the size of the vocabulary
@@ -34,6 +34,7 @@ def text_batches(name: str, splits: TextSplits, part: BatchPart, seed: int, leng
     if len(text) < (needed := 2 * length if split == 'train' else 2):
       raise ValueError(f'data.load: {name!r} has {len(text)} bytes of {split} text, and a sequence length of {length} '
                        f'needs {needed}; use a longer text or shorter sequences.')
+  refuse_too_large(part, 8 * (length + 1))  # a window is cut as int32, and split in two
   # There is one window less than fits, so that an epoch can start at any byte of the first window.
   order = ShuffledOrder((len(splits.train) - length) // length, part, seed)
   train = grain.MapDataset.source(order).map(functools.partial(_training_windows, splits.train, length, seed))

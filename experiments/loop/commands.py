@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import configs
-from experiments.loop import checkpoints, hosts, training
+from experiments.loop import checkpoints, hosts, outcomes, training
 from experiments.loop.stopping import StopRequest
 
 REFUSED, INTERRUPTED = 2, 130  # exit status
@@ -62,6 +62,7 @@ def attempt(work: Callable[[], Any], workdir: str, again: str, shows_traceback: 
 
   An exception that is no refusal is raised, or, in one of several processes, printed: the others have to learn of it.
   """
+  outcomes.commit()
   for name in ('absl', 'asyncio'):  # Orbax and TFDS log their every step, and also what they raise.
     logging.getLogger(name).setLevel(logging.CRITICAL)
   try:

@@ -5,6 +5,7 @@
     outcome['test']['accuracy'], parameters(outcome)    # a number for each seed; arrays [seeds, ...]
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -84,14 +85,22 @@ def write(run: Run, setup: Setup, say: Callable[[str], None], scored: str = 'tes
 def environment() -> dict[str, Any]:
   """Returns the platform, the device, the number of CPUs, the version of JAX and the commit of this process."""
   device = jax.devices()[0]
+  return {'platform': device.platform, 'device': device.device_kind, 'cpus': len(os.sched_getaffinity(0)),
+          'jax': jax.__version__, 'commit': commit()}
+
+
+@functools.cache
+def commit() -> str | None:
+  """Returns the commit of the code, as it was when this function was called first: commands call it as they start.
+
+  A commit that a user makes during a training is not that of the code which trains. `None` without Git.
+  """
   command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
   try:
     described = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
-    commit = described.stdout.strip() or None
   except OSError:  # Git is not installed.
-    commit = None
-  return {'platform': device.platform, 'device': device.device_kind, 'cpus': len(os.sched_getaffinity(0)),
-          'jax': jax.__version__, 'commit': commit}
+    return None
+  return described.stdout.strip() or None
 
 
 def _training_flops(run: Run) -> float:

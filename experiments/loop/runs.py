@@ -13,7 +13,7 @@ import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ SCORED = 10  # training examples of each class on which a recipe scores weights 
 VALUES = ('loss', 'outputs', 'key', 'ticket')  # The arguments of a recipe that exist only where `init` is called.
 
 Optimizer = optax.GradientTransformationExtraArgs
+Made = TypeVar('Made')
 Step = Callable[[State, data.Batch, Array, Array], tuple[State, Array, Mapping[str, Array]]]
 
 
@@ -94,12 +95,20 @@ def prepare(config: ConfigDict, shared: Shared | None = None) -> Setup:
   keys = {run: json.dumps(configs.of_run(config, run)['model'], sort_keys=True) for run in sections}
   objects = [section.get('make') for section in sections.values()]
   made = shared.of('models', (keys, objects, _data_key(config), _layout_key(config)), lambda: {
-      key: _model(sections[run], sets[0], layout) for run, key in keys.items()})
+      key: _of_run(run, lambda run=run: _model(sections[run], sets[0], layout)) for run, key in keys.items()})
   seeds = np.array(config.seeds, np.uint32)
   made = {key: model._replace(initial=functools.partial(model.initial, seeds)) for key, model in made.items()}
   name, task = tasks.of_config(config)
   _refuse_accuracy_of_no_classes(name, config, sets[0])
   return Setup(config, layout, name, task, sets, {run: made[key] for run, key in keys.items()})
+
+
+def _of_run(name: str, make: Callable[[], Made]) -> Made:
+  """Returns `make()`. Raises the `ValueError` of `make` with the name of the run, for which the config is refused."""
+  try:
+    return make()
+  except ValueError as error:
+    raise ValueError(f'config, run {name!r}: {error}') from error
 
 
 def _data_key(config: ConfigDict) -> tuple[Any, ...]:
@@ -130,9 +139,10 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path], tickets: Mappin
   """
   scored = _scored(setup)
   makes = {name: functools.partial(_optimizer, setup, name, name in tickets) for name in directories}
-  made = {name: make(_peak(setup, name)) for name, make in makes.items()}
+  made = {name: _of_run(name, lambda name=name: makes[name](_peak(setup, name))) for name in makes}
   shared = shared or Shared()
-  begun = {name: _start(setup, name, tx, scored, tickets.get(name), shared) for name, tx in made.items()}
+  begun = {name: _of_run(name, lambda name=name: _start(setup, name, made[name], scored, tickets.get(name), shared))
+           for name in made}
   sparse = {name: measurements.sparse_paths(sparsejax.masks(*state), state.params)
             for name, (_, state) in begun.items()}
   anywhere = list(dict.fromkeys(path for paths in sparse.values() for path in paths))

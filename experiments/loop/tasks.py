@@ -39,7 +39,7 @@ class Task(NamedTuple):
 def cross_entropy(logits: Array, labels: Array, weight: Array | None = None) -> Array:
   """Returns the weighted mean softmax cross-entropy of `logits` `[..., classes]`, in nats.
 
-  `labels` `int[...]` are the classes, and `weight` `[...]` is the weight of each label.
+  `labels` `int[...]` are the classes, and `weight` `[...]` is the weight of each label, or `[B]` of each example.
   """
   return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), weight)
 
@@ -106,7 +106,11 @@ def _own(key: str, function: Callable[[Array, Array], Array]) -> Measure:
 
 
 def _mean(values: Array, weight: Array | None) -> Array:
-  """Returns the weighted mean, a scalar. If all weights are 0, as in a batch of padding, the mean is 0."""
+  """Returns the weighted mean, a scalar. If all weights are 0, as in a batch of padding, the mean is 0.
+
+  The weight of an example is that of each of its labels.
+  """
   if weight is None:
     return values.mean()
+  weight = jnp.broadcast_to(weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim)), values.shape)
   return (values * weight).sum() / jnp.maximum(weight.sum(), jnp.finfo(values.dtype).tiny)

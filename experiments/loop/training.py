@@ -9,8 +9,6 @@ import contextlib
 import functools
 import io
 import json
-import math
-import os
 import pathlib
 import sys
 import time
@@ -24,6 +22,7 @@ import rich.console
 from ml_collections import ConfigDict
 
 from experiments import configs
+from experiments.data.batches import host_memory
 from experiments.loop import checkpoints, evaluate, hosts, origins, outcomes, records, runs
 from experiments.loop.progress import Progress
 from experiments.loop.shared import Shared
@@ -153,12 +152,7 @@ def free_memory() -> int:
   if device.platform != 'cpu':
     stats = device.memory_stats() or {}
     return stats.get('bytes_limit', sys.maxsize) - stats.get('bytes_in_use', 0)
-  pages = ('SC_AVPHYS_PAGES', 'SC_PAGE_SIZE')
-  try:
-    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable'))
-  except (OSError, StopIteration):  # Not Linux.
-    return math.prod(map(os.sysconf, pages)) if set(pages) <= set(os.sysconf_names) else sys.maxsize
+  return host_memory()
 
 
 def _refuse_too_large(name: str, step: jax.stages.Compiled, seeds: int) -> None:

@@ -64,7 +64,7 @@ def show(page: Page, workdir: pathlib.Path, console: rich.console.Console) -> No
   The JSON file is written last, because a job counts as finished once it exists.
   """
   for printed in page.tables:
-    console.print('', _drawn(printed))
+    console.print('', *_drawn(printed, console))
   say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
   say('\n' + '\n'.join(page.notes))
   try:
@@ -162,7 +162,21 @@ def machine(environment: Mapping[str, Any]) -> str:
           f'jax {environment["jax"]}, commit {environment["commit"] or "unknown"}')
 
 
-def _drawn(table: Table) -> rich.table.Table:
+def _drawn(table: Table, console: rich.console.Console) -> list[rich.table.Table]:
+  """Returns the table in as many parts as the console needs to cut nothing; each part begins with the first column."""
+  count = len(table.head)
+  free = console.options.update(width=10**4)
+  fits = lambda wide: console.measure(_part(_columns(table, range(wide))), options=free).maximum <= console.width
+  wide = next((wide for wide in range(count, 2, -1) if fits(wide)), min(count, 2))
+  rest = [0, *range(wide, count)]
+  return [_part(_columns(table, range(wide))), *(_drawn(_columns(table, rest), console) if wide < count else [])]
+
+
+def _columns(table: Table, columns: Sequence[int]) -> Table:
+  return Table([table.head[i] for i in columns], [[line[i] for i in columns] for line in table.cells])
+
+
+def _part(table: Table) -> rich.table.Table:
   drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False)
   for i, name in enumerate(table.head):
     drawn.add_column(name, justify='right' if i else 'left', no_wrap=True)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsejax.arguments import checked
+
 TABLES = pathlib.Path(__file__).parent / 'tables'
 DEVICES = ('cpu', 'h200', 'tpu')  # There are kernels for these devices, measured or not.
 FAR = 4  # times as long or as short along an axis; the speed of such a shape says nothing
@@ -63,6 +65,7 @@ class Speed(NamedTuple):
   note: str = ''
 
 
+@checked
 def read_table(device: str, tables: str | pathlib.Path = TABLES) -> list[Measured]:
   """Returns the measurements of a device from `<device>.json` in the folder `tables`; none if there is no such file.
 

@@ -84,6 +84,7 @@ def _cells(row: ParameterAdvice) -> tuple[str, ...]:
           times(row.traffic), times(row.forward), times(row.training), crossover)
 
 
+@arguments.checked
 def advise(params: PyTree, pattern: Pattern | str | Mapping[str, Pattern | str], *, device: str = 'cpu',
            tokens: int = 1024, where: Predicate | PyTree = trees.matrices, axes: Mapping[str, Axes] | None = None,
            tables: str | pathlib.Path = TABLES) -> Advice:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import errors, patterns, states, trees
+from sparsejax.arguments import checked
 from sparsejax.formats import arrays
 from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, axes_of, nbytes, with_axes
@@ -56,8 +57,10 @@ def is_packed(node: Any) -> bool:
   return isinstance(node, PackedArray)
 
 
+@checked
 def fitting(pattern: Any) -> list[type[PackedArray]]:
   """Returns the formats of `TABLE` that are made for `pattern`, the preferred one first."""
+  pattern = patterns.parse(pattern)
   return [each for each in TABLE.values() if each.fits(pattern)]
 
 
@@ -84,6 +87,7 @@ class Packing(NamedTuple):
       raise errors.at_leaves('pack', [errors.Problem(self.path, tuple(leaf.shape), misfit.why)]) from None
 
 
+@checked
 def pack(params: PyTree, pattern: Any = None, *, state: Any = None, where: Any = trees.matrices,
          axes: Mapping[str, Axes] | None = None, check: bool = True, signed_zeros: bool = False) -> PyTree:
   """Returns `params` with the leaves that `where` picks replaced by packed arrays.
@@ -220,6 +224,7 @@ def _formats_and_pattern(asked: Any) -> tuple[tuple[type[PackedArray], ...], Pat
   raise errors.unknown('pack', 'pattern', asked, [*spelled, *named])
 
 
+@checked
 def unpack(tree: PyTree, base: PyTree | None = None) -> PyTree:
   """Returns the dense tree, bit for bit: the inverse of `pack`, but for the sign of zeros. Works under `jit`, `vmap`.
 
@@ -232,6 +237,7 @@ def unpack(tree: PyTree, base: PyTree | None = None) -> PyTree:
   return jax.tree.map(dense, tree, base, is_leaf=is_packed)
 
 
+@checked
 def values(tree: PyTree) -> PyTree:
   """Returns `tree` with each packed leaf replaced by its `values`, the float array that can be trained.
 
@@ -241,12 +247,22 @@ def values(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: leaf.values if is_packed(leaf) else leaf, tree, is_leaf=is_packed)
 
 
+@checked
 def with_values(tree: PyTree, values: PyTree) -> PyTree:
-  """Returns `tree` with `values` in its leaves, as `formats.values(tree)` gives them. Differentiable in `values`."""
+  """Returns `tree` with `values` in its leaves, as `formats.values(tree)` gives them. Differentiable in `values`.
+
+  Raises `ValueError` for values of another structure.
+  """
   put = lambda leaf, v: dataclasses.replace(leaf, values=v) if is_packed(leaf) else v
+  ours, theirs = (jax.tree.structure(each, is_leaf=is_packed) for each in (tree, values))
+  if ours != theirs:
+    odd = {*trees.flatten(tree, is_leaf=is_packed)[0]} ^ {*trees.flatten(values)[0]}
+    raise ValueError('formats.with_values: `values` have another structure than `tree`; they differ in '
+                     f'{errors.some(sorted(odd)) or "a container"}. Give values like those of formats.values(tree).')
   return jax.tree.map(put, tree, values, is_leaf=is_packed)
 
 
+@checked
 def freeze_net_trained(params: PyTree, opt_state: Any) -> PyTree:
   """Returns what `recipes.freeze_net` trained: the kept weights of each sparse leaf and their places, packed.
 
@@ -261,6 +277,7 @@ def freeze_net_trained(params: PyTree, opt_state: Any) -> PyTree:
 states.FORMER['freeze_net_trained'] = freeze_net_trained, 'formats.freeze_net_trained'
 
 
+@checked
 @jax.jit
 def matmul(x: Array, packed: PackedArray) -> Array:
   """Returns `x[..., K]` times the weight in `packed`: `[..., *other axes of the weight]`, in `x`'s dtype.

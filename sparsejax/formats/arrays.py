@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import neighbours
+from sparsejax.arguments import checked
 from sparsejax.formats import zeros
 from sparsejax.types import Array, Axes, Pattern
 
@@ -260,6 +261,7 @@ def with_axes(packed: PackedArray, axes: Axes | None) -> PackedArray:
   return dataclasses.replace(packed, roles=Axes(*groups, axes.source))
 
 
+@checked
 def nbytes(tree: Any) -> int:
   """Returns the bytes of all arrays in `tree`, packed or not."""
   return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

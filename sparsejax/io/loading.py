@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from sparsejax import errors, formats, trees
+from sparsejax.arguments import checked
 from sparsejax.io import claims, folders, headers, orbax
 from sparsejax.io.stored import Stored, Tensor, loaded
 from sparsejax.types import Axes, PyTree
 
 
+@checked
 def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
   """Returns the tree in a file that `save` wrote, after every byte is verified.
 
@@ -39,6 +41,7 @@ def _own(header: headers.Header) -> headers.Header:
   return header
 
 
+@checked
 def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
   """Returns the strings that were given to `save`, or the metadata of any other safetensors file.
 
@@ -47,6 +50,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
   return {key: value for key, value in headers.read(path).metadata.items() if key not in headers.OWN}
 
 
+@checked
 def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
   """Returns the parameters in a file or checkpoint of unknown structure, as NumPy arrays on this host.
 
@@ -62,6 +66,7 @@ def read(path: str | os.PathLike[str], item: str | None = None) -> PyTree:
   return loaded(stored(path, item))
 
 
+@checked
 def stored(path: str | os.PathLike[str], item: str | None = None, *, own: bool = False) -> PyTree:
   """Returns the tree of `read` without the values: its leaves are `Stored` and are read when they are asked for.
 

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from sparsejax import errors, formats, progress, trees
-from sparsejax.arguments import is_known
+from sparsejax.arguments import checked, is_known
 from sparsejax.io import bodies, claims, headers
 from sparsejax.io.stored import Stored
 from sparsejax.types import PyTree
 
 
+@checked
 def save(path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str, str] | None = None) -> None:
   """Writes `params`, whose leaves may be packed or dense, to one safetensors file, or leaves nothing behind.
 

@@ -28,6 +28,7 @@ class Essential(NamedTuple):
   drop: float | None
 
 
+@arguments.checked
 def essential_sparsity(pruned: Callable[[float], PyTree], metric: Callable[[PyTree], float],
                        sparsities: Sequence[float], tolerance: float = 0.01) -> Essential:
   """Returns the essential sparsity of a model (Jaiswal et al. 2023, The Emergence of Essential Sparsity, 2306.03805).

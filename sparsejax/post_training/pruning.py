@@ -34,6 +34,7 @@ from sparsejax.tables import Report
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree, Signals
 
 
+@arguments.checked
 def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], recipe: Recipe, *,
           where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None, keep: Any = None,
           sequential: Sequential = 'weight', valid: Iterable[Array] | None = None, unseen: str = 'refuse',
@@ -97,6 +98,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   return _result(params, made, steps.solved, report_of(rows, dense, need, time.perf_counter() - began))
 
 
+@arguments.checked
 def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str, *,
                   where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None) -> Pruned:
   """Prunes trained weights by magnitude, without data: `prune_weights(params, sj.Unstructured(0.5))`.
@@ -107,7 +109,7 @@ def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str
   """
   began = time.perf_counter()
   paths, leaves, structure = trees.flatten(params)
-  picked = trees.select('prune_weights', where or trees.default_where(axes), params)
+  picked = trees.select('prune_weights', trees.default_where(axes) if where is None else where, params)
   held = {path: leaf for path, leaf, pick in zip(paths, leaves, picked) if pick}
   arguments.refuse_unknown('prune_weights', held)
   arrays = {path: jnp.asarray(leaf) for path, leaf in held.items()}

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import errors, tables
+from sparsejax.arguments import checked
 from sparsejax.programs import factors, jaxprs, views
 from sparsejax.programs.follow import FactRules, Position, follow
 from sparsejax.programs.tracing import Program, trace
@@ -109,6 +110,7 @@ class Contractions(Mapping[str, Axes]):
     return path, numbers(self.shapes[path]), *fields, f'{self.macs[path]:,}'
 
 
+@checked
 def contractions(apply: Callable[..., Any], params: PyTree, *inputs: Any, **kwargs: Any) -> Contractions:
   """Returns the contractions of the program `apply(params, *inputs, **kwargs)`, without running it.
 

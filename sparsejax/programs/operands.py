@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sparsejax import errors
+from sparsejax.arguments import checked, shown
 from sparsejax.programs.contractions import Use, read
 from sparsejax.programs.evaluate import Operation, Walk, rules_at
 from sparsejax.programs.jaxprs import Address
@@ -73,6 +74,7 @@ class Site:
     return self._product([*(pair if self.use.operand else pair[::-1]), *self._operands[2:]])[0]
 
 
+@checked
 def operands(apply: Callable[..., Any], callback: Callable[[Site], Array | None]) -> Callable[..., Any]:
   """Returns a function like `apply` that calls `callback(site)` at each product with a parameter.
 
@@ -130,6 +132,9 @@ def _stops(eqn: Any, values: list[Any], here: Operation, uses: list[tuple[Number
 
 
 def _checked(answer: Array, site: Site, result: Any) -> Array:
+  if not hasattr(answer, 'dtype'):
+    raise errors.at_leaf('operands', site.path, site.weight.shape, f'the answer at {site.use.place} must be an array, '
+                         f'not {shown(answer)}; Site.product(x, weight) computes one, and None leaves the product.')
   if (answer.shape, answer.dtype) == (result.shape, result.dtype):
     return answer
   raise errors.at_leaf('operands', site.path, site.weight.shape, f'the answer at {site.use.place} is {answer.dtype}'

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparsejax import errors
+from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs
 from sparsejax.programs.evaluate import Operation, evaluate, rules_at
 from sparsejax.programs.operands import Numbered, uses_by_address
@@ -23,6 +24,7 @@ from sparsejax.programs.tracing import Program, trace
 Key = str | Numbered
 
 
+@checked
 def replace(apply: Callable[..., Any], values: Mapping[Key, Any]) -> Callable[..., Any]:
   """Returns a function like `apply` in which some intermediates have other values.
 

@@ -53,6 +53,7 @@ def latency(fraction: float, cost: Cost) -> Allowance:
   return Allowance(fraction, lambda groups: cost)
 
 
+@checked
 def multiply_adds(groups: Groups) -> Cost:
   """Returns the function from sizes of groups to the multiply-adds of one call, in contractions of parameters.
 

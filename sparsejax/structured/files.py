@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax import io
+from sparsejax.arguments import checked
 from sparsejax.structured.removal import Cut
 from sparsejax.structured.smaller import large, smaller
 from sparsejax.types import PyTree
@@ -20,6 +21,7 @@ from sparsejax.types import PyTree
 _KEPT = 'kept_units'
 
 
+@checked
 def save(path: str | os.PathLike[str], small: Cut) -> None:
   """Writes the parameters of a `Cut`, and which positions of each axis are kept, to one safetensors file.
 
@@ -29,6 +31,7 @@ def save(path: str | os.PathLike[str], small: Cut) -> None:
   io.save(path, small.params, metadata={_KEPT: json.dumps(kept)})
 
 
+@checked
 def load(path: str | os.PathLike[str], apply: Callable[..., Any], like: PyTree | None = None) -> Cut:
   """Returns the `Cut` in a file that `save` wrote; `apply` is the function of the large model.
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from sparsejax import errors, tables
+from sparsejax.arguments import checked
 from sparsejax.globs import matches
 from sparsejax.programs import jaxprs
 from sparsejax.programs.contractions import Contractions, read
@@ -139,6 +140,7 @@ class Groups(Mapping[str, UnitGroup]):
     return '\n'.join(lines + [f'no rule: {place}' for place in self.unread])
 
 
+@checked
 def groups(apply: Callable[..., Any], params: PyTree, *inputs: Any) -> Groups:
   """Returns the groups of units that can be removed from the parameters of `apply(params, *inputs)`.
 

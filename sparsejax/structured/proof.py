@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import trees
+from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs
 from sparsejax.programs.tracing import trace
 from sparsejax.structured.groups import Groups
@@ -35,6 +36,7 @@ class Proof(NamedTuple):
     return f'largest difference {self.difference:.2g}, at most {self.bound:.2g}'
 
 
+@checked
 def prove(groups: Groups, params: PyTree, small: Cut, *inputs: Any, exact: bool = False) -> Proof:
   """Returns how far `small` is from `groups.apply` with zeros in the removed positions of `params`.
 

@@ -37,6 +37,7 @@ class Cut(NamedTuple):
   kept: Kept
 
 
+@arguments.checked
 def cut(groups: Groups, params: PyTree, keep: Mapping[str, Any] | None = None) -> Cut:
   """Returns smaller parameters, and the function that computes on them what zeros in the removed units compute.
 
@@ -60,6 +61,7 @@ def cut(groups: Groups, params: PyTree, keep: Mapping[str, Any] | None = None) -
   return Cut(small, groups.apply if own else apply, kept)
 
 
+@arguments.checked
 def masks(groups: Groups, keep: Mapping[str, Any]) -> PyTree:
   """Returns masks shaped like the parameters: `False` in all positions of the units that `keep` does not keep.
 

@@ -213,6 +213,7 @@ def choose_in_rounds(groups: Groups, params: PyTree, sparsities: Sequence[float]
   return params, keep or {}
 
 
+@checked
 def kept(groups: Mapping[str, UnitGroup], masks: PyTree) -> dict[str, np.ndarray]:
   """Returns which units have a kept weight under `masks`, as `keep=` of `cut`.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors, trees
+from sparsejax.arguments import checked
 from sparsejax.plans import SparseLeaf
 from sparsejax.states import SparseState
 from sparsejax.structured.groups import Groups
@@ -21,6 +22,7 @@ from sparsejax.structured.smaller import Kept, left
 from sparsejax.types import PyTree
 
 
+@checked
 def cut_state(groups: Groups, state: PyTree, kept: Kept) -> PyTree:
   """Returns an optimizer state for the smaller parameters; `kept` is that of the `Cut`.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import flows, neighbours, plans, trees
+from sparsejax.arguments import checked
 from sparsejax.plans import Plan
 from sparsejax.selections import Selection
 from sparsejax.states import SparseState
@@ -21,6 +22,7 @@ from sparsejax.transforms.leaves import Leaves
 from sparsejax.types import Axes, Inner, Optimizer, Predicate, PyTree
 
 
+@checked
 def identity(inner: Inner, name: str = '') -> Optimizer:
   """Returns `inner` in a `SparseState` without sparse leaves, so that the tools of recipes work on dense baselines.
 
@@ -47,6 +49,7 @@ def is_stand_in(params: PyTree) -> bool:
   return type(params).__name__ == '_ParamsPlaceholder'
 
 
+@checked
 def updating(selection: Selection, *, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
              weight_decay: float = 0.0) -> optax.GradientTransformation:
   """Returns a transform that passes the gradients of the weights that `selection` picks at each step, and zero else.
@@ -65,6 +68,7 @@ def updating(selection: Selection, *, where: Predicate | PyTree | None = None, a
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@checked
 def only(*, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
          ) -> optax.GradientTransformation:
   """Returns a transform that passes the updates of the sparse leaves and stops all other parameters.

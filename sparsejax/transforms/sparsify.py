@@ -147,6 +147,7 @@ def method_of(optimizer: optax.GradientTransformation) -> Method | None:
   return method if isinstance(method, Method) else None
 
 
+@checked
 def placeholders(optimizer: optax.GradientTransformation) -> tuple[str, ...]:
   """Returns the names of the values that `optimizer.init` has to be given, see `starts.given`.
 

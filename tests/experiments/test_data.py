@@ -435,6 +435,8 @@ REFUSED = [
     ('short.txt', {'task': 'super_resolution'}, ['is text', 'task=super_resolution']),
     ('digits', {'task': 'superresolution'}, ["unknown task 'superresolution'", "Did you mean 'super_resolution'"]),
     ('digits', {'batch_size': 0}, ['batch_size=0 must be at least 1']),
+    *((name, {'batch_size': 10**9}, ['batch_size=1000000000 takes', 'are free; give a smaller batch'])
+      for name in ('digits', 'boxes', __file__)),
     ('digits', {'seed': -1}, ['seed=-1 must be in 0']),
     ('digits', {'valid_fraction': 1.0}, ['valid_fraction=1.0']),
     ('digits', {'root': 'short.txt'}, ['cannot write the digits', 'short.txt', 'choose another data_dir']),

@@ -228,6 +228,19 @@ def test_a_page_goes_to_the_terminal_and_to_files(tmp_path):
   assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
 
 
+def test_a_table_that_is_wider_than_the_terminal_is_shown_in_parts_and_not_cut(tmp_path):
+  heads = ['run', *(f'a long head {i}' for i in range(9))]
+  rows = [{head: f'{i} {head}' for head in heads} for i in range(2)]
+  shown = pages.table({head: lambda row, head=head: row[head] for head in heads}, rows)
+  for width in (24, 80, 200):
+    console = rich.console.Console(file=io.StringIO(), width=width)
+    pages.show(pages.Page('results', [shown], [], {}, lambda path: None), tmp_path, console)
+    lines = console.file.getvalue().splitlines()
+    assert all(any(head in line for line in lines) for head in [*heads, *rows[1].values()])
+    assert max(map(len, lines)) <= width and not any('…' in line for line in lines)
+    assert sum('0 run' in line for line in lines) == {24: 9, 80: 3, 200: 1}[width], width
+
+
 def test_a_spread_has_no_interval_where_there_is_none():
   assert pages.spread(0.5, 0.125, 100) == '50.00 ± 12.50'
   assert pages.spread(0.5, float('nan'), sign='+') == '+0.50'

@@ -33,6 +33,9 @@ def agree(name, outputs, labels, losses, scores):
     np.testing.assert_allclose(function(outputs, labels, None), values.mean(), rtol=1e-5)
     np.testing.assert_allclose(function(outputs, labels, weight), np.average(values, weights=weight), rtol=1e-5)
     assert function(outputs, labels, np.zeros_like(weight)) == 0
+    of_examples = weight.reshape(len(labels), -1)[:, 0]  # one for each example is that of each of its labels
+    spread = np.broadcast_to(of_examples.reshape([-1] + [1] * (values.ndim - 1)), values.shape)
+    np.testing.assert_allclose(function(outputs, labels, of_examples), np.average(values, weights=spread), rtol=1e-5)
 
 
 def test_a_perfect_image_has_a_finite_psnr():

@@ -166,7 +166,8 @@ def test_every_table_that_comes_along_can_be_read():
 
 
 def test_the_command_prints_the_table_of_a_checkpoint(tmp_path, tables, capsys, monkeypatch):
-  monkeypatch.setattr(advice.advise, '__kwdefaults__', {**advice.advise.__kwdefaults__, 'tables': tables})
+  own = advice.advise.__wrapped__
+  monkeypatch.setattr(own, '__kwdefaults__', {**own.__kwdefaults__, 'tables': tables})
   tree = {'mlp': {'kernel': np.eye(64, dtype='float32')}}
   io.save(tmp_path / 'ckpt.safetensors', tree)
   assert cli.main(['advise', str(tmp_path / 'ckpt.safetensors'), '--pattern', '4x4', '--tokens', '64']) == 0

@@ -356,7 +356,7 @@ REFUSALS = {
         lambda name=name, value=value: sparsejax.prune(*PRUNED, **{name: value}), [f'prune: `{name}` must be', 'not'])
        for name, value in (('memory_limit', -1), ('progress', True), ('workdir', __file__))},
     'a program that is none': (
-        lambda: sparsejax.contractions(5, PARAMS), ['programs.trace', 'must be a function, not 5', 'model.apply']),
+        lambda: sparsejax.contractions(5, PARAMS), ['contractions: `apply` must be a function, not 5']),
     **{f'{name} with tokens={value}': (
         lambda call=call, value=value: call(tokens=value),
         [f'{name}: `tokens` must be a whole number', f'not {value!r}'])

@@ -1,0 +1,65 @@
+"""A law over the signatures of all public functions: an argument of another kind is refused where it enters, by name.
+
+`tests/recipes/test_arguments.py` has the same law for recipes. An argument is verified before the others are looked at,
+so that each function is called with one argument alone.
+"""
+
+import inspect
+import math
+import types
+
+import jax.numpy as jnp
+import pytest
+
+import kernels_pallas
+import sparsejax
+from sparsejax import arguments
+
+BAD = (-1, 2.5, math.nan, True, 'x', b'x', None, [1], (), {}, {'a': None}, object(), jnp.ones(3), lambda *_: 1, 10**30)
+# Words are called by the library, and some functions serve authors of words, formats and clients of programs.
+WORDS = ('scores', 'updates', 'saliences', 'ranking', 'types', 'units')
+OF_AUTHORS = {
+    'calibration': ('add', 'gram', 'moments'), 'flows': ('bidirectional', 'forgotten', 'is_forgotten'),
+    'formats': ('axes_of', 'is_packed', 'packings', 'unfit', 'with_axes'), 'patterns': ('kept_of', 'parse', 'units'),
+    'post_training': ('stack_of',), 'programs': ('evaluate', 'follow', 'trace', 'walk'), 'schedules': ('reach',),
+    'starts': ('fill', 'names', 'of'), 'states': ('by_path', 'find', 'reproject', 'surroundings'),
+    'transforms': ('under_name',),
+    'trees': ('axes_by_path', 'conventional_axes', 'default_where', 'flatten', 'is_dense', 'matrices', 'over',
+              'per_leaf', 'select', 'undecided')}
+# What these take is told apart by the functions themselves: a state or a pattern, inputs of the user's own function.
+TOLD_APART = {'opt_state', 'pack.state', 'prune.recipe', 'inputs', 'kwargs', 'axis', 'style', 'options', 'ticket'}
+GIVEN = {**{name: getattr(sparsejax, name) for name in sparsejax.__all__}, 'kernels_pallas': kernels_pallas}
+
+
+def functions():
+  """Maps full names to the public functions that users call."""
+  found = {name: value for name, value in GIVEN.items() if inspect.isfunction(value)}
+  for name, module in GIVEN.items():
+    if isinstance(module, types.ModuleType) and name not in ('recipes', *WORDS):
+      found |= {f'{name}.{own}': getattr(module, own) for own in module.__all__
+                if inspect.isfunction(getattr(module, own)) and own not in OF_AUTHORS.get(name, ())}
+  return found
+
+
+FUNCTIONS = functions()
+
+
+@pytest.mark.parametrize('full', FUNCTIONS)
+def test_every_argument_of_a_public_function_has_a_kind_and_others_are_refused(full):
+  function = FUNCTIONS[full]
+  name = arguments.public_name(function)
+  for key, parameter in inspect.signature(function).parameters.items():
+    if {key, f'{function.__name__}.{key}'} & TOLD_APART:
+      continue
+    kind = arguments.kind_of(name, key)
+    assert kind, f'{key} of {name} has no kind'
+    others = [value for value in BAD if not kind.fits(value) and value is not parameter.default]
+    assert others or kind is arguments.ANYTHING
+    for value in others if not kind.scheduled else ():
+      with pytest.raises(ValueError, match=f'^{name}: `{key}` must be '):
+        function(value) if parameter.kind is parameter.VAR_POSITIONAL else function(**{key: value})
+
+
+def test_the_law_sees_the_tools():
+  assert {'report', 'check', 'prune', 'io.load', 'structured.cut', 'metrics.barrier', 'plot.saved', 'formats.pack',
+          'kernels_pallas.packed', 'trees.named', 'contractions'} <= {*FUNCTIONS} and len(FUNCTIONS) > 100
