@@ -49,14 +49,7 @@ class LeafReport(NamedTuple):
 types.moved(__name__, {'Row': (LeafReport, 'reports.LeafReport')})
 
 
-<<<<<<< HEAD
-=======
-def _number(sparsity: float | None) -> str:
-  return '-' if sparsity is None else f'{sparsity:.4f}'
-
-
 @arguments.checked
->>>>>>> s6r
 def report(params: PyTree, opt_state: Any = None, *, pattern: Pattern | Mapping[str, Pattern] | None = None,
            where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None) -> Report:
   """Reports asked and achieved sparsity of each sparse parameter, its pattern checked along the contraction axis.
