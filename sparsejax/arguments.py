@@ -209,7 +209,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys((f'{name}.groups' for name in ('cut', 'cut_state', 'masks', 'multiply_adds', 'prove')), UNITS),
     **dict.fromkeys(('points', 'columns', 'window', 'block_q', 'block_k', 'capacity'), TIMES),
     **dict.fromkeys(('dpi', 'limit', 'scale'), POSITIVE), **dict.fromkeys(('costs', 'means', 'halves'), NUMBERS),
-    **dict.fromkeys(('knapsack.costs', 'sizes'), LISTS), 'budget': NUMBER, 'tolerance': RATE,
+    **dict.fromkeys(('knapsack.costs', 'sizes'), LISTS), 'knapsack.budget': NUMBER, 'tolerance': RATE,
     'effective_sizes.groups': GROUPS, 'active_matmul.threshold': ANYTHING,
 }
 
