@@ -58,6 +58,11 @@ MEANINGS = {
     'penalty': 'the factor of the term that is added to the loss',
     'steps': 'how many updates the fading takes',
     'key': 'the PRNG key of random numbers',
+    'seed': 'the seed of random numbers',
+    'learning_rate': 'the learning rate',
+    'budget': 'a bound on operations, parameters or time, in the place of `sparsity`',
+    'periods': 'in how many parts the units are chosen and fade, one after the other',
+    'erase': 'the groups that may lose all of their units, as names or globs',
 }
 
 
