@@ -82,10 +82,15 @@ def write(folder: pathlib.Path) -> None:
 
 
 def inside(text: str) -> str:
-  """Returns a page of docs/ in which links to files outside of docs/ lead to the copies in `generated`."""
+  """Returns a page of docs/ as Sphinx reads it.
+
+  Links to files outside of docs/ lead to the copies in `generated`. A link whose text is the name of a file gets the
+  title of the page as its text.
+  """
   for copy, original in COPIES.items():
     text = text.replace(f'](../{original}', f'](generated/{copy}')
-  return re.sub(r'\]\(\.\./notebooks/', '](generated/notebooks/', text)
+  text = re.sub(r'\]\(\.\./notebooks/', '](generated/notebooks/', text)
+  return re.sub(r'\[(\w+\.md)\]\(([\w./]*)\1\)', r'[](\2\1)', text)
 
 
 def copied_pages() -> dict[str, str]:
