@@ -221,3 +221,24 @@ def test_channelwise_distillation_is_that_of_the_definition_and_free_of_shifts()
   assert not jax.grad(lambda t: sj.losses.channelwise(student, t))(teacher).any()
   with pytest.raises(ValueError, match='1 x 1 convolution'):
     sj.losses.channelwise(student[..., :1], teacher)
+
+
+# Orders of units.
+
+
+def test_reordered_units_are_the_same_function_and_lie_in_fuller_blocks():
+  p = {'up': jax.random.normal(KEY, (6, 32)), 'down': jax.random.normal(KEY, (32, 4))}
+  apply = lambda p, x: jax.nn.relu(x @ p['up']) @ p['down']
+  x = jax.random.normal(KEY, (3, 6))
+  found = structured.groups(apply, p, x)
+  kinds = np.random.default_rng(0).random((4, 6)) < 0.3  # units of four kinds, in random order
+  masks = {'up': kinds[np.random.default_rng(1).permutation(32) % 4].T, 'down': np.ones((), bool)}
+  order = structured.clustered(found, masks, 'up:1', 'up', 4)
+  moved = structured.permuted(found, p, {'up:1': order})
+  np.testing.assert_allclose(apply(moved, x), apply(p, x), rtol=1e-5, atol=1e-5)
+  blocks = lambda mask: int(np.asarray(mask).reshape(6, 8, 4).any(-1).sum())
+  assert blocks(structured.permuted(found, masks, {'up:1': order})['up']) < 0.7 * blocks(masks['up'])
+  with pytest.raises(ValueError, match='each of its 32 units once'):
+    structured.permuted(found, p, {'up:1': np.zeros(32, int)})
+  with pytest.raises(ValueError, match='no single place'):
+    structured.clustered(found, masks, 'up:1', 'none', 4)
