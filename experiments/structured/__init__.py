@@ -20,13 +20,13 @@ from experiments.loop.stopping import StopRequest
 from experiments.structured import detection, engine
 from experiments.structured.detection import Canvases
 from experiments.structured.engine import METHODS, CutCell, Trained
-from experiments.structured.subjects import SUBJECTS, Sizes
+from experiments.structured.subjects import SUBJECTS, RunSizes
 from experiments.sweep.ledger import Line, locked
 from experiments.tables import cuts, pages
 from sparsejax import errors, recipes
 
-SIZES = {'resnet': Sizes(), 'vit': Sizes(), 'encoder': Sizes(batch=16, steps=60, tuned=24, rate=1e-4, tests=512,
-                                                             samples=2), 'detector': Canvases()}
+ENCODER = RunSizes(batch=16, steps=60, tuned=24, rate=1e-4, tests=512, samples=2)
+SIZES = {'resnet': RunSizes(), 'vit': RunSizes(), 'encoder': ENCODER, 'detector': Canvases()}
 TABLES = (*SUBJECTS, 'detector')
 
 
@@ -100,7 +100,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--methods', default=','.join(METHODS), help='recipes, with commas')
   parser.add_argument('--left', default='0.5,0.7', help='fractions of the FLOPs, with commas')
   parser.add_argument('--seeds', default='0,1,2', help='seeds, with commas')
-  for name, kind in (Sizes.__annotations__ | Canvases.__annotations__).items():
-    parser.add_argument(f'--{name}', type=float if kind in (float, 'float') else int, help='see Sizes')
+  for name, kind in (RunSizes.__annotations__ | Canvases.__annotations__).items():
+    parser.add_argument(f'--{name}', type=float if kind in (float, 'float') else int, help='see RunSizes')
   parser.add_argument('--traceback', action='store_true', help='show where in the code a refusal comes from')
   return parser.parse_args(arguments)

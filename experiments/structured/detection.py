@@ -21,6 +21,7 @@ from sparsejax import calibration, losses, recipes, structured
 from sparsejax.types import Array, PyTree
 
 SIDE, CELL, DIGIT = 32, 4, 8  # pixels of a canvas, of a cell of the grid, and of a digit
+LARGEST = 4  # cells of the largest digit, the unit of predicted sizes
 
 
 class Canvases(NamedTuple):
@@ -28,6 +29,7 @@ class Canvases(NamedTuple):
 
   batch: int = 16
   steps: int = 200
+  rate: float = 5e-3
   width: int = 8
   sparsity: float = 0.5
   penalty: float = 1e-3
@@ -38,8 +40,8 @@ class Canvases(NamedTuple):
 class Boxes(NamedTuple):
   """A `Boxes` holds one batch: images, and for each cell of the grid whether a digit has its centre there, and which.
 
-  `images`: `float32[B, 32, 32, 1]`. `there`: `float32[B, 8, 8]`. `box`: `float32[B, 8, 8, 4]`, centre within the cell
-  and size, in cells. `label`: `int32[B, 8, 8]`.
+  `images`: `float32[B, 32, 32, 1]`. `there`: `float32[B, 8, 8]`. `box`: `float32[B, 8, 8, 4]`, centre within the cell,
+  and size over that of the largest digit. `label`: `int32[B, 8, 8]`.
   """
 
   images: Array
@@ -65,7 +67,7 @@ def canvases(rng: np.random.Generator, digits: np.ndarray, labels: np.ndarray, c
         continue
       images[i, y:y + size, x:x + size, 0] += np.kron(digits[which], np.ones((times, times)))
       there[i, row, column], label[i, row, column] = 1, labels[which]
-      box[i, row, column] = cy - row, cx - column, size / CELL, size / CELL
+      box[i, row, column] = cy - row, cx - column, size / CELL / LARGEST, size / CELL / LARGEST
   return Boxes(*map(jnp.asarray, (images, there, box, label)))
 
 
@@ -111,7 +113,7 @@ def _boxes(cells: np.ndarray, box: np.ndarray) -> list[np.ndarray]:
   """Returns the lower and the upper corner of each box, in cells."""
   made = []
   for row, column in cells:
-    middle, size = box[row, column, :2] + (row, column), np.maximum(box[row, column, 2:], 0.1)
+    middle, size = box[row, column, :2] + (row, column), np.maximum(box[row, column, 2:] * LARGEST, 0.1)
     made.append(np.concatenate([middle - size / 2, middle + size / 2]))
   return made
 
@@ -133,13 +135,15 @@ def detected(sizes: Canvases, seed: int) -> dict[str, Any]:
   start = flax.core.unfreeze(model.init(jax.random.key(seed), test.images[:2]))
   groups = structured.groups(model.apply, start, test.images[:2])
   run = functools.partial(_run, model, start['batch_stats'], train)
-  adam = lambda: optax.adam(optax.constant_schedule(2e-3))
+  adam = lambda: optax.adam(optax.constant_schedule(sizes.rate))
   dense, _ = run(adam(), start['params'], None, 0, sizes.steps)
   tx = recipes.norm_scale(adam(), groups, sizes.sparsity, scales='*_norm/scale', penalty=sizes.penalty,
                           begin=sizes.steps)
   sparse, state = run(tx, dense, None, sizes.steps, sizes.steps + 1)
-  teach = lambda found, images: 0.1 * losses.channelwise(
-    found, _predicted(model, start['batch_stats'], dense, images), sizes.temperature)
+
+  def teach(found: Array, images: Array) -> Array:
+    return 0.1 * losses.channelwise(found, _predicted(model, start['batch_stats'], dense, images), sizes.temperature)
+
   line = {'dense': _judged(model, start, train, dense, test)}
   for name, extra in (('fine-tuned', None), ('distilled', teach)):
     params, _ = run(tx, sparse, state, 2 * sizes.steps, sizes.steps, extra)
@@ -172,8 +176,10 @@ def _run(model: Any, stats: PyTree, train: Sequence[Boxes], tx: Any, params: PyT
 def _judged(model: Any, start: PyTree, train: Sequence[Boxes], params: PyTree, test: Boxes,
             groups: structured.Groups | None = None) -> Mapping[str, float]:
   """Returns AP and the number of parameters of a detector, which is cut first if there are groups."""
-  update = lambda stats, images: model.apply({'params': params, 'batch_stats': stats}, images, train=True,
-                                             mutable=['batch_stats'])[1]['batch_stats']
+  def update(stats: PyTree, images: Array) -> PyTree:
+    return model.apply({'params': params, 'batch_stats': stats}, images, train=True, mutable=['batch_stats'])[1][
+        'batch_stats']
+
   stats = calibration.recalibrated(update, start['batch_stats'], [batch.images for batch in train[:8]])
   variables, apply = {'params': params, 'batch_stats': stats}, model.apply
   if groups is not None:

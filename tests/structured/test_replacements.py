@@ -89,7 +89,7 @@ def test_binary_weights_are_signs_times_the_mean_of_each_output():
 
 @pytest.mark.parametrize('size, part', [((9, 1), .0022), ((64, 128), 1.0), ((100, 70), .427), ((27, 32), .211)])
 def test_an_array_of_64_is_filled_as_the_model_says(size, part):
-  assert advice.filled(*size, (64, 64)) == pytest.approx(part, abs=5e-4)
+  assert advice.tile_share(*size, (64, 64)) == pytest.approx(part, abs=5e-4)
 
 
 def test_depthwise_products_fill_nothing_and_multiples_fill_the_array():
@@ -204,7 +204,7 @@ def test_no_entry_is_read_more_often_than_the_mean_rounded_up(size):
   (lambda: sharing.fold({'a': jnp.ones(3)}, 4, KEY), 'from 1 to 3'),
   (lambda: sharing.roast({'a': jnp.ones((3, 3))}, 4, (3, 3)), 'smaller tile'),
   (lambda: sharing.expand(jnp.ones(2), sharing.fold({'a': jnp.ones(3)}, 3, KEY)), 'the plan'),
-  (lambda: advice.filled(0, 1), 'from 1 on'),
+  (lambda: advice.tile_share(0, 1), 'from 1 on'),
   (lambda: structured.iso_flop.equal_flops({}, {}, {'x': 'y'}), "leaf 'x'"),
 ])
 def test_bad_input_is_refused_in_words(call, said):
