@@ -127,10 +127,10 @@ def _grams(groups: Groups, params: PyTree, paths: Mapping[str, str], batches: It
   refused: set[str] = set()
 
   def noted(site: Site) -> None:
-    name = names.get(site.path)
-    own = '' if name is None else arrangement_of(site.use, site.eqn, leaves[site.path].shape)
+    name = names.get(site.path, '')
+    own = arrangement_of(site.use, site.eqn, leaves[site.path].shape) if name else ''
     if isinstance(own, str) or own.shape[0] != 1 or own.gone:
-      refused.add(name or '')
+      refused.add(name)
       return
     x = np.asarray(own.rows(site.x, site.others)[0], np.float64)[0]
     before = found.get(name)

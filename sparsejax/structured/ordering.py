@@ -58,7 +58,7 @@ def clustered(groups: Groups, masks: PyTree, name: str, path: str, width: int) -
   """
   member = next((each for each in groups[name].members if each.path == path and len(each.labels) == 1), None)
   found = dict(zip(*trees.flatten(masks)[:2]))
-  if member is None or np.ndim(found.get(path)) != len(member.shape):
+  if member is None or path not in found or np.ndim(found[path]) != len(member.shape):
     raise ValueError(f'structured.clustered: group {name!r} has no single place in a mask at {path!r}; it lies in '
                      f'{errors.some(each.name for each in groups[name].members)}.')
   mask = np.moveaxis(np.asarray(found[path], bool), member.axis, 0)
