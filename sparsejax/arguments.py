@@ -109,9 +109,11 @@ QUANTIZE = Kind('a grid, as in repairs.Grid(bits=4)', having('fitted', 'rounded'
 GROUPS = Kind('the groups of a program, as in structured.groups(apply, params, x), or some of them in a dict',
               one_of(Mapping))
 PENALTY = Kind('a penalty, as in penalties.l1(1e-4)', having('value', 'prox', 'lmo'))
+BUDGET = Kind('a fraction of a cost, as in structured.flops(0.5)', having('fraction', 'cost'))
 # Functions of which `groups` are those of units; other functions take names of groups of leaves.
 _OVER_GROUPS = ('grouped', 'kept', 'group_norm', 'sparse_envelope', 'latency', 'oto', 'hesso', 'dhspg', 'wgsef',
-                'norm_scale', 'group_magnitude', 'group_taylor', 'hap', 'latency_aware')
+                'norm_scale', 'group_magnitude', 'group_taylor', 'hap', 'latency_aware', 'choose', 'seconds',
+                'slice_gpt', 'multi_pruner', 'tyr')
 FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
 
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
@@ -144,6 +146,8 @@ KINDS: dict[str, Kind] = {
     'alone': FLAG, **dict.fromkeys(('multiple_of', 'samples', 'wgsef.kept', 'sparse_envelope.kept'), TIMES),
     **dict.fromkeys(('scales', 'matching.glob'), NAME), 'cost': FUNCTION,
     **dict.fromkeys((f'{name}.groups' for name in _OVER_GROUPS), GROUPS),
+    **dict.fromkeys((f'{name}.fraction' for name in ('flops', 'parameters', 'latency')), SPARSITY),
+    **dict.fromkeys(('points', 'periods', 'generations', 'offspring', 'levels', 'step'), TIMES), 'budget': BUDGET,
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
     'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,

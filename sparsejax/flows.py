@@ -32,6 +32,15 @@ def straight_through() -> Flow:
   return Flow(_masked, _whole_gradient)
 
 
+def binary() -> Flow:
+  """Returns the flow q = m sign(W) a, with a the mean |W| over the kept weights of an output; the gradient is clipped.
+
+  The gradient of W is G where |W| <= 1, and 0 elsewhere (Rastegari et al. 2016, XNOR-Net; of Binarized NAS, too). The
+  sign of 0 is 1. The outputs are read from the axes of the leaf, so that leaves of unknown axes are refused.
+  """
+  return Flow(_binarised, _clipped_gradient, along_axes=True)
+
+
 @checked
 def sr_ste(decay: float | Schedule, *, decoupled: bool = False, learning_rate: float | Schedule | None = None) -> Flow:
   """Returns the flow q = m W with gradient G + decay (1 - m) W (Zhou et al. 2021, equation 8).
@@ -165,6 +174,18 @@ def _forgotten(*args: Any) -> Array:
 
 def _unknown(*args: Any) -> Array:
   raise ValueError('sparsejax.project: the flow has coefficients that are arrays; give numbers to the recipe.')
+
+
+def _binarised(master: Array, mask: Array, signals: Signals) -> Array:
+  own = signals.axes
+  inside = (*own.contracted, *own.spatial) if own is not None else tuple(range(master.ndim - 1))
+  size = jnp.sum(jnp.where(mask, jnp.abs(master), 0), inside, keepdims=True)
+  mean = size / jnp.maximum(jnp.sum(mask, inside, keepdims=True), 1).astype(master.dtype)
+  return jnp.where(mask, jnp.where(master >= 0, mean, -mean), jnp.zeros((), master.dtype))
+
+
+def _clipped_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
+  return jnp.where(jnp.abs(master) <= 1, grad, jnp.zeros((), grad.dtype))
 
 
 def _masked(master: Array, mask: Array, signals: Signals) -> Array:

@@ -27,6 +27,25 @@ def squarehead(states: Sequence[Array], teacher_states: Sequence[Array], valid: 
   return jnp.sum(jnp.stack([_relative(i, s, t, valid) for i, (s, t) in enumerate(zip(states, teacher_states))]))
 
 
+def channelwise(features: Array, teacher_features: Array, temperature: float = 1.0) -> Array:
+  """Returns the channel-wise distillation loss `float32[]` of two maps `[batch, ..., channels]` (2011.13256, eq. 4).
+
+  The softmax of each channel runs over all places between both axes, not over channels. The loss is
+  temperature^2 / channels times the sum over channels of KL(teacher || student), the mean over the batch. A constant
+  that is added to a channel does not count. No gradient flows to the teacher. Maps of fewer channels need a matrix of
+  the student's own before. Raises `ValueError` for two shapes, and for maps without places.
+  """
+  if jnp.shape(features) != jnp.shape(teacher_features) or jnp.ndim(features) < 3:
+    raise ValueError(f'losses.channelwise: maps are [batch, places, channels], of one shape, not '
+                     f'{jnp.shape(features)} and {jnp.shape(teacher_features)}; bring the student to the channels of '
+                     'the teacher by a 1 x 1 convolution.')
+  if not temperature > 0:
+    raise ValueError(f'losses.channelwise: `temperature` must be positive, not {temperature}.')
+  flat = lambda x: x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1]) / temperature
+  own, other = (jax.nn.log_softmax(flat(x), 1) for x in (features, jax.lax.stop_gradient(teacher_features)))
+  return temperature**2 * jnp.mean(jnp.sum(jnp.exp(other) * (other - own), 1))
+
+
 def _relative(i: int, state: Array, teacher: Array, valid: Array | None) -> Array:
   if jnp.shape(state) != jnp.shape(teacher) or valid is not None and jnp.shape(valid) != jnp.shape(state)[:-1]:
     raise ValueError(f'losses.squarehead: state {i} has shape {jnp.shape(state)}, the teacher {jnp.shape(teacher)}, '

@@ -49,6 +49,17 @@ def cosine(init_value: float = 1.0, end_value: float = 0.0, *, begin: int = 0, e
 
 
 @checked
+def cosine_power(init_value: float = 1.0, end_value: float = 0.0, *, power: float = 10.0, begin: int = 0, end: int
+                 ) -> Schedule:
+  """Returns the cosine power annealing of sharpDARTS (Hundt et al. 2019, 1903.09900), from `begin` to `end`.
+
+  With c = (1 + cos(pi e / E)) / 2, e from 1 to E = `end - begin + 1`, the value follows `power`^c, scaled to the ends.
+  A larger `power` falls faster. `power=1` is the cosine itself.
+  """
+  return Bound(_cosine_power, (init_value, end_value, begin, _after('cosine_power', begin, end), power), end=end)
+
+
+@checked
 def exponential(rate: float | None = None, *, half_life: float | None = None, begin: int = 0) -> Schedule:
   """Returns the schedule `exp(-rate * (step - begin))`, which is 1 before `begin`.
 
@@ -128,13 +139,14 @@ def either(first: Schedule, second: Schedule) -> Schedule:
 
 
 @checked
-def fade(steps: int, *, begin: int = 0) -> Schedule:
+def fade(steps: int, *, begin: int = 0, periods: int = 1) -> Schedule:
   """Returns the factor (T - t - 1) / (T - t) at t steps after `begin`, with T = `steps` (HESSO, Chen et al. 2024).
 
   A weight that is multiplied by the factor at each step falls along a straight line to zero. The factor is 0 after
-  `steps` steps. Before `begin` the factor is that of t = 0.
+  `steps` steps. Before `begin` the factor is that of t = 0. Each of several `periods` begins anew at t = 0, so that
+  weights that are chosen then fall to zero in their turn.
   """
-  return Bound(_fade, (steps, begin), (), begin + steps)
+  return Bound(_fade, (steps, begin, periods), (), begin + steps * periods)
 
 
 def reach(schedule: Any) -> int | None:
@@ -192,6 +204,14 @@ def _cosine(step: Step, init_value: float, end_value: float, begin: int, end: in
   return end_value + (init_value - end_value) * height
 
 
+def _cosine_power(step: Step, init_value: float, end_value: float, begin: int, end: int, power: float) -> Any:
+  count, progress = end - begin + 1, _progress(step, begin, end)
+  height = lambda e: 0.5 * (1.0 + jnp.cos(jnp.pi * e / count))
+  bent = height if power == 1 else lambda e: jnp.float32(power) ** height(e)
+  part = (bent(1 + progress * (count - 1)) - bent(count)) / (bent(1) - bent(count))
+  return end_value + (init_value - end_value) * jnp.where(progress < 1.0, part, 0.0)
+
+
 def _exponential(step: Step, rate: float, begin: int) -> Any:
   return jnp.exp(-rate * jnp.maximum(jnp.asarray(step, jnp.float32) - begin, 0.0))
 
@@ -224,8 +244,9 @@ def _density_decay(step: Step, sparsity: float, end: int) -> Any:
   return jnp.where(jnp.asarray(step) < end, part / sparsity, 1.0) if sparsity else jnp.asarray(step) >= end
 
 
-def _fade(step: Step, steps: int, begin: int) -> Any:
-  left = jnp.clip(steps - (jnp.asarray(step, jnp.float32) - begin), 0, steps)
+def _fade(step: Step, steps: int, begin: int, periods: int) -> Any:
+  since = jnp.maximum(jnp.asarray(step, jnp.float32) - begin, 0)
+  left = jnp.where(since < steps * periods, steps - since % steps, 0)
   return jnp.maximum(left - 1, 0) / jnp.maximum(left, 1)
 
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -82,7 +83,7 @@ class Places:
   @property
   def width(self) -> int:
     """The number of units in the longest row."""
-    return max(row.size for row in self.rows)
+    return max((row.size for row in self.rows), default=0)
 
   @functools.cached_property
   def real(self) -> np.ndarray:
@@ -104,7 +105,7 @@ class Places:
     """Returns the sums over the units at one place, `float32[layers or 1, units]`."""
     kept = (place.axis,) if place.layers is None else (0, place.axis)
     along = tuple(a for a in range(values.ndim) if a not in kept)
-    each = jnp.sum(values.astype(jnp.float32), along).reshape(-1, len(place.labels))
+    each = _on_each_device(jnp.sum(values.astype(jnp.float32), along)).reshape(-1, len(place.labels))
     to = np.where(place.labels < 0, self.width, place.labels)
     if np.array_equal(to, np.arange(len(to))):
       return jnp.pad(each, ((0, 0), (0, self.width - len(to))))
@@ -116,7 +117,8 @@ class Places:
     return [jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask, shape)
             for mask, shape in zip(found, self.shapes)]
 
-  def spread(self, factors: Array, sides: Collection[str] = SIDES, outside: float = 1) -> list[Array | None]:
+  def spread(self, factors: Array | np.ndarray, sides: Collection[str] = SIDES, outside: float = 1
+             ) -> list[Array | None]:
     """Returns, for each leaf, the product of the factors of its units, to broadcast; `None` without a unit.
 
     `factors`: `float32[rows, units]`. Positions without a unit have the factor `outside`.
@@ -124,15 +126,16 @@ class Places:
     found: list[Array | None] = [None] * len(self.shapes)
     for place in self.places:
       if place.side in sides:
-        own = self._at(jnp.pad(factors, ((0, 0), (0, 1)), constant_values=outside), place, self.width)
+        own = self._at(factors, place, outside)
         before = found[place.leaf]
         found[place.leaf] = own if before is None else before & own if own.dtype == bool else before * own
     return found
 
-  def _at(self, values: Array, place: UnitAxis, missing: int) -> Array:
+  def _at(self, values: Any, place: UnitAxis, outside: float) -> Array:
     """Returns what each position of a place has in `values`, shaped to broadcast against the leaf."""
-    shape, layers = self.shapes[place.leaf], place.layers
-    own = values[place.row:place.row + (layers or 1), np.where(place.labels < 0, missing, place.labels)]
+    shape, layers, of = self.shapes[place.leaf], place.layers, np if isinstance(values, np.ndarray) else jnp
+    own = of.where((place.labels < 0)[None], outside, values[place.row:place.row + (layers or 1), place.labels])
+    own = own.astype(values.dtype)
     return own.reshape([n if a == place.axis or a == 0 and layers else 1 for a, n in enumerate(shape)])
 
   def refuse_shared(self, sides: Collection[str]) -> None:
@@ -159,6 +162,15 @@ class Places:
     """Returns which units have a kept weight under the masks of the leaves: `bool[rows, units]`."""
     return self.sums(masks) > 0
 
+  def rows_of(self, keep: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the kept units of each group, by its name, as `bool[rows, units]`: the inverse of `by_name`."""
+    found = np.zeros((len(self.rows), self.width), bool)
+    for i, row in enumerate(self.rows):
+      own = np.asarray(keep[self.names[row.group]])
+      first = next(j for j, other in enumerate(self.rows) if other.group == row.group)
+      found[i, :row.size] = own if own.ndim == 1 else own[i - first]
+    return found
+
   def by_name(self, keep: Any) -> dict[str, np.ndarray]:
     """Returns `keep`, `bool[rows, units]`, as `structured.cut` takes it: the kept units of each group, by its name."""
     found: dict[str, np.ndarray] = {}
@@ -167,6 +179,14 @@ class Places:
       rows = np.asarray(keep)[own, :self.rows[own[0]].size]
       found[name] = rows[0] if len(own) == 1 else rows
     return found
+
+
+def _on_each_device(x: Array) -> Array:
+  """Returns the array unsharded: sums over units of several leaves are added, whatever mesh axes the leaves lie on."""
+  sharding = jax.typeof(x).sharding
+  if sharding.mesh.empty or not any(sharding.spec):
+    return x
+  return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*[None] * x.ndim))
 
 
 def _owners(groups: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, int]:

@@ -163,6 +163,24 @@ def _convolved(eqn: Any, values: Sequence[Any], sizes: Sizes) -> list[Any]:
   return _again(eqn, values, feature_group_count=groups)
 
 
+def with_kernel(eqn: Any, x: Any, weight: Any) -> Any:
+  """Returns the convolution of `eqn` with a kernel that has another number of outputs."""
+  return _again(eqn, [x, weight])[0]
+
+
+def at_center(eqn: Any, x: Any, weight: Any) -> Any:
+  """Returns the convolution of `eqn` with a kernel of one tap, which stands where the centre of the old kernel stood.
+
+  Of an even length, the centre is the tap before the middle.
+  """
+  numbers = jaxprs.convolution(eqn)
+  lengths = [eqn.invars[1].aval.shape[i] for i in numbers.rhs[2:]]
+  before = [(n - 1) // 2 * apart for n, apart in zip(lengths, numbers.apart)]
+  after = [(n - 1) * apart - b for n, apart, b in zip(lengths, numbers.apart, before)]
+  padding = tuple((low - b, high - a) for (low, high), b, a in zip(numbers.padding, before, after))
+  return _again(eqn, [x, weight], padding=padding)[0]
+
+
 Resized = Callable[[Any, Sequence[Any], Sizes], list[Any]]
 RESIZED: dict[str, Resized] = {
   'reshape': _reshape, 'broadcast_in_dim': _broadcast, 'slice': _slice, 'split': _split, 'gather': _gathered,

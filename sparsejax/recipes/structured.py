@@ -1,7 +1,8 @@
 """Each structured recipe trains whole units to zero: neurons, heads and channels, which `structured.cut` removes.
 
 `groups` come from `structured.groups`; to leave some out, pass a dict with the others. `sparsity` is the fraction of
-units that are zero at the end. Each recipe also takes the options of `transforms.sparsify`, but `where`.
+units that are zero at the end; a `budget`, such as `structured.flops(0.5)`, takes the place of `sparsity`. Each recipe
+also takes the options of `transforms.sparsify`, but `where`.
 
     found = sj.structured.groups(apply, params, x)
     tx = sj.recipes.group_magnitude(optax.adamw(1e-3), found, 0.5, total_steps=1000)
@@ -9,8 +10,10 @@ units that are zero at the end. Each recipe also takes the options of `transform
     small = sj.structured.cut(found, params)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from sparsejax import (
@@ -27,8 +30,8 @@ from sparsejax import (
 )
 from sparsejax.recipes.sentence import sentence
 from sparsejax.saliences import Salience
-from sparsejax.structured import Groups
-from sparsejax.types import Inner, Optimizer, Schedule
+from sparsejax.structured import Allowance, Groups
+from sparsejax.types import Array, Bound, Inner, Optimizer, Schedule, Step
 from sparsejax.units import belongs
 
 SETS = ('refresh', 'where', 'axes', 'dense_steps')  # of the options of `sparsify`
@@ -37,7 +40,8 @@ SETS = ('refresh', 'where', 'axes', 'dense_steps')  # of the options of `sparsif
 @sentence(*SETS)
 def group_magnitude(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, end: int | None = None,
                     every: int = 100, score: Salience = saliences.mean_magnitude, alone: bool = False,
-                    multiple_of: int = 1, total_steps: int | None = None, **options: Any) -> Optimizer:
+                    multiple_of: int = 1, budget: Allowance | None = None, total_steps: int | None = None,
+                    **options: Any) -> Optimizer:
   """Prunes the units of least magnitude, with a cubic rise (Li et al. 2017, Pruning filters; the ramp is Zhu's, 2017).
 
   Units are chosen every `every` updates from `begin` to `end`, by default half of `total_steps`. A unit that is zero
@@ -47,7 +51,7 @@ def group_magnitude(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begi
   end = _end('group_magnitude', end, total_steps, begin)
   ramp = schedules.cubic(begin=begin, end=end) if end > begin else None
   selection = structured.grouped(groups, sparsity, score=score, update=updates.prune_to, ramp=ramp, alone=alone,
-                                 multiple_of=multiple_of)
+                                 multiple_of=multiple_of, budget=budget)
   due = schedules.every(every, end=end - begin) if ramp else schedules.once(0)
   return transforms.sparsify(inner, flows.hard(), selection, where=belongs(groups), refresh=due, dense_steps=begin,
                              total_steps=total_steps, **options)
@@ -55,20 +59,20 @@ def group_magnitude(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begi
 
 @sentence(*SETS)
 def group_taylor(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, end: int | None = None,
-                 every: int = 100, alone: bool = False, multiple_of: int = 1, total_steps: int | None = None,
-                 **options: Any) -> Optimizer:
+                 every: int = 100, alone: bool = False, multiple_of: int = 1, budget: Allowance | None = None,
+                 total_steps: int | None = None, **options: Any) -> Optimizer:
   """Prunes the units whose removal changes the loss least, to first order (Molchanov et al. 2019, equation 8).
 
   The schedule is that of `group_magnitude`. The gradient is that of the step at which units are chosen. The paper
   averages the importance over minibatches, and has gates on the outputs as a second form.
   """
   return group_magnitude(inner, groups, sparsity, begin=begin, end=end, every=every, score=saliences.taylor,
-                         alone=alone, multiple_of=multiple_of, total_steps=total_steps, **options)
+                         alone=alone, multiple_of=multiple_of, budget=budget, total_steps=total_steps, **options)
 
 
 @sentence(*SETS)
 def oto(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalty: float = 1e-3, epsilon: float = 0.0,
-        begin: int = 1, multiple_of: int = 1, **options: Any) -> Optimizer:
+        begin: int = 1, multiple_of: int = 1, budget: Allowance | None = None, **options: Any) -> Optimizer:
   """Trains once, towards units that are exactly zero: OTO by HSPG (Chen et al. 2021, Only Train Once, algorithm 2).
 
   The gradient of `penalty` times the group norm is added from the first step on. From `begin` on, a unit whose step
@@ -77,7 +81,7 @@ def oto(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalty: float =
   `inner` is SGD in the paper, whose buffer the code empties at `begin`. Consumers of a zero unit are zero, too.
   """
   selection = structured.grouped(groups, sparsity, score=saliences.half_space(epsilon), update=updates.below_zero,
-                                 multiple_of=multiple_of)
+                                 multiple_of=multiple_of, budget=budget)
   where = belongs(groups)
   pulled = transforms.penalised(penalties.group_norm(penalty, groups), where=where)
   return transforms.sparsify(optax.chain(pulled, inner), flows.hard(), selection, where=where, dense_steps=begin,
@@ -85,29 +89,35 @@ def oto(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalty: float =
 
 
 @sentence(*SETS)
-def hesso(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, steps: int = 100,
-          score: Salience = saliences.importance, multiple_of: int = 1, **options: Any) -> Optimizer:
-  """Chooses the redundant units at `begin` and fades them out over `steps` updates: HESSO (Chen et al. 2024).
+def hesso(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, steps: int = 100, periods: int = 1,
+          score: Salience = saliences.importance, multiple_of: int = 1, budget: Allowance | None = None,
+          erase: Sequence[str] = (), **options: Any) -> Optimizer:
+  """Chooses redundant units at the start of each of `periods` and fades them out over `steps` updates: HESSO (2024).
 
-  Exactly the fraction `sparsity` of all units is zero in the end, without a penalty to tune. The authors' code goes
-  through several periods of this kind; here there is one. Another `score` is another ranking of the units.
+  Exactly the fraction `sparsity` of all units is zero in the end, without a penalty to tune (Chen et al. 2024). Each
+  period takes an equal part, rounded. The authors' code rounds down, and adds the rest in the last period. Another
+  `score` is another ranking of the units. `erase=structured.erasable(groups)` lets whole branches vanish, as H2SPG does
+  (Chen et al. 2023, OTOv3): the authors published no code of H2SPG, and the ranking here is that of HESSO.
   """
-  selection = structured.grouped(groups, sparsity, score=score, multiple_of=multiple_of)
-  fading = flows.soft_shrink(schedules.fade(steps, begin=begin))
+  selection = structured.grouped(groups, sparsity, score=score, multiple_of=multiple_of, budget=budget, erase=erase,
+                                 update=updates.prune_to, ramp=_in_parts(begin, steps, periods))
+  fading = flows.soft_shrink(schedules.fade(steps, begin=begin, periods=periods))
+  due = schedules.every(steps, end=steps * (periods - 1)) if periods > 1 else schedules.once(0)
   return transforms.sparsify(inner, fading, selection, where=belongs(groups), dense_steps=begin,
-                             refresh=schedules.once(0), **options)
+                             refresh=due, **{'allow_empty': bool(erase), **options})
 
 
 @sentence(*SETS)
-def dhspg(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, steps: int = 100,
-          multiple_of: int = 1, **options: Any) -> Optimizer:
+def dhspg(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1, steps: int = 100, periods: int = 1,
+          multiple_of: int = 1, budget: Allowance | None = None, erase: Sequence[str] = (), **options: Any
+          ) -> Optimizer:
   """Chooses redundant units at `begin` by the salience of DHSPG (Chen et al. 2023, OTOv2), and fades them out.
 
   The paper shrinks the redundant units by a penalty of its own for each unit, and projects them by the half-space until
   all are zero. This recipe lets the units fall along a straight line over `steps` updates, as in `hesso`.
   """
-  return hesso(inner, groups, sparsity, begin=begin, steps=steps, score=saliences.redundancy, multiple_of=multiple_of,
-               **options)
+  return hesso(inner, groups, sparsity, begin=begin, steps=steps, periods=periods, score=saliences.redundancy,
+               multiple_of=multiple_of, budget=budget, erase=erase, **options)
 
 
 @sentence(*SETS)
@@ -127,21 +137,23 @@ def wgsef(inner: Inner, groups: Groups, kept: int, learning_rate: float | Schedu
 
 @sentence(*SETS)
 def norm_scale(inner: Inner, groups: Groups, sparsity: float = 0.5, *, scales: str = 'scale', penalty: float = 1e-4,
-               begin: int = 1, multiple_of: int = 1, **options: Any) -> Optimizer:
+               begin: int = 1, multiple_of: int = 1, budget: Allowance | None = None, **options: Any) -> Optimizer:
   """Pulls the scales of norms to zero by l1, and prunes the units of least scale (Liu et al. 2017, slimming).
 
   `scales`: a glob of the parameters that scale a normalised unit, such as `BatchNorm_*/scale`. Each group needs one.
   At `begin` all units compete by |scale|, a threshold over all layers as in the paper.
   """
   pulled = transforms.penalised(penalties.l1(penalty), where=trees.named(scales))
-  selection = structured.grouped(groups, sparsity, score=saliences.matching(scales), multiple_of=multiple_of)
+  selection = structured.grouped(groups, sparsity, score=saliences.matching(scales), multiple_of=multiple_of,
+                                 budget=budget)
   return transforms.sparsify(optax.chain(pulled, inner), flows.hard(), selection, where=belongs(groups),
                              dense_steps=begin, refresh=schedules.once(0), **options)
 
 
 @sentence(*SETS)
 def latency_aware(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalty: float = 1e-7,
-                  cost: Any = None, begin: int = 1, multiple_of: int = 1, **options: Any) -> Optimizer:
+                  cost: Any = None, begin: int = 1, multiple_of: int = 1, budget: Allowance | None = None,
+                  **options: Any) -> Optimizer:
   """Adds a differentiable estimate of the multiply-adds to the loss, and prunes the smallest units at `begin`.
 
   `cost` is a function of effective sizes, see `penalties.latency`. The default is `structured.multiply_adds(groups)`.
@@ -150,24 +162,36 @@ def latency_aware(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalt
   where = belongs(groups)
   surrogate = penalties.latency(penalty, groups, cost or structured.multiply_adds(groups))
   pulled = transforms.penalised(surrogate, where=where)
-  selection = structured.grouped(groups, sparsity, multiple_of=multiple_of)
+  selection = structured.grouped(groups, sparsity, multiple_of=multiple_of, budget=budget)
   return transforms.sparsify(optax.chain(pulled, inner), flows.hard(), selection, where=where, dense_steps=begin,
                              refresh=schedules.once(0), **options)
 
 
 @sentence(*SETS, 'start')
 def hap(inner: Inner, groups: Groups, sparsity: float = 0.5, *, loss: Any, samples: int = 300, key: Any,
-        multiple_of: int = 1, **options: Any) -> Optimizer:
+        implants: float = 0.0,
+        multiple_of: int = 1, budget: Allowance | None = None, **options: Any) -> Optimizer:
   """Prunes a trained model by the trace of the Hessian, then trains on: HAP (Yu et al. 2022, equation 6).
 
   `loss(params)`: the loss of a batch, in evaluation mode. `samples`: the random vectors of the trace. All units
-  compete; the paper keeps at least 5 % of a layer, here one unit of each group. The neural implant, which replaces
-  pruned filters by their centre, is not part of the recipe.
+  compete; the paper keeps at least 5 % of a layer, here one unit of each group. `implants`: the fraction of the units
+  to be pruned that keep the centre tap of their filters, the neural implant of the paper (its code has 0.1).
+  `structured.split_centers` makes 1 x 1 convolutions of these filters after the cut.
   """
-  selection = structured.grouped(groups, sparsity, score=saliences.hessian_trace, multiple_of=multiple_of)
+  selection = structured.implanted(groups, sparsity, implants, score=saliences.hessian_trace, budget=budget,
+                                   multiple_of=multiple_of)
   probe = starts.hutchinson(starts.needed('hap', 'loss', loss, 'params -> scalar'), samples, key)
   return transforms.sparsify(inner, flows.hard(), selection, where=belongs(groups), refresh=schedules.once(0),
                              start=starts.probed(probe), key=key, **options)
+
+
+def _in_parts(begin: int, steps: int, periods: int) -> Schedule | None:
+  """Returns the ramp that rises by an equal part at the start of each period; `None` for one period."""
+  return Bound(_part, (begin, steps, periods)) if periods > 1 else None
+
+
+def _part(step: Step, begin: int, steps: int, periods: int) -> Array:
+  return jnp.minimum((jnp.asarray(step) - begin) // steps + 1, periods).astype(jnp.float32) / periods
 
 
 def _end(recipe: str, end: int | None, total_steps: int | None, begin: int) -> int:

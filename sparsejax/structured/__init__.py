@@ -10,15 +10,25 @@ A unit is what can be removed together: a neuron, a head, a channel of a residua
 program, as `groups` says, so that no model is changed or registered. `cut_state` cuts the state of the optimizer.
 """
 
-from sparsejax.structured.costs import multiply_adds
+from sparsejax.structured import architecture, iso_flop, sharing
+from sparsejax.structured.costs import Allowance, flops, latency, multiply_adds, parameters, seconds, weights
+from sparsejax.structured.erasing import erasable
 from sparsejax.structured.files import load, save
 from sparsejax.structured.groups import Groups, Member, UnitGroup, groups
+from sparsejax.structured.implants import Implanted, implanted, split_centers
+from sparsejax.structured.least_squares import tyr
+from sparsejax.structured.ordering import clustered, permuted
 from sparsejax.structured.proof import Proof, prove
 from sparsejax.structured.removal import Cut, cut, masks
-from sparsejax.structured.selecting import grouped, kept
+from sparsejax.structured.rotating import is_rotated, rotate, slice_gpt
+from sparsejax.structured.searching import Stage, multi_pruner, search
+from sparsejax.structured.selecting import choose, choose_in_rounds, grouped, kept
 from sparsejax.structured.training import cut_state
 
 __all__ = [
-  'Cut', 'Groups', 'Member', 'Proof', 'UnitGroup', 'cut', 'cut_state', 'grouped', 'groups', 'kept', 'load', 'masks',
-  'multiply_adds', 'prove', 'save',
+  'Allowance', 'Cut', 'Groups', 'Implanted', 'Member', 'Proof', 'Stage', 'UnitGroup', 'architecture', 'choose',
+  'choose_in_rounds', 'clustered', 'cut', 'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'implanted',
+  'is_rotated', 'iso_flop', 'kept', 'latency', 'load', 'masks', 'multi_pruner', 'multiply_adds', 'parameters',
+  'permuted', 'prove', 'rotate', 'save', 'search', 'seconds', 'sharing', 'slice_gpt', 'split_centers', 'tyr',
+  'weights',
 ]

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from sparsejax import errors, tables
+from sparsejax.globs import matches
 from sparsejax.programs import jaxprs
 from sparsejax.programs.contractions import Contractions, read
 from sparsejax.programs.tracing import trace
@@ -118,6 +119,13 @@ class Groups(Mapping[str, UnitGroup]):
 
   def __contains__(self, name: object) -> bool:
     return name in self.groups
+
+  def only(self, *globs: str) -> 'Groups':
+    """Returns the groups whose name matches one of `globs`; raises `ValueError` if there is none."""
+    picked = {name: group for name, group in self.items() if any(matches(glob, name) for glob in globs)}
+    if not picked:
+      raise errors.unknown('structured.Groups.only', 'group', ' '.join(globs), self.groups)
+    return dataclasses.replace(self, groups=picked)
 
   def __str__(self) -> str:
     ordered = lambda group: sorted(group.members, key=lambda member: (PRODUCED, CONTRACTED, BESIDE).index(member.side))

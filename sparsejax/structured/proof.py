@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import trees
 from sparsejax.programs import jaxprs
 from sparsejax.programs.tracing import trace
 from sparsejax.structured.groups import Groups
-from sparsejax.structured.removal import Cut, masks_of
+from sparsejax.structured.removal import Cut
+from sparsejax.structured.smaller import Kept
 from sparsejax.types import PyTree
 
 
@@ -43,8 +45,7 @@ def prove(groups: Groups, params: PyTree, small: Cut, *inputs: Any, exact: bool 
   Raises `ValueError` if the bound does not hold, which is a defect of this library, and for `exact=True` with 16-bit
   floats.
   """
-  masked = jax.tree.map(lambda w, mask: w if not np.ndim(mask) else jnp.where(mask, w, jnp.zeros((), w.dtype)),
-                        params, masks_of(groups, small.kept))
+  masked = _masked(params, small.kept)
   large, cut = jax.tree.leaves(groups.apply(masked, *inputs)), jax.tree.leaves(small.apply(small.params, *inputs))
   eps = max((_eps(leaf) for leaf in (*large, *jax.tree.leaves(params))), default=0.0)
   if exact and eps > 1e-6:
@@ -58,6 +59,18 @@ def prove(groups: Groups, params: PyTree, small: Cut, *inputs: Any, exact: bool 
     raise ValueError(f'structured.prove: the smaller model computes something else: {worst}. Please report the model; '
                      'until then, do not use this cut.')
   return worst
+
+
+def _masked(params: PyTree, kept: Kept) -> PyTree:
+  """Returns the parameters with zeros at the positions that are not kept."""
+  paths, leaves, treedef = trees.flatten(params)
+  found = dict(zip(paths, leaves))
+  for name, own in kept.items():
+    path, _, axis = name.rpartition(':')
+    w = found[path]
+    shape = [n if a == int(axis) or a == 0 and own.ndim == 2 else 1 for a, n in enumerate(w.shape)]
+    found[path] = jnp.where(own.reshape(shape), w, jnp.zeros((), w.dtype))
+  return treedef.unflatten(list(found.values()))
 
 
 def _eps(leaf: Any) -> float:

@@ -15,13 +15,14 @@ import numpy as np
 
 from sparsejax import arguments, errors, trees
 from sparsejax.programs.tracing import trace
+from sparsejax.structured.erasing import disconnects
 from sparsejax.structured.groups import Groups, UnitGroup
 from sparsejax.structured.reading import Reading
 from sparsejax.structured.rules import RULES
 from sparsejax.structured.same import is_same
 from sparsejax.structured.smaller import Kept, smaller
 from sparsejax.types import PyTree
-from sparsejax.units import PRODUCED
+from sparsejax.units import PRODUCED, Places
 
 
 class Cut(NamedTuple):
@@ -46,8 +47,9 @@ def cut(groups: Groups, params: PyTree, keep: Mapping[str, Any] | None = None) -
   whose producing matrix is zero, but which still adds something, is refused with the reason.
 
   The result computes as the program of `groups.apply` does, with its old counts: a mean still divides by the number of
-  channels before the cut. Raises `ValueError` for parameters of other shapes (groups are those of one model: read them
-  again after a cut), for unknown groups, masks of another size, and a group without a kept unit.
+  channels before the cut. A group may lose all of its units if it is `erasable` with all others that do. Raises
+  `ValueError` for parameters of other shapes (groups are those of one model: read them again after a cut), for unknown
+  groups, masks of another size, and for groups without which a result depends on no input.
   """
   leaves = _leaves_of('structured.cut', groups, params)
   units = _unneeded(groups, leaves) if keep is None else _checked(groups, keep)
@@ -63,23 +65,14 @@ def masks(groups: Groups, keep: Mapping[str, Any]) -> PyTree:
 
   A parameter without such positions has a scalar `True`. `keep` is that of `cut`.
   """
-  kept = positions(groups, _checked(groups, keep))
-  return masks_of(groups, kept)
-
-
-def masks_of(groups: Groups, kept: Kept) -> PyTree:
-  """Returns the masks of `masks` from the kept positions of each axis."""
+  units = {name: mask for name, mask in _checked(groups, keep).items() if not mask.all()}
   paths, leaves, treedef = trees.flatten(groups.shapes)
-  return treedef.unflatten([_mask(path, leaf, kept) for path, leaf in zip(paths, leaves)])
-
-
-def _mask(path: str, leaf: Any, kept: Kept) -> np.ndarray:
-  mask, rank = np.ones((), bool), len(getattr(leaf, 'shape', ()))
-  for axis in range(rank):
-    own = kept.get(f'{path}:{axis}')
-    if own is not None:
-      mask = mask & own.reshape([leaf.shape[a] if a == axis or a == 0 and own.ndim == 2 else 1 for a in range(rank)])
-  return np.broadcast_to(mask, leaf.shape) if mask.ndim else mask
+  places = Places.of({name: groups[name] for name in units}, {
+    path: leaf for path, leaf in zip(paths, leaves) if hasattr(leaf, 'shape')})
+  found = dict(zip(places.paths, places.spread(places.rows_of(units), outside=True)))
+  masks = [(found.get(path), leaf) for path, leaf in zip(paths, leaves)]
+  return treedef.unflatten([np.ones((), bool) if mask is None else np.broadcast_to(mask, leaf.shape)
+                            for mask, leaf in masks])
 
 
 def positions(groups: Groups, units: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -136,7 +129,17 @@ def _checked(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
     raise ValueError('structured.cut: `keep` must map names of groups to bool[units], as in '
                      f'{{{next(iter(groups), "up/kernel:1")!r}: scores > 0}}.')
   arguments.refuse_unknown('structured.cut', {f'`keep` of {name}': mask for name, mask in keep.items()})
-  return {name: _mask_of(groups[name], np.asarray(mask)) for name, mask in keep.items()}
+  units = {name: _mask_of(groups[name], np.asarray(mask)) for name, mask in keep.items()}
+  if gone := _disconnected(groups, units):
+    raise ValueError(f'structured.cut: `keep` of group {gone!r} keeps none of its {groups[gone].size} units, and then '
+                     'a result depends on no input; keep at least one, or take the layer out of the model.')
+  return units
+
+
+def _disconnected(groups: Groups, units: Mapping[str, np.ndarray]) -> str:
+  """Returns the first group without a kept unit, if a result then depends on no input, else ''."""
+  gone = [name for name, keep in units.items() if not keep.any()]
+  return gone[0] if disconnects(groups, gone) else ''
 
 
 def _mask_of(group: UnitGroup, mask: np.ndarray) -> np.ndarray:
@@ -146,9 +149,6 @@ def _mask_of(group: UnitGroup, mask: np.ndarray) -> np.ndarray:
     raise ValueError(f'structured.cut: `keep` of group {group.name!r} is {mask.dtype}{list(mask.shape)}, but the group '
                      f'has {group.size} units; give {forms}, True where a unit stays.')
   counts = np.unique(np.count_nonzero(np.atleast_2d(mask), 1))
-  if 0 in counts:
-    raise ValueError(f'structured.cut: `keep` of group {group.name!r} keeps none of its {group.size} units; keep at '
-                     'least one, or take the layer out of the model.')
   if len(counts) > 1:
     raise ValueError(f'structured.cut: `keep` of group {group.name!r} keeps between {counts[0]} and {counts[-1]} units '
                      'of a layer; layers of one stack have one shape, so keep equally many in each.')
@@ -171,10 +171,10 @@ def _unneeded(groups: Groups, leaves: Mapping[str, Any]) -> dict[str, np.ndarray
     needed = np.array([bool(reading.variables.pinned.get(v, 0) >> i & 1) for i in range(group.size)])
     why, _ = reading.variables.reasons.get(v, ('', None))
     _refuse_partly_zero(group, needed, reading.zeros, why)
-    if not needed.any():
-      raise ValueError(f'structured.cut: no unit of group {group.name!r} changes the result, so that nothing would be '
-                       'left; pass `keep`, or take the layer out of the model.')
     units[group.name] = needed
+  if gone := _disconnected(groups, units):
+    raise ValueError(f'structured.cut: no unit of group {gone!r} changes the result, so that nothing would be left '
+                     'that depends on an input; pass `keep`, or take the layer out of the model.')
   return units
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors, trees
-from sparsejax.programs import sizes
+from sparsejax.programs import jaxprs, sizes
 from sparsejax.programs.evaluate import Operation, ValueRules, evaluate, inside
 from sparsejax.programs.structures import Outcome
 from sparsejax.programs.tracing import Program, trace
@@ -28,6 +28,7 @@ from sparsejax.types import Array, PyTree
 
 # 'path:axis' -> which positions of the large axis are kept, `bool[n]`, or `bool[layers, n]` with equal counts
 Kept = Mapping[str, np.ndarray]
+SUMS = {*jaxprs.CONTRACTIONS, 'reduce_sum'}  # zero without a summand
 
 
 def left(mask: np.ndarray) -> int:
@@ -126,6 +127,8 @@ class _Smaller:
   def _operation(self, eqn: Any, values: list[Any], here: Operation) -> Outcome | None:
     _, facts, results = self.reading.seen[here.address]
     values, name = list(map(self._fitted, values, facts)), eqn.primitive.name
+    if self._vanishes(name, facts, results):
+      return [jnp.zeros(sizes.kept_shape(self._kept(fact)), v.aval.dtype) for fact, v in zip(results, eqn.outvars)]
     if name in sizes.RESIZED:
       kept = sizes.Sizes(list(map(self._kept, facts)), list(map(self._kept, results)))
       return sizes.RESIZED[name](eqn, values, kept)
@@ -133,6 +136,11 @@ class _Smaller:
       return list(map(self._fitted, here.dense(values), results))
     outcome = inside(eqn, values, self.rules, here, functools.partial(self._original, here, facts, results))
     return here.dense(values) if outcome is None else outcome
+
+  def _vanishes(self, name: str, facts: list[Symbolic], results: list[Symbolic]) -> bool:
+    """Returns whether nothing is left of the results of an operation, or of what it sums over, so that none is run."""
+    empty = lambda fact: not all(mask.any() for mask in self._kept(fact))
+    return all(map(empty, results)) or (name in SUMS and any(map(empty, facts)))
 
   def _fitted(self, x: Any, fact: Symbolic) -> Any:
     """Returns what is kept of a constant, which is whole; other values are smaller already."""

@@ -50,7 +50,7 @@ KERNELS = (
     ('hopper', 'mosaic_tpu', 'dispatch', 'trilinear'),
     ('products', 'linear'),
     ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
-    ('held',),
+    ('held', 'submanifold'),
     ('models',),
     ('preparing',),
     ('__init__', 'bench', 'nn'),  # and former names
@@ -62,7 +62,7 @@ EXPERIMENTS = (
     ('loop',),
     ('tables',),
     ('train', 'tickets', 'sweep'),
-    ('claims', 'pruning'),
+    ('claims', 'pruning', 'structured'),
     ('__init__',),
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
@@ -80,11 +80,13 @@ INSIDE = {
                                  'essential'),
                                 ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'inputs', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),
-    'sparsejax.structured': (('dimensions',), ('reading', 'same'), ('elementwise',), ('moving', 'picking', 'layers'),
-                             ('rules',), ('groups', 'smaller'), ('removal',),
-                             ('training', 'proof', 'files', 'selecting', 'costs')),
+    'sparsejax.structured': (('dimensions', 'architecture', 'iso_flop', 'sharing'), ('reading', 'same'),
+                             ('elementwise',), ('moving', 'picking', 'layers'),
+                             ('rules',), ('groups', 'smaller'), ('erasing',), ('removal',),
+                             ('training', 'proof', 'files', 'costs', 'rotating', 'ordering'),
+                             ('selecting', 'searching'), ('least_squares', 'implants')),
     'sparsejax.hub': (('layers', 'texts'), ('bert', 'gpt2', 'llama')),
-    'sparsejax.advice': (('measured',), ('rows',)),
+    'sparsejax.advice': (('measured', 'arrays'), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
                      ('saving', 'loading')),
 }

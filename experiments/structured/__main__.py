@@ -1,0 +1,6 @@
+"""Runs the command `python -m experiments.structured`."""
+
+from experiments import structured
+from experiments.loop import exits
+
+exits.leave(structured.main)

@@ -1,0 +1,180 @@
+"""Tests what makes trained models smaller without training: rotations, searches, and fits to the inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax import structured
+from sparsejax.structured import least_squares, rotating, searching
+
+pytestmark = pytest.mark.usefixtures('standard_promotion')
+WIDTH, TOKENS = 8, jax.random.randint(jax.random.key(9), (4, 5), 0, 12)
+
+
+def norm(x, scale):
+  return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
+
+
+def apply(p, tokens):
+  """A decoder of one block with RMS norms: two heads, and a gated MLP with a bias on the stream."""
+  h = p['embed'][tokens] + p['position']
+  n = norm(h, p['first'])
+  k, v = jnp.einsum('btd,dhk->bthk', n, p['key']), jnp.einsum('btd,dhk->bthk', n, p['value'])
+  scores = jax.nn.softmax(jnp.einsum('bqhk,bthk->bhqt', k, k) / 2)
+  h = h + jnp.einsum('bhqt,bthk,hkd->bqd', scores, v, p['out'])
+  h = h + jax.nn.silu(norm(h, p['second']) @ p['up']) @ p['down'] + p['bias']
+  return norm(h, p['last']) @ p['head']
+
+
+@functools.cache
+def params():
+  shapes = {'embed': (12, WIDTH), 'position': (5, WIDTH), 'first': (WIDTH,), 'second': (WIDTH,), 'last': (WIDTH,),
+            'key': (WIDTH, 2, 2), 'value': (WIDTH, 2, 2), 'out': (2, 2, WIDTH), 'up': (WIDTH, 16), 'down': (16, WIDTH),
+            'bias': (WIDTH,), 'head': (WIDTH, 12)}
+  rng = np.random.default_rng(0)
+  mixed = np.eye(WIDTH) + rng.normal(size=(WIDTH, WIDTH))  # the stream is not aligned with its axes
+  made = {name: rng.normal(size=shape) / np.sqrt(shape[0]) for name, shape in shapes.items()}
+  made['embed'] = 3 * made['embed'] * np.linspace(1.5, 0.1, WIDTH) @ mixed
+  made.update({name: 1 + 0.3 * made[name] for name in ('first', 'second', 'last')})
+  return {name: jnp.asarray(w, jnp.float32) for name, w in made.items()}
+
+
+@functools.cache
+def found():
+  return structured.groups(apply, params(), TOKENS)
+
+
+def stream():
+  return max(found(), key=lambda name: found()[name].weights)
+
+
+def error(small):
+  return float(jnp.mean((small.apply(small.params, TOKENS) - apply(params(), TOKENS)) ** 2))
+
+
+def loss(p):
+  return jnp.mean((apply(p, TOKENS) - apply(params(), TOKENS)) ** 2)
+
+
+# Rotations.
+
+
+@pytest.mark.parametrize('wide, bound', [(False, 1e-5), (True, 1e-12)])
+def test_a_rotated_model_is_the_same_function(wide, bound):
+  matrix = np.linalg.qr(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)))[0]
+  with jax.enable_x64(wide):
+    own = jax.tree.map(lambda w: jnp.asarray(np.asarray(w), float if wide else jnp.float32), params())
+    groups = structured.groups(apply, own, TOKENS) if wide else found()
+    rotated = structured.rotate(groups, own, stream(), matrix)
+    assert not np.allclose(rotated['up'], own['up']) and np.all(np.asarray(rotated['first']) == 1)
+    assert structured.is_rotated(groups, own, rotated, TOKENS) < bound
+
+
+def test_the_principal_directions_lose_less_than_axes_do():
+  small = structured.slice_gpt(found(), params(), [TOKENS], 0.25, multiple_of=2)
+  axes = structured.cut(found(), params(), {stream(): np.arange(WIDTH) < 6})
+  assert small.params['up'].shape == (6, 16) and small.params['embed'].shape == (12, 6)
+  assert error(small) < error(axes) / 2
+  whole = structured.slice_gpt(found(), params(), [TOKENS], 0.0, multiple_of=1)
+  assert error(whole) < 1e-8
+
+
+def shifted(p, x):
+  n = (x @ p['in']) * p['scale'] + p['shift']
+  return n @ p['out']
+
+
+def tied(p, tokens):
+  return norm(p['embed'][tokens] + p['position'], p['scale']) @ p['embed'].T
+
+
+@pytest.mark.parametrize('function, shapes, x, said', [
+  (shifted, {'in': (3, 4), 'scale': (4,), 'shift': (4,), 'out': (4, 2)}, jnp.ones((2, 3)), 'as a LayerNorm does'),
+  (tied, {'embed': (5, 4), 'position': (3, 4), 'scale': (4,)}, jnp.zeros((2, 3), int), 'untie the two'),
+])
+def test_what_cannot_be_rotated_is_refused_with_the_reason(function, shapes, x, said):
+  own = {name: jnp.full(shape, 2.0) for name, shape in shapes.items()}
+  groups = structured.groups(function, own, x)
+  with pytest.raises(ValueError, match=said):
+    structured.rotate(groups, own, next(iter(groups)), np.eye(4))
+
+
+@pytest.mark.parametrize('call, said', [
+  (lambda: structured.rotate(found(), params(), stream(), np.ones((WIDTH, WIDTH))), 'must be orthogonal'),
+  (lambda: structured.rotate(found(), params(), 'none', np.eye(WIDTH)), "group 'none'"),
+  (lambda: structured.slice_gpt(found(), params(), [TOKENS], 0.5), 'leaves less than 8 of 8'),
+  (lambda: structured.slice_gpt(found(), params(), [], 0.5, multiple_of=1), 'there is no batch'),
+  (lambda: structured.multi_pruner(found(), params(), loss, 0.2, widths='up/*', heads='x*'), "'up/\\*'"),
+  (lambda: structured.multi_pruner(found(), params(), loss, 0.9, widths='up:1', heads='key:1'), 'nothing more can go'),
+  (lambda: structured.tyr(found().only('key:2'), params(), [TOKENS], loss), 'no group has one product'),
+])
+def test_bad_input_is_refused_in_words(call, said):
+  with pytest.raises(ValueError, match=said):
+    call()
+
+
+# Searches.
+
+
+def test_blocks_widths_and_heads_lose_less_than_blocks_alone():
+  keep = structured.multi_pruner(found(), params(), loss, 0.35, widths='up:1', heads='key:1', step=2)
+  size = structured.weights(found())
+  sizes = lambda keep: {name: int(mask.sum()) for name, mask in keep.items()}
+  assert size(sizes(keep)) <= 0.65 * size({})
+  both = structured.search(found(), params(), loss, [structured.Stage(('up:1', 'key:1'), None, 0.65)])
+  assert {name for name, mask in both.items() if not mask.any()} <= {'up:1', 'key:1'}
+  small = structured.cut(found(), params(), keep)
+  structured.prove(found(), params(), small, TOKENS)
+  assert error(small) <= error(structured.cut(found(), params(), both))
+
+
+def test_each_removal_of_a_search_is_the_one_that_the_loss_likes_best():
+  (one,) = [structured.search(found(), params(), loss, [structured.Stage(('up:1', 'value:2'), 1, 0.999)])]
+  gone = {name: np.flatnonzero(~mask) for name, mask in one.items() if not mask.all()}
+  own = searching._Masked(found(), params(), loss, searching.saliences.mean_magnitude)
+  every = {name: np.ones(group.size, bool) for name, group in found().items()}
+  tried = {name: own.loss_of(searching._without(own, every, name, 1)) for name in ('up:1', 'value:2')}
+  assert list(gone) == [min(tried, key=tried.get)] and all(len(units) == 1 for units in gone.values())
+
+
+def test_an_evolution_keeps_the_sum_of_the_levels_and_finds_the_least():
+  wanted = {'a': 4, 'b': 0, 'c': 2}
+  best, value = searching.evolved(dict.fromkeys('abc', 5), lambda state: sum(
+    abs(state[name] - wanted[name]) for name in state), dict.fromkeys('abc', 2), generations=20, offspring=8)
+  assert best == wanted and value == 0
+
+
+# Least squares.
+
+
+def test_optimal_brain_surgery_finds_the_best_three_of_six_where_the_published_score_does_not():
+  rng = np.random.default_rng(0)
+  rows, w = rng.normal(size=(64, 6)) @ (np.eye(6) + 0.5), rng.normal(size=(6, 3))
+  gram = rows.T @ rows
+  damped = gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(6)
+  product = damped @ w
+  ((keep, fitted),) = least_squares.removals(gram, product, np.arange(6), [3])
+  value = np.sum(fitted * (damped @ fitted)) / 2 - np.sum(fitted * product)
+  assert np.flatnonzero(keep).tolist() == [0, 1, 4] and np.isclose(value, -1073.03, atol=0.01)
+  assert not fitted[~keep].any()
+  (_, both), (_, pairs) = (least_squares.removals(gram, product, labels, [1])[0] for labels in (
+    np.array([0, 0, 0, 1, 1, 1]), np.array([-1, 0, 0, 1, 1, 1])))
+  assert (both != 0).any(1).sum() == 3 and pairs[0].any()
+
+
+def test_inputs_that_are_always_zero_have_no_weight():
+  ((keep, fitted),) = least_squares.removals(np.zeros((3, 3)), np.zeros((3, 2)), np.arange(3), [2])
+  assert keep.sum() == 2 and not fitted.any()
+
+
+def test_levels_that_are_searched_lose_less_than_uniform_ones_and_than_magnitude():
+  options = {'levels': 5, 'rounds': 16}
+  uniform = structured.tyr(found(), params(), [TOKENS], loss, 0.5, generations=0 or 1, offspring=1, **options)
+  searched = structured.tyr(found(), params(), [TOKENS], loss, 0.5, generations=3, offspring=6, seed=1, **options)
+  magnitude = structured.choose(found().only('up:1', 'key:1'), params(), 0.5, alone=True)
+  assert error(searched) <= error(uniform) < error(structured.cut(found(), params(), magnitude))
+  assert searched.params['down'].shape[0] == searched.kept['down:0'].sum() < 16
+  assert rotating.DAMPING == least_squares.DAMPING
