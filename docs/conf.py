@@ -16,7 +16,8 @@ version = release = __version__
 extensions = ['myst_nb']
 exclude_patterns = ['_build', 'pictures']
 html_theme, html_title = 'sphinx_book_theme', 'sparsejax'
-html_theme_options = {'show_toc_level': 2, 'show_navbar_depth': 1}
+html_static_path, html_css_files = ['_static'], ['pages.css']
+html_theme_options = {'show_toc_level': 2, 'show_navbar_depth': 1, 'navbar_persistent': []}
 nitpicky = True  # A reference that leads nowhere is a warning, and `make docs` makes warnings errors.
 myst_heading_anchors = 4  # Links into a page are those of GitHub, so that the pages can be read there, too.
 myst_enable_extensions = ['deflist']

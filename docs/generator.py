@@ -58,6 +58,11 @@ MEANINGS = {
     'penalty': 'the factor of the term that is added to the loss',
     'steps': 'how many updates the fading takes',
     'key': 'the PRNG key of random numbers',
+    'seed': 'the seed of random numbers',
+    'learning_rate': 'the learning rate',
+    'budget': 'a bound on operations, parameters or time, in the place of `sparsity`',
+    'periods': 'in how many parts the units are chosen and fade, one after the other',
+    'erase': 'the groups that may lose all of their units, as names or globs',
 }
 
 
@@ -77,10 +82,15 @@ def write(folder: pathlib.Path) -> None:
 
 
 def inside(text: str) -> str:
-  """Returns a page of docs/ in which links to files outside of docs/ lead to the copies in `generated`."""
+  """Returns a page of docs/ as Sphinx reads it.
+
+  Links to files outside of docs/ lead to the copies in `generated`. A link whose text is the name of a file gets the
+  title of the page as its text.
+  """
   for copy, original in COPIES.items():
     text = text.replace(f'](../{original}', f'](generated/{copy}')
-  return re.sub(r'\]\(\.\./notebooks/', '](generated/notebooks/', text)
+  text = re.sub(r'\]\(\.\./notebooks/', '](generated/notebooks/', text)
+  return re.sub(r'\[(\w+\.md)\]\(([\w./]*)\1\)', r'[](\2\1)', text)
 
 
 def copied_pages() -> dict[str, str]:

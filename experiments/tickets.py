@@ -142,7 +142,7 @@ def _results(config: ConfigDict, section: Mapping[str, Any], workdir: pathlib.Pa
   for number, outcome in enumerate(retrained.values(), 1):
     rows += _members(outcome, number, section)
     if judge:
-      test, barrier = judge(after(number), outcomes.parameters(outcome))
+      test, barrier = judge(after(number), outcomes.tested_parameters(outcome))
       rows.append({**rows[-section['members']], 'name': _name(section, number, 'soup'), 'seconds': 0.0, 'test': test})
       barriers.append({'round': number, 'height': barrier.height.tolist(), 'losses': barrier.losses.tolist()})
   return {'config': configs.of_run(config, 'dense'), 'sparsities': sparsities(section), 'outcomes': rows,
@@ -167,7 +167,7 @@ def _early(base: ConfigDict, steps: int, run: Callable[..., outcomes.Outcomes]) 
     return jax.tree.map(np.asarray, runs.prepare(base).models['dense'].initial())
   # A run has to be measured at its last step, and the dense run need not measure this step.
   early = configs.changed(base, measure_every=steps, recipes={'early': DENSE['dense']})
-  return outcomes.parameters(run(early, until=steps)['early'])
+  return outcomes.tested_parameters(run(early, until=steps)['early'])
 
 
 def _after(dense: outcomes.Outcome, workdir: pathlib.Path, members: int, number: int) -> PyTree:
@@ -176,9 +176,9 @@ def _after(dense: outcomes.Outcome, workdir: pathlib.Path, members: int, number:
   The soup of several members is saved beside their checkpoints.
   """
   if not number:
-    return outcomes.parameters(dense)
+    return outcomes.tested_parameters(dense)
   directory = workdir / f'round-{number}'
-  params = outcomes.parameters(outcomes.read(directory))
+  params = outcomes.tested_parameters(outcomes.read(directory))
   if members > 1:
     params = soup(params, members)
     io.save(directory / SOUP, params)

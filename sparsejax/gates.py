@@ -53,7 +53,7 @@ def foreseen(gate: Mapping[str, Array], x: Array) -> Array:
   return jax.nn.softmax(pooled, -1) @ gate['kernel'] + gate['bias'][None]
 
 
-def opened(logits: Array) -> Array:
+def straight_open(logits: Array) -> Array:
   """Returns 1 where a unit is open and 0 elsewhere, with the gradient of the sigmoid (straight-through)."""
   soft = jax.nn.sigmoid(logits)
   return soft + jax.lax.stop_gradient((logits > 0).astype(soft.dtype) - soft)

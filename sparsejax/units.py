@@ -119,7 +119,8 @@ class Places:
     return [jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask, shape)
             for mask, shape in zip(found, self.shapes)]
 
-  def spread(self, factors: Array, sides: Collection[str] = SIDES, outside: float = 1) -> list[Array | None]:
+  def spread(self, factors: Array | np.ndarray, sides: Collection[str] = SIDES, outside: float = 1
+             ) -> list[Array | None]:
     """Returns, for each leaf, the product of the factors of its units, to broadcast; `None` without a unit.
 
     `factors`: `float32[rows, units]`. Positions without a unit have the factor `outside`.
@@ -132,7 +133,7 @@ class Places:
         found[place.leaf] = own if before is None else before & own if own.dtype == bool else before * own
     return found
 
-  def _at(self, values: Array, place: UnitAxis, outside: float) -> Array:
+  def _at(self, values: Any, place: UnitAxis, outside: float) -> Array:
     """Returns what each position of a place has in `values`, shaped to broadcast against the leaf."""
     shape, layers, of = self.shapes[place.leaf], place.layers, np if isinstance(values, np.ndarray) else jnp
     own = of.where((place.labels < 0)[None], outside, values[place.row:place.row + (layers or 1), place.labels])

@@ -2,7 +2,7 @@
 
     write(run, setup, say=print)
     outcome = read(run.directory, setup.config)
-    outcome['test']['accuracy'], parameters(outcome)    # a number for each seed; arrays [seeds, ...]
+    outcome['test']['accuracy'], tested_parameters(outcome)    # a number for each seed; arrays [seeds, ...]
 """
 
 import functools
@@ -39,7 +39,7 @@ def read(directory: pathlib.Path) -> dict[str, Any] | None:
   return None if outcome is None else {**outcome, 'directory': directory}
 
 
-def parameters(outcome: Outcome) -> PyTree:
+def tested_parameters(outcome: Outcome) -> PyTree:
   """Returns the tested parameters of a finished run, NumPy arrays `[seeds, ...]`.
 
   Raises `ValueError` if the checkpoint on disk no longer holds the very bits that were tested.

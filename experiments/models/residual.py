@@ -29,8 +29,10 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, images: Array, train: bool = False) -> Array:
     norm = lambda name: nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name=name)
-    conv = lambda n, size, stride, name: nn.Conv(n, (size, size), strides=stride, use_bias=False, dtype=self.dtype,
-                                                 name=name)
+
+    def conv(n: int, size: int, stride: int, name: str) -> nn.Module:
+      return nn.Conv(n, (size, size), strides=stride, use_bias=False, dtype=self.dtype, name=name)
+
     x = nn.relu(norm('norm_in')(conv(self.width, 3, 1, 'conv_in')(images.astype(self.dtype))))
     for stage in range(self.stages):
       width, stride, place = self.width * 2**stage, 1 + (stage > 0), f'block_{stage}'

@@ -49,7 +49,7 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
   windows = {split: _windows(content) for split, content in texts.items()}
   outcome = training.run(configs.complete({**config, 'steps': steps, 'data': _file(workdir / 'text.txt', texts)}), workdir / 'training',
                          request)
-  params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.parameters(outcome['dense']))
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.tested_parameters(outcome['dense']))
   model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
   apply = lambda params, tokens: model.apply({'params': params}, tokens)
   (inputs, labels), held_out = (_drawn(windows[split], count, seed)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.structured.subjects import Cuttable, Sizes
+from experiments.structured.subjects import Cuttable, RunSizes
 from sparsejax import contractions, io, recipes, structured
 from sparsejax.types import Array, PyTree
 from sparsejax.units import CONTRACTED
@@ -41,7 +41,7 @@ class CutCell(NamedTuple):
 class Trained:
   """A `Trained` is the dense model of one seed after training, with its groups."""
 
-  def __init__(self, own: Cuttable, sizes: Sizes):
+  def __init__(self, own: Cuttable, sizes: RunSizes):
     self.own, self.sizes = own, sizes
     tx = optax.adam(optax.cosine_decay_schedule(sizes.rate, sizes.steps))
     self.variables = own.settled(_trained(own, tx, own.start, 0, sizes.steps))
@@ -156,6 +156,6 @@ def _bytes(cut: structured.Cut) -> int:
     return path.stat().st_size
 
 
-def facts_of(sizes: Sizes, table: str, data_dir: str | None) -> Mapping[str, Any]:
+def facts_of(sizes: RunSizes, table: str, data_dir: str | None) -> Mapping[str, Any]:
   """Returns what has to be the same for a finished line to count."""
   return {'table': table, 'data': 'given' if data_dir else 'embedded', **sizes._asdict()}

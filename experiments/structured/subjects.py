@@ -1,6 +1,6 @@
 """Makes the models that are cut: a residual network, a ViT and the pretrained encoder, each with its data.
 
-    own = SUBJECTS['resnet'](Sizes(), data_dir=None, seed=0)
+    own = SUBJECTS['resnet'](RunSizes(), data_dir=None, seed=0)
     own.apply(own.start, own.test[0])        # logits
 """
 
@@ -21,8 +21,8 @@ from sparsejax import calibration
 from sparsejax.types import Array, PyTree
 
 
-class Sizes(NamedTuple):
-  """A `Sizes` holds what is fixed before a run, such as the batch and the updates of the dense model and a method."""
+class RunSizes(NamedTuple):
+  """A `RunSizes` holds what is fixed before a run, such as the updates of the dense model and of a method."""
 
   batch: int = 64
   steps: int = 400
@@ -50,14 +50,16 @@ class Cuttable(NamedTuple):
   facts: Mapping[str, Any]
 
 
-def resnet(sizes: Sizes, data_dir: str | None, seed: int) -> Cuttable:
+def resnet(sizes: RunSizes, data_dir: str | None, seed: int) -> Cuttable:
   """Returns the residual network on CIFAR-10 in `data_dir`, or on the digits without one."""
   batches, test, facts = _images(sizes, data_dir, seed)
   model = residual.ResNet(10, width=sizes.width)
   start = flax.core.unfreeze(model.init(jax.random.key(seed), jnp.asarray(batches[0][0])))
   trained = lambda variables, x: model.apply(variables, x, train=True, mutable=['batch_stats'])[0]
-  update = lambda params, stats, x: model.apply({'params': params, 'batch_stats': stats}, x, train=True,
-                                                mutable=['batch_stats'])[1]['batch_stats']
+
+  def update(params: PyTree, stats: PyTree, x: Array) -> PyTree:
+    variables = {'params': params, 'batch_stats': stats}
+    return model.apply(variables, x, train=True, mutable=['batch_stats'])[1]['batch_stats']
 
   def settled(variables: PyTree) -> PyTree:
     stats = calibration.recalibrated(functools.partial(update, variables['params']), variables['batch_stats'],
@@ -67,7 +69,7 @@ def resnet(sizes: Sizes, data_dir: str | None, seed: int) -> Cuttable:
   return Cuttable(model.apply, trained, start, batches, test, settled, {**facts, 'stages': 3})
 
 
-def transformer(sizes: Sizes, data_dir: str | None, seed: int) -> Cuttable:
+def transformer(sizes: RunSizes, data_dir: str | None, seed: int) -> Cuttable:
   """Returns a ViT of two blocks, four times as wide as `width`, on the same images as `resnet`."""
   batches, test, facts = _images(sizes, data_dir, seed)
   patch = 2 if batches[0].shape[2] < 16 else 4
@@ -77,7 +79,7 @@ def transformer(sizes: Sizes, data_dir: str | None, seed: int) -> Cuttable:
                   {**facts, 'blocks': 2, 'patch': patch})
 
 
-def encoder(sizes: Sizes, data_dir: str | None, seed: int) -> Cuttable:
+def encoder(sizes: RunSizes, data_dir: str | None, seed: int) -> Cuttable:
   """Returns the pretrained encoder with a head for two classes: SST-2 in `data_dir`, or the standard library's lines.
 
   `width` does not matter. Without data, the head tells docstrings of classes from those of functions.
@@ -94,11 +96,11 @@ def encoder(sizes: Sizes, data_dir: str | None, seed: int) -> Cuttable:
                   {'data': name, **sizes._asdict()})
 
 
-SUBJECTS: dict[str, Callable[[Sizes, str | None, int], Cuttable]] = {
+SUBJECTS: dict[str, Callable[[RunSizes, str | None, int], Cuttable]] = {
   'resnet': resnet, 'vit': transformer, 'encoder': encoder}
 
 
-def _images(sizes: Sizes, data_dir: str | None, seed: int) -> tuple[Any, Any, dict[str, Any]]:
+def _images(sizes: RunSizes, data_dir: str | None, seed: int) -> tuple[Any, Any, dict[str, Any]]:
   """Returns stacked training batches, the test images, and what they are."""
   name = 'cifar10' if data_dir else 'digits'
   found = data.load(name, batch_size=sizes.batch, seed=seed, data_dir=data_dir, valid_fraction=0.0)

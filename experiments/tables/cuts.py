@@ -13,6 +13,7 @@ from experiments.tables import pages
 from sparsejax import plot
 
 Line = Mapping[str, Any]  # of one cell, see `experiments.structured.engine`
+DETECTORS = ('dense', 'fine-tuned', 'distilled')
 NOTE = ('±: half the 95 % interval over the seeds (Student t). Speed-up: the seconds of the dense model over those of '
         'the cut model, the median of interleaved runs on one machine, averaged over the seeds.')
 
@@ -31,6 +32,26 @@ def page(table: str, lines: Sequence[Line]) -> pages.Page:
                         for line in lines)
   return pages.Page('cuts', [pages.table(columns, rows)], [*facts, *machines, NOTE],
                     {'table': table, 'cells': [dict(line) for line in lines]}, lambda path: draw(rows, path))
+
+
+def detector_page(lines: Sequence[Line]) -> pages.Page:
+  """Returns the page of pruned detectors: `cuts.{md,json,png}`, a row for each model."""
+  rows = [[line[name] for line in lines] for name in DETECTORS]
+  columns: dict[str, Callable[[Any], str]] = {
+      'detector': lambda own: DETECTORS[rows.index(own)], 'AP50, %': lambda own: _spread(own, 'AP50', 100, 1),
+      'parameters': lambda own: _count(own, 'parameters'), 'seeds': lambda own: str(len(own))}
+  machines = dict.fromkeys(f'Ran on {pages.machine(line["environment"])}.' for line in lines)
+  facts = dict.fromkeys(', '.join(f'{key}: {value}' for key, value in line['config'].items() if key != 'seed') + '.'
+                        for line in lines)
+  return pages.Page('cuts', [pages.table(columns, rows)], [*facts, *machines],
+                    {'cells': [dict(line) for line in lines]}, lambda path: _draw_detectors(lines, path))
+
+
+def _draw_detectors(lines: Sequence[Line], path: pathlib.Path) -> None:
+  with plot.saved(path, 1, 1, figsize=(5, 4)) as axes:
+    (axis,) = axes.flat
+    axis.bar(DETECTORS, [100 * float(np.mean([line[name]['AP50'] for line in lines])) for name in DETECTORS])
+    axis.set_ylabel('AP50, %')
 
 
 def draw(rows: Sequence[Sequence[Line]], path: pathlib.Path) -> None:

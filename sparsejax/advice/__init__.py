@@ -7,11 +7,12 @@
 `python benchmarks/kernels.py` measures the table of another CPU; the folder `TABLES` holds the tables.
 """
 
-from sparsejax.advice.arrays import filled, utilization
+from sparsejax.advice.arrays import tile_share, utilization
 from sparsejax.advice.measured import TABLES, Measured, Speed, read_table
 from sparsejax.advice.rows import Advice, ParameterAdvice, advise
 from sparsejax.types import moved
 
-__all__ = ['TABLES', 'Advice', 'Measured', 'ParameterAdvice', 'Speed', 'advise', 'filled', 'read_table', 'utilization']
+__all__ = [
+  'TABLES', 'Advice', 'Measured', 'ParameterAdvice', 'Speed', 'advise', 'read_table', 'tile_share', 'utilization']
 
 moved(__name__, {'Row': (ParameterAdvice, 'advice.ParameterAdvice')})

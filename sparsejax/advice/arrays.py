@@ -14,11 +14,11 @@ from sparsejax.programs.tracing import trace
 from sparsejax.types import PyTree
 
 
-def filled(inputs: int, outputs: int, array: tuple[int, int] = (128, 128)) -> float:
+def tile_share(inputs: int, outputs: int, array: tuple[int, int] = (128, 128)) -> float:
   """Returns the part of the array that a product of this size fills in its steps: m n over whole tiles."""
   (high, wide) = array
   if min(inputs, outputs, high, wide) < 1:
-    raise ValueError(f'advice.filled: sizes are whole numbers from 1 on, not {inputs} x {outputs} on {array}.')
+    raise ValueError(f'advice.tile_share: sizes are whole numbers from 1 on, not {inputs} x {outputs} on {array}.')
   return inputs * outputs / (-(-inputs // high) * high * -(-outputs // wide) * wide)
 
 
@@ -37,5 +37,5 @@ def utilization(apply: Callable[..., Any], params: PyTree, *inputs: Any, array: 
     own = arrangement_of(uses[0], equations[uses[0].address], found.shapes[path])
     if not isinstance(own, str):
       _, outputs, width = own.shape
-      made[path] = filled(width, outputs, array)
+      made[path] = tile_share(width, outputs, array)
   return made

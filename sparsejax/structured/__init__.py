@@ -17,6 +17,7 @@ from sparsejax.structured.files import load, save
 from sparsejax.structured.groups import Groups, Member, UnitGroup, groups
 from sparsejax.structured.implants import Implanted, implanted, split_centers
 from sparsejax.structured.least_squares import tyr
+from sparsejax.structured.ordering import clustered, permuted
 from sparsejax.structured.proof import Proof, prove
 from sparsejax.structured.removal import Cut, cut, masks
 from sparsejax.structured.rotating import is_rotated, rotate, slice_gpt
@@ -26,7 +27,8 @@ from sparsejax.structured.training import cut_state
 
 __all__ = [
   'Allowance', 'Cut', 'Groups', 'Implanted', 'Member', 'Proof', 'Stage', 'UnitGroup', 'architecture', 'choose',
-  'choose_in_rounds', 'cut', 'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'implanted', 'is_rotated',
-  'iso_flop', 'kept', 'latency', 'load', 'masks', 'multi_pruner', 'multiply_adds', 'parameters', 'prove', 'rotate',
-  'save', 'search', 'seconds', 'sharing', 'slice_gpt', 'split_centers', 'tyr', 'weights',
+  'choose_in_rounds', 'clustered', 'cut', 'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'implanted',
+  'is_rotated', 'iso_flop', 'kept', 'latency', 'load', 'masks', 'multi_pruner', 'multiply_adds', 'parameters',
+  'permuted', 'prove', 'rotate', 'save', 'search', 'seconds', 'sharing', 'slice_gpt', 'split_centers', 'tyr',
+  'weights',
 ]

@@ -5,6 +5,7 @@
     grouped(found, budget=flops(0.5))         # as many units as half of the multiply-adds allow
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, trees
+from sparsejax import errors, progress, trees
 from sparsejax.arguments import checked
 from sparsejax.programs.contractions import read
 from sparsejax.programs.tracing import trace
@@ -102,33 +103,39 @@ def seconds(groups: Groups, params: PyTree, *inputs: Any, points: int = 3, round
   """Returns the measured time of one call as a function of the sizes of groups, for this device and these inputs.
 
   Each group is cut to `points` sizes, evenly spaced down to one unit, with all other groups whole. The model and its
-  cuts run compiled, in turn, `rounds` times, and medians count. Between the points the time is a straight line. The
-  savings of several groups multiply, as those of both axes of a matrix do. Compiles `points` programs a group.
+  cuts run compiled, in turn, `rounds` times, and medians count, which are made to rise with the units. Between the
+  points the time is a straight line. The savings of several groups multiply, as those of both axes of a matrix do.
+  Compiles `points` programs a group.
   """
   whole = jax.jit(groups.apply)
-  runs: dict[Any, Callable[[], Any]] = {'whole': lambda: whole(params, *inputs)}
+  runs: dict[Any, Callable[[], Any]] = {'whole': functools.partial(whole, params, *inputs)}
   knots = {name: np.unique(np.linspace(1, group.size, points + 1).astype(int)) for name, group in groups.items()}
   for name, sizes in knots.items():
     for size in sizes[:-1]:
       small = cut(groups, params, {name: np.arange(groups[name].size) < size})
       run = jax.jit(small.apply)
-      runs[name, int(size)] = lambda run=run, small=small: run(small.params, *inputs)
+      runs[name, int(size)] = functools.partial(run, small.params, *inputs)
   medians = _medians(runs, rounds)
-  lines = {name: [medians[name, int(size)] / medians['whole'] for size in sizes[:-1]] + [1.0]
+  lines = {name: _rising([medians[name, int(size)] / medians['whole'] for size in sizes[:-1]])
            for name, sizes in knots.items()}
   return lambda sizes: medians['whole'] * math.prod(_between(knots, lines, name, size) for name, size in sizes.items())
+
+
+def _rising(parts: list[float]) -> np.ndarray:
+  """Returns the measured parts of the whole, made to rise to 1: what seems to fall with more units is noise."""
+  return np.minimum(np.maximum.accumulate([*parts, 1.0]), 1.0)
 
 
 def _between(knots: Mapping[str, Any], lines: Mapping[str, Any], name: str, size: Any) -> Any:
   """Returns the time with `size` units of a group, over the time of the whole."""
   if name not in knots:
     raise errors.unknown('structured.seconds', 'measured group', name, knots)
-  return jnp.interp(jnp.asarray(size, jnp.float32), knots[name], np.array(lines[name]))
+  return jnp.interp(jnp.asarray(size, jnp.float32), knots[name], lines[name])
 
 
 def _medians(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
   """Returns the median seconds of each function; all are called in turn, after a first call that compiles."""
-  for run in runs.values():
+  for _, run in progress.counted('compile', list(runs.items()), lambda pair: str(pair[0])):
     jax.block_until_ready(run())
   taken: dict[Any, list[float]] = {name: [] for name in runs}
   for _ in range(rounds):

@@ -36,7 +36,7 @@ def erasable(groups: Groups, order: Iterable[str] | None = None) -> tuple[str, .
   A group is taken if every result still depends on an input without this group and those taken before. The groups that
   ought to go first, as those of the least salience, come first in `order`. Raises `ValueError` for an unknown name.
   """
-  facts, taken = _Facts(groups), []
+  facts, taken = _Facts(groups), list[str]()
   for name in groups if order is None else order:
     if name not in groups:
       raise errors.unknown('structured.erasable', 'group', name, groups)

@@ -1,8 +1,8 @@
 """Splits filters that are left with their centre from the others, so that they cost a 1 x 1 convolution: HAP's implant.
 
     selection = implanted(found, 0.5, 0.1)                # a tenth of what would go keeps a centre
-    small = cut(found, params)                            # after training
-    split = split_centers(small.apply, small.params, x)   # two smaller kernels in the place of one
+    small = cut(found, params)
+    split = split_centers(small.apply, small.params, x)
     y = split.apply(split.params, x)
 """
 
@@ -32,8 +32,8 @@ FULL, CENTER, ORDER = 'full', 'center', 'order'
 class Implanted(NamedTuple):
   """An `Implanted` is a model whose filters with a centre alone are 1 x 1 convolutions.
 
-  In `params`, a kernel with such filters is a dict of the full filters, of the centres, and of the order of the outputs
-  among both. `filters` maps paths of kernels to the number of implants.
+  In `params`, a kernel with such filters is a dict of the full filters, the centres, and the order of the outputs.
+  `filters` maps paths of kernels to the number of implants.
   """
 
   params: PyTree

@@ -68,7 +68,7 @@ def removals(gram: np.ndarray, product: np.ndarray, labels: np.ndarray, counts: 
   w_P / 2` goes first (Hassibi and Stork 1993, optimal brain surgery). Ties go to the lower unit. Several units go at
   once, so that there are at most `rounds` rounds, and the last is exact. Weights are fitted to the inputs that stay.
   """
-  damped = gram + DAMPING * np.mean(np.diagonal(gram)) * np.eye(len(gram))
+  damped = gram + (DAMPING * np.mean(np.diagonal(gram)) or 1.0) * np.eye(len(gram))  # of zeros alone, 1 is any number
   inverse, alive = np.linalg.inv(damped), np.ones(labels.max() + 1, bool)
   w = inverse @ product
   most, found = max(1, -(-(len(alive) - min(counts)) // rounds)), []
@@ -127,10 +127,10 @@ def _grams(groups: Groups, params: PyTree, paths: Mapping[str, str], batches: It
   refused: set[str] = set()
 
   def noted(site: Site) -> None:
-    name = names.get(site.path)
-    own = '' if name is None else arrangement_of(site.use, site.eqn, leaves[site.path].shape)
+    name = names.get(site.path, '')
+    own = arrangement_of(site.use, site.eqn, leaves[site.path].shape) if name else ''
     if isinstance(own, str) or own.shape[0] != 1 or own.gone:
-      refused.add(name or '')
+      refused.add(name)
       return
     x = np.asarray(own.rows(site.x, site.others)[0], np.float64)[0]
     before = found.get(name)

@@ -165,10 +165,9 @@ def _scales(groups: Groups, group: UnitGroup) -> dict[str, str | None]:
       raise errors.at_leaf('structured.rotate', shift, (group.size,), f'it shifts what {scale!r} has scaled, as a '
                            'LayerNorm does; a rotation needs RMS norms. Fold the shift into biases first.')
     if name == 'dot_general':
-      weights = [i for i, fact in enumerate(facts) if fact is not None and fact.whole and fact.path in readers]
-      for i in weights:
-        other = facts[1 - i]
-        found[facts[i].path].add(None if other is None or other.whole else other.path)
+      for fact, other in zip(facts[:2], facts[1::-1]):
+        if fact is not None and fact.whole and fact.path in readers:
+          found[fact.path].add(None if other is None or other.whole else other.path)
     return [None] * len(eqn.outvars)
 
   program = trace(groups.apply, (groups.shapes, *groups.inputs))

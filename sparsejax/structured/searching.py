@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, saliences, trees
+from sparsejax import errors, progress, saliences, trees
 from sparsejax.arguments import checked
 from sparsejax.globs import matches
 from sparsejax.saliences import Units
@@ -81,6 +81,7 @@ def search(groups: Groups, params: PyTree, loss: Callable[[PyTree], Array], stag
       if not candidates:
         break
       keep = min(candidates, key=own.loss_of)
+      progress.tell(f'search: {spent() / whole:.1%} of the cost is left, {stage.left:.1%} is asked')
   if spent() > stages[-1].left * whole * (1 + 1e-9):
     raise ValueError(f'structured.search: nothing more can go, and {spent() / whole:.1%} of the cost is left, but '
                      f'{stages[-1].left:.1%} is asked. Ask for less, or name more groups.')
@@ -147,7 +148,7 @@ def evolved(levels: Mapping[str, int], evaluate: Callable[[Mapping[str, int]], f
     return known[key]
 
   best = dict(start)
-  for _ in range(generations):
+  for _ in progress.counted('generation', range(1, generations + 1)):
     children = [_child(best, levels, rng) for _ in range(offspring)]
     best = min([best, *children], key=value)
   return best, value(best)

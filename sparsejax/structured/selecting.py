@@ -158,8 +158,8 @@ class UnitChooser:
 
   def _affordable(self, dealt: Callable[[Array], Array], progress: Any) -> Array:
     """Returns the largest number of units whose cost is within the budget, found by bisection, `int32[]`."""
-    whole = self.cost({}) if self.cost else 0
-    most = whole * (1 - (1 - self.fraction) * (1.0 if progress is None else progress)) * (1 + 1e-6)  # rounding
+    whole, fraction = (self.cost({}) if self.cost else 0), self.fraction or 0.0
+    most = whole * (1 - (1 - fraction) * (1.0 if progress is None else progress)) * (1 + 1e-6)  # rounding
 
     def halved(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
       low, high = ends

@@ -61,7 +61,8 @@ def roast(params: PyTree, size: int, tile: tuple[int, int], seed: int = 0) -> Fo
   if math.prod(tile) > size:
     raise ValueError(f'structured.roast: a tile of {tile} does not fit into a memory of {size}; take a smaller tile.')
   rng = np.random.default_rng(seed)
-  places = [tile_places(leaf.shape, size, tile, tuple(int(r) for r in rng.integers(1, PRIME, 3))) for leaf in leaves]
+  draw = lambda: int(rng.integers(1, PRIME))
+  places = [tile_places(leaf.shape, size, tile, (draw(), draw(), draw())) for leaf in leaves]
   return _plan(params, leaves, places, size)
 
 

@@ -89,7 +89,7 @@ def test_binary_weights_are_signs_times_the_mean_of_each_output():
 
 @pytest.mark.parametrize('size, part', [((9, 1), .0022), ((64, 128), 1.0), ((100, 70), .427), ((27, 32), .211)])
 def test_an_array_of_64_is_filled_as_the_model_says(size, part):
-  assert advice.filled(*size, (64, 64)) == pytest.approx(part, abs=5e-4)
+  assert advice.tile_share(*size, (64, 64)) == pytest.approx(part, abs=5e-4)
 
 
 def test_depthwise_products_fill_nothing_and_multiples_fill_the_array():
@@ -204,7 +204,7 @@ def test_no_entry_is_read_more_often_than_the_mean_rounded_up(size):
   (lambda: sharing.fold({'a': jnp.ones(3)}, 4, KEY), 'from 1 to 3'),
   (lambda: sharing.roast({'a': jnp.ones((3, 3))}, 4, (3, 3)), 'smaller tile'),
   (lambda: sharing.expand(jnp.ones(2), sharing.fold({'a': jnp.ones(3)}, 3, KEY)), 'the plan'),
-  (lambda: advice.filled(0, 1), 'from 1 on'),
+  (lambda: advice.tile_share(0, 1), 'from 1 on'),
   (lambda: structured.iso_flop.equal_flops({}, {}, {'x': 'y'}), "leaf 'x'"),
 ])
 def test_bad_input_is_refused_in_words(call, said):
@@ -221,3 +221,24 @@ def test_channelwise_distillation_is_that_of_the_definition_and_free_of_shifts()
   assert not jax.grad(lambda t: sj.losses.channelwise(student, t))(teacher).any()
   with pytest.raises(ValueError, match='1 x 1 convolution'):
     sj.losses.channelwise(student[..., :1], teacher)
+
+
+# Orders of units.
+
+
+def test_reordered_units_are_the_same_function_and_lie_in_fuller_blocks():
+  p = {'up': jax.random.normal(KEY, (6, 32)), 'down': jax.random.normal(KEY, (32, 4))}
+  apply = lambda p, x: jax.nn.relu(x @ p['up']) @ p['down']
+  x = jax.random.normal(KEY, (3, 6))
+  found = structured.groups(apply, p, x)
+  kinds = np.random.default_rng(0).random((4, 6)) < 0.3  # units of four kinds, in random order
+  masks = {'up': kinds[np.random.default_rng(1).permutation(32) % 4].T, 'down': np.ones((), bool)}
+  order = structured.clustered(found, masks, 'up:1', 'up', 4)
+  moved = structured.permuted(found, p, {'up:1': order})
+  np.testing.assert_allclose(apply(moved, x), apply(p, x), rtol=1e-5, atol=1e-5)
+  blocks = lambda mask: int(np.asarray(mask).reshape(6, 8, 4).any(-1).sum())
+  assert blocks(structured.permuted(found, masks, {'up:1': order})['up']) < 0.7 * blocks(masks['up'])
+  with pytest.raises(ValueError, match='each of its 32 units once'):
+    structured.permuted(found, p, {'up:1': np.zeros(32, int)})
+  with pytest.raises(ValueError, match='no single place'):
+    structured.clustered(found, masks, 'up:1', 'none', 4)

@@ -165,6 +165,11 @@ def test_optimal_brain_surgery_finds_the_best_three_of_six_where_the_published_s
   assert (both != 0).any(1).sum() == 3 and pairs[0].any()
 
 
+def test_inputs_that_are_always_zero_have_no_weight():
+  ((keep, fitted),) = least_squares.removals(np.zeros((3, 3)), np.zeros((3, 2)), np.arange(3), [2])
+  assert keep.sum() == 2 and not fitted.any()
+
+
 def test_levels_that_are_searched_lose_less_than_uniform_ones_and_than_magnitude():
   options = {'levels': 5, 'rounds': 16}
   uniform = structured.tyr(found(), params(), [TOKENS], loss, 0.5, generations=0 or 1, offspring=1, **options)

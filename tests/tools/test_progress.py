@@ -48,6 +48,13 @@ def both(verb):
   return [f'{verb} 1/2 down/kernel', f'{verb} 2/2 up/kernel']
 
 
+def searched(tmp_path):
+  apply = lambda params, x: x @ params['a'] @ params['b']
+  found = sj.structured.groups(apply, DRAWN, jnp.eye(4))
+  stages = [sj.structured.Stage(('a:1',), 1, 0.5)]
+  sj.structured.search(found, DRAWN, lambda params: jnp.sum(apply(params, jnp.eye(4)) ** 2), stages)
+
+
 CALLS = {
     'pack': (lambda tmp_path: sj.formats.pack(PARAMS, 'bitmask'), both('pack')),
     'save': (stored, both('write')),
@@ -55,6 +62,7 @@ CALLS = {
     'check': (lambda tmp_path: checkpoints.reported(checkpoints.picked(str(stored(tmp_path))), None), both('check')),
     'prune': (pruned, ['1 matrices, 1 batches', '1/1 a: 0.5000 zero']),
     'sensitivities': (measured, ['sensitivities, batch 1: 1/2 a', 'sensitivities, batch 1: 2/2 b']),
+    'search': (searched, ['search: 75.0% of the cost is left, 50.0% is asked', 'search: 50.0%']),
     'training': (trained, ['SR-STE 2/2  loss 0.500']),
     'sweep': (swept, ['a cell was refused']),
 }

@@ -45,8 +45,8 @@ def test_a_gate_learns_the_set_and_few_units_are_computed():
 
 
 def test_a_closed_unit_still_has_a_gradient():
-  slope = jax.grad(lambda logits: jnp.sum(gates.opened(logits)))(jnp.array([-1.0, 2.0]))
-  assert gates.opened(jnp.array([-1.0, 2.0])).tolist() == [0, 1] and (slope > 0).all()
+  slope = jax.grad(lambda logits: jnp.sum(gates.straight_open(logits)))(jnp.array([-1.0, 2.0]))
+  assert gates.straight_open(jnp.array([-1.0, 2.0])).tolist() == [0, 1] and (slope > 0).all()
 
 
 @pytest.mark.parametrize('call, said', [
