@@ -33,7 +33,7 @@ FIXED = ('random_pruning', 'static_sparse', 'magnitude_at_init', 'snip', 'grasp'
 RANKED = ('gradual_magnitude', 'gradual_magnitude, global', 'iterative_soft_shrinkage', 'movement_pruning')
 OTHERS = (*FIXED, *RANKED, 'soft_movement_pruning', 'set_', 'rigl', 'lottery_jackpot', 'snfs', 'st3',
           'global_sparse_momentum')
-# By recipe, the step by hand of its kind.
+# By recipe: the step by hand that is the floor of the recipe's kind.
 FLOORS = {**dict.fromkeys(DENSE_MASTER, f'sr_ste{HAND}'), 'asp': f'random_pruning{HAND}',
           **dict.fromkeys(FIXED, f'random_pruning{HAND}'), **dict.fromkeys(RANKED, f'gradual_magnitude{HAND}'),
           'soft_movement_pruning': f'soft_movement_pruning{HAND}', 'set_': f'set_{HAND}', 'rigl': f'rigl{HAND}',
@@ -68,8 +68,8 @@ def run(rounds: int = 20, leaves: Sequence[int] = LEAVES, names: Sequence[str] =
   """Yields the claims of each recipe and number of leaves: the seconds, and both sizes of the program, over dense.
 
   The seconds over those of the step by hand of its kind are a claim of their own. A round compiles everything anew, so
-  that there are at most three rounds, and one from 200 leaves on. The last claim is the time of `init` of as many
-  leaves as there are at most, over the time that a step takes to compile.
+  that there are at most three rounds, and one from 200 leaves on. The last claim is on `init` of the largest model: its
+  time, over the time that a step takes to compile.
   """
   jax.config.update('jax_enable_compilation_cache', False)
   cost(make('dense'), 2)  # JAX does some work once in a process

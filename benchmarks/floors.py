@@ -169,9 +169,10 @@ def soft(inner: optax.GradientTransformation) -> Step:
     flat = jnp.concatenate([jnp.abs(w).reshape(-1) for w in jax.tree.leaves(master)])
     share = SPARSITY * (1 - (1 - jnp.clip(step / END, 0, 1)) ** 3)
     keys, keep = lax.bitcast_convert_type(flat, jnp.int32), jnp.round((1 - share) * flat.size)
-    bit = lambda i, least: jnp.where(jnp.sum(keys >= least + (1 << (30 - i)), dtype=jnp.int32) >= keep,
-                                     least + (1 << (30 - i)), least)
-    level = lax.bitcast_convert_type(lax.fori_loop(0, 31, bit, jnp.int32(0)), jnp.float32)
+    enough = lambda least: jnp.sum(keys >= least, dtype=jnp.int32) >= keep
+    tried = lambda i, least: least + (1 << (30 - i))
+    settle = lambda i, least: jnp.where(enough(tried(i, least)), tried(i, least), least)
+    level = lax.bitcast_convert_type(lax.fori_loop(0, 31, settle, jnp.int32(0)), jnp.float32)
     shrunk = lambda w, p: jnp.sign(w) * jnp.maximum(jnp.abs(w) - level, 0) - p
     return jax.tree.map(shrunk, master, params), (step + 1, master, own)
 
