@@ -5,8 +5,9 @@ whose compile time that of a recipe would vanish. The size of a program is the n
 XLA's optimizations, which is the same in every round. Seconds are those of all threads of the process, so that other
 work on the machine counts little.
 
-Three methods are there by hand, too, see `floors`: a step in plain JAX that does nothing else. The seconds of
-the step by hand, over dense, are those of the method on this compiler; the rest is that of the recipe.
+Each kind of method is there by hand, too, see `floors`: a step in plain JAX that does nothing else. The seconds of the
+step by hand, over dense, are those of the method on this compiler; the rest is that of the recipe. `FLOORS` says which
+step by hand is the floor of a recipe.
 """
 
 import re
@@ -25,15 +26,32 @@ from benchmarks.timing import Measurement
 SHAPES = ((64, 64), (64, 128), (128, 64))
 LEAVES = (10, 50, 200, 800)
 LEAST = 'a master under a fixed mask'  # by `floors.least_master`: no recipe with a dense master can do less
-HAND = ', by hand'
-DENSE_MASTER = (LEAST, 'ste', f'sr_ste{HAND}', 'sr_ste', 'mdgf', 'asp')
-OTHERS = ('st3', f'gradual_magnitude{HAND}', 'gradual_magnitude', 'gradual_magnitude, global', 'movement_pruning',
-          'set_', f'rigl{HAND}', 'rigl', 'snfs', 'lottery_jackpot', 'snip')
-MANY = 800  # leaves, with which these few alone are compiled, since a step takes a minute
-AT_MANY = (LEAST, f'sr_ste{HAND}', 'sr_ste', f'gradual_magnitude{HAND}', 'gradual_magnitude')
+HAND, AGAIN = ', by hand', 'gradual_magnitude, by hand, again'
+DENSE_MASTER = ('ste', 'sr_ste', 'mdgf', 'sdgf_stepwise', 'sdgf_geometric', 'bdwp', 'asp')  # all of N:M
+FIXED = ('random_pruning', 'static_sparse', 'magnitude_at_init', 'snip', 'grasp', 'synflow', 'robust_at_init',
+         'random_search', 'freeze_net', 'iterative_magnitude')
+RANKED = ('gradual_magnitude', 'gradual_magnitude, global', 'iterative_soft_shrinkage', 'movement_pruning')
+OTHERS = (*FIXED, *RANKED, 'soft_movement_pruning', 'set_', 'rigl', 'lottery_jackpot', 'snfs', 'st3',
+          'global_sparse_momentum')
+# By recipe: the step by hand that is the floor of the recipe's kind.
+FLOORS = {**dict.fromkeys(DENSE_MASTER, f'sr_ste{HAND}'), 'asp': f'random_pruning{HAND}',
+          **dict.fromkeys(FIXED, f'random_pruning{HAND}'), **dict.fromkeys(RANKED, f'gradual_magnitude{HAND}'),
+          'soft_movement_pruning': f'soft_movement_pruning{HAND}', 'set_': f'set_{HAND}', 'rigl': f'rigl{HAND}',
+          'lottery_jackpot': f'rigl{HAND}', 'snfs': f'snfs{HAND}', 'st3': f'st3{HAND}',
+          'global_sparse_momentum': f'st3{HAND}'}
+MANY = 200  # leaves from which on these few alone are compiled, since a step takes a minute
+AT_MANY = (LEAST, f'sr_ste{HAND}', 'sr_ste', f'gradual_magnitude{HAND}', AGAIN, 'gradual_magnitude')
 OVER_HAND = 1.5  # at most so many times the seconds of the step by hand
-BARS = {**dict.fromkeys(DENSE_MASTER, (1.5, 2.0)), **dict.fromkeys(OTHERS, (3.0, 4.0))}  # time and size over dense
+MASTER_BARS, OTHER_BARS = (1.5, 2.0), (3.0, 4.0)  # time and size over dense
+BARS = {LEAST: MASTER_BARS, **{f'{name}{HAND}': MASTER_BARS if name == 'sr_ste' else OTHER_BARS
+                               for name in ('sr_ste', 'random_pruning', 'gradual_magnitude')},
+        AGAIN: OTHER_BARS, **{f'{name}{HAND}': OTHER_BARS
+                              for name in ('soft_movement_pruning', 'set_', 'rigl', 'snfs', 'st3')},
+        **dict.fromkeys(DENSE_MASTER, MASTER_BARS), **dict.fromkeys(OTHERS, OTHER_BARS)}
 OPTIONS = {'gradual_magnitude, global': {'allocation': sj.allocation.global_()}, 'mdgf': {'total_steps': 5000}}
+# The recipes that read the argument as `make` calls them.
+READ = {'key': ('random_pruning', 'static_sparse', 'random_search', 'robust_at_init', 'set_', 'rigl', 'snfs'),
+        'loss': ('grasp', 'robust_at_init', 'random_search')}
 STEPS = 5000
 INNER = optax.adamw(1e-3)
 
@@ -49,19 +67,19 @@ class Cost(NamedTuple):
 def run(rounds: int = 20, leaves: Sequence[int] = LEAVES, names: Sequence[str] = tuple(BARS)) -> Iterator[Measurement]:
   """Yields the claims of each recipe and number of leaves: the seconds, and both sizes of the program, over dense.
 
-  Where there is a step by hand, the seconds over those of that step are a claim of their own. A round compiles
-  everything anew, so that there are at most three rounds, and one from 200 leaves on. The last claim is the time of
-  `init` over the time that a step takes to compile.
+  The seconds over those of the step by hand of its kind are a claim of their own. A round compiles everything anew, so
+  that there are at most three rounds, and one from 200 leaves on. The last claim is on `init` of the largest model: its
+  time, over the time that a step takes to compile.
   """
   jax.config.update('jax_enable_compilation_cache', False)
   cost(make('dense'), 2)  # JAX does some work once in a process
   for number in leaves:
-    now = [name for name in names if number < MANY or name in AT_MANY]
+    now = [name for name in names if number < MANY or name in AT_MANY]  # steps by hand come first
     turns = [{name: cost(make(name), number) for name in ('dense', *now)}
              for _ in range(min(rounds, 3 if number < 200 else 1))]
     for name in now:
       yield from _claims(name, number, turns)
-  yield first_state('rigl', max((n for n in leaves if n < MANY), default=MANY))
+  yield first_state('rigl', max(leaves))
 
 
 def _claims(name: str, leaves: int, turns: Sequence[Mapping[str, Cost]]) -> Iterator[Measurement]:
@@ -69,9 +87,9 @@ def _claims(name: str, leaves: int, turns: Sequence[Mapping[str, Cost]]) -> Iter
   title, (slow, large), first = f'{name}, {leaves} leaves', BARS[name], turns[0]
   seconds = [{each: cost.seconds for each, cost in turn.items()} for turn in turns]
   yield timing.claim(f'{title}: seconds to compile a step, over dense', seconds, name, 'dense', slow, False)
-  if f'{name}{HAND}' in first:
-    over = f'{title}: seconds to compile a step, over the step by hand'
-    yield timing.claim(over, seconds, name, f'{name}{HAND}', OVER_HAND, False)
+  if (floor := FLOORS.get(name)) in first:
+    over = f'{title}: seconds to compile a step, over {floor}'
+    yield timing.claim(over, seconds, name, floor, OVER_HAND, False)
   for what, field in (('operations', 'operations'), ('compiled operations', 'compiled')):
     ratio = getattr(first[name], field) / getattr(first['dense'], field)
     yield Measurement(f'{title}: {what} over dense', ratio, (ratio, ratio), large, False, 1)
@@ -84,10 +102,11 @@ def make(name: str) -> optax.GradientTransformationExtraArgs:
   if name in floors.STEPS:
     return floors.STEPS[name](INNER)
   recipe = sj.recipes.TABLE[name.split(',')[0]]
-  common = {'total_steps': STEPS, 'key': jax.random.key(0)}
-  known = {key: value for key, value in common.items() if key in sj.recipes.arguments(recipe)}
-  random = name in ('set_', 'rigl', 'snfs')
-  return recipe(INNER, **{key: known[key] for key in known if random or key != 'key'} | OPTIONS.get(name, {}))
+  size = lambda params: sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
+  common = {'total_steps': STEPS, 'key': jax.random.key(0), 'loss': size, 'outputs': size}
+  known = {key: value for key, value in common.items()
+           if key in sj.recipes.arguments(recipe) and name in READ.get(key, (name,))}
+  return recipe(INNER, **known | OPTIONS.get(name, {}))
 
 
 def matrices(leaves: int) -> dict[str, Any]:

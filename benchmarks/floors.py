@@ -59,8 +59,25 @@ def two_of_four(scores: jax.Array) -> jax.Array:
   return (sum(each.astype(jnp.int32) for each in ahead) < 2).reshape(scores.shape)
 
 
-def gradual(inner: optax.GradientTransformation) -> Step:
-  """Returns gradual magnitude pruning of each matrix, whose masks are chosen in one branch."""
+def fixed(inner: optax.GradientTransformation) -> Step:
+  """Returns training under a fixed mask: the gradients of kept weights count, and pruned weights go to zero."""
+  def init(params):
+    return jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
+
+  def update(grads, state, params, **extra):
+    masks, own = state
+    moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, params)
+    return jax.tree.map(lambda m, u, w: jnp.where(m, u, -w), masks, moves, params), (masks, own)
+
+  return Step(init, update)
+
+
+def gradual(inner: optax.GradientTransformation, again: bool = False) -> Step:
+  """Returns gradual magnitude pruning of each matrix, whose masks are chosen in one branch.
+
+  The branch gets the updates, which every step then writes to memory: at 60 matrices a step takes 1.2 times as long.
+  With `again` the branch computes the updates of AdamW out of the slots, as the recipe does.
+  """
   def init(params):
     return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
 
@@ -69,9 +86,95 @@ def gradual(inner: optax.GradientTransformation) -> Step:
     moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, params)
     share = SPARSITY * (1 - (1 - jnp.clip(step / END, 0, 1)) ** 3)
     chosen = lambda w, size: largest(w, size - jnp.round(share * size))
-    choose = lambda: _by_rows(chosen, jax.tree.map(lambda w, u: jnp.abs(w + u), params, moves))
+    after = lambda: _adamw_moves(own, params) if again else moves
+    choose = lambda: _by_rows(chosen, jax.tree.map(lambda w, u: jnp.abs(w + u), params, after()))
     masks = lax.cond(step % EVERY == 0, choose, lambda: masks)
     return jax.tree.map(lambda m, w, u: jnp.where(m, u, -w), masks, params, moves), (step + 1, masks, own)
+
+  return Step(init, update)
+
+
+def _adamw_moves(own: Any, params: Any) -> Any:
+  """Returns the updates of `optax.adamw(1e-3)` with this next state."""
+  count, mu, nu = own[0]
+  first, second = 1 - 0.9 ** count.astype(jnp.float32), 1 - 0.999 ** count.astype(jnp.float32)
+  move = lambda m, v, w: -1e-3 * (m / first / (jnp.sqrt(v / second) + 1e-8) + 1e-4 * w)
+  return jax.tree.map(move, mu, nu, params)
+
+
+def set_(inner: optax.GradientTransformation) -> Step:
+  """Returns SET of each matrix: a branch drops by magnitude after the step, and grows at random."""
+  def init(params):
+    return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
+
+  def moved(w, fraction, step, place, size):
+    keep = jnp.round((1 - SPARSITY) * size)
+    alive = largest(w, jnp.round((1 - fraction) * keep))
+    draws = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), place), w.shape)
+    return largest(jnp.where(alive, jnp.inf, jnp.where(lax.iota(jnp.int32, w.size) < size, draws, -1)), keep)
+
+  def update(grads, state, params, **extra):
+    step, masks, own = state
+    moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, params)
+    fraction = FRACTION / 2 * (1 + jnp.cos(jnp.pi * step / END))
+    kept = lambda: jax.tree.map(lambda w, u, m: jnp.where(m, jnp.abs(w + u), -1), params, moves, masks)
+    grow = lambda w, place, size: moved(w, fraction, step, place, size)
+    new = lax.cond(step % EVERY == 0, lambda: _by_rows(grow, kept(), places=True), lambda: masks)
+    moves = jax.tree.map(lambda m, old, u, w: jnp.where(m, jnp.where(old, u, 0), -w), new, masks, moves, params)
+    return moves, (step + 1, new, own)
+
+  return Step(init, update)
+
+
+def snfs(inner: optax.GradientTransformation) -> Step:
+  """Returns sparse momentum: a branch ranks magnitudes in each matrix, shares out what it drops, and ranks momenta."""
+  def init(params):
+    masks, zeros = (jax.tree.map(make, params) for make in (lambda w: jnp.ones(w.shape, bool), jnp.zeros_like))
+    return jnp.zeros((), jnp.int32), masks, zeros, inner.init(params)
+
+  def chosen(fraction, masks, weights, momenta):
+    before = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.float32), masks)
+    left = jax.tree.map(lambda n: jnp.round((1 - fraction) * n), before)
+    kept = jax.tree.map(lambda w, m: jnp.where(m, w, -1), weights, masks)
+    alive = _by_rows(lambda w, n, size: largest(w, n), kept, left)
+    strength = jax.tree.map(lambda v, m, n: jnp.sum(jnp.where(m, v, 0)) / n, momenta, masks, before)
+    total = lambda tree: sum(jax.tree.leaves(tree))
+    free = total(before) - total(left)
+    more = jax.tree.map(lambda n, s: n + jnp.floor(free * s / total(strength)), left, strength)
+    grow = jax.tree.map(lambda a, v: jnp.where(a, jnp.inf, v), alive, momenta)
+    return _by_rows(lambda v, n, size: largest(v, n), grow, more)
+
+  def update(grads, state, params, **extra):
+    step, masks, momenta, own = state
+    momenta = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g, momenta, grads)
+    moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, params)
+    fraction, sizes = FRACTION / 2 * (1 + jnp.cos(jnp.pi * step / END)), lambda tree: jax.tree.map(jnp.abs, tree)
+    choose = lambda: chosen(fraction, masks, sizes(jax.tree.map(jnp.add, params, moves)), sizes(momenta))
+    new = lax.cond(step % EVERY == 0, choose, lambda: masks)
+    moves = jax.tree.map(lambda m, old, u, w: jnp.where(m, jnp.where(old, u, 0), -w), new, masks, moves, params)
+    return moves, (step + 1, new, momenta, own)
+
+  return Step(init, update)
+
+
+def soft(inner: optax.GradientTransformation) -> Step:
+  """Returns soft thresholding of a master by one threshold over all matrices, which is found at every step."""
+  def init(params):
+    return jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params), inner.init(params)
+
+  def update(grads, state, params, **extra):
+    step, master, own = state
+    moves, own = inner.update(grads, own, master)
+    master = optax.apply_updates(master, moves)
+    flat = jnp.concatenate([jnp.abs(w).reshape(-1) for w in jax.tree.leaves(master)])
+    share = SPARSITY * (1 - (1 - jnp.clip(step / END, 0, 1)) ** 3)
+    keys, keep = lax.bitcast_convert_type(flat, jnp.int32), jnp.round((1 - share) * flat.size)
+    enough = lambda least: jnp.sum(keys >= least, dtype=jnp.int32) >= keep
+    tried = lambda i, least: least + (1 << (30 - i))
+    settle = lambda i, least: jnp.where(enough(tried(i, least)), tried(i, least), least)
+    level = lax.bitcast_convert_type(lax.fori_loop(0, 31, settle, jnp.int32(0)), jnp.float32)
+    shrunk = lambda w, p: jnp.sign(w) * jnp.maximum(jnp.abs(w) - level, 0) - p
+    return jax.tree.map(shrunk, master, params), (step + 1, master, own)
 
   return Step(init, update)
 
@@ -131,68 +234,23 @@ def soft_movement(inner: optax.GradientTransformation) -> Step:
   return Step(init, update)
 
 
-def first_two_of_four(inner: optax.GradientTransformation) -> Step:
-  """Returns only the `init` of a method with a master and 2:4 masks: copies, masks, and what `inner` keeps."""
-  made = jax.jit(lambda params: jax.tree.map(lambda w: (w.copy(), two_of_four(jnp.abs(w))), params))
-  return Step(lambda params: (made(params), inner.init(params)), _no_update)
-
-
-def first_random(inner: optax.GradientTransformation) -> Step:
-  """Returns only the `init` of a method with random masks of an exact count, which reads no weight and ranks nothing.
-
-  Places are drawn as often as weights are kept, and then as often as places are missing, until all are different.
-  Every draw is uniform, and so is the mask over all masks of its count. Few draws suffice where little is kept.
-  """
-  def drawn(key, size):
-    keep = round((1 - SPARSITY) * size)
-    chunk = max(keep // 8, 1)  # about a twentieth of the first draws are repeated
-
-    def more(now):
-      mask, missing, key = now
-      key, use = jax.random.split(key)
-      place = jax.random.bits(use, (chunk,)) % np.uint32(size)
-      place = jnp.where(jnp.arange(chunk) < missing, place, np.uint32(size))
-      return _counted(mask.at[place].set(True, mode='drop'), keep, key)
-
-    key, use = jax.random.split(key)
-    place = jax.random.bits(use, (keep,)) % np.uint32(size)
-    start = _counted(jnp.zeros(size, bool).at[place].set(True, mode='promise_in_bounds'), keep, key)
-    return jax.lax.while_loop(lambda now: now[1] > 0, more, start)[0]
-
-  def init(params):
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return [made(key, w.size).reshape(w.shape) for key, w in zip(keys, leaves)], inner.init(params)
-
-  made = jax.jit(drawn, static_argnums=1)
-  return Step(init, _no_update)
-
-
-def _counted(mask: jax.Array, keep: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the mask, how many places it misses, and the key."""
-  words = lax.bitcast_convert_type(mask.astype(jnp.uint8).reshape(-1, 4), jnp.uint32)
-  return mask, keep - jnp.sum(lax.population_count(words), dtype=jnp.int32), key
-
-
-def _no_update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-  raise NotImplementedError('benchmarks.floors: only the `init` of this method is by hand.')
-
-
-def _by_rows(function: Callable[..., jax.Array], *trees: Any) -> Any:
+def _by_rows(function: Callable[..., jax.Array], *trees: Any, places: bool = False) -> Any:
   """Returns the tree of `function` of each leaf and its size, by a loop over rows of one width, with -1 behind a leaf.
 
+  Numbers are handed on as they are. `places`: whether the function gets the place of the leaf, too, before the size.
   The places of the rows are results of a branch: XLA:CPU would compile a kernel for each constant place.
   """
   all_leaves, structures = zip(*map(jax.tree.flatten, trees))
   leaves = all_leaves[0]
   width, numbers = max(x.size for x in leaves), [np.int32(i) for i in range(len(leaves))]
-  row = lambda x: jnp.pad(x.reshape(-1), (0, width - x.size), constant_values=-1)
+  row = lambda x: jnp.pad(x.reshape(-1), (0, width - x.size), constant_values=-1) if x.ndim else x
   stacks = [jnp.stack([row(x) for x in jax.tree.leaves(tree)]) for tree in trees]
   sizes = np.array([x.size for x in leaves], np.float32)
-  masks = lax.map(lambda each: function(*each), (*stacks, sizes))
-  places = lax.cond(masks[0, 0], lambda: numbers, lambda: numbers)
+  given = (*stacks, np.arange(len(leaves)), sizes) if places else (*stacks, sizes)
+  masks = lax.map(lambda each: function(*each), given)
+  opaque = lax.cond(masks[0, 0], lambda: numbers, lambda: numbers)
   found = [lax.dynamic_index_in_dim(masks, i, 0, keepdims=False)[:x.size].reshape(x.shape)
-           for i, x in zip(places, leaves)]
+           for i, x in zip(opaque, leaves)]
   return jax.tree.unflatten(structures[0], found)
 
 
@@ -216,6 +274,8 @@ def largest(scores: jax.Array, keep: jax.Array) -> jax.Array:
   return kept(*lax.fori_loop(0, turns, settle, (jnp.int32(0), jnp.int32(0))))
 
 
-STEPS = {'a master under a fixed mask': least_master, 'sr_ste, by hand': sr_ste, 'gradual_magnitude, by hand': gradual,
-         'rigl, by hand': rigl, 'soft_movement_pruning, by hand': soft_movement}
-STARTS = {'a master and 2:4 masks, by hand': first_two_of_four, 'random masks, by hand': first_random}
+STEPS = {'a master under a fixed mask': least_master, 'sr_ste, by hand': sr_ste, 'random_pruning, by hand': fixed,
+         'gradual_magnitude, by hand': gradual,
+         'gradual_magnitude, by hand, again': lambda inner: gradual(inner, again=True),
+         'set_, by hand': set_, 'rigl, by hand': rigl, 'snfs, by hand': snfs, 'st3, by hand': soft,
+         'soft_movement_pruning, by hand': soft_movement}

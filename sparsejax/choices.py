@@ -46,18 +46,29 @@ def each(function: Callable[[Alike, Any], PyTree], leaves: Sequence[SparseLeaf],
   `own`: the pattern of each leaf. `size`: the number of entries of the leaf, if the leaf is padded. `words`: the words
   that `function` calls. `loop`: whether leaves that are ranked as a whole are computed one after the other.
   """
-  found = [Alike(dataclasses.replace(leaf, path='', asked=Asked()), pattern) for leaf, pattern in zip(leaves, own)]
+  found = _alike(leaves, own)
   sizes = [math.prod(leaf.shape) for leaf in leaves]
   widths = _widths(found, sizes, arguments) if loop and all(says(word, ELEMENTWISE) for word in words) else {}
   written = list(arguments)
-  for i, width in widths.items():
-    written[i] = rows.as_row(arguments[i], leaves[i].shape, width)
+  as_row = lambda fact, row: rows.as_row(row, *fact)
+  facts = [(leaves[i].shape, width) for i, width in widths.items()]
+  for (i, width), row_of in zip(widths.items(), kinds.each(as_row, facts, [arguments[i] for i in widths], inline=True)):
+    written[i] = row_of
     row = dataclasses.replace(found[i].leaf, shape=(width,), axes=Axes((), (0,)))
     found[i] = Alike(row, found[i].pattern, True)
   told = [(*row, np.int32(size if alike.padded else 0)) for row, size, alike in zip(written, sizes, found)]
   results = kinds.each(function, found, told, shared, lambda alike: loop and _ranks(alike))
   return [rows.from_rows(result, leaf.shape, widths[i]) if i in widths else result
           for i, (result, leaf) in enumerate(zip(results, leaves))]
+
+
+def stacks(leaves: Sequence[SparseLeaf], own: Sequence[Pattern], arguments: Sequence[tuple[Any, ...]]) -> bool:
+  """Returns whether `each` stacks the arguments of every leaf with those of others. Words may make larger stacks."""
+  return kinds.all_loop(_alike(leaves, own), arguments, _ranks)
+
+
+def _alike(leaves: Sequence[SparseLeaf], own: Sequence[Pattern]) -> list[Alike]:
+  return [Alike(dataclasses.replace(leaf, path='', asked=Asked()), pattern) for leaf, pattern in zip(leaves, own)]
 
 
 def _ranks(alike: Alike) -> bool:

@@ -30,17 +30,37 @@ def kept_of(sparsity: Any, size: int, progress: Any = None) -> Any:
   if sparsity is None:
     raise ValueError('patterns: how many weights are kept? Give a sparsity, as in Unstructured(0.9).')
   if progress is not None:
-    pruned, progress = round(sparsity * size), jnp.asarray(progress, jnp.float32)
-    kept, done = _all_but(size, progress * np.float32(pruned)), ranking.count(size - pruned)
-    return ranking.Count(*(jnp.where(progress < 1, word, last) for word, last in zip(kept, done)))
+    return Rising.of(sparsity, size)(progress)
   if isinstance(sparsity, (int, float, np.floating, np.integer)):
     return size - round(float(sparsity) * size)
   fraction = jnp.asarray(sparsity, jnp.float32)
   return ranking.Count(*(jnp.where(fraction < 1, word, 0) for word in _all_but(size, fraction * np.float32(size))))
 
 
-def _all_but(size: int, pruned: Array) -> ranking.Count:
+def _all_but(size: Any, pruned: Array) -> ranking.Count:
   return ranking.minus(ranking.count(size), ranking.count(jnp.round(pruned)))
+
+
+class Rising(NamedTuple):
+  """A `Rising` is the count of a sparsity that rises: `Rising.of(0.9, 1000)(progress)` of 1000 units are kept.
+
+  `pruned`: how many units are pruned at the end, as `float32`. `size`, `last`: how many units there are, and are kept
+  at the end. All are numbers, so that leaves of several sizes compute their counts by one program.
+  """
+
+  pruned: Any
+  size: ranking.Count
+  last: ranking.Count
+
+  @classmethod
+  def of(cls, sparsity: float, size: int) -> 'Rising':
+    pruned = round(sparsity * size)
+    return cls(np.float32(pruned), ranking.count(size), ranking.count(size - pruned))
+
+  def __call__(self, progress: Any) -> ranking.Count:
+    progress = jnp.asarray(progress, jnp.float32)
+    kept = _all_but(self.size, progress * self.pruned)
+    return ranking.Count(*(jnp.where(progress < 1, word, last) for word, last in zip(kept, self.last)))
 
 
 def fewer(kept: ranking.Count, drop: Any) -> ranking.Count:
@@ -116,9 +136,9 @@ def _pooled_once(pattern: Pattern, shape: tuple[int, ...], axes: Axes | None) ->
   return jax.eval_shape(scores, jax.ShapeDtypeStruct(shape, jnp.float32)).shape, layers[0]
 
 
-def count_of(pattern: Pattern, sparsity: Any, shape: tuple[int, ...], axes: Axes | None, progress: Any = None) -> Any:
+def count_of(pattern: Pattern, sparsity: Any, shape: tuple[int, ...], axes: Axes | None) -> Any:
   """Returns the count that a pattern is told when `sparsity` is asked of a leaf of this shape, see `kept_of`."""
-  return kept_of(sparsity, units(pattern, shape, axes)[0], progress)
+  return kept_of(sparsity, units(pattern, shape, axes)[0])
 
 
 def best_units(pattern: Pattern, scores: Array, count: Any = None, axes: Axes | None = MATRIX) -> Array:

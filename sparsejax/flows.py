@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors
+from sparsejax import errors, neighbours
 from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, Flow, Schedule, Signals
 
@@ -168,7 +168,7 @@ def _unknown(*args: Any) -> Array:
 
 
 def _masked(master: Array, mask: Array, signals: Signals) -> Array:
-  return jnp.where(mask, master, jnp.zeros((), master.dtype))  # not a product: 0 * NaN is NaN
+  return neighbours.where_kept(mask, master)  # not a product: 0 * NaN is NaN
 
 
 def _whole(master: Array, mask: Array, signals: Signals) -> Array:
@@ -200,7 +200,7 @@ def _rescaled(master: Array, mask: Array, signals: Signals, gain: float) -> Arra
 
 
 def _masked_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
-  return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
+  return neighbours.where_kept(mask, grad)
 
 
 def _whole_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
@@ -209,7 +209,7 @@ def _whole_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -
 
 def _sparse_refined_gradient(grad: Array, master: Array, mask: Array, signals: Signals, decay: Any) -> Array:
   pulled = (_now(decay, signals) * master).astype(grad.dtype)
-  return grad + jnp.where(mask, jnp.zeros((), grad.dtype), pulled)
+  return grad + neighbours.where_kept(mask, jnp.zeros_like(pulled), pulled)
 
 
 def _shrink_pruned(master: Array, mask: Array, signals: Signals, decay: Any, learning_rate: Any) -> Array:

@@ -36,12 +36,13 @@ def key_scores(keys: Array) -> Array:
   return lax.bitcast_convert_type(jnp.where(keys < 0, jnp.int32(jnp.iinfo(jnp.int32).min) - keys, keys), jnp.float32)
 
 
-def largest_key(enough: Callable[[list[Array]], list[Array]], like: Array, bits: int = 2) -> Array:
+def largest_key(enough: Callable[[list[Array]], list[Array]], like: Array, bits: int = 2, skip: Any = 0) -> Array:
   """Returns the largest key for which `enough` is `True`, elementwise, in the shape and dtype of `like`.
 
   If `enough` is `True` for no key, the result is the least key. `enough` maps a list of `2^bits - 1` increasing keys to
   a list of bools; each call settles `bits` bits. `enough` must be `False` above every key for which it is `False`. If
   `enough` says that at least `n` entries are as large as the key, the result is the `n`-th largest key, counted from 1.
+  `skip`: how many of the calls are left out, because the bits that they settle are known to be those of the least key.
   """
   info = jnp.iinfo(like.dtype)
 
@@ -49,7 +50,7 @@ def largest_key(enough: Callable[[list[Array]], list[Array]], like: Array, bits:
     step = jnp.left_shift(like.dtype.type(1), jnp.asarray(info.bits - bits - bits * i, like.dtype))
     return t + step * sum(hold.astype(like.dtype) for hold in enough([t + k * step for k in range(1, 2**bits)]))
 
-  return lax.fori_loop(0, info.bits // bits, settle_bits, varying(jnp.full_like(like, info.min), enough))
+  return lax.fori_loop(skip, info.bits // bits, settle_bits, varying(jnp.full_like(like, info.min), enough))
 
 
 def varying(keys: Array, enough: Callable[[list[Array]], list[Array]]) -> Array:

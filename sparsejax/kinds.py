@@ -59,6 +59,8 @@ def stackable(row: PyTree) -> bool:
 
 def together(leaves: Sequence[Array]) -> Array:
   """Returns the leaves of one kind as one array, `[leaves, ...]`."""
+  if all(isinstance(x, np.generic) for x in leaves):  # numbers that are known while JAX traces
+    return jnp.asarray(np.stack(leaves))
   rows = [lax.expand_dims(x, (0,)) for x in leaves]
   return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
 
@@ -86,22 +88,32 @@ def _places(size: int, like: Array) -> list[Any]:
 
 
 def each(function: Callable[[Any, Any], PyTree], facts: Sequence[Hashable], rows: Sequence[tuple[Any, ...]],
-         shared: tuple[Any, ...] = (), loop: Callable[[Any], bool] = lambda fact: False) -> list[PyTree]:
+         shared: tuple[Any, ...] = (), loop: Callable[[Any], bool] = lambda fact: False, inline: bool = False
+         ) -> list[PyTree]:
   """Returns `function(facts[i], (*rows[i], *shared))` for each `i`; the rows of a kind are computed by one program.
 
   Where `loop(fact)`, the rows of a kind are stacked, and a loop computes one after the other. The stack is a copy of
   the rows. Elsewhere, and where rows cannot be stacked, the function is traced once for each kind, and nothing is
-  copied.
+  copied. `inline`: whether the program has the operations of a function of few, and no call, which XLA has to inline.
   """
   results: dict[int, Any] = {}
   for members in of(rows, facts):
     fact, mine = facts[members[0]], [rows[i] for i in members]
     one = lambda row, shared, fact=fact: function(fact, (*row, *shared))
-    if len(mine) > 1 and loop(fact) and stackable(mine[0]):
+    if _loops(fact, mine, loop):
       stack = jax.tree.map(lambda *leaves: together(leaves), *mine)
       found = apart(lax.map(lambda row, one=one: one(row, shared), stack))
     else:
-      one = jax.jit(one) if len(mine) > 1 else one
+      one = jax.jit(one, inline=inline) if len(mine) > 1 else one
       found = [one(row, shared) for row in mine]
     results |= zip(members, found)
   return [results[i] for i in range(len(rows))]
+
+
+def all_loop(facts: Sequence[Hashable], rows: Sequence[tuple[Any, ...]], loop: Callable[[Any], bool]) -> bool:
+  """Returns whether `each` stacks the rows of every kind for a loop."""
+  return all(_loops(facts[members[0]], [rows[i] for i in members], loop) for members in of(rows, facts))
+
+
+def _loops(fact: Any, rows: Sequence[PyTree], loop: Callable[[Any], bool]) -> bool:
+  return len(rows) > 1 and loop(fact) and stackable(rows[0])

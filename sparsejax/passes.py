@@ -9,7 +9,7 @@ The functions of this module take longer to compile than the passes of `ranking`
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ from sparsejax import wholes
 from sparsejax.keys import byte_of, largest_key, order_keys, varying
 from sparsejax.types import Array
 from sparsejax.wholes import along, at_least, minus, most, one, reduced, totals
+
+
+_SAMPLE = 1 << 15  # entries of a leaf, among which a bracket of the key is looked for
+_LAST = 6  # bits that are settled last, by the bytes of which the mask is made, too
 
 
 def top_n_of_large(leaf: Array, n: Any) -> Array:
@@ -33,10 +37,91 @@ def top_n_of_large(leaf: Array, n: Any) -> Array:
 
 
 def _top_n(leaf: Array, n: Any) -> Array:
+  if keyed([leaf]).itemsize == 4 and wholes.one_cpu() and leaf.size <= most():
+    return _top_n_by_sample(leaf, jnp.asarray(n, jnp.int32))
   least = least_key([leaf], n)
   keys = functools.partial(order_keys, leaf, keyed([leaf]))
   larger, equals = totals([[keys() > least, keys() == least]])
   return (keys() > least) | _first(lambda: keys() == least, minus(n, larger), equals)
+
+
+class _Cut(NamedTuple):
+  """A `_Cut` is where the search of `_top_n_by_sample` stands: how many times it ran, and what the last run found.
+
+  `bytes`: of each score, ordered as the scores around the cut are. `least`: the byte of the last score that is kept.
+  `larger`, `equals`: how many bytes are above the least, and equal to it.
+  """
+
+  runs: Any
+  bytes: Any
+  least: Any
+  larger: Any
+  equals: Any
+
+
+def _top_n_by_sample(leaf: Array, n: Array) -> Array:
+  """Returns what `top_n_of_large` does, of keys of four bytes.
+
+  A sample gives two keys between which the last key that is kept lies, all but surely, and only the bits in which the
+  two differ are settled. The counts show whether the key was there. If not, a second run settles all bits.
+  """
+  everything = n >= leaf.size  # as at the start of a ramp: no pass is needed
+  low, differ = _bracket(leaf, n)
+
+  def run(cut: _Cut) -> _Cut:
+    first = jnp.where((cut.runs > 0) | everything, jnp.iinfo(jnp.int32).min, low)
+    bits = jnp.where(everything, 0, jnp.where(cut.runs > 0, 32, differ))
+    return _run(cut.runs, lax.optimization_barrier((leaf, cut.runs))[0], n, first, bits)
+
+  missed = lambda cut: (cut.runs == 1) & ~everything & ((cut.larger >= n) | (cut.larger + cut.equals < n))
+  start = _Cut(np.int32(0), jnp.zeros(leaf.shape, jnp.int8), np.int8(0), np.int32(0), np.int32(0))
+  cut = lax.while_loop(lambda cut: (cut.runs == 0) | missed(cut), run, start)
+  return (cut.bytes > cut.least) | _first(lambda: cut.bytes == cut.least, n - cut.larger, cut.equals)
+
+
+def _bracket(leaf: Array, n: Array) -> tuple[Array, Array]:
+  """Returns a key, and the number of bits of what is added to it for the key of the `n`-th largest score.
+
+  The places of the sample have equal distances. The margin is six standard deviations of the rank in a random sample.
+  """
+  step = max(leaf.size // _SAMPLE, 1) | 1  # odd, so that a period of the leaf, such as its width, is no bias
+  keys = order_keys(lax.slice_in_dim(leaf.reshape(-1), 0, None, step))
+  share = jnp.asarray(n, jnp.float32) / leaf.size
+  margin = 6 * jnp.sqrt(keys.size * share * jnp.maximum(1 - share, 0)) + 2
+  ranks = [(share * keys.size + side * margin).astype(jnp.int32) for side in (1, -1)]
+  low, high = (largest_key(lambda ts, rank=rank: [jnp.sum(keys >= t, dtype=jnp.int32) >= rank for t in ts],
+                           jnp.int32(0)) for rank in ranks)
+  bits = 32 - lax.clz(high - low)
+  all_bits = bits > 24
+  return jnp.where(all_bits, jnp.iinfo(jnp.int32).min, low), jnp.where(all_bits, 32, bits)
+
+
+def _run(runs: Array, leaf: Array, n: Array, first: Array, bits: Array) -> _Cut:
+  """Returns the cut at the `n`-th largest score, if its key is `first` or more by a number of so many `bits`.
+
+  The last bits are settled within 256 neighbouring keys, of which a quarter in the middle may be the key: the bytes of other
+  keys are then others.
+  """
+  def settle_byte(now: tuple[Array, Array]) -> tuple[Array, Array]:
+    key, left = now
+    shift = jnp.maximum(left - 8, _LAST)
+    bytes_ = byte_of(order_keys(lax.optimization_barrier((leaf, left))[0]), key, shift)
+    byte = largest_key(lambda ts: _enough(bytes_, ts, n), jnp.int8(0), skip=(8 - left + shift) // 2)
+    return key + jnp.left_shift(byte.astype(jnp.int32) + 128, shift), shift
+
+  key, left = lax.while_loop(lambda now: now[1] > _LAST, settle_byte, (first, bits))
+  info = jnp.iinfo(jnp.int32)
+  base = lax.clamp(jnp.int32(info.min), jnp.maximum(key, info.min + 64) - 64, jnp.int32(info.max - 255))
+  bytes_ = byte_of(order_keys(leaf), base, jnp.int32(0))
+  moved = lambda t: (t.astype(jnp.int32) + (key - base)).astype(jnp.int8)
+  enough = lambda ts: _enough(bytes_, [moved(t) for t in ts], n)
+  least = moved(largest_key(enough, jnp.int8(0), skip=(8 - jnp.minimum(left, _LAST)) // 2))
+  larger, equals = totals([[bytes_ > least, bytes_ == least]])
+  return _Cut(runs + 1, bytes_, least, larger, equals)
+
+
+def _enough(keys: Array, tried: list[Array], n: Array) -> list[Array]:
+  return [count >= n for count in totals([[keys >= t for t in tried]])]
 
 
 def keyed(leaves: Sequence[Array]) -> Any:

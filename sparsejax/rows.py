@@ -35,15 +35,16 @@ def widths(sizes: Sequence[int]) -> list[int]:
 
 def as_row(tree: PyTree, shape: tuple[int, ...], width: int, padding: Any = 0) -> PyTree:
   """Returns `tree` with each array of the leaf's `shape` as a row `[width]`, with `padding` behind."""
-  behind = [(0, width - math.prod(shape), 0)]
-  row = lambda x: lax.pad(x.reshape(-1), jnp.asarray(padding, x.dtype), behind) if x.shape == shape else x
-  return jax.tree.map(row, tree)
+  more = width - math.prod(shape)
+  padded = lambda x: lax.pad(x, jnp.asarray(padding, x.dtype), [(0, more, 0)]) if more else x
+  return jax.tree.map(lambda x: padded(x.reshape(-1)) if x.shape == shape else x, tree)
 
 
 def from_rows(tree: PyTree, shape: tuple[int, ...], width: int) -> PyTree:
   """Returns `tree` with the leaf that is written in each row `[width]` in the place of the row."""
-  leaf = lambda x: lax.slice_in_dim(x, 0, math.prod(shape)).reshape(shape) if x.shape == (width,) else x
-  return jax.tree.map(leaf, tree)
+  size = math.prod(shape)
+  own = lambda x: lax.slice_in_dim(x, 0, size) if size < width else x
+  return jax.tree.map(lambda x: own(x).reshape(shape) if x.shape == (width,) else x, tree)
 
 
 def padding_last(scores: Array, size: Array) -> Array:

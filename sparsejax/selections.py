@@ -29,12 +29,14 @@ class Selection(NamedTuple):
 
   `plan(arrays, axes)` returns a `Plan` with a `SparseLeaf` for each array. `select(leaves, weights, masks, signals)`
   returns the new masks, and `None` or a threshold for each leaf. `threshold`: each leaf's threshold before the first
-  choice. If it is given, flows read the thresholds as `signals.stats`.
+  choice. If it is given, flows read the thresholds as `signals.stats`. `once(leaves, weights, masks, signals)`: whether
+  `select` reads each weight only once, into a stack; `None` if that is not known.
   """
 
   plan: Callable[[dict[str, Array], dict[str, Axes]], Plan]
   select: Callable[[Leaves, list[Array], Masks, list[Signals]], tuple[Masks, list[Any] | None]]
   threshold: float | None = None
+  once: Callable[[Leaves, list[Array], Masks, list[Signals]], bool] | None = None
 
 
 @checked
@@ -57,7 +59,7 @@ def leafwise(
   if sparsity is None and not isinstance(pattern, Mapping) and not getattr(pattern, 'fixed', False):
     sparsity = pattern.sparsity
   words = _Leafwise(pattern, score, update, sparsity, ramp, allocation)
-  return Selection(words.plan, words.select)
+  return Selection(words.plan, words.select, once=words.once)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +115,25 @@ class _Leafwise:
     rows, step = list(zip(masks, weights, map(_arrays, signals))), signals[0].step
     own, progress = self.of([leaf.path for leaf in leaves]), self.ramp and self.ramp(step)
     now = [at(pattern, step) for pattern in own]
-    told = (self._competed if self.ranked else self._told)(leaves, now, rows, step, progress)
+    told = self._competed(leaves, now, rows, step, progress) if self.ranked else self._told(leaves, now)
 
     def chosen(alike: choices.Alike, row: Any) -> Array:
-      mask, w, arrays, count, size, step = row
+      mask, w, arrays, count, size, step, progress = row
       signals = Signals(*arrays, step, alike.leaf.axes)
+      if isinstance(count, counts.Rising):
+        count = ranking.counted(count(progress), math.prod(alike.leaf.shape))
       best = counts.Selector(at(alike.pattern, step), count, alike.leaf.axes)
       select = lambda scores, drop=None: best(alike.ranked(scores, size), drop)
       return self.update(mask, self.score(w, signals), select, w, signals)
 
     rows = [(*row, count) for row, count in zip(rows, told)]
-    return choices.each(chosen, leaves, own, rows, (step,), words=(self.score, self.update)), None
+    return choices.each(chosen, leaves, own, rows, (step, progress), words=(self.score, self.update)), None
 
-  def _told(self, leaves: Leaves, now: list[Pattern], rows: Any, step: Any, progress: Any) -> list[Any]:
+  def once(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> bool:
+    rows, own = list(zip(masks, weights, map(_arrays, signals))), self.of([leaf.path for leaf in leaves])
+    return not self.ranked and choices.stacks(leaves, own, rows)
+
+  def _told(self, leaves: Leaves, now: list[Pattern]) -> list[Any]:
     """Returns the count that the pattern of each leaf is told; `None` stands for the pattern's own count."""
     if self.sparsity is None and self.ramp is None:
       return [None] * len(leaves)
@@ -133,9 +141,13 @@ class _Leafwise:
     same = [(id(pattern), leaf.asked.sparsity, leaf.shape, leaf.axes) for pattern, leaf in zip(now, leaves)]
     for pattern, alike in zip(now, same):
       if alike not in told:
-        count = ranking.count(counts.count_of(pattern, *alike[1:], progress))
-        told[alike] = ranking.counted(count, math.prod(alike[2]))
+        told[alike] = self._count(pattern, *alike[1:])
     return [told[alike] for alike in same]
+
+  def _count(self, pattern: Pattern, sparsity: Any, shape: tuple[int, ...], axes: Axes) -> Any:
+    if self.ramp is not None and sparsity is not None:
+      return counts.Rising.of(sparsity, counts.units(pattern, shape, axes)[0])
+    return ranking.counted(ranking.count(counts.count_of(pattern, sparsity, shape, axes)), math.prod(shape))
 
   def _competed(self, leaves: Leaves, now: list[Pattern], rows: Any, step: Any, progress: Any) -> list[ranking.Count]:
     """Returns how many units each layer of each leaf keeps, where all leaves are ranked together."""

@@ -45,13 +45,15 @@ def halves(function: Callable[[PyTree], tuple[PyTree, PyTree]], spent: PyTree) -
 
   `again` may read the scalars of `spent`, and every array that the function closes over. No other array of `spent` is
   read again: the compiler may update all of them in place. `again` is `None` outside of `jit`, and for a `spent`
-  without arrays.
+  without arrays, or with other leaves.
   """
-  if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(spent)):
+  arrays = jax.tree.leaves(spent)
+  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in arrays)
+  if not traced or not all(isinstance(leaf, jax.Array) for leaf in arrays):
     return Halves(*function(spent))
+  function = jax.jit(function, inline=True)  # the call below stages what `trace` has traced, and traces nothing
   program = trace(function, (spent,))
-  whole = core.ClosedJaxpr(program.jaxpr, program.consts)
-  first, second = program.unflatten(core.jaxpr_as_fun(whole)(*program.arrays))
+  first, second = function(spent)
   leaves, structure = jax.tree.flatten(first)
   number = sum(i not in program.others for i in range(len(leaves)))
   sliced = _sliced(program.jaxpr, number)

@@ -67,9 +67,10 @@ class Refreshed(NamedTuple):
   weights: list[Array]
 
 
-def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered: bool = False) -> Point:
+def chosen(call: Call, point: Point, weights: Callable[[], list[Array]] | None = None, ordered: bool = False) -> Point:
   """Returns the point with the masks of this step, where masks are due, chosen by `weights()`.
 
+  Without `weights`, the weights of the point choose, which are there already. The branch else computes `weights()`.
   A schedule that is never due takes no branch, and one that is always due takes one on CPUs alone: XLA:CPU computes a
   mask once for each result that needs it, and a branch only once. A `cond` copies its results, so that only what is
   changed leaves the branch. `ordered`: the weights of the point leave it too, as they are. XLA then sees that they are
@@ -82,23 +83,36 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]], ordered
   slots = call.leaves.slots(point.inner) if method.slots == 'fresh' else {}
   thresholds = None if method.selection.threshold is None else point.stats
   old = Refreshed(point.masks, thresholds, [inner[i] for i in slots], point.weights if ordered else [])
-  choose = lambda: _choice(call, point._replace(weights=weights()), slots, old.weights)
+  choose = lambda: _choice(call, point._replace(weights=weights()) if weights else point, slots, old.weights)
   if method.always and jax.default_backend() != 'cpu':
     new = choose()
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
     new = new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
   elif isinstance(due := method.due(call.step), jax.core.Tracer):
-    # The second branch has the weights as an operand. XLA would compute them anew in each pass over the scores, rounded
-    # in different ways, so that the passes would not rank the same scores.
-    pick = lambda w: _choice(call, point._replace(weights=w), slots, old.weights)
-    within = lambda w: jax.lax.cond(due, pick, lambda _: old, w)
-    new = jax.lax.cond(due, lambda: within(weights()), lambda: old)
+    anew = lambda: _computed(call, point._replace(weights=weights()), slots, old)
+    new = jax.lax.cond(due, choose if weights is None else anew, lambda: old)
   else:  # outside of `jit`, where a `cond` would be compiled at each call
     new = choose() if due else old
   for i, slot in zip(slots, new.slots):
     inner[i] = slot
   stats = point.stats if new.thresholds is None else new.thresholds
   return Point(new.weights if ordered else point.weights, new.masks, stats, jax.tree.unflatten(structure, inner))
+
+
+def _computed(call: Call, point: Point, slots: Mapping[int, int], old: Refreshed) -> Refreshed:
+  """Returns the choice by weights that the branch has computed by itself; `old` is what the other branch returns."""
+  if _reads_once(call, point):
+    return _choice(call, point, slots, old.weights)
+  # A second branch has the weights as an operand. XLA would compute them anew in each pass over the scores, rounded in
+  # different ways, so that the passes would not rank the same scores.
+  pick = lambda w: _choice(call, point._replace(weights=w), slots, old.weights)
+  return jax.lax.cond(call.method.due(call.step), pick, lambda _: old, point.weights)
+
+
+def _reads_once(call: Call, point: Point) -> bool:
+  """Returns whether the selection is known to read each weight of the point once, into a stack."""
+  once, leaves = call.method.selection.once, call.leaves.plan.leaves
+  return once is not None and once(leaves, point.weights, point.masks, signals_of(call, point, call.step))
 
 
 def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Array]) -> Refreshed:

@@ -7,21 +7,21 @@
     point = settled(call, point)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import plans
+from sparsejax import kinds, neighbours, plans
 from sparsejax.programs import again
 from sparsejax.states import SparseState
 from sparsejax.transforms import choosing, refusals
 from sparsejax.transforms.choosing import Call, Point, signals_of
 from sparsejax.transforms.leaves import Leaves
 from sparsejax.transforms.method import Method
-from sparsejax.types import Array, PyTree
+from sparsejax.types import Array, PyTree, Signals
 
 
 def opened(method: Method, updates: PyTree, state: SparseState, params: PyTree | None, extra: Any) -> Call:
@@ -48,8 +48,8 @@ def resumed(call: Call) -> Point:
 
 def pulled_back(call: Call, point: Point) -> list[Array]:
   """Returns the gradients of the master: the gradients at the sparse point, pulled back by the flow."""
-  return [call.method.until_freeze.pull_back(g.astype(w.dtype), w, m, s)
-          for g, w, m, s in zip(call.grads, point.weights, point.masks, signals_of(call, point, call.state.step))]
+  pull = lambda g, w, m, s: call.method.until_freeze.pull_back(g.astype(w.dtype), w, m, s)
+  return _each(pull, zip(call.grads, point.weights, point.masks), signals_of(call, point, call.state.step))
 
 
 def observed(call: Call, point: Point) -> Point:
@@ -79,14 +79,14 @@ def advanced(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> 
   """
   method = call.method
   if method.pause:
-    return _paused(call, choosing.chosen(call, point, lambda: point.weights), gradients)
+    return _paused(call, choosing.chosen(call, point), gradients)
   step = stepped(call, point, gradients)
   if method.once:  # a program for a single choice is not worth its size
     step = step._replace(again=None)
   after, later = point._replace(inner=step.second), step.again is not None and method.memory is not None
   if method.flow.dense and not later:
     after = after._replace(weights=_moved(call, point, step.first))
-    return choosing.chosen(call, after, lambda: after.weights), step.first
+    return choosing.chosen(call, after), step.first
   # Between two choices nothing reads the weights after the step, so that the branch computes them by itself.
   weights = lambda: _moved(call, point, step.first if step.again is None else step.again(step.second))
   new = choosing.chosen(call, after, weights, later and method.flow.dense)
@@ -114,6 +114,16 @@ def stepped(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> a
 def _moved(call: Call, point: Point, moves: PyTree) -> list[Array]:
   """Returns the weights of the point after the optimizer's updates."""
   return [(w + u).astype(w.dtype) for w, u in zip(point.weights, call.leaves.pick(moves))]
+
+
+def _each(function: Callable[..., Array], rows: Iterable[tuple[Array, ...]], signals: list[Signals]) -> list[Array]:
+  """Returns `function(*row, signals)` of each leaf. Leaves of one kind share a program, which is traced once."""
+  rows = list(rows)
+  if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(rows)):  # each program would be compiled
+    return [function(*row, own) for row, own in zip(rows, signals)]
+  one = lambda axes, row: function(*row[:-2], row[-2]._replace(step=row[-1], axes=axes))
+  told = [(*row, own._replace(step=None, axes=None)) for row, own in zip(rows, signals)]
+  return kinds.each(one, [own.axes for own in signals], told, (signals[0].step,), inline=True) if rows else []
 
 
 def settled(call: Call, point: Point) -> Point:
@@ -144,11 +154,13 @@ def emitted(call: Call, point: Point, before: list[Array], moves: PyTree) -> tup
   zero.
   """
   project, signals = call.method.until_freeze.project, call.leaves.signals(call.step, point.stats)
-  rows = zip(point.masks, before, point.weights, call.leaves.pick(moves), call.held, signals)
+  only = neighbours.where_kept
   if call.method.flow.dense:
-    deltas = [project(w, m, s).astype(p.dtype) - p for m, _, w, _, p, s in rows]
+    moved = lambda p, m, w, s: project(w, m, s).astype(p.dtype) - p
+    deltas = _each(moved, zip(call.held, point.masks, point.weights), signals)
   else:
-    deltas = [jnp.where(m, jnp.where(old, u.astype(p.dtype), 0), project(p, m, s) - p) for m, old, _, u, p, s in rows]
+    moved = lambda p, m, old, u, s: only(m, only(old, u.astype(p.dtype)), project(p, m, s) - p)
+    deltas = _each(moved, zip(call.held, point.masks, before, call.leaves.pick(moves)), signals)
   return call.leaves.put(deltas, moves), recorded(call.method, call.leaves, point, call.state._replace(step=call.step))
 
 

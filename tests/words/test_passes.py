@@ -47,6 +47,28 @@ def test_a_large_leaf_is_ranked_as_a_sort_ranks_it(way):
 
 
 @pytest.mark.parametrize('way', ['as on one CPU'], indirect=True)
+@pytest.mark.parametrize('low, bits', [(1 << 29, 9), (-1 << 30, 12)])
+def test_a_sample_that_misses_changes_no_bit(low, bits, way, monkeypatch):
+  """The bracket lies above some of the last kept keys, and below others: the counts tell, and all bits are settled."""
+  monkeypatch.setattr(passes, '_bracket', lambda leaf, n: (jnp.int32(low), jnp.int32(bits)))
+  scores = tiny((41,))
+  masks = jax.jit(jax.vmap(functools.partial(passes.top_n_of_large, scores)))(jnp.arange(0, 42, 3))
+  for n, mask in zip(range(0, 42, 3), np.asarray(masks)):
+    np.testing.assert_array_equal(mask, oracle.best(np.ravel(scores), n))
+
+
+@pytest.mark.parametrize('way', ['as on one CPU'], indirect=True)
+def test_a_bracket_of_a_sample_holds_the_key(way, monkeypatch):
+  """A column out of ten is a hundred times as large: the sample has entries of every column."""
+  monkeypatch.setattr(passes, '_SAMPLE', 512)
+  scores = jnp.abs(jax.random.normal(jax.random.key(0), (512, 20))) * jnp.where(jnp.arange(20) % 10 == 0, 100, 1)[None]
+  keys = np.sort(np.asarray(passes.order_keys(scores)).reshape(-1))[::-1]
+  for n in (1, 1024, 5000, 10_000):
+    low, bits = passes._bracket(scores, jnp.int32(n))
+    assert int(low) <= keys[n - 1] < int(low) + 2 ** int(bits)
+
+
+@pytest.mark.parametrize('way', ['as on one CPU'], indirect=True)
 def test_ties_are_cut_at_every_place(way):
   scores = jnp.asarray([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]])
   masks = jax.jit(jax.vmap(functools.partial(passes.top_n_of_large, scores)))(jnp.arange(7))
