@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import compile_time, floors, timing
+from benchmarks import beginnings, compile_time, timing
 from benchmarks.timing import Measurement
 
 NAMES = ('asp', 'sr_ste', 'gradual_magnitude', 'rigl')
@@ -30,10 +30,10 @@ def run(rounds: int = 5, names: Sequence[str] = NAMES, shape: tuple[int, ...] = 
   keys = jax.random.split(jax.random.key(0), leaves)
   params = {f'layer_{i}': {'kernel': jax.random.normal(key, shape)} for i, key in enumerate(keys)}
   makers = {name: compile_time.make(name) for name in ('dense', *names)}
-  makers |= {name: make(compile_time.INNER) for name, make in floors.STARTS.items()}
+  makers |= {name: make(compile_time.INNER) for name, make in beginnings.STARTS.items()}
   starts = {name: lambda tx=tx: jax.tree.leaves(tx.init(params)) for name, tx in makers.items()}
   seconds = list(timing.take_turns(starts, min(rounds, 5)))
-  for name in (*names, *floors.STARTS):
+  for name in (*names, *beginnings.STARTS):
     what = f'{name}: init of {leaves * shape[0] * shape[1]} weights, over AdamW'
     yield timing.claim(what, seconds, name, 'dense', BAR, at_least=False)
   alone = first_calls('dense')

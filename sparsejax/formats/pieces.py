@@ -20,6 +20,7 @@ from sparsejax.formats import arrays
 from sparsejax.types import Array
 
 _PIECE = 1 << 16  # entries, a multiple of the eight that share a byte of a mask
+_FEW = 0.06  # of the entries, of which NumPy finds each place faster by itself
 _ALONE = 1 << 22  # entries that one thread packs sooner than several
 
 
@@ -32,26 +33,37 @@ def compacted(flat: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndar
 
 def _compacted(piece: np.ndarray, signed_zeros: bool) -> tuple[np.ndarray, np.ndarray]:
   kept = arrays.stored_entries(piece, None, signed_zeros)
-  return arrays.entries_at(piece, kept), np.packbits(kept, bitorder='little')
+  return piece[_places(kept)], np.packbits(kept, bitorder='little')
 
 
 def spread(values: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
   """Returns the `size` entries that `compacted` packed."""
   bits, shares = values.view(f'u{values.dtype.itemsize}'), _shares(size)
-  dense = empty(size, bits.dtype)
+  dense = empty(size, bits.dtype, np.zeros)  # The system hands out zeros, which nobody has to write.
   stored = [_number(mask[share.start // 8:-(-share.stop // 8)]) for share in shares]
   starts = np.cumsum([0, *stored])
 
   def unpack(share: range, start: int) -> None:
     for piece in _pieces(share):
       kept = np.unpackbits(mask[piece.start // 8:-(-piece.stop // 8)], bitorder='little').view(bool)
-      places = np.flatnonzero(kept)
-      dense[piece] = 0
+      places = _places(kept)
       dense[piece][places] = bits[start:start + len(places)]
       start += len(places)
 
   _each(unpack, shares, starts.tolist())
   return dense.view(values.dtype)
+
+
+def _places(kept: np.ndarray) -> np.ndarray:
+  """Returns the indices at which the mask `kept` is `True`.
+
+  NumPy searches from one to the next if at most a tenth is kept. Where it is nearly a tenth, its other way, without a
+  branch, takes two thirds of the time: a tail of `True` makes NumPy take that way.
+  """
+  number = np.count_nonzero(kept)
+  if not _FEW * kept.size < number <= 0.1 * kept.size:
+    return np.flatnonzero(kept)
+  return np.flatnonzero(np.concatenate([kept, np.ones(kept.size // 8, bool)]))[:number]
 
 
 def on_host(*parts: Array) -> bool:
@@ -91,8 +103,8 @@ def _each(function: Callable[..., Any], *rows: Sequence[Any]) -> list[Any]:
     return list(threads.map(function, *rows))
 
 
-def empty(size: int, dtype: Any) -> np.ndarray:
-  """Returns `size` new entries at an address from which `jax.device_put` takes them over without a copy."""
-  memory = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
+def empty(size: int, dtype: Any, make: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
+  """Returns `size` new entries of `make` at an address from which `jax.device_put` takes them over without a copy."""
+  memory = make(size * np.dtype(dtype).itemsize + 64, np.uint8)
   start = -memory.ctypes.data % 64
   return memory[start:len(memory) - 64 + start].view(dtype)

@@ -29,6 +29,12 @@ def test_pieces_make_the_whole(small, size, dtype, signed_zeros):
   np.testing.assert_array_equal(bits(pieces.spread(values, mask, size)), expected)
 
 
+@pytest.mark.parametrize('share', [0.0, 0.05, 0.08, 0.1, 0.5, 1.0])
+def test_places_are_those_of_the_kept_entries(share):
+  kept = np.random.default_rng(0).permutation(1000) < 1000 * share
+  np.testing.assert_array_equal(pieces._places(kept), [i for i, each in enumerate(kept) if each])
+
+
 def test_shares_are_whole_pieces_and_cover_every_entry_once(small):
   for size in (0, 5, 16, 24, 25, 1000):
     shares = pieces._shares(size)

@@ -1,0 +1,67 @@
+"""Contains the smallest starts of some methods in plain JAX, with which the `init` of recipes is compared.
+
+    tx = STARTS['random masks, by hand'](optax.adamw(1e-3))
+    state = tx.init(params)
+
+Each start has the masks of its method, by hand, for float32 matrices `[in, out]`, and the state of the optimizer.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from benchmarks.floors import SPARSITY, Step, two_of_four
+
+
+def first_two_of_four(inner: optax.GradientTransformation) -> Step:
+  """Returns only the `init` of a method with a master and 2:4 masks: copies, masks, and what `inner` keeps."""
+  made = jax.jit(lambda params: jax.tree.map(lambda w: (w.copy(), two_of_four(jnp.abs(w))), params))
+  return Step(lambda params: (made(params), inner.init(params)), _no_update)
+
+
+def first_random(inner: optax.GradientTransformation) -> Step:
+  """Returns only the `init` of a method with random masks of an exact count, which reads no weight and ranks nothing.
+
+  Places are drawn as often as weights are kept, and then as often as places are missing, until all are different.
+  Every draw is uniform, and so is the mask over all masks of its count. Few draws suffice where little is kept.
+  """
+  def drawn(key, size):
+    keep = round((1 - SPARSITY) * size)
+    chunk = max(keep // 8, 1)  # about a twentieth of the first draws are repeated
+
+    def more(now):
+      mask, missing, key = now
+      key, use = jax.random.split(key)
+      place = jax.random.bits(use, (chunk,)) % np.uint32(size)
+      place = jnp.where(jnp.arange(chunk) < missing, place, np.uint32(size))
+      return _counted(mask.at[place].set(True, mode='drop'), keep, key)
+
+    key, use = jax.random.split(key)
+    place = jax.random.bits(use, (keep,)) % np.uint32(size)
+    start = _counted(jnp.zeros(size, bool).at[place].set(True, mode='promise_in_bounds'), keep, key)
+    return jax.lax.while_loop(lambda now: now[1] > 0, more, start)[0]
+
+  def init(params):
+    leaves = jax.tree.leaves(params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return [made(key, w.size).reshape(w.shape) for key, w in zip(keys, leaves)], inner.init(params)
+
+  made = jax.jit(drawn, static_argnums=1)
+  return Step(init, _no_update)
+
+
+def _counted(mask: jax.Array, keep: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the mask, how many places it misses, and the key."""
+  words = lax.bitcast_convert_type(mask.astype(jnp.uint8).reshape(-1, 4), jnp.uint32)
+  return mask, keep - jnp.sum(lax.population_count(words), dtype=jnp.int32), key
+
+
+def _no_update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+  raise NotImplementedError('benchmarks.beginnings: only the `init` of this method is by hand.')
+
+
+STARTS = {'a master and 2:4 masks, by hand': first_two_of_four, 'random masks, by hand': first_random}
