@@ -47,10 +47,9 @@ OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
 def scaled_matmul(x: Array, w: Scaled, *, implementation: str | None = None, explain: bool = False) -> Any:
   """Returns `x [..., K]` times the quantized weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  The weights are rounded numbers of the dtype of `w.values`. They are computed in the program, and the op of the packed
-  array multiplies by them with this `implementation`. Up to 4 tokens by blocks of one output (`Block((k, 1))`) run by
-  their own matvec (Zeng et al. 2024, GQSA, 2412.17560), 'xla', in which one scale a block multiplies the sum of the
-  block. The result is differentiable in `x` and in `w.values`, the scales. `explain=True` returns the choice of each
+  The program computes the rounded weights in the dtype of `w.values`, and the op of the packed array multiplies by the
+  rounded weights with this `implementation`. Up to 4 tokens by blocks of one output, `Block((k, 1))`, have a matvec
+  'xla' of their own (Zeng et al. 2024, GQSA, 2412.17560). There, one scale multiplies the sum of a block. The result is differentiable in `x` and in `w.values`, the scales. `explain=True` returns the choice of each
   platform. Raises `ValueError` with the `refusal` of `x` and `w`.
   """
   if reason := scaled_refusal(x, w):

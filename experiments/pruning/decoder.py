@@ -1,7 +1,7 @@
 """Trains a byte-level decoder of 10.8M parameters and judges pruned copies of it by their loss on held-out text.
 
-The text is Tiny Shakespeare, where a folder has it, and the sources of the standard library. One module in eighty is
-held out, in the order of their names. Of Shakespeare the test split is held out.
+The text is Tiny Shakespeare, where a folder has it, and the sources of the standard library. The first of
+eighty modules is held out, and so on, in the order of the names. Of Shakespeare the test split is held out.
 """
 
 import functools
