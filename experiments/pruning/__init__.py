@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   def work() -> Any:
     with StopRequest() as request:
       return run(given.table, given.workdir, given.data_dir, recipes=given.recipes.split(','),
-                 patterns=given.patterns.split(','), seeds=[int(seed) for seed in given.seeds.split(',')], steps=given.steps,
-                 request=request)
+                 patterns=given.patterns.split(','), seeds=[int(seed) for seed in given.seeds.split(',')],
+                 steps=given.steps, request=request)
 
   return commands.attempt(work, given.workdir, commands.command('pruning', arguments), given.traceback).status
 

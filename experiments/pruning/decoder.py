@@ -47,8 +47,8 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
   """
   texts, names = split_texts(data_dir)
   windows = {split: _windows(content) for split, content in texts.items()}
-  outcome = training.run(configs.complete({**config, 'steps': steps, 'data': _file(workdir / 'text.txt', texts)}), workdir / 'training',
-                         request)
+  whole = configs.complete({**config, 'steps': steps, 'data': _file(workdir / 'text.txt', texts)})
+  outcome = training.run(whole, workdir / 'training', request)
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.parameters(outcome['dense']))
   model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
   apply = lambda params, tokens: model.apply({'params': params}, tokens)

@@ -34,11 +34,11 @@ MOST = 8  # bits of a code
 class Scaled(arrays.PackedArray):
   """A `Scaled` stores the kept weights of a packed array, or all weights of a dense one, as codes and scales.
 
-  The weights of one matrix are seen as `[entries, channels]`. A channel is an output of an N:M or ELL array, or a
-  block of a `BlockSparseArray`. Of a dense array, a channel is a row along the last axis. Other arrays are one channel. `values` holds the
-  scales, `[..., tiles, channels or 1]`: each tile of consecutive entries has its own. `zero` is `None`, or has
-  the shape of `values`, and holds the code of zero. A weight is `values * (number - zero)`, where `number` is
-  `low + code`, or entry `code` of `table` for numbers that are not evenly spaced.
+  The weights of one matrix are seen as `[entries, channels]`. A channel is an output of an N:M or ELL array, or a block
+  of a `BlockSparseArray`. Of a dense array, a channel is a row along the last axis. Other arrays are one channel.
+  `values` holds the scales, `[..., tiles, channels or 1]`: each tile of consecutive entries has its own. `zero` is
+  `None`, or has the shape of `values`, and holds the code of zero. A weight is `values * (number - zero)`, where
+  `number` is `low + code`, or entry `code` of `table` for numbers that are not evenly spaced.
 
   Codes have `bits` bits each. Every 8 consecutive entries become `bits` bytes of `codes`, as in `NMArray.indices`.
   `held` is the packed array without its values, `None` for a dense array. `entries` is the shape of the values of one
@@ -63,8 +63,9 @@ class Scaled(arrays.PackedArray):
     """Returns the packed or dense array with quantized weights. Each matrix of a stack is quantized by itself.
 
     `quantize(matrix)` gets the weights of one matrix, `[entries, channels]`. The result has `qvalue`, `scale` and,
-    perhaps, `zero_point`, as that of `qwix.quantize`, and of the `quant` of an AQT quantizer. `table` holds the numbers that `qvalue` counts, for nf4. Raises `ValueError` for traced weights, for codes of more than 8 bits,
-    and for a quantizer that turns stored zeros into other numbers.
+    perhaps, `zero_point`, as that of `qwix.quantize`, and of the `quant` of an AQT quantizer. `table` holds the numbers
+    that `qvalue` counts, for nf4. Raises `ValueError` for traced weights, for codes of more than 8 bits, and for a
+    quantizer that turns stored zeros into other numbers.
     """
     if isinstance(weights, Scaled):
       raise ValueError('Scaled.of: the array is quantized already; give the array before.')
@@ -225,9 +226,9 @@ def _coded(numbers: Array) -> tuple[Array, int, int, tuple[float, ...]]:
 def _refuse_lost_zeros(values: Array, rounded: Array) -> None:
   lost = int(jnp.sum((values == 0) & (rounded != 0)))
   if lost:
-    raise arrays.Misfit('Scaled.of', values.shape, f'the quantizer turns {lost} stored zeros into other numbers, as AQT '
-                        'with one bit does, which has no zero, and GPTQ after pruning, which moves all weights. Take a '
-                        'quantizer that keeps zeros, or round inside of the repair, as repairs.columns(quantize=) does.')
+    raise arrays.Misfit('Scaled.of', values.shape, f'the quantizer turns {lost} stored zeros into other numbers, as '
+                        'AQT with one bit does, which has no zero, and GPTQ after pruning, which moves all weights. Take a '
+                        'quantizer that keeps zeros, or round inside of the repair: repairs.columns(quantize=).')
 
 
 def _refuse_wide(bits: int) -> None:
