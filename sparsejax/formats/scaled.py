@@ -226,9 +226,10 @@ def _coded(numbers: Array) -> tuple[Array, int, int, tuple[float, ...]]:
 def _refuse_lost_zeros(values: Array, rounded: Array) -> None:
   lost = int(jnp.sum((values == 0) & (rounded != 0)))
   if lost:
-    raise arrays.Misfit('Scaled.of', values.shape, f'the quantizer turns {lost} stored zeros into other numbers, as '
-                        'AQT with one bit does, which has no zero, and GPTQ after pruning, which moves all weights. Take a '
-                        'quantizer that keeps zeros, or round inside of the repair: repairs.columns(quantize=).')
+    raise arrays.Misfit('Scaled.of', values.shape, (
+        f'the quantizer turns {lost} stored zeros into other numbers, as AQT with one bit does, which has no zero, and '
+        'GPTQ after pruning, which moves all weights. Take a quantizer that keeps zeros, or round inside of the '
+        'repair: repairs.columns(quantize=).'))
 
 
 def _refuse_wide(bits: int) -> None:
