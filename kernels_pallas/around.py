@@ -3,8 +3,8 @@
     y = scaled_matmul(x, formats.Scaled.of(packed, quantize))     # x times codes and scales
     y = wrapped_matmul(x, wrapped)                                # x times three factors, one after the other
 
-Both end in the op of the packed array that they hold. A `Scaled` of blocks of one output, as in GQSA, has a matvec of its
-own: each block is multiplied as whole numbers, and scaled once.
+Both end in the op of the packed array that they hold. A `Scaled` of blocks of one output, as in GQSA, has a matvec of
+its own: each block is multiplied as whole numbers, and scaled once.
 """
 
 import dataclasses
@@ -47,11 +47,11 @@ OPS = {  # by kind of format; `OPS[kind] = Op(multiply, refusal)` adds one
 def scaled_matmul(x: Array, w: Scaled, *, implementation: str | None = None, explain: bool = False) -> Any:
   """Returns `x [..., K]` times the quantized weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.
 
-  The weights are rounded numbers of the dtype of `w.values`. They are computed in the program, and the op of the packed
-  array multiplies by them with this `implementation`. Up to 4 tokens by blocks of one output (`Block((k, 1))`) run by
-  their own matvec (Zeng et al. 2024, GQSA, 2412.17560), 'xla', in which one scale a block multiplies the sum of the
-  block. The result is differentiable in `x` and in `w.values`, the scales. `explain=True` returns the choice of each
-  platform. Raises `ValueError` with the `refusal` of `x` and `w`.
+  The program computes the rounded weights in the dtype of `w.values`. The op of the packed array then multiplies with
+  this `implementation`. Up to 4 tokens by blocks of one output, `Block((k, 1))`, have a matvec 'xla' of their own (Zeng
+  et al. 2024, GQSA, 2412.17560). In this matvec, one scale multiplies the sum of a block. The result is differentiable
+  in `x` and in `w.values`, the scales. `explain=True` returns the choice of each platform. Raises `ValueError` with the
+  `refusal` of `x` and `w`.
   """
   if reason := scaled_refusal(x, w):
     raise ValueError(f'scaled_matmul: {reason}.')

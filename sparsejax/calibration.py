@@ -113,7 +113,7 @@ def wide(x: Array) -> Array:
 
 
 def _zeroed(rows: Rows) -> Array:
-  """Returns `x` in the dtype of its sums, with zeros in the place of rows that count for no matrix: NaN in padding is no NaN."""
+  """Returns `x` in the dtype of its sums, with zeros for rows that count for no matrix: NaN in padding is no NaN."""
   anywhere = jnp.any(rows.counted, 0)
   return jnp.where(anywhere[None, :, None], wide(rows.x), 0)
 

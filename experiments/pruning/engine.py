@@ -20,12 +20,14 @@ import numpy as np
 import sparsejax
 from experiments.loop import outcomes, training
 from experiments.loop.stopping import StopRequest
+from experiments.pruning import quantised
 from experiments.pruning.subjects import Subject
 from experiments.sweep.ledger import Ledger, Line
-from sparsejax import patterns, recipes, sensitivities
+from sparsejax import formats, patterns, recipes, sensitivities
 from sparsejax.post_training import Recipe
 
 DENSE = 'dense'
+OWN = 'own'  # the pattern of a form, which says its pattern itself
 PATTERNS = ('0.5', '0.6', '0.7', '2:4')
 DIGITS = 5  # of the scores that a line keeps
 
@@ -60,7 +62,7 @@ class Bench:
 
   def subject(self, seed: int) -> Subject:
     if seed != self._seed:
-      self._seed, self._subject, self._sensitivity = seed, self._make(seed), None
+      self._seed, self._subject, self._sensitivity, self._forms = seed, self._make(seed), None, None
     return self._subject
 
   def sensitivity(self, seed: int) -> Mapping[str, float]:
@@ -71,6 +73,12 @@ class Bench:
       self._sensitivity = sensitivities.zeroth_order(own.loss, own.params, own.batches[:1], jax.random.key(seed),
                                                      where=own.where)
     return self._sensitivity
+
+  def forms(self, seed: int) -> quantised.Forms:
+    """Returns what the quantised forms of a subject share."""
+    own = self.subject(seed)
+    self._forms = self._forms or quantised.Forms(own)
+    return self._forms
 
   def progress(self, cell: Cell) -> Callable[[str], None]:
     """Returns the function that `prune` tells each finished matrix, and that stops where a signal asks for it."""
@@ -101,13 +109,17 @@ def _ran(bench: Bench, cell: Cell, folder: Any) -> dict[str, Any]:
   own, line = bench.subject(cell.seed), {**cell._asdict(), 'environment': outcomes.environment()}
   began, worked = time.monotonic(), time.process_time()
   params, found = own.params, {}
-  if cell.recipe != DENSE:
+  if cell.pattern == OWN:
+    made = quantised.FORMS[cell.recipe](bench.forms(cell.seed))
+    params = quantised.dense_of(made)
+    found = {'bits': quantised.bits_of(made, own), 'file': quantised.file_share(made, own)}
+  elif cell.recipe != DENSE:
     try:
       made = sparsejax.prune(own.apply, own.params, own.batches, recipe_of(cell, bench), where=own.where,
                              valid=own.valid, workdir=folder, progress=bench.progress(cell))
     except ValueError as error:
       return {**line, 'status': 'refused', 'reason': ' '.join(str(error).split())}
-    params, rows = made.params, made.report.rows
+    params, rows = formats.unpack(made.params), made.report.rows  # `armor` returns packed leaves
     mean = lambda name: float(np.mean([getattr(row, name) for row in rows]))
     found = {'achieved': made.report.achieved, 'rows': min(row.rows for row in rows), 'before': mean('before'),
              'after': mean('after'), 'damping raised': sum(row.raised for row in rows)}

@@ -69,9 +69,8 @@ class Forms:
     return self.packed(self.pruned('sparsegpt').params)
 
 
-def expanded(forms: Forms) -> PyTree:
-  """REx: a second term of four bits for half of the channels. The tree has the sums; the bytes are those of the terms.
-  """
+def expanded(forms: Forms) -> 'Summed':
+  """Returns the form of REx: a second term of four bits for half of the channels. The bytes are those of all terms."""
   packed = forms.half()
   paths, leaves, structure = trees.flatten(packed, is_leaf=formats.is_packed)
   terms = [quantized.expanded(leaf, qwix('int4'), 2, 0.5) if formats.is_packed(leaf) else leaf for leaf in leaves]
@@ -87,7 +86,9 @@ class Summed:
 
 
 def by_programme(forms: Forms, budget: float = 3.0) -> Summed:
-  """CalibTIP: bits of each matrix by integer programming, at `budget` bits a kept weight; errors are those of the runs.
+  """Returns the form of CalibTIP: integer programming chooses the bits of each matrix, `budget` bits a kept weight.
+
+  The cost of a choice is the relative error of the matrix in a sweep with all matrices at these bits.
   """
   made = {bits: forms.pruned('rounded', bits) for bits in BITS}
   rows = {bits: {row.path: row for row in each.report.rows} for bits, each in made.items()}
@@ -108,20 +109,23 @@ def _grid_bits(bits: int, kept: float, outputs: int) -> float:
 
 
 def rounded(bits: int, forms: Forms) -> Summed:
-  """One sweep that prunes to 2:4 and rounds to `bits` bits, each error compensated in the columns behind."""
+  """Returns the form of one sweep that prunes to 2:4 and rounds to `bits` bits, and compensates for both."""
   made = forms.pruned('rounded', bits)
   sizes = [(row.shape[1] * row.shape[2] / 2, row.shape[1]) for row in made.report.rows]
   return Summed(made.params, round(sum(_grid_bits(bits, kept, outputs) for kept, outputs in sizes) / 8))
 
 
 def blockwise(forms: Forms) -> PyTree:
-  """BCT: every matrix and table in blocks of four bits."""
+  """Returns the form of BCT: every matrix and table in blocks of four bits."""
   dense = lambda path, leaf: getattr(leaf, 'ndim', 0) > 1
   return quantized.tree(forms.half(), qwix('int4', TILE), where=dense)
 
 
 def distilled(start: bool, forms: Forms) -> PyTree:
-  """ZeroQ: SparseGPT on token vectors that give the layer norms the statistics of the text; with `start`, on noise."""
+  """Returns the form of ZeroQ: SparseGPT on token vectors that give the layer norms the statistics of the text.
+
+  With `start`, the token vectors are the noise from which the distillation starts.
+  """
   own, (count, length) = forms.own, (64, 24)
   tokens = jnp.arange(1, count * length + 1).reshape(count, length)
   table = jnp.asarray(own.params['token_embed']['embedding'])
@@ -155,7 +159,7 @@ def on_values(make: Callable[[], Any], table: tuple[float, ...] = ()) -> Callabl
 
 
 def groups(forms: Forms) -> PyTree:
-  """GQSA: half of the groups of 16 inputs of each output, four bits, a scale for each group."""
+  """Returns the form of GQSA: half of the groups of 16 inputs of each output, four bits, a scale for each group."""
   return quantized.tree(forms.packed(forms.pruned('gqsa').params, sj.Block((16, 1))), qwix('int4'))
 
 

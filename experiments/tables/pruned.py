@@ -31,6 +31,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, dict[str, Metric]] = {
     'encoder': {'cosine': Metric('cosine', 1, False), 'accuracy': Metric('probe, %', 100, True)},
     'decoder': {'nats': Metric('nats a byte', 1, True)}}
+METRICS['quantised'] = METRICS['encoder']
 
 
 def page(table: str, lines: Sequence[Line], workdir: pathlib.Path) -> pages.Page:
@@ -45,8 +46,14 @@ def page(table: str, lines: Sequence[Line], workdir: pathlib.Path) -> pages.Page
     columns |= _columns(name, metric, dense)
   if table == 'decoder':
     columns['perplexity'] = lambda line: f'{np.exp(np.mean(line["scores"]["nats"])):.3f}'
-  columns |= {'before': lambda line: _number(line, 'before'), 'after': lambda line: _number(line, 'after'),
-              'rows': lambda line: str(line.get('rows', '-')), 'CPU s': lambda line: f'{line["cpu"]:.0f}'}
+  if table == 'quantised':
+    del columns['pattern']
+    columns |= {'bits a weight': lambda line: f'{line["bits"]:.2f}' if 'bits' in line else '-',
+                'file, %': lambda line: f'{100 * line["file"]:.1f}' if 'file' in line else '-'}
+  else:
+    columns |= {'before': lambda line: _number(line, 'before'), 'after': lambda line: _number(line, 'after'),
+                'rows': lambda line: str(line.get('rows', '-'))}
+  columns['CPU s'] = lambda line: f'{line["cpu"]:.0f}'
   return pages.Page('pruned', [pages.table(columns, done)], [*_facts(done), NOTE, *_refused(lines)],
                     {'table': table, 'cells': [dict(line) for line in lines]},
                     lambda path: draw(table, done, path))
@@ -62,17 +69,18 @@ def announced(table: str, line: Line) -> str:
 
 
 def draw(table: str, lines: Sequence[Line], path: pathlib.Path) -> None:
-  """Draws each metric over the sparsity, a curve for each recipe, with the dense model as a line."""
+  """Draws each metric over the sparsity, a curve for each recipe, or over the bits; the dense model is a line."""
+  across = 'bits' if table == 'quantised' else 'achieved'
   with plot.saved(path, 1, len(METRICS[table]), figsize=(6 * len(METRICS[table]), 4.5)) as axes:
     for axis, (name, metric) in zip(axes.flat, METRICS[table].items()):
       mean = lambda line, name=name, scale=metric.scale: scale * np.mean(line['scores'][name])
       for recipe in dict.fromkeys(line['recipe'] for line in lines if line['pattern']):
         own = [line for line in lines if line['recipe'] == recipe and ':' not in line['pattern']]
-        plot.trade_off([line['achieved'] for line in own], list(map(mean, own)), axis=axis, linestyle='-', label=recipe)
+        plot.trade_off([line[across] for line in own], list(map(mean, own)), axis=axis, linestyle='-', label=recipe)
       for line in lines:
         if not line['pattern']:
           axis.axhline(mean(line), color='gray', linestyle=':')
-      axis.set_xlabel('sparsity')
+      axis.set_xlabel('bits a weight' if table == 'quantised' else 'sparsity')
       axis.set_ylabel(metric.head)
       axis.legend(fontsize='small')
 

@@ -39,8 +39,10 @@ from sparsejax.progress import counted
 from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
-    'AROUND', 'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray', 'PackedArray', 'Packing',
-    'RelativeIndexArray', 'Scaled', 'Sparse24Array', 'Wrapped', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed', 'matmul', 'nbytes',
+    'AROUND', 'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray', 'PackedArray',
+    'Packing',
+    'RelativeIndexArray', 'Scaled', 'Sparse24Array', 'Wrapped', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed',
+    'matmul', 'nbytes',
     'pack', 'packings', 'unfit', 'unpack', 'values', 'with_axes', 'with_values',
 ]
 

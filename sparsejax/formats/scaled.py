@@ -5,8 +5,8 @@
     small.codes, small.values             # four bits a kept weight; the scales, which can be trained
     small.opened()                        # the `NMArray` again, of rounded weights: the zeros are exact
 
-The quantizer comes from the user: Qwix, AQT, or any function. It does not see pruned weights, so that these stay exactly
-zero even if the quantizer has no zero. Zeros that the format stores, such as padding, have to stay zero as well.
+The quantizer comes from the user: Qwix, AQT, or any function. Pruned weights are not shown to the quantizer, so that
+pruned weights stay exactly zero even if the quantizer has no zero. Zeros that the format stores have to stay zero too.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ MOST = 8  # bits of a code
 class Scaled(arrays.PackedArray):
   """A `Scaled` stores the kept weights of a packed array, or all weights of a dense one, as codes and scales.
 
-  The weights of one matrix are seen as `[entries, channels]`. A channel is an output of an N:M or ELL array, a block of
-  a `BlockSparseArray`, a row along the last axis of a dense array, and otherwise the whole array. `values` holds the
-  scales, `[..., tiles, channels or 1]`: each tile of consecutive entries has its own. `zero` is `None`, or has
-  the shape of `values`, and holds the code of zero. A weight is `values * (number - zero)`, where `number` is
-  `low + code`, or entry `code` of `table` for numbers that are not evenly spaced.
+  The weights of one matrix are seen as `[entries, channels]`. A channel is an output of an N:M or ELL array, or a block
+  of a `BlockSparseArray`. Of a dense array, a channel is a row along the last axis. Other arrays are one channel.
+  `values` holds the scales, `[..., tiles, channels or 1]`: each tile of consecutive entries has its own. `zero` is
+  `None`, or has the shape of `values`, and holds the code of zero. A weight is `values * (number - zero)`, where
+  `number` is `low + code`, or entry `code` of `table` for numbers that are not evenly spaced.
 
   Codes have `bits` bits each. Every 8 consecutive entries become `bits` bytes of `codes`, as in `NMArray.indices`.
   `held` is the packed array without its values, `None` for a dense array. `entries` is the shape of the values of one
@@ -62,10 +62,10 @@ class Scaled(arrays.PackedArray):
   def of(cls, weights: arrays.PackedArray | Array, quantize: Quantizer, table: tuple[float, ...] = ()) -> 'Scaled':
     """Returns the packed or dense array with quantized weights. Each matrix of a stack is quantized by itself.
 
-    `quantize(matrix)` gets the weights of one matrix, `[entries, channels]`. It returns an object with `qvalue`,
-    `scale` and, perhaps, `zero_point` or `bias`, as `qwix.quantize` does, and the `quant` of an AQT quantizer. `table`
-    holds the numbers that `qvalue` counts, for nf4. Raises `ValueError` for traced weights, for codes of more than 8 bits,
-    and for a quantizer that turns stored zeros into other numbers.
+    `quantize(matrix)` gets the weights of one matrix, `[entries, channels]`. The result has `qvalue`, `scale` and,
+    perhaps, `zero_point`, as that of `qwix.quantize`, and of the `quant` of an AQT quantizer. `table` holds the numbers
+    that `qvalue` counts, for nf4. Raises `ValueError` for traced weights, for codes of more than 8 bits, and for a
+    quantizer that turns stored zeros into other numbers.
     """
     if isinstance(weights, Scaled):
       raise ValueError('Scaled.of: the array is quantized already; give the array before.')
@@ -83,12 +83,7 @@ class Scaled(arrays.PackedArray):
     stored = neighbours.encoded(codes, 1 << bits, codes.ndim - 2)
     made = cls(scale.astype(values.dtype), stored, zero, held, entries, bits, low, table,
                None if held is None else held.roles)
-    rounded = made.opened()
-    lost = int(jnp.sum((values == 0) & ((rounded if held is None else rounded.values) != 0)))
-    if lost:
-      raise arrays.Misfit('Scaled.of', values.shape, f'the quantizer turns {lost} of its stored zeros into other numbers, '
-                          'as AQT with one bit does, which has no zero, and GPTQ after pruning, which moves all weights. '
-                          'Take a quantizer that keeps zeros, or round inside of the repair: repairs.columns(quantize=).')
+    _refuse_lost_zeros(values, made.opened() if held is None else made.opened().values)
     return made
 
   @property
@@ -228,10 +223,19 @@ def _coded(numbers: Array) -> tuple[Array, int, int, tuple[float, ...]]:
   return codes, bits, 0, tuple(np.pad(values, (0, (1 << bits) - len(values)), mode='edge').tolist())
 
 
+def _refuse_lost_zeros(values: Array, rounded: Array) -> None:
+  lost = int(jnp.sum((values == 0) & (rounded != 0)))
+  if lost:
+    raise arrays.Misfit('Scaled.of', values.shape, (
+        f'the quantizer turns {lost} stored zeros into other numbers, as AQT with one bit does, which has no zero, and '
+        'GPTQ after pruning, which moves all weights. Take a quantizer that keeps zeros, or round inside of the '
+        'repair: repairs.columns(quantize=).'))
+
+
 def _refuse_wide(bits: int) -> None:
   if bits > MOST:
-    raise ValueError(f'Scaled.of: the quantizer gives numbers that need {bits} bits, and at most {MOST} are stored. Ask '
-                     'it for fewer bits.')
+    raise ValueError(f'Scaled.of: the quantizer gives numbers of {bits} bits, and at most {MOST} are stored. Ask the '
+                     'quantizer for fewer bits.')
 
 
 # The values of one matrix as `[entries, channels]`.

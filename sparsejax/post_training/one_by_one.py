@@ -36,8 +36,8 @@ def removals(w: Array, kept: Array, inverse: Array, *, width: int = 1, group: tu
   Each step removes the unit whose removal costs least, `w_B [H^-1]_BB^-1 w_B / 2`, and compensates. Ties go to the
   lower index. Weights that are not `kept` go first. With `group`, (n, m), at least n of each m neighbours stay.
   `inverse` is the inverse Hessian, `[K, K]`. `rows`: how many rows are computed at a time. The inverse of each row lags
-  behind by up to 32 updates of rank one, which one product of matrices makes up for: memory is passed over 32 times less
-  often than by the updates of the authors' code, with the same numbers up to rounding.
+  behind by up to 32 updates of rank one, and one product of matrices makes up for them. Memory is passed over 32 times
+  less often than by the authors' updates, and the numbers are the same up to rounding.
   """
   units = w.shape[1] // width
   steps = units if group is None else units // group[1] * (group[1] - group[0])

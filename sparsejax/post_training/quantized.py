@@ -4,8 +4,8 @@
     finer = quantized.tree(packed, quantized.power(quantize))      # on a grid of powers: PowerQuant, NUPES
     terms = quantized.expanded(packed['w'], quantize, order=2)     # and a second term for what is left: REx
 
-`quantize(matrix)` gets the kept weights of one matrix, `[entries, channels]`, see `formats.Scaled`. It is a function of
-Qwix or AQT, or any other that returns `qvalue` and `scale`.
+`quantize(matrix)` gets the kept weights of one matrix, `[entries, channels]`, see `formats.Scaled`. Functions of Qwix
+and of AQT fit, and so does any other function that returns `qvalue` and `scale`.
 """
 
 from collections.abc import Sequence

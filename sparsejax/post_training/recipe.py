@@ -25,13 +25,12 @@ STACKED = Axes(contracted=(2,), output=(1,), layer=(0,), source='traced')  # the
 class Stack(NamedTuple):
   """A `Stack` holds the L matrices of one product on their way from dense to sparse; all arrays are `[L, R, K]`.
 
-  `dense`: the weights before pruning, `float32` or `float64`, which no repair changes. `w`: the present weights, zero outside of
-  `mask`. `mask`: `bool`, the weights that are kept so far. Weights that were pruned before the call are `False` from
-  the beginning and stay so.
-  `damping`: `float32[L]`, what the last repair added to the diagonal of the Gram matrix, relative to the diagonal's
-  mean over live inputs. NaN says that no factor was found at any damping; `prune` then raises and names the layer.
-  `raised`: `int32[L]`, how many times the damping was raised.
-  `factors`: `None`, or what `repairs.wrapped` writes the matrices as: `w` is then dense, and `mask` that of the core.
+  `dense`: the weights before pruning, `float32` or `float64`, which no repair changes. `w`: the present weights, zero
+  outside of `mask`. `mask`: `bool`, the weights that are kept so far. Weights that were pruned before the call are
+  `False` from the beginning and stay so. `damping`: `float32[L]`, what the last repair added to the diagonal of the
+  Gram matrix, relative to the diagonal's mean over live inputs. NaN says that no factor was found at any damping;
+  `prune` then raises and names the layer. `raised`: `int32[L]`, how many times the damping was raised. `factors`:
+  `None`, or what `repairs.wrapped` writes the matrices as: `w` is then dense, and `mask` that of the core.
   """
 
   dense: Array

@@ -19,6 +19,7 @@ from sparsejax.post_training import Recipe, repairs
 from sparsejax.types import Allocation, Pattern
 
 Patterns = Pattern | Mapping[str, Pattern]
+GROUPS = Block((16, 1), 0.5, balanced=True)  # of 16 inputs of one output
 Shares = Allocation | allocations.Ranked
 
 
@@ -114,8 +115,8 @@ def net_trim(sparsity: float | None = None, pattern: Patterns = Unstructured(0.5
 
 
 @checked
-def armor(sparsity: float | None = None, pattern: Patterns = NM(2, 4), *, block: int = 32, iterations: int = 3000, learning_rate: float = 1e-4,
-          seed: int = 0) -> Recipe:
+def armor(sparsity: float | None = None, pattern: Patterns = NM(2, 4), *, block: int = 32, iterations: int = 3000,
+          learning_rate: float = 1e-4, seed: int = 0) -> Recipe:
   """Writes each matrix as a 2:4 core between block-diagonal matrices: ARMOR (Liu et al. 2025, 2510.05528).
 
   `prune` returns the matrices as `formats.Wrapped`, without zeros. Deviations: see `wrapped.factorised`.
@@ -125,13 +126,13 @@ def armor(sparsity: float | None = None, pattern: Patterns = NM(2, 4), *, block:
 
 
 @checked
-def gqsa(sparsity: float | None = None, pattern: Patterns = Block((16, 1), 0.5, balanced=True), *, block: int = 128,
-         damping: float = 0.01, allocation: Shares = allocations.uniform) -> Recipe:
+def gqsa(sparsity: float | None = None, pattern: Patterns = GROUPS, *, block: int = 128, damping: float = 0.01,
+         allocation: Shares = allocations.uniform) -> Recipe:
   """Prunes groups of inputs of an output by Wanda's scores, and compensates: GQSA (Zeng et al. 2024, 2412.17560).
 
   The pruned half of the method; the values are then quantized with a scale for each group: `post_training.quantized`.
-  No code is public. Deviations: the weights are compensated by SparseGPT's sweep, where the paper trains the weights of
-  each block of layers by its outputs (`losses`), and then the scales alone, which `formats.values` gives.
+  No code is public. Deviation: SparseGPT's sweep compensates the kept weights. The paper trains the weights of each
+  block of layers by the outputs of the block, and then the scales alone, which `formats.values` gives.
   """
   return _recipe('gqsa', pattern, sparsity, allocation, repairs.columns(block, damping), score=scores.wanda,
                  statistic=calibration.gram)

@@ -1,4 +1,4 @@
-"""Tests the products with quantized and wrapped weights: those of the dense weight, by few tokens and by many."""
+"""Tests that products with quantized and wrapped weights equal those of the dense weight, by few tokens and by many."""
 
 from types import SimpleNamespace
 

@@ -73,7 +73,8 @@ def test_aqt_keeps_zeros_down_to_two_bits_and_is_refused_with_one(standard_promo
     dense = quantized.tree(packed, quantize(bits))['kernel'].to_dense()
     assert not np.any(np.asarray(dense)[params['kernel'] == 0])
   every = {'where': lambda path, leaf: leaf.ndim > 1}
-  assert not np.any(np.asarray(quantized.tree(params, quantize(4), **every)['kernel'].to_dense())[params['kernel'] == 0])
+  dense = np.asarray(quantized.tree(params, quantize(4), **every)['kernel'].to_dense())
+  assert not np.any(dense[params['kernel'] == 0])
   with pytest.raises(ValueError, match="'kernel'.*AQT with one bit"):
     quantized.tree(params, quantize(1), **every)
 
