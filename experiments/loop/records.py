@@ -59,7 +59,10 @@ class Records:
       if np.isfinite(mean):
         self._board.add_scalar(key, mean, step)
     for writer in self._writers:
-      writer(self._path.parent.name, step, means)
+      try:
+        writer(self._path.parent.name, step, means)
+      except Exception as error:
+        raise ValueError(f'config: a function of writers failed with {type(error).__name__}: {error}') from error
 
 
 def read(directory: str | os.PathLike) -> Iterator[dict[str, Any]]:
