@@ -43,7 +43,7 @@ class Own:
     return self._text
 
 
-def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
+def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ConfigDict:
   """Returns the config of the Python file at `path`, locked, after `overrides` (`'optimizer.learning_rate=3e-4'`).
 
   A key that the file leaves out has its value in `configs/default.py`. Raises `ValueError` for a file that is no
@@ -113,7 +113,7 @@ class _Encoder(CustomJSONEncoder):
     return _described(obj) if callable(obj) or isinstance(obj, np.ndarray) else super().default(obj)
 
 
-def module(path: str | os.PathLike) -> types.ModuleType:
+def module(path: str | os.PathLike[str]) -> types.ModuleType:
   """Returns the Python file at `path` as a module. Raises `ValueError` without a file or without its `get_config()`."""
   path = pathlib.Path(path)
   if not path.is_file():
@@ -127,7 +127,7 @@ def module(path: str | os.PathLike) -> types.ModuleType:
   return loaded
 
 
-def running(path: str | os.PathLike, code: Callable[[], Any]) -> Any:
+def running(path: str | os.PathLike[str], code: Callable[[], Any]) -> Any:
   """Returns `code()`, which runs code of the config file `path`. Raises `ValueError` for whatever `code` raises.
 
   The message has the file and the line at which the config failed, and the error.
