@@ -53,8 +53,8 @@ def whole(low: int) -> Test:
 
 
 def having(*names: str) -> Test:
-  """Returns the test for values with these attributes."""
-  return lambda value: all(hasattr(value, name) for name in names)
+  """Returns the test for values with these attributes. A class, which has them too, is no such value."""
+  return lambda value: not isinstance(value, type) and all(hasattr(value, name) for name in names)
 
 
 def one_of(*types: Any) -> Test:
@@ -108,13 +108,14 @@ BOOLS = Kind(f'{_SCHEDULE} that returns a bool, as in schedules.every(100)', cal
 FUNCTION = Kind('a function', callable)
 # `patterns.parse` answers what is no pattern, with the spellings that it knows.
 PATTERN = Kind("a pattern, as in sj.NM(2, 4), or its spelling, as in '2:4', or a dict of patterns by glob",
-               lambda value: hasattr(value, 'validate') or isinstance(value, (str, Mapping, tuple, list)))
+               lambda value: having('validate')(value) or isinstance(value, (str, Mapping, tuple, list)))
 ALLOCATION = Kind("an allocation, as in allocation.erk, allocation.named('erk') or allocation.custom({'**': 0.9})",
                   lambda value: having('normalise', 'score')(value) or callable(value))
 OPTIMIZER = Kind('an optimizer of optax, as in optax.adamw(1e-3)', having('init', 'update'))
 KEY = Kind("a PRNG key, as in jax.random.key(0), or starts.given('key')",
            lambda value: callable(value) or is_key(value))
-AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.apply, params, x)', one_of(Mapping))
+AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.apply, params, x)',
+            lambda value: isinstance(value, Mapping) and all(isinstance(path, str) for path in value))
 DRAWN = Kind('a PRNG key, as in jax.random.key(0)', is_key)
 # `trees.select` answers a glob that stands by itself.
 WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of bools", lambda value: not is_number(value))

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from sparsejax import conventions, errors
-from sparsejax.arguments import checked
+from sparsejax.arguments import checked, shown
 from sparsejax.conventions import path_name
 from sparsejax.globs import matches
 from sparsejax.types import Array, Axes, Bound, Predicate, PyTree
@@ -248,8 +248,8 @@ def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:
   """Returns one bool for each leaf of `tree` from `where`, a prefix of `tree`; raises `ValueError` for other values."""
   for value in jax.tree.leaves(where):  # a glob would count as `True` everywhere
     if not isinstance(value, (bool, np.bool_)):
-      raise ValueError(f'{function}: `where` holds {value!r}, which is no bool; '
-                       f'match paths with trees.named({value!r}).')
+      remedy = f'match paths with trees.named({value!r})' if isinstance(value, str) else 'give True or False for a leaf'
+      raise ValueError(f'{function}: `where` holds {shown(value)}, which is no bool; {remedy}.')
   try:
     return [bool(value) for value in jax.tree.leaves(jax.tree.broadcast(where, tree))]
   except ValueError as error:

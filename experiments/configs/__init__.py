@@ -43,7 +43,7 @@ class Own:
     return self._text
 
 
-def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
+def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ConfigDict:
   """Returns the config of the Python file at `path`, locked, after `overrides` (`'optimizer.learning_rate=3e-4'`).
 
   A key that the file leaves out has its value in `configs/default.py`. Raises `ValueError` for a file that is no
@@ -88,7 +88,7 @@ def _wrapped(given: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
   for key, argument in (('model', 'make'), ('data', 'splits')):
     value = wrapped.get(key, {})
     if not isinstance(value, Mapping | ConfigDict) or key == 'data' and 'train' in value:
-      wrapped[key] = {'name': OWN, argument: Own(value)}
+      wrapped[key] = {'name': OWN, argument: Own(value.to_dict() if isinstance(value, ConfigDict) else value)}
   return wrapped
 
 
@@ -100,7 +100,7 @@ def _described(value: Any) -> str:
     return ', '.join(f'{key}: {_described(part)}' for key, part in value.items())
   if isinstance(value, tuple | list):
     return ', '.join(map(_described, value))
-  named = value if hasattr(value, '__qualname__') else type(value)
+  named = value if hasattr(value, '__qualname__') and hasattr(value, '__module__') else type(value)
   return f'{named.__module__}.{named.__qualname__}'
 
 
@@ -113,7 +113,7 @@ class _Encoder(CustomJSONEncoder):
     return _described(obj) if callable(obj) or isinstance(obj, np.ndarray) else super().default(obj)
 
 
-def module(path: str | os.PathLike) -> types.ModuleType:
+def module(path: str | os.PathLike[str]) -> types.ModuleType:
   """Returns the Python file at `path` as a module. Raises `ValueError` without a file or without its `get_config()`."""
   path = pathlib.Path(path)
   if not path.is_file():
@@ -127,7 +127,7 @@ def module(path: str | os.PathLike) -> types.ModuleType:
   return loaded
 
 
-def running(path: str | os.PathLike, code: Callable[[], Any]) -> Any:
+def running(path: str | os.PathLike[str], code: Callable[[], Any]) -> Any:
   """Returns `code()`, which runs code of the config file `path`. Raises `ValueError` for whatever `code` raises.
 
   The message has the file and the line at which the config failed, and the error.
@@ -149,8 +149,8 @@ def _check(config: ConfigDict) -> None:
   if not whole or not seeds or len(set(seeds)) < len(seeds):
     raise ValueError(f'config: seeds={seeds!r} must be a tuple of different whole numbers, such as (0, 1, 2).')
   for key in ('steps', 'batch_size', 'measure_every', 'validate_every', 'checkpoint_every'):
-    if not isinstance(config[key], int) or config[key] < 1:
-      raise ValueError(f'config: {key}={config[key]!r} must be a whole number of at least 1.')
+    if type(config[key]) is not int or not 1 <= config[key] < 2**31:
+      raise ValueError(f'config: {key}={config[key]!r} must be a whole number from 1 to 2147483647.')
   if not isinstance(config['resume_changed'], bool):
     raise ValueError(f'config: resume_changed={config["resume_changed"]!r} must be True or False.')
   if not runs:

@@ -41,8 +41,9 @@ def own_batches(splits: Any, part: BatchPart, seed: int, valid_fraction: float, 
   if valid is None:
     reader, rows = read['train']
     read['train'], valid = ((reader, half) for half in images.held_out(len(rows), valid_fraction))
-  classes = num_classes or _classes(*read['train'])
-  return from_datasets(*ordered((read['train'], valid, read['test']), part, seed), classes, part.batch_size)
+  least, classes = (0, num_classes) if num_classes else _classes(*read['train'])
+  sets = ordered((read['train'], valid, read['test']), part, seed)
+  return from_datasets(*sets, classes, part.batch_size)._replace(least=least)
 
 
 def _split(name: str, split: Any) -> tuple[Reader, np.ndarray]:
@@ -51,13 +52,14 @@ def _split(name: str, split: Any) -> tuple[Reader, np.ndarray]:
     split = dict(zip(PAIRS[0], split))
   if isinstance(split, Mapping):
     arrays = _pair(name, split)
-    if (sizes := {len(array) for array in map(np.asarray, arrays)}) and len(sizes) > 1:
+    arrays = tuple(_array(name, each) for each in arrays)
+    if (sizes := {*map(len, arrays)}) and len(sizes) > 1:
       raise ValueError(f'data.load: inputs and labels of {name!r} have {" and ".join(map(str, sorted(sizes)))} rows; '
                        'give as many labels as inputs.')
-    inputs, labels = map(np.asarray, arrays)
+    inputs, labels = arrays
     count, reader = len(inputs), lambda rows: _prepared(inputs[rows], labels[rows])
   elif hasattr(split, '__getitem__') and hasattr(split, '__len__'):
-    count, reader = len(split), lambda rows: _prepared(*(np.stack(values) for values in zip(
+    count, reader = len(split), lambda rows: _prepared(*(_array(name, np.stack(values)) for values in zip(
         *(_pair(name, split[int(row)]) for row in rows))))
   else:
     raise ValueError(f'data.load: the split {name!r} is {_kind(split)}; give {FORM}.')
@@ -75,6 +77,22 @@ def _pair(name: str, values: Any) -> tuple[Any, Any]:
   raise ValueError(f'data.load: the split {name!r} holds {_kind(values)}; give {FORM}.')
 
 
+def _array(name: str, values: Any) -> np.ndarray:
+  """Returns values as an array. Raises `ValueError` for rows of different shapes, and for what is no real number."""
+  try:
+    array = np.asarray(values)
+  except ValueError as error:
+    raise ValueError(f'data.load: the split {name!r} holds rows of different shapes ({error}); pad them.') from error
+  real = array.dtype == bool or np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
+  if not real or not array.ndim:
+    raise ValueError(f'data.load: the split {name!r} holds {array.dtype}{[*array.shape]}; give real numbers, in an '
+                     'array with an axis of examples.')
+  if np.issubdtype(array.dtype, np.integer) and array.size and not -2**31 <= array.min() <= array.max() < 2**31:
+    raise ValueError(f'data.load: the split {name!r} holds whole numbers from {array.min()} to {array.max()}, which 32 '
+                     'bits do not hold; give smaller or floating numbers.')
+  return array
+
+
 def _prepared(inputs: np.ndarray, labels: np.ndarray) -> Batch:
   if inputs.dtype == np.uint8 and inputs.ndim == 4:
     inputs = inputs.astype(np.float32) / 255
@@ -85,13 +103,15 @@ def _narrow(array: np.ndarray) -> np.ndarray:
   return array.astype(np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32)
 
 
-def _classes(read: Callable[[np.ndarray], Batch], rows: np.ndarray) -> int:
-  """Returns the largest label plus one, or the size of the last axis of labels that are no integers."""
+def _classes(read: Callable[[np.ndarray], Batch], rows: np.ndarray) -> tuple[int, int]:
+  """Returns the smallest label, and the largest plus one, or 0 and the last axis' size of labels that are no integers.
+  """
   chunks = (read(rows[start:start + 1000])['labels'] for start in range(0, len(rows), 1000))
   first = next(chunks)
   if np.issubdtype(first.dtype, np.floating):
-    return first.shape[-1] if first.ndim > 1 else 1
-  return int(max(first.max(), *(labels.max() for labels in chunks), 0)) + 1
+    return 0, first.shape[-1] if first.ndim > 1 else 1
+  ends = [(int(labels.min()), int(labels.max())) for labels in (first, *chunks)]
+  return min(low for low, _ in ends), max(0, *(high for _, high in ends)) + 1
 
 
 def _kind(value: Any) -> str:

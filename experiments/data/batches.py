@@ -49,7 +49,7 @@ class Data(NamedTuple):
 
   `num_classes` is how many numbers a model returns for each label. For text it is the size of the vocabulary, for
   super-resolution the number of channels. `example` is one training batch of the whole batch size, as
-  `jax.ShapeDtypeStruct`.
+  `jax.ShapeDtypeStruct`. `least` is the smallest label of own data; below 0, labels are no classes.
   """
 
   train: Batches
@@ -57,6 +57,7 @@ class Data(NamedTuple):
   test: Batches
   num_classes: int
   example: dict[str, jax.ShapeDtypeStruct]
+  least: int = 0
 
 
 def from_datasets(train: grain.MapDataset, valid: grain.MapDataset, test: grain.MapDataset, num_classes: int,

@@ -59,7 +59,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       yield row, {'image': PIL.Image.fromarray(digits.images[row].astype(np.uint8)), 'label': int(digits.target[row])}
 
 
-def prepared(root: str | os.PathLike) -> Digits:
+def prepared(root: str | os.PathLike[str]) -> Digits:
   """Returns the builder, after writing the records under `root` if any record is missing or damaged.
 
   Concurrent processes may call `prepared` with the same `root`. Raises `ValueError` if `root` cannot be written to.

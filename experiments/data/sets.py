@@ -24,7 +24,7 @@ def cache_directory() -> pathlib.Path:
   return (cache if cache.is_absolute() else pathlib.Path.home() / '.cache') / 'sparsejax'
 
 
-def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike | None = None,
+def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike[str] | None = None,
          sequence_length: int | None = None, valid_fraction: float = 0.1, augment: bool = False,
          task: str = 'classification', splits: Any = None, num_classes: int | None = None,
          rows: slice = slice(None)) -> Data:

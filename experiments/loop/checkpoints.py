@@ -45,7 +45,7 @@ class State(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_(directory: str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
+def open_(directory: str | os.PathLike[str]) -> Iterator[ocp.CheckpointManager]:
   """Yields Orbax's manager of the checkpoints of one run, which keeps the newest `KEEP`.
 
   Unfinished checkpoints of a process that was killed are removed. Raises `OSError` if `directory` cannot be a folder.
@@ -121,7 +121,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: State,
   return None
 
 
-def check(directory: str | os.PathLike, like: State) -> None:
+def check(directory: str | os.PathLike[str], like: State) -> None:
   """Raises `ValueError` if the newest checkpoint in `directory` belongs to another model or recipe than `like`."""
   if not pathlib.Path(directory).exists():
     return
@@ -134,7 +134,7 @@ def check(directory: str | os.PathLike, like: State) -> None:
       raise refusal
 
 
-def newest(directory: str | os.PathLike) -> tuple[int, dict[str, Any] | None]:
+def newest(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any] | None]:
   """Returns step and meta of the newest checkpoint in `directory` whose meta is undamaged, or `(0, None)`."""
   if pathlib.Path(directory).is_dir():
     with open_(directory) as checkpoints:
@@ -263,7 +263,7 @@ def _saved_shapes(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, ja
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in zip(names, leaves)}
 
 
-def _mismatch(saved: dict[str, jax.ShapeDtypeStruct], like: State, directory: os.PathLike) -> ValueError | None:
+def _mismatch(saved: dict[str, jax.ShapeDtypeStruct], like: State, directory: os.PathLike[str]) -> ValueError | None:
   """Returns the error that refuses a checkpoint with the arrays `saved`, or `None` if the arrays match `like`."""
   names, leaves, _ = trees.flatten(jax.eval_shape(_keys_as_data, like._asdict()))
   expected = dict(zip(names, leaves))

@@ -30,7 +30,7 @@ def predictor(apply: Callable[[PyTree, Array], Array]) -> Predict:
 def scores(task: Task, predict: Predict, params: PyTree, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
   """Returns the task's score, under the score's name, and `loss`: each `float64[seeds]`.
 
-  Both are means over all labels of `batches`, each label with its weight.
+  Both are means over all labels of `batches`, each label with its weight. Raises `ValueError` without any.
   """
   total, sums = 0.0, 0.0
   for batch in batches:
@@ -38,6 +38,9 @@ def scores(task: Task, predict: Predict, params: PyTree, batches: Iterable[Batch
     of_batch, weight = sharding.gathered(_sums(task, outputs, batch['labels'], batch['weight']))
     sums += np.asarray(of_batch, np.float64)
     total += np.float64(weight)
+  if not total:
+    raise ValueError('evaluate: a split has no examples; own data need some for "valid" and "test", and a named set a '
+                     'larger data.valid_fraction.')
   score, loss = sums / total
   return {task.name: score, 'loss': loss}
 

@@ -34,7 +34,7 @@ class Records:
   TensorBoard event file, and to each of `writers` with the name of `directory`.
   """
 
-  def __init__(self, directory: str | os.PathLike, step: int, writers: Sequence[Writer] = ()):
+  def __init__(self, directory: str | os.PathLike[str], step: int, writers: Sequence[Writer] = ()):
     self._writers = writers
     self._path = pathlib.Path(directory) / FILE
     kept = [json.dumps(record) + '\n' for record in read(directory) if record['step'] <= step]
@@ -59,10 +59,13 @@ class Records:
       if np.isfinite(mean):
         self._board.add_scalar(key, mean, step)
     for writer in self._writers:
-      writer(self._path.parent.name, step, means)
+      try:
+        writer(self._path.parent.name, step, means)
+      except Exception as error:
+        raise ValueError(f'config: a function of writers failed with {type(error).__name__}: {error}') from error
 
 
-def read(directory: str | os.PathLike) -> Iterator[dict[str, Any]]:
+def read(directory: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
   """Yields the records of a run in order, up to the first line that a kill cut or that is damaged."""
   for record in lines(pathlib.Path(directory) / FILE):
     if not isinstance(record.get('step'), int):
@@ -82,7 +85,7 @@ def lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     yield record
 
 
-def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any] | None:
+def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
   """Returns the object in the JSON file `path`, or `None` if there is no file.
 
   Raises `ValueError` with the file's name and the `remedy` if the file holds anything else.
@@ -97,7 +100,7 @@ def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any] | None:
   return found
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
   """Writes `text` to the file `path` atomically: no reader, even after a kill, sees half of it."""
   path = pathlib.Path(path)
   part = path.with_name(path.name + '.part')
@@ -108,7 +111,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
   part.replace(path)
 
 
-def write_json(path: str | os.PathLike, tree: Any) -> None:
+def write_json(path: str | os.PathLike[str], tree: Any) -> None:
   """Writes `tree` as indented JSON, atomically. A float that is not finite becomes `null`: JSON has no NaN."""
   write_whole(path, json.dumps(_strict(tree), indent=2) + '\n')
 

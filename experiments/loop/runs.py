@@ -100,15 +100,19 @@ def prepare(config: ConfigDict, shared: Shared | None = None) -> Setup:
   made = {key: model._replace(initial=functools.partial(model.initial, seeds)) for key, model in made.items()}
   name, task = tasks.of_config(config)
   _refuse_accuracy_of_no_classes(name, config, sets[0])
+  for run, key in keys.items() if name == 'classification' else ():
+    _of_run(run, functools.partial(_refuse_too_few_outputs, made[key], sets[0]))
   return Setup(config, layout, name, task, sets, {run: made[key] for run, key in keys.items()})
 
 
 def _of_run(name: str, make: Callable[[], Made]) -> Made:
-  """Returns `make()`. Raises the `ValueError` of `make` with the name of the run, for which the config is refused."""
+  """Returns `make()`. Raises `ValueError` with the name of the run for what `make`, or the user's code, raises."""
   try:
     return make()
   except ValueError as error:
     raise ValueError(f'config, run {name!r}: {error}') from error
+  except (TypeError, IndexError, KeyError, AttributeError) as error:  # The user's model, loss or score cannot be run.
+    raise ValueError(f'config, run {name!r}: {type(error).__name__}: {error}') from error
 
 
 def _data_key(config: ConfigDict) -> tuple[Any, ...]:
@@ -159,7 +163,7 @@ def build(setup: Setup, directories: Mapping[str, pathlib.Path], tickets: Mappin
     jitted = jax.jit(step, out_shardings=(kept, seen, seen), donate_argnums=0)
     peak = _peak(setup, name)
     lowered, compiled = shared.of('step', (_program_key(setup, name), paths, name in tickets), functools.partial(
-        _lowered, jitted, state, batch(setup, 0), np.int32(0), peak))
+        _of_run, name, functools.partial(_lowered, jitted, state, batch(setup, 0), np.int32(0), peak)))
     rate, _ = _inner(setup, name, peak)
     runs[name] = Run(name, directories[name], model, start, state, lowered, compiled, peak, rate, paths)
   return runs
@@ -183,9 +187,21 @@ def _program_key(setup: Setup, name: str) -> tuple[Any, ...]:
 
 def _refuse_accuracy_of_no_classes(task: str, config: ConfigDict, first: data.Data) -> None:
   labels = first.example['labels']
+  if task == 'classification' and first.least < 0:
+    raise ValueError(f'config: the smallest label is {first.least}, and classes begin at 0; give other labels, or a '
+                     'loss and a score of your own as config.loss and config.score.')
   if task == 'classification' and not jnp.issubdtype(labels.dtype, jnp.integer):
     raise ValueError(f'config: the labels are {labels.dtype}{list(labels.shape)}, which are no classes; give a loss '
                      'and a score of your own as config.loss and config.score.')
+
+
+def _refuse_too_few_outputs(model: Model, first: data.Data) -> None:
+  """Raises `ValueError` if the model returns fewer numbers than there are classes: the loss would be NaN."""
+  params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), jax.eval_shape(model.initial))
+  outputs, labels = jax.eval_shape(model.apply, params, first.example['inputs']), first.example['labels']
+  if outputs.shape[:-1] != labels.shape or outputs.shape[-1] < first.num_classes:
+    raise ValueError(f'the model returns {[*outputs.shape]}, and {first.num_classes} classes of labels '
+                     f'{[*labels.shape]} need {[*labels.shape, first.num_classes]}.')
 
 
 def batch(setup: Setup, step: int) -> data.Batch:
@@ -205,7 +221,11 @@ def _model(section: Mapping[str, Any], first: data.Data, layout: sharding.Layout
   example = first.example['inputs']
   apply = lambda params, inputs: module.apply({'params': params}, inputs)
   params = jax.eval_shape(module.init, jax.random.key(0), example)['params']
+  if not jax.tree.leaves(params):
+    raise ValueError('the model has no floating parameter, so that there is nothing to train.')
   contractions = sparsejax.contractions(apply, params, example)
+  if not contractions:
+    raise ValueError('the model multiplies no parameter with anything, so that there is nothing to prune.')
   convolutional = any(axes.spatial for axes in contractions.values())
   # Accelerators, and devices that share a batch, are faster with all seeds in one operation.
   loops = not convolutional and layout.mesh.size == 1 and jax.default_backend() == 'cpu'

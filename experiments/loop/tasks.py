@@ -98,6 +98,10 @@ def _own(key: str, function: Callable[[Array, Array], Array]) -> Measure:
     if jnp.ndim(values) == 0 or len(values) != len(labels):
       raise ValueError(f'config: {key} returns shape {jnp.shape(values)} for {len(labels)} labels; it must return one '
                        'number for each example, because the last batch of a split is padded. Leave its mean out.')
+    dtype = jnp.result_type(values)
+    if key == 'loss' and not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(f'config: loss returns {dtype}, which has no gradient; return floating numbers.')
+    values = values if jnp.issubdtype(dtype, jnp.floating) else values.astype(jnp.float32)
     if weight is not None and weight.shape != values.shape:  # A number an example beside a weight a label, or reverse.
       values, weight = (array.reshape(len(labels), -1).mean(1) for array in (values, weight))
     return _mean(values, weight)

@@ -116,7 +116,7 @@ def embed(params: Params, tokens: Array, mask: Array) -> Array:
 # The pretrained files.
 
 
-def folder(path: str | os.PathLike | None = None) -> pathlib.Path:
+def folder(path: str | os.PathLike[str] | None = None) -> pathlib.Path:
   """Returns the folder of `model.safetensors`, `config.json` and `tokenizer.json`: `path`, or that of `PACKAGE`.
 
   Raises `ValueError` if the package or a file is missing.
@@ -136,7 +136,7 @@ def folder(path: str | os.PathLike | None = None) -> pathlib.Path:
   return path
 
 
-def load_pretrained(path: str | os.PathLike | None = None) -> Params:
+def load_pretrained(path: str | os.PathLike[str] | None = None) -> Params:
   """Returns the parameters of `MiniLM` without its head, as `float32` NumPy arrays, from the files in `folder(path)`.
 
   The pooler and the list of position numbers are left out, because sentence embeddings use neither. Raises `ValueError`

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                                                                request=request), load)
 
 
-def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> tuple[ConfigDict, dict[str, Any]]:
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[ConfigDict, dict[str, Any]]:
   """Returns the config of the Python file at `path` and the grid of its `get_sweep()`, after `overrides`.
 
   `sweep.KEY=VALUE` changes the grid. A file without `get_sweep` has the grid of its recipes alone. Raises `ValueError`
@@ -70,7 +70,7 @@ def _override(text: str) -> tuple[str, Any]:
                      f'{PREFIX}cpu_hours=2.') from None
 
 
-def run(config: ConfigDict | Mapping[str, Any] | str | os.PathLike, workdir: str | os.PathLike,
+def run(config: ConfigDict | Mapping[str, Any] | str | os.PathLike[str], workdir: str | os.PathLike[str],
         grid: Mapping[str, Any] | None = None, *, request: StopRequest | None = None) -> Findings:
   """Runs what is not finished of a sweep, writes and prints its report, and returns the findings.
 

@@ -54,7 +54,8 @@ class Leaves:
     except ValueError as problem:
       others = trees.flatten(tree, is_leaf=trees.is_dense)[0]
       odd = errors.some(sorted({*self.paths} ^ {*others}))
-      raise ValueError(f'sparsejax: parameters, gradients and state are not of one structure; they differ in {odd}. '
+      raise ValueError(f'sparsejax: parameters, gradients and state are not of one structure; they differ in '
+                       f'{odd or "the containers, although the paths are the same"}. '
                        'Make the state by tx.init(params), the gradients of the same params.') from problem
     return [leaves[i] for i in self.index]
 

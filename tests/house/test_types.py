@@ -36,7 +36,8 @@ def test_pyright_finds_nothing_in_what_a_user_writes(tmp_path):
   where = subprocess.run([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], check=True,
                          capture_output=True, text=True).stdout.strip()
   pathlib.Path(where, 'others.pth').write_text(sysconfig.get_path('purelib'))
-  os.symlink(ROOT / 'sparsejax', pathlib.Path(where, 'sparsejax'))
+  for package in ('sparsejax', 'kernels_pallas', 'experiments'):
+    os.symlink(ROOT / package, pathlib.Path(where, package))
   (tmp_path / USER.name).write_text(USER.read_text())
   # optax has neither stubs nor `py.typed`.
   config = {'include': [USER.name], 'typeCheckingMode': 'strict', 'reportUnnecessaryTypeIgnoreComment': True,

@@ -8,7 +8,9 @@ import dataclasses
 import jax
 import optax
 
+import kernels_pallas
 import sparsejax as sj
+from experiments import sweep
 from sparsejax.types import Allocation, Array, Axes, Flow, Optimizer, Pattern, Pooled, Predicate, Schedule, Signals
 
 Params = dict[str, dict[str, jax.Array]]
@@ -91,6 +93,46 @@ def train(params: Params, grads: Params, x: Array) -> Params:
   return dense
 
 
+def pruned(params: Params, batches: list[Array]) -> Params:
+  """Prunes a trained model with data and without, by every kind of recipe, and draws what was kept."""
+  by_data: sj.post_training.Pruned = sj.prune(apply, params, batches, sj.recipes.wanda(0.5), where=where,
+                                              sequential='dense', progress=print)
+  alone: sj.post_training.Pruned = sj.prune_weights(by_data.params, {'dense/*': sj.NM(2, 4), '**': Rows()})
+  tuned: Optimizer = sj.recipes.fixed(optax.sgd(0.1), alone.masks)
+  with sj.plot.saved('kept.png', 1, 2) as axes:
+    sj.plot.sparsity(sj.report(alone.params), axes[0, 0])
+    sj.plot.matrix(params['dense']['kernel'], axes[0, 1], limit=1.0)
+  print(alone.report, sj.metrics.kept(alone.masks), sj.metrics.overlap(alone.masks, by_data.masks), tuned)
+  kept: Params = alone.params
+  return kept
+
+
+def cut(params: Params, x: Array, keep: dict[str, Array]) -> sj.structured.Cut:
+  groups: sj.structured.Groups = sj.structured.groups(apply, params, x)
+  tx: Optimizer = sj.recipes.oto(optax.sgd(0.1), groups, 0.5)
+  small = sj.structured.cut(groups, params, keep)
+  print(tx, [group.size for group in groups.values()], small.apply(small.params, x))
+  print(sj.structured.prove(groups, params, small, x))
+  sj.structured.save('small.safetensors', small)
+  return sj.structured.load('small.safetensors', apply)
+
+
+def run(params: Params, x: Array) -> Array:
+  """Runs the model on packed parameters, and trains the cells of a sweep, from a checkout."""
+  fast: Params = kernels_pallas.prepared(sj.formats.pack(params, '2:4'), tokens=1)
+  print(sweep.run('config.py', 'runs/mine', {'seed': [0, 1]}))
+  y: Array = kernels_pallas.packed(apply)(fast, x)
+  return y
+
+
+def penalised(params: Params, inner: optax.GradientTransformation, x: Array) -> optax.GradientTransformation:
+  penalty: sj.penalties.Penalty = sj.penalties.l1(1e-4)
+  flops: sj.metrics.Flops = sj.metrics.flops(sj.contractions(apply, params, x))
+  sizes: dict[str, float] = dict(sj.allocation.uniform(params['dense'], 0.5))
+  print(flops.inference, sizes, sj.formats.nbytes(params), sj.io.metadata('model.safetensors'))
+  return optax.chain(sj.transforms.penalised(penalty, where=where), sj.transforms.proximal(inner, penalty, decay))
+
+
 def mistakes(inner: optax.GradientTransformation, params: Params) -> None:
   print(sj.recipes.sr_stee)  # type: ignore
   sj.recipes.sr_ste(inner, 'dense')  # type: ignore
@@ -100,3 +142,7 @@ def mistakes(inner: optax.GradientTransformation, params: Params) -> None:
   sj.trees.named(3)  # type: ignore
   sj.io.save('model.safetensors')  # type: ignore
   print(sj.report(params).nothing)  # type: ignore
+  sj.prune(apply, params)  # type: ignore
+  sj.prune_weights(params, 0.5)  # type: ignore
+  sj.structured.cut(params, params)  # type: ignore
+  sj.plot.over_steps([], 3)  # type: ignore

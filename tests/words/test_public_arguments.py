@@ -60,6 +60,12 @@ def test_every_argument_of_a_public_function_has_a_kind_and_others_are_refused(f
         function(value) if parameter.kind is parameter.VAR_POSITIONAL else function(**{key: value})
 
 
+def test_a_class_is_not_one_of_its_values():
+  for given in ({'pattern': sparsejax.NM}, {'axes': {0: sparsejax.types.Axes((0,), (1,))}}):
+    with pytest.raises(ValueError, match=f'^prune_weights: `{next(iter(given))}` must be '):
+      sparsejax.prune_weights({'kernel': jnp.ones((4, 4))}, **{'pattern': '2:4'} | given)
+
+
 def test_the_law_sees_the_tools():
   assert {'report', 'check', 'prune', 'io.load', 'structured.cut', 'metrics.barrier', 'plot.saved', 'formats.pack',
           'kernels_pallas.packed', 'trees.named', 'contractions'} <= {*FUNCTIONS} and len(FUNCTIONS) > 100
