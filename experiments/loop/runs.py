@@ -99,7 +99,8 @@ def prepare(config: ConfigDict, shared: Shared | None = None) -> Setup:
   seeds = np.array(config.seeds, np.uint32)
   made = {key: model._replace(initial=functools.partial(model.initial, seeds)) for key, model in made.items()}
   name, task = tasks.of_config(config)
-  _refuse_accuracy_of_no_classes(name, config, sets[0])
+  if name == 'classification':
+    tasks.refuse_no_classes(sets[0].example['labels'], sets[0].least)
   for run, key in keys.items() if name == 'classification' else ():
     _of_run(run, functools.partial(_refuse_too_few_outputs, made[key], sets[0]))
   return Setup(config, layout, name, task, sets, {run: made[key] for run, key in keys.items()})
@@ -183,16 +184,6 @@ def _program_key(setup: Setup, name: str) -> tuple[Any, ...]:
   objects = (config.loss, config.score, {**config.model, **config.models.get(name, {})}.get('make'))
   return (json.dumps(section), objects, _data_key(config), _layout_key(config), config.measure_every,
           config.noise and tuple(config.noise))
-
-
-def _refuse_accuracy_of_no_classes(task: str, config: ConfigDict, first: data.Data) -> None:
-  labels = first.example['labels']
-  if task == 'classification' and first.least < 0:
-    raise ValueError(f'config: the smallest label is {first.least}, and classes begin at 0; give other labels, or a '
-                     'loss and a score of your own as config.loss and config.score.')
-  if task == 'classification' and not jnp.issubdtype(labels.dtype, jnp.integer):
-    raise ValueError(f'config: the labels are {labels.dtype}{list(labels.shape)}, which are no classes; give a loss '
-                     'and a score of your own as config.loss and config.score.')
 
 
 def _refuse_too_few_outputs(model: Model, first: data.Data) -> None:

@@ -8,6 +8,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
@@ -89,6 +90,15 @@ def of_config(config: ConfigDict) -> tuple[str, Task]:
   task = named(name)
   loss = named(config.data.task).loss if config.loss is None else _own('loss', config.loss)
   return name, task._replace(loss=loss, score=task.score if config.score is None else _own('score', config.score))
+
+
+def refuse_no_classes(labels: jax.ShapeDtypeStruct, least: int) -> None:
+  """Raises `ValueError` if `labels`, of which `least` is the smallest, are no classes, of which there is no accuracy."""
+  remedy = 'a loss and a score of your own as config.loss and config.score.'
+  if least < 0:
+    raise ValueError(f'config: the smallest label is {least}, and classes begin at 0; give other labels, or {remedy}')
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(f'config: the labels are {labels.dtype}{list(labels.shape)}, which are no classes; give {remedy}')
 
 
 def _own(key: str, function: Callable[[Array, Array], Array]) -> Measure:

@@ -15,6 +15,7 @@ LIBRARY, PACKAGES = ('sparsejax', 'kernels_pallas'), ('sparsejax', 'kernels_pall
 SIGNATURES = {
     'main': r'.*',  # a command
     'get_config': r'experiments/configs/.*',  # what ml_collections calls a config
+    'get_sweep': r'experiments/configs/.*',  # the grid beside it
     'draw': r'experiments/tables/.*',  # a picture of the results of one command
     'forward': r'sparsejax/hub(/\w+)?',  # the forward pass of a configuration, in each reader
     'page': r'experiments/tables/.*',  # a page of them
