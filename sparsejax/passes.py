@@ -21,7 +21,6 @@ from sparsejax.keys import byte_of, largest_key, order_keys, varying
 from sparsejax.types import Array
 from sparsejax.wholes import along, at_least, minus, most, one, reduced, totals
 
-
 _SAMPLE = 1 << 15  # entries of a leaf, among which a bracket of the key is looked for
 _LAST = 6  # bits that are settled last, by the bytes of which the mask is made, too
 
@@ -93,8 +92,8 @@ def _bracket(leaf: Array, n: Array) -> tuple[Array, Array]:
 def _run(runs: Array, leaf: Array, n: Array, first: Array, bits: Array) -> _Cut:
   """Returns the cut at the `n`-th largest score, if its key is `first` or more by a number of so many `bits`.
 
-  The last bits are settled within 256 neighbouring keys, of which a quarter in the middle may be the key: the bytes of other
-  keys are then others.
+  The last bits are settled within 256 neighbouring keys, of which a quarter in the middle may be the key. The bytes of
+  other keys are then others.
   """
   def settle_byte(now: tuple[Array, Array]) -> tuple[Array, Array]:
     key, left = now
