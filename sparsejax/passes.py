@@ -55,8 +55,8 @@ class _Cut(NamedTuple):
 def _top_n_by_sample(leaf: Array, n: Array) -> Array:
   """Returns what `top_n_of_large` does, of keys of four bytes.
 
-  A sample gives two keys between which the last key that is kept lies, all but surely, and only the bits in which the
-  two differ are settled. The counts show whether the key was there. If not, a second run settles all bits.
+  A sample gives two keys between which the last key that is kept lies, all but surely. Only the bits in which the two
+  keys differ are settled. The counts show whether the key was there. If not, a second run settles all bits.
   """
   everything = n >= leaf.size  # as at the start of a ramp: no pass is needed
   low, differ = _bracket(leaf, n)
