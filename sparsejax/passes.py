@@ -82,11 +82,15 @@ def _bracket(leaf: Array, n: Array) -> tuple[Array, Array]:
   share = jnp.asarray(n, jnp.float32) / leaf.size
   margin = 6 * jnp.sqrt(keys.size * share * jnp.maximum(1 - share, 0)) + 2
   ranks = [(share * keys.size + side * margin).astype(jnp.int32) for side in (1, -1)]
-  low, high = (largest_key(lambda ts, rank=rank: [jnp.sum(keys >= t, dtype=jnp.int32) >= rank for t in ts],
-                           jnp.int32(0)) for rank in ranks)
+  low, high = (largest_key(functools.partial(_enough_of, keys, rank), jnp.int32(0)) for rank in ranks)
   bits = 32 - lax.clz(high - low)
   all_bits = bits > 24
   return jnp.where(all_bits, jnp.iinfo(jnp.int32).min, low), jnp.where(all_bits, 32, bits)
+
+
+def _enough_of(keys: Array, n: Array, tried: list[Array]) -> list[Array]:
+  """Returns whether at least `n` of few keys are as large as each key that is tried."""
+  return [jnp.sum(keys >= t, dtype=jnp.int32) >= n for t in tried]
 
 
 def _run(runs: Array, leaf: Array, n: Array, first: Array, bits: Array) -> _Cut:
