@@ -36,6 +36,7 @@ OTHERS = (*FIXED, *RANKED, 'soft_movement_pruning', 'set_', 'rigl', 'lottery_jac
 # By recipe: the step by hand that is the floor of the recipe's kind.
 FLOORS = {**dict.fromkeys(DENSE_MASTER, f'sr_ste{HAND}'), 'asp': f'random_pruning{HAND}',
           **dict.fromkeys(FIXED, f'random_pruning{HAND}'), **dict.fromkeys(RANKED, f'gradual_magnitude{HAND}'),
+          **dict.fromkeys(('snip', 'freeze_net'), f'gradual_magnitude{HAND}'),  # a branch chooses their only mask
           'soft_movement_pruning': f'soft_movement_pruning{HAND}', 'set_': f'set_{HAND}', 'rigl': f'rigl{HAND}',
           'lottery_jackpot': f'rigl{HAND}', 'snfs': f'snfs{HAND}', 'st3': f'st3{HAND}',
           'global_sparse_momentum': f'st3{HAND}'}

@@ -21,7 +21,6 @@ from sparsejax.keys import byte_of, largest_key, order_keys, varying
 from sparsejax.types import Array
 from sparsejax.wholes import along, at_least, minus, most, one, reduced, totals
 
-
 _SAMPLE = 1 << 15  # entries of a leaf, among which a bracket of the key is looked for
 _LAST = 6  # bits that are settled last, by the bytes of which the mask is made, too
 
@@ -62,8 +61,8 @@ class _Cut(NamedTuple):
 def _top_n_by_sample(leaf: Array, n: Array) -> Array:
   """Returns what `top_n_of_large` does, of keys of four bytes.
 
-  A sample gives two keys between which the last key that is kept lies, all but surely, and only the bits in which the
-  two differ are settled. The counts show whether the key was there. If not, a second run settles all bits.
+  A sample gives two keys between which the last key that is kept lies, all but surely. Only the bits in which the two
+  keys differ are settled. The counts show whether the key was there. If not, a second run settles all bits.
   """
   everything = n >= leaf.size  # as at the start of a ramp: no pass is needed
   low, differ = _bracket(leaf, n)
@@ -89,18 +88,22 @@ def _bracket(leaf: Array, n: Array) -> tuple[Array, Array]:
   share = jnp.asarray(n, jnp.float32) / leaf.size
   margin = 6 * jnp.sqrt(keys.size * share * jnp.maximum(1 - share, 0)) + 2
   ranks = [(share * keys.size + side * margin).astype(jnp.int32) for side in (1, -1)]
-  low, high = (largest_key(lambda ts, rank=rank: [jnp.sum(keys >= t, dtype=jnp.int32) >= rank for t in ts],
-                           jnp.int32(0)) for rank in ranks)
+  low, high = (largest_key(functools.partial(_enough_of, keys, rank), jnp.int32(0)) for rank in ranks)
   bits = 32 - lax.clz(high - low)
   all_bits = bits > 24
   return jnp.where(all_bits, jnp.iinfo(jnp.int32).min, low), jnp.where(all_bits, 32, bits)
 
 
+def _enough_of(keys: Array, n: Array, tried: list[Array]) -> list[Array]:
+  """Returns whether at least `n` of few keys are as large as each key that is tried."""
+  return [jnp.sum(keys >= t, dtype=jnp.int32) >= n for t in tried]
+
+
 def _run(runs: Array, leaf: Array, n: Array, first: Array, bits: Array) -> _Cut:
   """Returns the cut at the `n`-th largest score, if its key is `first` or more by a number of so many `bits`.
 
-  The last bits are settled within 256 neighbouring keys, of which a quarter in the middle may be the key: the bytes of other
-  keys are then others.
+  The last bits are settled within 256 neighbouring keys, of which a quarter in the middle may be the key. The bytes of
+  other keys are then others.
   """
   def settle_byte(now: tuple[Array, Array]) -> tuple[Array, Array]:
     key, left = now

@@ -320,7 +320,7 @@ def places(shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, ...], tuple[i
   return from_end(axes.contracted, len(shape)), tuple(shape[len(axes.layer):])
 
 
-def stored_entries(w: Array, mask: Array | None = None, signed_zeros: bool = False) -> np.ndarray:
+def stored_entries(w: Array | np.ndarray, mask: Array | None = None, signed_zeros: bool = False) -> np.ndarray:
   """Returns which entries of `w` are stored, as a bool array on the host: `mask`, or else where `w` is not zero."""
   if mask is not None:
     return np.asarray(mask)

@@ -51,9 +51,14 @@ def halves(function: Callable[[PyTree], tuple[PyTree, PyTree]], spent: PyTree) -
   traced = any(isinstance(leaf, jax.core.Tracer) for leaf in arrays)
   if not traced or not all(isinstance(leaf, jax.Array) for leaf in arrays):
     return Halves(*function(spent))
-  function = jax.jit(function, inline=True)  # the call below stages what `trace` has traced, and traces nothing
-  program = trace(function, (spent,))
-  first, second = function(spent)
+  inlined = jax.jit(function, inline=True)
+  program = trace(inlined, (spent,))
+  if len(program.jaxpr.eqns) > 1:  # this call stages what `trace` has traced, and traces nothing
+    first, second = inlined(spent)
+  else:  # from JAX 0.12 on the program is a call of the function, which hides its operations
+    program = trace(function, (spent,))
+    whole = core.ClosedJaxpr(program.jaxpr, program.consts)
+    first, second = program.unflatten(core.jaxpr_as_fun(whole)(*program.arrays))
   leaves, structure = jax.tree.flatten(first)
   number = sum(i not in program.others for i in range(len(leaves)))
   sliced = _sliced(program.jaxpr, number)

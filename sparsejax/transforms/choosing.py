@@ -89,8 +89,8 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]] | None =
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
     new = new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
   elif isinstance(due := method.due(call.step), jax.core.Tracer):
-    anew = lambda: _computed(call, point._replace(weights=weights()), slots, old)
-    new = jax.lax.cond(due, choose if weights is None else anew, lambda: old)
+    anew = weights and functools.partial(_computed, call, point, weights, slots, old)
+    new = jax.lax.cond(due, anew or choose, lambda: old)
   else:  # outside of `jit`, where a `cond` would be compiled at each call
     new = choose() if due else old
   for i, slot in zip(slots, new.slots):
@@ -99,8 +99,10 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]] | None =
   return Point(new.weights if ordered else point.weights, new.masks, stats, jax.tree.unflatten(structure, inner))
 
 
-def _computed(call: Call, point: Point, slots: Mapping[int, int], old: Refreshed) -> Refreshed:
-  """Returns the choice by weights that the branch has computed by itself; `old` is what the other branch returns."""
+def _computed(call: Call, point: Point, weights: Callable[[], list[Array]], slots: Mapping[int, int], old: Refreshed
+              ) -> Refreshed:
+  """Returns the choice by weights that the branch computes by itself; `old` is what the other branch returns."""
+  point = point._replace(weights=weights())
   if _reads_once(call, point):
     return _choice(call, point, slots, old.weights)
   # A second branch has the weights as an operand. XLA would compute them anew in each pass over the scores, rounded in

@@ -156,8 +156,8 @@ def emitted(call: Call, point: Point, before: list[Array], moves: PyTree) -> tup
   project, signals = call.method.until_freeze.project, call.leaves.signals(call.step, point.stats)
   only = neighbours.where_kept
   if call.method.flow.dense:
-    moved = lambda p, m, w, s: project(w, m, s).astype(p.dtype) - p
-    deltas = _each(moved, zip(call.held, point.masks, point.weights), signals)
+    to_point = lambda p, m, w, s: project(w, m, s).astype(p.dtype) - p
+    deltas = _each(to_point, zip(call.held, point.masks, point.weights), signals)
   else:
     moved = lambda p, m, old, u, s: only(m, only(old, u.astype(p.dtype)), project(p, m, s) - p)
     deltas = _each(moved, zip(call.held, point.masks, before, call.leaves.pick(moves)), signals)

@@ -49,7 +49,7 @@ def test_a_large_leaf_is_ranked_as_a_sort_ranks_it(way):
 @pytest.mark.parametrize('way', ['as on one CPU'], indirect=True)
 @pytest.mark.parametrize('low, bits', [(1 << 29, 9), (-1 << 30, 12)])
 def test_a_sample_that_misses_changes_no_bit(low, bits, way, monkeypatch):
-  """The bracket lies above some of the last kept keys, and below others: the counts tell, and all bits are settled."""
+  """The counts show that the last kept key is above or below the bracket, and all bits are settled."""
   monkeypatch.setattr(passes, '_bracket', lambda leaf, n: (jnp.int32(low), jnp.int32(bits)))
   scores = tiny((41,))
   masks = jax.jit(jax.vmap(functools.partial(passes.top_n_of_large, scores)))(jnp.arange(0, 42, 3))
