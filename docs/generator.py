@@ -121,7 +121,7 @@ def recipe_page(kind: str, name: str, recipe) -> str:
   parts = [
       f'# {name}', row and f'{row[1][0].upper()}{row[1][1:]}' + (f' ({row[2]}).' if row[2] else '.'),
       *(prose(inspect.getdoc(recipe) or ''),),
-      f'```{{image}} {name}.png\n:alt: {picture_text(kind, name)}\n:width: 80%\n```\n\n*{picture_text(kind, name)}*',
+      f'```{{image}} {name}.png\n:alt: {picture_text(kind, name)}\n:width: 640px\n```\n\n*{picture_text(kind, name)}*',
       '## The sentence', f'```python\n{source(recipe)}\n```',
       '## Arguments', table(('argument', 'default', 'meaning', 'what it may be'), own)]
   if options:
