@@ -102,9 +102,9 @@ def seconds(groups: Groups, params: PyTree, *inputs: Any, points: int = 3, round
   """Returns the measured time of one call as a function of the sizes of groups, for this device and these inputs.
 
   Each group is cut to `points` sizes, evenly spaced down to one unit, with all other groups whole. The model and its
-  cuts run compiled, in turn, `rounds` times, and medians count, which are made to rise with the units. Between the
-  points the time is a straight line. The savings of several groups multiply, as those of both axes of a matrix do.
-  Compiles `points` programs a group.
+  cuts run compiled, in turn, `rounds` times. Medians count, and are made to rise with the units. Between the points the
+  time is a straight line. The savings of several groups multiply, as those of both axes of a matrix do. Compiles
+  `points` programs a group.
   """
   whole = jax.jit(groups.apply)
   runs: dict[Any, Callable[[], Any]] = {'whole': functools.partial(whole, params, *inputs)}
@@ -121,7 +121,7 @@ def seconds(groups: Groups, params: PyTree, *inputs: Any, points: int = 3, round
 
 
 def _rising(parts: list[float]) -> np.ndarray:
-  """Returns the measured parts of the whole, made to rise to 1: what seems to fall with more units is noise."""
+  """Returns the measured parts of the whole, made to rise to 1: a fall is noise."""
   return np.minimum(np.maximum.accumulate([*parts, 1.0]), 1.0)
 
 

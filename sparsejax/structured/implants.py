@@ -63,7 +63,7 @@ def implanted(groups: Groups, sparsity: float, implants: float, *, score: Salien
     whole = every.keep(places, weights, alive, signals)
     real = jnp.asarray(places.real)
     ranks = jnp.where(real & ~whole, every.score(saliences.Units(places, weights, signals)), -jnp.inf)
-    gone = jnp.sum(real & ~whole)
+    gone = jnp.sum(real & ~whole).astype(jnp.float32)
     place = jnp.argsort(jnp.argsort(-ranks.reshape(-1), stable=True), stable=True).reshape(ranks.shape)
     kept = whole | real & ~whole & (place < jnp.round(gone * implants).astype(place.dtype))
     both = zip(places.paths, places.masks(kept), places.spread(whole, (PRODUCED,), outside=True))

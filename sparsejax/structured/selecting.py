@@ -146,7 +146,7 @@ class UnitChooser:
     if self.cost is None:
       return dealt(self._left(int(np.sum(self.sizes)), progress, drop))
     number = self._affordable(dealt, progress)
-    return dealt(number if drop is None else number - jnp.floor(drop * number).astype(jnp.int32))
+    return dealt(number if drop is None else number - jnp.floor(drop * number.astype(jnp.float32)).astype(jnp.int32))
 
   def _rounded(self, number: Array) -> Array:
     return jnp.minimum(-(-number // self.multiple_of) * self.multiple_of, self.sizes)
