@@ -53,6 +53,10 @@ MEANINGS = {
     'iterations': 'the number of iterations of the solver',
     'start': 'the recipe that chooses the first mask',
     'groups': 'the groups of the program, from `structured.groups`, or a dict with some of them',
+    'budget': 'the cost that may be left, such as `structured.flops(0.5)`, in the place of `sparsity`',
+    'erase': 'the names of groups that may lose all of their units, from `structured.erasable(groups)`',
+    'periods': 'the number of periods, in each of which an equal part of the units goes',
+    'implants': 'the fraction of the pruned units that keep the centre tap of their filters',
     'alone': 'whether each group loses its own fraction of units, rather than all groups together',
     'multiple_of': 'the count of kept units of each group is rounded up to a multiple of this number',
     'penalty': 'the factor of the term that is added to the loss',
@@ -60,9 +64,6 @@ MEANINGS = {
     'key': 'the PRNG key of random numbers',
     'seed': 'the seed of random numbers',
     'learning_rate': 'the learning rate',
-    'budget': 'a bound on operations, parameters or time, in the place of `sparsity`',
-    'periods': 'in how many parts the units are chosen and fade, one after the other',
-    'erase': 'the groups that may lose all of their units, as names or globs',
 }
 
 
@@ -121,7 +122,7 @@ def recipe_page(kind: str, name: str, recipe) -> str:
   parts = [
       f'# {name}', row and f'{row[1][0].upper()}{row[1][1:]}' + (f' ({row[2]}).' if row[2] else '.'),
       *(prose(inspect.getdoc(recipe) or ''),),
-      f'```{{image}} {name}.png\n:alt: {picture_text(kind, name)}\n:width: 80%\n```\n\n*{picture_text(kind, name)}*',
+      f'```{{image}} {name}.png\n:alt: {picture_text(kind, name)}\n:width: 640px\n```\n\n*{picture_text(kind, name)}*',
       '## The sentence', f'```python\n{source(recipe)}\n```',
       '## Arguments', table(('argument', 'default', 'meaning', 'what it may be'), own)]
   if options:
