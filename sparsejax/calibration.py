@@ -191,9 +191,11 @@ def distilled(statistics: Callable[[Any], PyTree], recorded: PyTree, start: PyTr
   first = jax.jit(loss)(start)
   if not bool(jnp.isfinite(first)):
     raise ValueError('calibration.distilled: the statistics of `start` are not finite. Start nearer to the data.')
-  now, state, best, least = start, tx.init(start), start, first
-  for _ in range(steps):
-    now, state, best, least = step(now, state, best, least)
+  now, best, least = start, start, first
+  with jax.numpy_dtype_promotion('standard'):  # Adam counts its steps in int32
+    state = tx.init(start)
+    for _ in range(steps):
+      now, state, best, least = step(now, state, best, least)
   return generate(best)
 
 
