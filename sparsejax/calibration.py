@@ -201,7 +201,7 @@ def distilled(statistics: Callable[[Any], PyTree], recorded: PyTree, start: PyTr
 
 def _distance(found: PyTree, recorded: PyTree) -> Array:
   """Returns the sum over leaves of the squared distance, a mean over the axes that `recorded` does not have."""
-  apart = lambda a, b: jnp.sum(jnp.square(a - b)) / max(a.size // max(jnp.size(b), 1), 1)
+  apart = lambda a, b: jnp.sum(jnp.square(a - jnp.broadcast_to(b, a.shape))) / max(a.size // max(jnp.size(b), 1), 1)
   return sum(jax.tree.leaves(jax.tree.map(apart, found, recorded)), jnp.zeros(()))
 
 
