@@ -64,7 +64,7 @@ def _trained(name: str, axis) -> None:
 def _pruned(name: str, axis) -> None:
   params, apply, x, _ = network(16, 32, 24, 8)
   needed = {'ecoflap': {'sensitivity': {'layer1/kernel': 1.0, 'layer2/kernel': 0.2}},
-            'armor': {'block': 8, 'iterations': 20}, 'gqsa': {'block': 16}}
+            'armor': {'block': 8, 'iterations': 20}, 'gqsa': {'pattern': sj.Block((4, 1), 0.5, balanced=True)}}
   recipe = sj.recipes.POST_TRAINING[name](sparsity=0.5, **needed.get(name, {}))
   sj.plot.sparsity(sj.prune(apply, params, [x], recipe).report, axis)
 

@@ -103,7 +103,7 @@ def wrapped_matmul(x: Array, w: Wrapped, *, implementation: str | None = None, e
     raise ValueError(f'wrapped_matmul: {reason}.')
   if explain:
     return n_m.nm_matmul(x, w.core, explain=True)
-  y = n_m.nm_matmul(multiplied(x, w.right.swapaxes(-1, -2)), w.core, implementation=implementation)
+  y: Any = n_m.nm_matmul(multiplied(x, w.right.swapaxes(-1, -2)), w.core, implementation=implementation)
   rows = y.reshape(*x.shape[:-1], -1)
   return multiplied(rows, w.left.swapaxes(-1, -2)).reshape(y.shape)
 

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import held
-from kernels_pallas.around import OPS
+from kernels_pallas.around import OPS as OPS
+from kernels_pallas.around import Op as Op
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
 from sparsejax.arguments import checked

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kernels_pallas.models import OPS
+from kernels_pallas.around import OPS
 from sparsejax import advice, arguments, formats, tables, trees
 from sparsejax.advice import measured
 from sparsejax.arguments import checked

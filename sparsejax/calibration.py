@@ -195,15 +195,17 @@ def distilled(statistics: Callable[[Any], PyTree], recorded: PyTree, start: PyTr
   first = jax.jit(loss)(start)
   if not bool(jnp.isfinite(first)):
     raise ValueError('calibration.distilled: the statistics of `start` are not finite. Start nearer to the data.')
-  now, state, best, least = start, tx.init(start), start, first
-  for _ in range(steps):
-    now, state, best, least = step(now, state, best, least)
+  now, best, least = start, start, first
+  with jax.numpy_dtype_promotion('standard'):  # Adam counts its steps in int32
+    state = tx.init(start)
+    for _ in range(steps):
+      now, state, best, least = step(now, state, best, least)
   return generate(best)
 
 
 def _distance(found: PyTree, recorded: PyTree) -> Array:
   """Returns the sum over leaves of the squared distance, a mean over the axes that `recorded` does not have."""
-  apart = lambda a, b: jnp.sum(jnp.square(a - b)) / max(a.size // max(jnp.size(b), 1), 1)
+  apart = lambda a, b: jnp.sum(jnp.square(a - jnp.broadcast_to(b, a.shape))) / max(a.size // max(jnp.size(b), 1), 1)
   return sum(jax.tree.leaves(jax.tree.map(apart, found, recorded)), jnp.zeros(()))
 
 

@@ -69,7 +69,7 @@ class Forms:
     return self.packed(self.pruned('sparsegpt').params)
 
 
-def expanded(forms: Forms) -> 'Summed':
+def _expanded(forms: Forms) -> 'Summed':
   """Returns the form of REx: a second term of four bits for half of the channels. The bytes are those of all terms."""
   packed = forms.half()
   paths, leaves, structure = trees.flatten(packed, is_leaf=formats.is_packed)
@@ -85,7 +85,7 @@ class Summed:
     self.tree, self.nbytes = tree, nbytes
 
 
-def by_programme(forms: Forms, budget: float = 3.0) -> Summed:
+def _by_programme(forms: Forms, budget: float = 3.0) -> Summed:
   """Returns the form of CalibTIP: integer programming chooses the bits of each matrix, `budget` bits a kept weight.
 
   The cost of a choice is the relative error of the matrix in a sweep with all matrices at these bits.
@@ -108,20 +108,20 @@ def _grid_bits(bits: int, kept: float, outputs: int) -> float:
   return (bits + 2) * kept + (32 + 8) * outputs
 
 
-def rounded(bits: int, forms: Forms) -> Summed:
+def _rounded(bits: int, forms: Forms) -> Summed:
   """Returns the form of one sweep that prunes to 2:4 and rounds to `bits` bits, and compensates for both."""
   made = forms.pruned('rounded', bits)
   sizes = [(row.shape[1] * row.shape[2] / 2, row.shape[1]) for row in made.report.rows]
   return Summed(made.params, round(sum(_grid_bits(bits, kept, outputs) for kept, outputs in sizes) / 8))
 
 
-def blockwise(forms: Forms) -> PyTree:
+def _blockwise(forms: Forms) -> PyTree:
   """Returns the form of BCT: every matrix and table in blocks of four bits."""
   dense = lambda path, leaf: getattr(leaf, 'ndim', 0) > 1
   return quantized.tree(forms.half(), qwix('int4', TILE), where=dense)
 
 
-def distilled(start: bool, forms: Forms) -> PyTree:
+def _distilled(start: bool, forms: Forms) -> PyTree:
   """Returns the form of ZeroQ: SparseGPT on token vectors that give the layer norms the statistics of the text.
 
   With `start`, the token vectors are the noise from which the distillation starts.
@@ -153,32 +153,32 @@ def _norms(params: PyTree, tokens: Any, mask: Any) -> dict[str, Any]:
   return found
 
 
-def on_values(make: Callable[[], Any], table: tuple[float, ...] = ()) -> Callable[[Forms], PyTree]:
+def _on_values(make: Callable[[], Any], table: tuple[float, ...] = ()) -> Callable[[Forms], PyTree]:
   """Returns the form that quantizes the packed values of the 2:4 encoder."""
   return lambda forms: quantized.tree(forms.half(), make(), table=table)
 
 
-def groups(forms: Forms) -> PyTree:
+def _groups(forms: Forms) -> PyTree:
   """Returns the form of GQSA: half of the groups of 16 inputs of each output, four bits, a scale for each group."""
   return quantized.tree(forms.packed(forms.pruned('gqsa').params, sj.Block((16, 1))), qwix('int4'))
 
 
 FORMS: Mapping[str, Callable[[Forms], Any]] = {
     '2:4, float32': Forms.half,
-    '2:4, int8 (Qwix)': on_values(lambda: qwix('int8')),
-    '2:4, int4 (Qwix)': on_values(lambda: qwix('int4')),
-    '2:4, int4, a scale for 32 (Qwix)': on_values(lambda: qwix('int4', TILE)),
-    '2:4, nf4, a scale for 32 (Qwix)': on_values(lambda: qwix('nf4', TILE), NF4),
-    '2:4, 4 bits (AQT)': on_values(lambda: aqt(4)),
-    '2:4, powers of int4 (NUPES)': on_values(lambda: quantized.power(qwix('int4'))),
-    '2:4, int4 and a second term (REx)': expanded,
-    **{f'2:4 and {bits} bits in one sweep (k-bit)': functools.partial(rounded, bits) for bits in BITS},
-    '2:4, bits by integer programming (CalibTIP)': by_programme,
-    '2:4 and all tables in int4 blocks (BCT)': blockwise,
-    'groups of 16, int4 (GQSA)': groups,
+    '2:4, int8 (Qwix)': _on_values(lambda: qwix('int8')),
+    '2:4, int4 (Qwix)': _on_values(lambda: qwix('int4')),
+    '2:4, int4, a scale for 32 (Qwix)': _on_values(lambda: qwix('int4', TILE)),
+    '2:4, nf4, a scale for 32 (Qwix)': _on_values(lambda: qwix('nf4', TILE), NF4),
+    '2:4, 4 bits (AQT)': _on_values(lambda: aqt(4)),
+    '2:4, powers of int4 (NUPES)': _on_values(lambda: quantized.power(qwix('int4'))),
+    '2:4, int4 and a second term (REx)': _expanded,
+    **{f'2:4 and {bits} bits in one sweep (k-bit)': functools.partial(_rounded, bits) for bits in BITS},
+    '2:4, bits by integer programming (CalibTIP)': _by_programme,
+    '2:4 and all tables in int4 blocks (BCT)': _blockwise,
+    'groups of 16, int4 (GQSA)': _groups,
     '2:4 core of 2 factors (ARMOR)': lambda forms: forms.pruned('armor').params,
-    '2:4, float32, on noise': functools.partial(distilled, True),
-    '2:4, float32, on distilled data (ZeroQ)': functools.partial(distilled, False)}
+    '2:4, float32, on noise': functools.partial(_distilled, True),
+    '2:4, float32, on distilled data (ZeroQ)': functools.partial(_distilled, False)}
 
 
 def bits_of(made: Any, own: Subject) -> float:

@@ -87,7 +87,7 @@ def test_distilled_inputs_have_the_recorded_statistics_and_best_inputs_are_kept(
   found = calibration.distilled(statistics, recorded, start, steps=150, learning_rate=0.1)
   for name, value in statistics(found).items():
     np.testing.assert_allclose(value, recorded[name], atol=0.05)
-  scaled = calibration.distilled(statistics, recorded, {'z': start, 'scale': jnp.ones(2)},
+  scaled = calibration.distilled(statistics, recorded, {'z': start, 'scale': jnp.ones((1, 2))},
                                  generate=lambda each: each['z'] * each['scale'], steps=3)
   assert scaled.shape == start.shape
   with pytest.raises(ValueError, match='Return the same tree'):
