@@ -292,7 +292,7 @@ def refuse_unknown(function: str, arrays: Mapping[str, Any], traced: bool = Fals
                                                                'outside of jit, vmap and grad.'))
 
 
-# The functions that messages call by their own names: those at the top of `sparsejax`, and `pack`.
+# Messages call these functions by their own names, as users do.
 _TOP = ('advise', 'check', 'contractions', 'pack', 'prune', 'prune_weights', 'report')
 
 

@@ -8,6 +8,7 @@ A regular expression would try every way to divide a path among several stars, a
 
 import functools
 import re
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -57,6 +58,18 @@ def _without_letters(program: _Program, at: int) -> int:
     if further == at:
       return at
     at = further
+
+
+def tails(path: str, names: Iterable[str]) -> list[str]:
+  """Returns the `names` that can mean the leaf at `path`.
+
+  The result is `path` alone if `names` has it. Otherwise it is every name that is a tail of `path`, or of which `path`
+  is a tail.
+  """
+  if isinstance(names, Mapping) and path in names:  # the usual case, without a look at all names
+    return [path]
+  matching = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
+  return [path] if path in matching else matching
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors, trees
+from sparsejax import errors, globs, trees
 from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
 
@@ -280,7 +280,7 @@ def flops(contractions: Any, densities: Mapping[str, Any] | None = None, *, inpu
   inference = training = 0.0
   dense = sum(contractions.macs.values()) + other
   for path, macs in contractions.macs.items():
-    names = trees.tails(path, densities or {})
+    names = globs.tails(path, densities or {})
     r = float(densities[names[0]]) if names else 1.0
     inference += macs * r
     training += macs * (r + (r if input_gradient == 'sparse' else 1.0) + 1.0)

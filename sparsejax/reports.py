@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import arguments, census, errors, patterns, states, tables, trees, types
+from sparsejax import arguments, census, errors, globs, patterns, states, tables, trees, types
 from sparsejax.patterns import NM
 from sparsejax.types import Array, Axes, Pattern, Predicate, PyTree
 
@@ -210,7 +210,7 @@ def _difference(made: Axes, axes: Mapping[str, Axes], path: str, shape: tuple[in
   """Returns how the axes of one leaf differ from those in `axes`, or an empty string."""
   if not trees.names_in(axes, path):
     elsewhere = getattr(axes, 'elsewhere', {})
-    places = [elsewhere[name] for name in trees.tails(path, elsewhere)]
+    places = [elsewhere[name] for name in globs.tails(path, elsewhere)]
     return trees.is_traced(axes) and ('the program contracts it nowhere' + ''.join(f' ({place})' for place in places) +
                                       '; leave it out of `where`') or ''
   found = trees.axes_of('check', axes, path, shape)

@@ -24,7 +24,7 @@ import optax
 from sparsejax import conventions, errors
 from sparsejax.arguments import checked, shown
 from sparsejax.conventions import path_name
-from sparsejax.globs import matches
+from sparsejax.globs import matches, tails
 from sparsejax.types import Array, Axes, Bound, Predicate, PyTree
 
 __all__ = [
@@ -282,18 +282,6 @@ def conventional_axes(path: str, shape: tuple[int, ...]) -> Axes:
   beside a leaf: a bias may speak against a convention, and a module of Equinox tells a convolution of any rank.
   """
   return conventions.axes(conventions.Place(conventions.keys_of(path), tuple(shape)))
-
-
-def tails(path: str, names: Iterable[str]) -> list[str]:
-  """Returns the `names` that can mean the leaf at `path`.
-
-  The result is `path` alone if `names` has it. Otherwise it is every name that is a tail of `path`, or of which `path`
-  is a tail.
-  """
-  if isinstance(names, Mapping) and path in names:  # the usual case, without a look at all names
-    return [path]
-  matching = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
-  return [path] if path in matching else matching
 
 
 def names_in(axes: Mapping[str, Axes], path: str) -> list[str]:
