@@ -47,7 +47,7 @@ def between(low: float, high: float, *, open_at: tuple[float, ...] = ()) -> Test
   return lambda value: is_number(value) and math.isfinite(value) and low <= value <= high and value not in open_at
 
 
-def whole(low: int) -> Test:
+def whole(low: float) -> Test:
   """Returns the test for whole numbers of an integer type, from `low` on."""
   return lambda value: is_number(value) and isinstance(value, (int, np.integer)) and value >= low
 
@@ -90,6 +90,7 @@ _AS_IN = f"{_SCHEDULE}, as in schedules.linear(end=5000), or in a configuration 
 ANYTHING = Kind('anything', lambda value: True)
 SPARSITY = Kind(f'the fraction of zeros, {_PART}, as in 0.9 for 90 %', between(0, 1))
 STEP = Kind('a number of updates, whole and at least 0', whole(0))
+SHIFT = Kind('a whole number of updates', whole(-math.inf))
 UPDATES = Kind('a number of updates, whole and at least 1', whole(1))
 TIMES = Kind('a whole number, at least 1', whole(1))
 PART = Kind(_PART, between(0, 1), coefficient=True)
@@ -140,6 +141,7 @@ SERIES = Kind('a sequence, as in a list', is_series)
 LISTS = Kind('a list of lists of numbers', lambda value: is_series(value) and all(map(is_series, value)))
 BATCHES = Kind('an iterable of batches, as in a list', is_series)
 BY_NAME = Kind('a mapping, as in a dict', one_of(Mapping))
+KEEP = Kind("a mapping from names of groups to bool[units], as in {'up/kernel:1': norms > 0.1}", one_of(Mapping))
 PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
 ARRAY = Kind('an array', having('shape', 'dtype'))
 PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
@@ -158,7 +160,7 @@ NUMBERS = Kind('a number or a sequence of numbers', lambda value: is_number(valu
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(('sparsity', 'initial', 'target'), SPARSITY),
-    **dict.fromkeys(('begin', 'end', 'dense_steps', 'fine_tune_steps', 'at', 'delayed.steps'), STEP),
+    **dict.fromkeys(('begin', 'end', 'dense_steps', 'fine_tune_steps', 'at'), STEP), 'delayed.steps': SHIFT,
     **dict.fromkeys(('every', 'steps', 'total_steps', 'ramp_steps', 'set_.end', 'rigl.end', 'snfs.end',
                      'iterative_soft_shrinkage.fine_tune_steps'), UPDATES),
     **dict.fromkeys(('rounds', 'candidates', 'k', 'block', 'rows', 'cycles', 'iterations', 'bits', 'tokens',
@@ -196,8 +198,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('batches', 'valid'), BATCHES), 'squarehead.valid': ARRAY, 'members': MEMBERS,
     **dict.fromkeys(('states', 'teacher_states', 'weights', 'sparsities', 'names', 'values', 'records', 'ends',
                      'colours', 'marks', 'bars', 'boundaries'), SERIES),
-    **dict.fromkeys(('metadata', 'densities', 'scores', 'leaves', 'keep', 'cut_state.kept', 'custom.sparsities',
-                     'replace.values'), BY_NAME), 'prune.keep': ANYTHING,
+    **dict.fromkeys(('metadata', 'densities', 'scores', 'leaves', 'cut_state.kept', 'custom.sparsities',
+                     'replace.values'), BY_NAME), 'keep': KEEP, 'prune.keep': ANYTHING,
     **dict.fromkeys(('path', 'tables', 'folder'), PATH), 'sequential': SEQUENTIAL,
     **dict.fromkeys(('unseen', 'device', 'item', 'input_gradient', 'globs', 'implementation', 'given.name',
                      'identity.name', 'over_steps.key'), NAME), 'named.name': NAMED,
@@ -296,7 +298,7 @@ def refuse_unknown(function: str, arrays: Mapping[str, Any], traced: bool = Fals
                                                                'outside of jit, vmap and grad.'))
 
 
-# The functions that messages call by their own names: those at the top of `sparsejax`, and `pack`.
+# Messages call these functions by their own names, as users do.
 _TOP = ('advise', 'check', 'contractions', 'pack', 'prune', 'prune_weights', 'report')
 
 

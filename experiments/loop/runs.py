@@ -110,10 +110,9 @@ def _of_run(name: str, make: Callable[[], Made]) -> Made:
   """Returns `make()`. Raises `ValueError` with the name of the run for what `make`, or the user's code, raises."""
   try:
     return make()
-  except ValueError as error:
-    raise ValueError(f'config, run {name!r}: {error}') from error
-  except (TypeError, IndexError, KeyError, AttributeError) as error:  # The user's model, loss or score cannot be run.
-    raise ValueError(f'config, run {name!r}: {type(error).__name__}: {error}') from error
+  except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    what = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+    raise ValueError(f'config, run {name!r}: {what}{error}') from error
 
 
 def _data_key(config: ConfigDict) -> tuple[Any, ...]:

@@ -127,9 +127,6 @@ def _leaves_of(function: str, groups: Groups, params: PyTree) -> dict[str, Any]:
 
 def _checked(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Returns the kept units of each named group as `bool[units]`; raises `ValueError` for what is none."""
-  if not isinstance(keep, Mapping):
-    raise ValueError('structured.cut: `keep` must map names of groups to bool[units], as in '
-                     f'{{{next(iter(groups), "up/kernel:1")!r}: scores > 0}}.')
   arguments.refuse_unknown('structured.cut', {f'`keep` of {name}': mask for name, mask in keep.items()})
   units = {name: _mask_of(groups[name], np.asarray(mask)) for name, mask in keep.items()}
   if gone := _disconnected(groups, units):

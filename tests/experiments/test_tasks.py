@@ -33,7 +33,7 @@ def agree(name, outputs, labels, losses, scores):
     np.testing.assert_allclose(function(outputs, labels, None), values.mean(), rtol=1e-5)
     np.testing.assert_allclose(function(outputs, labels, weight), np.average(values, weights=weight), rtol=1e-5)
     assert function(outputs, labels, np.zeros_like(weight)) == 0
-    of_examples = weight.reshape(len(labels), -1)[:, 0]  # one for each example is that of each of its labels
+    of_examples = weight.reshape(len(labels), -1)[:, 0]  # The weight of an example is that of each of its labels.
     spread = np.broadcast_to(of_examples.reshape([-1] + [1] * (values.ndim - 1)), values.shape)
     np.testing.assert_allclose(function(outputs, labels, of_examples), np.average(values, weights=spread), rtol=1e-5)
 

@@ -203,7 +203,7 @@ def test_a_small_model_comes_back_without_the_large_one(tmp_path):
   ({'a:1': np.ones(6)}, r'float64\[6\].*give bool\[6\]'),
   ({'a:1': np.zeros(6, bool)}, 'keeps none of its 6 units'),
   ({'b:0': np.ones(6, bool)}, "unknown group 'b:0'.*Valid: a:1"),
-  ([np.ones(6, bool)], '`keep` must map names of groups'),
+  ([np.ones(6, bool)], '`keep` must be a mapping from names of groups'),
 ])
 def test_a_bad_keep_is_refused(keep, why):
   with pytest.raises(ValueError, match=why):

@@ -1,4 +1,4 @@
-"""A law over the signatures of all public functions: an argument of another kind is refused where it enters, by name.
+"""Tests a law over the signatures of all public functions: an argument of another kind is refused by name at once.
 
 `tests/recipes/test_arguments.py` has the same law for recipes. An argument is verified before the others are looked at,
 so that each function is called with one argument alone.
@@ -26,7 +26,7 @@ OF_AUTHORS = {
     'transforms': ('under_name',),
     'trees': ('axes_by_path', 'conventional_axes', 'default_where', 'flatten', 'is_dense', 'matrices', 'over',
               'per_leaf', 'select', 'undecided')}
-# What these take is told apart by the functions themselves: a state or a pattern, inputs of the user's own function.
+# The functions tell these arguments apart themselves: a state or a pattern, inputs of the user's own function.
 TOLD_APART = {'opt_state', 'pack.state', 'prune.recipe', 'inputs', 'kwargs', 'axis', 'style', 'options', 'ticket'}
 GIVEN = {**{name: getattr(sparsejax, name) for name in sparsejax.__all__}, 'kernels_pallas': kernels_pallas}
 

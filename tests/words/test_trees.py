@@ -185,7 +185,8 @@ def test_where_of_another_structure_is_refused(where):
 
 @pytest.mark.parametrize('where', ['mlp/*/kernel', {'a': 'kernel', 'b': True}, {'a': 1, 'b': False}])
 def test_where_that_is_no_bool_is_refused_and_not_taken_for_true(where):
-  with pytest.raises(ValueError, match=r'f: `where` holds .* which is no bool; (match paths with trees.named\(|give True or False)'):
+  says = r'f: `where` holds .* which is no bool; (match paths with trees.named\(|give True or False)'
+  with pytest.raises(ValueError, match=says):
     trees.select('f', where, PARAMS)
 
 
