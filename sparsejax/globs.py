@@ -72,18 +72,6 @@ def _without_letters(program: _Program, at: int) -> int:
     at = further
 
 
-def tails(path: str, names: Iterable[str]) -> list[str]:
-  """Returns the `names` that can mean the leaf at `path`.
-
-  The result is `path` alone if `names` has it. Otherwise it is every name that is a tail of `path`, or of which `path`
-  is a tail.
-  """
-  if isinstance(names, Mapping) and path in names:  # the usual case, without a look at all names
-    return [path]
-  matching = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
-  return [path] if path in matching else matching
-
-
 @functools.lru_cache(maxsize=4096)
 def _program(glob: str) -> _Program:
   tokens = [] if glob.startswith('/') else ['**/', '/']
