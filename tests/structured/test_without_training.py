@@ -165,6 +165,21 @@ def test_optimal_brain_surgery_finds_the_best_three_of_six_where_the_published_s
   assert (both != 0).any(1).sum() == 3 and pairs[0].any()
 
 
+def test_the_loss_of_a_group_is_the_rise_of_the_error_after_all_others_are_fitted_again():
+  rng = np.random.default_rng(1)
+  rows, w = rng.normal(size=(32, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(5, 2))
+  gram = rows.T @ rows + np.eye(5)
+  for gone in ([0], [1, 3]):
+    inside = np.isin(np.arange(5), gone)
+    left = np.zeros_like(w)
+    left[~inside] = np.linalg.solve(gram[np.ix_(~inside, ~inside)], (gram @ w)[~inside])
+    rise = np.sum((left - w) * (gram @ (left - w))) / 2
+    inverse = np.linalg.inv(gram)
+    assert least_squares._loss(w, inverse, inside) == pytest.approx(rise)
+    fitted, _ = least_squares._removed(w, inverse, np.array(gone))
+    np.testing.assert_allclose(fitted, left, atol=1e-8)
+
+
 def test_inputs_that_are_always_zero_have_no_weight():
   ((keep, fitted),) = least_squares.removals(np.zeros((3, 3)), np.zeros((3, 2)), np.arange(3), [2])
   assert keep.sum() == 2 and not fitted.any()
