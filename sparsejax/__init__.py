@@ -18,7 +18,7 @@ Modules import only from the lines above their own:
 - `structured` finds units that can be removed, and removes them from parameters and programs.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
 - The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, `plot`
-  draws pictures, `progress` tells how far a long call is, and the command line (`sparsejax --help`) offers the tools
+  draws pictures, and `progress` tells how far a long call is. The command line (`sparsejax --help`) offers the tools
   on checkpoints.
 
 `docs/words.md` explains every noun of the library in one line.

@@ -23,7 +23,7 @@ def numbers(source):
 
 @functools.cache  # Several laws read the same files.
 def of_functions(source):
-  """Name, first line and code lines of the body of each function of `source`, functions inside of functions too."""
+  """Returns name, first line and code lines of each function of `source`, functions inside of functions too."""
   held = numbers(source)
   # The signature counts for nothing: arguments one a line are easier to read.
   return [(node.name, node.lineno, len(held.intersection(range(node.body[0].lineno, node.end_lineno + 1))))

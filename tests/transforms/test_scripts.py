@@ -1,7 +1,7 @@
-"""Runs training scripts of three kinds, each made sparse by one changed line: those of `docs/interoperability.md`.
+"""Runs training scripts of three kinds, each made sparse by the changed line that `docs/interoperability.md` shows.
 
-The scripts know nothing of this library. They have been written as public scripts are: a classifier of images in Flax
-Linen (TrainState, Grain, TensorBoard), a language model in Flax NNX (Orbax, `inject_hyperparams`), and Equinox.
+The scripts know nothing of this library, and are written as public scripts are: a classifier of images in Flax Linen
+(TrainState, Grain, TensorBoard), a language model in Flax NNX (Orbax, `inject_hyperparams`), and Equinox.
 """
 
 import difflib
