@@ -210,7 +210,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys((f'{op}_matmul.w' for op in ('nm', 'block_sparse', 'ell', 'sparse24', 'unstructured')), PACKED),
     'sampled_matmul.like': PACKED, 'packed': PACKED, 'contractions': CONTRACTIONS, 'small': CUT, 'report': REPORT,
     **dict.fromkeys((f'{name}.groups' for name in ('cut', 'cut_state', 'masks', 'multiply_adds', 'prove')), UNITS),
-    **dict.fromkeys(('points', 'columns', 'window', 'block_q', 'block_k', 'capacity'), TIMES),
+    **dict.fromkeys(('points', 'columns', 'window', 'block_q', 'block_k'), TIMES), 'capacity': Kind(
+        'a whole number, at least 0', whole(0)),
     **dict.fromkeys(('dpi', 'limit', 'scale'), POSITIVE), **dict.fromkeys(('costs', 'means', 'halves'), NUMBERS),
     **dict.fromkeys(('knapsack.costs', 'sizes'), LISTS), 'knapsack.budget': NUMBER, 'tolerance': RATE,
     'effective_sizes.groups': GROUPS, 'active_matmul.threshold': ANYTHING,
