@@ -20,7 +20,7 @@ SIZE, LARGE, BLOCK, DAMPING = 2048, 4096, 128, 0.01
 ROWS, INPUTS = (64, 256), 256
 HALF = Chooser(Unstructured(0.5), 0.5)
 SENTENCES, TOKENS = 128, 32
-BARS = {'faster': 2.0, 'copies': 4.0, 'linear': 1.25, 'ms a row': 20.0, 'passes': 3.0}
+BARS = {'faster': 2.0, 'copies': 4.0, 'linear': 1.25, 'ms a row': 50.0, 'passes': 3.0}
 
 
 def layer(rows: int, inputs: int) -> tuple[Stack, calibration.Gram]:

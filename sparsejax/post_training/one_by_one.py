@@ -15,8 +15,6 @@ from jax import lax
 
 from sparsejax.types import Array
 
-BLOCK = 32  # vectors by which an inverse Hessian is behind; a product of matrices then takes them all at once
-
 
 class Removals(NamedTuple):
   """A `Removals` says in which order the units of each row are removed. A unit is `width` neighbouring weights.
@@ -35,54 +33,26 @@ def removals(w: Array, kept: Array, inverse: Array, *, width: int = 1, group: tu
 
   Each step removes the unit whose removal costs least, `w_B [H^-1]_BB^-1 w_B / 2`, and compensates. Ties go to the
   lower index. Weights that are not `kept` go first. With `group`, (n, m), at least n of each m neighbours stay.
-  `inverse` is the inverse Hessian, `[K, K]`. `rows`: how many rows are computed at a time. The inverse of each row lags
-  behind by up to 32 updates of rank one, and one product of matrices makes up for them. Memory is passed over 32 times
-  less often than by the authors' updates, and the numbers are the same up to rounding.
+  `inverse` is the inverse Hessian, `[K, K]`. `rows`: how many rows are computed at a time.
   """
   units = w.shape[1] // width
   steps = units if group is None else units // group[1] * (group[1] - group[0])
-  length = max(min(BLOCK // width, steps), 1)
 
   def one(row):
     weights, own = row
     there = jnp.any(own.reshape(units, width), 1)
 
     def remove(i, state):
-      rest, inverse, pending = state
-      score = jnp.where(there, _losses(rest.weights, rest.tiles, rest.left), -jnp.inf)
-      unit = jnp.argmin(jnp.where(_may_go(rest.left, group), score, jnp.inf))
-      half, weights = _removed(rest.weights, inverse, pending, unit * width, width)
-      parts = half.reshape(width, units, width)
-      tiles = rest.tiles - jnp.einsum('aub,auc->ubc', parts, parts, precision=lax.Precision.HIGHEST)
-      rest = _Rest(weights, tiles, rest.left.at[unit].set(False), rest.losses.at[i].set(score[unit] / 2),
-                   rest.step.at[unit].set(i))
-      return rest, inverse, lax.dynamic_update_slice_in_dim(pending, half, i % length * width, 0)
+      weights, inverse, left, losses, step = state
+      score = jnp.where(there, _losses(weights, inverse, left, width), -jnp.inf)
+      unit = jnp.argmin(jnp.where(_may_go(left, group), score, jnp.inf))
+      weights, inverse = _removed(weights, inverse, unit * width, width)
+      return weights, inverse, left.at[unit].set(False), losses.at[i].set(score[unit] / 2), step.at[unit].set(i)
 
-    def block(number, state):
-      rest, inverse = state
-      pending = jnp.zeros((length * width, w.shape[1]), w.dtype)
-      begin = number * length
-      rest, inverse, pending = lax.fori_loop(begin, jnp.minimum(begin + length, steps), remove,
-                                             (rest, inverse, pending))
-      return rest, inverse - jnp.matmul(pending.T, pending, precision=lax.Precision.HIGHEST)
-
-    at = jnp.arange(units)
-    tiles = inverse.reshape(units, width, units, width)[at, :, at]
-    rest = _Rest(weights, tiles, jnp.ones(units, bool), jnp.zeros(steps, w.dtype), jnp.full(units, steps, jnp.int32))
-    rest, _ = lax.fori_loop(0, -(-steps // length), block, (rest, inverse))
-    return Removals(rest.losses, rest.step)
+    state = weights, inverse, jnp.ones(units, bool), jnp.zeros(steps, w.dtype), jnp.full(units, steps, jnp.int32)
+    return Removals(*lax.fori_loop(0, steps, remove, state)[3:])
 
   return lax.map(one, (jnp.where(kept, w, 0), kept), batch_size=min(rows, len(w)))
-
-
-class _Rest(NamedTuple):
-  """A `_Rest` is one row on its way: the weights, the diagonal tiles of its inverse Hessian, and what is gone."""
-
-  weights: Array
-  tiles: Array
-  left: Array
-  losses: Array
-  step: Array
 
 
 def _may_go(left: Array, group: tuple[int, int] | None) -> Array:
@@ -93,34 +63,28 @@ def _may_go(left: Array, group: tuple[int, int] | None) -> Array:
   return left & jnp.repeat(spare, group[1], total_repeat_length=len(left))
 
 
-def _losses(w: Array, tiles: Array, left: Array) -> Array:
+def _losses(w: Array, inverse: Array, left: Array, width: int) -> Array:
   """Returns `w_B [H^-1]_BB^-1 w_B` of each unit that is left, `[units]`, below infinity."""
-  if tiles.shape[-1] == 1:
-    losses = jnp.square(w) / _positive(jnp.where(left, tiles[:, 0, 0], 1))
+  if width == 1:
+    losses = jnp.square(w) / _positive(jnp.where(left, jnp.diagonal(inverse), 1))
   else:
-    parts = w.reshape(len(left), -1)
-    tiles = jnp.where(left[:, None, None], tiles, jnp.eye(parts.shape[1], dtype=w.dtype))
+    parts, units = w.reshape(-1, width), jnp.arange(len(left))
+    tiles = inverse.reshape(len(left), width, len(left), width)[units, :, units]
+    tiles = jnp.where(left[:, None, None], tiles, jnp.eye(width, dtype=w.dtype))
     losses = jnp.sum(parts * jnp.linalg.solve(tiles, parts[..., None])[..., 0], 1)
   return jnp.minimum(losses, jnp.finfo(w.dtype).max)
 
 
-def _removed(w: Array, inverse: Array, pending: Array, start: Any, width: int) -> tuple[Array, Array]:
-  """Returns the vectors `[width, K]` whose products the inverse Hessian loses, and the weights after the removal.
-
-  The `width` weights from `start` on are removed. The inverse Hessian is `inverse - pending^T pending`.
-  """
-  at = lambda x, axis: lax.dynamic_slice_in_dim(x, start, width, axis)
-  across = at(inverse, 0) - jnp.matmul(at(pending, 1).T, pending, precision=lax.Precision.HIGHEST)
-  tile, part = at(across, 1), at(w, 0)
+def _removed(w: Array, inverse: Array, start: Any, width: int) -> tuple[Array, Array]:
+  """Returns the weights and the inverse Hessian after the `width` weights from `start` on are removed."""
+  across = lax.dynamic_slice_in_dim(inverse, start, width, 0)
+  tile, part = (lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1) for x in (across, w))
   if width == 1:
-    root = jnp.sqrt(_positive(tile))
-    half, own = across / root, part[:, None] / root
+    scaled = across / _positive(tile)
   else:
-    root = lax.linalg.cholesky(tile, symmetrize_input=False)
-    solved = lambda x: lax.linalg.triangular_solve(root, x, left_side=True, lower=True)
-    half, own = solved(across), solved(part[:, None])
-  w = lax.dynamic_update_slice_in_dim(w - own[:, 0] @ half, jnp.zeros_like(part), start, 0)
-  return half, w
+    scaled = jnp.linalg.solve(tile, across)
+  w = lax.dynamic_update_slice_in_dim(w - part @ scaled, jnp.zeros_like(part), start, 0)
+  return w, inverse - jnp.sum(across[:, :, None] * scaled[:, None], 0)
 
 
 def _positive(x: Array) -> Array:
