@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   """Returns the default config."""
   config = ConfigDict(type_safe=False)  # a value may be of another type, such as a model in the place of a section
-  # A model is trained for each seed, all side by side under `jax.vmap`. The seed decides the initial weights and the
+  # A model is trained for each seed, all side by side in one program. The seed decides the initial weights and the
   # order of the batches; both are the same for all runs.
   config.seeds = (0,)
   config.steps = 1000

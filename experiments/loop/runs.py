@@ -220,13 +220,13 @@ def _model(section: Mapping[str, Any], first: data.Data, layout: sharding.Layout
   example = first.example['inputs']
   apply = lambda params, inputs: module.apply({'params': params}, inputs)
   params = jax.eval_shape(module.init, jax.random.key(0), example)['params']
-  if not jax.tree.leaves(params):
-    raise ValueError('the model has no floating parameter, so that there is nothing to train.')
   contractions = sparsejax.contractions(apply, params, example)
   if not contractions:
     raise ValueError('the model multiplies no parameter with anything, so that there is nothing to prune.')
   convolutional = any(axes.spatial for axes in contractions.values())
-  by_seed = evaluate.one_by_one if convolutional else lambda function: function
+  # Accelerators, and devices that share a batch, are faster with all seeds in one operation.
+  loops = not convolutional and layout.mesh.size == 1 and jax.default_backend() == 'cpu'
+  by_seed = functools.partial(evaluate.one_by_one, loop=loops) if convolutional or loops else lambda function: function
   predict = evaluate.predictor(by_seed(apply))
   return Model(apply, _initial(module, example, layout), predict, contractions, by_seed)
 

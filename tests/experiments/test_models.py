@@ -204,8 +204,10 @@ def test_image_models(name, config, outputs, shape, kernels):
   for path, leaf in paths(first).items():
     if path in traced:
       assert trees.conventional_axes(path, leaf.shape) == traced[path]._replace(source='convention')
-  at_once = evaluate.predictor(evaluate.one_by_one(apply))(seeds, IMAGES)
-  np.testing.assert_allclose(at_once, jax.vmap(apply, in_axes=(0, None))(seeds, IMAGES), rtol=1e-4, atol=1e-5)
+  wanted = jax.vmap(apply, in_axes=(0, None))(seeds, IMAGES)
+  for loop in (False, True):
+    at_once = evaluate.predictor(evaluate.one_by_one(apply, loop))(seeds, IMAGES)
+    np.testing.assert_allclose(at_once, wanted, rtol=1e-4, atol=1e-5)
   half = models.make(name, outputs, dtype='bfloat16', **config).apply({'params': first}, IMAGES)
   assert half.dtype == jnp.float32 and 1e-4 < float(jnp.abs(half - images).max() / images.std()) < 0.2
 
@@ -216,7 +218,7 @@ def test_convolutions_of_several_models_stay_convolutions_of_one():
   params = jax.vmap(lambda seed: model.init(jax.random.key(seed), IMAGES)['params'])(jnp.arange(2))
   groups = lambda function: set(re.findall(r'feature_group_count = (\d+)', jax.jit(
       jax.vmap(function, in_axes=(0, None))).lower(params, IMAGES).as_text()))
-  assert '2' in groups(apply) and groups(evaluate.one_by_one(apply)) == {'1'}
+  assert '2' in groups(apply) and groups(evaluate.one_by_one(apply, loop=False)) == {'1'}
 
 
 def test_super_resolution_without_its_network_is_bicubic():
