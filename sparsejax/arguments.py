@@ -203,18 +203,15 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('path', 'tables', 'folder'), PATH), 'sequential': SEQUENTIAL,
     **dict.fromkeys(('unseen', 'device', 'item', 'input_gradient', 'globs', 'implementation', 'given.name',
                      'identity.name', 'over_steps.key'), NAME), 'named.name': NAMED,
-    **dict.fromkeys(('check', 'signed_zeros', 'own', 'exact', 'explain', 'band', 'causal'), FLAG),
+    **dict.fromkeys(('check', 'signed_zeros', 'own', 'exact', 'explain', 'band'), FLAG),
     **dict.fromkeys(('callback', 'metric', 'probe', 'essential_sparsity.pruned', 'schedule.value'), FUNCTION),
     **dict.fromkeys(('either.first', 'either.second'), BOOLS), 'all_but.where': PREDICATE, 'zeroth_order.key': DRAWN,
-    **dict.fromkeys(('x', 'w', 'dy', 'q', 'v', 'index', 'counts', 'block_sparse_attention.k', 'mask'), ARRAY),
-    **dict.fromkeys((f'{op}_matmul.w' for op in ('nm', 'block_sparse', 'ell', 'sparse24', 'unstructured')), PACKED),
-    'sampled_matmul.like': PACKED, 'packed': PACKED, 'contractions': CONTRACTIONS, 'small': CUT, 'report': REPORT,
+    'x': ARRAY, 'w': ARRAY, 'packed': PACKED, 'contractions': CONTRACTIONS, 'small': CUT, 'report': REPORT,
     **dict.fromkeys((f'{name}.groups' for name in ('cut', 'cut_state', 'masks', 'multiply_adds', 'prove')), UNITS),
-    **dict.fromkeys(('points', 'columns', 'window', 'block_q', 'block_k'), TIMES), 'capacity': Kind(
-        'a whole number, at least 0', whole(0)),
-    **dict.fromkeys(('dpi', 'limit', 'scale'), POSITIVE), **dict.fromkeys(('costs', 'means', 'halves'), NUMBERS),
+    **dict.fromkeys(('points', 'columns', 'window'), TIMES),
+    **dict.fromkeys(('dpi', 'limit'), POSITIVE), **dict.fromkeys(('costs', 'means', 'halves'), NUMBERS),
     **dict.fromkeys(('knapsack.costs', 'sizes'), LISTS), 'knapsack.budget': NUMBER, 'tolerance': RATE,
-    'effective_sizes.groups': GROUPS, 'active_matmul.threshold': ANYTHING,
+    'effective_sizes.groups': GROUPS,
 }
 
 

@@ -211,8 +211,6 @@ def _model(section: Mapping[str, Any], first: data.Data, layout: sharding.Layout
   example = first.example['inputs']
   apply = lambda params, inputs: module.apply({'params': params}, inputs)
   params = jax.eval_shape(module.init, jax.random.key(0), example)['params']
-  if not jax.tree.leaves(params):
-    raise ValueError('the model has no floating parameter, so that there is nothing to train.')
   contractions = sparsejax.contractions(apply, params, example)
   if not contractions:
     raise ValueError('the model multiplies no parameter with anything, so that there is nothing to prune.')

@@ -40,7 +40,7 @@ def adapted(given: Any) -> Adapted:
   """
   given = given.value if isinstance(given, configs.Own) else given
   model = _calling('the model', lambda: _adapted(given))
-  return Adapted(lambda key, inputs: _calling('init', lambda: model.init(key, inputs)),
+  return Adapted(lambda key, inputs: _with_parameters(_calling('init', lambda: model.init(key, inputs))),
                  lambda variables, inputs: _calling('apply', lambda: model.apply(variables, inputs)))
 
 
@@ -110,6 +110,12 @@ def _calling(what: str, function: Callable[[], Any]) -> Any:
     if str(error).startswith('models.own: '):
       raise
     raise ValueError(f'models.own: {what} failed with {type(error).__name__}: {error}') from error
+
+
+def _with_parameters(variables: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
+  if not jax.tree.leaves(variables['params']):
+    raise ValueError('models.own: the model has no floating parameter, so that there is nothing to train.')
+  return variables
 
 
 def _refuse_state(kinds: set[str]) -> None:

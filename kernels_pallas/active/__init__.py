@@ -12,7 +12,6 @@ from kernels_pallas import dispatch, products
 from kernels_pallas.active import reference
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.linear import Derivative, differentiable
-from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 _MOST_TOKENS = 16
@@ -20,7 +19,6 @@ _LEAST_BYTES = 2**24
 _CAPACITY = 0.75  # default capacity, as a fraction of the blocks
 
 
-@checked
 def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | None = None, block: int = 16,
                   capacity: int | None = None, implementation: str | None = None,
                   explain: bool = False) -> Array | dispatch.Choices:

@@ -18,11 +18,9 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import heads, reference
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.linear import Derivative, differentiable
-from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 
-@checked
 def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *,
                            block_q: int = 128, block_k: int = 128, causal: bool = False, scale: float | None = None,
                            implementation: str | None = None,

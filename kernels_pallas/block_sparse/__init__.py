@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch, products
 from kernels_pallas.block_sparse import reference
 from kernels_pallas.dispatch import Choice, Implementation
-from sparsejax.arguments import checked
 from sparsejax.formats import BlockSparseArray
 from sparsejax.types import Array
 
 
-@checked
 def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | None = None,
                         explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times the block-sparse `w`: `[..., *outputs]`, in x's dtype, summed in float32.
@@ -45,7 +43,6 @@ def block_sparse_matmul(x: Array, w: BlockSparseArray, *, implementation: str | 
   return y[:, :math.prod(w.output_sizes)].reshape(shape)
 
 
-@checked
 def sampled_matmul(x: Array, dy: Array, like: BlockSparseArray, *, implementation: str | None = None,
                    explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x^T dy`, summed in float32, at the stored blocks of `like`: the shape and dtype of `like.values`.

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch, products
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.ell import reference
-from sparsejax.arguments import checked
 from sparsejax.formats import ELLArray
 from sparsejax.types import Array
 
@@ -18,7 +17,6 @@ from sparsejax.types import Array
 _MOST_TOKENS = 16
 
 
-@checked
 def ell_matmul(x: Array, w: ELLArray, *, implementation: str | None = None,
                explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times `w` with zeros anywhere: `[..., *outputs]`, in x's dtype, summed in float32.

@@ -12,7 +12,6 @@ import numpy as np
 from kernels_pallas import dispatch, products
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.n_m import reference
-from sparsejax.arguments import checked
 from sparsejax.formats import NMArray, n_m
 from sparsejax.types import Array
 
@@ -24,7 +23,6 @@ _WIDTH, _LEAST = 32, 0.4
 _SELECTED = 2
 
 
-@checked
 def nm_matmul(x: Array, w: NMArray, *, implementation: str | None = None,
               explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times the N:M weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.

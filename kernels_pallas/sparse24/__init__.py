@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch, products
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.sparse24 import reference
-from sparsejax.arguments import checked
 from sparsejax.formats import Sparse24Array
 from sparsejax.types import Array
 
 
-@checked
 def sparse24_matmul(x: Array, w: Sparse24Array, *, implementation: str | None = None,
                     explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times the 2:4 weight `w`: `[..., *outputs]`, in x's dtype, summed in float32.

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch, products
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.unstructured import reference
-from sparsejax.arguments import checked
 from sparsejax.formats import CSCArray
 from sparsejax.types import Array
 
@@ -20,7 +19,6 @@ _LEAST_TOKENS, _LEAST_SPARSITY = 64, 0.85
 _UNPACKED, _DENSE = 70, 0.02 / 0.085
 
 
-@checked
 def unstructured_matmul(x: Array, w: CSCArray, *, implementation: str | None = None,
                         explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times `w` with zeros anywhere: `[..., *outputs]`, in x's dtype, summed in float32.

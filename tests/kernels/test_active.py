@@ -56,7 +56,7 @@ REFUSED = {
     'active: shapes': (lambda: active_matmul(HALF, HALF), r'\(4, 16\) and w of shape \(4, 16\) must be \[..., K\]'),
     'active: block': (lambda: active_matmul(HALF, ONES, block=6), 'block 6 must be a whole number that divides K = 16'),
     'active: mask': (lambda: active_matmul(HALF, ONES, mask=jnp.ones((4,), bool)), r'mask of shape \(4,\).*\(16,\)'),
-    'active: capacity': (lambda: active_matmul(HALF, ONES, capacity=0.5), '`capacity` must be a whole number, at least 0, not 0.5'),
+    'active: capacity': (lambda: active_matmul(HALF, ONES, capacity=0.5), 'capacity 0.5 must be a number of blocks'),
     'active: dtype': (lambda: active_matmul(HALF.astype(int), ONES), 'x has dtype int32'),
     'active: elsewhere': (lambda: active_matmul(HALF, ONES, implementation='mosaic_tpu'), 'it is for tpu.*can; None'),
     'active: name': (lambda: active_matmul(HALF, ONES, implementation='mosaic_gpu'), 'active_matmul: unknown impl'),

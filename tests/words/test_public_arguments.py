@@ -19,6 +19,8 @@ BAD = (-1, 2.5, math.nan, True, 'x', b'x', None, [1], (), {}, {'a': None}, objec
 # Words are called by the library, and some functions serve authors of words, formats and clients of programs.
 WORDS = ('scores', 'updates', 'saliences', 'ranking', 'types', 'units')
 OF_AUTHORS = {
+    # The ops name the format that they take, see `tests/kernels`.
+    'kernels_pallas': tuple({*kernels_pallas.__all__} - {'packed', 'prepared'}),
     'calibration': ('add', 'gram', 'moments'), 'flows': ('bidirectional', 'forgotten', 'is_forgotten'),
     'formats': ('axes_of', 'is_packed', 'packings', 'unfit', 'with_axes'), 'patterns': ('kept_of', 'parse', 'units'),
     'post_training': ('stack_of',), 'programs': ('evaluate', 'follow', 'trace', 'walk'), 'schedules': ('reach',),
