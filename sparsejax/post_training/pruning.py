@@ -218,9 +218,9 @@ def _packed(target: Target, solved: Mapping[Any, Solved]) -> formats.Wrapped:
                         for unit, each in found.items()})
   packed = formats.with_axes(formats.NMArray.from_dense(core.astype(dtype), 2, 4, target.leaf.axes), target.leaf.axes)
   lead = [target.array.shape[a] for a in sorted(target.leaf.axes.layer)]
-  outer = lambda name: jnp.stack([getattr(each, name) for each in found.values()]).reshape(
-      *lead, *getattr(some, name).shape[1:]).astype(dtype)
-  return formats.Wrapped.of(packed, outer('left'), outer('right'))  # type: ignore[arg-type]
+  left, right = (jnp.stack([getattr(each, name) for each in found.values()]).reshape(
+      *lead, *getattr(some, name).shape[1:]).astype(dtype) for name in ('left', 'right'))
+  return formats.Wrapped.of(packed, left, right)  # type: ignore[arg-type]
 
 
 def _alike(array: Array, other: Array) -> Array:

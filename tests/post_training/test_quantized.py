@@ -66,8 +66,8 @@ def test_qwix_on_packed_values_is_qwix_on_the_dense_matrix(form, standard_promot
 
 
 def test_aqt_keeps_zeros_down_to_two_bits_and_is_refused_with_one(standard_promotion):
-  params, quantize = pruned(), lambda bits: lambda matrix: aqt.jax.v2.aqt_quantizer.quantizer_make(bits).quant(
-      matrix, calibration_axes=(0,))[0]
+  make = aqt.jax.v2.aqt_quantizer.quantizer_make
+  params, quantize = pruned(), lambda bits: lambda matrix: make(bits).quant(matrix, calibration_axes=(0,))[0]
   packed = formats.pack(params, '2:4')
   for bits in (4, 1):  # kept weights alone: even one bit, which has no zero, loses no zero
     dense = quantized.tree(packed, quantize(bits))['kernel'].to_dense()
