@@ -179,9 +179,10 @@ def distilled(statistics: Callable[[Any], PyTree], recorded: PyTree, start: PyTr
   compared. Raises `ValueError` for trees that differ, and where the first loss is not finite.
   """
   found = jax.eval_shape(lambda each: statistics(generate(each)), start)
-  if jax.tree.structure(found) != jax.tree.structure(recorded):
-    raise ValueError(f'calibration.distilled: statistics() returns {jax.tree.structure(found)}, and `recorded` is '
-                     f'{jax.tree.structure(recorded)}. Return the same tree.')
+  own, wanted = (str(jax.tree.structure(tree)) for tree in (found, recorded))
+  if own != wanted:
+    raise ValueError(f'calibration.distilled: statistics() returns {own}, and `recorded` is {wanted}. Return the same '
+                     'tree.')
   loss = lambda each: _distance(statistics(generate(each)), recorded)
   tx = optax.chain(optax.adam(learning_rate), optax.contrib.reduce_on_plateau(factor=0.5, patience=50))
 

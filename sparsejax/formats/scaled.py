@@ -51,7 +51,7 @@ class Scaled(arrays.PackedArray):
   values: Array
   codes: Array
   zero: Array | None
-  held: arrays.PackedArray | None
+  held: Any  # a `PackedArray`, or None
   entries: tuple[int, ...] = arrays.static()
   bits: int = arrays.static()
   low: int = arrays.static(default=0)
@@ -69,11 +69,12 @@ class Scaled(arrays.PackedArray):
     """
     if isinstance(weights, Scaled):
       raise ValueError('Scaled.of: the array is quantized already; give the array before.')
-    values = weights.values if isinstance(weights, arrays.PackedArray) else weights
+    packed: Any = weights if isinstance(weights, arrays.PackedArray) else None
+    values: Any = weights if packed is None else packed.values
     if not is_known(values):
       raise arrays.Misfit('Scaled.of', values.shape, misfits.TRACED)
-    held = dataclasses.replace(weights, values=None) if isinstance(weights, arrays.PackedArray) else None
-    lead = weights.leading if held is not None else 0
+    held = None if packed is None else dataclasses.replace(packed, values=None)
+    lead = 0 if packed is None else packed.leading
     entries = tuple(values.shape[lead:])
     found = [_read(quantize, _matrix(held, each), table) for each in values.reshape(-1, *entries)]
     stacked = lambda parts: jnp.stack(parts).reshape(*values.shape[:lead], *parts[0].shape)
@@ -87,7 +88,7 @@ class Scaled(arrays.PackedArray):
     return made
 
   @property
-  def axes(self) -> tuple[int, ...]:
+  def axes(self) -> tuple[int, ...]:  # type: ignore[override]
     return self.held.axes if self.held is not None else ()
 
   @property
@@ -162,8 +163,9 @@ class Scaled(arrays.PackedArray):
       format_ = arrays.TABLE.get(about['held']['kind'])
       if format_ is None:
         raise ValueError(f'holds the unknown kind {about["held"]["kind"]!r}')
-      like = np.broadcast_to(np.zeros((), values.dtype), (*values.shape[:-2], *entries))
-      held = dataclasses.replace(format_.restored({**inner, 'values': like}, shape, about['held']), values=None)
+      like: Any = np.broadcast_to(np.zeros((), values.dtype), (*values.shape[:-2], *entries))
+      whole: Any = format_.restored({**inner, 'values': like}, shape, about['held'])
+      held = dataclasses.replace(whole, values=None)
     return cls(values, parts['codes'], parts.get('zero'), held, entries, bits, low, table)
 
   def problem(self) -> str | None:

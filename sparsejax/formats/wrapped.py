@@ -53,11 +53,11 @@ class Wrapped(arrays.PackedArray):
   @property
   def core(self) -> NMArray:
     """The packed core with its values."""
-    roles = {} if self.roles is None else {'roles': self.roles}  # a file keeps them here alone
+    roles: dict[str, Any] = {} if self.roles is None else {'roles': self.roles}  # a file keeps them here alone
     return dataclasses.replace(self.held, values=self.values, **roles)
 
   @property
-  def axes(self) -> tuple[int, ...]:
+  def axes(self) -> tuple[int, ...]:  # type: ignore[override]
     return self.held.axes
 
   @property
@@ -94,7 +94,7 @@ class Wrapped(arrays.PackedArray):
   @classmethod
   def restored(cls, parts: Mapping[str, Array], shape: tuple[int, ...], about: Mapping[str, Any]) -> 'Wrapped':
     core = NMArray.restored({name: parts[name] for name in ('values', 'indices')}, shape, about)
-    held = dataclasses.replace(core, values=None)  # type: ignore[arg-type]
+    held: Any = dataclasses.replace(core, values=None)
     return cls(parts['values'], parts['left'], parts['right'], held)
 
   def problem(self) -> str | None:

@@ -193,7 +193,8 @@ def _folder(workdir: str | None, params: PyTree, calls: Calls, made: Mapping[str
 
 def _result(params: PyTree, made: Mapping[str, Target], solved: Mapping[Unit, Solved], report: Report) -> Pruned:
   """Returns the tree with the pruned parameters, sharded as before, and the masks."""
-  weights, masks = {}, {}
+  weights: dict[str, Any] = {}
+  masks: dict[str, Any] = {}
   for path, target in made.items():
     like = lambda array, target=target: _alike(target.joined(array), target.array)
     own = {unit: solved[path, unit] for unit in target.units}

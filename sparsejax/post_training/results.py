@@ -67,7 +67,7 @@ def report_of(rows: Sequence[StackReport], dense: dict[str, str] | None = None, 
   notes += [f'left dense: {path} ({why})' for path, why in (dense or {}).items()]
   sizes = [math.prod(row.shape) for row in rows]
   asked = None if any(row.asked is None for row in rows) or not rows else (
-      sum(n * row.asked for n, row in zip(sizes, rows)) / max(sum(sizes), 1))  # type: ignore[operator]
+      sum(n * (row.asked or 0.0) for n, row in zip(sizes, rows)) / max(sum(sizes), 1))
   return Report(tuple(rows), tuple(notes), asked, _HEAD, dense or {}, memory, seconds)
 
 
