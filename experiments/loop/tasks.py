@@ -93,7 +93,7 @@ def of_config(config: ConfigDict) -> tuple[str, Task]:
 
 
 def refuse_no_classes(labels: jax.ShapeDtypeStruct, least: int) -> None:
-  """Raises `ValueError` if `labels`, of which `least` is the smallest, are no classes: these have no accuracy."""
+  """Raises `ValueError` if `labels`, of which `least` is the smallest, are no classes and have no accuracy."""
   remedy = 'a loss and a score of your own as config.loss and config.score.'
   if least < 0:
     raise ValueError(f'config: the smallest label is {least}, and classes begin at 0; give other labels, or {remedy}')
