@@ -155,6 +155,9 @@ NAMED = Kind('a name, or the mapping or the word of a configuration',
 REPORT = Kind('what sparsejax.report returns', having('rows'))
 SEQUENTIAL = Kind("'weight', 'dense' or a function path -> key",
                   lambda value: isinstance(value, str) or callable(value))
+WHOLE = Kind('a whole number, at least 0', whole(0))
+PAIR = Kind('two whole numbers from 1 on, as in (128, 128)',
+            lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(TIMES.fits, value)))
 NUMBERS = Kind('a number or a sequence of numbers', lambda value: is_number(value) or is_series(value))
 
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
@@ -212,6 +215,17 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('dpi', 'limit'), POSITIVE), **dict.fromkeys(('costs', 'means', 'halves'), NUMBERS),
     **dict.fromkeys(('knapsack.costs', 'sizes'), LISTS), 'knapsack.budget': NUMBER, 'tolerance': RATE,
     'effective_sizes.groups': GROUPS,
+    # Choices of units without training, and gates.
+    **dict.fromkeys((f'{name}.groups' for name in (
+        'choose_in_rounds', 'clustered', 'erasable', 'implanted', 'is_rotated', 'permuted', 'rotate', 'search',
+        'weights')), UNITS),
+    **dict.fromkeys(('erase', 'order', 'stages', 'computed.widths'), SERIES), 'array': PAIR, 'seed': WHOLE,
+    **dict.fromkeys(('among', 'orders', 'gate'), BY_NAME), 'rotated': PARAMS, 'implants': PART, 'mass.fraction': PART,
+    **dict.fromkeys(('stream', 'widths', 'heads', 'clustered.name'), NAME), 'gate_of.key': DRAWN,
+    **dict.fromkeys(('tune', 'activation', 'choose_in_rounds.grads'), FUNCTION), 'weight': RATE,
+    **dict.fromkeys(('width', 'gate_of.inputs', 'gate_of.units', 'tile_share.inputs', 'tile_share.outputs'), TIMES),
+    **dict.fromkeys(('into', 'out', 'logits', 'strength', 'matrix', 'computed.keep', 'foresight.target',
+                     'response.outputs'), ARRAY),
 }
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from sparsejax.arguments import checked
 from sparsejax.types import Array
 
+__all__ = ['computed', 'foreseen', 'foresight', 'gate_of', 'mass', 'response', 'straight_open']
+
 
 @checked
 def mass(strength: Array, fraction: float) -> Array:
@@ -34,16 +36,19 @@ def mass(strength: Array, fraction: float) -> Array:
   return jnp.take_along_axis(taken, jnp.argsort(order, -1), -1)
 
 
+@checked
 def response(outputs: Array) -> Array:
   """Returns the strength of each unit, `float[batch, units]`: the largest |output| over all places."""
   return jnp.max(jnp.abs(outputs), axis=tuple(range(1, outputs.ndim - 1)))
 
 
+@checked
 def gate_of(key: Array, inputs: int, units: int) -> dict[str, Array]:
   """Returns the parameters of a gate: a matrix `[inputs, units]` and a bias that opens all units."""
   return {'kernel': jax.random.normal(key, (inputs, units)) / inputs**0.5, 'bias': jnp.ones(units)}
 
 
+@checked
 def foreseen(gate: Mapping[str, Array], x: Array) -> Array:
   """Returns the logits of the units, `float[batch, units]`, from the input `[batch, ..., features]` of the layer.
 
@@ -53,18 +58,21 @@ def foreseen(gate: Mapping[str, Array], x: Array) -> Array:
   return jax.nn.softmax(pooled, -1) @ gate['kernel'] + gate['bias'][None]
 
 
+@checked
 def straight_open(logits: Array) -> Array:
   """Returns 1 where a unit is open and 0 elsewhere, with the gradient of the sigmoid (straight-through)."""
   soft = jax.nn.sigmoid(logits)
   return soft + jax.lax.stop_gradient((logits > 0).astype(soft.dtype) - soft)
 
 
+@checked
 def foresight(logits: Array, target: Array, weight: float = 10.0) -> Array:
   """Returns the loss of a gate: cross-entropy to the target set, summed over units, the mean over the batch."""
   wrong = jax.nn.softplus(jnp.where(target, -logits, logits))
   return weight * jnp.mean(jnp.sum(wrong, -1))
 
 
+@checked
 def computed(x: Array, into: Array, out: Array, keep: Array, widths: Sequence[int],
              activation: Callable[[Array], Array] = jax.nn.relu) -> Array:
   """Returns `activation(x @ into) @ out` over the units in `keep`, `bool[units]`, and computes few others.

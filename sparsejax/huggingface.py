@@ -26,6 +26,8 @@ from sparsejax.programs.contractions import contractions
 from sparsejax.tables import Report
 from sparsejax.types import Pattern
 
+__all__ = ['prune_folder']
+
 BATCH = 16
 
 

@@ -57,7 +57,8 @@ def where_kept(mask: Array, kept: Array, other: Any = 0) -> Array:
 
   The function gives what `jnp.where` gives, by operations that are no call: a step has several for each leaf.
   """
-  return lax.select(mask, kept, other if isinstance(other, Array) else lax.full_like(kept, other))
+  whole = lambda x: x if jnp.shape(x) == mask.shape else jnp.broadcast_to(x, mask.shape)
+  return lax.select(mask, whole(kept), whole(other) if jnp.shape(other) else lax.full_like(whole(kept), other))
 
 
 def alike(mask: Array, other: Array) -> Array:

@@ -37,6 +37,8 @@ from sparsejax.states import SparseState
 from sparsejax.tables import aligned
 from sparsejax.types import PyTree, moved
 
+__all__ = ['ArgumentBytes', 'Budget', 'abstract_state', 'budget', 'of_program', 'parts']
+
 # These options of XLA are for programs on a CPU that are only read. A CPU widens bfloat16 to float32 to send it. Only a
 # rounding to bfloat16 between two float32 values shows this, and the first option keeps XLA from dropping the rounding.
 # The second option leaves machine code unoptimized, because it never runs: optimizing doubles the time for one text.

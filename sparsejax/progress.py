@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+__all__ = ['counted', 'listening', 'on_standard_error', 'paced', 'replaced', 'tell']
+
 Hook = Callable[[str], None]
 Item = TypeVar('Item')
 SECONDS = 5.0
@@ -47,6 +49,8 @@ def listening(hook: Hook | None = None) -> Iterator[None]:
   `hook(line)` is any function of a text. By default, lines go to the standard error, at the pace of `paced`. A context
   inside of another replaces its hook.
   """
+  if hook is not None and not callable(hook):
+    raise ValueError(f'progress.listening: `hook` must be a function of a line of text, not {hook!r}.')
   token = _HOOK.set(hook or paced(on_standard_error))
   try:
     yield

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+__all__ = ['Report']
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:

@@ -7,6 +7,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs
 from sparsejax.programs.arrangements import arrangement_of
 from sparsejax.programs.contractions import read
@@ -14,14 +15,14 @@ from sparsejax.programs.tracing import trace
 from sparsejax.types import PyTree
 
 
+@checked
 def tile_share(inputs: int, outputs: int, array: tuple[int, int] = (128, 128)) -> float:
   """Returns the part of the array that a product of this size fills in its steps: m n over whole tiles."""
-  (high, wide) = array
-  if min(inputs, outputs, high, wide) < 1:
-    raise ValueError(f'advice.tile_share: sizes are whole numbers from 1 on, not {inputs} x {outputs} on {array}.')
+  high, wide = array
   return inputs * outputs / (-(-inputs // high) * high * -(-outputs // wide) * wide)
 
 
+@checked
 def utilization(apply: Callable[..., Any], params: PyTree, *inputs: Any, array: tuple[int, int] = (128, 128)
                 ) -> Mapping[str, float]:
   """Returns the part of an array of multipliers that each parameter's product fills, the first use of each parameter.

@@ -14,6 +14,8 @@ from sparsejax import errors
 from sparsejax.hub import bert, gpt2, llama
 from sparsejax.types import Array
 
+__all__ = ['MATRICES', 'TABLE', 'forward', 'reader']
+
 # A reader returns (params, tokens `int[B, T]`, valid `bool[B, T]`) -> hidden states or logits `[B, T, ...]`.
 TABLE: dict[str, Callable[[Mapping[str, Any]], Callable[..., Array]]] = {
   'bert': bert.forward, 'gpt2': gpt2.forward, 'llama': llama.forward}

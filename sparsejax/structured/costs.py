@@ -66,6 +66,7 @@ def multiply_adds(groups: Groups) -> Cost:
   return lambda sizes: _cost('multiply_adds', groups, macs, _axes(groups), sizes)
 
 
+@checked
 def weights(groups: Groups) -> Cost:
   """Returns the function from sizes of groups to the number of parameters. Groups without a size are whole."""
   paths, leaves, _ = trees.flatten(groups.shapes)

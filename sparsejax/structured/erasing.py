@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend import core
 
 from sparsejax import errors
+from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs
 from sparsejax.programs.follow import FactRules, Position, follow
 from sparsejax.programs.tracing import trace
@@ -30,6 +31,7 @@ KEEP_ZERO = PRODUCTS | {
   'select_n', 'stop_gradient', 'name', 'reduce_precision'}
 
 
+@checked
 def erasable(groups: Groups, order: Iterable[str] | None = None) -> tuple[str, ...]:
   """Returns the names of groups that may vanish together, visited in `order`, by default that of `groups`.
 

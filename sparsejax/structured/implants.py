@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments, saliences, trees, updates
+from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs, sizes
 from sparsejax.programs.contractions import read
 from sparsejax.programs.evaluate import ValueRules, evaluate
@@ -41,6 +42,7 @@ class Implanted(NamedTuple):
   filters: dict[str, int]
 
 
+@checked
 def implanted(groups: Groups, sparsity: float, implants: float, *, score: Salience = saliences.mean_magnitude,
               budget: Any = None, multiple_of: int = 1) -> Selection:
   """Returns the selection in which a part of the units that would go keeps the centre of their filters (HAP, 2022).
@@ -98,6 +100,7 @@ def _outer(parts: list[np.ndarray]) -> np.ndarray:
   return mask
 
 
+@checked
 def split_centers(apply: Callable[..., Any], params: PyTree, *inputs: Any) -> Implanted:
   """Returns the model with a convolution of one tap for the filters that are zero beside their centre.
 

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors, trees
+from sparsejax.arguments import checked
 from sparsejax.structured.groups import Groups
 from sparsejax.types import PyTree
 
 
+@checked
 def permuted(groups: Groups, params: PyTree, orders: Mapping[str, np.ndarray]) -> PyTree:
   """Returns parameters, or masks of their shapes, whose unit i is the old unit `orders[name][i]`, in all members.
 
@@ -49,6 +51,7 @@ def _places(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
   return places
 
 
+@checked
 def clustered(groups: Groups, masks: PyTree, name: str, path: str, width: int) -> np.ndarray:
   """Returns the order of the units of a group that puts units with like masks beside each other, `int[units]`.
 

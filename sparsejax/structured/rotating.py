@@ -58,6 +58,7 @@ def slice_gpt(groups: Groups, params: PyTree, batches: Iterable[Any], sparsity: 
   return cut(groups, rotate(groups, folded, stream, matrix), {stream: np.arange(width) < kept})
 
 
+@checked
 def rotate(groups: Groups, params: PyTree, stream: str, matrix: Any) -> PyTree:
   """Returns parameters of the same function whose stream is `x @ matrix`; `matrix` is orthogonal, `[width, width]`.
 
@@ -97,6 +98,7 @@ def fold(groups: Groups, params: PyTree, stream: str) -> PyTree:
   return _changed(params, {**changes, **ones})
 
 
+@checked
 def is_rotated(groups: Groups, params: PyTree, rotated: PyTree, *inputs: Any) -> float:
   """Returns the largest difference of the results of both parameters, over the largest result."""
   pairs = zip(*(jax.tree.leaves(groups.apply(each, *inputs)) for each in (params, rotated)))

@@ -60,6 +60,7 @@ def multi_pruner(groups: Groups, params: PyTree, loss: Callable[[PyTree], Array]
   return search(groups, params, loss, stages, score=score)
 
 
+@checked
 def search(groups: Groups, params: PyTree, loss: Callable[[PyTree], Array], stages: Sequence[Stage], *,
            cost: Cost | None = None, score: saliences.Salience = saliences.mean_magnitude) -> Keep:
   """Returns the units that stay after the removals of all stages, as `keep=` of `cut`.

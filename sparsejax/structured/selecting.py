@@ -192,6 +192,7 @@ def choose(groups: Groups, params: PyTree, sparsity: float = 0.5, *, budget: All
   return places.by_name(keep)
 
 
+@checked
 def choose_in_rounds(groups: Groups, params: PyTree, sparsities: Sequence[float],
                      tune: Callable[[PyTree, PyTree], PyTree], *, grads: Callable[[PyTree], PyTree] | None = None,
                      **options: Any) -> tuple[PyTree, dict[str, np.ndarray]]:

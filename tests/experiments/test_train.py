@@ -283,7 +283,7 @@ def test_coordinates_that_make_no_sense(tmp_path, where, capsys):
     ("models={'SR-STE': 8}", ['models.SR-STE', 'section', '8']),
     ("models={'SR-STE': {'widht': 8}}", ["'widht'", "'width'"]),
     ('steps=many', ['steps=many', 'number']),
-    ('steps=0', ['steps=0', 'at least 1']),
+    ('steps=0', ['steps=0', 'from 1 to']),
     ('steps=' + '(' * 300, ['steps=((', 'number']),
     ('resume_changed=1', ['resume_changed=1', 'bool']),
     ('seeds=3', ['seeds=3', 'tuple']),

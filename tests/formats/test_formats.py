@@ -443,7 +443,7 @@ NEGATIVE_ZERO = np.copysign(np.zeros((4, 2), np.float32), -1)
     (lambda: formats.pack({'a': CROWDED}, '2:4', where=sj.trees.named('b')), "picks no parameter.*'a'"),
     (lambda: formats.pack({'a': CROWDED}, {'b': '2:4'}), "unknown path in `pattern` 'b'.*a"),
     (lambda: formats.pack({'a': CROWDED}, '2/4'), "unknown pattern '2/4'"),
-    (lambda: formats.pack({'a': CROWDED}, 0.5), 'unknown pattern 0.5'),
+    (lambda: formats.pack({'a': CROWDED}, 0.5), '`pattern` must be a pattern.*not 0.5'),
     (lambda: formats.pack(formats.pack(params(), 'bitmask'), '2:4'), "'conv/kernel'.*call unpack"),
     (lambda: formats.matmul(jnp.ones((2, 3)), NMArray.from_dense(np.zeros((8, 3), np.float32), 2, 4, 0)),
      r'x of shape \(2, 3\).* 8 .*\(8, 3\)'),

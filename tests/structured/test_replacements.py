@@ -204,7 +204,7 @@ def test_no_entry_is_read_more_often_than_the_mean_rounded_up(size):
   (lambda: sharing.fold({'a': jnp.ones(3)}, 4, KEY), 'from 1 to 3'),
   (lambda: sharing.roast({'a': jnp.ones((3, 3))}, 4, (3, 3)), 'smaller tile'),
   (lambda: sharing.expand(jnp.ones(2), sharing.fold({'a': jnp.ones(3)}, 3, KEY)), 'the plan'),
-  (lambda: advice.tile_share(0, 1), 'from 1 on'),
+  (lambda: advice.tile_share(0, 1), 'at least 1'),
   (lambda: structured.iso_flop.equal_flops({}, {}, {'x': 'y'}), "leaf 'x'"),
 ])
 def test_bad_input_is_refused_in_words(call, said):
