@@ -215,7 +215,6 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('dpi', 'limit'), POSITIVE), **dict.fromkeys(('costs', 'means', 'halves'), NUMBERS),
     **dict.fromkeys(('knapsack.costs', 'sizes'), LISTS), 'knapsack.budget': NUMBER, 'tolerance': RATE,
     'effective_sizes.groups': GROUPS,
-    # Words of `structured`, of gates and of advice take the arguments below.
     **dict.fromkeys((f'{name}.groups' for name in (
         'choose_in_rounds', 'clustered', 'erasable', 'implanted', 'is_rotated', 'permuted', 'rotate', 'search',
         'weights')), UNITS),
