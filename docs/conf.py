@@ -1,10 +1,13 @@
 """Configures Sphinx, which builds the pages of this folder and of `generated`, after it has written the latter."""
 
+import os
 import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+# Notebooks run in processes of their own, which import `experiments` from the checkout: no package installs it.
+os.environ['PYTHONPATH'] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import generator  # noqa: E402
 import recipe_pictures  # noqa: E402
