@@ -35,6 +35,6 @@ def setup(app):
 
 
 def written(app):
-  """Writes the pages of the code, and draws their pictures. Each picture is drawn once: `make clean` removes them."""
+  """Writes the pages of the code, and draws the pictures that are older than the code."""
   generator.write(HERE / 'generated')
   recipe_pictures.draw(HERE / 'generated' / 'recipes')

@@ -11,12 +11,14 @@ import sparsejax as sj
 
 
 def draw(folder: pathlib.Path) -> None:
-  """Draws the picture of each recipe that has none yet, `folder/<kind>/<name>.png`."""
+  """Draws the picture of each recipe, `folder/<kind>/<name>.png`, where none is newer than the library's code."""
+  code = [pathlib.Path(__file__), *pathlib.Path(sj.__file__).parent.rglob('*.py')]
+  newest = max(path.stat().st_mtime for path in code)
   drawings = {'train': _trained, 'prune': _pruned, 'cut': _faded}
   for kind, table in sj.recipes.TABLES.items():
     for name in table:
       path = folder / kind / f'{name}.png'
-      if not path.exists() and kind in drawings:
+      if kind in drawings and not (path.exists() and path.stat().st_mtime > newest):
         with sj.plot.saved(path, figsize=(6, 2.6)) as axes:
           drawings[kind](name, axes[0, 0])
 
