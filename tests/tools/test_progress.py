@@ -105,3 +105,9 @@ def test_the_commands_tell_a_slow_check_and_a_slow_pack(tmp_path, monkeypatch, c
   assert cli.main(['check', str(tmp_path / 'zeros.safetensors'), '--pattern', '2:4']) == 0
   assert cli.main(['pack', str(tmp_path / 'zeros.safetensors'), str(tmp_path / 'o'), '--pattern', '2:4']) == 0
   assert capsys.readouterr().err == 'check 1/1 layer/kernel\nwrite 1/1 layer/kernel\n'
+
+
+def test_a_hook_that_is_no_function_is_refused():
+  with pytest.raises(ValueError, match='^progress.listening: `hook` must be a function of a line of text, not 5'):
+    with progress.listening(5):
+      pass
