@@ -33,6 +33,8 @@ def of_step(paths: Sequence[str], grads: PyTree, before: State, after: State) ->
 
   - `sparsity`: the fraction of weights that are zero after the update.
   - `flips`: the fraction of mask entries that the update changed.
+  - `left`: the mean magnitude of the weights that the mask prunes over that of the weights that it keeps. While a mask
+    decays the ratio falls, and it is 0 once the model is sparse. Without a pruned weight it is NaN.
   - `noise_kept`, `noise_pruned`: the variance of |gradient| over the weights that the mask of `before` kept and pruned.
     The leaves' variances differ by orders of magnitude, so their geometric mean is taken. Over no weights it is NaN.
   """
@@ -49,10 +51,18 @@ def of_step(paths: Sequence[str], grads: PyTree, before: State, after: State) ->
   return {
       'sparsity': ((1 - densities) * sizes).sum() / sizes.sum(),
       'flips': flips / sizes.sum(),
+      'left': _mean_magnitude(weights, masks_after, kept=False) / _mean_magnitude(weights, masks_after, kept=True),
       'noise_kept': _geometric_mean([v.kept for v in variances]),
       'noise_pruned': _geometric_mean([v.pruned for v in variances]),
       'densities': densities,
   }
+
+
+def _mean_magnitude(weights: Mapping[str, Array], masks: Mapping[str, Array], *, kept: bool) -> Array:
+  """Returns the mean of |w| over all weights whose mask entry is `kept`, NaN if there is none."""
+  chosen = {path: masks[path] == kept for path in weights}
+  total = sum(jnp.abs(w.astype(jnp.float32)).sum(where=chosen[path]) for path, w in weights.items())
+  return total / sum(picked.sum() for picked in chosen.values())
 
 
 def noise(paths: Sequence[str], grads: PyTree, before: State, after: State, b1: float) -> Mapping[str, Array]:

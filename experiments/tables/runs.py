@@ -6,13 +6,13 @@
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.loop import origins, records, tasks
 from experiments.loop.outcomes import Outcome
-from experiments.tables import pages
+from experiments.tables import pages, paired
 from sparsejax import plot
 
 Numbers = Mapping[str, Any]  # of one run, see `rows`
@@ -115,28 +115,76 @@ def _notes(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[str]:
       'back, against the checkpoint, read back, bit for bit.',
       f'Picture: {workdir / "results.png"}. Tables: {workdir / "results.md"}, results.json, results.csv (a row '
       'for each seed).',
-      *(line for outcome in outcomes for line in origins.told(outcome['name'], outcome.get('changes', [])))]
+      *(line for outcome in outcomes for line in origins.told(outcome['name'], outcome.get('changes', []))),
+      *shown(outcomes), NEXT]
+
+
+NEXT = ('Try next: --set KEY=VALUE with another --workdir changes one setting; python -m experiments.sweep compares '
+        'recipes, patterns and learning rates; sparsejax advise FILE says what pays for a checkpoint of yours.')
+
+
+def shown(outcomes: Sequence[Outcome]) -> list[str]:
+  """Returns in a line each which runs the seeds tell apart, by the test score and with verdicts that hold all together.
+
+  Each run is compared with the first, and with the first run before it that was asked for the same sparsity.
+  """
+  task, pairs = task_of(outcomes), []
+  for i, outcome in enumerate(outcomes):
+    alike = [other for other in outcomes[1:i] if None is not outcome['asked'] == other['asked']]
+    pairs += [(outcome, other) for other in (*outcomes[:min(i, 1)], *alike[:1])]
+  found = [paired.paired(*(side['test'][task.name] for side in pair)) for pair in pairs]
+  adjusted = paired.holm([each.p for each in found])
+  return [f'Shown: {run["name"]} against {other["name"]}: '
+          f'{pages.spread(each.difference, each.half, task.scale, "+")} {task.difference}, '
+          f'{paired.verdict(each.difference, p, lower_is_better=False)} by {len(run["seeds"])} seeds.'
+          for (run, other), each, p in zip(pairs, found, adjusted)]
+
+
+class Panel(NamedTuple):
+  """A `Panel` is one plot of the picture: `key` names the recorded number, and `caption` says how to read the plot."""
+
+  key: str
+  title: str
+  caption: str
+
+
+PANELS = (
+    Panel('left', 'size of pruned weights, over that of kept ones',
+          'At 0 the model is sparse. A mask that decays lets\npruned weights fade; other masks cut them at once.'),
+    Panel('flips', 'weights that enter or leave the mask in a step',
+          'A fraction of all sparse weights. Where many flip,\nthe recipe has not settled which weights to keep.'),
+    Panel('noise_kept', 'gradient noise: variance of |gradient|',
+          'Solid: of kept weights; dotted: of pruned ones. More\nnoise: single weights are pulled harder than others.'),
+)
 
 
 def draw(outcomes: Sequence[Outcome], path: pathlib.Path) -> None:
-  """Draws the validation score, flip rate and gradient noise over the steps: the seeds' mean in a band of all seeds."""
+  """Draws score, fading, flips and gradient noise over the steps: the seeds' mean in a band of all seeds."""
   task = task_of(outcomes)
-  with plot.saved(path, 1, 3, figsize=(15, 4.5)) as axes:
-    score, flips, noise = axes[0]
+  score = Panel(f'valid_{task.name}', f'validation {task.name}',
+                'Higher is better. Line: mean of the seeds.\nBand: from the lowest to the highest seed.')
+  with plot.saved(path, 2, 2, figsize=(11, 8.5)) as axes:
+    panels = dict(zip((score, *PANELS), axes.flat))
     for i, outcome in enumerate(outcomes):
-      lines, colour = list(records.read(outcome['directory'])), f'C{i}'
-      plot.over_steps(lines, f'valid_{task.name}', score, color=colour, label=outcome['name'])
-      plot.over_steps(lines, 'noise_kept', noise, color=colour)
-      if outcome['asked'] is not None:  # A run that prunes nothing has no mask.
-        plot.over_steps(lines, 'flips', flips, color=colour)
-        plot.over_steps(lines, 'noise_pruned', noise, band=False, color=colour, linestyle=':')
-    if reached := [y for line in score.lines for y in line.get_ydata()]:
-      score.set_ylim(bottom=np.quantile(reached, 0.1))  # The lowest first steps would squeeze the later steps.
-    flips.set_yscale('symlog', linthresh=1e-5)
-    noise.set_yscale('log')
-    for axis, title in ((score, f'validation {task.name}'), (flips, 'mask entries flipped by a step, fraction'),
-                        (noise, 'gradient noise: variance of |gradient|')):
-      axis.set(title=title, xlabel='step')
-    score.legend(loc='lower right')
-    styles = [noise.plot([], [], color='grey', linestyle=style)[0] for style in ('-', ':')]
-    noise.legend(styles, ['kept', 'pruned weights'])
+      _draw_run(panels, outcome, f'C{i}')
+    for panel, axis in panels.items():
+      axis.set(title=panel.title, xlabel=f'step\n\n{panel.caption}')
+    _scaled(*panels.values())
+
+
+def _draw_run(panels: Mapping[Panel, Any], outcome: Outcome, colour: str) -> None:
+  lines, sparse = list(records.read(outcome['directory'])), outcome['asked'] is not None
+  for panel, axis in panels.items():
+    if sparse or panel.key not in ('left', 'flips'):  # A run that prunes nothing has no mask.
+      plot.over_steps(lines, panel.key, axis, color=colour, label=outcome['name'])
+    if sparse and panel.key == 'noise_kept':
+      plot.over_steps(lines, 'noise_pruned', axis, band=False, color=colour, linestyle=':')
+
+
+def _scaled(score: Any, left: Any, flips: Any, noise: Any) -> None:
+  if reached := [y for line in score.lines for y in line.get_ydata()]:
+    score.set_ylim(bottom=np.quantile(reached, 0.1))  # The lowest first steps would squeeze the later steps.
+  left.set_ylim(bottom=0)
+  flips.set_yscale('symlog', linthresh=1e-5)
+  noise.set_yscale('log')
+  score.legend(loc='lower right')

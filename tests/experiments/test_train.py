@@ -82,10 +82,15 @@ def test_metrics_of_a_run(demo, run):
   assert [line['step'] for line in lines if 'valid_accuracy' in line] == [4, 8]
   sparse = run != 'dense'
   for line in lines:
-    assert all(len(line[key]) == 2 for key in ('loss', 'accuracy', 'sparsity', 'flips', 'noise_kept', 'noise_pruned'))
+    assert all(len(line[key]) == 2 for key in (
+        'loss', 'accuracy', 'sparsity', 'flips', 'left', 'noise_kept', 'noise_pruned'))
     assert 0 < line['learning_rate'] <= 1e-2
     assert (line['noise_pruned'][0] is not None) == sparse  # JSON has no NaN
   assert (lines[-1]['sparsity'][0] == pytest.approx(0.875)) == sparse
+  first, *_, last = [line['left'][0] for line in lines]
+  assert last == (0 if sparse else None)  # A mask of no pruned weight has no such ratio.
+  fades = run == 'MdGf-Linear'
+  assert not sparse or (0 < first < 1 if fades else first == 0)
   assert any((demo / run).glob('events.out.tfevents.*'))
 
 
@@ -190,6 +195,8 @@ def test_a_finished_job_prints_its_results_again(folder, demo, monkeypatch, caps
   assert call(folder, demo) == 0
   out = capsys.readouterr().out
   assert 'MdGf-Linear' in out and '87.50%' in out and 'results.png' in out
+  assert out.count('Shown: ') == 3 and 'Shown: MdGf-Linear against SR-STE: ' in out
+  assert out.rstrip().splitlines()[-1].startswith('Try next: ')
   assert (demo / 'results.json').read_bytes() == before
 
 
