@@ -22,7 +22,7 @@ Written down before any run, and not to be changed after one:
 - `bdwp` is left out. Without a product of its own in the model it trains as `ste` does, see `sparsejax.recipes.bdwp`.
 - Gradient noise is measured on the feed-forward layers: see `experiments.loop.measurements.noise`.
 
-`experiments.train` trains SR-STE and dense at 1:8 on the task `lm` from the same file. Not yet run at this size.
+`experiments.train` trains dense and SR-STE at 1:8 on the task `lm` from the same file. Not yet run at this size.
 """
 
 from experiments.configs import default
@@ -52,7 +52,7 @@ def get_config():
   config.optimizer.weight_decay = 0.01
   config.optimizer.warmup = 0.05
   config.optimizer.learning_rate = 1e-2
-  config.recipes = {'SR-STE': {'name': 'sr_ste', 'pattern': '1:8', 'where': BLOCKS}, 'dense': {'name': 'dense'}}
+  config.recipes = {'dense': {'name': 'dense'}, 'SR-STE': {'name': 'sr_ste', 'pattern': '1:8', 'where': BLOCKS}}
   for key, value in TASKS['lm'].items():
     config[key] = value
   return config
