@@ -13,10 +13,13 @@ from sparsejax import plot
 Line = Mapping[str, Any]
 
 MARKERS = 'osD^vP*X<>hp'
+LABEL = {'facecolor': 'white', 'alpha': 0.6, 'linewidth': 0, 'boxstyle': 'round,pad=0.2'}  # legible on dark colours
 WINDOW = 40  # records of a running average of the gradient noise, as in progressive gradient flow
 # The keys of a record, the title above its panel, whether the axis is logarithmic, and the running average in records.
+QUALITY = {True: ('valid', 'validation', False, 1), False: ('loss', 'training loss', False, WINDOW)}
+FEW = 3  # records of the validation, below which they are no curve
 CURVES = (
-    ('valid', 'validation', False, 1), ('flips', 'mask entries flipped by a step, fraction', True, 1),
+    ('flips', 'mask entries flipped by a step, fraction', True, 1),
     ('noise_received', 'variance of |gradient| that Adam receives', True, WINDOW),
     ('second_moment', "variance of Adam's second moment", True, WINDOW))
 
@@ -60,11 +63,11 @@ def _heat(axis: Any, findings: Any, found: Mapping[str, Mapping[str, Any]], line
     row = found.get(line['cell'], {})
     if line['status'] == 'done':
       colours[place] = row.get('difference', 0.0 if line['recipe'] == findings.baseline else np.nan)
-      text = f'{np.mean(line["scores"][findings.metric]):.4g}'
+      text = f'{np.mean(line["scores"][findings.metric]):.3f}'
       text += '*' if row.get('verdict') in ('better', 'worse') else ''
     else:
       text = line['status']
-    axis.text(place[1], place[0], text, ha='center', va='center', fontsize='small')
+    axis.text(place[1], place[0], text, ha='center', va='center', fontsize='small', bbox=LABEL)
   limit = np.nanmax(np.abs(colours), initial=0) or 1.0
   axis.set_facecolor('0.85')
   axis.imshow(colours, cmap='RdBu_r' if findings.lower_is_better else 'RdBu', vmin=-limit, vmax=limit, aspect='auto',
@@ -98,12 +101,14 @@ def _curves(findings: Any, lines: Sequence[Line], path: pathlib.Path) -> None:
   done = [line for line in lines if line['status'] == 'done' and line['phase'] == 'test']
   shared = [line for line in done if line['pattern'] is None]
   patterns = [pattern for pattern in _patterns(done) if pattern != 'any'] or ['any']
-  colours = plot.palette(_recipes(lines))
-  with plot.saved(path, len(patterns), len(CURVES), figsize=(4.5 * len(CURVES), 3.2 * len(patterns) + 0.5)) as axes:
+  colours, quality = plot.palette(_recipes(lines)), f'valid_{findings.metric}'
+  validated = min((len(_records(line['curve'], quality, False)) for line in done), default=0) >= FEW
+  panels = (QUALITY[validated], *CURVES)
+  with plot.saved(path, len(patterns), len(panels), figsize=(4.5 * len(panels), 3.2 * len(patterns) + 0.5)) as axes:
     for row, pattern in zip(axes, patterns):
       of_row = shared + [line for line in done if line['pattern'] == pattern]
-      for axis, (key, title, logarithmic, window) in zip(row, CURVES):
-        key = f'valid_{findings.metric}' if key == 'valid' else key
+      for axis, (key, title, logarithmic, window) in zip(row, panels):
+        key = quality if key == 'valid' else key
         for line in of_row:
           colour, style = colours[_label(line)]
           plot.over_steps(_records(line['curve'], key, logarithmic), key, axis, window=window, color=colour,
@@ -111,7 +116,7 @@ def _curves(findings: Any, lines: Sequence[Line], path: pathlib.Path) -> None:
         axis.set_title(f'{pattern}: {title}' if axis is row[0] else title, fontsize='medium')
         if logarithmic and axis.lines:
           axis.set_yscale('log')
-      _from_the_tenth(row[0], findings.lower_is_better)
+      _from_the_tenth(row[0], findings.lower_is_better or not validated)
     axes[0, 0].legend(fontsize='x-small')
     for axis in axes[-1]:
       axis.set_xlabel('step')
