@@ -42,7 +42,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   computes both the sparse and the dense product; pass all tokens in one call instead.
   """
   _check(x, w, mask, block, capacity)
-  kept = _kept(x, threshold, mask).reshape(-1, x.shape[-1])
+  kept = passed(x, threshold, mask).reshape(-1, x.shape[-1])
   blocks = x.shape[-1] // block
   capacity = int(_CAPACITY * blocks) if capacity is None else capacity
   table = _table(block, capacity)
@@ -88,10 +88,12 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
     raise ValueError(f'active_matmul: capacity {capacity!r} must be a number of blocks that is known at trace time.')
 
 
-def _kept(x: Array, threshold: Any, mask: Array | None) -> Array:
-  """Returns `x` with zeros for skipped entries."""
+def passed(x: Array, threshold: Any, mask: Array | None = None) -> Array:
+  """Returns `x` with zeros for skipped entries. Magnitudes are compared in float32 or wider, as thresholds are."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
   alike = lambda a: jnp.broadcast_to(jax.lax.stop_gradient(a), x.shape)
-  skipped = jnp.zeros(x.shape, bool) if threshold is None else jnp.abs(x) < alike(threshold)
+  below = lambda: jnp.abs(x).astype(wide) < alike(jnp.asarray(threshold, wide))
+  skipped = jnp.zeros(x.shape, bool) if threshold is None else below()
   skipped = skipped if mask is None else skipped | ~alike(mask)
   return jnp.where(skipped, jnp.zeros((), x.dtype), x)
 

@@ -1,110 +1,23 @@
-"""Reads the batches that a user gives: the arguments of each call, the program of each shape, and which rows count."""
+"""Refuses batches for which a function runs other products than for the first batch."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
+from collections.abc import Mapping
 
 from sparsejax import errors
 from sparsejax.post_training.targets import Target
+from sparsejax.programs.calls import Calls
 from sparsejax.programs.contractions import read
-from sparsejax.programs.operands import Site
-from sparsejax.programs.origins import entries, origins, rows_of
-from sparsejax.programs.tracing import Program, trace
-from sparsejax.types import Array, PyTree
 
 
-@dataclasses.dataclass(frozen=True)
-class Calls:
-  """A `Calls` holds a program, its inputs and the mask of its valid positions for each batch.
-
-  `given`: the arguments of each batch as the user gave them, without the parameters.
-  """
-
-  programs: list[Program]
-  arrays: list[list[Any]]
-  valid: list[Array | None]
-  given: list[Any]
-
-  def refuse_other_programs(self, targets: Mapping[str, Target]) -> None:
-    """Raises `ValueError` for a batch for which the function runs other products than for the first batch."""
-    uses = {path: [(use.address, use.operand) for use in target.uses.values()] for path, target in targets.items()}
-    for i, program in enumerate(self.programs):
-      if program is self.programs[0] or program in self.programs[:i]:
-        continue
-      found = read(program).uses
-      other = [path for path, places in uses.items()
-               if places != [(use.address, use.operand) for use in found.get(path, ()) if use.data]]
-      if other:
-        raise ValueError(f'prune: batch {i} runs other operations than batch 0, at the products with '
-                         f'{errors.some(other)}: the function branches in Python on the shape or on an option. Prune '
-                         'with batches of one kind.')
-
-
-def calls_of(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], valid: Iterable[Array] | None) -> Calls:
-  """Returns the calls of all batches; an iterator is read once. Batches of one shape share a program."""
-  given = [_arguments(batch) for batch in batches]
-  if not given:
-    raise ValueError('prune: there are no batches. Give at least one, or prune without data by sj.prune_weights.')
-  masks = _masks(valid, len(given))
-  traced: dict[Any, Program] = {}
-  programs, arrays = [], []
-  for args, kwargs in given:
-    leaves, structure = jax.tree.flatten(((params, *args), kwargs))
-    key = structure, tuple((x.shape, x.dtype) if _is_array(x) else repr(x) for x in leaves)
-    if key not in traced:
-      traced[key] = trace(apply, (params, *args), kwargs)
-    programs.append(traced[key])
-    arrays.append([x for x in leaves if _is_array(x)])
-  return Calls(programs, arrays, masks, given)
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-  """Returns the positional and the keyword arguments of a batch."""
-  if isinstance(batch, tuple) and not hasattr(batch, '_fields'):
-    return batch, {}
-  return ((), batch) if isinstance(batch, dict) else ((batch,), {})
-
-
-def _is_array(leaf: Any) -> bool:
-  return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') and not isinstance(leaf, np.generic)
-
-
-def _masks(valid: Iterable[Array] | None, number: int) -> list[Array | None]:
-  if valid is None:
-    return [None] * number
-  masks = list(valid)
-  if len(masks) != number:
-    raise ValueError(f'prune: `valid` has {len(masks)} arrays and there are {number} batches; give one for each batch.')
-  for i, mask in enumerate(masks):
-    if not hasattr(mask, 'dtype') or not jnp.issubdtype(mask.dtype, jnp.bool_):
-      raise ValueError(f'prune: entry {i} of `valid` must be a bool array, True for rows that count, not '
-                       f'{getattr(mask, "dtype", type(mask).__name__)}.')
-  if not any(bool(jnp.any(mask)) for mask in masks):
-    raise ValueError('prune: `valid` leaves no row of any batch. Give data with at least one valid row.')
-  return [jnp.asarray(mask) for mask in masks]
-
-
-def validity(program: Program, valid: Array | None) -> Callable[[Site], tuple[Array | None, Array | None]]:
-  """Returns the function that says which entries of the operand and of the result at a site count, `None` for all.
-
-  The function raises `ValueError` where the program does not tell which position a row comes from.
-  """
-  if valid is None:
-    return lambda site: (None, None)
-  found = origins(program, valid.shape)
-
-  def counted(site: Site) -> tuple[Array | None, Array | None]:
-    operand = 1 - site.use.operand
-    origin = found[site.use.address][operand]
-    if lost := rows_of(origin, site.eqn, operand):
-      raise errors.at_leaf('prune', site.path, site.weight.shape,
-                           f'which rows of its input are valid cannot be told: {lost}. Leave the parameter out of '
-                           '`where`, or give batches without padding and no `valid`.')
-    return entries(origin, valid), entries(found[site.use.address][2], valid)
-
-  return counted
-
+def refuse_other_programs(calls: Calls, targets: Mapping[str, Target]) -> None:
+  """Raises `ValueError` for a batch for which the function runs other products than for the first batch."""
+  uses = {path: [(use.address, use.operand) for use in target.uses.values()] for path, target in targets.items()}
+  for i, program in enumerate(calls.programs):
+    if program is calls.programs[0] or program in calls.programs[:i]:
+      continue
+    found = read(program).uses
+    other = [path for path, places in uses.items()
+             if places != [(use.address, use.operand) for use in found.get(path, ()) if use.data]]
+    if other:
+      raise ValueError(f'prune: batch {i} runs other operations than batch 0, at the products with '
+                       f'{errors.some(other)}: the function branches in Python on the shape or on an option. Prune '
+                       'with batches of one kind.')

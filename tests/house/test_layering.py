@@ -69,9 +69,9 @@ EXPERIMENTS = (
 INSIDE = {
     'sparsejax.programs': (('hlo', 'jaxprs'), ('tracing', 'factors', 'sizes', 'structures'),
                            ('views', 'follow', 'evaluate'), ('contractions', 'heads', 'origins'),
-                           ('operands', 'arrangements'), ('replace', 'again')),
+                           ('operands', 'arrangements'), ('calls', 'gated', 'replace', 'again')),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays', 'grouping'), ('pieces',),
-                          ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell', 'scaled'), ('wrapped',)),
+                          ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell', 'scaled', 'active'), ('wrapped',)),
     'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('choosing', 'small'), ('phases',),
                              ('sparsify', 'penalised')),
     'sparsejax.recipes': (('sentence', 'post_training'), ('n_m', 'at_init', 'structured'),
