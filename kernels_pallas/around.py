@@ -20,6 +20,7 @@ from kernels_pallas import active, block_sparse, dispatch, ell, n_m, products, s
 from kernels_pallas.dispatch import Choice, Choices
 from sparsejax.formats import ActiveArray, BlockSparseArray, Scaled, Wrapped
 from sparsejax.formats.wrapped import multiplied
+from sparsejax.programs import hlo
 from sparsejax.types import Array
 
 _FEW = 4  # tokens up to which the blocks of one output are multiplied as they are
@@ -121,8 +122,8 @@ def threshold_matmul(x: Array, w: ActiveArray, *, implementation: str | None = N
 
   `active_matmul` multiplies by a dense weight, in blocks of 16 inputs, or of as many as divide K. The op of a packed
   weight multiplies x with zeros for what is skipped. With `w.left` and `w.right`, the skipped entries times both are
-  added (R-Sparse, Zhang et al. 2025, 2504.19449). A weight whose `outputs` are skipped is multiplied whole: only a
-  program tells which of its outputs meet zeros. `implementation` and `explain` are those of the op. Raises
+  added (R-Sparse, Zhang et al. 2025, 2504.19449). A weight whose `outputs` are skipped is multiplied whole here:
+  `packed` calls `active.active_outputs` where a program multiplies the outputs by zeros. `implementation` and `explain` are those of the op. Raises
   `ValueError` with the `refusal` of `x` and `w`.
   """
   if reason := threshold_refusal(x, w):
@@ -153,6 +154,24 @@ def _whole(x: Array, w: ActiveArray, implementation: str | None, explain: bool) 
     return Choices({platform: choice for platform in ('cpu', *dispatch.PLATFORMS)})
   y = products.dot(products.as_matrix(x), w.values.astype(x.dtype), 1, 1)
   return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def bytes_read(x: Array, w: ActiveArray, *, implementation: str | None = None) -> int:
+  """Returns how many bytes of `w.values` the compiled `threshold_matmul(x, w)` reads for these tokens.
+
+  The text of the compiled program tells which operations read the weight, and what a round of the loop over active
+  blocks reads. The tokens tell the number of rounds, and whether there are too many active blocks for the loop.
+  """
+  run = jax.jit(lambda x, w: threshold_matmul(x, w, implementation=implementation), keep_unused=True)
+  number = [i for i, leaf in enumerate(jax.tree.leaves((x, w))) if leaf is w.values][0]
+  found = hlo.reads(run.lower(x, w).compile().as_text(), number)
+  block = math.gcd(BLOCK, w.skippable)
+  count = int(active.reference.active_blocks(products.as_matrix(active.passed(x, w.threshold)), block)[1])
+  capacity = int(active.CAPACITY * (w.skippable // block))
+  rounds = -(-count // active.reference.together(block, w.skippable // block))
+  looped = any(read.times is None for read in found)
+  chosen = [read for read in found if not read.branch or (read.times is None) == (count <= capacity)]
+  return sum(read.bytes * (rounds if read.times is None else read.times) for read in (chosen if looped else found))
 
 
 def threshold_refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:

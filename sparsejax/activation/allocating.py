@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.activation.measuring import FUNCTION, Thresholds, finite_rows, runs, tested, together
+from sparsejax.activation.measuring import FUNCTION, Thresholds, below, finite_rows, runs, tested, together
 from sparsejax.activation.places import Place, Seen, Unit
 from sparsejax.activation.rules import PerplexityRule, Rule, error_bound
 from sparsejax.arguments import checked
@@ -79,8 +79,7 @@ def _errors(calls: Calls, places: Mapping[str, Place], limits: Thresholds) -> di
   def visit(seen: Seen, valid: Array | None, batch: int) -> list[Any] | None:
     if seen.unit not in limits:
       return None
-    limit = seen.place.spread(limits[seen.unit], seen.number)
-    skipped = jnp.where(jnp.abs(seen.x.astype(jnp.float32)) < limit, seen.x, jnp.zeros((), seen.x.dtype))
+    skipped = jnp.where(below(limits)(seen), seen.x, jnp.zeros((), seen.x.dtype))
     parts = skipped if valid is None else jnp.where(valid, skipped, 0), seen.x if valid is None else jnp.where(
         valid, seen.x, 0)
     (error,), (whole,) = (seen.answered(part) for part in parts)
@@ -118,7 +117,7 @@ def bounded(calls: Calls, places: Mapping[str, Place], rule: PerplexityRule) -> 
   while high - low > rule.tolerance:
     middle = (low + high) / 2
     tried = thresholds(middle)
-    rise = _loss(calls, rule, tested(calls, places, tried, {})[1]) - dense
+    rise = _loss(calls, rule, tested(calls, places, below(tried), {})[1]) - dense
     if rise <= np.log1p(rule.percent / 100):
       low, best = middle, tried
     else:

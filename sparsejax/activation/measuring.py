@@ -1,7 +1,7 @@
 """Measures what products are given on calibration batches, and what a sparse model does on batches that were held out.
 
     found = measured(calls, places, rule)                  # statistics of each unit
-    rows, apart = tested(calls, places, thresholds, {})    # what a token skips, and how far the results move
+    sums, results = tested(calls, places, below(thresholds), {})    # what tokens skip, and what comes out
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import calibration
+from sparsejax import calibration, formats
 from sparsejax.activation.places import Place, Seen, Unit, run
 from sparsejax.activation.rules import Rest, Rule
 from sparsejax.programs.calls import Calls, validity
@@ -87,7 +87,8 @@ class SkipReport(NamedTuple):
   `shape`: `(matrices, outputs, inputs)`. `asked`: the fraction of inputs that was to be skipped. `achieved`: the
   fraction that tokens skipped while all products were sparse. `blocks`: the fraction of blocks of 16 inputs that one
   token reads. `rows`: how many tokens were counted. `error`: the squared error of the product over the squared dense
-  product of the same input. `note` says what else a reader must know.
+  product of the same input. `read`: the bytes of the weight that the compiled product reads for one token, over those of
+  the weight, if `reads` was given. `note` says what else a reader must know.
   """
 
   path: str
@@ -98,6 +99,7 @@ class SkipReport(NamedTuple):
   blocks: float
   rows: int
   error: float | None
+  read: float | None = None
   note: str = ''
 
   @property
@@ -109,37 +111,53 @@ class SkipReport(NamedTuple):
     """The row as the texts of a table."""
     number = lambda value, form='.4f': '-' if value is None else format(value, form)
     return (self.name, ' x '.join(map(str, self.shape)), number(self.asked), number(self.achieved),
-            number(self.blocks), str(self.rows), number(self.error, '.3g'), self.note)
+            number(self.blocks), str(self.rows), number(self.error, '.3g'), number(self.read), self.note)
 
 
-HEAD = ('parameter', 'stack', 'asked', 'achieved', 'blocks read', 'rows', 'error', '')
+HEAD = ('parameter', 'stack', 'asked', 'achieved', 'blocks', 'rows', 'error', 'bytes read', '')
+Reads = Callable[[Array, formats.ActiveArray], int]
 
 
-def tested(calls: Calls, places: Mapping[str, Place], thresholds: Thresholds, rests: Mapping[Unit, Rest]
-           ) -> tuple[dict[Unit, list[float]], list[list[Any]]]:
-  """Runs the sparse model. Returns five sums of each unit, and the results of each batch.
+def below(thresholds: Thresholds) -> Callable[[Seen], Array]:
+  """Returns the function that says which entries of an operand are below their thresholds."""
+  return lambda seen: jnp.abs(seen.x.astype(jnp.float32)) < seen.place.spread(thresholds[seen.unit], seen.number)
 
-  The sums are those of skipped entries, of entries, of blocks that are read, of the squares of the error of the product
-  and of the dense product.
+
+def tested(calls: Calls, places: Mapping[str, Place], skips: Callable[[Seen], Array], rests: Mapping[Unit, Rest],
+           reads: Reads | None = None) -> tuple[dict[Unit, list[float]], list[list[Any]]]:
+  """Runs the sparse model. Returns sums of each unit, and the results of each batch.
+
+  `skips(seen)` says which entries of the operand are skipped. The first five sums are those of skipped entries, of entries, of blocks that are read, of the squares of the error of the product
+  and of the dense product. With `reads(x, w)`, two more are the bytes that one token of each batch reads, and those of
+  the weight.
   """
   sums: dict[Unit, list[float]] = {}
 
   def visit(seen: Seen, valid: Array | None, batch: int) -> list[Any]:
-    limit = seen.place.spread(thresholds[seen.unit], seen.number)
-    skipped = jnp.abs(seen.x.astype(jnp.float32)) < limit
-    own = sums.setdefault(seen.unit, [0.0] * 5)
+    skipped = skips(seen)
+    own = sums.setdefault(seen.unit, [0.0] * 7)
     own[:3] = [a + b for a, b in zip(own, _counted(seen, skipped, valid))]
     kept = jnp.where(skipped, jnp.zeros((), seen.x.dtype), seen.x)
     answer = seen.answered(kept)
+    if reads is not None:
+      own[5:] = [a + b for a, b in zip(own[5:], _bytes(seen, kept, valid, reads))]
     if seen.unit in rests:
       answer = [answer[0] + _rest_of(seen, seen.x - kept, rests[seen.unit])]
     if seen.place.layer is None:
       dense, = seen.answered(seen.x)
       square = lambda a: float(jnp.sum(jnp.square(a.astype(jnp.float32))))
-      own[3:] = [own[3] + square(dense - answer[0]), own[4] + square(dense)]
+      own[3:5] = [own[3] + square(dense - answer[0]), own[4] + square(dense)]
     return answer
 
   return sums, runs(calls, places, visit)
+
+
+def _bytes(seen: Seen, kept: Array, valid: Array | None, reads: Reads) -> tuple[int, int]:
+  """Returns the bytes that the product of the first token that counts reads of its matrix, and those of the matrix."""
+  rows, counted = seen.rows(kept, valid)
+  token = 0 if counted is None else int(jnp.argmax(counted[0]))
+  matrix = seen.place.stack(seen.unit)[0].T
+  return reads(rows[:1, token], formats.ActiveArray.of(matrix)), matrix.nbytes
 
 
 def _rest_of(seen: Seen, skipped: Array, rest: Rest) -> Array:

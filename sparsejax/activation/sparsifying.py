@@ -16,10 +16,11 @@ import numpy as np
 
 from sparsejax import arguments, errors, formats, trees
 from sparsejax.activation.allocating import Greedy, bounded, shared
-from sparsejax.activation.measuring import (FUNCTION, HEAD, SkipReport, Thresholds, measured, scales, tested, together)
-from sparsejax.activation.places import Place, Unit, places_of
+from sparsejax.activation.measuring import (FUNCTION, HEAD, Reads, SkipReport, Thresholds, below, measured, scales, tested,
+                                            together)
+from sparsejax.activation.places import Place, Seen, Unit, places_of
 from sparsejax.activation.rules import PerplexityRule, Rest, Rule, TopNeurons
-from sparsejax.activation.ruling import ruled
+from sparsejax.activation.ruling import ruled, switched
 from sparsejax.programs.calls import Calls, calls_of
 from sparsejax.tables import Report
 from sparsejax.types import Array, Predicate, PyTree
@@ -40,7 +41,7 @@ class Rewritten(NamedTuple):
 @arguments.checked
 def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rule: Rule | TopNeurons | PerplexityRule,
              *, where: Predicate | PyTree | None = None, valid: Iterable[Array] | None = None,
-             allocation: Greedy | None = None) -> Rewritten:
+             allocation: Greedy | None = None, reads: Reads | None = None) -> Rewritten:
   """Returns the model that skips inputs or neurons as a rule says, with thresholds from calibration batches.
 
   `apply(params, *inputs)`: any JAX function whose first argument holds the parameters. In `batches` a tuple is
@@ -53,6 +54,7 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], 
   `top_k`) takes the gated layers that the program has, by the path of `down`. Then `up` and `down` become
   `ActiveArray`s, and both are skipped together. `valid` has one `bool` array a batch, whose shape begins the shapes of
   the inputs; padding does not count. `allocation=greedy()` gives weights different sparsities with the same mean.
+  `reads=kernels_pallas.bytes_read` adds the bytes that one token reads of each weight, from the compiled products.
 
   Raises `ValueError` without batches or valid rows, for NaN, for packed parameters, for what `where` picks and cannot
   be skipped, and for a gated layer whose activation is not zero at zero. The report lists what stays dense, and why.
@@ -62,23 +64,21 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], 
   calls = calls_of(FUNCTION, apply, params, batches, valid)
   places, dense = places_of(FUNCTION, calls.programs[0], params, where, rule.neurons)
   _refuse_not_finite(places)
+  calls.refuse_other_programs(FUNCTION, {path: [(use.address, use.operand) for use in place.uses.values()]
+                                         for path, place in places.items()})
   neurons = rule.neurons and not isinstance(rule, PerplexityRule)
   if not neurons:  # the inputs of `down` are compared, not the activation
     places = {path: dataclasses.replace(place, layer=None) for path, place in places.items()}
   used, kept_out = _split(calls)
-  thresholds, rests, asked = _solved(used, calls, places, rule, allocation)
-  if isinstance(rule, TopNeurons):
-    return Rewritten(_packed(params, places, {}, {}, True), ruled(apply, rule, where=where),
-                     Report((), ('every token keeps the same number of neurons',), head=HEAD, dense=dense,
-                            seconds=time.perf_counter() - began))
-  rows, notes = _rows(apply, params, kept_out or calls, places, (thresholds, rests, asked))
-  where_measured = (f'measured on {len(kept_out.given)} of {len(calls.given)} batches, which were held out' if kept_out
-                    else 'measured on the calibration batch, as there is no other')
-  report = Report(rows, (where_measured, *notes, *(f'left dense: {path} ({why})' for path, why in dense.items())),
+  solved = _solved(used, places, rule, allocation)
+  rows, notes = _rows(apply, params, kept_out or calls, places, solved, reads)
+  measured_on = (f'measured on {len(kept_out.given)} of {len(calls.given)} batches, which were held out' if kept_out
+                 else 'measured on the calibration batch, as there is no other')
+  report = Report(rows, (measured_on, *notes, *(f'left dense: {path} ({why})' for path, why in dense.items())),
                   _mean_asked(rows), HEAD, dense, seconds=time.perf_counter() - began)
-  limits = {path: place.joined(thresholds) for path, place in places.items()}
-  small = _packed(params, places, limits, rests, neurons)
-  return Rewritten(small, ruled(apply, rule, limits, where=where) if neurons else apply, report)
+  limits = {path: place.joined(solved.thresholds) for path, place in places.items() if solved.thresholds}
+  small = _packed(params, places, limits, solved.rests, neurons)
+  return Rewritten(small, ruled(apply, rule, limits or None, where=where) if neurons else apply, report)
 
 
 def _refuse_packed(params: PyTree) -> None:
@@ -108,16 +108,28 @@ def _split(calls: Calls) -> tuple[Calls, Calls | None]:
   return used, rest if number > 1 else None
 
 
-def _solved(used: Calls, calls: Calls, places: Mapping[str, Place], rule: Any, allocation: Greedy | None
-            ) -> tuple[Thresholds, dict[Unit, Rest], dict[Unit, float | None]]:
-  """Returns the thresholds of all units, what skipped inputs are multiplied by, and the sparsity asked of each unit."""
+class Calibrated(NamedTuple):
+  """A `Calibrated` holds what a rule found: thresholds, what skipped inputs are multiplied by, and what was asked.
+
+  `skips(seen)` says which entries of an operand are skipped.
+  """
+
+  thresholds: Thresholds
+  rests: dict[Unit, Rest]
+  asked: dict[Unit, float | None]
+  skips: Callable[[Seen], Array]
+
+
+def _solved(used: Calls, places: Mapping[str, Place], rule: Any, allocation: Greedy | None) -> Calibrated:
+  """Returns what a rule finds for all units on the calibration batches."""
   if isinstance(rule, TopNeurons):
-    return {}, {}, {}
+    asked = {unit: max(1 - rule.k / place.first.shape[2], 0.0) for place in places.values() for unit in place.units}
+    return Calibrated({}, {}, asked, lambda seen: switched(seen.x, rule) == 0)
   if isinstance(rule, PerplexityRule):
     if allocation is not None:
       raise ValueError(f'{FUNCTION}: ppl divides the sparsity among the layers itself; leave `allocation` out.')
     thresholds = bounded(used, places, rule)
-    return thresholds, {}, dict.fromkeys(thresholds)
+    return Calibrated(thresholds, {}, dict.fromkeys(thresholds), below(thresholds))
   own = scales(used, places, rule)
   found = measured(used, places, own)
   asked = {unit: rule.sparsity for unit in found}
@@ -132,7 +144,7 @@ def _solved(used: Calls, calls: Calls, places: Mapping[str, Place], rule: Any, a
       thresholds[unit] = rule.thresholds(tau_of(rule, found[unit], asked[unit]), own[unit])
       if rule.rest is not None:
         rests[unit] = rule.rest(place.stack(unit), asked[unit])
-  return thresholds, rests, asked
+  return Calibrated(thresholds, rests, {unit: rule.level(each) for unit, each in asked.items()}, below(thresholds))
 
 
 def tau_of(rule: Rule, each: list[Any], sparsity: float) -> np.ndarray:
@@ -144,18 +156,17 @@ def tau_of(rule: Rule, each: list[Any], sparsity: float) -> np.ndarray:
 
 
 def _rows(apply: Callable[..., Any], params: PyTree, calls: Calls, places: Mapping[str, Place],
-          solved: tuple[Thresholds, Mapping[Unit, Rest], Mapping[Unit, float | None]]
-          ) -> tuple[tuple[SkipReport, ...], list[str]]:
-  thresholds, rests, asked = solved
-  sums, results = tested(calls, places, thresholds, rests)
-  rows = []
+          solved: Calibrated, reads: Reads | None) -> tuple[tuple[SkipReport, ...], list[str]]:
+  sums, results = tested(calls, places, solved.skips, solved.rests, reads)
+  rows, asked = [], solved.asked
   for place in places.values():
     l, n, k = place.first.shape
     for unit in place.units:
-      skipped, entries, read, error, dense = sums.get(unit, [0.0] * 5)
+      skipped, entries, blocks, error, dense, read, whole = sums.get(unit, [0.0] * 7)
       note = '' if unit in asked and entries else 'no token reached it: skips nothing'
       rows.append(SkipReport(place.path, unit[1], (l, n, k), asked.get(unit), skipped / max(entries, 1),
-                             read / max(entries, 1), round(entries / k), error / dense if dense else None, note))
+                             blocks / max(entries, 1), round(entries / k), error / dense if dense else None,
+                             read / whole if whole else None, note))
   return tuple(rows), [_apart(apply, params, calls, results)]
 
 

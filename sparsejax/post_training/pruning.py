@@ -22,7 +22,6 @@ from sparsejax.plans import SparseLeaf
 from sparsejax.post_training import memory
 from sparsejax.post_training.cohorts import Sequential, cohorts_of
 from sparsejax.post_training.finished import Finished, fingerprint_of
-from sparsejax.post_training.inputs import refuse_other_programs
 from sparsejax.post_training.lockstep import BatchWalk, Lockstep, Solved, Unit
 from sparsejax.post_training.recipe import Recipe
 from sparsejax.post_training.results import Pruned, StackReport, report_of
@@ -75,7 +74,8 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
     arguments.verified('prune', name, value, None)
   calls = calls_of('prune', apply, params, batches, valid)
   made, dense = targets('prune', calls.programs[0], params, recipe, where, axes, keep)
-  refuse_other_programs(calls, made)
+  calls.refuse_other_programs('prune', {path: [(use.address, use.operand) for use in target.uses.values()]
+                                        for path, target in made.items()})
   statistic, cohorts = recipe.statistic or calibration.moments, cohorts_of(calls.programs[0], made, sequential)
   need = memory.estimate(calls.programs, made, cohorts, statistic)
   memory.refuse_if_too_large(need, memory_limit)

@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors
+from sparsejax.programs.contractions import read
 from sparsejax.programs.operands import Site
 from sparsejax.programs.origins import entries, origins, rows_of
 from sparsejax.programs.tracing import Program, trace
@@ -30,6 +31,22 @@ class Calls:
   arrays: list[list[Any]]
   valid: list[Array | None]
   given: list[Any]
+
+  def refuse_other_programs(self, function: str, uses: Mapping[str, list[Any]]) -> None:
+    """Raises `ValueError` for a batch for which the program has other products than for the first batch.
+
+    `uses` has the address and the operand of each product with data, by path.
+    """
+    for i, program in enumerate(self.programs):
+      if program is self.programs[0] or program in self.programs[:i]:
+        continue
+      found = read(program).uses
+      other = [path for path, places in uses.items()
+               if places != [(use.address, use.operand) for use in found.get(path, ()) if use.data]]
+      if other:
+        raise ValueError(f'{function}: batch {i} runs other operations than batch 0, at the products with '
+                         f'{errors.some(other)}: the function branches in Python on the shape or on an option. Give '
+                         'batches of one kind.')
 
 
 def calls_of(function: str, apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],

@@ -51,6 +51,7 @@ KERNELS = (
     ('products', 'linear'),
     ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
     ('held', 'around', 'submanifold'),
+    ('deferred',),
     ('models',),
     ('preparing',),
     ('__init__', 'bench', 'nn'),  # and former names
@@ -78,7 +79,7 @@ INSIDE = {
                           ('gradual', 'dynamic', 'tickets')),
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim', 'wrapped',
                                  'essential', 'quantized'),
-                                ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'inputs', 'memory'),
+                                ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),
     'sparsejax.structured': (('dimensions', 'architecture', 'iso_flop', 'sharing'), ('reading', 'same'),
                              ('elementwise',), ('moving', 'picking', 'layers'),
