@@ -8,8 +8,8 @@ parameter into the form that runs fastest on this device.
     logits = packed(model.apply)({'params': packed_params}, x)                       # a whole model
 """
 
-from kernels_pallas.active import active_matmul
-from kernels_pallas.around import scaled_matmul, wrapped_matmul
+from kernels_pallas.active import active_matmul, active_outputs
+from kernels_pallas.around import bytes_read, scaled_matmul, threshold_matmul, wrapped_matmul
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
 from kernels_pallas.ell import ell_matmul
@@ -20,6 +20,7 @@ from kernels_pallas.sparse24 import sparse24_matmul
 from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
-    'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'ell_matmul', 'nm_matmul', 'packed',
-    'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'unstructured_matmul', 'wrapped_matmul',
+    'active_matmul', 'active_outputs', 'block_sparse_attention', 'block_sparse_matmul', 'bytes_read', 'ell_matmul', 'nm_matmul',
+    'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'threshold_matmul', 'unstructured_matmul',
+    'wrapped_matmul',
 ]

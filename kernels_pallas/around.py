@@ -1,9 +1,10 @@
-"""Multiplies by packed weights that are quantized, `scaled_matmul`, or wrapped in two matrices, `wrapped_matmul`.
+"""Multiplies by weights that are quantized, wrapped in two matrices, or have thresholds for their inputs.
 
     y = scaled_matmul(x, formats.Scaled.of(packed, quantize))     # x times codes and scales
     y = wrapped_matmul(x, wrapped)                                # x times three factors, one after the other
+    y = threshold_matmul(x, formats.ActiveArray.of(w, 0.1))       # x without its small entries, times w
 
-Both end in the op of the packed array that they hold. A `Scaled` of blocks of one output, as in GQSA, has a matvec of
+All end in the op of the array that they hold. A `Scaled` of blocks of one output, as in GQSA, has a matvec of
 its own: each block is multiplied as whole numbers, and scaled once.
 """
 
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import block_sparse, dispatch, ell, n_m, products, sparse24, unstructured
+from kernels_pallas import active, block_sparse, dispatch, ell, n_m, products, sparse24, unstructured
 from kernels_pallas.dispatch import Choice, Choices
-from sparsejax.formats import BlockSparseArray, Scaled, Wrapped
+from sparsejax.formats import ActiveArray, BlockSparseArray, Scaled, Wrapped
 from sparsejax.formats.wrapped import multiplied
+from sparsejax.programs import hlo
 from sparsejax.types import Array
 
 _FEW = 4  # tokens up to which the blocks of one output are multiplied as they are
@@ -115,4 +117,73 @@ def wrapped_refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
   return n_m.refusal(x, w.core)
 
 
-OPS |= {'scaled': Op(scaled_matmul, scaled_refusal), 'wrapped': Op(wrapped_matmul, wrapped_refusal)}
+def threshold_matmul(x: Array, w: ActiveArray, *, implementation: str | None = None, explain: bool = False) -> Any:
+  """Returns `x [..., K]`, without its entries below `w.threshold`, times the weight of `w`: `[..., N]`, in x's dtype.
+
+  `active_matmul` multiplies by a dense weight, in blocks of 16 inputs, or of as many as divide K. The op of a packed
+  weight multiplies x with zeros for what is skipped. With `w.left` and `w.right`, the skipped entries times both are
+  added (R-Sparse, Zhang et al. 2025, 2504.19449). A weight whose `outputs` are skipped is multiplied whole here:
+  `packed` calls `active.active_outputs` where a program multiplies the outputs by zeros. `implementation` and `explain` are those of the op. Raises
+  `ValueError` with the `refusal` of `x` and `w`.
+  """
+  if reason := threshold_refusal(x, w):
+    raise ValueError(f'threshold_matmul: {reason}.')
+  if w.outputs:
+    return _whole(x, w, implementation, explain)
+  kept = x if explain else active.passed(x, w.threshold)
+  if w.held is None:
+    block = math.gcd(BLOCK, w.contracted_size)
+    y = active.active_matmul(kept, w.values, block=block, implementation=implementation, explain=explain)
+  else:
+    y = OPS[w.held.kind].multiply(kept, w.opened(), implementation=implementation, explain=explain)
+  if explain or w.left is None:
+    return y
+  skipped = jnp.where(kept == 0, x, jnp.zeros((), x.dtype))
+  rest = products.dot(products.as_matrix(skipped), w.left.astype(x.dtype), 1, 0)
+  rest = products.dot(rest.astype(x.dtype), w.right.astype(x.dtype), 1, 0)  # type: ignore[union-attr]
+  return y + rest.reshape(y.shape).astype(x.dtype)
+
+
+BLOCK = 16  # inputs or outputs that are skipped together, if this divides their number
+
+
+def _whole(x: Array, w: ActiveArray, implementation: str | None, explain: bool) -> Any:
+  """Returns `x` times all outputs of a weight `[N, K]`."""
+  choice = Choice('dense', 'the program multiplies its outputs by no zeros that could be skipped')
+  if explain:
+    return Choices({platform: choice for platform in ('cpu', *dispatch.PLATFORMS)})
+  y = products.dot(products.as_matrix(x), w.values.astype(x.dtype), 1, 1)
+  return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def bytes_read(x: Array, w: ActiveArray, *, implementation: str | None = None) -> int:
+  """Returns how many bytes of `w.values` the compiled `threshold_matmul(x, w)` reads for these tokens.
+
+  The text of the compiled program tells which operations read the weight, and what a round of the loop over active
+  blocks reads. The tokens tell the number of rounds, and whether there are too many active blocks for the loop.
+  """
+  run = jax.jit(lambda x, w: threshold_matmul(x, w, implementation=implementation), keep_unused=True)
+  number = [i for i, leaf in enumerate(jax.tree.leaves((x, w))) if leaf is w.values][0]
+  found = hlo.reads(run.lower(x, w).compile().as_text(), number)
+  block = math.gcd(BLOCK, w.skippable)
+  count = int(active.reference.active_blocks(products.as_matrix(active.passed(x, w.threshold)), block)[1])
+  capacity = int(active.CAPACITY * (w.skippable // block))
+  rounds = -(-count // active.reference.together(block, w.skippable // block))
+  looped = any(read.times is None for read in found)
+  chosen = [read for read in found if not read.branch or (read.times is None) == (count <= capacity)]
+  return sum(read.bytes * (rounds if read.times is None else read.times) for read in (chosen if looped else found))
+
+
+def threshold_refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
+  """Returns why `threshold_matmul` cannot multiply `x` by `w`, with the remedy, or `None`."""
+  if not isinstance(w, ActiveArray):
+    return f'the weight must be a formats.ActiveArray, not {type(w).__name__}; ActiveArray.of gives it thresholds'
+  if w.held is None:
+    values = jax.ShapeDtypeStruct(w.values.shape[::-1] if w.outputs else w.values.shape, w.values.dtype)
+    return active.refusal(x, values)
+  if w.held.kind not in OPS:
+    return f'no op multiplies by a {w.held.kind} array; unpack it, or take N:M, blocks, CSC or ELL'
+  return OPS[w.held.kind].refusal(x, w.opened())
+
+
+OPS |= {'active': Op(threshold_matmul, threshold_refusal), 'scaled': Op(scaled_matmul, scaled_refusal), 'wrapped': Op(wrapped_matmul, wrapped_refusal)}

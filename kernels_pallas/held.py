@@ -157,12 +157,18 @@ def product(op: Callable[[Array, PackedArray], Array], fit: Fitted, x: Array, th
   lead = [x.shape[i] for i in front]
   for _ in fit.stacks:
     op = jax.vmap(op)
-  y = op(_merged(held, ours, x.transpose(*front, *theirs.contracted), len(front)), held.packed)
+  y = op(rows_of(fit, x, theirs), held.packed)
   left = [i for i in range(len(held.dims)) if i not in (*ours.contracted, *ours.batch)]
   y = _arranged(y, lead, tuple(held.dims[i] for i in left))
   batch = [front.index(i) for i in theirs.batch]
   others, mine = range(len(batch), len(lead)), range(len(lead), y.ndim)
   return y.transpose(*batch, *mine, *others) if held_first else y.transpose(*batch, *others, *mine)
+
+
+def rows_of(fit: Fitted, x: Array, theirs: Numbers) -> Array:
+  """Returns `x` with its free dimensions in front, and what is contracted as the last, as an op takes it."""
+  front = fit.front(theirs, x.ndim)
+  return _merged(fit.held, fit.numbers, x.transpose(*front, *theirs.contracted), len(front))
 
 
 def _merged(held: Held, ours: Numbers, x: Array, lead: int) -> Array:

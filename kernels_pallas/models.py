@@ -23,6 +23,7 @@ from jax import lax
 from kernels_pallas import held
 from kernels_pallas.around import OPS as OPS
 from kernels_pallas.around import Op as Op
+from kernels_pallas.deferred import Deferred, deferred
 from kernels_pallas.held import Fitted, Held, Refusal
 from sparsejax import formats, tables
 from sparsejax.arguments import checked
@@ -113,8 +114,12 @@ def _held(value: Any) -> bool:
   return isinstance(value, Held)
 
 
+def _stands_in(value: Any) -> bool:
+  return isinstance(value, (Held, Deferred))
+
+
 def _dense(value: Any) -> Any:
-  return value.to_dense() if _held(value) else value
+  return value.to_dense() if _stands_in(value) else value
 
 
 def _returned(value: Any) -> Any:
@@ -142,11 +147,18 @@ class PackedProducts:
   uses: list[PackedUse] | None
 
   def rules(self) -> ValueRules:
-    return ValueRules(self.operation, lambda eqn, values, address: any(map(_held, values)), self.dense,
+    return ValueRules(self.operation, lambda eqn, values, address: any(map(_stands_in, values)), self.dense,
                       unstacked=_unstacked)
 
   def operation(self, eqn: Any, values: list[Any], here: Operation) -> list[Any] | None:
     name = eqn.primitive.name
+    if any(isinstance(value, Deferred) for value in values):
+      done = self._completed(eqn, values)
+      if done is not None or jaxprs.inner(eqn):
+        return done
+      values = [self.dense(eqn, value, '') if isinstance(value, Deferred) else value for value in values]
+      if not any(map(_held, values)):
+        return here.dense(values)
     if name in POINTWISE:
       new, = here.dense([values[0].packed.values])
       return [dataclasses.replace(values[0], packed=dataclasses.replace(values[0].packed, values=new))]
@@ -158,7 +170,22 @@ class PackedProducts:
   def dense(self, eqn: Any, value: Any, why: str) -> Any:
     if _held(value):
       self._note(eqn, value, 'unpacked', why)
+    elif isinstance(value, Deferred) and self.uses is not None:
+      self.uses.append(PackedUse(value.path, value.sizes, 'active', 'threshold_matmul', eqn.primitive.name,
+                                 jaxprs.line(eqn), 'all outputs: they are no factor of an activation'))
     return _dense(value)
+
+  def _completed(self, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """Returns an activation times a product that was put off; any other operation gets the whole product."""
+    if eqn.primitive.name != 'mul':
+      return None
+    side = 1 if isinstance(values[1], Deferred) else 0
+    z, up = values[1 - side], values[side]
+    if _stands_in(z) or jnp.shape(z) != tuple(eqn.outvars[0].aval.shape):
+      return None
+    if self.uses is not None:
+      self.uses.append(PackedUse(up.path, up.sizes, 'active', 'active_outputs', 'mul', jaxprs.line(eqn), up.choices(z)))
+    return [up.times(z, self.implementation)]
 
   def _note(self, eqn: Any, value: Held, op: str, why: Any) -> None:
     if self.uses is not None:
@@ -196,6 +223,9 @@ class PackedProducts:
   def _multiplied(self, eqn: Any, fit: Fitted, product: Contracted, held_first: bool) -> Array:
     dtype, w = _dtype(eqn), fit.held
     multiply = OPS[w.packed.kind].multiply
+    late = deferred(fit, product.x.astype(dtype), product.theirs, held_first, eqn.outvars[0].aval)
+    if late is not None and eqn.primitive.name == 'dot_general':
+      return late  # type: ignore[return-value]
     cast = dataclasses.replace(w.packed, values=w.packed.values.astype(dtype))
 
     def op(x: Array, packed: Any) -> Array:

@@ -16,6 +16,7 @@ Modules import only from the lines above their own:
 - `states` holds masks and master weights in the optimizer state. `selections` chooses the masks of all leaves.
 - `post_training` prunes trained models: `prune` with a few batches of data, `prune_weights` without.
 - `structured` finds units that can be removed, and removes them from parameters and programs.
+- `activation` skips what a token does not need: small inputs of products, and neurons that are switched off.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
 - The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, `plot`
   draws pictures, and `progress` tells how far a long call is. The command line (`sparsejax --help`) offers the tools
@@ -25,6 +26,7 @@ Modules import only from the lines above their own:
 """
 
 from sparsejax import (
+  activation,
   advice,
   allocation,
   calibration,
@@ -65,7 +67,7 @@ from sparsejax.states import SparseState, apply_masks, masks, project
 from sparsejax.version import __version__ as __version__
 
 __all__ = [
-  'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
+  'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'activation', 'advice', 'advise', 'allocation',
   'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
   'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
   'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities',

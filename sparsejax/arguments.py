@@ -158,6 +158,7 @@ SEQUENTIAL = Kind("'weight', 'dense' or a function path -> key",
 WHOLE = Kind('a whole number, at least 0', whole(0))
 PAIR = Kind('two whole numbers from 1 on, as in (128, 128)',
             lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(TIMES.fits, value)))
+RULE = Kind('a rule, as in activation.wina(0.5)', having('neurons'))
 NUMBERS = Kind('a number or a sequence of numbers', lambda value: is_number(value) or is_series(value))
 
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
@@ -223,6 +224,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('stream', 'widths', 'heads', 'clustered.name'), NAME), 'gate_of.key': DRAWN,
     **dict.fromkeys(('tune', 'activation', 'choose_in_rounds.grads'), FUNCTION), 'weight': RATE,
     **dict.fromkeys(('width', 'gate_of.inputs', 'gate_of.units', 'tile_share.inputs', 'tile_share.outputs'), TIMES),
+    'rule': RULE, 'alpha': PART, 'greedy.step': POSITIVE, 'percent': POSITIVE, 'rank': TIMES, 'thresholds': BY_NAME,
     **dict.fromkeys(('into', 'out', 'logits', 'strength', 'matrix', 'computed.keep', 'foresight.target',
                      'response.outputs'), ARRAY),
 }

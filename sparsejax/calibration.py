@@ -6,6 +6,8 @@ grouping, so that batches and shards can be summed in parts. Each tuple counts i
     statistic = add(moments(Rows(x0)), moments(Rows(x1)))     # `x` is `[L, T, K]`: L matrices, T tokens, K inputs
     statistic.square / statistic.rows[:, None]                # the mean of the squares of each input, `[L, K]`
 
+`Magnitudes` is a histogram of the magnitudes of inputs, for thresholds that skip a given share of them.
+
 `recalibrated` measures the statistics of batch norms anew, after weights have changed. `distilled` makes inputs that
 have the statistics which a model has recorded, where no data are at hand.
 """
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -22,7 +25,7 @@ from sparsejax import trees
 from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
 
-__all__ = ['Gram', 'Moments', 'Rows', 'add', 'gram', 'moments', 'recalibrated']
+__all__ = ['Gram', 'Magnitudes', 'Moments', 'Rows', 'add', 'gram', 'magnitudes', 'moments', 'recalibrated']
 
 
 class Rows(NamedTuple):
@@ -100,6 +103,53 @@ def gram(rows: Rows) -> Gram:
     return jnp.matmul((own * weight[:, None]).T, own, precision=lax.Precision.HIGHEST)
 
   return Gram(count, total, lax.map(one, jnp.arange(len(valid))))
+
+
+class Magnitudes(NamedTuple):
+  """A `Magnitudes` is a histogram of the magnitudes of the entries of the rows of L matrices, scaled by input.
+
+  `counts`: `[L, 2^15]`, how many entries have the same leading 15 bits after the sign: 128 bins an octave, without a
+  range to choose. `sums`: `float32[L, 2^15]`, the sum of the magnitudes in a bin. `total`: `[L, K]`, the sum of the
+  magnitudes of each input, not scaled. `rows`: `int32[L]`.
+  """
+
+  rows: Array
+  counts: Array
+  sums: Array
+  total: Array
+
+  def quantile(self, fraction: float) -> np.ndarray:
+    """Returns the magnitude below which lies this fraction of the entries, `float32[L]`.
+
+    The mean of each bin that holds entries stands at the fraction of the entries up to and with the bin. Between bins
+    the quantile is linear, and below the first it is the mean of the first (as in the code of WINA, Chen et al. 2025,
+    2505.19427, on values in float16). Raises `ValueError` for a matrix of which no row was counted.
+    """
+    return np.stack([_quantile(counts, sums, fraction)
+                     for counts, sums in zip(np.asarray(self.counts), np.asarray(self.sums))])
+
+
+def _quantile(counts: np.ndarray, sums: np.ndarray, fraction: float) -> np.float32:
+  there = counts > 0
+  if not there.any():
+    raise ValueError('calibration.Magnitudes: no row was counted; give data with at least one valid row.')
+  ends = np.cumsum(counts[there], dtype=np.float64) / counts.sum(dtype=np.float64)
+  return np.float32(np.interp(fraction, ends, sums[there] / counts[there]))
+
+
+@jax.jit
+def magnitudes(rows: Rows, scale: Array | float = 1.0) -> Magnitudes:
+  """Returns the `Magnitudes` of the rows of one batch, each entry times the `scale` of its input, `[L, K]`."""
+  counted = rows.counted[..., None]
+  size = jnp.where(counted, jnp.abs(rows.x.astype(jnp.float32)), 0)
+  scaled = size * jnp.reshape(jnp.asarray(scale, jnp.float32), (-1, 1, jnp.shape(scale)[-1] if jnp.ndim(scale) else 1))
+  stack, (t, k) = max(len(scaled), len(counted)), scaled.shape[1:]
+  scaled, there = (jnp.broadcast_to(a, (stack, t, k)).reshape(stack, -1) for a in (scaled, counted))
+  bins = lax.bitcast_convert_type(scaled, jnp.uint32) >> jnp.uint32(16)
+  add = lambda into, weights: jax.vmap(lambda i, w: jnp.zeros(2**15, w.dtype).at[i].add(w, mode='drop'))(into, weights)
+  return Magnitudes(jnp.broadcast_to(jnp.sum(rows.counted, 1, dtype=jnp.int32), (stack,)),
+                    add(bins, there.astype(jnp.int32)), add(bins, jnp.where(there, scaled, 0)),
+                    jnp.broadcast_to(jnp.sum(size, 1), (stack, k)))
 
 
 def add(a: Any, b: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Multiplies few nonzero inputs by a dense weight, for decoding: `active_matmul`."""
+"""Multiplies few nonzero inputs by a dense weight, `active_matmul`, or gives few outputs, `active_outputs`."""
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from sparsejax.types import Array
 
 _MOST_TOKENS = 16
 _LEAST_BYTES = 2**24
-_CAPACITY = 0.75  # default capacity, as a fraction of the blocks
+CAPACITY = 0.75  # default capacity, as a fraction of the blocks
 
 
 def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | None = None, block: int = 16,
@@ -42,9 +43,9 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   computes both the sparse and the dense product; pass all tokens in one call instead.
   """
   _check(x, w, mask, block, capacity)
-  kept = _kept(x, threshold, mask).reshape(-1, x.shape[-1])
+  kept = passed(x, threshold, mask).reshape(-1, x.shape[-1])
   blocks = x.shape[-1] // block
-  capacity = int(_CAPACITY * blocks) if capacity is None else capacity
+  capacity = int(CAPACITY * blocks) if capacity is None else capacity
   table = _table(block, capacity)
   if explain:
     return dispatch.chosen((kept, w), table, prefer)
@@ -54,6 +55,30 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   if 0 in kept.shape or 0 in shape:
     return jnp.zeros(shape, x.dtype)
   return _compiled(_Options(block, capacity, implementation), *dispatch.varying_alike(kept, w)).reshape(shape)
+
+
+def active_outputs(x: Array, w: Array, mask: Array, *, block: int = 16, capacity: int | None = None,
+                   implementation: str | None = None, explain: bool = False) -> Array | dispatch.Choices:
+  """Returns `x [..., K]` times the transpose of `w [N, K]` at the outputs of `mask`, `bool[..., N]`, and zeros elsewhere.
+
+  A block of `block` rows of `w` is read if any token has an output in the block. If more than `capacity` blocks are
+  active, by default three quarters, all are read. Differentiable in `x` and `w`, in both modes. `implementation` is
+  'xla' or 'dense'; `None` takes the choice of `prefer` on each platform. Raises `ValueError` for other shapes.
+  """
+  if w.ndim != 2 or x.shape[-1:] != w.shape[1:] or mask.shape != (*x.shape[:-1], w.shape[0]) or mask.dtype != bool:
+    raise ValueError(f'active_outputs: x {x.shape}, w {w.shape} and mask {mask.dtype}{mask.shape} must be [..., K], '
+                     '[N, K] and bool[..., N].')
+  blocks, (n, k) = w.shape[0] // math.gcd(block, w.shape[0]), w.shape
+  block = math.gcd(block, n)
+  wanted = mask.reshape(-1, n).astype(x.dtype)
+  table = {name: Implementation(lambda *args: None) for name in ('xla', 'dense')}
+  if explain:
+    return dispatch.chosen((wanted, w), table, prefer)
+  if implementation is not None:
+    dispatch.runnable('active_outputs', (wanted, w), table, implementation)
+  options = _Options(block, int(CAPACITY * blocks) if capacity is None else capacity, implementation)
+  y = _transposed(options, *dispatch.varying_alike(wanted, x.reshape(-1, k), w.astype(x.dtype)))
+  return jnp.where(mask, y.reshape(mask.shape), jnp.zeros((), x.dtype))
 
 
 def refusal(x: Array | jax.ShapeDtypeStruct, w: Array | jax.ShapeDtypeStruct) -> str | None:
@@ -88,10 +113,12 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
     raise ValueError(f'active_matmul: capacity {capacity!r} must be a number of blocks that is known at trace time.')
 
 
-def _kept(x: Array, threshold: Any, mask: Array | None) -> Array:
-  """Returns `x` with zeros for skipped entries."""
+def passed(x: Array, threshold: Any, mask: Array | None = None) -> Array:
+  """Returns `x` with zeros for skipped entries. Magnitudes are compared in float32 or wider, as thresholds are."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
   alike = lambda a: jnp.broadcast_to(jax.lax.stop_gradient(a), x.shape)
-  skipped = jnp.zeros(x.shape, bool) if threshold is None else jnp.abs(x) < alike(threshold)
+  below = lambda: jnp.abs(x).astype(wide) < alike(jnp.asarray(threshold, wide))
+  skipped = jnp.zeros(x.shape, bool) if threshold is None else below()
   skipped = skipped if mask is None else skipped | ~alike(mask)
   return jnp.where(skipped, jnp.zeros((), x.dtype), x)
 

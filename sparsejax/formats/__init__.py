@@ -10,8 +10,8 @@ bits of the weights as unsigned integers, because floating-point units may flush
 `TABLE` holds the formats by name. `NMArray`, `Sparse24Array` and `BlockSparseArray` follow a pattern. `BitmaskArray`
 and `RelativeIndexArray` store zeros anywhere in files, `CSCArray` and `ELLArray` do for products. A format of one's own
 is a registered dataclass of `PackedArray` and one line, `formats.TABLE['mine'] = MyArray`: `pack`, files, `advise` and
-the command line then use it. `AROUND` holds the formats around a packed array: `Scaled` quantizes its values, and
-`Wrapped` multiplies it by block-diagonal matrices.
+the command line then use it. `AROUND` holds the formats around a packed array: `Scaled` quantizes its values,
+`Wrapped` multiplies it by block-diagonal matrices, and `ActiveArray` skips small inputs.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from sparsejax import errors, patterns, states, trees
 from sparsejax.arguments import checked
 from sparsejax.formats import arrays
+from sparsejax.formats.active import ActiveArray
 from sparsejax.formats.anywhere import BitmaskArray, RelativeIndexArray
 from sparsejax.formats.arrays import Misfit, PackedArray, axes_of, nbytes, with_axes
 from sparsejax.formats.blocks import BlockSparseArray
@@ -39,9 +40,8 @@ from sparsejax.progress import counted
 from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
-    'AROUND', 'TABLE', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray', 'PackedArray',
-    'Packing',
-    'RelativeIndexArray', 'Scaled', 'Sparse24Array', 'Wrapped', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed',
+    'AROUND', 'TABLE', 'ActiveArray', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray',
+    'PackedArray', 'Packing', 'RelativeIndexArray', 'Scaled', 'Sparse24Array', 'Wrapped', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed',
     'matmul', 'nbytes',
     'pack', 'packings', 'unfit', 'unpack', 'values', 'with_axes', 'with_values',
 ]
@@ -50,8 +50,9 @@ __all__ = [
 TABLE = arrays.TABLE
 TABLE.update({each.kind: each for each in (
     NMArray, BlockSparseArray, CSCArray, BitmaskArray, RelativeIndexArray, Sparse24Array, ELLArray)})
-# The formats that hold an array of `TABLE` and change it; `pack` makes none of them, and files have them.
-AROUND: dict[str, type[PackedArray]] = {each.kind: each for each in (Scaled, Wrapped)}
+# The formats that hold an array of `TABLE`, or a dense one, and change its product; `pack` makes none of them, and
+# files have them.
+AROUND: dict[str, type[PackedArray]] = {each.kind: each for each in (ActiveArray, Scaled, Wrapped)}
 
 
 def is_packed(node: Any) -> bool:

@@ -22,12 +22,12 @@ from sparsejax.plans import SparseLeaf
 from sparsejax.post_training import memory
 from sparsejax.post_training.cohorts import Sequential, cohorts_of
 from sparsejax.post_training.finished import Finished, fingerprint_of
-from sparsejax.post_training.inputs import Calls, calls_of, validity
 from sparsejax.post_training.lockstep import BatchWalk, Lockstep, Solved, Unit
 from sparsejax.post_training.recipe import Recipe
 from sparsejax.post_training.results import Pruned, StackReport, report_of
 from sparsejax.post_training.solving import UNSEEN, Solver
 from sparsejax.post_training.targets import Target, targets, words_of
+from sparsejax.programs.calls import Calls, calls_of, validity
 from sparsejax.programs.operands import walk
 from sparsejax.progress import replaced
 from sparsejax.tables import Report
@@ -72,9 +72,10 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   _check(recipe, unseen)
   for name, value in (('apply', apply), ('memory_limit', memory_limit), ('workdir', workdir), ('progress', progress)):
     arguments.verified('prune', name, value, None)
-  calls = calls_of(apply, params, batches, valid)
+  calls = calls_of('prune', apply, params, batches, valid)
   made, dense = targets('prune', calls.programs[0], params, recipe, where, axes, keep)
-  calls.refuse_other_programs(made)
+  calls.refuse_other_programs('prune', {path: [(use.address, use.operand) for use in target.uses.values()]
+                                        for path, target in made.items()})
   statistic, cohorts = recipe.statistic or calibration.moments, cohorts_of(calls.programs[0], made, sequential)
   need = memory.estimate(calls.programs, made, cohorts, statistic)
   memory.refuse_if_too_large(need, memory_limit)
@@ -83,7 +84,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   tell.began(len(calls.programs), need)
   folder = _folder(workdir, params, calls, made, (recipe, sequential, unseen))
   solver = Solver(recipe, made, unseen, _competed(recipe, made), functools.partial(_done, tell, folder))
-  walks = [BatchWalk(i, walk(program, arrays), validity(program, valid))
+  walks = [BatchWalk(i, walk(program, arrays), validity('prune', program, valid))
            for i, (program, arrays, valid) in enumerate(zip(calls.programs, calls.arrays, calls.valid))]
   steps = Lockstep(walks, made, cohorts, statistic, solver)
   for unit, (solved, row) in (folder.read(units) if folder else {}).items():

@@ -1,7 +1,10 @@
-"""Reads the collectives of a compiled program, their runs per step and their bytes from the text of the program (HLO).
+"""Reads collectives, and which bytes of its inputs a compiled program reads, from the text of the program (HLO).
 
     for collective in hlo.collectives(jax.jit(step).lower(*arguments).compile().as_text()):
       print(collective.kind, collective.operands, collective.times, collective.sent)
+
+    for read in hlo.reads(text, parameter=1):            # of the second input of the program
+      print(read.bytes, read.times, read.by)             # each run, the runs, and the operation
 
 The functions are pure functions of the text and assume nothing. `times` is `None` in a loop whose trip count the
 compiler does not print. A collective in a branch is marked, because the text does not say which branch runs.
@@ -12,7 +15,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The table maps a collective to the bytes that one device sends for an operand of b bytes in a group of g devices. On a
 # ring, each device receives as many.
@@ -103,6 +106,79 @@ def collectives(text: str) -> tuple[Collective, ...]:
           yield from walk(callee, known, branch or in_branch)
 
   return tuple(walk(entry, 1, False)) if has_any(entry) else ()
+
+
+class Read(NamedTuple):
+  """A `Read` is one operation of a program that reads an input, or the same part of it in every run.
+
+  `bytes`: of one run. `times`: the number of runs, or `None` in a loop of unknown length. `branch`: a conditional may
+  skip the operation. `by`: the operation, such as 'dot' or 'gather'.
+  """
+
+  bytes: int
+  times: int | None
+  branch: bool
+  by: str
+
+
+_SLICES = ('dynamic-slice', 'gather', 'slice')
+_SEEN_THROUGH = ('bitcast', 'get-tuple-element', 'optimization-barrier', 'tuple')
+
+
+def reads(text: str, parameter: int) -> tuple[Read, ...]:
+  """Returns the operations of `text`, of `compiled.as_text()`, that read the input of this number, in their order.
+
+  Slices and gathers read the bytes of their result, and every other operation reads the whole input. Loops,
+  conditionals, calls and fusions are entered. An input that goes into a loop as a carry and comes out is followed
+  inside of the loop alone.
+  """
+  computations, entry = _read(text)
+
+  def walk(name: str, given: list[Any], times: int | None, branch: bool) -> Iterator[Read]:
+    own: dict[str, Any] = {}
+    for label, each in computations[name].items():
+      values = [own.get(operand) for operand in each.operands]
+      if each.opcode == 'parameter':
+        own[label] = given[int(each.operands[0])]
+      elif each.opcode in _SEEN_THROUGH:
+        own[label] = _through(each, values)
+      elif any(_holds(value) for value in values):
+        inner = list(_runs(each))
+        for callee, runs, in_branch in inner:
+          known = None if times is None or runs is None else times * runs
+          yield from walk(callee, _handed(each, callee, values), known, branch or in_branch)
+        if not inner:
+          part = each.opcode in _SLICES
+          whole = [operand for operand, value in zip(each.operands, values) if value is True]
+          size = _plain(each.type) if part else _plain(computations[name][whole[0]].type) if whole else ''
+          yield Read(type_bytes(size), times, branch, each.opcode)
+
+  numbers = [int(each.operands[0]) for each in computations[entry].values() if each.opcode == 'parameter']
+  if parameter not in numbers:
+    raise ValueError(f'hlo.reads: the program has no input {parameter}, but {sorted(numbers)}; compile with '
+                     'jax.jit(..., keep_unused=True).')
+  return tuple(walk(entry, [i == parameter for i in range(max(numbers) + 1)], 1, False))
+
+
+def _holds(value: Any) -> bool:
+  return value is True or isinstance(value, list) and any(map(_holds, value))
+
+
+def _through(each: _Instruction, values: list[Any]) -> Any:
+  """Returns what a value holds of the input after an operation that reads nothing: `True`, or a list for a tuple."""
+  if each.opcode == 'tuple':
+    return values
+  index = re.search(r'index=(\d+)', each.attributes) if each.opcode == 'get-tuple-element' else None
+  return values[0][int(index[1])] if index and isinstance(values[0], list) else values[0] if not index else None
+
+
+def _handed(each: _Instruction, callee: str, values: list[Any]) -> list[Any]:
+  """Returns what the parameters of a computation hold that an operation runs."""
+  if each.opcode != 'conditional':
+    return values
+  names = [name for single in _CALLED.findall(each.attributes)
+           for name in ([single[1]] if single[1] else re.findall(r'[\w.\-]+', single[2]))]
+  return [values[1 + names.index(callee)]]
 
 
 def type_bytes(type_: str) -> int:

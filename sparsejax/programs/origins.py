@@ -35,16 +35,17 @@ class Origin(NamedTuple):
 NOWHERE = Origin()
 
 
-def origins(program: Program, shape: Sequence[int]) -> dict[jaxprs.Address, list[Origin]]:
+def origins(program: Program, shape: Sequence[int], function: str = 'prune') -> dict[jaxprs.Address, list[Origin]]:
   """Returns the origins of the first two operands and of the result of each product, by address.
 
-  The inputs whose shapes begin with `shape` have the axes in front. Raises `ValueError` if no input has.
+  The inputs whose shapes begin with `shape` have the axes in front. Raises `ValueError`, in the name of `function`, if
+  no input has.
   """
   notes: dict[jaxprs.Address, list[Origin]] = {}
   facts = [_input(argument, v.aval.shape, tuple(shape))
            for argument, v in zip(program.arguments, jaxprs.opened(program).invars)]
   if not any(fact.dims for fact in facts):
-    raise ValueError(f'prune: no input of the program has a shape that begins with {tuple(shape)}, the shape of '
+    raise ValueError(f'{function}: no input of the program has a shape that begins with {tuple(shape)}, the shape of '
                      '`valid`. Give one bool array a batch, of the shape [batch] or [batch, position] of the inputs.')
   follow(program, facts, RULES, notes)
   return notes

@@ -1,4 +1,8 @@
-"""Reads the batches that a user gives: the arguments of each call, the program of each shape, and which rows count."""
+"""Reads the batches that a user gives: the arguments of each call, the program of each shape, and which rows count.
+
+    calls = calls_of('prune', apply, params, batches, valid)
+    counted = validity('prune', calls.programs[0], calls.valid[0])      # counted(site): masks of operand and result
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.post_training.targets import Target
 from sparsejax.programs.contractions import read
 from sparsejax.programs.operands import Site
 from sparsejax.programs.origins import entries, origins, rows_of
@@ -29,9 +32,11 @@ class Calls:
   valid: list[Array | None]
   given: list[Any]
 
-  def refuse_other_programs(self, targets: Mapping[str, Target]) -> None:
-    """Raises `ValueError` for a batch for which the function runs other products than for the first batch."""
-    uses = {path: [(use.address, use.operand) for use in target.uses.values()] for path, target in targets.items()}
+  def refuse_other_programs(self, function: str, uses: Mapping[str, list[Any]]) -> None:
+    """Raises `ValueError` for a batch for which the program has other products than for the first batch.
+
+    `uses` has the address and the operand of each product with data, by path.
+    """
     for i, program in enumerate(self.programs):
       if program is self.programs[0] or program in self.programs[:i]:
         continue
@@ -39,17 +44,22 @@ class Calls:
       other = [path for path, places in uses.items()
                if places != [(use.address, use.operand) for use in found.get(path, ()) if use.data]]
       if other:
-        raise ValueError(f'prune: batch {i} runs other operations than batch 0, at the products with '
-                         f'{errors.some(other)}: the function branches in Python on the shape or on an option. Prune '
-                         'with batches of one kind.')
+        raise ValueError(f'{function}: batch {i} runs other operations than batch 0, at the products with '
+                         f'{errors.some(other)}: the function branches in Python on the shape or on an option. Give '
+                         'batches of one kind.')
 
 
-def calls_of(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], valid: Iterable[Array] | None) -> Calls:
-  """Returns the calls of all batches; an iterator is read once. Batches of one shape share a program."""
+def calls_of(function: str, apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
+             valid: Iterable[Array] | None) -> Calls:
+  """Returns the calls of all batches; an iterator is read once. Batches of one shape share a program.
+
+  `function` is the name of the caller for messages, here and below.
+  """
   given = [_arguments(batch) for batch in batches]
   if not given:
-    raise ValueError('prune: there are no batches. Give at least one, or prune without data by sj.prune_weights.')
-  masks = _masks(valid, len(given))
+    without = ', or prune without data by sj.prune_weights' if function == 'prune' else ''
+    raise ValueError(f'{function}: there are no batches. Give at least one{without}.')
+  masks = _masks(function, valid, len(given))
   traced: dict[Any, Program] = {}
   programs, arrays = [], []
   for args, kwargs in given:
@@ -73,38 +83,39 @@ def _is_array(leaf: Any) -> bool:
   return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') and not isinstance(leaf, np.generic)
 
 
-def _masks(valid: Iterable[Array] | None, number: int) -> list[Array | None]:
+def _masks(function: str, valid: Iterable[Array] | None, number: int) -> list[Array | None]:
   if valid is None:
     return [None] * number
   masks = list(valid)
   if len(masks) != number:
-    raise ValueError(f'prune: `valid` has {len(masks)} arrays and there are {number} batches; give one for each batch.')
+    raise ValueError(f'{function}: `valid` has {len(masks)} arrays and there are {number} batches; give one for each '
+                     'batch.')
   for i, mask in enumerate(masks):
     if not hasattr(mask, 'dtype') or not jnp.issubdtype(mask.dtype, jnp.bool_):
-      raise ValueError(f'prune: entry {i} of `valid` must be a bool array, True for rows that count, not '
+      raise ValueError(f'{function}: entry {i} of `valid` must be a bool array, True for rows that count, not '
                        f'{getattr(mask, "dtype", type(mask).__name__)}.')
   if not any(bool(jnp.any(mask)) for mask in masks):
-    raise ValueError('prune: `valid` leaves no row of any batch. Give data with at least one valid row.')
+    raise ValueError(f'{function}: `valid` leaves no row of any batch. Give data with at least one valid row.')
   return [jnp.asarray(mask) for mask in masks]
 
 
-def validity(program: Program, valid: Array | None) -> Callable[[Site], tuple[Array | None, Array | None]]:
+def validity(function: str, program: Program, valid: Array | None
+             ) -> Callable[[Site], tuple[Array | None, Array | None]]:
   """Returns the function that says which entries of the operand and of the result at a site count, `None` for all.
 
   The function raises `ValueError` where the program does not tell which position a row comes from.
   """
   if valid is None:
     return lambda site: (None, None)
-  found = origins(program, valid.shape)
+  found = origins(program, valid.shape, function)
 
   def counted(site: Site) -> tuple[Array | None, Array | None]:
     operand = 1 - site.use.operand
     origin = found[site.use.address][operand]
     if lost := rows_of(origin, site.eqn, operand):
-      raise errors.at_leaf('prune', site.path, site.weight.shape,
+      raise errors.at_leaf(function, site.path, site.weight.shape,
                            f'which rows of its input are valid cannot be told: {lost}. Leave the parameter out of '
                            '`where`, or give batches without padding and no `valid`.')
     return entries(origin, valid), entries(found[site.use.address][2], valid)
 
   return counted
-

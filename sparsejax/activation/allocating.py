@@ -1,0 +1,135 @@
+"""Divides the skipped inputs among weights: by the least added error, `greedy`, or by a bound on each error, `ppl`.
+
+    sparsify(apply, params, batches, wina(0.5), allocation=greedy(0.025))
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.activation.measuring import FUNCTION, Thresholds, below, finite_rows, runs, tested, together
+from sparsejax.activation.places import Place, Seen, Unit
+from sparsejax.activation.rules import PerplexityRule, Rule, error_bound
+from sparsejax.arguments import checked
+from sparsejax.programs.calls import Calls
+from sparsejax.types import Array
+
+LEVELS = np.linspace(0.0, 0.95, 20)  # sparsities at which the errors of a product are measured
+
+
+class Greedy(NamedTuple):
+  """A `Greedy` raises one sparsity after the other, by `step` times the mean size over the size of the weight."""
+
+  step: float
+
+  def __call__(self, errors: Mapping[Unit, np.ndarray], sizes: Mapping[Unit, int], sparsity: float
+               ) -> dict[Unit, float]:
+    """Returns the sparsity of each unit, of which the mean, weighted by size, is `sparsity`.
+
+    `errors` are the relative errors of each unit at `LEVELS`, linear between. The unit is raised whose step adds the
+    least; ties go to the first, and the last step is cut to the sparsity that is left.
+    """
+    mean, total = np.mean(list(sizes.values())), sum(sizes.values())
+    found, left = dict.fromkeys(sizes, 0.0), sparsity * total
+    at = lambda unit, level: np.interp(level, LEVELS, errors[unit])
+    next_of = lambda unit: min(found[unit] + self.step * mean / sizes[unit], LEVELS[-1])
+    while left > 1e-9 * total:
+      able = [unit for unit in found if found[unit] < LEVELS[-1]]
+      if not able:
+        raise ValueError(f'{FUNCTION}: greedy reaches {LEVELS[-1]} everywhere before {sparsity}; ask for less.')
+      unit = min(able, key=lambda unit: at(unit, next_of(unit)) - at(unit, found[unit]))
+      raised = min(next_of(unit) - found[unit], left / sizes[unit])
+      found[unit], left = found[unit] + raised, left - raised * sizes[unit]
+    return {unit: float(level) for unit, level in found.items()}
+
+
+@checked
+def greedy(step: float = 0.025) -> Greedy:
+  """Returns the allocation of TEAL (Liu et al. 2024, 2408.14690, algorithm 1): equal steps where they cost least.
+
+  Deviation: the error of a step is the relative squared error of the weight's own product, measured once at 20
+  sparsities, with dense inputs; the errors of weights add. The authors measure the output of the block anew for each.
+  """
+  return Greedy(step)
+
+
+def shared(calls: Calls, places: Mapping[str, Place], rule: Rule, own: Mapping[Unit, Any],
+           found: Mapping[Unit, list[Any]], allocation: Callable[..., dict[Unit, float]]) -> dict[Unit, float]:
+  """Returns the sparsities that an allocation gives the units."""
+  if rule.neurons or rule.rest is not None:
+    raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of {rule.name}; '
+                     'leave `allocation` out.')
+  errors = {unit: [0.0] for unit in found}
+  histograms = {unit: together(each) for unit, each in found.items()}
+  for level in LEVELS[1:]:
+    limits = {unit: rule.thresholds(each.quantile(rule.level(level)), own[unit]) for unit, each in histograms.items()}
+    sums = _errors(calls, places, limits)
+    for unit in errors:
+      errors[unit].append(sums[unit])
+  sizes = {unit: int(np.prod(places[unit[0]].first.shape)) for unit in found}
+  return allocation({unit: np.asarray(each) for unit, each in errors.items()}, sizes, rule.sparsity)
+
+
+def _errors(calls: Calls, places: Mapping[str, Place], limits: Thresholds) -> dict[Unit, float]:
+  """Returns the relative squared error of each product, with dense inputs."""
+  sums: dict[Unit, list[float]] = {unit: [0.0, 0.0] for unit in limits}
+
+  def visit(seen: Seen, valid: Array | None, batch: int) -> list[Any] | None:
+    if seen.unit not in limits:
+      return None
+    skipped = jnp.where(below(limits)(seen), seen.x, jnp.zeros((), seen.x.dtype))
+    parts = skipped if valid is None else jnp.where(valid, skipped, 0), seen.x if valid is None else jnp.where(
+        valid, seen.x, 0)
+    (error,), (whole,) = (seen.answered(part) for part in parts)
+    sums[seen.unit] = [a + float(jnp.sum(jnp.square(b.astype(jnp.float32)))) for a, b in zip(
+        sums[seen.unit], (error, whole))]
+    return None
+
+  runs(calls, places, visit)
+  return {unit: error / whole if whole else 0.0 for unit, (error, whole) in sums.items()}
+
+
+def bounded(calls: Calls, places: Mapping[str, Place], rule: PerplexityRule) -> Thresholds:
+  """Returns the thresholds of the largest bound on the relative errors at which the perplexity rises as allowed."""
+  inputs: dict[Unit, list[np.ndarray]] = {}
+
+  def visit(seen: Seen, valid: Array | None, batch: int) -> None:
+    rows = finite_rows(seen, seen.x, valid, batch)
+    if len(rows.x) != 1:
+      raise ValueError(f'{FUNCTION}: ppl reads weights that are one matrix, and {seen.unit[0]} is several.')
+    inputs.setdefault(seen.unit, []).append(np.asarray(rows.x[0])[np.asarray(rows.counted[0])])
+
+  dense = _loss(calls, rule, runs(calls, places, visit))
+  weights = {unit: np.asarray(place.stack(unit)[0]) for place in places.values() for unit in place.units}
+
+  def thresholds(bound: float) -> dict[Unit, np.ndarray]:
+    limits = {}
+    for unit, w in weights.items():
+      h = np.concatenate(inputs[unit]) if unit in inputs else np.zeros((0, w.shape[1]), np.float32)
+      tau = error_bound(h, w, bound, np.ones(len(h), bool))[0] if len(h) else 0.0
+      sizes = np.sqrt(np.sum(np.square(w.astype(np.float32)), 0))
+      limits[unit] = np.divide(tau, sizes, out=np.full(sizes.shape, np.inf, np.float32), where=sizes > 0)[None]
+    return limits
+
+  low, high, best = 0.0, 1.0, thresholds(0.0)
+  while high - low > rule.tolerance:
+    middle = (low + high) / 2
+    tried = thresholds(middle)
+    rise = _loss(calls, rule, tested(calls, places, below(tried), {})[1]) - dense
+    if rise <= np.log1p(rule.percent / 100):
+      low, best = middle, tried
+    else:
+      high = middle
+  return best
+
+
+def _loss(calls: Calls, rule: PerplexityRule, results: list[list[Any]]) -> float:
+  """Returns the mean over batches of the user's loss; refuses a loss that is not finite."""
+  losses = [float(rule.loss(program.unflatten(each), *args, **kwargs))
+            for program, each, (args, kwargs) in zip(calls.programs, results, calls.given)]
+  if not np.all(np.isfinite(losses)):
+    raise ValueError(f'{FUNCTION}: the loss of ppl is not finite in batch {int(np.argmin(np.isfinite(losses)))}. Look at '
+                     'the batch, and at `loss(results, *inputs)`.')
+  return float(np.mean(losses))

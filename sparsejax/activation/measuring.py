@@ -1,0 +1,183 @@
+"""Measures what products are given on calibration batches, and what a sparse model does on batches that were held out.
+
+    found = measured(calls, places, rule)                  # statistics of each unit
+    sums, results = tested(calls, places, below(thresholds), {})    # what tokens skip, and what comes out
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import calibration, formats
+from sparsejax.activation.places import Place, Seen, Unit, run
+from sparsejax.activation.rules import Rest, Rule
+from sparsejax.programs.calls import Calls, validity
+from sparsejax.types import Array
+
+FUNCTION = 'activation.sparsify'
+BLOCK = 16  # inputs that a product on a CPU skips together
+
+Thresholds = Mapping[Unit, np.ndarray]
+
+
+def runs(calls: Calls, places: Mapping[str, Place], visit: Callable[[Seen, Array | None, int], Any]) -> list[list[Any]]:
+  """Runs every batch; `visit(seen, valid, batch)` also gets the entries of the operand that count, or `None` for all.
+
+  Returns the results of each batch.
+  """
+  results = []
+  for i, (program, arrays, valid) in enumerate(zip(calls.programs, calls.arrays, calls.valid)):
+    counted = validity(FUNCTION, program, valid)
+    results.append(run(FUNCTION, program, arrays, places, lambda seen: visit(seen, counted(seen.site)[0], i)))
+  return results
+
+
+def finite_rows(seen: Seen, array: Array, valid: Array | None, batch: int) -> calibration.Rows:
+  """Returns the rows of an operand; refuses rows that count and are not finite."""
+  rows = calibration.Rows(*seen.rows(array, valid))
+  if not bool(rows.finite):
+    name = seen.unit[0] + (f'{list(seen.unit[1])}' if seen.unit[1] else '')
+    raise ValueError(f'{FUNCTION}: the input of {name} holds NaN or infinities in batch {batch}. Look at the batch and '
+                     'at the products before, or leave the rows out with `valid`.')
+  return rows
+
+
+def scales(calls: Calls, places: Mapping[str, Place], rule: Rule) -> dict[Unit, Any]:
+  """Returns by what the magnitudes of each unit are multiplied, `[L, K]`, before they are compared."""
+  if not rule.neurons:
+    return {unit: rule.scale(place.stack(unit)) for place in places.values() for unit in place.units}
+  means: dict[Unit, list[Any]] = {unit: [] for place in places.values() for unit in place.units}
+
+  def visit(seen: Seen, valid: Array | None, batch: int) -> None:
+    rows = finite_rows(seen, jnp.ones_like(seen.x) if seen.up is None else seen.up, valid, batch)
+    found = calibration.magnitudes(rows)
+    means[seen.unit].append(np.asarray(found.total) / np.maximum(np.asarray(found.rows), 1)[:, None])
+
+  runs(calls, places, visit)
+  return {unit: rule.scale(jnp.asarray(np.mean(each, 0))) for unit, each in means.items() if each}
+
+
+def measured(calls: Calls, places: Mapping[str, Place], own: Mapping[Unit, Any]) -> dict[Unit, list[Any]]:
+  """Returns the `Magnitudes` of each unit in each batch, scaled by `own`, as arrays of the host."""
+  found: dict[Unit, list[Any]] = {}
+
+  def visit(seen: Seen, valid: Array | None, batch: int) -> None:
+    rows = finite_rows(seen, seen.x, valid, batch)
+    found.setdefault(seen.unit, []).append(jax.tree.map(np.asarray, calibration.magnitudes(rows, own[seen.unit])))
+
+  runs(calls, places, visit)
+  return {unit: each for unit, each in found.items() if all(int(sum(one.rows[l] for one in each)) > 0
+                                                            for l in range(len(each[0].rows)))}
+
+
+def together(each: list[Any]) -> calibration.Magnitudes:
+  """Returns the magnitudes of all batches, counted in 64 bits."""
+  wide = lambda a: a.astype(np.int64 if a.dtype.kind == 'i' else np.float64)
+  return jax.tree.map(lambda *parts: functools.reduce(np.add, map(wide, parts)), *each)
+
+
+class SkipReport(NamedTuple):
+  """A `SkipReport` is the row of one unit: a weight, or one layer of it that the program takes by itself.
+
+  `shape`: `(matrices, outputs, inputs)`. `asked`: the fraction of inputs that was to be skipped. `achieved`: the
+  fraction that tokens skipped while all products were sparse. `blocks`: the fraction of blocks of 16 inputs that one
+  token reads. `rows`: how many tokens were counted. `error`: the squared error of the product over the squared dense
+  product of the same input. `read`: the bytes of the weight that the compiled product reads for one token, over those of
+  the weight, if `reads` was given. `note` says what else a reader must know.
+  """
+
+  path: str
+  unit: tuple[int, ...]
+  shape: tuple[int, ...]
+  asked: float | None
+  achieved: float
+  blocks: float
+  rows: int
+  error: float | None
+  read: float | None = None
+  note: str = ''
+
+  @property
+  def name(self) -> str:
+    return self.path + (f'[{", ".join(map(str, self.unit))}]' if self.unit else '')
+
+  @property
+  def cells(self) -> tuple[str, ...]:
+    """The row as the texts of a table."""
+    number = lambda value, form='.4f': '-' if value is None else format(value, form)
+    return (self.name, ' x '.join(map(str, self.shape)), number(self.asked), number(self.achieved),
+            number(self.blocks), str(self.rows), number(self.error, '.3g'), number(self.read), self.note)
+
+
+HEAD = ('parameter', 'stack', 'asked', 'achieved', 'blocks', 'rows', 'error', 'bytes read', '')
+Reads = Callable[[Array, formats.ActiveArray], int]
+
+
+def below(thresholds: Thresholds) -> Callable[[Seen], Array]:
+  """Returns the function that says which entries of an operand are below their thresholds."""
+  return lambda seen: jnp.abs(seen.x.astype(jnp.float32)) < seen.place.spread(thresholds[seen.unit], seen.number)
+
+
+def tested(calls: Calls, places: Mapping[str, Place], skips: Callable[[Seen], Array], rests: Mapping[Unit, Rest],
+           reads: Reads | None = None) -> tuple[dict[Unit, list[float]], list[list[Any]]]:
+  """Runs the sparse model. Returns sums of each unit, and the results of each batch.
+
+  `skips(seen)` says which entries of the operand are skipped. The first five sums are those of skipped entries, of entries, of blocks that are read, of the squares of the error of the product
+  and of the dense product. With `reads(x, w)`, two more are the bytes that one token of each batch reads, and those of
+  the weight.
+  """
+  sums: dict[Unit, list[float]] = {}
+
+  def visit(seen: Seen, valid: Array | None, batch: int) -> list[Any]:
+    skipped = skips(seen)
+    own = sums.setdefault(seen.unit, [0.0] * 7)
+    own[:3] = [a + b for a, b in zip(own, _counted(seen, skipped, valid))]
+    kept = jnp.where(skipped, jnp.zeros((), seen.x.dtype), seen.x)
+    answer = seen.answered(kept)
+    if reads is not None:
+      own[5:] = [a + b for a, b in zip(own[5:], _bytes(seen, kept, valid, reads))]
+    if seen.unit in rests:
+      answer = [answer[0] + _rest_of(seen, seen.x - kept, rests[seen.unit])]
+    if seen.place.layer is None:
+      dense, = seen.answered(seen.x)
+      square = lambda a: float(jnp.sum(jnp.square(a.astype(jnp.float32))))
+      own[3:5] = [own[3] + square(dense - answer[0]), own[4] + square(dense)]
+    return answer
+
+  return sums, runs(calls, places, visit)
+
+
+def _bytes(seen: Seen, kept: Array, valid: Array | None, reads: Reads) -> tuple[int, int]:
+  """Returns the bytes that the product of the first token that counts reads of its matrix, and those of the matrix."""
+  rows, counted = seen.rows(kept, valid)
+  token = 0 if counted is None else int(jnp.argmax(counted[0]))
+  matrix = seen.place.stack(seen.unit)[0].T
+  return reads(rows[:1, token], formats.ActiveArray.of(matrix)), matrix.nbytes
+
+
+def _rest_of(seen: Seen, skipped: Array, rest: Rest) -> Array:
+  """Returns the product of the skipped inputs and of the low-rank weight."""
+  own, place = seen.place.arrangements[seen.number], seen.place
+  low = jnp.einsum('lkr,lrn->lnk', rest.left, rest.right)
+  part = [n for a, n in enumerate(place.array.shape) if a not in own.gone]
+  return seen.site.product(x=skipped, weight=own.operand(own.part(low, part)).astype(seen.site.weight.dtype))
+
+
+def _counted(seen: Seen, skipped: Array, valid: Array | None) -> list[float]:
+  """Returns how many entries are skipped, how many there are, and how many blocks are read, by rows that count."""
+  passed, counted = seen.rows(jnp.where(skipped, 0.0, 1.0), valid)
+  there = jnp.ones(passed.shape[:2], bool) if counted is None else counted
+  there = jnp.broadcast_to(there, (max(len(there), len(passed)), passed.shape[1]))
+  k = passed.shape[-1]
+  rows = jnp.broadcast_to(passed, (len(there), *passed.shape[1:]))
+  block = math.gcd(BLOCK, k)
+  read = jnp.any(rows.reshape(*rows.shape[:2], k // block, block) > 0, -1)
+  count = float(jnp.sum(there))
+  entries = count * k
+  return [entries - float(jnp.sum(jnp.where(there[..., None], rows, 0))), entries,
+          float(jnp.sum(jnp.where(there[..., None], read, False))) * block]

@@ -1,0 +1,208 @@
+"""Makes a trained model skip what is small: `sparsify` calibrates a rule on a few batches and returns packed leaves.
+
+    small = sparsify(model.apply, variables, batches, wina(0.5))
+    print(small.report)                                             # asked and achieved, on batches held out
+    y = kernels_pallas.packed(small.apply)(small.params, x)         # skips; under jit, grad, vmap and scan too
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import arguments, errors, formats, trees
+from sparsejax.activation.allocating import Greedy, bounded, shared
+from sparsejax.activation.measuring import (FUNCTION, HEAD, Reads, SkipReport, Thresholds, below, measured, scales, tested,
+                                            together)
+from sparsejax.activation.places import Place, Seen, Unit, places_of
+from sparsejax.activation.rules import PerplexityRule, Rest, Rule, TopNeurons
+from sparsejax.activation.ruling import ruled, switched
+from sparsejax.programs.calls import Calls, calls_of
+from sparsejax.tables import Report
+from sparsejax.types import Array, Predicate, PyTree
+
+
+class Rewritten(NamedTuple):
+  """A `Rewritten` is a model after a data-driven rewrite: packed parameters, the function that takes them, a report.
+
+  `apply` is the user's own function where thresholds on the inputs of products suffice. Behind an activation function
+  it is another: it switches neurons off, with dense parameters too. `kernels_pallas.packed(apply)` runs it on `params`.
+  """
+
+  params: PyTree
+  apply: Callable[..., Any]
+  report: Report
+
+
+@arguments.checked
+def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rule: Rule | TopNeurons | PerplexityRule,
+             *, where: Predicate | PyTree | None = None, valid: Iterable[Array] | None = None,
+             allocation: Greedy | None = None, reads: Reads | None = None) -> Rewritten:
+  """Returns the model that skips inputs or neurons as a rule says, with thresholds from calibration batches.
+
+  `apply(params, *inputs)`: any JAX function whose first argument holds the parameters. In `batches` a tuple is
+  positional arguments, a dict is keyword arguments, anything else is one argument. The last quarter of several batches
+  is held out: the report counts there what tokens skip while all products are sparse, and how far the results move.
+  Thresholds are found with all products dense.
+
+  A rule for inputs (`teal`, `wina`, `r_sparse`, `ppl`) makes each weight that `where` picks a `formats.ActiveArray`. By
+  default these are the weights of all products of matrices, without the head. A rule for neurons (`cats`, `chess`,
+  `top_k`) takes the gated layers that the program has, by the path of `down`. Then `up` and `down` become
+  `ActiveArray`s, and both are skipped together. `valid` has one `bool` array a batch, whose shape begins the shapes of
+  the inputs; padding does not count. `allocation=greedy()` gives weights different sparsities with the same mean.
+  `reads=kernels_pallas.bytes_read` adds the bytes that one token reads of each weight, from the compiled products.
+
+  Raises `ValueError` without batches or valid rows, for NaN, for packed parameters, for what `where` picks and cannot
+  be skipped, and for a gated layer whose activation is not zero at zero. The report lists what stays dense, and why.
+  """
+  began = time.perf_counter()
+  _refuse_packed(params)
+  calls = calls_of(FUNCTION, apply, params, batches, valid)
+  places, dense = places_of(FUNCTION, calls.programs[0], params, where, rule.neurons)
+  _refuse_not_finite(places)
+  calls.refuse_other_programs(FUNCTION, {path: [(use.address, use.operand) for use in place.uses.values()]
+                                         for path, place in places.items()})
+  neurons = rule.neurons and not isinstance(rule, PerplexityRule)
+  if not neurons:  # the inputs of `down` are compared, not the activation
+    places = {path: dataclasses.replace(place, layer=None) for path, place in places.items()}
+  used, kept_out = _split(calls)
+  solved = _solved(used, places, rule, allocation)
+  rows, notes = _rows(apply, params, kept_out or calls, places, solved, reads)
+  measured_on = (f'measured on {len(kept_out.given)} of {len(calls.given)} batches, which were held out' if kept_out
+                 else 'measured on the calibration batch, as there is no other')
+  report = Report(rows, (measured_on, *notes, *(f'left dense: {path} ({why})' for path, why in dense.items())),
+                  _mean_asked(rows), HEAD, dense, seconds=time.perf_counter() - began)
+  limits = {path: place.joined(solved.thresholds) for path, place in places.items() if solved.thresholds}
+  small = _packed(params, places, limits, solved.rests, neurons)
+  return Rewritten(small, ruled(apply, rule, limits or None, where=where) if neurons else apply, report)
+
+
+def _refuse_packed(params: PyTree) -> None:
+  packed = [path for path, leaf in zip(*trees.flatten(params, is_leaf=formats.is_packed)[:2]) if formats.is_packed(leaf)]
+  if packed:
+    raise ValueError(f'{FUNCTION}: {packed[0]} is packed already. Calibrate on formats.unpack(params), and give packed '
+                     'weights their thresholds by formats.ActiveArray.of(packed, threshold).')
+
+
+def _refuse_not_finite(places: Mapping[str, Place]) -> None:
+  problems = [errors.Problem(path, place.array.shape, 'it holds NaN or infinities. Repair it, or leave it out of '
+                             '`where`.') for path, place in places.items() if not bool(jnp.all(jnp.isfinite(place.array)))]
+  if problems:
+    raise errors.at_leaves(FUNCTION, problems)
+
+
+def _split(calls: Calls) -> tuple[Calls, Calls | None]:
+  """Returns the calls to calibrate on, and the last quarter, which is held out, or `None` of a single batch."""
+  number = len(calls.given)
+  first = number - max(number // 4, 1) if number > 1 else number
+  part = lambda begin, end: Calls(*(getattr(calls, field.name)[begin:end] for field in dataclasses.fields(calls)))
+  used, rest = part(0, first), part(first, number)
+  for each in (used, rest):
+    if number > 1 and each.valid[0] is not None and not any(bool(jnp.any(mask)) for mask in each.valid):
+      raise ValueError(f'{FUNCTION}: `valid` leaves no row in the first {first} batches, or none in the others, which '
+                       'are held out. Give batches with valid rows in both parts.')
+  return used, rest if number > 1 else None
+
+
+class Calibrated(NamedTuple):
+  """A `Calibrated` holds what a rule found: thresholds, what skipped inputs are multiplied by, and what was asked.
+
+  `skips(seen)` says which entries of an operand are skipped.
+  """
+
+  thresholds: Thresholds
+  rests: dict[Unit, Rest]
+  asked: dict[Unit, float | None]
+  skips: Callable[[Seen], Array]
+
+
+def _solved(used: Calls, places: Mapping[str, Place], rule: Any, allocation: Greedy | None) -> Calibrated:
+  """Returns what a rule finds for all units on the calibration batches."""
+  if isinstance(rule, TopNeurons):
+    asked = {unit: max(1 - rule.k / place.first.shape[2], 0.0) for place in places.values() for unit in place.units}
+    return Calibrated({}, {}, asked, lambda seen: switched(seen.x, rule) == 0)
+  if isinstance(rule, PerplexityRule):
+    if allocation is not None:
+      raise ValueError(f'{FUNCTION}: ppl divides the sparsity among the layers itself; leave `allocation` out.')
+    thresholds = bounded(used, places, rule)
+    return Calibrated(thresholds, {}, dict.fromkeys(thresholds), below(thresholds))
+  own = scales(used, places, rule)
+  found = measured(used, places, own)
+  asked = {unit: rule.sparsity for unit in found}
+  if allocation is not None:
+    asked = shared(used, places, rule, own, found, allocation)
+  thresholds, rests = {}, {}
+  for place in places.values():
+    for unit in place.units:
+      if unit not in found:  # no token reached it: nothing is skipped
+        thresholds[unit] = np.zeros((place.first.shape[0], place.first.shape[2]), np.float32)
+        continue
+      thresholds[unit] = rule.thresholds(tau_of(rule, found[unit], asked[unit]), own[unit])
+      if rule.rest is not None:
+        rests[unit] = rule.rest(place.stack(unit), asked[unit])
+  return Calibrated(thresholds, rests, {unit: rule.level(each) for unit, each in asked.items()}, below(thresholds))
+
+
+def tau_of(rule: Rule, each: list[Any], sparsity: float) -> np.ndarray:
+  """Returns the number with which a rule compares scaled magnitudes, `[L]`, from the magnitudes of each batch."""
+  level = rule.level(sparsity)
+  if rule.each_batch:
+    return np.mean([one.quantile(level) for one in each], 0)
+  return together(each).quantile(level)
+
+
+def _rows(apply: Callable[..., Any], params: PyTree, calls: Calls, places: Mapping[str, Place],
+          solved: Calibrated, reads: Reads | None) -> tuple[tuple[SkipReport, ...], list[str]]:
+  sums, results = tested(calls, places, solved.skips, solved.rests, reads)
+  rows, asked = [], solved.asked
+  for place in places.values():
+    l, n, k = place.first.shape
+    for unit in place.units:
+      skipped, entries, blocks, error, dense, read, whole = sums.get(unit, [0.0] * 7)
+      note = '' if unit in asked and entries else 'no token reached it: skips nothing'
+      rows.append(SkipReport(place.path, unit[1], (l, n, k), asked.get(unit), skipped / max(entries, 1),
+                             blocks / max(entries, 1), round(entries / k), error / dense if dense else None,
+                             read / whole if whole else None, note))
+  return tuple(rows), [_apart(apply, params, calls, results)]
+
+
+def _apart(apply: Callable[..., Any], params: PyTree, calls: Calls, results: list[list[Any]]) -> str:
+  """Returns the note on how far the results of the sparse model are from those of the dense model."""
+  error, whole = 0.0, 0.0
+  for (args, kwargs), sparse in zip(calls.given, results):
+    dense = [leaf for leaf in jax.tree.leaves(apply(params, *args, **kwargs)) if isinstance(leaf, jax.Array)]
+    for a, b in zip(dense, sparse):
+      if jnp.issubdtype(a.dtype, jnp.floating):
+        error += float(jnp.sum(jnp.square((a - b).astype(jnp.float32))))
+        whole += float(jnp.sum(jnp.square(a.astype(jnp.float32))))
+  return f'the results move by {np.sqrt(error / whole) if whole else 0.0:.3g} of their norm'
+
+
+def _mean_asked(rows: tuple[SkipReport, ...]) -> float | None:
+  if any(row.asked is None for row in rows):
+    return None
+  sizes = [np.prod(row.shape) for row in rows]
+  return float(sum(n * (row.asked or 0.0) for n, row in zip(sizes, rows)) / sum(sizes))
+
+
+def _packed(params: PyTree, places: Mapping[str, Place], limits: Mapping[str, np.ndarray], rests: Mapping[Unit, Rest],
+            neurons: bool) -> PyTree:
+  """Returns the parameters with `ActiveArray`s: of `up` and `down` where neurons are switched off."""
+  paths, leaves, structure = trees.flatten(params)
+  held = dict(zip(paths, leaves))
+  made: dict[str, Any] = {}
+  for path, place in places.items():
+    parts = [place.joined({unit: rests[unit][i] for unit in place.units}) if all(unit in rests for unit in place.units)
+             else None for i in range(2)]
+    left, right = (None if part is None else jnp.asarray(part) for part in parts)
+    limit = 0.0 if neurons else limits[path]
+    made[path] = formats.ActiveArray.of(place.array, limit, left, right, axes=place.axes)
+    if neurons and place.layer is not None and place.layer.up is not None:
+      up = place.layer.up_use
+      assert up is not None and up.axes is not None
+      made[place.layer.up] = formats.ActiveArray.of(held[place.layer.up], axes=up.axes, outputs=True)
+  return structure.unflatten([made.get(path, leaf) for path, leaf in zip(paths, leaves)])
