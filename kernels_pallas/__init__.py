@@ -13,6 +13,7 @@ from kernels_pallas.around import bytes_read, scaled_matmul, threshold_matmul, w
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
 from kernels_pallas.ell import ell_matmul
+from kernels_pallas.gathered import gathered_attention
 from kernels_pallas.models import packed
 from kernels_pallas.n_m import nm_matmul
 from kernels_pallas.preparing import prepared
@@ -20,7 +21,8 @@ from kernels_pallas.sparse24 import sparse24_matmul
 from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
-    'active_matmul', 'active_outputs', 'block_sparse_attention', 'block_sparse_matmul', 'bytes_read', 'ell_matmul', 'nm_matmul',
-    'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'threshold_matmul', 'unstructured_matmul',
+    'active_matmul', 'active_outputs', 'block_sparse_attention', 'block_sparse_matmul', 'bytes_read', 'ell_matmul',
+    'gathered_attention', 'nm_matmul', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul',
+    'threshold_matmul', 'unstructured_matmul',
     'wrapped_matmul',
 ]

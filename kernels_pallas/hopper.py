@@ -109,10 +109,13 @@ def scheduled(lengths: np.ndarray, blocks: int) -> np.ndarray:
   return order.astype(np.int32)
 
 
-def load(ref: Any, layout: Any) -> Array:
-  """Returns the array of `ref` in this layout. Up to JAX 0.10, `plgpu.load` takes an index."""
+def load(ref: Any, layout: Any, optimized: bool = True) -> Array:
+  """Returns the array of `ref` in this layout. Up to JAX 0.10, `plgpu.load` takes an index.
+
+  `optimized=False` allows layouts for which Mosaic has no fast copy, such as those of memory without swizzling.
+  """
   index = [()] if 'idx' in inspect.signature(plgpu.load).parameters else []
-  return plgpu.load(ref, *index, layout=layout)
+  return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def transposed(ref: Any) -> Any:

@@ -50,7 +50,7 @@ KERNELS = (
     ('hopper', 'mosaic_tpu', 'dispatch', 'trilinear'),
     ('products', 'linear'),
     ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
-    ('held', 'around', 'submanifold'),
+    ('held', 'around', 'submanifold', 'gathered'),
     ('deferred',),
     ('models',),
     ('preparing',),

@@ -15,6 +15,8 @@ from products import blocks, equations, f32, normal, rounded_once
 from kernels_pallas import block_sparse_matmul, hopper, nm_matmul
 from kernels_pallas.attention import gpu as attention
 from kernels_pallas.block_sparse import gpu as block_sparse
+from kernels_pallas.gathered import gathered_attention
+from kernels_pallas.gathered import gpu as gathered
 from kernels_pallas.sparse24 import gpu as sparse24
 from kernels_pallas.sparse24 import reference, sparse24_matmul
 from sparsejax.formats import NMArray, Sparse24Array
@@ -250,6 +252,27 @@ def test_attention_lowers_for_cuda(d, block_k, causal, counted):
   q, index, counts = jnp.zeros((1, 1024, 4, d), BF16), jnp.zeros((4, 8, 3), jnp.int32), jnp.zeros((4, 8), jnp.int32)
   f = functools.partial(attention.attention, block_q=128, block_k=block_k, causal=causal, scale=1.0)
   assert kernels(f, q, q, q, index, *[counts] * counted) == 1
+
+
+# Attention to listed tokens.
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason='interpret mode has no layouts before JAX 0.12')
+def test_attention_to_listed_tokens():
+  """A list of more than a step, and an empty one, for two heads each; a list is cut into parts."""
+  q, k, v = (normal((1, *shape, 64), BF16, seed) for seed, shape in enumerate([(4,), (150, 2), (150, 2)]))
+  index = jnp.asarray(np.random.default_rng(1).random((1, 2, 150)).argsort(-1)[..., :140], jnp.int32)
+  args = q, k, v, index, jnp.asarray([[140, 0]], jnp.int32)
+  y = gathered.attention(*args, scale=0.3, interpret=True)
+  np.testing.assert_allclose(f32(y), f32(gathered_attention(*args, scale=0.3)), atol=8e-3)
+
+
+@pytest.mark.parametrize('d', [64, 128])
+@pytest.mark.parametrize('lists', [1, 8])
+def test_attention_to_listed_tokens_lowers_for_cuda(lists, d):
+  q, k = jnp.zeros((2, 8, d), BF16), jnp.zeros((2, 1000, 2, d), BF16)
+  assert kernels(gathered_attention, q, k, k, jnp.zeros((2, lists, 300), jnp.int32)) == 1
+  assert gathered.refusal(q[..., :32], k, k[..., :32], None, None).endswith('pad with zeros')
 
 
 # 2:4.

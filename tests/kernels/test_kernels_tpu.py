@@ -17,6 +17,8 @@ from kernels_pallas.active import active_matmul
 from kernels_pallas.active import tpu as active
 from kernels_pallas.attention import tpu as attention
 from kernels_pallas.block_sparse import tpu as block_sparse
+from kernels_pallas.gathered import gathered_attention
+from kernels_pallas.gathered import tpu as gathered
 from kernels_pallas.n_m import tpu as n_m
 from sparsejax.formats import BlockSparseArray, NMArray
 
@@ -249,6 +251,32 @@ def test_attention_lowers(block, dtype, causal):
   assert calls(gradient, q, q, q, index, counts) == 3
 
 
+# Attention to listed tokens.
+
+
+def listed_tokens(heads, shared, lists, most, d, dtype):
+  """Returns q, a cache of 40 tokens, and lists, whose last is empty where there are several."""
+  random = np.random.default_rng(1)
+  q, k, v = (normal((1, *shape, d), dtype, seed) for seed, shape in enumerate([(heads,), *[(40, shared)] * 2]))
+  index = jnp.asarray(random.random((1, lists, 40)).argsort(-1)[..., :most], jnp.int32)
+  return q, k, v, index, jnp.asarray([[most, *[0] * (lists - 1)]], jnp.int32)
+
+
+@pytest.mark.parametrize('heads, shared, lists, most', [(4, 2, 4, 6), (4, 4, 1, 3)])
+def test_attention_to_listed_tokens(heads, shared, lists, most, monkeypatch):
+  monkeypatch.setattr(gathered, '_TOGETHER', 4)
+  args = listed_tokens(heads, shared, lists, most, 8, F32)
+  y = jax.jit(functools.partial(gathered.attention, scale=0.3, interpret=INTERPRET))(*args)
+  rounded_once(y, gathered_attention(*args, scale=0.3), 8)
+
+
+@pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
+@pytest.mark.parametrize('lists', [1, 2, 8])
+def test_attention_to_listed_tokens_lowers(lists, dtype):
+  args = listed_tokens(8, 2, lists, 20, 64, dtype)
+  assert gathered.refusal(*args) is None and calls(gathered_attention, *args) == 1
+
+
 # Refusals and shared parts.
 
 
@@ -279,8 +307,17 @@ def of_active(tokens=1, k=4096, n=1024, block=128, dtype=BF16, stored=BF16):
   return active.refusal(jax.ShapeDtypeStruct((tokens, k), dtype), jax.ShapeDtypeStruct((k, n), stored), block)
 
 
+def of_listed(lists=8, most=64, dtype=F32, d=64, heads=8):
+  q, k = jax.ShapeDtypeStruct((1, heads, d), dtype), jax.ShapeDtypeStruct((1, 2**17, heads, d), dtype)
+  index = jax.ShapeDtypeStruct((1, lists, most), jnp.int32)
+  return gathered.refusal(q, k, k, index, jax.ShapeDtypeStruct((1, lists), jnp.int32))
+
+
 # A case is: the refusal, with the reason and the remedy.
 REFUSALS = {
+    'listed tokens of float16': (lambda: of_listed(dtype=F16), 'not float16; cast to bfloat16'),
+    'many listed tokens': (lambda: of_listed(most=2**15), 'do not fit into scalar memory; share lists among heads'),
+    'heads of many numbers': (lambda: of_listed(d=2**15), 'do not fit into the memory of a core; shard heads'),
     'float16': (lambda: of_blocks(F16, F16), 'not float16; cast to bfloat16'),
     'float16 blocks': (lambda: of_blocks(F32, F16), 'not float16; cast to bfloat16'),
     'blocks of 12': (lambda: of_blocks(block=(128, 12)), r'multiples of 8, not \(128, 12\); pack with block='),
@@ -313,7 +350,8 @@ REFUSALS = {
 def test_what_cannot_run_is_refused_with_the_remedy(case):
   why, wanted = REFUSALS[case]
   assert re.search(wanted, why() or 'None')
-  assert (of_blocks(), of_n_m(), of_attention(), of_active(), of_active(block=8, stored=F32)) == (None,) * 5
+  assert (of_blocks(), of_n_m(), of_attention(), of_active(), of_active(block=8, stored=F32), of_listed()) == (
+      None,) * 6
 
 
 @pytest.mark.parametrize('length, most, multiple, wanted', [
