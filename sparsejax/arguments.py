@@ -98,6 +98,7 @@ PART_OR_SCHEDULE = Kind(f'{_PART}, or {_SCHEDULE}', between(0, 1), coefficient=T
 AVERAGE = Kind('a number from 0 to below 1', between(0, 1, open_at=(1,)), coefficient=True)
 RATE = Kind(_RATE, between(0, math.inf), coefficient=True)
 RATE_OR_SCHEDULE = Kind(f'{_RATE}, or {_SCHEDULE}', between(0, math.inf), coefficient=True, scheduled=True)
+CHANCE = Kind('a number between 0 and 1, without both', between(0, 1, open_at=(0, 1)))
 POSITIVE = Kind('positive', between(0, math.inf, open_at=(0,)), coefficient=True)
 NUMBER = Kind('a finite number', between(-math.inf, math.inf), coefficient=True)
 VALUE = Kind('a finite number, or a bool', lambda value: one_of(bool, np.bool_)(value) or NUMBER.fits(value),
@@ -195,7 +196,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys((f'{name}.fraction' for name in ('flops', 'parameters', 'latency')), SPARSITY),
     **dict.fromkeys(('points', 'periods', 'generations', 'offspring', 'levels', 'step'), TIMES), 'budget': BUDGET,
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
-    'tied': TIED, 'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
+    'tied': TIED, 'modular.groups': TIMES, 'shuffle': DRAWN, 'lam': RATE, **dict.fromkeys(('p01', 'p10'), CHANCE),
+     'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,
     # The tools.
     **dict.fromkeys(('params', 'tree', 'base', 'like', 'a', 'b', 'before', 'after', 'seen', 'masks', 'grads', 'running',

@@ -28,7 +28,7 @@ SPARSEJAX = (
     ('programs',),
     ('passes', 'neighbours', 'networks', 'searches'),
     ('census', 'ranking'),
-    ('counts', 'hessians', 'units'),
+    ('counts', 'hessians', 'memories', 'units'),
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
      'solvers', 'collectives', 'calibration', 'losses', 'sensitivities', 'saliences'),
