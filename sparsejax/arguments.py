@@ -148,6 +148,10 @@ KEEP = Kind("a mapping from names of groups to bool[units], as in {'up/kernel:1'
 PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
 ARRAY = Kind('an array', having('shape', 'dtype'))
 PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
+SCALARS = Kind('a number or an array', lambda value: is_number(value) or ARRAY.fits(value))
+BASELINE = Kind('a gates.Baseline', having('total', 'weight'))
+ROUTED = Kind('an array [rows, blocks], or a conditional.Routing', lambda value: ARRAY.fits(value) or having(
+    'tokens', 'filled')(value))
 PREDICATE = Kind("a predicate, as in trees.named('tail/of/path')", callable)
 CONTRACTIONS = Kind('the contractions of a program, as in sparsejax.contractions(apply, params, x)',
                     having('uses', 'macs', 'other_macs'))
@@ -196,6 +200,11 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys((f'{name}.fraction' for name in ('flops', 'parameters', 'latency')), SPARSITY),
     **dict.fromkeys(('points', 'periods', 'generations', 'offspring', 'levels', 'step'), TIMES), 'budget': BUDGET,
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
+    # Gates and work that they skip.
+    **dict.fromkeys(('bernoulli.rate', 'noisy_rectifier.rate'), CHANCE), 'baseline': SCALARS,
+    **dict.fromkeys(('drawn', 'losses', 'polarized.weights', 'polarized.costs', 'routed.weights'), ARRAY),
+    'observed.baseline': BASELINE, 'average': AVERAGE, 'polarization': RATE, 'polarized.activation': RATE,
+    **dict.fromkeys(('estimator', 'noise'), NAME), 'capacity': TIMES, 'apply.block': FUNCTION, 'apply.weights': ROUTED,
     'tied': TIED, 'modular.groups': TIMES, 'shuffle': DRAWN, 'lam': RATE, **dict.fromkeys(('p01', 'p10'), CHANCE),
      'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,

@@ -31,7 +31,7 @@ SPARSEJAX = (
     ('counts', 'hessians', 'memories', 'units'),
     ('stages',),
     ('patterns', 'scores', 'allocation', 'schedules', 'flows', 'updates', 'metrics', 'starts', 'penalties', 'gates',
-     'solvers', 'collectives', 'calibration', 'losses', 'sensitivities', 'saliences'),
+     'conditional', 'solvers', 'collectives', 'calibration', 'losses', 'sensitivities', 'saliences'),
     ('plans',),
     ('states',),
     ('formats',),

@@ -27,7 +27,7 @@ def by_gradient(**more):
 
 
 def test_choices_read_the_probe_and_steps_read_the_gradient():
-  """With the gradient itself as the probe nothing changes; with another one masks grow where it is large."""
+  """The masks are the same if the probe is the gradient, and else grow where the probe is large."""
   (params, state), (_, _, masks) = run(by_gradient)
   same = run(lambda: by_gradient(probe=starts.of(jax.tree.map(lambda g: g[1], GRADS))),
              jax.tree.map(lambda g: g[:2], GRADS))[1][2]
@@ -35,7 +35,8 @@ def test_choices_read_the_probe_and_steps_read_the_gradient():
   other = run(lambda: by_gradient(probe=starts.of(OTHER)))[1][2]
   before, after = cases.by_path(other)['a/kernel'][0], cases.by_path(other)['a/kernel'][1]
   grown = np.asarray(after & ~before)
-  assert grown.any() and np.abs(OTHER['a']['kernel'])[grown].min() >= np.abs(OTHER['a']['kernel'])[~np.asarray(after)].max()
+  size = np.abs(OTHER['a']['kernel'])
+  assert grown.any() and size[grown].min() >= size[~np.asarray(after)].max()
 
 
 def test_a_probe_is_evaluated_only_where_masks_are_chosen():
@@ -68,7 +69,8 @@ def test_a_start_takes_masks_of_ones_own():
     (lambda: by_gradient(start=starts.masks(START)), "parameter 'a/kernel' .* the tree holds float32"),
     (lambda: by_gradient(start=starts.masks({'a': START['a']})), 'not of one structure'),
     (lambda: by_gradient(start=starts.masks(jax.tree.map(lambda w: w.T > 0, START))), 'starts.masks: parameter'),
-    (lambda: by_gradient(start=starts.probed(starts.of(jax.tree.map(lambda w: w[:1], START)))), 'the probe returns shape'),
+    (lambda: by_gradient(start=starts.probed(starts.of(jax.tree.map(lambda w: w[:1], START)))),
+     'the probe returns shape'),
     (lambda: by_gradient(probe=3), '`probe` must be a function'),
     (lambda: recipes.set_(optax.sgd(0.1), 0.5, total_steps=9, key=jax.random.key(0), probe=starts.of(OTHER)), 'probe')])
 def test_what_is_no_probe_and_no_mask_is_refused(make, said):
