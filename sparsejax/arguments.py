@@ -98,6 +98,7 @@ PART_OR_SCHEDULE = Kind(f'{_PART}, or {_SCHEDULE}', between(0, 1), coefficient=T
 AVERAGE = Kind('a number from 0 to below 1', between(0, 1, open_at=(1,)), coefficient=True)
 RATE = Kind(_RATE, between(0, math.inf), coefficient=True)
 RATE_OR_SCHEDULE = Kind(f'{_RATE}, or {_SCHEDULE}', between(0, math.inf), coefficient=True, scheduled=True)
+CHANCE = Kind('a number between 0 and 1, without both', between(0, 1, open_at=(0, 1)))
 POSITIVE = Kind('positive', between(0, math.inf, open_at=(0,)), coefficient=True)
 NUMBER = Kind('a finite number', between(-math.inf, math.inf), coefficient=True)
 VALUE = Kind('a finite number, or a bool', lambda value: one_of(bool, np.bool_)(value) or NUMBER.fits(value),
@@ -125,6 +126,8 @@ SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('
 FOLDER = Kind('the path of a folder', lambda value: one_of(str, os.PathLike)(value) and (
     os.path.isdir(value) or not os.path.lexists(value)))
 CONFIG = Kind("a mapping, as in {'name': 'sr_ste', 'pattern': '2:4'}", having('keys', '__getitem__'))
+TIED = Kind("a mapping from globs to globs, as in {'**/rho': '**/mean'}", lambda value: isinstance(value, Mapping) and
+            all(isinstance(text, str) for pair in value.items() for text in pair))
 QUANTIZE = Kind('a grid, as in repairs.Grid(bits=4)', having('fitted', 'rounded'))
 GROUPS = Kind('the groups of a program, as in structured.groups(apply, params, x), or some of them in a dict',
               lambda value: isinstance(value, Mapping) and all(map(having('members', 'size'), value.values())))
@@ -145,6 +148,10 @@ KEEP = Kind("a mapping from names of groups to bool[units], as in {'up/kernel:1'
 PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
 ARRAY = Kind('an array', having('shape', 'dtype'))
 PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
+SCALARS = Kind('a number or an array', lambda value: is_number(value) or ARRAY.fits(value))
+BASELINE = Kind('a gates.Baseline', having('total', 'weight'))
+ROUTED = Kind('an array [rows, blocks], or a conditional.Routing', lambda value: ARRAY.fits(value) or having(
+    'tokens', 'filled')(value))
 PREDICATE = Kind("a predicate, as in trees.named('tail/of/path')", callable)
 CONTRACTIONS = Kind('the contractions of a program, as in sparsejax.contractions(apply, params, x)',
                     having('uses', 'macs', 'other_macs'))
@@ -194,7 +201,13 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys((f'{name}.fraction' for name in ('flops', 'parameters', 'latency')), SPARSITY),
     **dict.fromkeys(('points', 'periods', 'generations', 'offspring', 'levels', 'step'), TIMES), 'budget': BUDGET,
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
-    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
+    # Gates and work that they skip.
+    **dict.fromkeys(('bernoulli.rate', 'noisy_rectifier.rate'), CHANCE), 'baseline': SCALARS,
+    **dict.fromkeys(('drawn', 'losses', 'polarized.weights', 'polarized.costs', 'routed.weights'), ARRAY),
+    'observed.baseline': BASELINE, 'average': AVERAGE, 'polarization': RATE, 'polarized.activation': RATE,
+    **dict.fromkeys(('estimator', 'noise'), NAME), 'capacity': TIMES, 'apply.block': FUNCTION, 'apply.weights': ROUTED,
+    'tied': TIED, 'modular.groups': TIMES, 'shuffle': DRAWN, 'lam': RATE, **dict.fromkeys(('p01', 'p10'), CHANCE),
+     'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,
     # The tools.
     **dict.fromkeys(('params', 'tree', 'base', 'like', 'a', 'b', 'before', 'after', 'seen', 'masks', 'grads', 'running',

@@ -10,6 +10,7 @@ parameters. Each recipe also takes the options of `transforms.sparsify`.
     params = sj.project(params, state)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from sparsejax import allocation as allocations
@@ -18,7 +19,7 @@ from sparsejax.patterns import Unstructured
 from sparsejax.recipes.at_init import most, random_pruning
 from sparsejax.recipes.sentence import sentence
 from sparsejax.selections import Selection
-from sparsejax.types import Allocation, Inner, Optimizer, Pattern, Schedule
+from sparsejax.types import Allocation, Inner, Optimizer, Pattern, PyTree, Schedule
 
 
 @sentence('refresh')
@@ -50,18 +51,20 @@ def set_(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
 @sentence('refresh')
 def rigl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
          fraction: float | Schedule = 0.3, every: int | None = None, end: int | None = None,
-         allocation: Allocation = allocations.erk, total_steps: int | None = None, **options: Any) -> Optimizer:
+         allocation: Allocation = allocations.erk, probe: Callable[[PyTree], PyTree] | None = None,
+         total_steps: int | None = None, **options: Any) -> Optimizer:
   """Drops by magnitude and grows where the gradient is largest: RigL (Evci et al. 2020, 1911.11134, algorithm 1).
 
   On steps that change the mask the weights stay as they are (algorithm 1). The optimizer's own step count does not
   advance on these steps. `fraction` is that of `set_`: the paper's cosine from 0.3, to 0 at three quarters of training.
-  The authors' code can revive inactive weights with old values (see `updates.drop_and_grow`).
+  `probe`: a function of the parameters whose result takes the place of the gradient in growth, such as the gradient of
+  a larger batch. The authors' code can revive inactive weights with old values (see `updates.drop_and_grow`).
   """
   last = _last('rigl', end, total_steps, **options)
   update = updates.drop_and_grow(scores.gradient, _falling(fraction, last))
   selection = selections.leafwise(pattern, update=update, sparsity=sparsity, allocation=allocation)
   return _moving('rigl', inner, selection, sparsity, pattern, allocation, every, last, total_steps=total_steps,
-                 pause=True, **options)
+                 pause=True, probe=probe, **options)
 
 
 @sentence('refresh')

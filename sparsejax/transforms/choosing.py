@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sparsejax import flows, neighbours, trees
 from sparsejax.states import SparseState
-from sparsejax.transforms import refusals
+from sparsejax.transforms import refusals, tying
 from sparsejax.transforms.leaves import Leaves, master_of, plain_key
 from sparsejax.transforms.method import Method
 from sparsejax.types import Array, PyTree, Signals
@@ -52,6 +52,13 @@ class Call(NamedTuple):
 def signals_of(call: Call, point: Point, step: Array) -> list[Signals]:
   """Returns the signals of the step that the state is at, or of the step that the update leads to."""
   return call.leaves.signals(step, point.stats, call.grads, call.state.key)
+
+
+def _seen(call: Call, point: Point) -> list[Signals]:
+  """Returns the signals of a choice, with the probe in the place of the gradient where the method has one."""
+  probe = call.method.probe
+  grads = call.grads if probe is None else call.leaves.probed(probe(call.params))
+  return call.leaves.signals(call.step, point.stats, grads, call.state.key)
 
 
 class Refreshed(NamedTuple):
@@ -113,15 +120,18 @@ def _computed(call: Call, point: Point, weights: Callable[[], list[Array]], slot
 
 def _reads_once(call: Call, point: Point) -> bool:
   """Returns whether the selection is known to read each weight of the point once, into a stack."""
-  once, leaves = call.method.selection.once, call.leaves.plan.leaves
-  return once is not None and once(leaves, point.weights, point.masks, signals_of(call, point, call.step))
+  once, leaves = call.method.selection.once, call.leaves
+  if once is None:
+    return False
+  told = leaves.plan.leaves, point.weights, point.masks, signals_of(call, point, call.step)
+  return once(*(tying.Tied(once, leaves.leaders).of_leaders(*told) if leaves.leaders else told))
 
 
 def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Array]) -> Refreshed:
   """Returns the masks that the selection chooses, the slots, fresh where weights have just grown, and `weights`."""
   weights = jax.lax.optimization_barrier(weights)  # JAX leaves out of a `cond` what every branch hands on as it is
   method, leaves = call.method, call.leaves
-  new = _selected(method.selection, leaves, point, signals_of(call, point, call.step))
+  new = _selected(method.selection, leaves, point, _seen(call, point))
   thresholds = None if method.selection.threshold is None else new.stats
   if not slots:
     return Refreshed(new.masks, thresholds, [], weights)
@@ -135,7 +145,7 @@ def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Ar
 def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
   arrays = [(s.grad, s.key, s.stats) for s in signals]
-  told = selection.select, leaves.plan.leaves
+  told = leaves.tied(selection.select), leaves.plan.leaves
   traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((point, signals[0].step)))
   select = _select if traced or not flows.hashes(told) else _select_at_once
   masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
@@ -176,14 +186,19 @@ class Beginning(NamedTuple):
 
   def select(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None) -> Point:
     """Returns the point with the masks that the selection chooses when it sees `probe` as the gradient."""
-    weights = self.weights(masks) if self.method.start else self.point.weights
-    signals = self.signals(step, probe and self.leaves.pick(probe), self.method.key if key is None else key)
+    method = self.method
+    weights = self.weights(masks) if method.start else self.point.weights
+    if probe is None and method.probe is not None and method.first is None:
+      probe = method.probe(self.place(masks))
+    grads = None if probe is None else self.leaves.probed(probe)
+    signals = self.signals(step, grads, method.key if key is None else key)
     seen = self.point._replace(weights=weights, masks=masks)
-    return _selected(self.method.first or self.method.selection, self.chooser, seen, signals)
+    return _selected(method.first or method.selection, self.chooser, seen, signals)
 
-  def choose(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None) -> Any:
-    """Returns the masks that the selection chooses when it sees `probe` as the gradient."""
-    return self.select(masks, probe, step, key).masks
+  def choose(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None,
+             given: PyTree | None = None) -> Any:
+    """Returns the masks that the selection chooses when it sees `probe` as the gradient, or the masks in `given`."""
+    return self.select(masks, probe, step, key).masks if given is None else refusals.masks_of(self.leaves, given)
 
   def place(self, masks: list[Array]) -> PyTree:
     """Returns the whole parameter pytree at the point of `masks`."""
@@ -214,7 +229,8 @@ def _whole(weights: list[Array]) -> list[Array]:
 
 def first_masks(method: Method, leaves: Leaves, params: PyTree, point: Point) -> Point:
   """Returns the point with the first masks, and with the weights that go with them."""
-  chooser = leaves if method.first is None else Leaves(params, method.where, method.axes, method.first, method.flow)
+  chooser = leaves if method.first is None else Leaves(
+      params, method.where, method.axes, method.first, method.flow, method.tied)
   beginning = Beginning(method, leaves, chooser, params, point)
   if method.start is None:
     point = beginning.select(point.masks)._replace(weights=point.weights)
