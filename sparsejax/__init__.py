@@ -68,15 +68,9 @@ from sparsejax.states import SparseState, apply_masks, masks, project
 from sparsejax.version import __version__ as __version__
 
 __all__ = [
-<<<<<<< HEAD
-  'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'activation', 'advice', 'advise', 'allocation',
-  'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
-=======
-  'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
-  'apply_masks', 'calibration', 'check', 'conditional',
-  'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
->>>>>>> s7d
-  'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
-  'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities',
-  'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'units', 'updates',
+  'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'activation', 'advice', 'advise',
+  'allocation', 'apply_masks', 'calibration', 'check', 'conditional', 'contractions', 'flows', 'formats', 'gates',
+  'io', 'losses', 'masks', 'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress',
+  'project', 'prune', 'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores',
+  'selections', 'sensitivities', 'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'units', 'updates',
 ]
