@@ -13,6 +13,7 @@ from typing import Any
 from sparsejax.programs import jaxprs
 from sparsejax.programs.follow import FactRules, Position, follow
 from sparsejax.programs.jaxprs import Address
+from sparsejax.programs.structures import KEPT
 from sparsejax.programs.tracing import Program
 
 Origin = frozenset[Any]  # of ('argument', number), ('scores', address), ('weights', address), ('sums', address)
@@ -33,7 +34,8 @@ class Looks:
   `seconds` maps the address of each to the addresses of the products that its weights are made of. `eqns` maps an
   address to the operation. `sources` maps each product to the numbers of the arguments that either operand is made of.
   `opaque` maps the address of each kernel of three or more matrices to the reason why nothing can be read. `closed`
-  maps the address of a structure to the reason why nothing inside is replaced.
+  maps the address of a structure to the reason why nothing inside is replaced. `structures` are the addresses of loops,
+  branches and other structures, out of which a value can leave only as their result.
   """
 
   seconds: dict[Address, set[Address]] = dataclasses.field(default_factory=dict)
@@ -41,6 +43,7 @@ class Looks:
   sources: dict[Address, tuple[set[int], ...]] = dataclasses.field(default_factory=dict)
   opaque: dict[Address, str] = dataclasses.field(default_factory=dict)
   closed: dict[Address, str] = dataclasses.field(default_factory=dict)
+  structures: set[Address] = dataclasses.field(default_factory=set)
 
   @property
   def firsts(self) -> set[Address]:
@@ -59,6 +62,10 @@ class Looks:
   def enclosing(self, address: Address) -> str:
     """Returns why nothing is replaced at an address, or an empty string."""
     return next((why for closed, why in self.closed.items() if address[:len(closed)] == closed), '')
+
+  def inside(self, address: Address) -> bool:
+    """Returns whether an address is inside of a structure."""
+    return any(address[:len(outer)] == outer for outer in self.structures)
 
   def operation(self, eqn: Any, facts: list[Origin], here: Position) -> list[Origin]:
     """Returns what the results of an operation are made of, and notes the products."""
@@ -87,6 +94,8 @@ class Looks:
   def note(self, eqn: Any, facts: list[Origin], results: list[Origin], here: Position) -> None:
     if eqn.primitive.name in CLOSED:
       self.closed[here.address] = CLOSED[eqn.primitive.name]
+    if eqn.primitive.name in KEPT:
+      self.structures.add(here.address)
 
 
 def looks(program: Program) -> Looks:

@@ -34,6 +34,7 @@ class AttentionSite:
   `k`. Scores are `scale` times the products, then changed by `edits`. `causal`: query i sees keys from 0 to i, and no
   edit says so. `masks` are the masks that are known at trace time, `bool[1, 1 or heads, 1 or Tq, 1 or Tk]`; `edits`
   has them too. `scope` and `place` tell where the program has it, and `address` names the product with the values.
+  `enclosed`: it is inside of a loop or another structure, so that its arrays may only be used there.
   """
 
   q: Array
@@ -46,6 +47,7 @@ class AttentionSite:
   scope: str
   place: str
   address: jaxprs.Address
+  enclosed: bool = False
 
   @property
   def heads(self) -> int:
@@ -189,7 +191,8 @@ class AttentionReader:
     dims = value_dims(weights, eqn, side, found)
     if isinstance(dims, str):
       return dims
-    y = self.answer(_site(found, weights, found.values(v, dims[0]), eqn, address))
+    site = _site(found, weights, found.values(v, dims[0]), eqn, address)
+    y = self.answer(dataclasses.replace(site, enclosed=self.looks.inside(address)))
     if y is None:
       return None
     free = [n for dim in dims[0] for n in [f.size for f in dim if f.axes[0] >= len(found.pair.shape)]]
