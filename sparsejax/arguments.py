@@ -240,6 +240,11 @@ KINDS: dict[str, Kind] = {
     'rule': RULE, 'alpha': PART, 'greedy.step': POSITIVE, 'percent': POSITIVE, 'rank': TIMES, 'thresholds': BY_NAME,
     **dict.fromkeys(('into', 'out', 'logits', 'strength', 'matrix', 'computed.keep', 'foresight.target',
                      'response.outputs'), ARRAY),
+    # Attention.
+    **dict.fromkeys(('band.width', 'strided.width', 'count', 'offset', 'after'), WHOLE),
+    **dict.fromkeys(('local', 'period', 'capacity', 'routed.keep', 'quest.keep', 'gated_blocks.keep', 'hashes',
+                     'features', 'degree', 'groups_of'), TIMES),
+    **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG, 'of_mask.mask': ARRAY,
 }
 
 
