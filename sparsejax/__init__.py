@@ -29,6 +29,7 @@ from sparsejax import (
   allocation,
   calibration,
   conditional,
+  continual,
   flows,
   formats,
   gates,
@@ -68,7 +69,7 @@ from sparsejax.version import __version__ as __version__
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
   'apply_masks', 'calibration', 'check', 'conditional',
-  'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
+  'continual', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
   'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
   'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities',
   'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'units', 'updates',

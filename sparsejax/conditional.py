@@ -87,7 +87,7 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
                        'each row and block.')
     routing, dropped = routed(weights.reshape(-1, weights.shape[-1]), capacity)
   _refuse_blocks(params, len(routing.tokens))
-  # An empty slot computes the last row: a row of zeros could make NaN, in gradients too, which no gate has asked for.
+  # An empty slot computes the last row. A row of zeros could make a NaN that no gate has asked for.
   gathered = rows.at[routing.tokens].get(mode='clip')
   computed = jax.vmap(block)(params, gathered)
   scaled = jnp.where(routing.filled[..., None], computed * routing.weights[..., None].astype(computed.dtype), 0)
@@ -99,8 +99,8 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
 def _refuse_blocks(params: PyTree, blocks: int) -> None:
   for path, leaf in zip(*trees.flatten(params)[:2]):
     if not leaf.ndim or leaf.shape[0] != blocks:
-      raise errors.at_leaf('conditional.apply', path, leaf.shape, f'the gate has {blocks} blocks. Give parameters whose '
-                           'first axis numbers the blocks.')
+      raise errors.at_leaf('conditional.apply', path, leaf.shape, f'the gate has {blocks} blocks. Give parameters '
+                           'whose first axis numbers the blocks.')
 
 
 def _refuse_weights(function: str, weights: Any) -> None:
