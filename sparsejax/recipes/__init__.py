@@ -33,6 +33,7 @@ from sparsejax.recipes.gradual import (
   movement_pruning,
   soft_movement_pruning,
 )
+from sparsejax.recipes.graphs import teddy
 from sparsejax.recipes.n_m import asp, bdwp, dense, mdgf, sdgf_geometric, sdgf_stepwise, sr_ste, st3, ste
 from sparsejax.recipes.post_training import (
   armor,
@@ -58,7 +59,7 @@ from sparsejax.recipes.structured import (
   oto,
   wgsef,
 )
-from sparsejax.recipes.tickets import iterative_magnitude, lottery_jackpot
+from sparsejax.recipes.tickets import iterative_magnitude, l1_sparse, lottery_jackpot
 from sparsejax.types import Inner, Optimizer, moved
 
 TABLE = {f.__name__: f for f in (
@@ -67,7 +68,8 @@ TABLE = {f.__name__: f for f in (
     random_pruning, magnitude_at_init, snip, grasp, synflow, robust_at_init, freeze_net, random_search,
     gradual_magnitude, movement_pruning, soft_movement_pruning, global_sparse_momentum, iterative_soft_shrinkage,
     static_sparse, set_, rigl, snfs,
-    iterative_magnitude, lottery_jackpot)}
+    iterative_magnitude, lottery_jackpot, l1_sparse,
+    teddy)}
 # Each kind of sentence has a table. A family adds the table of its kind.
 POST_TRAINING = {f.__name__: f for f in (
     magnitude, wanda, sparsegpt, exact_obs, obc, dsnot, ecoflap, net_trim, armor, gqsa)}
@@ -80,10 +82,10 @@ __all__ = [
     'armor', 'dsnot', 'ecoflap', 'exact_obs', 'gqsa', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
     'dhspg', 'group_magnitude', 'group_taylor', 'hap', 'hesso', 'latency_aware', 'norm_scale', 'oto', 'wgsef',
     'asp', 'bdwp', 'dense', 'freeze_net', 'global_sparse_momentum',
-    'gradual_magnitude', 'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'lottery_jackpot',
+    'gradual_magnitude', 'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'l1_sparse', 'lottery_jackpot',
     'magnitude_at_init', 'mdgf', 'movement_pruning', 'random_pruning', 'random_search', 'rigl', 'robust_at_init',
     'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sr_ste', 'st3',
-    'static_sparse', 'ste', 'synflow',
+    'static_sparse', 'ste', 'synflow', 'teddy',
 ]
 moved(__name__, {
     'bdwp_backward': (states.bdwp_backward, 'states.bdwp_backward'),
