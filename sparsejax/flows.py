@@ -240,7 +240,7 @@ def _masked_gradient(grad: Array, master: Array, mask: Array, signals: Signals) 
 
 
 def _penalised_gradient(grad: Array, master: Array, mask: Array, signals: Signals, penalty: Any) -> Array:
-  pulled = (_now(penalty, signals) * jnp.sign(master)).astype(grad.dtype)
+  pulled = (_now(penalty, signals) * jnp.sign(master).astype(jnp.float32)).astype(grad.dtype)
   return neighbours.where_kept(mask, grad + pulled)
 
 
