@@ -125,6 +125,8 @@ SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('
 FOLDER = Kind('the path of a folder', lambda value: one_of(str, os.PathLike)(value) and (
     os.path.isdir(value) or not os.path.lexists(value)))
 CONFIG = Kind("a mapping, as in {'name': 'sr_ste', 'pattern': '2:4'}", having('keys', '__getitem__'))
+TIED = Kind("a mapping from globs to globs, as in {'**/rho': '**/mean'}", lambda value: isinstance(value, Mapping) and
+            all(isinstance(text, str) for pair in value.items() for text in pair))
 QUANTIZE = Kind('a grid, as in repairs.Grid(bits=4)', having('fitted', 'rounded'))
 GROUPS = Kind('the groups of a program, as in structured.groups(apply, params, x), or some of them in a dict',
               lambda value: isinstance(value, Mapping) and all(map(having('members', 'size'), value.values())))
@@ -193,7 +195,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys((f'{name}.fraction' for name in ('flops', 'parameters', 'latency')), SPARSITY),
     **dict.fromkeys(('points', 'periods', 'generations', 'offspring', 'levels', 'step'), TIMES), 'budget': BUDGET,
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
-    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
+    'tied': TIED, 'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,
     # The tools.
     **dict.fromkeys(('params', 'tree', 'base', 'like', 'a', 'b', 'before', 'after', 'seen', 'masks', 'grads', 'running',

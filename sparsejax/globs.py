@@ -2,6 +2,7 @@
 
     globs.matches('mlp/*/kernel', 'blocks/3/mlp/Dense_0/kernel')   # True
     globs.matches('**/kernel', 'blocks/3/kernel')                  # True
+    globs.renamed('blocks/3/rho', '*/rho', '*/mean')               # 'blocks/3/mean'
 
 A regular expression would try every way to divide a path among several stars, and a command line may have twenty.
 """
@@ -61,6 +62,29 @@ def tails(path: str, names: Iterable[str]) -> list[str]:
     return [path]
   matching = [name for name in names if name == path or name.endswith('/' + path) or path.endswith('/' + name)]
   return [path] if path in matching else matching
+
+
+def renamed(path: str, glob: str, other: str) -> str | None:
+  """Returns `path`, which `glob` matches, with the letters of `glob` replaced by those of `other`, or `None`.
+
+  The result is `None` where `glob` does not match. Both globs have the same wildcards in the same order:
+  `renamed('a/b/rho', '**/rho', '**/mean')` is `'a/b/mean'`.
+  Raises `ValueError` for globs whose wildcards differ.
+  """
+  mine, theirs = (_WILD.split('/' + text.strip('/')) for text in (glob, other))
+  if mine[1::2] != theirs[1::2] or glob.startswith('/') != other.startswith('/'):
+    raise ValueError(f'sparsejax: the globs {glob!r} and {other!r} have different wildcards, so that a path that '
+                     "matches one does not tell the other's; write both alike, as in {'**/rho': '**/mean'}.")
+  before = '()' if glob.startswith('/') else '(.*?)'
+  found = re.fullmatch(before + ''.join(_HELD.get(text, re.escape(text)) for text in mine), '/' + path, re.DOTALL)
+  if found is None:
+    return None
+  first, *rest = found.groups()
+  return (first + theirs[0] + ''.join(a + b for a, b in zip(rest, theirs[2::2]))).lstrip('/')
+
+
+_WILD = re.compile(r'(\*\*/|\*\*|\*|\?)')
+_HELD = {'**/': '((?:.*/)?)', '**': '(.*)', '*': '([^/]*)', '?': '([^/])'}
 
 
 def _without_letters(program: _Program, at: int) -> int:

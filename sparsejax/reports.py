@@ -226,7 +226,7 @@ def _together(state: states.SparseState, held: Mapping[str, Array], point: Mappi
   """Returns why the leaves of a state are less sparse than was asked of all of them together, or an empty string."""
   if state.plan.sparsity is None:
     return ''
-  paths = [leaf.path for leaf in state.plan.leaves]
+  paths = [leaf.path for leaf in state.plan.leaves if leaf.asked.together]
   size = sum(held[path].size for path in paths)
   zeros = lambda tree: sum(int(jnp.sum(tree[path] == 0, dtype=jnp.int32)) for path in paths)
   least = math.floor(state.plan.sparsity * size) - 2 * jax.tree.leaves(state.step)[0].size  # a quantile is interpolated

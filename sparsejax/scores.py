@@ -23,9 +23,9 @@ from sparsejax.arguments import checked
 from sparsejax.types import Array, Schedule, Signals, elementwise
 
 __all__ = [
-  'Memory', 'Movement', 'accumulated_movement', 'fisher', 'gradient', 'gradient_average', 'grasp', 'magnitude',
-  'momentum', 'movement', 'obs', 'previous', 'random', 'snip', 'soft_movement', 'squared_gradient_average',
-  'synflow', 'value', 'wanda',
+  'Memory', 'Movement', 'accumulated_movement', 'expected_magnitude', 'fisher', 'gradient', 'gradient_average', 'grasp',
+  'magnitude', 'momentum', 'movement', 'obs', 'previous', 'random', 'snip', 'snr', 'soft_movement',
+  'squared_gradient_average', 'synflow', 'value', 'wanda',
 ]
 
 
@@ -136,6 +136,43 @@ def fisher(w: Array, signals: Signals) -> Array:
   """
   average = _needed('fisher', signals.stats, 'the memory scores.squared_gradient_average')
   return 0.5 * jnp.square(w.astype(jnp.float32)) * average
+
+
+@elementwise
+def expected_magnitude(w: Array, signals: Signals) -> Array:
+  """Returns `E|theta|` of a Gaussian weight with mean `w`, in `float32` (Li et al. 2024, SSVI, criterion E|theta|).
+
+  The standard deviation is `softplus(rho)`, and `rho` is the follower of the leaf: `tied={'**/rho': '**/mean'}` of
+  `transforms.sparsify`. With s that deviation, the value is `w erf(w / (s sqrt 2)) + s sqrt(2 / pi) exp(-w^2 / 2 s^2)`,
+  and `|w|` where s is 0. NaN in either array gives NaN.
+  """
+  mean, deviation = w.astype(jnp.float32), _deviation('expected_magnitude', signals)
+  ratio = mean / jnp.where(deviation == 0, 1, deviation)
+  spread = np.float32((2 / np.pi) ** 0.5) * deviation * jnp.exp(-jnp.square(ratio) / 2)
+  return jnp.where(deviation == 0, jnp.abs(mean), mean * jax.lax.erf(ratio * np.float32(0.5**0.5)) + spread)
+
+
+@elementwise
+def snr(w: Array, signals: Signals) -> Array:
+  """Returns `E|theta| / sd|theta|` of a Gaussian weight with mean `w`, in `float32` (Li et al. 2024, SSVI).
+
+  The signal-to-noise ratio is that of the magnitude, and reads the follower `rho` as `expected_magnitude` does. Its
+  least value is `sqrt(2 / pi) / sqrt(1 - 2 / pi)`, 1.3236, at mean 0 and any deviation; weights near it all but tie. A
+  weight without deviation has infinity, and NaN stays NaN. The authors' code counts NaN as 0.
+  """
+  mean, deviation = w.astype(jnp.float32), _deviation('snr', signals)
+  size = expected_magnitude(w, signals)
+  variance = jnp.square(deviation) + (mean - size) * (mean + size)  # mean^2 - size^2 loses fewer digits as a product
+  return size / jnp.sqrt(jnp.maximum(variance, 0))
+
+
+def _deviation(score: str, signals: Signals) -> Array:
+  """Returns the standard deviation of each weight, `softplus(rho)` of the first leaf that is tied to it."""
+  tied = signals.stats if type(signals.stats) is tuple else ()  # a memory is a NamedTuple, if any tuple
+  if not tied:
+    raise ValueError(f"scores.{score}: needs the leaf `rho` of each weight's deviation, and none is tied to this leaf. "
+                     "Pass tied={'**/rho': '**/mean'} to transforms.sparsify, with the names of your parameters.")
+  return jax.nn.softplus(tied[0].astype(jnp.float32))
 
 
 def wanda(w: Array, signals: Signals) -> Array:

@@ -91,7 +91,7 @@ def global_sparse_momentum(inner: Inner, sparsity: float | None = None, pattern:
     last = _end('global_sparse_momentum', None, total_steps, 1.0, 0, {})
     dense_steps = last - max(options.get('fine_tune_steps', 0), 1)
   rank = lambda score: selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=together(pattern))
-  where = {key: options.get(key) for key in ('where', 'axes')}
+  where = {key: options.get(key) for key in ('where', 'axes', 'tied')}
   active = transforms.updating(rank(scores.snip), weight_decay=weight_decay, **where)
   return transforms.sparsify(optax.chain(active, inner), flows.hard(), rank(scores.magnitude),
                              refresh=schedules.once(0), dense_steps=dense_steps, total_steps=total_steps, **options)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sparsejax import flows, neighbours, trees
 from sparsejax.states import SparseState
-from sparsejax.transforms import refusals
+from sparsejax.transforms import refusals, tying
 from sparsejax.transforms.leaves import Leaves, master_of, plain_key
 from sparsejax.transforms.method import Method
 from sparsejax.types import Array, PyTree, Signals
@@ -113,8 +113,11 @@ def _computed(call: Call, point: Point, weights: Callable[[], list[Array]], slot
 
 def _reads_once(call: Call, point: Point) -> bool:
   """Returns whether the selection is known to read each weight of the point once, into a stack."""
-  once, leaves = call.method.selection.once, call.leaves.plan.leaves
-  return once is not None and once(leaves, point.weights, point.masks, signals_of(call, point, call.step))
+  once, leaves = call.method.selection.once, call.leaves
+  if once is None:
+    return False
+  told = leaves.plan.leaves, point.weights, point.masks, signals_of(call, point, call.step)
+  return once(*(tying.Tied(once, leaves.leaders).of_leaders(*told) if leaves.leaders else told))
 
 
 def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Array]) -> Refreshed:
@@ -135,7 +138,7 @@ def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Ar
 def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
   arrays = [(s.grad, s.key, s.stats) for s in signals]
-  told = selection.select, leaves.plan.leaves
+  told = leaves.tied(selection.select), leaves.plan.leaves
   traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((point, signals[0].step)))
   select = _select if traced or not flows.hashes(told) else _select_at_once
   masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
@@ -214,7 +217,8 @@ def _whole(weights: list[Array]) -> list[Array]:
 
 def first_masks(method: Method, leaves: Leaves, params: PyTree, point: Point) -> Point:
   """Returns the point with the first masks, and with the weights that go with them."""
-  chooser = leaves if method.first is None else Leaves(params, method.where, method.axes, method.first, method.flow)
+  chooser = leaves if method.first is None else Leaves(
+      params, method.where, method.axes, method.first, method.flow, method.tied)
   beginning = Beginning(method, leaves, chooser, params, point)
   if method.start is None:
     point = beginning.select(point.masks)._replace(weights=point.weights)

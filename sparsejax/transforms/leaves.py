@@ -16,27 +16,34 @@ import numpy as np
 
 from sparsejax import conventions, errors, flows, kinds, trees
 from sparsejax.selections import Selection, refuse
+from sparsejax.transforms import tying
 from sparsejax.types import Array, Axes, Flow, PyTree, Signals
 
 KEYS = 'threefry2x32'
 
 
 class Leaves:
-  """A `Leaves` is the view that one call has of the parameters: the paths, the sparse leaves, and the plan of them."""
+  """A `Leaves` is the view that one call has of the parameters: the paths, the sparse leaves, and the plan of them.
+
+  `leaders`: of each leaf that is tied to another, the place of the other. Tied leaves are the last of all leaves.
+  """
 
   @classmethod
   def of(cls, method: Any, params: PyTree) -> 'Leaves':
     """Returns the leaves of a `Method`, with a plan that carries the method's identity."""
-    leaves = cls(params, method.where, method.axes, method.selection, method.until_freeze)
+    leaves = cls(params, method.where, method.axes, method.selection, method.until_freeze, method.tied)
     leaves.plan = dataclasses.replace(leaves.plan, recipe=method.name, words=method.words, once=method.once)
     return leaves
 
-  def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow):
+  def __init__(self, params: PyTree, where: Any, axes: Mapping[str, Axes] | None, selection: Selection, flow: Flow,
+               tied: Mapping[str, str] | None = None):
     self.paths, leaves, self.treedef = trees.flatten(params)
     where = trees.default_where(axes) if where is None else where
     picked = trees.select('sparsejax', where, params)
-    self.index = [i for i, pick in enumerate(picked) if pick]
-    self.arrays = {self.paths[i]: leaves[i] for i in self.index}
+    leader_of = tying.leader_of(tied, dict(zip(self.paths, leaves))) if tied else {}
+    tying.refuse_alone(leader_of, dict(zip(self.paths, picked)))
+    alone = [i for i, pick in enumerate(picked) if pick and self.paths[i] not in leader_of]
+    self.arrays = {self.paths[i]: leaves[i] for i in alone}
     try:
       if where is trees.matrices:
         refuse_complex(self.paths, leaves, self.treedef)
@@ -44,8 +51,24 @@ class Leaves:
       self.axes = trees.axes_by_path('sparsejax', axes, params, self.arrays)
       refuse(self.arrays, (unoriented(flow, own) for own in self.axes.values()))
       self.plan = dataclasses.replace(selection.plan(self.arrays, self.axes), flow=flows.recorded(flow))
+      self._follow(leader_of, alone, leaves)
     except errors.AtLeaves as refusal:
       raise trees.refused(refusal, where, params) from None
+
+  def _follow(self, leader_of: Mapping[str, str], alone: list[int], leaves: list[Array]) -> None:
+    """Adds the leaves that follow a sparse leaf; those of a dense leaf are dense."""
+    place, own = {path: i for i, path in enumerate(self.arrays)}, {path: i for i, path in enumerate(self.paths)}
+    tied = {own[path]: place[leader] for path, leader in leader_of.items() if leader in place}
+    self.leaders, self.index = tuple(tied.values()), [*alone, *tied]
+    more = [tying.follower(self.plan.leaves[i], self.paths[at], leaves[at].shape) for at, i in tied.items()]
+    self.arrays |= {self.paths[at]: leaves[at] for at in tied}
+    self.axes |= {leaf.path: leaf.axes for leaf in more}
+    refuse(self.arrays, map(narrow, self.arrays.values()))
+    self.plan = dataclasses.replace(self.plan, leaves=(*self.plan.leaves, *more))
+
+  def tied(self, select: Any) -> Any:
+    """Returns `select` of a selection for all leaves, where some of them follow others."""
+    return tying.Tied(select, self.leaders) if self.leaders else select
 
   def pick(self, tree: PyTree) -> list[Any]:
     """Returns the sparse leaves of a tree. Raises `ValueError` if its structure is not that of the parameters."""

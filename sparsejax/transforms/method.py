@@ -41,6 +41,7 @@ class Method:
   first: Selection | None = None
   pause: bool = False
   name: str = ''
+  tied: Mapping[str, str] | None = None
 
   @property
   def words(self) -> tuple[str, ...]:

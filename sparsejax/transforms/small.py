@@ -6,20 +6,20 @@
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import flows, neighbours, plans, trees
+from sparsejax import flows, neighbours, plans, schedules, trees
 from sparsejax.arguments import checked
 from sparsejax.plans import Plan
 from sparsejax.selections import Selection
 from sparsejax.states import SparseState
 from sparsejax.transforms import refusals
 from sparsejax.transforms.leaves import Leaves
-from sparsejax.types import Axes, Inner, Optimizer, Predicate, PyTree
+from sparsejax.types import ALWAYS, Array, Axes, Inner, Optimizer, Predicate, PyTree, Schedule, says
 
 
 @checked
@@ -51,21 +51,47 @@ def is_stand_in(params: PyTree) -> bool:
 
 @checked
 def updating(selection: Selection, *, where: Predicate | PyTree | None = None, axes: Mapping[str, Axes] | None = None,
-             weight_decay: float = 0.0) -> optax.GradientTransformation:
+             weight_decay: float = 0.0, refresh: Schedule = schedules.every(1), tied: Mapping[str, str] | None = None,
+             ) -> optax.GradientTransformation:
   """Returns a transform that passes the gradients of the weights that `selection` picks at each step, and zero else.
 
-  The transform stands in front of an optimizer, inside of a recipe with the same `where` and `axes`. `weight_decay`
-  times the weight is added to the gradient of every sparse weight, picked or not. Dense leaves pass.
+  The transform stands in front of an optimizer, inside of a recipe with the same `where`, `axes` and `tied`.
+  `weight_decay` times the weight is added to the gradient of every sparse weight, picked or not. Dense leaves pass.
+  `refresh`: a schedule of bools, `True` when weights are picked; the first update, of step 0, always picks. Between
+  two choices the picked weights stay the same, as in the gradient masks of SparCL (Wang et al. 2022, section 3.3).
   """
-  def update(grads: PyTree, state: optax.EmptyState, params: PyTree | None = None):
-    leaves = Leaves(params, where, axes, selection, flows.hard())
+  always = says(refresh, ALWAYS)
+  own = lambda params: Leaves(params, where, axes, selection, flows.hard(), tied)
+
+  def update(grads: PyTree, state: Any, params: PyTree | None = None):
+    refusals.refuse_no_params(grads, params)
+    leaves = own(params)
     weights, picked = leaves.pick(params), leaves.pick(grads)
     signals = leaves.signals(jnp.zeros((), jnp.int32), [trees.DENSE] * len(weights), picked)
-    active, _ = selection.select(leaves.plan.leaves, weights, [neighbours.everywhere(w) for w in weights], signals)
+    choose = lambda: leaves.tied(selection.select)(
+        leaves.plan.leaves, weights, [neighbours.everywhere(w) for w in weights], signals)[0]
+    active = choose() if always else jax.lax.cond(
+        (state.step == 0) | refresh(state.step), choose, lambda: leaves.pick(state.masks))
     passed = [jnp.where(m, g, 0) + (weight_decay * w).astype(g.dtype) for m, g, w in zip(active, picked, weights)]
-    return leaves.put(passed, grads), state
+    after = state if always else UpdatingState(optax.safe_increment(state.step), leaves.put(active))
+    return leaves.put(passed, grads), after
 
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  def init(params: PyTree) -> Any:
+    if always:
+      return optax.EmptyState()
+    if is_stand_in(params):
+      return UpdatingState(0, params)
+    leaves = own(params)
+    return UpdatingState(jnp.zeros((), jnp.int32), leaves.put([neighbours.everywhere(w) for w in leaves.pick(params)]))
+
+  return optax.GradientTransformation(init, update)
+
+
+class UpdatingState(NamedTuple):
+  """An `UpdatingState` is the number of updates, `int32[]`, and the masks of the weights that are picked for now."""
+
+  step: Array
+  masks: PyTree
 
 
 @checked

@@ -51,6 +51,7 @@ def sparsify(
     first: Selection | None = None,
     pause: bool = False,
     name: str = '',
+    tied: Mapping[str, str] | None = None,
 ) -> Optimizer:
   """Returns `inner` wrapped so that the parameters that it trains are sparse. Every recipe is a call of `sparsify`.
 
@@ -72,6 +73,10 @@ def sparsify(
   `start`: how the first masks are chosen, see `starts`. The default is one choice by the selection.
   `first`: the selection of the first masks. The default is `selection`.
   `pause`: whether the weights stay as they are on steps that choose masks. The optimizer does not count these steps.
+  `tied`: globs of leaves that follow others, mapped to globs of the leaders: `{'**/rho': '**/mean'}`. A follower has
+    the mask of its leader, in `where` or not: the same mask, or one entry for each output, kept where the leader keeps
+    a weight of the output. A follower of the leader's shape is an entry of the tuple `signals.stats` that scores of the
+    leader read, unless there is a memory. The follower of a dense leaf is dense.
   `name`: the name of the recipe, part of the identity of a state. Without one, the words alone are the identity.
 
   `init(params, **values)` takes a value for each placeholder (`starts.given`) in `start` and `key`. Keyword arguments
@@ -89,9 +94,12 @@ def sparsify(
   if memory is not None and selection.threshold is not None:
     raise ValueError('sparsejax: the selection gives its thresholds to the flow in signals.stats, where a memory would '
                      'be; leave out memory=.')
+  if tied and selection.threshold is not None:
+    raise ValueError('sparsejax: the selection has a threshold for each leaf, and a leaf that is tied to another has '
+                     'none; leave out tied=.')
   method = Method(
       optax.with_extra_args_support(inner), flow, selection, where, axes, refresh, dense_steps, freeze, slots, key,
-      allow_empty, memory, start, first, pause, name)
+      allow_empty, memory, start, first, pause, name, tied)
   return _transform(method)
 
 

@@ -74,7 +74,7 @@ INSIDE = {
                            ('operands', 'arrangements'), ('replace', 'again')),
     'sparsejax.formats': (('gaps', 'misfits', 'zeros'), ('arrays', 'grouping'), ('pieces',),
                           ('n_m', 'anywhere', 'blocks', 'sparse24', 'columns', 'ell', 'scaled'), ('wrapped',)),
-    'sparsejax.transforms': (('leaves', 'method'), ('refusals',), ('choosing', 'small'), ('phases',),
+    'sparsejax.transforms': (('method', 'tying'), ('leaves',), ('refusals',), ('choosing', 'small'), ('phases',),
                              ('sparsify', 'penalised')),
     'sparsejax.recipes': (('sentence', 'post_training'), ('n_m', 'at_init', 'structured'),
                           ('gradual', 'dynamic', 'tickets', 'graphs')),
