@@ -173,7 +173,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('threshold', 'least', 'damping', 'most'), PART),
     **dict.fromkeys(('fraction', 'shrink', 'ratio', 'beta'), PART_OR_SCHEDULE),
     'momentum': AVERAGE, 'gradient_average.decay': AVERAGE, 'squared_gradient_average.decay': AVERAGE,
-    **dict.fromkeys(('weight_decay', 'penalty', 'config: optimizer.learning_rate'), RATE), 'lasso.penalty': RATE_OR_SCHEDULE,
+    **dict.fromkeys(('weight_decay', 'penalty', 'config: optimizer.learning_rate'), RATE),
+    'lasso.penalty': RATE_OR_SCHEDULE,
     **dict.fromkeys(('decay', 'learning_rate'), RATE_OR_SCHEDULE),
     **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life', 'clip', 'eps', 'epsilon', 'rho'), POSITIVE),
     **dict.fromkeys(('init_value', 'end_value', 'kept', 'pruned'), NUMBER),
@@ -227,15 +228,15 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('width', 'gate_of.inputs', 'gate_of.units', 'tile_share.inputs', 'tile_share.outputs'), TIMES),
     **dict.fromkeys(('into', 'out', 'logits', 'strength', 'matrix', 'computed.keep', 'foresight.target',
                      'response.outputs'), ARRAY),
-    # Graphs, transfer and unlearning.
-    **dict.fromkeys(('senders', 'receivers', 'labels', 'prompt', 'inside', 'outside', 'asked', 'probabilities',
-                     'normalised.mask', 'kept.scores'), ARRAY),
-    **dict.fromkeys(('nodes', 'targets', 'parted.examples'), TIMES), 'squashed': FLAG, 'alpha': RATE,
-    'propagate.weights': Kind('what graphs.normalised returns', having('edges', 'nodes')), 'noised.key': DRAWN,
-    **dict.fromkeys(('information', 'direction', 'woodfisher.examples'), PARAMS), 'parted.forget': SERIES,
-    **dict.fromkeys(('noised.most', 'woodfisher.damping'), POSITIVE), **dict.fromkeys(('gap.scores', 'reference'),
-                                                                                      BY_NAME),
 }
+
+
+def declare(functions: str, **kinds: Kind) -> None:
+  """Writes the kinds of the parameters of `functions`, names with blanks between, into `KINDS`.
+
+  A family says so, in its own module, what its functions take.
+  """
+  KINDS.update({f'{function}.{name}': kind for function in functions.split() for name, kind in kinds.items()})
 
 
 def kind_of(function: str, name: str) -> Kind | None:

@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments, counts, patterns
-from sparsejax.arguments import checked
+from sparsejax.arguments import ARRAY, TIMES, Kind, checked, having
 from sparsejax.types import Array, Axes
 
 __all__ = ['Convolved', 'degree_score', 'kept', 'normalised', 'propagate']
 
 _EDGES = Axes((), (0,), source='given')
+arguments.declare('degree_score normalised propagate', senders=ARRAY, receivers=ARRAY, nodes=TIMES, mask=ARRAY,
+                  weights=Kind('what graphs.normalised returns', having('edges', 'nodes')))
+arguments.declare('kept', scores=ARRAY)
 
 
 class Convolved(NamedTuple):

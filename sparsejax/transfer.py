@@ -11,10 +11,14 @@
 import jax
 import jax.numpy as jnp
 
-from sparsejax.arguments import checked
+from sparsejax import arguments
+from sparsejax.arguments import ARRAY, FLAG, TIMES, checked
 from sparsejax.types import Array
 
 __all__ = ['frequency_map', 'prompted']
+
+arguments.declare('frequency_map', logits=ARRAY, labels=ARRAY, targets=TIMES)
+arguments.declare('prompted', x=ARRAY, prompt=ARRAY, squashed=FLAG)
 
 
 @checked

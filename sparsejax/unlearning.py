@@ -16,10 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.arguments import checked
+from sparsejax import arguments
+from sparsejax.arguments import ARRAY, BY_NAME, DRAWN, PARAMS, POSITIVE, RATE, SERIES, TIMES, checked
 from sparsejax.types import Array, PyTree
 
 __all__ = ['Parted', 'fisher', 'gap', 'membership', 'modified_entropy', 'noised', 'parted', 'woodfisher']
+
+arguments.declare('parted', examples=TIMES, forget=SERIES)
+arguments.declare('noised', information=PARAMS, key=DRAWN, alpha=RATE, most=POSITIVE)
+arguments.declare('woodfisher', examples=PARAMS, direction=PARAMS, damping=POSITIVE)
+arguments.declare('membership', inside=ARRAY, outside=ARRAY, asked=ARRAY)
+arguments.declare('modified_entropy', probabilities=ARRAY, labels=ARRAY)
+arguments.declare('gap', scores=BY_NAME, reference=BY_NAME)
 
 
 class Parted(NamedTuple):

@@ -18,10 +18,11 @@ def teddy(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstru
           where: Predicate | PyTree | None = None, **options: Any) -> Optimizer:
   """Sets the smallest magnitudes of all parameters together to zero after every step: TEDDY (Seo et al. 2024).
 
-  2402.01261: projected gradient on the l0 ball, which is iterative hard thresholding. The gradient stays dense and the
-  optimizer's slots are not masked, so that a zero may return. Biases count too, by the default of `where` without
-  `axes`, and a layer may be emptied. The paper trains so on the graph whose edges `graphs.kept` left, with a distillation from the dense
-  model on the full graph. The authors' code rounds the count of zeros up; here it is rounded half to even.
+  2402.01261: projected gradient on the l0 ball, which is iterative hard thresholding. The gradient stays dense and
+  the optimizer's slots are not masked, so that a zero may return. Biases count too, by the default of `where` without
+  `axes`, and a layer may be emptied. The paper trains so on the graph whose edges `graphs.kept` left, with a
+  distillation from the dense model on the full graph. The authors' code rounds the count of zeros up; here it is
+  rounded half to even.
   """
   selection = selections.leafwise(pattern, sparsity=sparsity, allocation=together(pattern))
   where = _every if where is None and options.get('axes') is None else where

@@ -87,6 +87,7 @@ INSIDE = {
                              ('rules',), ('groups', 'smaller'), ('erasing',), ('removal',),
                              ('training', 'proof', 'files', 'costs', 'rotating', 'ordering'),
                              ('selecting', 'searching'), ('least_squares', 'implants')),
+    'sparsejax.moe': (('gating', 'permutations', 'routing', 'placement', 'nested'), ('comet',)),
     'sparsejax.hub': (('layers', 'texts'), ('bert', 'gpt2', 'llama')),
     'sparsejax.advice': (('measured', 'arrays'), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),

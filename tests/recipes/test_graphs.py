@@ -9,6 +9,7 @@ import pytest
 import sparsejax as sj
 from sparsejax import recipes
 
+pytestmark = pytest.mark.usefixtures('standard_promotion')
 PARAMS = {'kernel': jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), 'bias': jnp.ones(4)}
 
 

@@ -1,4 +1,4 @@
-"""ZerO's start: the authors' numbers, nothing random, full rank where a layer widens, and the centre of a convolution."""
+"""ZerO's start: the authors' numbers, full rank where a layer widens, and the centre of a convolution."""
 
 import jax.numpy as jnp
 import numpy as np
