@@ -180,6 +180,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('fraction', 'shrink', 'ratio', 'beta'), PART_OR_SCHEDULE),
     'momentum': AVERAGE, 'gradient_average.decay': AVERAGE, 'squared_gradient_average.decay': AVERAGE,
     **dict.fromkeys(('weight_decay', 'penalty', 'config: optimizer.learning_rate'), RATE),
+    'lasso.penalty': RATE_OR_SCHEDULE,
     **dict.fromkeys(('decay', 'learning_rate'), RATE_OR_SCHEDULE),
     **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life', 'clip', 'eps', 'epsilon', 'rho'), POSITIVE),
     **dict.fromkeys(('init_value', 'end_value', 'kept', 'pruned'), NUMBER),
@@ -246,6 +247,14 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('into', 'out', 'logits', 'strength', 'matrix', 'computed.keep', 'foresight.target',
                      'response.outputs'), ARRAY),
 }
+
+
+def declare(functions: str, **kinds: Kind) -> None:
+  """Writes the kinds of the parameters of `functions`, names with blanks between, into `KINDS`.
+
+  A family says so, in its own module, what its functions take.
+  """
+  KINDS.update({f'{function}.{name}': kind for function in functions.split() for name, kind in kinds.items()})
 
 
 def kind_of(function: str, name: str) -> Kind | None:

@@ -20,7 +20,7 @@ from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, Flow, Schedule, Signals
 
 __all__ = [
-  'bidirectional', 'decayed', 'forgotten', 'frozen', 'hard', 'is_forgotten', 'on_the_edge', 'relevance',
+  'bidirectional', 'decayed', 'forgotten', 'frozen', 'hard', 'is_forgotten', 'lasso', 'on_the_edge', 'relevance',
   'remembered', 'searched', 'soft_shrink', 'soft_threshold', 'sr_ste', 'straight_through', 'until',
 ]
 
@@ -91,6 +91,15 @@ def remembered() -> Flow:
   in TensorFlow's and PyTorch's libraries.
   """
   return Flow(_masked, _masked_gradient)
+
+
+@checked
+def lasso(penalty: float | Schedule) -> Flow:
+  """Returns the flow q = m W with gradient m G + penalty sign(q), where sign(0) = 0: l1 on the kept weights.
+
+  `penalty`: a number, or a schedule of `signals.step`. No master is stored, and no further weight becomes exactly zero.
+  """
+  return Flow(_masked, Bound(_penalised_gradient, (penalty,)), dense=False)
 
 
 @checked
@@ -240,6 +249,11 @@ def _rescaled(master: Array, mask: Array, signals: Signals, gain: float) -> Arra
 
 def _masked_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
   return neighbours.where_kept(mask, grad)
+
+
+def _penalised_gradient(grad: Array, master: Array, mask: Array, signals: Signals, penalty: Any) -> Array:
+  pulled = (_now(penalty, signals) * jnp.sign(master).astype(jnp.float32)).astype(grad.dtype)
+  return neighbours.where_kept(mask, grad + pulled)
 
 
 def _whole_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:

@@ -47,7 +47,7 @@ def sharpness(loss: Callable[[PyTree], Array], params: PyTree, rho: float, key: 
   so that the sharpness is that of the sparse model. With `worst` steps, the result is the largest rise on the way of
   signed gradient ascent from w, of steps that are `rho / worst` of |w| long. The scale
   of |w| makes the number independent of how two layers share a factor (Kwon et al. 2021, ASAM). The norm in the
-  paper on CLIP's interpolation could not be read, so that this definition is ours. `groups` are those of `layer_barriers`.
+  paper on CLIP's interpolation could not be read, so that this definition is ours. `groups`: see `layer_barriers`.
   """
   paths, leaves, treedef = trees.flatten(params)
   base = jnp.asarray(loss(params), jnp.float32)

@@ -86,7 +86,7 @@ PROMISES = {
     'st3': Promise(),
     'bdwp': Promise(((2, 8),)),
     **dict.fromkeys(('random_pruning', 'magnitude_at_init', 'grasp', 'synflow', 'random_search', 'static_sparse',
-                     'iterative_magnitude', 'snip'), Promise(fixed=True, counts=True, memory=1)),
+                     'iterative_magnitude', 'l1_sparse', 'snip'), Promise(fixed=True, counts=True, memory=1)),
     'robust_at_init': Promise(fixed=True, counts=True),
     'freeze_net': Promise(zeros_from=None, fixed=True, counts=True, memory=1),
     'set_': Promise(counts=True, memory=1),
