@@ -14,6 +14,8 @@ Modules import only from the lines above their own:
 - The words, one module each: `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`, `starts`, `metrics`.
 - `formats` packs pruned parameters into smaller arrays.
 - `states` holds masks and master weights in the optimizer state. `selections` chooses the masks of all leaves.
+- `moe` routes tokens to experts, so that what is not routed is not computed.
+- `graphs` ranks edges, `unlearning` and `transfer` use trained sparse models further, `inits` has initializers.
 - `post_training` prunes trained models: `prune` with a few batches of data, `prune_weights` without.
 - `structured` finds units that can be removed, and removes them from parameters and programs.
 - `activation` skips what a token does not need: small inputs of products, and neurons that are switched off.
@@ -31,12 +33,16 @@ from sparsejax import (
   allocation,
   calibration,
   conditional,
+  continual,
   flows,
   formats,
   gates,
+  graphs,
+  inits,
   io,
   losses,
   metrics,
+  moe,
   patterns,
   penalties,
   plot,
@@ -53,10 +59,12 @@ from sparsejax import (
   starts,
   states,
   structured,
+  transfer,
   transforms,
   trees,
   types,
   units,
+  unlearning,
   updates,
 )
 from sparsejax.advice import Advice, advise
@@ -69,8 +77,9 @@ from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'activation', 'advice', 'advise',
-  'allocation', 'apply_masks', 'calibration', 'check', 'conditional', 'contractions', 'flows', 'formats', 'gates',
-  'io', 'losses', 'masks', 'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress',
-  'project', 'prune', 'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores',
-  'selections', 'sensitivities', 'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'units', 'updates',
+  'allocation', 'apply_masks', 'calibration', 'check', 'conditional', 'continual', 'contractions', 'flows', 'formats',
+  'gates', 'graphs', 'inits', 'io', 'losses', 'masks', 'metrics', 'moe', 'patterns', 'penalties', 'plot',
+  'post_training', 'programs', 'progress', 'project', 'prune', 'prune_weights', 'ranking', 'recipes', 'report',
+  'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states', 'structured', 'transfer',
+  'transforms', 'trees', 'types', 'units', 'unlearning', 'updates',
 ]

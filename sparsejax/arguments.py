@@ -149,6 +149,7 @@ PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
 ARRAY = Kind('an array', having('shape', 'dtype'))
 PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
 SCALARS = Kind('a number or an array', lambda value: is_number(value) or ARRAY.fits(value))
+BANK = Kind('a continual.Bank', having('params', 'masks', 'own'))
 BASELINE = Kind('a gates.Baseline', having('total', 'weight'))
 ROUTED = Kind('an array [rows, blocks], or a conditional.Routing', lambda value: ARRAY.fits(value) or having(
     'tokens', 'filled')(value))
@@ -180,6 +181,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('fraction', 'shrink', 'ratio', 'beta'), PART_OR_SCHEDULE),
     'momentum': AVERAGE, 'gradient_average.decay': AVERAGE, 'squared_gradient_average.decay': AVERAGE,
     **dict.fromkeys(('weight_decay', 'penalty', 'config: optimizer.learning_rate'), RATE),
+    'lasso.penalty': RATE_OR_SCHEDULE,
     **dict.fromkeys(('decay', 'learning_rate'), RATE_OR_SCHEDULE),
     **dict.fromkeys(('gain', 'temperature', 'power', 'rate', 'half_life', 'clip', 'eps', 'epsilon', 'rho'), POSITIVE),
     **dict.fromkeys(('init_value', 'end_value', 'kept', 'pruned'), NUMBER),
@@ -206,8 +208,14 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('drawn', 'losses', 'polarized.weights', 'polarized.costs', 'routed.weights'), ARRAY),
     'observed.baseline': BASELINE, 'average': AVERAGE, 'polarization': RATE, 'polarized.activation': RATE,
     **dict.fromkeys(('estimator', 'noise'), NAME), 'capacity': TIMES, 'apply.block': FUNCTION, 'apply.weights': ROUTED,
+    # Tasks, features and recommendations.
+    'removed': CHANCE, 'gradient_sparsity': SPARSITY, 'hold': UPDATES, 'gamma': RATE_OR_SCHEDULE,
+    'alpha': POSITIVE, 'bank': BANK, 'separate.key': DRAWN, 'g2gnet.groups': TIMES, 'used': PARAMS,
+    **dict.fromkeys((f'{name}.end' for name in ('sparcl', 'dsl', 'quick_selection', 'g2gnet', 'cl_dst')), UPDATES),
+    **dict.fromkeys(('layer_barriers.groups', 'sharpness.groups'), BY_NAME), 'worst': WHOLE, 'sharpness.key': DRAWN,
+    **dict.fromkeys(('probs', 'labels', 'truth', 'recall_at.scores', 'ndcg_at.scores'), ARRAY), 'bins': TIMES,
     'tied': TIED, 'modular.groups': TIMES, 'shuffle': DRAWN, 'lam': RATE, **dict.fromkeys(('p01', 'p10'), CHANCE),
-     'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
+    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,
     # The tools.
     **dict.fromkeys(('params', 'tree', 'base', 'like', 'a', 'b', 'before', 'after', 'seen', 'masks', 'grads', 'running',
@@ -246,6 +254,14 @@ KINDS: dict[str, Kind] = {
                      'features', 'degree', 'groups_of'), TIMES),
     **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG, 'of_mask.mask': ARRAY,
 }
+
+
+def declare(functions: str, **kinds: Kind) -> None:
+  """Writes the kinds of the parameters of `functions`, names with blanks between, into `KINDS`.
+
+  A family says so, in its own module, what its functions take.
+  """
+  KINDS.update({f'{function}.{name}': kind for function in functions.split() for name, kind in kinds.items()})
 
 
 def kind_of(function: str, name: str) -> Kind | None:

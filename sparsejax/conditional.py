@@ -10,7 +10,7 @@ whatever the gate says. Rows without a slot are counted and dropped.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,43 +25,45 @@ __all__ = ['Applied', 'Routing', 'apply', 'routed']
 class Routing(NamedTuple):
   """A `Routing` says which rows each block computes.
 
-  `tokens`: `int32[blocks, capacity]`, the number of the row in each slot, and the number of rows in an empty slot.
-  `weights`: `[blocks, capacity]`, 0 in an empty slot. `filled`: `bool[blocks, capacity]`.
+  `tokens`: `int32[blocks, capacity]`, the row in each slot. `weights`: `[blocks, capacity]`. `filled`:
+  `bool[blocks, capacity]`; a slot that is not filled has row 0 and weight 0. `dropped`: `int32[]`, the number of pairs
+  of row and block that found no slot.
   """
 
   tokens: Array
   weights: Array
   filled: Array
+  dropped: Array
 
 
 class Applied(NamedTuple):
-  """An `Applied` holds the sum of the blocks for each row, `[..., outputs]`, and `dropped`, `int32[blocks]`.
-
-  `dropped` counts the rows that had a weight for a block, and no slot.
-  """
+  """An `Applied` holds the sum of the blocks for each row, `[..., outputs]`, and the number of `dropped` pairs."""
 
   y: Array
   dropped: Array
 
 
 @checked
-def routed(weights: Array, capacity: int) -> tuple[Routing, Array]:
-  """Returns the `Routing` of `weights`, `[rows, blocks]`, and the number of rows without a slot, `int32[blocks]`.
+def routed(weights: Array, capacity: int) -> Routing:
+  """Returns the `Routing` of the weights `[rows, blocks]` of a gate: a row wants a block where its weight is not zero.
 
-  A row wants every block of which its weight is not zero; NaN is not zero. The slots of a block go to the first rows
-  that want the block.
+  Each block takes the first `capacity` rows that want it, in order; the others are dropped, and counted. A gate that
+  keeps nothing leaves all slots empty. NaN counts as a weight.
   """
-  _refuse_weights('routed', weights)
-  rows, blocks = weights.shape
-  wanted = weights != 0
-  place = jnp.cumsum(wanted, 0, dtype=jnp.int32) - 1
-  slot = jnp.where(wanted, place, capacity)
-  column = jnp.broadcast_to(jnp.arange(blocks)[None], slot.shape)
-  number = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], slot.shape)
-  tokens = jnp.full((blocks, capacity), rows, jnp.int32).at[column, slot].set(number, mode='drop')
-  held = weights.at[tokens, jnp.arange(blocks)[:, None]].get(mode='fill', fill_value=0)
-  count = jnp.sum(wanted, 0, dtype=jnp.int32)
-  return Routing(tokens, held, tokens < rows), jnp.maximum(count - capacity, 0)
+  if weights.ndim != 2:
+    raise ValueError(f'conditional.routed: `weights` has shape {weights.shape}; give one weight for each row and '
+                     'block, [rows, blocks].')
+  chosen = weights != 0
+  place = jnp.cumsum(chosen, 0, dtype=jnp.int32) - 1
+  fits = chosen & (place < capacity)
+  return placed(weights, jnp.where(fits, place, capacity), capacity, jnp.sum(chosen & ~fits, dtype=jnp.int32))
+
+
+def placed(weights: Array, place: Array, capacity: int, dropped: Array) -> Routing:
+  """Returns the routing that puts each pair of row and block in its place; the place `capacity` is none."""
+  tokens, blocks = (jax.lax.broadcasted_iota(jnp.int32, weights.shape, axis) for axis in (0, 1))
+  put = lambda values: jnp.zeros((weights.shape[1], capacity), values.dtype).at[blocks, place].set(values, mode='drop')
+  return Routing(put(tokens), put(weights), put(jnp.ones(weights.shape, bool)), dropped)
 
 
 @checked
@@ -72,38 +74,29 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
   `block(own, rows)` maps rows `[capacity, inputs]` to `[capacity, outputs]`. `params`: a pytree whose leaves have the
   blocks as their first axis. `x`: `[..., inputs]`. `weights`: `[..., blocks]`, exactly 0 where a block is skipped, or a
   `Routing` of the rows of `x`. `capacity`: the slots of each block, needed for weights. The rows of a block beyond its
-  slots are dropped and counted in `dropped`, the first rows come first. A row that opens nothing, and all rows of a
+  slots are dropped and counted; the first rows come first. A row that opens nothing, and all rows of a
   gate that keeps nothing, get zeros. Gradients flow to parameters, rows and weights; a weight of 0 gets none.
   Raises `ValueError` for parameters of other numbers of blocks, and for weights of other rows.
   """
   rows = x.reshape(-1, x.shape[-1])
   if isinstance(weights, Routing):
-    routing, dropped = weights, jnp.zeros(len(weights.tokens), jnp.int32)
+    routing = weights
   else:
     if capacity is None:
       raise ValueError('conditional.apply: weights need `capacity`, the number of rows that each block computes.')
     if weights.shape[:-1] != x.shape[:-1]:
       raise ValueError(f'conditional.apply: weights of shape {weights.shape} for rows {x.shape}; give one weight for '
                        'each row and block.')
-    routing, dropped = routed(weights.reshape(-1, weights.shape[-1]), capacity)
+    routing = routed(weights.reshape(-1, weights.shape[-1]), capacity)
   _refuse_blocks(params, len(routing.tokens))
-  # An empty slot computes the last row: a row of zeros could make NaN, in gradients too, which no gate has asked for.
-  gathered = rows.at[routing.tokens].get(mode='clip')
-  computed = jax.vmap(block)(params, gathered)
+  computed = jax.vmap(block)(params, rows[routing.tokens])  # an empty slot computes row 0, and no row of zeros
   scaled = jnp.where(routing.filled[..., None], computed * routing.weights[..., None].astype(computed.dtype), 0)
-  empty = jnp.zeros((len(rows), computed.shape[-1]), computed.dtype)
-  y = empty.at[routing.tokens].add(scaled, mode='drop')
-  return Applied(y.reshape(*x.shape[:-1], -1), dropped)
+  y = jnp.zeros((len(rows), computed.shape[-1]), computed.dtype).at[routing.tokens].add(scaled)
+  return Applied(y.reshape(*x.shape[:-1], -1), routing.dropped)
 
 
 def _refuse_blocks(params: PyTree, blocks: int) -> None:
   for path, leaf in zip(*trees.flatten(params)[:2]):
     if not leaf.ndim or leaf.shape[0] != blocks:
-      raise errors.at_leaf('conditional.apply', path, leaf.shape, f'the gate has {blocks} blocks. Give parameters whose '
-                           'first axis numbers the blocks.')
-
-
-def _refuse_weights(function: str, weights: Any) -> None:
-  if weights.ndim != 2:
-    raise ValueError(f'conditional.{function}: `weights` has shape {weights.shape}; give one weight for each row and '
-                     'block, [rows, blocks].')
+      raise errors.at_leaf('conditional.apply', path, leaf.shape, f'the gate has {blocks} blocks. Give parameters '
+                           'whose first axis numbers the blocks.')

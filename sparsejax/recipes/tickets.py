@@ -35,6 +35,24 @@ def iterative_magnitude(inner: Inner, sparsity: float | None = None, pattern: Pa
   return chosen_once(inner, pattern, sparsity, allocation, score, start, **options)
 
 
+@sentence('refresh')
+def l1_sparse(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
+              penalty: float = 5e-4, ticket: PyTree | None = None, allocation: Shares | None = None,
+              total_steps: int | None = None, **options: Any) -> Optimizer:
+  """Fine-tunes a pruned model on retained data with a fading l1 penalty: sparse unlearning (Jia et al. 2023).
+
+  2304.04934, section 4. The mask is that of `iterative_magnitude`. The subgradient `penalty sign(w)` is added before
+  `inner`. `penalty` falls linearly to 0 over `total_steps`; without a number of steps it stays. The authors' code steps
+  once an epoch and penalises every parameter, while here dense leaves go free. Give `update` the gradients of retained
+  examples.
+  """
+  fading = schedules.linear(penalty, 0.0, end=total_steps) if total_steps else penalty
+  start = starts.probed(starts.of(ticket)) if ticket is not None else None
+  score = scores.magnitude if ticket is None else scores.gradient
+  return chosen_once(inner, pattern, sparsity, allocation, score, start, flow=flows.lasso(fading),
+                     total_steps=total_steps, **options)
+
+
 @sentence()
 def lottery_jackpot(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
                     restriction: Schedule | None = None, total_steps: int | None = None,

@@ -56,6 +56,7 @@ FLOWS = {
         flows.decayed(FADE, 'straight_through'), lambda w, m: w * (m + 0.6 * (1 - m)), lambda w, m, g: g),
     'soft_threshold': (flows.soft_threshold(), rescaled, lambda w, m, g: g),
     'remembered': (flows.remembered(), lambda w, m: m * w, lambda w, m, g: m * g),
+    'lasso': (flows.lasso(0.3), lambda w, m: m * w, lambda w, m, g: m * (g + 0.3 * np.sign(w))),
     'soft_shrink': (flows.soft_shrink(0.9), lambda w, m: w, lambda w, m, g: g),
     'frozen': (flows.frozen(), lambda w, m: w, lambda w, m, g: m * g),
     'searched': (flows.searched(), lambda w, m: m * THRESHOLD, lambda w, m, g: THRESHOLD * g),
@@ -217,7 +218,7 @@ def test_soft_threshold_rescales_each_output_channel_of_each_layer(shape, axes, 
 def test_only_flows_without_anything_behind_the_zeros_need_no_master():
   assert not flows.hard().dense and not flows.until(flows.hard(), 3).dense
   assert not flows.frozen().dense and flows.until(flows.frozen(), 3) == flows.frozen()
-  assert all(flow.dense for flow in POINTS.values() if flow != flows.hard())
+  assert all(flow.dense for flow in POINTS.values() if flow not in (flows.hard(), flows.lasso(0.3)))
 
 
 def test_flows_are_values():
@@ -226,7 +227,7 @@ def test_flows_are_values():
       flows.decayed(schedules.linear(end=9), 'scaled'), flows.decayed(schedules.linear(end=9), 'straight_through'),
       flows.soft_threshold(), flows.remembered(), flows.soft_shrink(0.9), flows.soft_shrink(0.8), flows.frozen(),
       flows.searched(), flows.searched(0.5), flows.on_the_edge(2.0), flows.on_the_edge(1.3),
-      flows.until(flows.sr_ste(2e-4, decoupled=True), 5)]
+      flows.until(flows.sr_ste(2e-4, decoupled=True), 5), flows.lasso(0.1)]
   assert make() == make() and len({*make(), *make()}) == len(make())
   assert flows.sr_ste(2e-4) != flows.sr_ste(1e-4)
 

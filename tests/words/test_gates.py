@@ -134,7 +134,7 @@ def test_blocks_are_computed_for_their_rows_alone_and_equal_the_dense_sum():
   apply = jax.jit(conditional.apply, static_argnums=(0, 4))
   y, dropped = apply(run, BLOCK, X, weights, 16)
   np.testing.assert_allclose(y, dense(BLOCK, X, weights), atol=1e-4)
-  assert dropped.tolist() == [0] * 4
+  assert dropped == 0
   folded = apply(run, BLOCK, X.reshape(2, 8, 6), weights.reshape(2, 8, 4), 16).y
   np.testing.assert_array_equal(folded.reshape(16, 3), y)
   slopes = lambda f: jax.jit(jax.grad(lambda *all_: jnp.sum(jnp.sin(f(*all_))), (0, 1, 2)))(BLOCK, X, weights)
@@ -148,11 +148,11 @@ def test_overflow_is_counted_and_a_gate_that_keeps_nothing_gives_zeros():
   weights = jnp.ones((16, 4)).at[:, 2].set(0).at[3:, 1].set(0)
   apply = jax.jit(conditional.apply, static_argnums=(0, 4))
   y, dropped = apply(run, BLOCK, X, weights, 5)
-  assert dropped.tolist() == [11, 0, 0, 11]
+  assert dropped == 22
   held = weights.at[5:].set(0)
   np.testing.assert_allclose(y, dense(BLOCK, X, held), atol=1e-4)
-  routing, _ = conditional.routed(weights, 5)
-  assert routing.tokens[1].tolist() == [0, 1, 2, 16, 16] and routing.filled.sum(1).tolist() == [5, 3, 0, 5]
+  routing = conditional.routed(weights, 5)
+  assert routing.tokens[1].tolist() == [0, 1, 2, 0, 0] and routing.filled.sum(1).tolist() == [5, 3, 0, 5]
   np.testing.assert_array_equal(apply(run, BLOCK, X, routing).y, y)
   # The norm of a row of zeros has no gradient, and no row of zeros is computed.
   unit = lambda own, rows: run(own, rows / jnp.linalg.norm(rows, axis=-1, keepdims=True))

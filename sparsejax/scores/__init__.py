@@ -18,7 +18,7 @@ import numpy as np
 
 from sparsejax import hessians
 from sparsejax.arguments import checked
-from sparsejax.memories import (
+from sparsejax.scores.memories import (
   GRADIENT,
   Memory,
   Movement,
