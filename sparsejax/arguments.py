@@ -98,6 +98,7 @@ PART_OR_SCHEDULE = Kind(f'{_PART}, or {_SCHEDULE}', between(0, 1), coefficient=T
 AVERAGE = Kind('a number from 0 to below 1', between(0, 1, open_at=(1,)), coefficient=True)
 RATE = Kind(_RATE, between(0, math.inf), coefficient=True)
 RATE_OR_SCHEDULE = Kind(f'{_RATE}, or {_SCHEDULE}', between(0, math.inf), coefficient=True, scheduled=True)
+CHANCE = Kind('a number between 0 and 1, without both', between(0, 1, open_at=(0, 1)))
 POSITIVE = Kind('positive', between(0, math.inf, open_at=(0,)), coefficient=True)
 NUMBER = Kind('a finite number', between(-math.inf, math.inf), coefficient=True)
 VALUE = Kind('a finite number, or a bool', lambda value: one_of(bool, np.bool_)(value) or NUMBER.fits(value),
@@ -147,6 +148,11 @@ KEEP = Kind("a mapping from names of groups to bool[units], as in {'up/kernel:1'
 PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
 ARRAY = Kind('an array', having('shape', 'dtype'))
 PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
+SCALARS = Kind('a number or an array', lambda value: is_number(value) or ARRAY.fits(value))
+BANK = Kind('a continual.Bank', having('params', 'masks', 'own'))
+BASELINE = Kind('a gates.Baseline', having('total', 'weight'))
+ROUTED = Kind('an array [rows, blocks], or a conditional.Routing', lambda value: ARRAY.fits(value) or having(
+    'tokens', 'filled')(value))
 PREDICATE = Kind("a predicate, as in trees.named('tail/of/path')", callable)
 CONTRACTIONS = Kind('the contractions of a program, as in sparsejax.contractions(apply, params, x)',
                     having('uses', 'macs', 'other_macs'))
@@ -196,7 +202,19 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys((f'{name}.fraction' for name in ('flops', 'parameters', 'latency')), SPARSITY),
     **dict.fromkeys(('points', 'periods', 'generations', 'offspring', 'levels', 'step'), TIMES), 'budget': BUDGET,
     'penalised.penalty': PENALTY, 'proximal.penalty': PENALTY,
-    'tied': TIED, 'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
+    # Gates and work that they skip.
+    **dict.fromkeys(('bernoulli.rate', 'noisy_rectifier.rate'), CHANCE), 'baseline': SCALARS,
+    **dict.fromkeys(('drawn', 'losses', 'polarized.weights', 'polarized.costs', 'routed.weights'), ARRAY),
+    'observed.baseline': BASELINE, 'average': AVERAGE, 'polarization': RATE, 'polarized.activation': RATE,
+    **dict.fromkeys(('estimator', 'noise'), NAME), 'capacity': TIMES, 'apply.block': FUNCTION, 'apply.weights': ROUTED,
+    # Tasks, features and recommendations.
+    'removed': CHANCE, 'gradient_sparsity': SPARSITY, 'hold': UPDATES, 'gamma': RATE_OR_SCHEDULE,
+    'alpha': POSITIVE, 'bank': BANK, 'separate.key': DRAWN, 'g2gnet.groups': TIMES, 'used': PARAMS,
+    **dict.fromkeys((f'{name}.end' for name in ('sparcl', 'dsl', 'quick_selection', 'g2gnet', 'cl_dst')), UPDATES),
+    **dict.fromkeys(('layer_barriers.groups', 'sharpness.groups'), BY_NAME), 'worst': WHOLE, 'sharpness.key': DRAWN,
+    **dict.fromkeys(('probs', 'labels', 'truth', 'recall_at.scores', 'ndcg_at.scores'), ARRAY), 'bins': TIMES,
+    'tied': TIED, 'modular.groups': TIMES, 'shuffle': DRAWN, 'lam': RATE, **dict.fromkeys(('p01', 'p10'), CHANCE),
+    'quantize': QUANTIZE, 'swaps.threshold': RATE, 'where': WHERE, 'ticket': ANYTHING,
     'workdir': FOLDER, 'config': CONFIG,
     # The tools.
     **dict.fromkeys(('params', 'tree', 'base', 'like', 'a', 'b', 'before', 'after', 'seen', 'masks', 'grads', 'running',

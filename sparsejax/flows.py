@@ -20,8 +20,8 @@ from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, Flow, Schedule, Signals
 
 __all__ = [
-  'bidirectional', 'decayed', 'forgotten', 'frozen', 'hard', 'is_forgotten', 'lasso', 'on_the_edge', 'remembered',
-  'searched', 'soft_shrink', 'soft_threshold', 'sr_ste', 'straight_through', 'until',
+  'bidirectional', 'decayed', 'forgotten', 'frozen', 'hard', 'is_forgotten', 'lasso', 'on_the_edge', 'relevance',
+  'remembered', 'searched', 'soft_shrink', 'soft_threshold', 'sr_ste', 'straight_through', 'until',
 ]
 
 GRADIENTS = ('scaled', 'straight_through')
@@ -118,6 +118,18 @@ def frozen() -> Flow:
   stored.
   """
   return Flow(_whole, _masked_gradient, dense=False, frozen=True)
+
+
+@checked
+def relevance(gamma: float | Schedule, alpha: float) -> Flow:
+  """Returns the flow q = m W with gradient m (G + 2 gamma W exp(-|G| / alpha)) (Bonetta et al. 2022).
+
+  A weight whose loss has no slope decays, and a relevant weight keeps its plain gradient. |G| counts as a constant, and
+  is that of the update, so that no second backward pass is needed; the authors' code makes one. `gamma`: a number, or a
+  schedule of `signals.step`. `alpha` is the size of a gradient that protects. The sum goes into the optimizer: the
+  decay is coupled, as in the authors' code. No master is stored.
+  """
+  return Flow(_masked, Bound(_relevant_gradient, (gamma, alpha)), dense=False)
 
 
 @checked
@@ -246,6 +258,11 @@ def _penalised_gradient(grad: Array, master: Array, mask: Array, signals: Signal
 
 def _whole_gradient(grad: Array, master: Array, mask: Array, signals: Signals) -> Array:
   return grad
+
+
+def _relevant_gradient(grad: Array, master: Array, mask: Array, signals: Signals, gamma: Any, alpha: Any) -> Array:
+  decay = 2 * _now(gamma, signals) * master * jnp.exp(-jnp.abs(grad) / alpha).astype(master.dtype)
+  return neighbours.where_kept(mask, grad + decay.astype(grad.dtype))
 
 
 def _sparse_refined_gradient(grad: Array, master: Array, mask: Array, signals: Signals, decay: Any) -> Array:

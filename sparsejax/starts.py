@@ -2,7 +2,8 @@
 
 A start is `start(choose, place, masks, key) -> masks`, over all sparse leaves at once, inside of `init`. `place(masks)`
 returns the whole parameter pytree at the point that the masks give. `choose(masks, probe=None, step=0, key=None)` runs
-the selection, with a leaf of `probe`, a pytree like the parameters, as the `signals.grad` of scores. A probe is any
+the selection, with a leaf of `probe`, a pytree like the parameters, as the `signals.grad` of scores. `choose(masks,
+given=tree)` runs no selection, and returns the masks in `tree`. A probe is any
 function `params -> pytree like params`; the probes of the literature are defined here.
 
     start = starts.probed(starts.gradient(loss))             # SNIP's
@@ -20,11 +21,13 @@ import jax.numpy as jnp
 
 from sparsejax import arguments, errors, trees
 from sparsejax.arguments import checked
+from sparsejax.programs.arrangements import arrangement_of
+from sparsejax.programs.operands import operands
 from sparsejax.types import Array, Bound, PyTree, Start
 
 __all__ = [
-  'Given', 'best_of', 'fill', 'given', 'gradient', 'hessian_gradient', 'hutchinson', 'names', 'of', 'probed',
-  'synaptic_flow',
+  'Given', 'best_of', 'correlation', 'fill', 'given', 'gradient', 'hessian_gradient', 'hutchinson', 'masks', 'names',
+  'of', 'probed',  'synaptic_flow',
 ]
 
 Probe = Callable[[PyTree], PyTree]
@@ -101,6 +104,21 @@ def _best_of(choose: Any, place: Any, masks: Any, key: Array, loss: Loss, candid
 
 
 @checked
+def masks(tree: PyTree) -> Start:
+  """Returns a start that takes the first masks from `tree`, a pytree like the parameters, of bools.
+
+  `sj.masks(params, state)` and `sj.prune` give such trees. A scalar stands for all of a leaf, and the entries of dense
+  leaves are not read. The selection chooses again from the first refresh on. Raises `ValueError` in `init` for a tree
+  of another structure, and for a leaf that is no mask of its parameter. `check` says where a mask breaks the pattern.
+  """
+  return Bound(_masks, (tree,))
+
+
+def _masks(choose: Any, place: Any, masks: Any, key: Array | None, tree: PyTree) -> Any:
+  return choose(masks, given=tree)
+
+
+@checked
 def gradient(loss: Loss) -> Probe:
   """Returns the probe dL/dw."""
   return Bound(_gradient, (loss,))
@@ -161,6 +179,52 @@ def synaptic_flow(outputs: Callable[[PyTree], Array]) -> Probe:
 
 def _synaptic_flow(params: PyTree, outputs: Callable[[PyTree], Array]) -> PyTree:
   return jax.grad(lambda params: jnp.sum(called(outputs, params)))(jax.tree.map(jnp.abs, params))
+
+
+@checked
+def correlation(apply: Callable[..., Any], *inputs: Any) -> Probe:
+  """Returns the probe of the correlation between each input and each output of a layer, over the rows of one batch.
+
+  The Hebbian rule of G2GNet grows weights where |correlation| is largest. `apply(params, *inputs)` is the model. The
+  outputs are the products themselves, without bias and activation. Entries of a unit that is constant over the batch
+  are 0, and so are leaves that no product takes. A weight that is used several times has the mean over its uses. The
+  form of the correlation is ours: the abstract names none. Raises `ValueError` where `programs.operands` does.
+  """
+  return Bound(_correlation, (apply, inputs))
+
+
+def _correlation(params: PyTree, apply: Callable[..., Any], inputs: tuple[Any, ...]) -> PyTree:
+  paths, leaves, structure = trees.flatten(params)
+  place, found = dict(zip(paths, range(len(paths)))), [jnp.zeros(w.shape, jnp.float32) for w in leaves]
+  used: dict[tuple[int, Any], int] = {}
+
+  def note(site: Any) -> None:
+    at = place[site.path]
+    own = arrangement_of(site.use, site.eqn, leaves[at].shape)
+    if isinstance(own, str):
+      raise errors.at_leaf('starts.correlation', site.path, leaves[at].shape, own)
+    picked = dict(zip(own.gone, site.layer))
+    index = tuple(picked.get(a, slice(None)) for a in range(leaves[at].ndim))
+    part = leaves[at][index]
+    new = own.part(_correlated(*own.rows(site.x, site.others), own.stack(part)), part.shape)
+    count = used[at, site.layer] = used.get((at, site.layer), 0) + 1
+    found[at] = found[at].at[index].add((new - found[at][index]) / count)
+
+  operands(apply, note)(params, *inputs)
+  return structure.unflatten(found)
+
+
+def _correlated(x: Array, counted: Array | None, w: Array) -> Array:
+  """Returns the correlation of rows `x`, `[L, T, K]`, with the products `x w^T`, as a stack `[L, R, K]` like `w`."""
+  x, w = (jnp.asarray(each, jnp.float32) for each in (x, w))
+  weight = jnp.ones(x.shape[:2]) if counted is None else counted.astype(jnp.float32)
+  share = (weight / jnp.maximum(jnp.sum(weight, 1, keepdims=True), 1))[..., None]
+  y = jnp.einsum('ltk,lrk->ltr', jnp.broadcast_to(x, (len(w), *x.shape[1:])), w)
+  x, y = (each - jnp.sum(share * each, 1, keepdims=True) for each in (x, y))
+  deviation = lambda each: jnp.sqrt(jnp.sum(share * jnp.square(each), 1))
+  scale = deviation(y)[:, :, None] * deviation(x)[:, None]
+  both = jnp.einsum('ltr,ltk->lrk', share * y, jnp.broadcast_to(x, (len(w), *x.shape[1:])))
+  return jnp.where(scale > 1e-12, both / jnp.where(scale > 1e-12, scale, 1), 0)
 
 
 def of(other: PyTree) -> Probe:

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from sparsejax.arguments import (
   Kind,
   checked,
 )
+from sparsejax.gates import Gated
 from sparsejax.types import Array, Bound, Schedule
 
 __all__ = ['Gated', 'balance', 'dense_to_sparse', 'hashed', 'softmax', 'top_k']
@@ -31,13 +32,6 @@ arguments.declare('softmax dense_to_sparse', tau=Kind(
     'positive, or a schedule of the step', POSITIVE.fits, coefficient=True, scheduled=True), activation=FUNCTION,
                   threshold=PART, hard_from=STEP, noisy=FLAG)
 arguments.declare('top_k hashed', k=TIMES, experts=TIMES, seed=STEP)
-
-
-class Gated(NamedTuple):
-  """A `Gated` holds the weight of each expert for each token, `float[..., E]`, and a penalty `float32[]` to add."""
-
-  weights: Array
-  penalty: Array
 
 
 @checked

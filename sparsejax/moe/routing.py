@@ -7,13 +7,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sparsejax import arguments
+from sparsejax import arguments, conditional
 from sparsejax.arguments import ARRAY, FUNCTION, PARAMS, POSITIVE, TIMES, Kind, checked, having
+from sparsejax.conditional import Routing, placed, routed
 from sparsejax.types import Array, PyTree
 
 __all__ = ['Routing', 'capacity_of', 'fill_in', 'local', 'mixture', 'plan', 'renormalised']
@@ -22,19 +23,6 @@ arguments.declare('capacity_of', tokens=TIMES, experts=TIMES, k=TIMES, slack=POS
 arguments.declare('plan fill_in local renormalised mixture', weights=ARRAY, capacity=TIMES, scores=ARRAY, owner=ARRAY,
                   of_token=ARRAY, tokens=TIMES, expert=FUNCTION, params=PARAMS, x=ARRAY,
                   routing=Kind('what moe.plan returns', having('tokens', 'weights', 'filled', 'dropped')))
-
-
-class Routing(NamedTuple):
-  """A `Routing` gives each expert its tokens: `tokens` `int32[E, C]`, their `weights` `[E, C]`, and which are `filled`.
-
-  A slot that is not filled has token 0 and weight 0. `dropped` counts the pairs of token and expert that found no slot,
-  `int32[]`.
-  """
-
-  tokens: Array
-  weights: Array
-  filled: Array
-  dropped: Array
 
 
 @checked
@@ -51,17 +39,7 @@ def plan(weights: Array, capacity: int) -> Routing:
   nothing leaves all slots empty. NaN counts as a weight.
   """
   _refuse('plan', weights)
-  chosen = weights != 0
-  place = jnp.cumsum(chosen, 0, dtype=jnp.int32) - 1
-  fits = chosen & (place < capacity)
-  return _placed(weights, jnp.where(fits, place, capacity), capacity, _count(chosen & ~fits))
-
-
-def _placed(weights: Array, place: Array, capacity: int, dropped: Array) -> Routing:
-  """Returns the routing that puts each pair of token and expert in its place; the place `capacity` is none."""
-  tokens, experts = (jax.lax.broadcasted_iota(jnp.int32, weights.shape, axis) for axis in (0, 1))
-  put = lambda values: jnp.zeros((weights.shape[1], capacity), values.dtype).at[experts, place].set(values, mode='drop')
-  return Routing(put(tokens), put(weights), put(jnp.ones(weights.shape, bool)), dropped)
+  return routed(weights, capacity)
 
 
 def _count(pairs: Array) -> Array:
@@ -113,7 +91,7 @@ def local(routing: Routing, weights: Array, scores: Array, owner: Array, of_toke
   own = jax.nn.one_hot(best, scores.shape[1], dtype=bool) & near & lost
   place = jnp.cumsum(own, 0, dtype=jnp.int32) - 1
   fits = own & (place < capacity)
-  more = _placed(scores.astype(routing.weights.dtype), jnp.where(fits, place, capacity), capacity,
+  more = placed(scores.astype(routing.weights.dtype), jnp.where(fits, place, capacity), capacity,
                  routing.dropped - _count(fits))
   return Routing(*(jnp.concatenate(both, 1) for both in zip(routing[:3], more[:3])), more.dropped)
 
@@ -140,9 +118,7 @@ def mixture(expert: Callable[[Any, Array], Array], params: PyTree, x: Array, rou
   if experts != {(len(routing.tokens),)}:
     raise ValueError(f'moe.mixture: parameters with the leading axes {sorted(experts)} for {len(routing.tokens)} '
                      'experts; stack the experts along axis 0 of every leaf.')
-  outputs = jax.vmap(expert)(params, x[routing.tokens])
-  weights = jnp.where(routing.filled, routing.weights, 0)[..., None].astype(outputs.dtype)
-  return jnp.zeros((len(x), outputs.shape[-1]), outputs.dtype).at[routing.tokens].add(weights * outputs)
+  return conditional.apply(expert, params, x, routing).y
 
 
 def _refuse(function: str, scores: Array, routing: Routing | None = None) -> None:

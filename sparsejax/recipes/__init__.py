@@ -25,7 +25,7 @@ from sparsejax.recipes.at_init import (
   snip,
   synflow,
 )
-from sparsejax.recipes.dynamic import rigl, set_, snfs, static_sparse
+from sparsejax.recipes.dynamic import dsl, quick_selection, rigl, set_, snfs, sparcl, static_sparse
 from sparsejax.recipes.gradual import (
   global_sparse_momentum,
   gradual_magnitude,
@@ -34,6 +34,7 @@ from sparsejax.recipes.gradual import (
   soft_movement_pruning,
 )
 from sparsejax.recipes.graphs import teddy
+from sparsejax.recipes.modular import cl_dst, g2gnet
 from sparsejax.recipes.n_m import asp, bdwp, dense, mdgf, sdgf_geometric, sdgf_stepwise, sr_ste, st3, ste
 from sparsejax.recipes.post_training import (
   armor,
@@ -47,6 +48,7 @@ from sparsejax.recipes.post_training import (
   sparsegpt,
   wanda,
 )
+from sparsejax.recipes.regularized import irrelevant_weights
 from sparsejax.recipes.sentence import parameters, without_effect
 from sparsejax.recipes.structured import (
   dhspg,
@@ -67,7 +69,8 @@ TABLE = {f.__name__: f for f in (
     ste, sr_ste, asp, mdgf, sdgf_stepwise, sdgf_geometric, st3, bdwp,
     random_pruning, magnitude_at_init, snip, grasp, synflow, robust_at_init, freeze_net, random_search,
     gradual_magnitude, movement_pruning, soft_movement_pruning, global_sparse_momentum, iterative_soft_shrinkage,
-    static_sparse, set_, rigl, snfs,
+    irrelevant_weights,
+    static_sparse, set_, rigl, snfs, sparcl, dsl, quick_selection, g2gnet, cl_dst,
     iterative_magnitude, lottery_jackpot, l1_sparse,
     teddy)}
 # Each kind of sentence has a table. A family adds the table of its kind.
@@ -81,10 +84,10 @@ __all__ = [
     'POST_TRAINING', 'STRUCTURED', 'TABLE', 'TABLES', 'arguments', 'fixed', 'from_config',
     'armor', 'dsnot', 'ecoflap', 'exact_obs', 'gqsa', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
     'dhspg', 'group_magnitude', 'group_taylor', 'hap', 'hesso', 'latency_aware', 'norm_scale', 'oto', 'wgsef',
-    'asp', 'bdwp', 'dense', 'freeze_net', 'global_sparse_momentum',
-    'gradual_magnitude', 'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'l1_sparse', 'lottery_jackpot',
-    'magnitude_at_init', 'mdgf', 'movement_pruning', 'random_pruning', 'random_search', 'rigl', 'robust_at_init',
-    'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sr_ste', 'st3',
+    'asp', 'bdwp', 'cl_dst', 'dense', 'dsl', 'freeze_net', 'g2gnet', 'global_sparse_momentum', 'gradual_magnitude',
+    'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'l1_sparse', 'lottery_jackpot', 'magnitude_at_init',
+    'mdgf', 'movement_pruning', 'quick_selection', 'random_pruning', 'random_search', 'rigl', 'robust_at_init',
+    'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sparcl', 'sr_ste', 'st3',
     'static_sparse', 'ste', 'synflow', 'teddy',
 ]
 moved(__name__, {

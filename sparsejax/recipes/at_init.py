@@ -67,10 +67,8 @@ def fixed(inner: Inner, masks: PyTree, **options: Any) -> Optimizer:
                            'bools, as in params != 0, or True for a dense leaf.')
   where, sparse = treedef.unflatten([bool(jnp.ndim(mask)) for mask in leaves]), [m for m in leaves if jnp.ndim(m)]
   size, kept = sum(mask.size for mask in sparse), sum(int(np.sum(mask)) for mask in sparse)
-  start = starts.probed(starts.of(treedef.unflatten([jnp.asarray(mask, jnp.float32) for mask in leaves])))
-  # Ranked over all leaves, the `kept` ones are exactly the mask, however they are spread.
-  return chosen_once(inner, Unstructured(), 1 - kept / max(size, 1), allocations.global_(), scores.gradient, start,
-                     where=where, **options)
+  return chosen_once(inner, Unstructured(), 1 - kept / max(size, 1), allocations.global_(), scores.gradient,
+                     starts.masks(masks), where=where, **options)
 
 
 @sentence('refresh')

@@ -32,12 +32,12 @@ def gradual_magnitude(
   authors' code keeps hidden values, which may return.
   Another `score`, with its `memory`, is another method: `scores.fisher`, or `scores.snip`, Taylor pruning.
   """
-  end = _end('gradual_magnitude', end, total_steps, 0.75, begin, options)
+  end = end_of('gradual_magnitude', end, total_steps, 0.75, begin, options)
   ramp = schedules.cubic(_part('gradual_magnitude', initial, sparsity, pattern), 1.0, begin=begin, end=end)
   selection = selections.leafwise(
       pattern, score=score, update=updates.prune_to, sparsity=sparsity, ramp=ramp, allocation=allocation)
   return transforms.sparsify(inner, flows.hard(), selection, memory=memory, total_steps=total_steps,
-                             refresh=_at(end, begin, every, options, then=False), **options)
+                             refresh=due_at(end, begin, every, options, then=False), **options)
 
 
 @sentence('refresh')
@@ -51,12 +51,12 @@ def movement_pruning(
   The score sums -w dL/dw' by `score_optimizer`; the released code uses Adam(1e-2). A pruned weight keeps its value and
   may return. The sparsity rises as in `gradual_magnitude`.
   """
-  end = _end('movement_pruning', end, total_steps, 0.75, begin, options)
+  end = end_of('movement_pruning', end, total_steps, 0.75, begin, options)
   ramp = schedules.cubic(_part('movement_pruning', initial, sparsity, pattern), 1.0, begin=begin, end=end)
   selection = selections.leafwise(pattern, score=scores.movement, sparsity=sparsity, ramp=ramp, allocation=allocation)
   return transforms.sparsify(
       inner, flows.remembered(), selection, memory=scores.accumulated_movement(score_optimizer),
-      total_steps=total_steps, refresh=_at(end, begin, every, options, then=True), **options)
+      total_steps=total_steps, refresh=due_at(end, begin, every, options, then=True), **options)
 
 
 @sentence()
@@ -69,7 +69,7 @@ def soft_movement_pruning(inner: Inner, threshold: float = 0.1, penalty: float =
   `begin` to `end`. The released code's lambda is of the mean over all matrices: divide it by their number. The sparsity
   comes out of training, with at least half a percent of each layer kept. The masks are unstructured.
   """
-  end = _end('soft_movement_pruning', end, total_steps, 0.75, begin, options)
+  end = end_of('soft_movement_pruning', end, total_steps, 0.75, begin, options)
   rise = lambda top: schedules.cubic(0.0, top, begin=begin, end=end)
   return transforms.sparsify(
       inner, flows.remembered(), selections.score_threshold(scores.soft_movement, rise(threshold)),
@@ -88,7 +88,7 @@ def global_sparse_momentum(inner: Inner, sparsity: float | None = None, pattern:
   at the threshold, while the count here is exact.
   """
   if dense_steps is None:
-    last = _end('global_sparse_momentum', None, total_steps, 1.0, 0, {})
+    last = end_of('global_sparse_momentum', None, total_steps, 1.0, 0, {})
     dense_steps = last - max(options.get('fine_tune_steps', 0), 1)
   rank = lambda score: selections.leafwise(pattern, score=score, sparsity=sparsity, allocation=together(pattern))
   where = {key: options.get(key) for key in ('where', 'axes', 'tied')}
@@ -107,13 +107,13 @@ def iterative_soft_shrinkage(inner: Inner, sparsity: float | None = None, patter
   `fine_tune_steps` (default: half of `total_steps`) the last mask is fixed. The released code rounds the count up and
   leaves at least 0.5 % of a layer.
   """
-  total = _end('iterative_soft_shrinkage', None, total_steps, 1.0, 0, options)
+  total = end_of('iterative_soft_shrinkage', None, total_steps, 1.0, 0, options)
   tuned = total // 2 if fine_tune_steps is None else fine_tune_steps
   return transforms.sparsify(inner, flows.soft_shrink(shrink), selections.leafwise(pattern, sparsity=sparsity),
                              total_steps=total, fine_tune_steps=tuned, **options)
 
 
-def _at(end: int, begin: int, every: int, options: Any, *, then: bool) -> Schedule:
+def due_at(end: int, begin: int, every: int, options: Any, *, then: bool) -> Schedule:
   """Returns when masks are chosen: every `every` updates from `begin` on, and at `end`; after `end` too with `then`.
 
   `sparsify` counts from the end of the dense phase, while `begin` and `end` count all updates, as the ramp does.
@@ -133,7 +133,7 @@ def _part(recipe: str, initial: float, sparsity: float | None, pattern: Pattern)
   return initial and initial / target
 
 
-def _end(recipe: str, end: int | None, total_steps: int | None, part: float, begin: int, options: Any) -> int:
+def end_of(recipe: str, end: int | None, total_steps: int | None, part: float, begin: int, options: Any) -> int:
   """Returns the step at which a ramp ends, by default within its phase. Raises `ValueError` if it has no steps."""
   if end is None and total_steps is None:
     raise ValueError(f'recipes.{recipe}: pass total_steps=, the number of updates{", or end=" if part < 1 else ""}.')

@@ -19,7 +19,7 @@ from sparsejax.types import says
 
 F = TypeVar('F', bound=Callable[..., Any])
 # Words of `sparsify` that a recipe chooses by itself.
-OWN = ('memory', 'start', 'first', 'pause', 'name')
+OWN = ('memory', 'start', 'first', 'pause', 'name', 'probe')
 _OPTIONS = {p.name: p.default for p in inspect.signature(transforms.sparsify).parameters.values()
             if p.kind is p.KEYWORD_ONLY and p.name not in OWN}
 

@@ -54,6 +54,13 @@ def signals_of(call: Call, point: Point, step: Array) -> list[Signals]:
   return call.leaves.signals(step, point.stats, call.grads, call.state.key)
 
 
+def _seen(call: Call, point: Point) -> list[Signals]:
+  """Returns the signals of a choice, with the probe in the place of the gradient where the method has one."""
+  probe = call.method.probe
+  grads = call.grads if probe is None else call.leaves.probed(probe(call.params))
+  return call.leaves.signals(call.step, point.stats, grads, call.state.key)
+
+
 class Refreshed(NamedTuple):
   """A `Refreshed` is what leaves the branch that chooses masks.
 
@@ -124,7 +131,7 @@ def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Ar
   """Returns the masks that the selection chooses, the slots, fresh where weights have just grown, and `weights`."""
   weights = jax.lax.optimization_barrier(weights)  # JAX leaves out of a `cond` what every branch hands on as it is
   method, leaves = call.method, call.leaves
-  new = _selected(method.selection, leaves, point, signals_of(call, point, call.step))
+  new = _selected(method.selection, leaves, point, _seen(call, point))
   thresholds = None if method.selection.threshold is None else new.stats
   if not slots:
     return Refreshed(new.masks, thresholds, [], weights)
@@ -179,14 +186,19 @@ class Beginning(NamedTuple):
 
   def select(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None) -> Point:
     """Returns the point with the masks that the selection chooses when it sees `probe` as the gradient."""
-    weights = self.weights(masks) if self.method.start else self.point.weights
-    signals = self.signals(step, probe and self.leaves.pick(probe), self.method.key if key is None else key)
+    method = self.method
+    weights = self.weights(masks) if method.start else self.point.weights
+    if probe is None and method.probe is not None and method.first is None:
+      probe = method.probe(self.place(masks))
+    grads = None if probe is None else self.leaves.probed(probe)
+    signals = self.signals(step, grads, method.key if key is None else key)
     seen = self.point._replace(weights=weights, masks=masks)
-    return _selected(self.method.first or self.method.selection, self.chooser, seen, signals)
+    return _selected(method.first or method.selection, self.chooser, seen, signals)
 
-  def choose(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None) -> Any:
-    """Returns the masks that the selection chooses when it sees `probe` as the gradient."""
-    return self.select(masks, probe, step, key).masks
+  def choose(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None,
+             given: PyTree | None = None) -> Any:
+    """Returns the masks that the selection chooses when it sees `probe` as the gradient, or the masks in `given`."""
+    return self.select(masks, probe, step, key).masks if given is None else refusals.masks_of(self.leaves, given)
 
   def place(self, masks: list[Array]) -> PyTree:
     """Returns the whole parameter pytree at the point of `masks`."""

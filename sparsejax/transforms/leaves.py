@@ -82,6 +82,14 @@ class Leaves:
                        'Make the state by tx.init(params), the gradients of the same params.') from problem
     return [leaves[i] for i in self.index]
 
+  def probed(self, tree: PyTree) -> list[Array]:
+    """Returns the sparse leaves of the result of a probe. Raises `ValueError` for a leaf of another shape."""
+    found = self.pick(tree)
+    refuse(self.arrays, (None if jnp.shape(x) == w.shape else (
+        f'the probe returns shape {jnp.shape(x)} for it. Let it return arrays shaped like the parameters.')
+        for x, w in zip(found, self.arrays.values())))
+    return found
+
   def put(self, values: Sequence[Any] | None, base: PyTree | None = None) -> PyTree:
     """Returns a tree with `values` at the sparse leaves, and with the leaves of `base`, or nothing, elsewhere."""
     size = self.treedef.num_leaves

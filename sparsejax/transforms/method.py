@@ -6,7 +6,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ class Method:
   pause: bool = False
   name: str = ''
   tied: Mapping[str, str] | None = None
+  probe: Callable[[PyTree], PyTree] | None = None
 
   @property
   def words(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax import counts, errors, plans, trees
+from sparsejax import counts, errors, neighbours, plans, trees
 from sparsejax.plans import Plan
 from sparsejax.scores import Memory
 from sparsejax.states import SparseState
@@ -137,6 +137,17 @@ def refuse_other_masks(plan: Plan, masks: Sequence[Array]) -> None:
     if mask.shape != leaf.shape:
       raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its first mask has shape {mask.shape}. Give masks, or '
                            'scores of a probe, that have the shape of their parameter.')
+
+
+def masks_of(leaves: Leaves, tree: PyTree) -> list[Array]:
+  """Returns the masks of the sparse leaves in `tree`. Raises `ValueError` for a leaf that is no mask."""
+  masks = [jnp.asarray(mask) for mask in leaves.pick(tree)]
+  for leaf, mask in zip(leaves.plan.leaves, masks):
+    if mask.dtype != bool or mask.shape not in ((), leaf.shape):
+      raise errors.at_leaf('starts.masks', leaf.path, leaf.shape, f'the tree holds {mask.dtype}{list(mask.shape)} for '
+                           'it. Give bools of its shape, as in params != 0, or a scalar for all of it.')
+  return [mask if mask.ndim else mask & neighbours.everywhere(leaves.arrays[leaf.path])
+          for mask, leaf in zip(masks, leaves.plan.leaves)]
 
 
 def refuse_other_memory(memory: Memory | None, leaves: Leaves, state: SparseState) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import flows, neighbours, plans, schedules, trees
+from sparsejax import errors, flows, neighbours, plans, schedules, trees
 from sparsejax.arguments import checked
 from sparsejax.plans import Plan
 from sparsejax.selections import Selection
@@ -85,6 +85,30 @@ def updating(selection: Selection, *, where: Predicate | PyTree | None = None, a
     return UpdatingState(jnp.zeros((), jnp.int32), leaves.put([neighbours.everywhere(w) for w in leaves.pick(params)]))
 
   return optax.GradientTransformation(init, update)
+
+
+@checked
+def protected(inner: Inner, used: PyTree) -> Optimizer:
+  """Returns `inner` with no gradient and no update at the weights that `used` marks, bools like the parameters.
+
+  A scalar stands for all of a leaf. Neither weight decay nor momentum moves a marked weight: its update is zero.
+  Raises `ValueError` for marks that are no bools of the shape of their parameter.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def update(grads: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    paths, leaves, structure = trees.flatten(grads)
+    marks = structure.flatten_up_to(used)
+    for path, g, mark in zip(paths, leaves, marks):
+      if jnp.result_type(mark) != jnp.dtype(bool) or jnp.shape(mark) not in ((), g.shape):
+        raise errors.at_leaf('transforms.protected', path, g.shape, f'`used` holds {jnp.result_type(mark)}'
+                             f'{list(jnp.shape(mark))} for it. Give bools of its shape, or a scalar for all of it.')
+    stopped = lambda tree: structure.unflatten([
+        jnp.where(mark, jnp.zeros((), x.dtype), x) for mark, x in zip(marks, structure.flatten_up_to(tree))])
+    moves, state = inner.update(stopped(grads), state, params, **extra)
+    return stopped(moves), state
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 class UpdatingState(NamedTuple):

@@ -12,7 +12,7 @@ user's parameters to the new sparse point. `optax.contrib.schedule_free` works t
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +52,7 @@ def sparsify(
     pause: bool = False,
     name: str = '',
     tied: Mapping[str, str] | None = None,
+    probe: Callable[[PyTree], PyTree] | None = None,
 ) -> Optimizer:
   """Returns `inner` wrapped so that the parameters that it trains are sparse. Every recipe is a call of `sparsify`.
 
@@ -77,6 +78,9 @@ def sparsify(
     the mask of its leader, in `where` or not: the same mask, or one entry for each output, kept where the leader keeps
     a weight of the output. A follower of the leader's shape is an entry of the tuple `signals.stats` that scores of the
     leader read, unless there is a memory. The follower of a dense leaf is dense.
+  `probe`: a function of the parameters, evaluated at those that the user holds on steps that choose masks, and in
+    `init`. The scores of a choice read the result, a tree like the parameters, as `signals.grad`: a gradient of a
+    larger batch, or any probe of `starts`. Flow, memory and optimizer have the gradient of the update.
   `name`: the name of the recipe, part of the identity of a state. Without one, the words alone are the identity.
 
   `init(params, **values)` takes a value for each placeholder (`starts.given`) in `start` and `key`. Keyword arguments
@@ -99,7 +103,7 @@ def sparsify(
                      'none; leave out tied=.')
   method = Method(
       optax.with_extra_args_support(inner), flow, selection, where, axes, refresh, dense_steps, freeze, slots, key,
-      allow_empty, memory, start, first, pause, name, tied)
+      allow_empty, memory, start, first, pause, name, tied, probe)
   return _transform(method)
 
 

@@ -92,6 +92,9 @@ PROMISES = {
     'set_': Promise(counts=True, memory=1),
     'rigl': Promise(counts=True, memory=1, trained=False),  # an update of its mask moves no weight
     'snfs': Promise(counts=True),
+    'irrelevant_weights': Promise(memory=1),
+    **dict.fromkeys(('quick_selection', 'g2gnet', 'sparcl'), Promise(counts=True, memory=1)),
+    'dsl': Promise(counts=True), 'cl_dst': Promise(counts=True),
     'gradual_magnitude': Promise(memory=1),
     'movement_pruning': Promise(memory=9),
     'soft_movement_pruning': Promise(memory=17),
@@ -101,14 +104,17 @@ PROMISES = {
 }
 # The options that a recipe needs, or without which it would do nothing within a dozen updates.
 OPTIONS = {
-    **dict.fromkeys(('set_', 'rigl', 'snfs'), {'every': 2, 'fraction': 0.4}),
+    **dict.fromkeys(('set_', 'rigl', 'snfs', 'sparcl', 'dsl', 'quick_selection', 'g2gnet', 'cl_dst'),
+                    {'every': 2, 'fraction': 0.4}),
+    'irrelevant_weights': {'every': 2, 'removed': 0.5},
     'gradual_magnitude': {'every': 2}, 'soft_movement_pruning': {'score_optimizer': optax.sgd(5.0)},
     'iterative_soft_shrinkage': {'fine_tune_steps': TUNED}, 'synflow': {'rounds': 5},
     'random_search': {'candidates': 3},
     'global_sparse_momentum': {'sparsity': 0.7},
 }
 UNREAD = {'random_pruning': {'loss'}}  # its allocation, erk, looks at no gradient
-RANDOM = ('random_pruning', 'random_search', 'static_sparse', 'set_', 'rigl', 'snfs')
+RANDOM = ('random_pruning', 'random_search', 'static_sparse', 'set_', 'rigl', 'snfs', 'sparcl', 'dsl',
+          'quick_selection', 'g2gnet', 'cl_dst')
 # At initialisation a recipe may look at a loss, at outputs and at a key: of any pytree of parameters, and of each leaf
 # by itself, so that it is the same for a shard of it.
 SIGNALS = {
@@ -151,7 +157,8 @@ VARIANTS = {
 }
 
 
-_NO_DENSE_PHASE = ('set_', 'rigl', 'snfs', 'snip', 'global_sparse_momentum', 'lottery_jackpot')
+_NO_DENSE_PHASE = ('set_', 'rigl', 'snfs', 'sparcl', 'dsl', 'quick_selection', 'g2gnet', 'cl_dst',
+                   'snip', 'global_sparse_momentum', 'lottery_jackpot')
 
 
 def _cases() -> dict[str, Case]:

@@ -1,4 +1,4 @@
-"""Measures sparse models: densities, mask changes, exploration, the loss between two models, and FLOPs.
+"""Measures masks and weights: densities, mask changes, exploration, the loss between two models, and FLOPs.
 
 All functions are pure, and all but `flops` can run under `jit`. Most results are dicts by path.
 
@@ -7,6 +7,7 @@ All functions are pure, and all but `flops` can run under `jit`. Most results ar
     metrics.sad(before, sj.masks(params, state))['mlp/kernel'].fraction
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,11 +17,11 @@ import numpy as np
 
 from sparsejax import errors, globs, trees
 from sparsejax.arguments import checked
-from sparsejax.types import Array, PyTree
+from sparsejax.types import Array, Axes, PyTree
 
 __all__ = [
   'Barrier', 'Change', 'Exploration', 'Flops', 'Overlap', 'Variance', 'barrier', 'collapsed', 'density', 'flops',
-  'gradient_variance', 'itop_rate', 'kept', 'model_soup', 'overlap', 'sad', 'union',
+  'gradient_variance', 'itop_rate', 'kept', 'model_soup', 'overlap', 'sad', 'strength', 'union',
 ]
 
 
@@ -118,6 +119,27 @@ def collapsed(tree: PyTree) -> dict[str, Array]:
       [path for path, empty in metrics.collapsed(masks).items() if empty]
   """
   return {path: ~jnp.any(mask) for path, mask in _prunable(tree).items()}
+
+
+@checked
+def strength(params: PyTree, axes: Mapping[str, Axes] | None = None) -> dict[str, Array]:
+  """Returns the strength of each input of each matrix, the sum of |w| over its outputs, `float32[*layers, inputs]`.
+
+  Of a first layer the strength ranks the features (Atashgahi et al. 2022, QuickSelection, section 3.3). `axes` are
+  those of a recipe; the default follows the conventions. Taps are summed as well. NaN stays NaN. The authors' code
+  reads the weights of the last update but one, between removal and growth; here they are those that are given.
+  """
+  sparse = trees.over(trees.default_where(axes), params)
+  held = {path: w for path, w in zip(*trees.flatten(params)[:2]) if sparse(path, w)}
+  return {path: _strength(held[path], own)
+          for path, own in trees.axes_by_path('metrics.strength', axes, params, held).items()}
+
+
+def _strength(w: Array, axes: Axes) -> Array:
+  order = (*axes.layer, *axes.contracted, *axes.output, *axes.spatial)
+  inputs = math.prod(w.shape[a] for a in axes.contracted)
+  size = jnp.transpose(jnp.abs(w).astype(jnp.float32), order)
+  return jnp.sum(size.reshape(*(w.shape[a] for a in axes.layer), inputs, -1), -1)
 
 
 def _prunable(tree: PyTree) -> dict[str, Array]:

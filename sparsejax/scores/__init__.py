@@ -10,22 +10,31 @@ given.
     tx = recipes.movement_pruning(optax.adamw(1e-3), 0.9, total_steps=10_000)   # has the memory `accumulated_movement`
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from sparsejax import hessians, neighbours, trees
+from sparsejax import hessians
 from sparsejax.arguments import checked
-from sparsejax.types import Array, Schedule, Signals, elementwise
+from sparsejax.scores.memories import (
+  GRADIENT,
+  Memory,
+  Movement,
+  accumulated_movement,
+  gradient_average,
+  needed,
+  previous,
+  product,
+  squared_gradient_average,
+)
+from sparsejax.types import ELEMENTWISE, Array, Axes, Bound, Score, Signals, elementwise
 
 __all__ = [
   'Memory', 'Movement', 'accumulated_movement', 'expected_magnitude', 'fisher', 'gradient', 'gradient_average', 'grasp',
-  'magnitude', 'momentum', 'movement', 'obs', 'previous', 'random', 'snip', 'snr', 'soft_movement',
-  'squared_gradient_average', 'synflow', 'value', 'wanda',
+  'importance', 'magnitude', 'modular', 'momentum', 'movement', 'obs', 'previous', 'random', 'smoothed', 'snip', 'snr',
+  'soft_movement', 'squared_gradient_average', 'synflow', 'value', 'wanda',
 ]
 
 
@@ -73,7 +82,21 @@ def value(w: Array, signals: Signals) -> Array:
 @elementwise
 def gradient(w: Array, signals: Signals) -> Array:
   """Returns `|dL/dw|`; needs `signals.grad`."""
-  return jnp.abs(_needed('gradient', signals.grad, _GRADIENT)).astype(jnp.float32)
+  return jnp.abs(needed('gradient', signals.grad, GRADIENT)).astype(jnp.float32)
+
+
+@checked
+def importance(lam: float) -> Score:
+  """Returns the score `|w| + lam |dL/dw|`; needs `signals.grad` (Wang et al. 2022, SparCL, section 3.1).
+
+  The paper adds the gradients of the current batch and of the buffer with two factors. The authors' code has one
+  gradient of both losses and `lam=0.5`. Give the score a gradient of another loss by `probe=` of `transforms.sparsify`.
+  """
+  return Bound(_importance, (lam,), (ELEMENTWISE,))
+
+
+def _importance(w: Array, signals: Signals, lam: float) -> Array:
+  return magnitude(w) + lam * gradient(w, signals)
 
 
 @elementwise
@@ -83,7 +106,7 @@ def snip(w: Array, signals: Signals) -> Array:
   The formula is equation 6 of SNIP (Lee et al. 2019), without the division by the sum. At trained weights the same
   formula is the first-order Taylor score (Molchanov et al. 2017), and the score of GSM (Ding et al. 2019, equation 5).
   """
-  return jnp.abs(_product('snip', w, signals))
+  return jnp.abs(product('snip', w, signals))
 
 
 @elementwise
@@ -93,7 +116,7 @@ def grasp(w: Array, signals: Signals) -> Array:
   The score needs H g as `signals.grad`, which `starts.hessian_gradient` computes. The largest scores are kept: the sign
   is opposite to that of GraSP (Wang et al. 2020, equation 8).
   """
-  return _product('grasp', w, signals)
+  return product('grasp', w, signals)
 
 
 @elementwise
@@ -103,13 +126,13 @@ def synflow(w: Array, signals: Signals) -> Array:
   R is the sum of the outputs of the network of absolute weights. The score needs dR/d|w| as `signals.grad`, which
   `starts.synaptic_flow` computes.
   """
-  return _product('synflow', jnp.abs(w), signals)
+  return product('synflow', jnp.abs(w), signals)
 
 
 @elementwise
 def movement(w: Array, signals: Signals) -> Array:
   """Returns the accumulated score S (Sanh et al. 2020); needs the memory `accumulated_movement`."""
-  return _needed('movement', signals.stats, 'the memory scores.accumulated_movement').score
+  return needed('movement', signals.stats, 'the memory scores.accumulated_movement').score
 
 
 @elementwise
@@ -124,7 +147,7 @@ def soft_movement(w: Array, signals: Signals) -> Array:
 @elementwise
 def momentum(w: Array, signals: Signals) -> Array:
   """Returns `|average of dL/dw|` (Dettmers and Zettlemoyer 2019); needs the memory `gradient_average`."""
-  return jnp.abs(_needed('momentum', signals.stats, 'the memory scores.gradient_average'))
+  return jnp.abs(needed('momentum', signals.stats, 'the memory scores.gradient_average'))
 
 
 @elementwise
@@ -134,8 +157,71 @@ def fisher(w: Array, signals: Signals) -> Array:
   The score estimates how much the loss rises if the weight is removed, by the diagonal empirical Fisher information
   (Theis et al. 2018, equation 6). Gradients are those of batches, not of single examples.
   """
-  average = _needed('fisher', signals.stats, 'the memory scores.squared_gradient_average')
+  average = needed('fisher', signals.stats, 'the memory scores.squared_gradient_average')
   return 0.5 * jnp.square(w.astype(jnp.float32)) * average
+
+
+@checked
+def modular(groups: int, shuffle: Array | None = None) -> Score:
+  """Returns the score that keeps weights within one of `groups` modules first, at random (G2GNet's modular masks).
+
+  Input i of n is in module `floor(i groups / n)`, and so is output i of n. A weight between equal modules scores 1 more
+  than one between others, and all scores have uniform noise from `signals.key`. `shuffle`, a PRNG key, permutes units
+  before; dimensions of one length have one permutation, so that a layer's outputs and the next layer's inputs agree.
+  The abstract of the paper has no formula; the published code has a third, alternating grouping. Raises `ValueError`
+  for a leaf with fewer units than modules, or of unknown axes.
+  """
+  return Bound(_modular, (groups, shuffle))
+
+
+def _modular(w: Array, signals: Signals, groups: int, shuffle: Array | None) -> Array:
+  axes = signals.axes
+  if axes is None or axes.source == 'unknown':
+    raise ValueError('scores.modular: needs the axes of the leaf; pass axes=sj.contractions(apply, params, x).')
+  into, out = (_module(w.shape, meant, groups, shuffle) for meant in (axes.contracted, axes.output))
+  return (into == out).astype(jnp.float32) + random(w, signals)
+
+
+def _module(shape: tuple[int, ...], meant: tuple[int, ...], groups: int, shuffle: Array | None) -> Array:
+  """Returns the module of each unit along the axes `meant`, in a shape that broadcasts to `shape`."""
+  sizes = [shape[a] for a in meant]
+  units = math.prod(sizes)
+  if units < groups:
+    raise ValueError(f'scores.modular: a leaf of shape {shape} has {units} units along {meant}, fewer than {groups} '
+                     'modules. Ask for fewer groups, or leave the leaf out of `where`.')
+  module = jnp.asarray(np.arange(units, dtype=np.int64) * groups // units, jnp.int32)
+  module = module if shuffle is None else jax.random.permutation(shuffle, module)
+  order = sorted(range(len(meant)), key=lambda i: meant[i])
+  return module.reshape(sizes).transpose(order).reshape([n if a in meant else 1 for a, n in enumerate(shape)])
+
+
+@checked
+def smoothed(score: Score, p01: float, p10: float) -> Score:
+  """Returns the posterior log-odds of a Markov chain along each row, with `score` as the evidence of each weight.
+
+  `score` gives log-odds: positive for a weight that is worth keeping by itself. A pruned weight is followed by a kept
+  weight with probability `p01`, and a kept weight by a pruned one with `p10`. The chain starts in its stationary state,
+  so that kept and pruned weights cluster (Turbo-VBI, module B; a sum-product pass in both directions). The chain runs
+  over the contracted axes, for each output, tap and layer by itself. NaN is no evidence, and stays NaN at its place.
+  """
+  return Bound(_smoothed, (score, p01, p10))
+
+
+def _smoothed(w: Array, signals: Signals, score: Score, p01: float, p10: float) -> Array:
+  evidence = score(w, signals).astype(jnp.float32)
+  axes = signals.axes or Axes(tuple(range(w.ndim)), ())
+  order = (*axes.contracted, *(a for a in range(w.ndim) if a not in axes.contracted))
+  turned = jnp.transpose(evidence, order)
+  length = math.prod(w.shape[a] for a in axes.contracted)
+  rows = jnp.nan_to_num(turned.reshape(length, -1), posinf=1e4, neginf=-1e4)
+  stay, go = (np.log1p(-p10), np.log(p01)), (np.log(p10), np.log1p(-p01))
+  mixed = lambda a, up, down: jnp.logaddexp(a + up[0], up[1]) - jnp.logaddexp(a + down[0], down[1])
+  ahead = lambda message, own: (mixed(message + own, stay, go), message)
+  back = lambda message, own: (mixed(message + own, (stay[0], go[0]), (stay[1], go[1])), message)
+  first = jnp.zeros_like(rows[0])
+  before = jax.lax.scan(ahead, first + np.float32(np.log(p01 / p10)), rows)[1]
+  after = jax.lax.scan(back, first, rows, reverse=True)[1]
+  return jnp.transpose((before + after).reshape(turned.shape), np.argsort(order)) + evidence
 
 
 @elementwise
@@ -182,7 +268,7 @@ def wanda(w: Array, signals: Signals) -> Array:
   K inputs. The authors compare the scores of one output, as `Unstructured(balanced=True)` does. Weights of an input
   that is always zero score 0.
   """
-  stats = _needed('wanda', signals.stats, 'the statistic calibration.moments of a Recipe')
+  stats = needed('wanda', signals.stats, 'the statistic calibration.moments of a Recipe')
   mean = stats.square / jnp.maximum(stats.rows, 1).astype(stats.square.dtype)[:, None]
   return jnp.abs(w).astype(mean.dtype) * jnp.sqrt(mean)[:, None]
 
@@ -194,96 +280,5 @@ def obs(w: Array, signals: Signals, damping: float = 0.01) -> Array:
   from which the Hessian is computed, with `damping` as a fraction of its mean diagonal. `w` is `[L, R, K]`. A Hessian
   without a factor gives NaN.
   """
-  stats = _needed('obs', signals.stats, 'the statistic calibration.gram of a Recipe')
+  stats = needed('obs', signals.stats, 'the statistic calibration.gram of a Recipe')
   return jnp.square(w.astype(stats.gram.dtype)) / hessians.inverse_diagonal(stats.gram, damping)[:, None]
-
-
-class Memory(NamedTuple):
-  """A `Memory` is a statistic of each leaf that a score accumulates over updates.
-
-  `start(w)` returns the first statistic. `observe(stat, w, signals)` returns the next one, and is called once per
-  update. `w` is then the weight at which the gradient was taken: the master, if the flow has one. A statistic is any
-  pytree of scalars and of `float32` arrays shaped like `w`.
-  """
-
-  start: Callable[[Array], Any]
-  observe: Callable[[Any, Array, Signals], Any]
-
-
-class Movement(NamedTuple):
-  """A `Movement` is the accumulated score, `float32` shaped like the weight, and the state of the score's optimizer."""
-
-  score: Array
-  state: Any
-
-
-@checked
-def accumulated_movement(
-    optimizer: optax.GradientTransformation = optax.sgd(1.0), penalty: Schedule | None = None) -> Memory:
-  """Returns the memory of a score S that starts at 0 and that `optimizer` trains by the gradient dL/dS = w dL/dw'.
-
-  The gradient is equation 2 of Sanh et al. 2020, section 4.1, where w' is the sparse weight. `penalty(step)` is the
-  factor lambda of the penalty `lambda mean(sigmoid(S))` of soft movement pruning (section 4.2). The mean is taken over
-  the leaf. Without `penalty` there is none.
-  """
-  def start(w: Array) -> Movement:
-    score = _zeros(w)
-    return Movement(score, optimizer.init(score))
-
-  def observe(stat: Movement, w: Array, signals: Signals) -> Movement:
-    grad = _product('movement', w, signals)
-    if penalty is not None:
-      gate = jax.nn.sigmoid(stat.score)
-      grad += penalty(signals.step) * gate * (1 - gate) / w.size
-    moves, state = optimizer.update(grad, stat.state, stat.score)
-    return Movement(stat.score + moves, state)
-
-  return Memory(start, observe)
-
-
-@checked
-def gradient_average(decay: float = 0.9) -> Memory:
-  """Returns the memory of an exponential moving average of the gradient, which starts at 0.
-
-  The average is not debiased, because a common factor does not change the ranks.
-  """
-  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * s.grad.astype(jnp.float32))
-
-
-@checked
-def squared_gradient_average(decay: float = 0.99) -> Memory:
-  """Returns the memory of an exponential moving average of the squared gradient, which starts at 0, not debiased."""
-  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(s.grad.astype(jnp.float32)))
-
-
-def previous() -> Memory:
-  """Returns the memory of the weights before the step, which a selection compares with those after it."""
-  return Memory(_copy, lambda stat, w, s: w.astype(jnp.float32))
-
-
-def _copy(w: Array) -> Array:
-  return jnp.array(w, jnp.float32, copy=True)
-
-
-def _zeros(w: Array) -> Array:
-  """Returns `float32` zeros with the shape and the sharding of `w`.
-
-  The zeros are computed from `w`: a constant would be replicated on all devices.
-  """
-  return jnp.where(neighbours.everywhere(w), 0.0, w.astype(jnp.float32))
-
-
-_GRADIENT = 'the gradient of this leaf'
-
-
-def _needed(score: str, signal: Any, what: str) -> Any:
-  if signal is None or trees.is_dense(signal):
-    remedy = ('(there is none in `init`): pass `loss=`, params -> scalar, to a recipe that scores at initialisation, '
-              'choose the first mask later with `dense_steps=1`, or score with magnitude or random instead'
-              ) if what == _GRADIENT else '(pass it as `memory=`)'
-    raise ValueError(f'scores.{score}: needs {what}, and the caller has none here {remedy}.')
-  return signal
-
-
-def _product(score: str, w: Array, signals: Signals) -> Array:
-  return w.astype(jnp.float32) * _needed(score, signals.grad, _GRADIENT).astype(jnp.float32)
