@@ -14,6 +14,7 @@ Modules import only from the lines above their own:
 - The words, one module each: `patterns`, `scores`, `allocation`, `schedules`, `flows`, `updates`, `starts`, `metrics`.
 - `formats` packs pruned parameters into smaller arrays.
 - `states` holds masks and master weights in the optimizer state. `selections` chooses the masks of all leaves.
+- `collectives` sends rows and packed weights between devices, and `pipelines` splits a backward pass.
 - `moe` routes tokens to experts, so that what is not routed is not computed.
 - `graphs` ranks edges, `unlearning` and `transfer` use trained sparse models further, `inits` has initializers.
 - `post_training` prunes trained models: `prune` with a few batches of data, `prune_weights` without.
@@ -32,6 +33,7 @@ from sparsejax import (
   advice,
   allocation,
   calibration,
+  collectives,
   conditional,
   continual,
   flows,
@@ -45,6 +47,7 @@ from sparsejax import (
   moe,
   patterns,
   penalties,
+  pipelines,
   plot,
   post_training,
   programs,
@@ -77,9 +80,9 @@ from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'activation', 'advice', 'advise',
-  'allocation', 'apply_masks', 'calibration', 'check', 'conditional', 'continual', 'contractions', 'flows', 'formats',
-  'gates', 'graphs', 'inits', 'io', 'losses', 'masks', 'metrics', 'moe', 'patterns', 'penalties', 'plot',
-  'post_training', 'programs', 'progress', 'project', 'prune', 'prune_weights', 'ranking', 'recipes', 'report',
-  'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states', 'structured', 'transfer',
-  'transforms', 'trees', 'types', 'units', 'unlearning', 'updates',
+  'allocation', 'apply_masks', 'calibration', 'check', 'collectives', 'conditional', 'continual', 'contractions',
+  'flows', 'formats', 'gates', 'graphs', 'inits', 'io', 'losses', 'masks', 'metrics', 'moe', 'patterns', 'penalties',
+  'pipelines', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune', 'prune_weights', 'ranking',
+  'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states',
+  'structured', 'transfer', 'transforms', 'trees', 'types', 'units', 'unlearning', 'updates',
 ]

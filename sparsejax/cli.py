@@ -142,11 +142,15 @@ def prune(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
   """Prints the table of `planning.budget`, made in a new process: the number of devices of a process cannot change."""
-  asked = {'path': args.program, 'devices': args.devices, 'options': dict(map(spellings.option, args.set))}
+  if args.devices is None and not args.pipeline:
+    raise ValueError('plan: for how many devices? Pass --devices N.')
+  asked = {'path': args.program, 'devices': args.devices or 1, 'options': dict(map(spellings.option, args.set))}
   if args.mesh:
     asked['mesh'] = spellings.mesh(args.mesh)
+  if args.pipeline:
+    asked['pipeline'] = spellings.mesh(args.pipeline, '--pipeline', 'stages=4,microbatches=8')
   env = {key: value for key, value in os.environ.items() if key != 'JAX_NUM_CPU_DEVICES'} | {'JAX_PLATFORMS': 'cpu'}
-  env['XLA_FLAGS'] = f'{env.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={args.devices}'.strip()
+  env['XLA_FLAGS'] = f'{env.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={asked["devices"]}'.strip()
   done = subprocess.run([sys.executable, '-m', 'sparsejax.planning', json.dumps(asked)], env=env, text=True,
                         capture_output=True, check=False)
   if done.returncode:
@@ -193,11 +197,13 @@ def _parser() -> argparse.ArgumentParser:
                      'not here')
   command.add_argument('program', metavar='PROGRAM.py', help='a file with a function program(mesh, ...) that returns '
                        '(step, arguments): a function, and a tuple of pytrees of jax.ShapeDtypeStruct with shardings')
-  command.add_argument('--devices', type=spellings.positive, required=True, metavar='N', help='the number of devices; '
-                       'none has to be here')
+  command.add_argument('--devices', type=spellings.positive, metavar='N', help='the number of devices; none has to '
+                       'be here; required without --pipeline')
   command.add_argument('--mesh', metavar='AXIS=N,...', help='the lengths of the mesh axes; default data=N')
   command.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='an argument of the '
                        'function program; repeatable')
+  command.add_argument('--pipeline', metavar='stages=N,microbatches=N', help='print the idle time of zero-bubble '
+                       'schedules, for the function stage(...) of the file, which returns (f, params, x)')
   return parser
 
 

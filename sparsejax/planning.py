@@ -31,7 +31,7 @@ import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sparsejax import errors, trees
+from sparsejax import errors, pipelines, trees
 from sparsejax.programs import hlo
 from sparsejax.states import SparseState
 from sparsejax.tables import aligned
@@ -205,11 +205,24 @@ def of_program(path: str, devices: int, mesh: Mapping[str, int] | None = None, *
   return budget(step if hasattr(step, 'lower') else jax.jit(step), arguments)
 
 
-def _program(path: str, options: Mapping[str, Any]) -> Callable[..., Any]:
-  program = runpy.run_path(path).get('program')
+def _schedules(path: str, pipeline: Mapping[str, int], options: Mapping[str, Any]) -> pipelines.Bubbles:
+  """Returns the idle times of a pipeline whose stage the file defines, in FLOPs of its compiled parts."""
+  for name in ('stages', 'microbatches'):
+    if name not in pipeline:
+      raise ValueError(f'plan: --pipeline says no {name}; write stages=4,microbatches=8.')
+  for name in pipeline:
+    if name not in ('stages', 'microbatches'):
+      raise errors.unknown('plan', 'part of --pipeline', name, ('stages', 'microbatches'))
+  return pipelines.bubbles(**pipeline, **pipelines.work(*_program(path, options, 'stage')(**options)))
+
+
+def _program(path: str, options: Mapping[str, Any], name: str = 'program') -> Callable[..., Any]:
+  program, first = runpy.run_path(path).get(name), int(name == 'program')
   if not callable(program):
-    raise ValueError(f'plan: {path} has no function program(mesh); define one that returns (step, arguments).')
-  known = list(inspect.signature(program).parameters.values())[1:]
+    returns = '(mesh); define one that returns (step, arguments)' if first else (
+        '(); define one that returns (f, params, x)')
+    raise ValueError(f'plan: {path} has no function {name}{returns}.')
+  known = list(inspect.signature(program).parameters.values())[first:]
   valid = [each.name for each in known if each.kind is not each.VAR_KEYWORD]
   for name in options:
     if name not in valid and len(valid) == len(known):
@@ -271,7 +284,9 @@ def _main(asked: Mapping[str, Any]) -> int:
   """
   sys.path.insert(0, os.path.dirname(os.path.abspath(asked['path'])))  # as `python PATH` does
   try:
-    print(of_program(asked['path'], asked['devices'], asked.get('mesh'), **asked.get('options', {})))
+    options = asked.get('options', {})
+    print(_schedules(asked['path'], asked['pipeline'], options) if 'pipeline' in asked else
+          of_program(asked['path'], asked['devices'], asked.get('mesh'), **options))
     return 0
   except Exception as problem:  # An error of the user's program becomes one line with its place.
     kind = '' if isinstance(problem, (ValueError, OSError)) else f'{type(problem).__name__}: '

@@ -23,13 +23,13 @@ def positive(text: str) -> int:
   return int(text)
 
 
-def mesh(text: str) -> dict[str, int]:
-  """Returns the axes of a mesh, as in `data=8,fsdp=32`, with their lengths."""
+def mesh(text: str, option: str = '--mesh', example: str = 'data=8,fsdp=32') -> dict[str, int]:
+  """Returns the axes of a mesh, as in `data=8,fsdp=32`, with their lengths. `option`, `example`: for messages."""
   axes = [axis.partition('=') for axis in text.split(',')]
   if not all(name.isidentifier() and size.isdigit() and int(size) for name, _, size in axes):
-    raise ValueError(f'--mesh {text}: name each axis with its length, as in data=8,fsdp=32.')
+    raise ValueError(f'{option} {text}: name each axis with its length, as in {example}.')
   if len({name for name, _, _ in axes}) != len(axes):
-    raise ValueError(f'--mesh {text}: two axes have one name.')
+    raise ValueError(f'{option} {text}: two axes have one name.')
   return {name: int(size) for name, _, size in axes}
 
 

@@ -38,7 +38,7 @@ SPARSEJAX = (
     ('states',),
     ('formats',),
     ('io',),
-    ('choices',),
+    ('choices', 'pipelines'),
     ('selections',),
     ('transforms', 'planning'),
     tuple(FAMILIES),

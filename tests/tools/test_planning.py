@@ -234,3 +234,32 @@ def test_the_page_s_own_step_is_planned():
   found = planning.budget(*namespace['program'](mesh(data=8), width=64))
   assert {row.part: row.each for row in found.state}['opt_state: masks'] == 64 * 64 // 8
   assert found.memory['outputs in place of arguments'] and found.collectives
+
+
+ZERO = {'layers': 2, 'width': 128, 'rows': 64}
+
+
+def test_zero_gathers_packed_weights_in_the_program_of_the_page():
+  """[calc]: of three dense passes, 2:4 in bfloat16 sends (2 * 0.5625 + 1) / 3, and (2 * 0.5625 + 0.5) / 3 with a fixed
+  mask. Stage 3 holds an eighth of the parameters and of Adam's moments.
+  """
+  options = {'dense': {}, 'packed': {'gather': 'packed'}, 'kept': {'gather': 'packed', 'backward': 'kept'}}
+  found = {name: planning.of_program(str(DOCS / 'zero.py'), 8, **ZERO, **each) for name, each in options.items()}
+  dense = found['dense'].sent_values
+  assert found['packed'].sent_values / dense == pytest.approx((2 * 0.5625 + 1) / 3)
+  assert found['kept'].sent_values / dense == pytest.approx((2 * 0.5625 + 0.5) / 3)
+  assert [row.whole // row.each for row in found['dense'].state] == [8, 7, 8]  # the count of Adam is on every device
+  assert '| 0.708 |' in PAGE and '| 0.542 |' in PAGE
+
+
+def test_a_pipeline_is_planned_from_the_stage_of_a_file(capsys, tmp_path):
+  asked = {'path': str(DOCS / 'zero.py'), 'devices': 1, 'options': {'width': 64, 'rows': 32}}
+  assert planning._main({**asked, 'pipeline': {'stages': 4, 'microbatches': 8}}) == 0
+  out = capsys.readouterr().out
+  assert re.search(r'1F1B +[\d.e+]+ +27\.\d %', out) and 'ZB-H2' in out
+  (tmp_path / 'none.py').write_text('')
+  for wrong, why in (({'stages': 4}, 'says no microbatches'), ({'stages': 4, 'microbatches': 8, 'x': 1},
+                     "unknown part of --pipeline 'x'")):
+    assert planning._main({**asked, 'pipeline': wrong}) == 2 and why in capsys.readouterr().err
+  none = {**asked, 'path': str(tmp_path / 'none.py'), 'pipeline': {'stages': 4, 'microbatches': 8}}
+  assert planning._main(none) == 2 and 'has no function stage' in capsys.readouterr().err
