@@ -118,10 +118,11 @@ def r_sparse(sparsity: float, alpha: float = 0.9, rank: int | None = None) -> Ru
   if rank is None and alpha == 1.0:
     return dataclasses.replace(wina(sparsity), name='r_sparse')
   return Rule('r_sparse', sparsity, norms, lambda s: 1 - (1 - s) * alpha,
-              lambda w, s: _low_rank(w, _rank(w, s, alpha) if rank is None else rank))
+              lambda w, s: _low_rank(w, rank_of(w, s, alpha) if rank is None else rank))
 
 
-def _rank(w: Array, sparsity: float, alpha: float) -> int:
+def rank_of(w: Array, sparsity: float, alpha: float) -> int:
+  """Returns the rank that the budget of weights `[L, N, K]` pays for beside the channels."""
   n, k = w.shape[1:]
   channels = int(k * (1 - sparsity) * alpha)
   return max(int((k * n * (1 - sparsity) - channels * n) / (k + n)), 0)
