@@ -87,7 +87,7 @@ def _alike(w: Array) -> Array:
 
 @checked
 def teal(sparsity: float) -> Rule:
-  """Returns the rule of TEAL (Liu et al. 2024, 2408.14690, section 4): small inputs are skipped, whatever the weights.
+  """Returns the rule of TEAL (Liu et al. 2024, 2408.14690): small inputs are skipped, whatever the weights.
 
   Deviation from the authors' code: the quantile is that of magnitudes, not of a distribution taken for symmetric, and
   all tokens are sparse, not the last half of a prompt.
@@ -155,7 +155,7 @@ def chess(sparsity: float) -> Rule:
 
 @checked
 def top_k(k: int) -> TopNeurons:
-  """Returns the rule that keeps the `k` largest activations of each token (Li et al. 2023, 2210.06313, section 5).
+  """Returns the rule that keeps the `k` largest activations of each token (Lazy Neuron, Li et al. 2022, 2210.06313).
 
   Ties go to the lower index, and NaN ranks last. Gradients flow through kept activations alone, so that
   `activation.ruled(apply, top_k(16))` trains too.

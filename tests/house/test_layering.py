@@ -86,7 +86,7 @@ INSIDE = {
                              ('rules',), ('groups', 'smaller'), ('erasing',), ('removal',),
                              ('training', 'proof', 'files', 'costs', 'rotating', 'ordering'),
                              ('selecting', 'searching'), ('least_squares', 'implants')),
-    'sparsejax.activation': (('places', 'rules'), ('measuring', 'ruling'), ('allocating',), ('sparsifying',)),
+    'sparsejax.activation': (('places', 'rules', 'losses', 'temporal', 'correcting'), ('measuring', 'ruling'), ('allocating',), ('sparsifying',)),
     'sparsejax.hub': (('layers', 'texts'), ('bert', 'gpt2', 'llama')),
     'sparsejax.advice': (('measured', 'arrays'), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
