@@ -166,6 +166,7 @@ SEQUENTIAL = Kind("'weight', 'dense' or a function path -> key",
 WHOLE = Kind('a whole number, at least 0', whole(0))
 PAIR = Kind('two whole numbers from 1 on, as in (128, 128)',
             lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(TIMES.fits, value)))
+ADAPTIVE = Kind('an activation.AdaptiveWeight', having('weight', 'aim', 'before'))
 RULE = Kind('a rule, as in activation.wina(0.5)', having('neurons'))
 NUMBERS = Kind('a number or a sequence of numbers', lambda value: is_number(value) or is_series(value))
 
@@ -246,6 +247,10 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('tune', 'activation', 'choose_in_rounds.grads'), FUNCTION), 'weight': RATE,
     **dict.fromkeys(('width', 'gate_of.inputs', 'gate_of.units', 'tile_share.inputs', 'tile_share.outputs'), TIMES),
     'rule': RULE, 'alpha': PART, 'greedy.step': POSITIVE, 'percent': POSITIVE, 'rank': TIMES, 'thresholds': BY_NAME,
+    **dict.fromkeys(('p', 'raw', 'segments', 'relu_router.scale', 'used.raw', 'chunk_sparsity.used', 'chunk_loss.valid',
+                     'adapted.loss'), ARRAY),
+    **dict.fromkeys(('sparse_step', 'full_step', 'back', 'reads'), FUNCTION), 'adapted.state': ADAPTIVE,
+    **dict.fromkeys(('length', 'period'), TIMES), 'sharpness': POSITIVE, 'delta.threshold': RATE,
     **dict.fromkeys(('into', 'out', 'logits', 'strength', 'matrix', 'computed.keep', 'foresight.target',
                      'response.outputs'), ARRAY),
     # Attention.

@@ -77,7 +77,7 @@ def measured(calls: Calls, places: Mapping[str, Place], own: Mapping[Unit, Any])
 
 def together(each: list[Any]) -> calibration.Magnitudes:
   """Returns the magnitudes of all batches, counted in 64 bits."""
-  wide = lambda a: a.astype(np.int64 if a.dtype.kind == 'i' else np.float64)
+  wide = lambda a: np.asarray(a).astype(np.int64 if a.dtype.kind == 'i' else np.float64)
   return jax.tree.map(lambda *parts: functools.reduce(np.add, map(wide, parts)), *each)
 
 

@@ -87,7 +87,7 @@ def _alike(w: Array) -> Array:
 
 @checked
 def teal(sparsity: float) -> Rule:
-  """Returns the rule of TEAL (Liu et al. 2024, 2408.14690, section 4): small inputs are skipped, whatever the weights.
+  """Returns the rule of TEAL (Liu et al. 2024, 2408.14690): small inputs are skipped, whatever the weights.
 
   Deviation from the authors' code: the quantile is that of magnitudes, not of a distribution taken for symmetric, and
   all tokens are sparse, not the last half of a prompt.
@@ -118,10 +118,11 @@ def r_sparse(sparsity: float, alpha: float = 0.9, rank: int | None = None) -> Ru
   if rank is None and alpha == 1.0:
     return dataclasses.replace(wina(sparsity), name='r_sparse')
   return Rule('r_sparse', sparsity, norms, lambda s: 1 - (1 - s) * alpha,
-              lambda w, s: _low_rank(w, _rank(w, s, alpha) if rank is None else rank))
+              lambda w, s: _low_rank(w, rank_of(w, s, alpha) if rank is None else rank))
 
 
-def _rank(w: Array, sparsity: float, alpha: float) -> int:
+def rank_of(w: Array, sparsity: float, alpha: float) -> int:
+  """Returns the rank that the budget of weights `[L, N, K]` pays for beside the channels."""
   n, k = w.shape[1:]
   channels = int(k * (1 - sparsity) * alpha)
   return max(int((k * n * (1 - sparsity) - channels * n) / (k + n)), 0)
@@ -154,7 +155,7 @@ def chess(sparsity: float) -> Rule:
 
 @checked
 def top_k(k: int) -> TopNeurons:
-  """Returns the rule that keeps the `k` largest activations of each token (Li et al. 2023, 2210.06313, section 5).
+  """Returns the rule that keeps the `k` largest activations of each token (Lazy Neuron, Li et al. 2022, 2210.06313).
 
   Ties go to the lower index, and NaN ranks last. Gradients flow through kept activations alone, so that
   `activation.ruled(apply, top_k(16))` trains too.

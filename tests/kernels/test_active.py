@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from products import TOKENS, WAYS, close, inputs, normal, value_and_gradients
 
-from kernels_pallas.active import active_matmul
+from kernels_pallas.active import active_matmul, active_outputs
 
 
 @pytest.mark.sampled
@@ -51,6 +51,19 @@ def test_active_products_pay_for_few_tokens_and_large_weights(tokens, outputs, w
   assert choice.implementation == way and why in choice.reason
 
 
+@pytest.mark.parametrize('way', ['xla', 'dense', None])
+def test_outputs_that_no_token_needs_are_zero_and_not_read(way):
+  x, w, places = normal((2, 3, 24)), normal((48, 24), seed=1), np.arange(48)
+  mask = jnp.asarray(np.broadcast_to((places % 32 < [[4], [9], [2]]) & (places < 32), (2, 3, 48)))
+  lost = w.at[32:].set(jnp.nan) if way == 'xla' else w
+  run = lambda x, w: active_outputs(x, w, mask, implementation=way)
+  y, (dx, dw) = value_and_gradients(run, jnp.ones((2, 3, 48)), x, w)
+  close(run(x, lost), y, 24)
+  close(y, np.where(mask, np.asarray(x, np.float64) @ np.asarray(w, np.float64).T, 0), 24)
+  close(dx, np.asarray(mask, np.float64) @ np.asarray(w, np.float64), 48)
+  close(dw, np.einsum('abn,abk->nk', np.asarray(mask, np.float64), np.asarray(x, np.float64)), 6)
+
+
 HALF, ONES = jnp.ones((4, 16)), jnp.ones((16, 8))
 REFUSED = {
     'active: shapes': (lambda: active_matmul(HALF, HALF), r'\(4, 16\) and w of shape \(4, 16\) must be \[..., K\]'),
@@ -59,6 +72,7 @@ REFUSED = {
     'active: capacity': (lambda: active_matmul(HALF, ONES, capacity=0.5), 'capacity 0.5 must be a number of blocks'),
     'active: dtype': (lambda: active_matmul(HALF.astype(int), ONES), 'x has dtype int32'),
     'active: elsewhere': (lambda: active_matmul(HALF, ONES, implementation='mosaic_tpu'), 'it is for tpu.*can; None'),
+    'outputs: shapes': (lambda: active_outputs(HALF, ONES, HALF > 0), r'must be \[..., K\], \[N, K\] and bool'),
     'active: name': (lambda: active_matmul(HALF, ONES, implementation='mosaic_gpu'), 'active_matmul: unknown impl'),
 }
 

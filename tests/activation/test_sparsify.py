@@ -1,0 +1,224 @@
+"""Tests that `sparsify` gives any model thresholds, that its report is true, and that bad input is refused by name."""
+
+import functools
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import kernels_pallas
+from sparsejax import activation, formats, io
+
+D, F, T = 8, 16, 12
+
+
+@pytest.fixture(autouse=True)
+def ordinary(standard_promotion):
+  """Returns nothing; allows JAX's ordinary promotion, which models outside of this library need."""
+
+
+def drawn(seed, *shape):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+BATCHES = [drawn(i, T, D) for i in range(3)]
+
+
+def weights(*lead):
+  return {'gate': drawn(7, *lead, D, F) / 3, 'up': drawn(8, *lead, D, F) / 3, 'down': drawn(9, *lead, F, D) / 3}
+
+
+def glu(w, x, act=jax.nn.silu):
+  return x + (act(x @ w['gate']) * (x @ w['up'])) @ w['down']
+
+
+def plain(params, x):
+  return glu(params, x)
+
+
+def scanned(params, x):
+  return jax.lax.scan(lambda h, w: (glu(w, h), None), x, params)[0]
+
+
+class Linen(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    dense = functools.partial(nn.Dense, use_bias=False)
+    return x + dense(D, name='down')(nn.silu(dense(F, name='gate')(x)) * dense(F, name='up')(x))
+
+
+def linen():
+  w = weights()
+  return Linen().apply, {'params': {name: {'kernel': w[name]} for name in w}}
+
+
+def of_nnx():
+  class Model(nnx.Module):
+
+    def __init__(self):
+      for name, each in weights().items():
+        setattr(self, name, nnx.Linear(*each.shape, use_bias=False, rngs=nnx.Rngs(0)))
+        getattr(self, name).kernel[...] = each
+
+    def __call__(self, x):
+      return x + self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+  graph, state = nnx.split(Model())
+  return lambda state, x: nnx.merge(graph, state)(x), state
+
+
+def equinox():
+  model = {name: eqx.nn.Linear(D if name != 'down' else F, F if name != 'down' else D, use_bias=False,
+                               key=jax.random.key(0)) for name in ('gate', 'up', 'down')}
+  w = weights()
+  model = {name: eqx.tree_at(lambda m: m.weight, model[name], w[name].T) for name in model}
+  arrays, static = eqx.partition(model, eqx.is_array)
+
+  def apply(arrays, x):
+    m = eqx.combine(arrays, static)
+    one = lambda x: x + m['down'](jax.nn.silu(m['gate'](x)) * m['up'](x))
+    return jax.vmap(one)(x)
+
+  return apply, arrays
+
+
+MODELS = {'plain': lambda: (plain, weights()), 'scan': lambda: (scanned, weights(2)), 'linen': linen, 'nnx': of_nnx,
+          'equinox': equinox}
+
+
+def expected(report, rule, x):
+  """Returns the output of the layer `plain`, computed in NumPy with the thresholds of `rule` on its inputs."""
+  w = {name: np.asarray(each) for name, each in weights().items()}
+  limits = {row: np.asarray(leaf.threshold) for row, leaf in report.items()}
+  skip = lambda name, x: np.where(np.abs(x) < limits[name], 0, x)
+  gate, up = skip('gate', x) @ w['gate'], skip('up', x) @ w['up']
+  return x + skip('down', gate / (1 + np.exp(-gate)) * up) @ w['down']
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_model_in_any_container_skips_inputs_as_asked(name):
+  """All models are the same layer, so that each must give what the layer in NumPy gives; a scan is two of them."""
+  apply, params = MODELS[name]()
+  small = activation.sparsify(apply, params, BATCHES, activation.wina(0.4), where=lambda path, leaf: True)
+  x = BATCHES[-1]
+  y = kernels_pallas.packed(small.apply)(small.params, x)
+  moved = np.linalg.norm(y - apply(params, x)) / np.linalg.norm(apply(params, x))
+  assert small.apply is apply and f'the results move by {moved:.3g} ' in str(small.report)
+  assert len(small.report.rows) == 6 if name == 'scan' else 3
+  assert all(abs(row.achieved - row.asked) < 0.16 and row.rows == T for row in small.report.rows)
+  if name != 'scan':
+    leaves = jax.tree.leaves(small.params, is_leaf=formats.is_packed)
+    by_name = {leaf_name: leaf for leaf_name in ('gate', 'up', 'down') for leaf in leaves
+               if np.array_equal(np.asarray(leaf.values), weights()[leaf_name])}
+    np.testing.assert_allclose(y, expected(by_name, None, np.asarray(x)), atol=1e-5)
+
+
+def test_calibration_data_skip_what_was_asked_and_greedy_gives_the_same_mean():
+  for allocation in (None, activation.greedy(0.1)):
+    small = activation.sparsify(plain, weights(), BATCHES[:1], activation.teal(0.5), allocation=allocation,
+                                where=lambda path, leaf: True)
+    assert 'as there is no other' in str(small.report) and small.report.asked == pytest.approx(0.5)
+    rows = {row.path: row for row in small.report.rows}
+    assert all(abs(row.achieved - row.asked) < 0.03 for path, row in rows.items() if path != 'down')
+  assert rows['down'].asked > rows['gate'].asked  # activations after the gate are heavy-tailed
+
+
+@pytest.mark.parametrize('rule', [activation.cats(0.5), activation.chess(0.5), activation.top_k(6)],
+                         ids=['cats', 'chess', 'top_k'])
+def test_neurons_of_a_scan_are_switched_off_in_every_implementation_on_disk_and_in_derivatives(rule, tmp_path):
+  params, x = weights(2), BATCHES[-1]
+  small = activation.sparsify(scanned, params, BATCHES, rule)
+  assert [leaf.outputs for leaf in (small.params['up'], small.params['down'])] == [True, False]
+  assert not formats.is_packed(small.params['gate'])
+  wanted = small.apply(params, x)
+  assert not np.allclose(wanted, scanned(params, x), atol=1e-3)
+  io.save(tmp_path / 'f', small.params)
+  run = jax.jit(kernels_pallas.packed(small.apply))
+  np.testing.assert_allclose(run(io.load(tmp_path / 'f'), x), wanted, atol=1e-5)
+  uses = kernels_pallas.packed(small.apply, explain=True)(small.params, x)
+  assert {use.path: use.op for use in uses} == {'up': 'active_outputs', 'down': 'threshold_matmul'}
+  achieved = [row.achieved for row in small.report.rows]
+  assert achieved == [0.625] * 2 if isinstance(rule, activation.TopNeurons) else all(0.3 < a < 0.7 for a in achieved)
+  slope = jax.grad(lambda v: jnp.sum(run(formats.with_values(small.params, v), x)))(formats.values(small.params))
+  dense = jax.grad(lambda p: jnp.sum(small.apply(p, x)))(params)
+  np.testing.assert_allclose(slope['up'], dense['up'].swapaxes(1, 2), atol=1e-4)
+  np.testing.assert_allclose(slope['gate'], dense['gate'], atol=1e-4)
+
+
+def test_a_token_with_few_neurons_reads_neither_the_columns_of_up_nor_the_rows_of_down():
+  """The skipped columns and rows are NaN: `gate` lets 16 of 64 neurons through, which are one block."""
+  w = {'gate': jnp.where(jnp.arange(64) < 16, 1.0, -1.0) * jnp.ones((D, 1)), 'up': drawn(1, D, 64), 'down': drawn(2, 64, D)}
+  x = jnp.ones((1, D))
+  relu = functools.partial(glu, act=jax.nn.relu)
+  apply = activation.ruled(relu, activation.top_k(16))
+  lost = {'up': w['up'].at[:, 16:].set(jnp.nan), 'down': w['down'].at[16:].set(jnp.nan)}
+  small = {'gate': w['gate'], 'up': formats.ActiveArray.of(lost['up'], outputs=True),
+           'down': formats.ActiveArray.of(lost['down'])}
+  y = kernels_pallas.packed(apply, implementation='xla')(small, x)
+  np.testing.assert_allclose(y, relu(w, x), rtol=1e-5)
+
+
+def test_the_report_has_the_bytes_that_the_compiled_product_reads():
+  params = weights()
+  small = activation.sparsify(plain, params, BATCHES[:1], activation.wina(0.4), where=lambda path, leaf: path == 'gate',
+                              reads=functools.partial(kernels_pallas.bytes_read, implementation='dense'))
+  row, = small.report.rows
+  assert row.read == 1.0 and 'left dense: up (left out by `where`)' in small.report.notes
+
+
+def test_perplexity_rises_as_much_as_is_allowed():
+  loss = lambda y, x: jnp.mean(jnp.square(y - plain(weights(), x)))
+  bounds = [activation.sparsify(plain, weights(), BATCHES[:2], activation.ppl(percent, loss, 0.05)).report.achieved
+            for percent in (0.05, 3.0)]
+  assert 0 < bounds[0] < bounds[1] < 1
+
+
+def test_padding_counts_neither_for_thresholds_nor_in_the_report():
+  valid = [jnp.arange(T) < 5] * 3
+  padded = [batch.at[5:].set(100.0) for batch in BATCHES]
+  own = lambda batches, **more: activation.sparsify(plain, weights(), batches, activation.teal(0.5), **more)
+  small, short = own(padded, valid=valid), own([batch[:5] for batch in BATCHES])
+  for a, b in zip(jax.tree.leaves(small.params), jax.tree.leaves(short.params)):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+  assert [row.rows for row in small.report.rows] == [5, 5, 5]
+
+
+def refused(batches=None, rule=None, apply=plain, params=None, **more):
+  return activation.sparsify(apply, weights() if params is None else params, BATCHES if batches is None else batches,
+                             activation.teal(0.5) if rule is None else rule, **more)
+
+
+REFUSED = {
+    'no batch': (lambda: refused([]), 'there are no batches'),
+    'padding only': (lambda: refused(valid=[jnp.zeros(T, bool)] * 3), '`valid` leaves no row'),
+    'padding in one part': (lambda: refused(valid=[jnp.arange(T) < 0, jnp.arange(T) < 0, jnp.arange(T) < 5]),
+                            'no row in the first 2 batches'),
+    'NaN': (lambda: refused([BATCHES[0].at[0, 0].set(jnp.nan)]), 'the input of gate holds NaN or infinities in batch 0'),
+    'NaN weight': (lambda: refused(params=weights() | {'up': jnp.full((D, F), jnp.nan)}), "'up'.*it holds NaN"),
+    'zero': (lambda: refused(rule=activation.cats(0.5), apply=functools.partial(glu, act=jax.nn.sigmoid)),
+             'the activation of gate -> down is 0.5 at zero, not 0'),
+    'no layer': (lambda: refused(rule=activation.cats(0.5), apply=lambda p, x: x @ p['gate']), 'has no gated layer'),
+    'no rule': (lambda: refused(rule='wina'), '`rule` must be a rule, as in activation.wina'),
+    'packed': (lambda: refused(params=weights() | {'up': formats.ActiveArray.of(weights()['up'])}), 'up is packed already'),
+    'rank': (lambda: refused(rule=activation.r_sparse(0.5), allocation=activation.greedy()), 'not those of r_sparse'),
+    'where': (lambda: refused(where=lambda path, leaf: path == 'b', params=weights() | {'b': jnp.ones((2, 2))}),
+              "'b'.*no product of the program has inputs to skip"),
+    'another model': (lambda: activation.ruled(plain, activation.cats(0.5), {'down': np.zeros(F + 1)})(
+        weights(), BATCHES[0]), r'thresholds of down must be \[16\], and are \[17\]'),
+    'absent': (lambda: activation.ruled(plain, activation.cats(0.5), {'other': np.zeros(F)})(weights(), BATCHES[0]),
+               'and are absent'),
+    'no thresholds': (lambda: activation.ruled(plain, activation.cats(0.5)), 'cats needs `thresholds`'),
+    'inputs': (lambda: activation.ruled(plain, activation.wina(0.5), {}), 'must be one for neurons'),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_bad_input_is_refused_with_the_reason(name):
+  call, message = REFUSED[name]
+  with pytest.raises(ValueError, match=f'(?s){message}'):
+    call()
