@@ -12,6 +12,7 @@ from kernels_pallas.active import active_matmul
 from kernels_pallas.around import scaled_matmul, wrapped_matmul
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
+from kernels_pallas.decoding import decoder
 from kernels_pallas.ell import ell_matmul
 from kernels_pallas.gathered import gathered_attention
 from kernels_pallas.models import packed
@@ -21,7 +22,7 @@ from kernels_pallas.sparse24 import sparse24_matmul
 from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
-    'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'ell_matmul', 'gathered_attention', 'nm_matmul',
-    'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'unstructured_matmul',
+    'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'decoder', 'ell_matmul', 'gathered_attention',
+    'nm_matmul', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'unstructured_matmul',
     'wrapped_matmul',
 ]
