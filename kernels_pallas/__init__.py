@@ -1,7 +1,8 @@
 """Multiplies by packed weights: each op is one function, with an XLA reference and Pallas kernels for GPUs and TPUs.
 
 `packed(apply)` runs a model on packed parameters through these ops. `prepared(params, tokens=1)` puts each packed
-parameter into the form that runs fastest on this device.
+parameter into the form that runs fastest on this device. `sparse_attention(apply, builder)` runs a model with sparse
+attention.
 
     y = block_sparse_matmul(x, packed_weight)                                        # x times one packed weight
     print(block_sparse_matmul(x, packed_weight, explain=True))                       # what each platform would run
@@ -10,6 +11,7 @@ parameter into the form that runs fastest on this device.
 
 from kernels_pallas.active import active_matmul
 from kernels_pallas.around import scaled_matmul, wrapped_matmul
+from kernels_pallas.attending import sparse_attention
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
 from kernels_pallas.decoding import decoder
@@ -23,6 +25,6 @@ from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
     'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'decoder', 'ell_matmul', 'gathered_attention',
-    'nm_matmul', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'unstructured_matmul',
-    'wrapped_matmul',
+    'nm_matmul', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'sparse_attention',
+    'unstructured_matmul', 'wrapped_matmul',
 ]

@@ -42,7 +42,7 @@ class Held:
 
   def to_dense(self) -> Array:
     """Returns the dense array that the program sees."""
-    return _arranged(self.packed.to_dense(), (), self.dims)
+    return factors.arranged(self.packed.to_dense(), self.dims)
 
 
 def whole(packed: PackedArray, path: str) -> Held:
@@ -56,18 +56,6 @@ def moved(held: Held, eqn: Any) -> Held | None:
   move = factors.MOVES.get(eqn.primitive.name)
   result = move and move(held.dims, eqn, eqn.outvars[0].aval.shape)
   return dataclasses.replace(held, dims=result.dims) if result and factors.exact(result.dims) else None
-
-
-def _arranged(array: Array, lead: Sequence[int], dims: Dims) -> Array:
-  """Returns the array of shape `(*lead, *shape_of(dims))`, given with the factors of `dims` in another order.
-
-  After the axes of length `lead`, the array has the factors in the order of the packed array's axes, major first.
-  """
-  parts = [factor for dim in dims for factor in dim]
-  order = sorted(parts, key=lambda factor: (factor.axes, -factor.stride))
-  split = array.reshape(*lead, *(factor.size for factor in order))
-  split = split.transpose(*range(len(lead)), *(len(lead) + order.index(factor) for factor in parts))
-  return split.reshape(*lead, *factors.shape_of(dims))
 
 
 # Stacks.
@@ -159,7 +147,7 @@ def product(op: Callable[[Array, PackedArray], Array], fit: Fitted, x: Array, th
     op = jax.vmap(op)
   y = op(_merged(held, ours, x.transpose(*front, *theirs.contracted), len(front)), held.packed)
   left = [i for i in range(len(held.dims)) if i not in (*ours.contracted, *ours.batch)]
-  y = _arranged(y, lead, tuple(held.dims[i] for i in left))
+  y = factors.arranged(y, tuple(held.dims[i] for i in left), lead)
   batch = [front.index(i) for i in theirs.batch]
   others, mine = range(len(batch), len(lead)), range(len(lead), y.ndim)
   return y.transpose(*batch, *mine, *others) if held_first else y.transpose(*batch, *others, *mine)

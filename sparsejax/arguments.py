@@ -225,6 +225,11 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('width', 'gate_of.inputs', 'gate_of.units', 'tile_share.inputs', 'tile_share.outputs'), TIMES),
     **dict.fromkeys(('into', 'out', 'logits', 'strength', 'matrix', 'computed.keep', 'foresight.target',
                      'response.outputs'), ARRAY),
+    # Attention.
+    **dict.fromkeys(('band.width', 'strided.width', 'count', 'offset', 'after'), WHOLE),
+    **dict.fromkeys(('local', 'period', 'capacity', 'routed.keep', 'quest.keep', 'gated_blocks.keep', 'hashes',
+                     'features', 'degree', 'groups_of'), TIMES),
+    **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG, 'of_mask.mask': ARRAY,
 }
 
 

@@ -18,12 +18,13 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import heads, reference
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.linear import Derivative, differentiable
+from sparsejax.attention.edits import EDITS, ScoreEdit, edited, weighed
 from sparsejax.types import Array
 
 
 def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *,
                            block_q: int = 128, block_k: int = 128, causal: bool = False, scale: float | None = None,
-                           implementation: str | None = None,
+                           edits: Sequence[ScoreEdit] = (), implementation: str | None = None,
                            explain: bool = False) -> Array | dispatch.Choices:
   """Returns the attention of `q [..., Tq, heads, d]` to blocks of `k` and `v`: the shape of `q`, with d of `v`.
 
@@ -33,6 +34,10 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   `int32[heads, ceil(Tq / block_q)]`: the first `counts` blocks of a list are used, by default all R. `index` and
   `counts` may be traced, and are the same for all examples of a batch. If `causal`, query i sees only listed keys from
   0 to i. The result of a query that sees no key is zero.
+
+  `edits` change the scores, after `scale`, and the weights, in their order. Their arrays broadcast to `[batch, heads,
+  Tq, Tk]`, with all examples of a batch in one axis. With edits, a query whose listed keys are all hidden sees its own
+  key, if that key is listed. The result is differentiable in arrays of numbers, and only XLA computes edits.
 
   The result is differentiable in q, k and v, to every order and in both modes. Only the implementation 'dense' makes an
   array of Tq x Tk. Derivatives in forward mode, and second derivatives, are computed by XLA.
@@ -44,9 +49,11 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   lists = (index,) if counts is None else (index, counts)
   _check(q, k, v, *lists, block_q=block_q, block_k=block_k)
   scale = float(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-  options = Options(block_q, block_k, bool(causal), scale, q.shape[-3], k.shape[-3])
+  kinds = tuple((kind, None if array is None else array.dtype == bool) for kind, array in edits)
+  options = Options(block_q, block_k, bool(causal), scale, q.shape[-3], k.shape[-3], kinds)
   shape = (*q.shape[:-1], v.shape[-1])
-  args = (*(_filled(a, block) for a, block in ((q, block_q), (k, block_k), (v, block_k))), *lists)
+  args = (*(_filled(a, block) for a, block in ((q, block_q), (k, block_k), (v, block_k))),
+          *_edit_arrays(edits, q, k, options), *lists)
   if explain:
     return dispatch.chosen(args, _table(options), options.prefer)
   if implementation is not None:
@@ -65,14 +72,30 @@ class Options(NamedTuple):
   scale: float
   queries: int
   keys: int
+  kinds: tuple[tuple[str, bool | None], ...] = ()  # of each edit, and whether its array is a mask; `None` without one
+
+  @property
+  def numbers(self) -> int:
+    """The number of edits whose array has derivatives."""
+    return sum(mask is False for _, mask in self.kinds)
+
+  @property
+  def arrays(self) -> int:
+    return sum(mask is not None for _, mask in self.kinds)
+
+  def edits(self, arrays: Sequence[Array]) -> list[ScoreEdit]:
+    """Returns the edits in their order, from their arrays: numbers first, then masks."""
+    numbers, masks = iter(arrays[:self.numbers]), iter(arrays[self.numbers:])
+    return [ScoreEdit(kind, None if mask is None else next(masks if mask else numbers)) for kind, mask in self.kinds]
 
   @property
   def plain(self) -> dict[str, Any]:
     """The keyword arguments that every implementation takes."""
     return {name: getattr(self, name) for name in ('block_q', 'block_k', 'causal', 'scale')}
 
-  def prefer(self, q: Array, k: Array, v: Array, index: Array, counts: Array | None = None) -> Choice:
+  def prefer(self, q: Array, k: Array, v: Array, *rest: Array) -> Choice:
     """Returns the choice 'xla', for platforms without a kernel that can run."""
+    index = rest[self.arrays]
     listed, blocks = index.shape[-1], -(-self.keys // self.block_k)
     return Choice('xla', f'at most {listed} of {blocks} blocks of keys for each block of queries')
 
@@ -106,7 +129,26 @@ def _filled(a: Array, block: int) -> Array:
   return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0), (0, 0)))
 
 
-def _dense(options: Options, q: Array, k: Array, v: Array, index: Array, counts: Array) -> Array:
+def _edit_arrays(edits: Sequence[ScoreEdit], q: Array, k: Array, options: Options) -> list[Array]:
+  """Returns the arrays of edits, `[batch, heads, Tq, Tk]` with lengths of 1, padded to whole blocks: numbers, masks."""
+  given = [jnp.asarray(edit.array) for edit in edits if edit.array is not None]
+  full = (math.prod(q.shape[:-3]), q.shape[-2], options.queries, options.keys)
+  for kind, mask in options.kinds:
+    if kind not in ('mask', 'weigh', *EDITS) or (kind == 'mask') > bool(mask):
+      raise ValueError(f'block_sparse_attention: the edit {kind!r} is none of {sorted(EDITS)}, \'weigh\', and '
+                       "'mask' with an array of bools.")
+  ranked = [a.reshape((1,) * (4 - a.ndim) + a.shape) if a.ndim < 4 else a for a in given]
+  for a in ranked:
+    if a.ndim != 4 or any(n not in (1, whole) for n, whole in zip(a.shape, full)):
+      raise ValueError(f'block_sparse_attention: an edit has an array of shape {a.shape}, which must broadcast to '
+                       f'[batch, heads, Tq, Tk], {full}.')
+  blocks = ((2, options.block_q), (3, options.block_k))
+  fill = lambda a: jnp.pad(a, [(0, 0), (0, 0), *((0, -a.shape[i] % b if a.shape[i] > 1 else 0) for i, b in blocks)])
+  return [fill(a) for a in sorted(ranked, key=lambda a: a.dtype == bool)]
+
+
+def _dense(options: Options, q: Array, k: Array, v: Array, index: Array, counts: Array,
+           edits: Sequence[ScoreEdit] = ()) -> Array:
   """Returns the attention of `q [heads, Tq, d]` by the scores of all keys and a mask, `[heads, Tq, d]`."""
   (n, rows, most), blocks = index.shape, k.shape[1] // options.block_k
   listed = jnp.where(jnp.arange(most)[None, None] < counts[..., None], index, blocks)
@@ -119,8 +161,26 @@ def _dense(options: Options, q: Array, k: Array, v: Array, index: Array, counts:
     seen &= key <= jnp.arange(q.shape[1])[None, :, None]
   k, v = (jnp.repeat(a, len(q) // len(a), 0) for a in (k, v))
   scores = jnp.einsum('hqd,hkd->hqk', q, k, preferred_element_type=jnp.float32) * options.scale
-  weights = reference.softmax(scores, seen)
+  whole = [edit if edit.array is None else edit._replace(array=_of_heads(edit.array, len(q))) for edit in edits]
+  scores, left = edited(scores, seen, whole)
+  own = key == jnp.minimum(jnp.arange(q.shape[1])[None, :, None], options.keys - 1)
+  weights = weighed(reference.softmax(scores, reference.own_key(left, seen, own) if edits else seen), whole)
   return jnp.einsum('hqk,hkd->hqd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+
+def _of_heads(array: Array, heads: int) -> Array:
+  """Returns the array of an edit for the heads of all examples, `[heads or 1, Tq, Tk]`."""
+  batch, own, *lengths = array.shape
+  rows = jnp.broadcast_to(array, (batch, heads // batch if batch > 1 else own, *lengths)).reshape(-1, *lengths)
+  return rows[jnp.arange(heads) % len(rows)]
+
+
+def _edited(options: Options, attend: Callable[..., Array]) -> Callable[..., Array]:
+  """Returns `attend` of heads first for arrays with a batch, with the arrays of edits between values and lists."""
+  def run(q: Array, k: Array, v: Array, *rest: Array) -> Array:
+    edits = options.edits(rest[:options.arrays])
+    return heads.first(functools.partial(attend, edits=edits))(q, k, v, *rest[options.arrays:])
+  return run
 
 
 def _kernel(module: str, options: Options) -> Implementation:
@@ -128,6 +188,8 @@ def _kernel(module: str, options: Options) -> Implementation:
   load = lambda: importlib.import_module(f'kernels_pallas.attention.{module}')
 
   def refusal(*args):
+    if options.kinds:
+      return f'it has no {options.kinds[0][0]!r} of scores'
     hidden = options.causal and options.queries <= options.keys  # Padding keys come after every query.
     if options.keys % options.block_k and not hidden:
       return f'{options.keys} keys do not divide into blocks of {options.block_k}; take blocks that divide them'
@@ -138,8 +200,8 @@ def _kernel(module: str, options: Options) -> Implementation:
 
 def _table(options: Options) -> dict[str, Implementation]:
   xla = functools.partial(reference.attention, **options.plain, length=options.keys)
-  return {'xla': Implementation(heads.first(xla)),
-          'dense': Implementation(heads.first(functools.partial(_dense, options))),
+  return {'xla': Implementation(_edited(options, xla)),
+          'dense': Implementation(_edited(options, functools.partial(_dense, options))),
           'mosaic_gpu': _kernel('gpu', options), 'mosaic_tpu': _kernel('tpu', options)}
 
 
@@ -149,15 +211,15 @@ def _plain(options: Options, implementation: str | None) -> Callable[..., Array]
 
 
 def _tangent(options: tuple[Options, str | None], args: Sequence[Array], tangents: Sequence[Array]) -> Array:
-  plain, lists = _plain(*options), args[3:]
-  return jax.jvp(lambda *qkv: plain(*qkv, *lists), tuple(args[:3]), tuple(tangents))[1]
+  plain, count = _plain(*options), 3 + options[0].numbers
+  return jax.jvp(lambda *a: plain(*a, *args[count:]), tuple(args[:count]), tuple(tangents))[1]
 
 
 def _gradient(options: tuple[Options, str | None], args: Sequence[Array], dy: Array) -> Sequence[Array]:
   (q, k, v, *lists), (known, implementation) = args, options
-  if implementation == 'dense':
-    plain = _plain(*options)
-    return jax.vjp(lambda *qkv: plain(*qkv, *lists), q, k, v)[1](dy)
+  if implementation == 'dense' or known.kinds:
+    plain, count = _plain(*options), 3 + known.numbers
+    return jax.vjp(lambda *a: plain(*a, *args[count:]), *args[:count])[1](dy)
   gradients = reference.gradients(*map(heads.heads_first, (dy, q, k, v)), *heads.lists(len(q), *lists),
                                   **known.plain, length=known.keys)
   return [heads.heads_last(d, a.shape[2]) for d, a in zip(gradients, (q, k, v))]
@@ -166,4 +228,5 @@ def _gradient(options: tuple[Options, str | None], args: Sequence[Array], dy: Ar
 @functools.partial(jax.jit, static_argnums=(0, 1))  # Calls outside of `jit` run as one program too.
 def _compiled(options: Options, implementation: str | None, *args: Array) -> Array:
   run = lambda *args: dispatch.run('block_sparse_attention', args, _table(options), implementation, options.prefer)
-  return differentiable(run, Derivative(_tangent, _gradient, (options, implementation)), 3)(*args)
+  return differentiable(run, Derivative(_tangent, _gradient, (options, implementation)),
+                        3 + options.numbers)(*args)

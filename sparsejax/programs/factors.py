@@ -58,6 +58,32 @@ def exact(dims: Dims) -> bool:
   return all(len(factor.axes) == 1 and factor.stride is not None for dim in dims for factor in dim)
 
 
+def arranged(array: Any, dims: Dims, lead: Sequence[int] = ()) -> Any:
+  """Returns the array of shape `(*lead, *shape_of(dims))`, given with the factors of `dims` in another order.
+
+  After the axes of length `lead`, the given array has the factors in the order of their axes, major first. `dims` must
+  be `exact`.
+  """
+  order, parts = _in_order(dims)
+  split = array.reshape(*lead, *(factor.size for factor in order))
+  split = split.transpose(*range(len(lead)), *(len(lead) + order.index(factor) for factor in parts))
+  return split.reshape(*lead, *shape_of(dims))
+
+
+def restored(array: Any, dims: Dims) -> Any:
+  """Returns the array whose `arranged` form is the given one: one axis for each axis of `dims`, in their order."""
+  order, parts = _in_order(dims)
+  split = array.reshape([factor.size for factor in parts]).transpose([parts.index(factor) for factor in order])
+  return split.reshape([math.prod(f.size for f in order if f.axes == axes) for axes in dict.fromkeys(
+      factor.axes for factor in order)])
+
+
+def _in_order(dims: Dims) -> tuple[list[Factor], list[Factor]]:
+  """Returns the factors in the order of their axes, major first, and in the order of the dimensions."""
+  parts: list[Any] = [factor for dim in dims for factor in dim]
+  return sorted(parts, key=lambda factor: (factor.axes, -factor.stride)), parts
+
+
 def resized(dims: Dims, shape: Sequence[int]) -> Moved | None:
   """Returns the dimensions after a slice, padding or sharding, or `None` if the rank changes.
 

@@ -1,0 +1,174 @@
+"""`sparse_attention(apply, builder)` runs any JAX function with sparse attention, without a change to the model.
+
+Attention is found in the function's program (`sparsejax.attention`). A builder says which blocks of keys each block of
+queries sees, and `block_sparse_attention` computes these blocks alone.
+
+    run = sparse_attention(model.apply, attention.sliding(256, block=64))
+    logits = run(variables, x)
+    print(sparse_attention(model.apply, builder, explain=True)(variables, x))        # each attention, or why it is dense
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.attention import block_sparse_attention
+from sparsejax import tables
+from sparsejax.arguments import checked
+from sparsejax.attention import AttentionSite, BlockIndex, BlockMask, ScoreEdit, UnreadAttention, attended, of_mask
+from sparsejax.attention.masks import Builder, diagonal
+from sparsejax.types import Array
+
+
+@checked
+def sparse_attention(apply: Callable[..., Any], builder: Builder, *, implementation: str | None = None,
+                     explain: bool = False, counted: bool = False) -> Callable[..., Any]:
+  """Returns `apply` with each softmax attention of its program replaced by attention to the builder's blocks.
+
+  `builder(site)` returns the `BlockMask` of an `AttentionSite`; `sparsejax.attention` has builders, such as `sliding`,
+  `sharded` and `routed`. Blocks that a causal mask, or another mask known at trace time, hides as a whole are not
+  computed. All other masks, bias, soft caps and dropout have their effect within the blocks. A query block without a
+  block keeps its diagonal, and so does every query block if a traced mask may hide keys: no query is left without a
+  key. Derivatives are those of the sparse attention. `implementation` is that of `block_sparse_attention`.
+
+  All that looks like attention and cannot be read stays dense, and `explain=True` lists it with the reason. The
+  function then returns a `tables.Report` and computes nothing: each attention, its fraction of blocks left out, and
+  what CPU, GPU and TPU run. `counted=True`: the function returns the result and, by address of the site, `int32[2]`:
+  the blocks in all lists, and the blocks that did not fit into the capacity. Without `counted`, blocks that do not fit
+  raise a warning when the program runs. Counts cannot leave a loop or `remat`: `counted=True` refuses such sites.
+  """
+  @functools.wraps(apply)
+  def call(*args: Any, **kwargs: Any) -> Any:
+    replaced = Replaced(builder, implementation, explain, counted)
+    run = attended(apply, replaced.answer, replaced.rows.append)
+    if explain:
+      jax.eval_shape(lambda: None if run(*args, **kwargs) is None else None)
+      return _report(replaced.rows)
+    result = run(*args, **kwargs)
+    return (result, replaced.counts) if counted else result
+
+  return call
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionRow:
+  """An `AttentionRow` says what became of one attention of a program, in a `tables.Report`.
+
+  `shape` is that of the scores, `[batch, heads, Tq, Tk]`. `achieved` is the fraction of blocks that are left out, of
+  those that masks leave. `problem` is the reason why the attention is dense, or ''.
+  """
+
+  scope: str
+  place: str
+  shape: tuple[int, ...]
+  achieved: float
+  edits: str
+  runs: str
+  problem: str
+
+  @property
+  def cells(self) -> tuple[str, ...]:
+    return (self.scope or '-', 'x'.join(map(str, self.shape)), self.edits, tables.number(self.achieved), self.runs,
+            self.problem and f'{self.place}: {self.problem}')
+
+
+HEAD = ('attention', 'shape', 'edits', 'achieved', 'runs', 'dense because')
+
+
+def _report(rows: list[Any]) -> tables.Report:
+  whole = [row if isinstance(row, AttentionRow) else AttentionRow(
+    row.scope, row.place, row.shape, 0.0, '', '', row.why) for row in rows]
+  return tables.Report(tuple(whole), head=HEAD)
+
+
+@dataclasses.dataclass
+class Replaced:
+  """A `Replaced` answers each site of a program with block-sparse attention, and keeps rows and counts."""
+
+  builder: Builder
+  implementation: str | None
+  explain: bool
+  counted: bool
+  rows: list[AttentionRow | UnreadAttention] = dataclasses.field(default_factory=list)
+  counts: dict[Any, Array] = dataclasses.field(default_factory=dict)
+
+  def answer(self, site: AttentionSite) -> Array:
+    """Returns the attention of a site to the builder's blocks."""
+    blocks = self.builder(site)
+    if not isinstance(blocks, BlockMask):
+      raise ValueError(f'sparse_attention: the builder returned a {type(blocks).__name__} at {site.place}; it must '
+                       'return an attention.BlockMask.')
+    index = lists(site, blocks)
+    if self.explain:
+      self.rows.append(_row(site, blocks, index, self.implementation))
+    elif self.counted:
+      if site.enclosed:
+        raise ValueError(f'sparse_attention: {site.place} is inside of a loop or remat, which counts cannot leave; '
+                         'take counted=False, which warns about an overflow.')
+      self.counts[site.address] = jnp.stack([index.counts.sum(), index.overflow])
+    elif blocks.capacity is not None:
+      jax.debug.callback(functools.partial(_warn, site.place), index.overflow)
+    return attend(site, blocks, index, self.implementation)
+
+
+def _warn(place: str, overflow: Any) -> None:
+  if (overflow := int(np.sum(overflow))) > 0:
+    warnings.warn(f'sparse_attention: {overflow} blocks at {place} did not fit into the capacity of the lists; give '
+                  'the builder a larger capacity.', stacklevel=2)
+
+
+def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
+  """Returns the lists of the builder's blocks at a site, without blocks that are hidden, and never empty."""
+  mask, seen = blocks.mask, site.blocks(blocks.block_q, blocks.block_k)
+  if mask.shape[-2:] != seen.shape[-2:] or mask.ndim not in (3, 4):
+    raise ValueError(f'sparse_attention: the builder returned a mask of shape {mask.shape} at {site.place}; '
+                     f'{site.q.shape[1]} queries and {site.k.shape[1]} keys in blocks of {blocks.block_q} and '
+                     f'{blocks.block_k} need [..., {seen.shape[-2]}, {seen.shape[-1]}].')
+  own, mask = diagonal(*seen.shape[-2:], blocks.block_q, blocks.block_k), mask & seen
+  kept = mask | own if site.traced_masks else mask | (own & ~mask.any(-1, keepdims=True))
+  wide, least = (*kept.shape[:-3], site.heads, *kept.shape[-2:]), int(own.sum(-1).max())
+  kept = (jnp if isinstance(kept, jax.Array) else np).broadcast_to(kept, wide)
+  if blocks.capacity is None:
+    return of_mask(kept)
+  return of_mask(kept, blocks.capacity + least if site.traced_masks else max(blocks.capacity, least))
+
+
+def attend(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementation: str | None = None) -> Array:
+  """Returns the attention of a site to the listed blocks; lists that differ between examples are mapped over."""
+  fixed = dict(block_q=blocks.block_q, block_k=blocks.block_k, causal=site.causal, scale=site.scale,
+               implementation=implementation)
+  kinds, arrays = [edit.kind for edit in site.edits], [edit.array for edit in site.edits]
+  if index.index.ndim == 3:
+    return block_sparse_attention(site.q, site.k, site.v, index.index, index.counts, edits=site.edits, **fixed)
+
+  def one(q: Array, k: Array, v: Array, index: Array, counts: Array, arrays: list[Any]) -> Array:
+    edits = tuple(map(ScoreEdit, kinds, arrays))
+    return block_sparse_attention(q[None], k[None], v[None], index, counts, edits=edits, **fixed)[0]
+
+  axes = [None if a is None or a.shape[0] == 1 else 0 for a in arrays]
+  given = [a if a is None or a.shape[0] == 1 else a[:, None] for a in arrays]
+  return jax.vmap(one, (0, 0, 0, 0, 0, axes))(site.q, site.k, site.v, index.index, index.counts, given)
+
+
+def _row(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementation: str | None) -> AttentionRow:
+  """Returns the row of a site that is replaced; the capacity counts where lists are not known at trace time."""
+  seen = np.broadcast_to(site.blocks(blocks.block_q, blocks.block_k), (site.heads, *index.counts.shape[-1:], 1)[:2] + (
+    -(-site.k.shape[1] // blocks.block_k),))
+  known = blocks.capacity is None
+  listed = int(np.asarray(index.counts).sum()) if known else int(
+    np.minimum(seen.sum(-1), index.index.shape[-1]).sum())
+  examples = 1 if index.counts.ndim == 2 or not known else index.counts.shape[0]
+  shape = (site.q.shape[0], site.heads, site.q.shape[1], site.k.shape[1])
+  choices = block_sparse_attention(
+    site.q[:1], site.k[:1], site.v[:1], *(a if a.ndim == n else a[0] for a, n in ((index.index, 3), (index.counts, 2))),
+    block_q=blocks.block_q, block_k=blocks.block_k, causal=site.causal, scale=site.scale, explain=True,
+    edits=tuple(edit._replace(array=None if edit.array is None else edit.array[:1]) for edit in site.edits))
+  runs = implementation or ', '.join(f'{platform}: {choice.implementation}' for platform, choice in choices.items())
+  edits = ', '.join((['causal'] if site.causal else []) + [edit.kind for edit in site.edits])
+  return AttentionRow(site.scope, site.place, shape, 1 - listed / max(examples * int(seen.sum()), 1), edits, runs, '')

@@ -1,0 +1,51 @@
+"""Says what happens to scores between the product of queries and keys and the product with values.
+
+    edits = (ScoreEdit('add', bias), ScoreEdit('mask', seen))        # arrays that broadcast to [batch, heads, Tq, Tk]
+    scores, seen = edited(scores, seen, edits)                       # of some of the scores, with parts of the arrays
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from sparsejax.types import Array
+
+HIDDEN = -1e4  # An added score of at most this much hides a key: the weight of the key is zero in float32.
+
+
+class ScoreEdit(NamedTuple):
+  """A `ScoreEdit` is one elementwise change of attention scores, or of attention weights.
+
+  `kind` is a name in `EDITS`, or 'mask', or 'weigh'. 'mask' hides the keys where `array` is `False`. 'weigh' multiplies
+  the weights, after the softmax, as dropout does. `array` broadcasts to `[batch, heads, Tq, Tk]`; some kinds have none.
+  """
+
+  kind: str
+  array: Any = None
+
+
+# What a kind does to scores, given the array of the edit. A kind from outside is one line.
+EDITS: dict[str, Callable[[Array, Any], Array]] = {
+  'add': lambda scores, array: scores + array, 'multiply': lambda scores, array: scores * array,
+  'divide': lambda scores, array: scores / array, 'tanh': lambda scores, array: jnp.tanh(scores)}
+
+
+def edited(scores: Array, seen: Array, edits: Sequence[ScoreEdit]) -> tuple[Array, Array]:
+  """Returns the scores after all edits but 'weigh', and which keys are seen. An 'add' of at most `HIDDEN` hides a key.
+  """
+  for kind, array in edits:
+    if kind == 'mask':
+      seen = seen & array
+    elif kind != 'weigh':
+      seen = seen & (array > HIDDEN) if kind == 'add' else seen
+      # What is hidden may be -inf, which has no derivative.
+      scores = EDITS[kind](scores, jnp.where(array > HIDDEN, array, 0) if kind == 'add' else array)
+  return scores, seen
+
+
+def weighed(weights: Array, edits: Sequence[ScoreEdit]) -> Array:
+  """Returns the weights after all edits of weights."""
+  for kind, array in edits:
+    weights = weights * array if kind == 'weigh' else weights
+  return weights
