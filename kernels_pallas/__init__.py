@@ -14,6 +14,7 @@ from kernels_pallas.around import bytes_read, scaled_matmul, threshold_matmul, w
 from kernels_pallas.attending import sparse_attention
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
+from kernels_pallas.decoding import decoder
 from kernels_pallas.ell import ell_matmul
 from kernels_pallas.gathered import gathered_attention
 from kernels_pallas.models import packed
@@ -23,7 +24,7 @@ from kernels_pallas.sparse24 import sparse24_matmul
 from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
-    'active_matmul', 'active_outputs', 'block_sparse_attention', 'block_sparse_matmul', 'bytes_read', 'ell_matmul',
-    'gathered_attention', 'nm_matmul', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul',
-    'sparse_attention', 'threshold_matmul', 'unstructured_matmul', 'wrapped_matmul',
+    'active_matmul', 'active_outputs', 'block_sparse_attention', 'block_sparse_matmul', 'bytes_read', 'decoder',
+    'ell_matmul', 'gathered_attention', 'nm_matmul', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul',
+    'sparse24_matmul', 'sparse_attention', 'threshold_matmul', 'unstructured_matmul', 'wrapped_matmul',
 ]

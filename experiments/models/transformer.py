@@ -23,10 +23,15 @@ def rotated(x: Array) -> Array:
   The pair `(i, i + D/2)` of features at position `t` is rotated by `t / 10000^(2i/D)` radians. Reference: Su et al.
   2021, arXiv:2104.09864. The two halves of the features are paired, as in GPT-NeoX, while the paper pairs neighbours.
   """
+  return rotated_at(x, jnp.arange(x.shape[1], dtype=jnp.int32)[None])
+
+
+def rotated_at(x: Array, positions: Array) -> Array:
+  """Returns `x` `[B, T, heads, D]` rotated as by `rotated`, for tokens at `positions`, `int[B, T]` or `int[1, T]`."""
   half = x.shape[-1] // 2
   frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies[None, :]
-  cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+  angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+  cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 

@@ -54,7 +54,7 @@ KERNELS = (
     ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
     ('held', 'around', 'submanifold', 'gathered'),
     ('deferred',),
-    ('models',),
+    ('models', 'decoding'),
     ('preparing',),
     ('__init__', 'bench', 'nn'),  # and former names
 )

@@ -1,0 +1,99 @@
+"""Runs an `LM` token by token with a cache for each layer, of which a rule of `sparsejax.attention.decode` reads a part.
+
+    generate = Stepper(params, decoder(decode.quest(keep=256)), capacity=4096)
+    state = generate.start(batch=1)
+    logits, state = generate.fed(state, prompt)              # every token of a prompt `int[B, n]`
+    tokens, state = generate.continued(state, logits[:, -1], 32)
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.models import transformer
+from kernels_pallas.decoding import Decoder
+from sparsejax.attention.decode import Cache
+from sparsejax.types import Array
+
+Params = Mapping[str, Any]
+
+
+class Stepper(NamedTuple):
+  """A `Stepper` is a trained `LM` without `scan`, by its parameters, with the decoder that all layers use."""
+
+  params: Params
+  decoding: Decoder
+  capacity: int
+
+  def start(self, batch: int) -> tuple[Cache, ...]:
+    """Returns an empty cache for each layer."""
+    _, heads, size = self.params['block_0']['attention']['query']['kernel'].shape
+    return tuple(self.decoding.start(batch, self.capacity, heads, size) for _ in range(_depth(self.params)))
+
+  def fed(self, state: tuple[Cache, ...], tokens: Array) -> tuple[Array, tuple[Cache, ...]]:
+    """Returns the logits after each of `tokens`, `float32[B, n, vocabulary]`, and the caches with all of them."""
+    return _fed(self.decoding, self.params, state, tokens)
+
+  def continued(self, state: tuple[Cache, ...], logits: Array, count: int) -> tuple[Array, tuple[Cache, ...]]:
+    """Returns the `count` likeliest tokens one after the other, `int32[B, count]`, and the caches with them.
+
+    `logits`, `[B, vocabulary]`, are those after the last token so far.
+    """
+    return _continued(self.decoding, self.params, state, logits, count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fed(decoding: Decoder, params: Params, state: Any, tokens: Array) -> tuple[Array, Any]:
+  run = lambda state, token: step(decoding, params, state, token)[::-1]
+  state, logits = jax.lax.scan(run, state, tokens.T)
+  return logits.swapaxes(0, 1), state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _continued(decoding: Decoder, params: Params, state: Any, logits: Array, count: int) -> tuple[Array, Any]:
+  def run(carry, _):
+    state, logits = carry
+    token = jnp.argmax(logits, -1).astype(jnp.int32)
+    logits, state = step(decoding, params, state, token)
+    return (state, logits), token
+
+  (state, _), tokens = jax.lax.scan(run, (state, logits), None, count)
+  return tokens.T, state
+
+
+def step(decoding: Decoder, params: Params, state: tuple[Cache, ...], token: Array) -> tuple[Array, tuple[Cache, ...]]:
+  """Returns the logits after `token`, `int[B]`, and the caches with it."""
+  x, caches = params['embed']['embedding'][token], []
+  for layer, cache in enumerate(state):
+    own = params[f'block_{layer}']
+    attended, cache = _attended(decoding, own['attention'], cache, _normed(own['norm1'], x))
+    caches.append(cache)
+    x = x + attended
+    hidden = nn.gelu(_dense(own['mlp']['fc1'], _normed(own['norm2'], x)), approximate=True)
+    x = x + _dense(own['mlp']['fc2'], hidden)
+  return _dense(params['head'], _normed(params['norm'], x)), tuple(caches)
+
+
+def _attended(decoding: Decoder, params: Params, cache: Cache, x: Array) -> tuple[Array, Cache]:
+  q, k, v = (jnp.einsum('bw,whd->bhd', x, params[name]['kernel']) + params[name]['bias'][None]
+             for name in ('query', 'key', 'value'))
+  q, k = (transformer.rotated_at(a[:, None], cache.length[:, None])[:, 0] for a in (q, k))
+  cache = decoding.extend(cache, k[:, None], v[:, None])
+  y = decoding.step(q, cache)
+  return jnp.einsum('bhd,hdw->bw', y, params['out']['kernel']) + params['out']['bias'][None], cache
+
+
+def _normed(params: Params, x: Array) -> Array:
+  return nn.LayerNorm().apply({'params': params}, x)
+
+
+def _dense(params: Params, x: Array) -> Array:
+  return x @ params['kernel'] + params['bias'][None]
+
+
+def _depth(params: Params) -> int:
+  return sum(name.startswith('block_') for name in params)

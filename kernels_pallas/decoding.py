@@ -1,0 +1,48 @@
+"""Decodes token by token with an explicit cache, of which each step reads the tokens that a rule lists: `decoder`.
+
+    decoding = decoder(decode.quest(keep=1024))                                      # a rule of sparsejax.attention
+    cache = decoding.start(batch=1, capacity=16_384, heads=8, d=64)
+    cache = decoding.extend(cache, k, v)                                             # the new token, or a whole prompt
+    y = decoding.step(q, cache)                                                      # `[B, heads, d]`
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kernels_pallas.gathered import gathered_attention
+from sparsejax.attention import decode
+from sparsejax.types import Array
+
+
+class Decoder(NamedTuple):
+  """A `Decoder` holds the functions of a rule: `start(...)`, `extend(cache, k, v)` and `step(q, cache)`.
+
+  All are pure: a `Cache` is a pytree of the caller, to be donated, sharded, saved, or cut back by its `length`.
+  """
+
+  start: Callable[..., decode.Cache]
+  extend: Callable[[decode.Cache, Array, Array], decode.Cache]
+  step: Callable[[Array, decode.Cache], Array]
+
+
+def decoder(rule: decode.DecodeRule, *, scale: float | None = None, implementation: str | None = None) -> Decoder:
+  """Returns the functions that decode with `rule`, such as `decode.double_sparsity`, `decode.quest` or `decode.seer`.
+
+  `start` takes `batch`, `capacity`, `heads` (of k), `d` and `dtype`, see `decode.empty`. `extend` stores keys and
+  values, `[B, n, kv_heads, d]`, once for each token or for many at once, and refuses or reports a full cache, see
+  `decode.extended`. `step` returns the attention of `q [B, heads, d]` to the tokens that the rule lists, through
+  `gathered_attention`, which `scale` and `implementation` go to. Call `extend` for a token before its `step`.
+  """
+  if not isinstance(rule, decode.DecodeRule):
+    raise ValueError(f'decoder: `rule` must be a DecodeRule, as in decode.quest(keep=1024), not {type(rule).__name__}.')
+
+  def step(q: Array, cache: decode.Cache) -> Array:
+    if q.ndim != 3 or len(q) != len(cache.k) or q.shape[2] != cache.k.shape[3] or q.shape[1] % cache.k.shape[2]:
+      raise ValueError(f'decoder: q of shape {q.shape} must be [B, heads, d], one query for each example of the cache '
+                       f'{cache.k.shape}, whose heads divide those of q.')
+    return gathered_attention(q, cache.k, cache.v, *decode.listed(rule, cache, q), scale=scale,
+                              implementation=implementation)
+
+  start: Any = functools.partial(decode.empty, rule)
+  return Decoder(start, functools.partial(decode.extended, rule), step)
