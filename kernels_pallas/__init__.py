@@ -23,5 +23,6 @@ from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
     'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'ell_matmul', 'nm_matmul', 'packed',
-    'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'sparse_attention', 'unstructured_matmul', 'wrapped_matmul',
+    'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'sparse_attention', 'unstructured_matmul',
+    'wrapped_matmul',
 ]

@@ -5,7 +5,7 @@ queries sees, and `block_sparse_attention` computes these blocks alone.
 
     run = sparse_attention(model.apply, attention.sliding(256, block=64))
     logits = run(variables, x)
-    print(sparse_attention(model.apply, builder, explain=True)(variables, x))        # each attention, or why it is dense
+    print(sparse_attention(model.apply, builder, explain=True)(variables, x))      # each attention, or why it is dense
 """
 
 import dataclasses
@@ -130,7 +130,8 @@ def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
     raise ValueError(f'sparse_attention: the builder returned a mask of shape {mask.shape} at {site.place}; '
                      f'{site.q.shape[1]} queries and {site.k.shape[1]} keys in blocks of {blocks.block_q} and '
                      f'{blocks.block_k} need [..., {seen.shape[-2]}, {seen.shape[-1]}].')
-  own, mask = diagonal(*seen.shape[-2:], blocks.block_q, blocks.block_k), mask & seen
+  ranked = lambda a: a.reshape((1,) * (mask.ndim - a.ndim) + a.shape)
+  own, mask = ranked(diagonal(*seen.shape[-2:], blocks.block_q, blocks.block_k)), mask & ranked(seen)
   kept = mask | own if site.traced_masks else mask | (own & ~mask.any(-1, keepdims=True))
   wide, least = (*kept.shape[:-3], site.heads, *kept.shape[-2:]), int(own.sum(-1).max())
   kept = (jnp if isinstance(kept, jax.Array) else np).broadcast_to(kept, wide)

@@ -229,7 +229,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('band.width', 'strided.width', 'count', 'offset', 'after'), WHOLE),
     **dict.fromkeys(('local', 'period', 'capacity', 'routed.keep', 'quest.keep', 'gated_blocks.keep', 'hashes',
                      'features', 'degree', 'groups_of'), TIMES),
-    **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG, 'of_mask.mask': ARRAY,
+    **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG,
+    **dict.fromkeys(('of_mask.mask', 'page_scores.k', 'predicted_scores.k', 'scatter.k', 'q', 'v'), ARRAY),
 }
 
 
