@@ -11,7 +11,7 @@ attention.
 
 from kernels_pallas.active import active_matmul
 from kernels_pallas.around import scaled_matmul, wrapped_matmul
-from kernels_pallas.attending import sparse_attention
+from kernels_pallas.attending import once, sparse_attention
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
 from kernels_pallas.ell import ell_matmul
@@ -22,7 +22,7 @@ from kernels_pallas.sparse24 import sparse24_matmul
 from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
-    'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'ell_matmul', 'nm_matmul', 'packed',
+    'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'ell_matmul', 'nm_matmul', 'once', 'packed',
     'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'sparse_attention', 'unstructured_matmul',
     'wrapped_matmul',
 ]

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,17 @@ import numpy as np
 from kernels_pallas.attention import block_sparse_attention
 from sparsejax import tables
 from sparsejax.arguments import checked
-from sparsejax.attention import AttentionSite, BlockIndex, BlockMask, ScoreEdit, UnreadAttention, attended, of_mask
+from sparsejax.attention import (
+  AttentionSite,
+  BlockIndex,
+  BlockMask,
+  ScoreEdit,
+  UnreadAttention,
+  attended,
+  found,
+  given,
+  of_mask,
+)
 from sparsejax.attention.masks import Builder, diagonal
 from sparsejax.types import Array
 
@@ -173,3 +183,44 @@ def _row(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementati
   runs = implementation or ', '.join(f'{platform}: {choice.implementation}' for platform, choice in choices.items())
   edits = ', '.join((['causal'] if site.causal else []) + [edit.kind for edit in site.edits])
   return AttentionRow(site.scope, site.place, shape, 1 - listed / max(examples * int(seen.sum()), 1), edits, runs, '')
+
+
+class Reused(NamedTuple):
+  """A `Reused` is the state of `once`: how many steps were made, and the blocks of each attention, by `site.name`."""
+
+  step: Array
+  masks: dict[str, Array]
+
+
+@checked
+def once(apply: Callable[..., Any], builder: Builder, after: int, *, implementation: str | None = None
+         ) -> tuple[Callable[..., Reused], Callable[..., tuple[Any, Reused]]]:
+  """Returns `(init, step)`: attention is dense up to step `after`, which chooses the blocks of all later steps.
+
+  `init(*args)` returns the `Reused` before step 0, and `step(state, *args)` the result of `apply(*args)` with the next
+  state. Both can be compiled, and `step` may be the body of a loop. A step computes either form, not both. A later step
+  whose inputs have another shape is refused. Denoisers reuse patterns of 20 % of their steps (SparseD, Wang et al.
+  2025, 2509.24014), whose blocks `attention.measured` finds.
+  """
+  choose = found(apply, builder)
+
+  def init(*args: Any) -> Reused:
+    shapes = jax.eval_shape(choose, *args)
+    return Reused(jnp.zeros((), jnp.int32), {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items()})
+
+  def step(state: Reused, *args: Any) -> tuple[Any, Reused]:
+    masks = jax.lax.cond(state.step == after, lambda args: choose(*args), lambda args: state.masks, args)
+    sparse = lambda args: sparse_attention(apply, _given(state.masks, builder), implementation=implementation)(*args)
+    result = jax.lax.cond(state.step <= after, lambda args: apply(*args), sparse, args)
+    return result, Reused(state.step + 1, masks)
+
+  return init, step
+
+
+def _given(masks: dict[str, Array], builder: Builder) -> Builder:
+  """Returns the builder of these masks, with the blocks and the room that `builder` would have."""
+  def build(site: AttentionSite) -> BlockMask:
+    like = builder(site)  # only its lengths are used
+    return given(masks, capacity=like.capacity or like.mask.shape[-1], block=like.block_q)(site)
+
+  return build

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax.arguments import checked
 from sparsejax.attention.masks import BlockIndex
@@ -79,5 +80,6 @@ def _listed(q: Array, of_q: Array, k: Array, of_k: Array, values: Array, index: 
   heads = jnp.arange(k.shape[1])[:, None, None]
   taken = lambda a: a[:, heads, index.index].reshape(*a.shape[:2], index.index.shape[1], -1, a.shape[-1])
   product = lambda a, b: jnp.einsum('bhnqd,bhnkd->bhnqk', a, b)
-  count = jnp.repeat(jnp.arange(index.index.shape[2]) < index.counts[..., None], k.shape[3], -1)[None, :, :, None]
+  used = np.arange(index.index.shape[2])[None, None] < index.counts[..., None]
+  count = jnp.repeat(used, k.shape[3], -1)[None, :, :, None]
   return product(q, taken(k)), product(of_q, taken(of_k)), (count, taken(values))
