@@ -35,6 +35,7 @@ def edited(scores: Array, seen: Array, edits: Sequence[ScoreEdit]) -> tuple[Arra
   """Returns the scores after all edits but 'weigh', and which keys are seen. An 'add' of at most `HIDDEN` hides a key.
   """
   for kind, array in edits:
+    array = array if array is None or kind == 'mask' else array.astype(scores.dtype)
     if kind == 'mask':
       seen = seen & array
     elif kind != 'weigh':
@@ -47,5 +48,5 @@ def edited(scores: Array, seen: Array, edits: Sequence[ScoreEdit]) -> tuple[Arra
 def weighed(weights: Array, edits: Sequence[ScoreEdit]) -> Array:
   """Returns the weights after all edits of weights."""
   for kind, array in edits:
-    weights = weights * array if kind == 'weigh' else weights
+    weights = weights * array.astype(weights.dtype) if kind == 'weigh' else weights
   return weights
