@@ -65,7 +65,7 @@ def recall_at(scores: Array, seen: Array, truth: Array, k: int) -> Array:
   truth that was seen, and for a `k` beyond the items.
   """
   hits = _hits('recall_at', scores, seen, truth, k)
-  return jnp.mean(jnp.sum(hits, -1) / jnp.sum(truth, -1))
+  return jnp.mean(jnp.sum(hits, -1) / jnp.sum(truth, -1, dtype=jnp.float32))
 
 
 @checked
