@@ -73,7 +73,7 @@ def test_a_barrier_of_one_layer_leaves_all_others_where_they_are():
 
 
 def test_sharpness_is_that_of_a_relative_move_and_zeros_stay():
-  """At the minimum of a quadratic the mean rise is rho^2 w^2; from elsewhere the worst is (1 + rho)^2 - 1."""
+  """Compares with a quadratic, of which the mean rise at the minimum is rho^2 w^2."""
   loss = lambda p: jnp.sum(jnp.square(p['x'])) + jnp.sum(jnp.square(p['y'])) / 4
   found = metrics.sharpness(lambda p: loss(jax.tree.map(jnp.subtract, p, A)), A, 0.1, KEY, samples=2000)
   np.testing.assert_allclose([found['x'], found['y']], [0.01, 0.01], rtol=0.15)
