@@ -93,9 +93,9 @@ def sparcl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstr
   """Moves masks by |w| + lam |g|, grows at random, and passes few gradients: SparCL (Wang et al. 2022, 2209.09476).
 
   Task-aware masks and dynamic gradient masks, sections 3.1 and 3.3: every `hold` updates the `1 - gradient_sparsity`
-  largest gradients of each leaf are chosen, and only their weights move. `masks`: those of the task before, else by
-  magnitude. `probe`: a function of the parameters with the gradient of the current and of the buffered examples; by
-  default g is that of the update, before any gradient is masked. Removal of examples (section 3.2) and replay belong
+  largest gradients of each leaf are chosen, and only their weights move. `masks`: the masks of the task before; the
+  default is the largest magnitudes. `probe`: a function of the parameters that returns g, the gradient of current and
+  buffered examples. By default g is the gradient of the update, before any gradient is masked. Removal of examples (section 3.2) and replay belong
   to the loop. Deviations: counts are exact, ties and zeros included, while the authors' code drops what ties with a
   percentile. Its 1 % more weights in the first tenth of each task are left out.
   """
@@ -120,8 +120,8 @@ def dsl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruct
   Drops by magnitude and grows by gradient over the whole training; `fraction` falls by a cosine to a hundredth of
   itself. `where` has to name the tables, which are dense by default: `where=trees.named('**/embedding')`. A batch has
   gradients for its own rows alone, so that growth reads an average of gradients with the factor `momentum`. Deviations:
-  the released code reads the last batch and draws first masks by single weights, and keeps the budget of each table
-  constant, where the abstract adjusts the distribution; `snfs` moves counts between tables.
+  the released code reads the last batch, and draws first masks by single weights. The abstract adjusts how the budget
+  is distributed over tables. Code and recipe keep the budget of each table, and `snfs` moves counts between tables.
   """
   last = last_step('dsl', end, total_steps, 1.0, **options)
   fall = fraction if callable(fraction) else schedules.cosine(fraction, 0.01 * fraction, end=last)

@@ -68,8 +68,8 @@ def updating(selection: Selection, *, where: Predicate | PyTree | None = None, a
     leaves = own(params)
     weights, picked = leaves.pick(params), leaves.pick(grads)
     signals = leaves.signals(jnp.zeros((), jnp.int32), [trees.DENSE] * len(weights), picked)
-    choose = lambda: leaves.tied(selection.select)(
-        leaves.plan.leaves, weights, [neighbours.everywhere(w) for w in weights], signals)[0]
+    everywhere, select = [neighbours.everywhere(w) for w in weights], leaves.tied(selection.select)
+    choose = lambda: select(leaves.plan.leaves, weights, everywhere, signals)[0]
     active = choose() if always else jax.lax.cond(
         (state.step == 0) | refresh(state.step), choose, lambda: leaves.pick(state.masks))
     passed = [jnp.where(m, g, 0) + (weight_decay * w).astype(g.dtype) for m, g, w in zip(active, picked, weights)]
