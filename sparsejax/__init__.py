@@ -30,6 +30,7 @@ Modules import only from the lines above their own:
 from sparsejax import (
   advice,
   allocation,
+  bayes,
   calibration,
   collectives,
   conditional,
@@ -78,7 +79,7 @@ from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
-  'apply_masks', 'calibration', 'check', 'collectives', 'conditional', 'continual', 'contractions', 'flows',
+  'apply_masks', 'bayes', 'calibration', 'check', 'collectives', 'conditional', 'continual', 'contractions', 'flows',
   'formats', 'gates', 'graphs', 'inits', 'io', 'losses', 'masks', 'metrics', 'moe', 'patterns', 'penalties',
   'pipelines', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune', 'prune_weights', 'ranking',
   'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states',
