@@ -29,6 +29,8 @@ def compared(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) ->
 
   Raises `ValueError` for a config of `experiments.tickets`, and whatever `training.run` raises.
   """
+  if config.tasks is not None:
+    raise ValueError('config: tasks is for tasks one after the other: give the same to python -m experiments.tasks.')
   if config.tickets is not None:
     raise ValueError('config: tickets is for rounds of pruning: give the same to python -m experiments.tickets.')
   outcomes = training.run(config, workdir, request)

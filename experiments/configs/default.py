@@ -49,6 +49,8 @@ def get_config() -> ConfigDict:
   config.recipes = {'dense': {'name': 'dense'}}
   # Rounds of pruning and retraining, for experiments.tickets alone: changes of its `DEFAULTS`.
   config.tickets = None
+  # Tasks one after the other, for experiments.tasks alone: changes of its `DEFAULTS`.
+  config.tasks = None
   # With True, an unfinished run goes on from its newest checkpoint although its config has changed. With False, such a
   # run is refused. The checkpoints and the outcome of the run keep the step and the change.
   config.resume_changed = False

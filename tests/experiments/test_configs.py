@@ -80,7 +80,7 @@ def test_a_config_is_traced_at_toy_size(path, text, tmp_path, standard_promotion
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_docstring_has_the_command_and_a_measurement(path):
   doc = path.read_text()
-  assert re.search(r'python -m experiments\.(train|tickets|sweep) ', doc) and str(path.relative_to(ROOT)) in doc
+  assert re.search(r'python -m experiments\.(train|tasks|tickets|sweep) ', doc) and str(path.relative_to(ROOT)) in doc
   assert 'Measured on' in doc or 'Not yet run' in doc
 
 

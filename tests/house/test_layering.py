@@ -63,7 +63,7 @@ EXPERIMENTS = (
     ('data',),
     ('loop',),
     ('tables',),
-    ('train', 'tickets', 'sweep'),
+    ('train', 'tasks', 'tickets', 'sweep'),
     ('claims', 'pruning', 'structured'),
     ('__init__',),
 )

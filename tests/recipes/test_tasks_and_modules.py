@@ -51,7 +51,7 @@ def run(tx, params, steps=6, seed=1):
 
 def test_no_task_destroys_the_weights_of_another():
   bank, before = continual.Bank(START), []
-  for number in range(3):
+  for number in range(2):
     tx = recipes.cl_dst(optax.chain(optax.add_decayed_weights(0.1), SGD), 0.7, bank=bank, every=2, total_steps=6,
                         key=jax.random.fold_in(KEY, number))
     params, state = run(tx, bank.params, seed=number + 1)
@@ -61,17 +61,18 @@ def test_no_task_destroys_the_weights_of_another():
       cases.assert_same(bank.task(task), held)
   used, masks = bank.used(), bank.masks
   assert used['a']['bias'].shape == () and not used['a']['bias']
-  assert [int(m['a']['kernel'].sum()) for m in masks] == [14] * 3 and int(used['a']['kernel'].sum()) > 20
-  shared = np.asarray(masks[0]['a']['kernel'] & masks[2]['a']['kernel'])
-  assert shared.any() and np.all((before[0]['a']['kernel'] == before[2]['a']['kernel'])[shared])
+  assert [int(m['a']['kernel'].sum()) for m in masks] == [14] * 2 and int(used['a']['kernel'].sum()) > 14
+  shared = np.asarray(masks[0]['a']['kernel'] & masks[1]['a']['kernel'])
+  assert shared.any() and np.all((before[0]['a']['kernel'] == before[1]['a']['kernel'])[shared])
 
 
 def test_a_bank_refuses_weights_that_another_optimizer_has_moved_and_unknown_tasks():
   bank = continual.Bank(START)
   tx = recipes.cl_dst(SGD, 0.5, total_steps=6, key=KEY)
-  bank = bank.added(*run(tx, bank.params))
-  with pytest.raises(ValueError, match='weights of earlier tasks have changed. Train with recipes.cl_dst'):
-    bank.added(*run(tx, bank.params, seed=2))
+  params, state = START, tx.init(START)
+  bank = bank.added(params, state)
+  with pytest.raises(ValueError, match='16 weights of earlier tasks have changed. Train with recipes.cl_dst'):
+    bank.added(jax.tree.map(lambda w: w + 1 if w.shape == (8, 6) else w, params), state)
   with pytest.raises(ValueError, match='no task 1 among 1'):
     bank.task(1)
 
@@ -80,7 +81,8 @@ def test_separate_masks_share_nothing_until_no_weight_is_free():
   bank = continual.Bank(START)
   for number in range(2):
     masks = continual.separate(bank, 0.6, jax.random.fold_in(KEY, number))
-    bank = bank.added(*run(recipes.fixed(SGD, masks), bank.params, seed=number))
+    state = recipes.fixed(SGD, masks).init(bank.params)
+    bank = bank.added(sj.project(bank.params, state), state)
   assert not (bank.masks[0]['a']['kernel'] & bank.masks[1]['a']['kernel']).any()
   assert int(bank.used()['a']['kernel'].sum()) == 2 * 19
   with pytest.raises(ValueError, match="'a/kernel' .*: 19 weights are asked for task 2, and 10 belong to no task"):

@@ -93,7 +93,8 @@ PROMISES = {
     'rigl': Promise(counts=True, memory=1, trained=False),  # an update of its mask moves no weight
     'snfs': Promise(counts=True),
     'irrelevant_weights': Promise(memory=1),
-    **dict.fromkeys(('quick_selection', 'g2gnet', 'sparcl'), Promise(counts=True, memory=1)),
+    **dict.fromkeys(('quick_selection', 'g2gnet'), Promise(counts=True, memory=1)),
+    'sparcl': Promise(counts=True, memory=3),  # two masks, and a counter
     'dsl': Promise(counts=True), 'cl_dst': Promise(counts=True),
     **dict.fromkeys(('gradual_magnitude', 'turbo_vbi'), Promise(memory=1)),
     'movement_pruning': Promise(memory=9),

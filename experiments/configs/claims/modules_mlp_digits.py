@@ -1,0 +1,36 @@
+r"""Tests modules between layers: 75 % of the weights of a perceptron pruned, digits.
+
+    python -m experiments.train --config experiments/configs/claims/modules_mlp_digits.py --workdir runs/modules
+
+G2GNet begins with weights within modules and moves the mask. Its abstract is above the dense model; here the modules
+are compared with a random mask of the same counts, with and without moves. Growth is by the gradient, without a probe.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 600
+  config.batch_size = 32
+  config.model = {'name': 'mlp', 'widths': (100, 100)}
+  config.recipes['random'] = {'name': 'static_sparse', 'sparsity': 0.75, 'allocation': 'uniform'}
+  config.recipes['modules'] = {'name': 'g2gnet', 'sparsity': 0.75, 'groups': 5, 'fraction': 0.0}
+  config.recipes['modules that move'] = {'name': 'g2gnet', 'sparsity': 0.75, 'groups': 5}
+  return config
+
+
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
+
+
+CLAIM = claims.Claim(
+    title='G2GNet',
+    sentence='At 75 % sparsity modules that move are better than a static random mask of the same counts, and static '
+    'modules are not worse.',
+    reference='G2GNet, ensembles to ensembles with Hebbian rewiring',
+    comparisons=[claims.better('modules that move', 'random'), claims.better('modules', 'random', bar=-1.0),
+                 claims.better('modules that move', 'dense')])

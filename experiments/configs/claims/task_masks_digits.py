@@ -1,0 +1,32 @@
+r"""Tests masks for tasks: five tasks of two digits each, 80 % of the weights pruned in each task, the task is told.
+
+    python -m experiments.tasks --config experiments/configs/claims/task_masks_digits.py --workdir runs/tasks
+
+Yildirim et al. 2023 (2308.14831) train each task under a mask of its own, and freeze the weights of earlier tasks, so
+that nothing is forgotten. The dense model is trained on from task to task.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 200  # of each task
+  config.batch_size = 32
+  config.optimizer.learning_rate = 3e-3
+  config.tasks = {'told': True}
+  config.recipes['CL with DST'] = {'name': 'cl_dst', 'sparsity': 0.8, 'every': 20}
+  config.recipes['static masks'] = {'name': 'cl_dst', 'sparsity': 0.8, 'every': 20, 'fraction': 0.0}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='CL with DST',
+    sentence='A mask for each task forgets nothing, and is better after all tasks than one dense model trained on; '
+    'masks that move are better than static masks.',
+    reference='Yildirim et al. 2023, Continual Learning with Dynamic Sparse Training, 2308.14831',
+    comparisons=[claims.better('CL with DST', 'dense', trains=False),
+                 claims.better('CL with DST', 'static masks', trains=False)])
