@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import arguments, counts, patterns
 from sparsejax.arguments import ARRAY, TIMES, Kind, checked, having
@@ -110,10 +111,10 @@ def _refuse(function: str, senders: Array, receivers: Array, nodes: int) -> None
     raise ValueError(f'graphs.{function}: the graph has no edges, so that there is nothing to rank or to send along; '
                      'give at least one edge, or a model without messages.')
   if arguments.is_known(senders) and arguments.is_known(receivers):
-    ends = jnp.stack([senders, receivers])
-    if jnp.min(ends) < 0 or jnp.max(ends) >= nodes:
-      raise ValueError(f'graphs.{function}: ends run from {int(jnp.min(ends))} to {int(jnp.max(ends))}, and the graph '
-                       f'has the nodes 0 to {nodes - 1}.')
-    if jnp.any(senders == receivers):
-      raise ValueError(f'graphs.{function}: edge {int(jnp.argmax(senders == receivers))} is a self-loop; leave '
-                       'self-loops out, a graph convolution adds one to every node.')
+    ends = np.stack([senders, receivers])  # with NumPy, since under `jit` the results of JAX are traced
+    if ends.min() < 0 or ends.max() >= nodes:
+      raise ValueError(f'graphs.{function}: ends run from {ends.min()} to {ends.max()}, and the graph has the nodes 0 to '
+                       f'{nodes - 1}.')
+    if np.any(ends[0] == ends[1]):
+      raise ValueError(f'graphs.{function}: edge {int(np.argmax(ends[0] == ends[1]))} is a self-loop; leave self-loops '
+                       'out, a graph convolution adds one to every node.')

@@ -48,7 +48,7 @@ def test_messages_are_the_product_with_the_normalised_matrix_and_a_pruned_edge_i
     dense[s, r] = dense[r, s] = 1
   root = dense.sum(0) ** -0.5
   wanted = np.einsum('ij,jkl->ikl', root[:, None] * dense * root, x)
-  found = jax.jit(graphs.propagate)(x, senders, receivers, graphs.normalised(senders, receivers, 9, mask))
+  found = jax.jit(lambda x: graphs.propagate(x, senders, receivers, graphs.normalised(senders, receivers, 9, mask)))(x)
   np.testing.assert_allclose(found, wanted, atol=1e-5)
   fewer = senders[mask], receivers[mask]
   np.testing.assert_allclose(graphs.propagate(x, *fewer, graphs.normalised(*fewer, 9)), wanted, atol=1e-5)
