@@ -32,6 +32,7 @@ from sparsejax import (
   activation,
   advice,
   allocation,
+  bayes,
   calibration,
   collectives,
   conditional,
@@ -80,9 +81,9 @@ from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'activation', 'advice', 'advise',
-  'allocation', 'apply_masks', 'calibration', 'check', 'collectives', 'conditional', 'continual', 'contractions',
-  'flows', 'formats', 'gates', 'graphs', 'inits', 'io', 'losses', 'masks', 'metrics', 'moe', 'patterns', 'penalties',
-  'pipelines', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune', 'prune_weights', 'ranking',
-  'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities', 'starts', 'states',
-  'structured', 'transfer', 'transforms', 'trees', 'types', 'units', 'unlearning', 'updates',
+  'allocation', 'apply_masks', 'bayes', 'calibration', 'check', 'collectives', 'conditional', 'continual',
+  'contractions', 'flows', 'formats', 'gates', 'graphs', 'inits', 'io', 'losses', 'masks', 'metrics', 'moe',
+  'patterns', 'penalties', 'pipelines', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
+  'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities',
+  'starts', 'states', 'structured', 'transfer', 'transforms', 'trees', 'types', 'units', 'unlearning', 'updates',
 ]

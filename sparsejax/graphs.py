@@ -4,7 +4,7 @@ A graph has `nodes` nodes and undirected edges: the ends of edge e are `senders[
 stands once, in either direction. So no mask can cut one direction of an edge alone.
 
     scores = graphs.degree_score(senders, receivers, nodes)
-    mask = graphs.kept(scores, 0.3)                                  # 30 % of the edges go
+    mask = graphs.kept_edges(scores, 0.3)                                  # 30 % of the edges go
     weights = graphs.normalised(senders, receivers, nodes, mask)
     h = graphs.propagate(x @ w, senders, receivers, weights)         # one layer of a graph convolution
 """
@@ -13,17 +13,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import arguments, counts, patterns
 from sparsejax.arguments import ARRAY, TIMES, Kind, checked, having
 from sparsejax.types import Array, Axes
 
-__all__ = ['Convolved', 'degree_score', 'kept', 'normalised', 'propagate']
+__all__ = ['Convolved', 'degree_score', 'kept_edges', 'normalised', 'propagate']
 
 _EDGES = Axes((), (0,), source='given')
 arguments.declare('degree_score normalised propagate', senders=ARRAY, receivers=ARRAY, nodes=TIMES, mask=ARRAY,
                   weights=Kind('what graphs.normalised returns', having('edges', 'nodes')))
-arguments.declare('kept', scores=ARRAY)
+arguments.declare('kept_edges', scores=ARRAY)
 
 
 class Convolved(NamedTuple):
@@ -55,14 +56,14 @@ def degree_score(senders: Array, receivers: Array, nodes: int) -> Array:
 
 
 @checked
-def kept(scores: Array, sparsity: float) -> Array:
+def kept_edges(scores: Array, sparsity: float) -> Array:
   """Returns the mask of the edges that stay, `bool[E]`: exactly `round(sparsity * E)` edges of the least scores go.
 
   Masks of rising sparsities over one score are nested. TEDDY rounds the count down, and rises over levels i by the
   sparsity 1 - (1 - p)^i.
   """
   if scores.ndim != 1:
-    raise ValueError(f'graphs.kept: scores of shape {scores.shape}; give one score an edge, `[E]`.')
+    raise ValueError(f'graphs.kept_edges: scores of shape {scores.shape}; give one score an edge, `[E]`.')
   return patterns.Unstructured(sparsity)(scores, counts.kept_of(sparsity, scores.shape[0]), _EDGES)
 
 
@@ -110,10 +111,10 @@ def _refuse(function: str, senders: Array, receivers: Array, nodes: int) -> None
     raise ValueError(f'graphs.{function}: the graph has no edges, so that there is nothing to rank or to send along; '
                      'give at least one edge, or a model without messages.')
   if arguments.is_known(senders) and arguments.is_known(receivers):
-    ends = jnp.stack([senders, receivers])
-    if jnp.min(ends) < 0 or jnp.max(ends) >= nodes:
-      raise ValueError(f'graphs.{function}: ends run from {int(jnp.min(ends))} to {int(jnp.max(ends))}, and the graph '
-                       f'has the nodes 0 to {nodes - 1}.')
-    if jnp.any(senders == receivers):
-      raise ValueError(f'graphs.{function}: edge {int(jnp.argmax(senders == receivers))} is a self-loop; leave '
-                       'self-loops out, a graph convolution adds one to every node.')
+    ends = np.stack([senders, receivers])  # with NumPy, since under `jit` the results of JAX are traced
+    if ends.min() < 0 or ends.max() >= nodes:
+      raise ValueError(f'graphs.{function}: ends run from {ends.min()} to {ends.max()}, and the graph has the nodes 0 to '
+                       f'{nodes - 1}.')
+    if np.any(ends[0] == ends[1]):
+      raise ValueError(f'graphs.{function}: edge {int(np.argmax(ends[0] == ends[1]))} is a self-loop; leave self-loops '
+                       'out, a graph convolution adds one to every node.')

@@ -25,6 +25,7 @@ from sparsejax.recipes.at_init import (
   snip,
   synflow,
 )
+from sparsejax.recipes.bayesian import ssvi, turbo_vbi
 from sparsejax.recipes.dynamic import dsl, quick_selection, rigl, set_, snfs, sparcl, static_sparse
 from sparsejax.recipes.gradual import (
   global_sparse_momentum,
@@ -72,7 +73,7 @@ TABLE = {f.__name__: f for f in (
     irrelevant_weights,
     static_sparse, set_, rigl, snfs, sparcl, dsl, quick_selection, g2gnet, cl_dst,
     iterative_magnitude, lottery_jackpot, l1_sparse,
-    teddy)}
+    teddy, turbo_vbi)}
 # Each kind of sentence has a table. A family adds the table of its kind.
 POST_TRAINING = {f.__name__: f for f in (
     magnitude, wanda, sparsegpt, exact_obs, obc, dsnot, ecoflap, net_trim, armor, gqsa)}
@@ -85,10 +86,10 @@ __all__ = [
     'armor', 'dsnot', 'ecoflap', 'exact_obs', 'gqsa', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
     'dhspg', 'group_magnitude', 'group_taylor', 'hap', 'hesso', 'latency_aware', 'norm_scale', 'oto', 'wgsef',
     'asp', 'bdwp', 'cl_dst', 'dense', 'dsl', 'freeze_net', 'g2gnet', 'global_sparse_momentum', 'gradual_magnitude',
-    'grasp', 'iterative_magnitude', 'iterative_soft_shrinkage', 'l1_sparse', 'lottery_jackpot', 'magnitude_at_init',
-    'mdgf', 'movement_pruning', 'quick_selection', 'random_pruning', 'random_search', 'rigl', 'robust_at_init',
-    'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sparcl', 'sr_ste', 'st3',
-    'static_sparse', 'ste', 'synflow', 'teddy',
+    'grasp', 'irrelevant_weights', 'iterative_magnitude', 'iterative_soft_shrinkage', 'l1_sparse', 'lottery_jackpot',
+    'magnitude_at_init', 'mdgf', 'movement_pruning', 'quick_selection', 'random_pruning', 'random_search', 'rigl',
+    'robust_at_init', 'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sparcl',
+    'sr_ste', 'ssvi', 'st3', 'static_sparse', 'ste', 'synflow', 'teddy', 'turbo_vbi',
 ]
 moved(__name__, {
     'bdwp_backward': (states.bdwp_backward, 'states.bdwp_backward'),

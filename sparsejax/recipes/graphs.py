@@ -1,6 +1,6 @@
 """Sentences for graph neural networks. The edges are ranked by `graphs.degree_score`, and the weights here.
 
-    mask = graphs.kept(graphs.degree_score(senders, receivers, nodes), 0.3)
+    mask = graphs.kept_edges(graphs.degree_score(senders, receivers, nodes), 0.3)
     tx = recipes.teddy(optax.chain(optax.add_decayed_weights(5e-4), optax.adam(0.01)), 0.8)
 """
 
@@ -20,7 +20,7 @@ def teddy(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstru
 
   2402.01261: projected gradient on the l0 ball, which is iterative hard thresholding. The gradient stays dense and
   the optimizer's slots are not masked, so that a zero may return. Biases count too, by the default of `where` without
-  `axes`, and a layer may be emptied. The paper trains so on the graph whose edges `graphs.kept` left, with a
+  `axes`, and a layer may be emptied. The paper trains so on the graph whose edges `graphs.kept_edges` left, with a
   distillation from the dense model on the full graph. The authors' code rounds the count of zeros up; here it is
   rounded half to even.
   """

@@ -41,7 +41,8 @@ def l1_sparse(inner: Inner, sparsity: float | None = None, pattern: Pattern = Un
               total_steps: int | None = None, **options: Any) -> Optimizer:
   """Fine-tunes a pruned model on retained data with a fading l1 penalty: sparse unlearning (Jia et al. 2023).
 
-  2304.04934, section 4. The mask is that of `iterative_magnitude`. The subgradient `penalty sign(w)` is added before
+  2304.04934, section 4. The mask is that of `iterative_magnitude`, by the magnitudes of `ticket`. The
+  subgradient `penalty sign(w)` is added before
   `inner`. `penalty` falls linearly to 0 over `total_steps`; without a number of steps it stays. The authors' code steps
   once an epoch and penalises every parameter, while here dense leaves go free. Give `update` the gradients of retained
   examples.

@@ -78,7 +78,7 @@ INSIDE = {
     'sparsejax.transforms': (('method', 'tying'), ('leaves',), ('refusals',), ('choosing', 'small'), ('phases',),
                              ('sparsify', 'penalised')),
     'sparsejax.recipes': (('sentence', 'post_training'), ('n_m', 'at_init', 'structured'),
-                          ('gradual', 'dynamic', 'tickets', 'graphs'), ('modular', 'regularized')),
+                          ('gradual', 'dynamic', 'tickets', 'graphs'), ('modular', 'regularized', 'bayesian')),
     'sparsejax.metrics': (('models', 'predictions'), ('landscapes',)),
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim', 'wrapped',
                                  'essential', 'quantized'),

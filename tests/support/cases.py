@@ -96,7 +96,7 @@ PROMISES = {
     **dict.fromkeys(('quick_selection', 'g2gnet'), Promise(counts=True, memory=1)),
     'sparcl': Promise(counts=True, memory=3),  # two masks, and a counter
     'dsl': Promise(counts=True), 'cl_dst': Promise(counts=True),
-    'gradual_magnitude': Promise(memory=1),
+    **dict.fromkeys(('gradual_magnitude', 'turbo_vbi'), Promise(memory=1)),
     'movement_pruning': Promise(memory=9),
     'soft_movement_pruning': Promise(memory=17),
     'global_sparse_momentum': Promise(memory=1),
@@ -108,7 +108,7 @@ OPTIONS = {
     **dict.fromkeys(('set_', 'rigl', 'snfs', 'sparcl', 'dsl', 'quick_selection', 'g2gnet', 'cl_dst'),
                     {'every': 2, 'fraction': 0.4}),
     'irrelevant_weights': {'every': 2, 'removed': 0.5},
-    'gradual_magnitude': {'every': 2}, 'soft_movement_pruning': {'score_optimizer': optax.sgd(5.0)},
+    **dict.fromkeys(('gradual_magnitude', 'turbo_vbi'), {'every': 2}), 'soft_movement_pruning': {'score_optimizer': optax.sgd(5.0)},
     'iterative_soft_shrinkage': {'fine_tune_steps': TUNED}, 'synflow': {'rounds': 5},
     'random_search': {'candidates': 3},
     'global_sparse_momentum': {'sparsity': 0.7},

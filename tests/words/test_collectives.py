@@ -71,7 +71,8 @@ def test_a_packed_gather_is_the_dense_one_bit_for_bit_and_sends_packed_bytes(n, 
     own = formats.NMArray.from_dense(shard[0], n, m, axes=(0,), check=False)
     return collectives.packed_gather(own, 'data')[None]
 
-  found = {packed: sharded(functools.partial(gathered, packed=packed), P('data'), P('data')) for packed in (True, False)}
+  make = lambda packed: sharded(functools.partial(gathered, packed=packed), P('data'), P('data'))
+  found = {packed: make(packed) for packed in (True, False)}
   np.testing.assert_array_equal(found[True](shards)[5].astype(jnp.float32), w.astype(jnp.float32))
   values = {packed: sum(each.sent_values for each in hlo.collectives(f.lower(shards).compile().as_text()))
             for packed, f in found.items()}

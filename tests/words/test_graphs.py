@@ -20,8 +20,8 @@ def test_numbers_of_the_formula():
   """[run]: NumPy of the authors' rule."""
   scores = graphs.degree_score(*ENDS, 5)
   np.testing.assert_allclose(scores, [.075687, .075687, .092946, .103114, .278839], atol=1e-6)
-  assert graphs.kept(scores, 0.4).tolist() == [False, False, True, True, True]
-  assert graphs.kept(scores, 0.2).tolist() == [True, False, True, True, True]  # of ties the lower index stays
+  assert graphs.kept_edges(scores, 0.4).tolist() == [False, False, True, True, True]
+  assert graphs.kept_edges(scores, 0.2).tolist() == [True, False, True, True, True]  # of ties the lower index stays
 
 
 def test_a_turned_edge_and_other_names_of_nodes_change_nothing():
@@ -34,21 +34,21 @@ def test_a_turned_edge_and_other_names_of_nodes_change_nothing():
 
 def test_masks_of_levels_are_nested_and_exact():
   scores = graphs.degree_score(*drawn(), 9)
-  masks = [np.asarray(graphs.kept(scores, 1 - 0.8**level)) for level in range(6)]
+  masks = [np.asarray(graphs.kept_edges(scores, 1 - 0.8**level)) for level in range(6)]
   assert [int(mask.sum()) for mask in masks] == [len(scores) - round((1 - 0.8**i) * len(scores)) for i in range(6)]
   assert all((later <= sooner).all() for sooner, later in zip(masks, masks[1:]))
 
 
 def test_messages_are_the_product_with_the_normalised_matrix_and_a_pruned_edge_is_a_dropped_one():
   senders, receivers = drawn()
-  mask = graphs.kept(graphs.degree_score(senders, receivers, 9), 0.5)
+  mask = graphs.kept_edges(graphs.degree_score(senders, receivers, 9), 0.5)
   x = jnp.asarray(np.random.default_rng(2).normal(size=(9, 2, 3)), jnp.float32)
   dense = np.eye(9)
   for s, r in np.stack([senders, receivers], 1)[np.asarray(mask)]:
     dense[s, r] = dense[r, s] = 1
   root = dense.sum(0) ** -0.5
   wanted = np.einsum('ij,jkl->ikl', root[:, None] * dense * root, x)
-  found = jax.jit(graphs.propagate)(x, senders, receivers, graphs.normalised(senders, receivers, 9, mask))
+  found = jax.jit(lambda x: graphs.propagate(x, senders, receivers, graphs.normalised(senders, receivers, 9, mask)))(x)
   np.testing.assert_allclose(found, wanted, atol=1e-5)
   fewer = senders[mask], receivers[mask]
   np.testing.assert_allclose(graphs.propagate(x, *fewer, graphs.normalised(*fewer, 9)), wanted, atol=1e-5)
@@ -69,5 +69,5 @@ def test_other_graphs_are_refused(ends, nodes, why):
 def test_a_mask_of_another_size_is_refused():
   with pytest.raises(ValueError, match='graphs.normalised: `mask` has shape .* 5 edges'):
     graphs.normalised(*ENDS, 5, jnp.ones(4, bool))
-  with pytest.raises(ValueError, match='graphs.kept: scores of shape'):
-    graphs.kept(jnp.ones((2, 2)), 0.5)
+  with pytest.raises(ValueError, match='graphs.kept_edges: scores of shape'):
+    graphs.kept_edges(jnp.ones((2, 2)), 0.5)
