@@ -20,7 +20,7 @@ from kernels_pallas.sparse24 import sparse24_matmul
 from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
-    'active_matmul', 'active_outputs', 'block_sparse_attention', 'block_sparse_matmul', 'bytes_read', 'ell_matmul', 'nm_matmul',
-    'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'threshold_matmul', 'unstructured_matmul',
-    'wrapped_matmul',
+    'active_matmul', 'active_outputs', 'block_sparse_attention', 'block_sparse_matmul', 'bytes_read', 'ell_matmul',
+    'nm_matmul', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'threshold_matmul',
+    'unstructured_matmul', 'wrapped_matmul',
 ]

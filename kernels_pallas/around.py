@@ -123,8 +123,8 @@ def threshold_matmul(x: Array, w: ActiveArray, *, implementation: str | None = N
   `active_matmul` multiplies by a dense weight, in blocks of 16 inputs, or of as many as divide K. The op of a packed
   weight multiplies x with zeros for what is skipped. With `w.left` and `w.right`, the skipped entries times both are
   added (R-Sparse, Zhang et al. 2025, 2504.19449). A weight whose `outputs` are skipped is multiplied whole here:
-  `packed` calls `active.active_outputs` where a program multiplies the outputs by zeros. `implementation` and `explain` are those of the op. Raises
-  `ValueError` with the `refusal` of `x` and `w`.
+  `packed` calls `active.active_outputs` where a program multiplies the outputs by zeros. `implementation` and `explain`
+  are those of the op. Raises `ValueError` with the `refusal` of `x` and `w`.
   """
   if reason := threshold_refusal(x, w):
     raise ValueError(f'threshold_matmul: {reason}.')
@@ -186,4 +186,5 @@ def threshold_refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
   return OPS[w.held.kind].refusal(x, w.opened())
 
 
-OPS |= {'active': Op(threshold_matmul, threshold_refusal), 'scaled': Op(scaled_matmul, scaled_refusal), 'wrapped': Op(wrapped_matmul, wrapped_refusal)}
+OPS |= {'active': Op(threshold_matmul, threshold_refusal), 'scaled': Op(scaled_matmul, scaled_refusal),
+        'wrapped': Op(wrapped_matmul, wrapped_refusal)}

@@ -67,9 +67,9 @@ from sparsejax.states import SparseState, apply_masks, masks, project
 from sparsejax.version import __version__ as __version__
 
 __all__ = [
-  'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'activation', 'advice', 'advise', 'allocation',
-  'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
-  'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
+  'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'activation', 'advice', 'advise',
+  'allocation', 'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses',
+  'masks', 'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
   'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities',
   'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'units', 'updates',
 ]

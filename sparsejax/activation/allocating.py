@@ -28,8 +28,8 @@ class Greedy(NamedTuple):
                ) -> dict[Unit, float]:
     """Returns the sparsity of each unit, of which the mean, weighted by size, is `sparsity`.
 
-    `errors` are the relative errors of each unit at `LEVELS`, linear between. The unit is raised whose step adds the
-    least; ties go to the first, and the last step is cut to the sparsity that is left.
+    `errors` are the relative errors of each unit at `LEVELS`, linear between. The unit whose step adds the least error
+    is raised. Ties go to the first unit, and the last step is cut to the sparsity that is left.
     """
     mean, total = np.mean(list(sizes.values())), sum(sizes.values())
     found, left = dict.fromkeys(sizes, 0.0), sparsity * total
@@ -49,8 +49,9 @@ class Greedy(NamedTuple):
 def greedy(step: float = 0.025) -> Greedy:
   """Returns the allocation of TEAL (Liu et al. 2024, 2408.14690, algorithm 1): equal steps where they cost least.
 
-  Deviation: the error of a step is the relative squared error of the weight's own product, measured once at 20
-  sparsities, with dense inputs; the errors of weights add. The authors measure the output of the block anew for each.
+  Deviation: the error of a step is the relative squared error of the weight's own product. The errors are measured
+  once, at 20 sparsities and with dense inputs, and the errors of weights add. The authors measure the output of the
+  block anew for each step.
   """
   return Greedy(step)
 
@@ -59,8 +60,8 @@ def shared(calls: Calls, places: Mapping[str, Place], rule: Rule, own: Mapping[U
            found: Mapping[Unit, list[Any]], allocation: Callable[..., dict[Unit, float]]) -> dict[Unit, float]:
   """Returns the sparsities that an allocation gives the units."""
   if rule.neurons or rule.rest is not None:
-    raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of {rule.name}; '
-                     'leave `allocation` out.')
+    raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of '
+                     f'{rule.name}; leave `allocation` out.')
   errors = {unit: [0.0] for unit in found}
   histograms = {unit: together(each) for unit, each in found.items()}
   for level in LEVELS[1:]:
@@ -130,6 +131,6 @@ def _loss(calls: Calls, rule: PerplexityRule, results: list[list[Any]]) -> float
   losses = [float(rule.loss(program.unflatten(each), *args, **kwargs))
             for program, each, (args, kwargs) in zip(calls.programs, results, calls.given)]
   if not np.all(np.isfinite(losses)):
-    raise ValueError(f'{FUNCTION}: the loss of ppl is not finite in batch {int(np.argmin(np.isfinite(losses)))}. Look at '
-                     'the batch, and at `loss(results, *inputs)`.')
+    raise ValueError(f'{FUNCTION}: the loss of ppl is not finite in batch {int(np.argmin(np.isfinite(losses)))}. Look '
+                     'at the batch, and at `loss(results, *inputs)`.')
   return float(np.mean(losses))

@@ -32,9 +32,13 @@ def runs(calls: Calls, places: Mapping[str, Place], visit: Callable[[Seen, Array
   """
   results = []
   for i, (program, arrays, valid) in enumerate(zip(calls.programs, calls.arrays, calls.valid)):
-    counted = validity(FUNCTION, program, valid)
-    results.append(run(FUNCTION, program, arrays, places, lambda seen: visit(seen, counted(seen.site)[0], i)))
+    results.append(run(FUNCTION, program, arrays, places, _in_batch(visit, validity(FUNCTION, program, valid), i)))
   return results
+
+
+def _in_batch(visit: Callable[[Seen, Array | None, int], Any], counted: Callable[..., Any], batch: int
+              ) -> Callable[[Seen], Any]:
+  return lambda seen: visit(seen, counted(seen.site)[0], batch)
 
 
 def finite_rows(seen: Seen, array: Array, valid: Array | None, batch: int) -> calibration.Rows:
@@ -87,8 +91,8 @@ class SkipReport(NamedTuple):
   `shape`: `(matrices, outputs, inputs)`. `asked`: the fraction of inputs that was to be skipped. `achieved`: the
   fraction that tokens skipped while all products were sparse. `blocks`: the fraction of blocks of 16 inputs that one
   token reads. `rows`: how many tokens were counted. `error`: the squared error of the product over the squared dense
-  product of the same input. `read`: the bytes of the weight that the compiled product reads for one token, over those of
-  the weight, if `reads` was given. `note` says what else a reader must know.
+  product of the same input. `read`: the bytes of the weight that the compiled product reads for one token, over those
+  of the weight, if `reads` was given. `note` says what else a reader must know.
   """
 
   path: str
@@ -127,9 +131,9 @@ def tested(calls: Calls, places: Mapping[str, Place], skips: Callable[[Seen], Ar
            reads: Reads | None = None) -> tuple[dict[Unit, list[float]], list[list[Any]]]:
   """Runs the sparse model. Returns sums of each unit, and the results of each batch.
 
-  `skips(seen)` says which entries of the operand are skipped. The first five sums are those of skipped entries, of entries, of blocks that are read, of the squares of the error of the product
-  and of the dense product. With `reads(x, w)`, two more are the bytes that one token of each batch reads, and those of
-  the weight.
+  `skips(seen)` says which entries of the operand are skipped. The first three sums are those of skipped entries, of
+  entries, and of entries in blocks that are read. Two are the squares of the error of the product, and of the dense
+  product. With `reads(x, w)`, two more are the bytes that one token of each batch reads, and those of the weight.
   """
   sums: dict[Unit, list[float]] = {}
 

@@ -92,7 +92,8 @@ def places_of(function: str, program: Program, params: PyTree, where: Any, neuro
   """Returns the places by path, in the order of the program, and the reason for each product that is left dense.
 
   Without `where`, all products with data are taken, but for the head, look-ups and those that cannot be: the reasons
-  tell. What `where` names and cannot be is refused. With `neurons`, the paths are those of `down` of gated layers.
+  tell. A parameter that `where` picks and that has no such product is refused. With `neurons`, the paths are those of
+  `down` of gated layers.
   """
   found, layers = read(program), {layer.down: layer for layer in layers_of(program)} if neurons else {}
   if neurons and not layers:
@@ -176,9 +177,9 @@ def _head(program: Program, found: Contractions) -> str | None:
 class Seen(NamedTuple):
   """A `Seen` is one product of a unit while the program runs.
 
-  `x`: the operand that is compared, an activation for rules of neurons. `up`: what it is multiplied by, or `None`.
-  `rows(array)` returns an array like `x` as rows `[L, T, K]`. `counted` are the rows that count, `bool[L, T]` or `None`.
-  `answered(x)` returns the results of the operation with another `x`.
+  `x`: the operand that is compared, an activation for rules of neurons. `up`: the product that multiplies the
+  activation, or `None`. `rows(array, valid)` returns an array like `x` as rows `[L, T, K]`, and which of them count,
+  `bool[L, T]` or `None`. `answered(x)` returns the results of the operation with another `x`.
   """
 
   place: Place

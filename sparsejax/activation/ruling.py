@@ -48,10 +48,11 @@ def ruled(apply: Callable[..., Any], rule: Rule | TopNeurons, thresholds: Mappin
   thresholds of another model.
   """
   if not isinstance(rule, (Rule, TopNeurons)) or isinstance(rule, Rule) and not rule.neurons:
-    raise ValueError(f'{FUNCTION}: the rule must be one for neurons, as in activation.top_k(16) or activation.cats(0.5); '
-                     'thresholds of inputs are in the parameters that activation.sparsify returns.')
+    raise ValueError(f'{FUNCTION}: the rule must be one for neurons, as in activation.top_k(16) or activation.cats(0.5)'
+                     '; thresholds of inputs are in the parameters that activation.sparsify returns.')
   if isinstance(rule, Rule) and thresholds is None:
-    raise ValueError(f'{FUNCTION}: {rule.name} needs `thresholds` by the path of `down`; activation.sparsify finds them.')
+    raise ValueError(f'{FUNCTION}: {rule.name} needs `thresholds` by the path of `down`; activation.sparsify finds '
+                     'them.')
 
   @functools.wraps(apply)
   def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
