@@ -168,7 +168,7 @@ def bytes_read(x: Array, w: ActiveArray, *, implementation: str | None = None) -
   block = math.gcd(BLOCK, w.skippable)
   count = int(active.reference.active_blocks(products.as_matrix(active.passed(x, w.threshold)), block)[1])
   capacity = int(active.CAPACITY * (w.skippable // block))
-  rounds = -(-count // active.reference.together(block, w.skippable // block))
+  rounds = -(-count // active.reference.blocks_of_step(block, w.skippable // block))
   looped = any(read.times is None for read in found)
   chosen = [read for read in found if not read.branch or (read.times is None) == (count <= capacity)]
   return sum(read.bytes * (rounds if read.times is None else read.times) for read in (chosen if looped else found))

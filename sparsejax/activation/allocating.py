@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.activation.measuring import FUNCTION, Thresholds, below, finite_rows, runs, tested, together
-from sparsejax.activation.places import Place, Seen, Unit
+from sparsejax.activation.measuring import FUNCTION, Thresholds, below, finite_rows, over_batches, runs, tested
+from sparsejax.activation.places import Seen, Unit, Weights
 from sparsejax.activation.rules import PerplexityRule, Rule, error_bound
 from sparsejax.arguments import checked
 from sparsejax.programs.calls import Calls
@@ -56,14 +56,14 @@ def greedy(step: float = 0.025) -> Greedy:
   return Greedy(step)
 
 
-def shared(calls: Calls, places: Mapping[str, Place], rule: Rule, own: Mapping[Unit, Any],
+def shared(calls: Calls, places: Weights, rule: Rule, own: Mapping[Unit, Any],
            found: Mapping[Unit, list[Any]], allocation: Callable[..., dict[Unit, float]]) -> dict[Unit, float]:
   """Returns the sparsities that an allocation gives the units."""
   if rule.neurons or rule.rest is not None:
     raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of '
                      f'{rule.name}; leave `allocation` out.')
   errors = {unit: [0.0] for unit in found}
-  histograms = {unit: together(each) for unit, each in found.items()}
+  histograms = {unit: over_batches(each) for unit, each in found.items()}
   for level in LEVELS[1:]:
     limits = {unit: rule.thresholds(each.quantile(rule.level(level)), own[unit]) for unit, each in histograms.items()}
     sums = _errors(calls, places, limits)
@@ -73,7 +73,7 @@ def shared(calls: Calls, places: Mapping[str, Place], rule: Rule, own: Mapping[U
   return allocation({unit: np.asarray(each) for unit, each in errors.items()}, sizes, rule.sparsity)
 
 
-def _errors(calls: Calls, places: Mapping[str, Place], limits: Thresholds) -> dict[Unit, float]:
+def _errors(calls: Calls, places: Weights, limits: Thresholds) -> dict[Unit, float]:
   """Returns the relative squared error of each product, with dense inputs."""
   sums: dict[Unit, list[float]] = {unit: [0.0, 0.0] for unit in limits}
 
@@ -92,7 +92,7 @@ def _errors(calls: Calls, places: Mapping[str, Place], limits: Thresholds) -> di
   return {unit: error / whole if whole else 0.0 for unit, (error, whole) in sums.items()}
 
 
-def bounded(calls: Calls, places: Mapping[str, Place], rule: PerplexityRule) -> Thresholds:
+def bounded(calls: Calls, places: Weights, rule: PerplexityRule) -> Thresholds:
   """Returns the thresholds of the largest bound on the relative errors at which the perplexity rises as allowed."""
   inputs: dict[Unit, list[np.ndarray]] = {}
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import calibration, formats
-from sparsejax.activation.places import Place, Seen, Unit, run
+from sparsejax.activation.places import Seen, Unit, Weights, run
 from sparsejax.activation.rules import Rest, Rule
 from sparsejax.programs.calls import Calls, validity
 from sparsejax.types import Array
@@ -25,7 +25,7 @@ BLOCK = 16  # inputs that a product on a CPU skips together
 Thresholds = Mapping[Unit, np.ndarray]
 
 
-def runs(calls: Calls, places: Mapping[str, Place], visit: Callable[[Seen, Array | None, int], Any]) -> list[list[Any]]:
+def runs(calls: Calls, places: Weights, visit: Callable[[Seen, Array | None, int], Any]) -> list[list[Any]]:
   """Runs every batch; `visit(seen, valid, batch)` also gets the entries of the operand that count, or `None` for all.
 
   Returns the results of each batch.
@@ -51,7 +51,7 @@ def finite_rows(seen: Seen, array: Array, valid: Array | None, batch: int) -> ca
   return rows
 
 
-def scales(calls: Calls, places: Mapping[str, Place], rule: Rule) -> dict[Unit, Any]:
+def scales(calls: Calls, places: Weights, rule: Rule) -> dict[Unit, Any]:
   """Returns by what the magnitudes of each unit are multiplied, `[L, K]`, before they are compared."""
   if not rule.neurons:
     return {unit: rule.scale(place.stack(unit)) for place in places.values() for unit in place.units}
@@ -66,7 +66,7 @@ def scales(calls: Calls, places: Mapping[str, Place], rule: Rule) -> dict[Unit, 
   return {unit: rule.scale(jnp.asarray(np.mean(each, 0))) for unit, each in means.items() if each}
 
 
-def measured(calls: Calls, places: Mapping[str, Place], own: Mapping[Unit, Any]) -> dict[Unit, list[Any]]:
+def measured(calls: Calls, places: Weights, own: Mapping[Unit, Any]) -> dict[Unit, list[Any]]:
   """Returns the `Magnitudes` of each unit in each batch, scaled by `own`, as arrays of the host."""
   found: dict[Unit, list[Any]] = {}
 
@@ -79,7 +79,7 @@ def measured(calls: Calls, places: Mapping[str, Place], own: Mapping[Unit, Any])
                                                             for l in range(len(each[0].rows)))}
 
 
-def together(each: list[Any]) -> calibration.Magnitudes:
+def over_batches(each: list[Any]) -> calibration.Magnitudes:
   """Returns the magnitudes of all batches, counted in 64 bits."""
   wide = lambda a: np.asarray(a).astype(np.int64 if a.dtype.kind == 'i' else np.float64)
   return jax.tree.map(lambda *parts: functools.reduce(np.add, map(wide, parts)), *each)
@@ -127,7 +127,7 @@ def below(thresholds: Thresholds) -> Callable[[Seen], Array]:
   return lambda seen: jnp.abs(seen.x.astype(jnp.float32)) < seen.place.spread(thresholds[seen.unit], seen.number)
 
 
-def tested(calls: Calls, places: Mapping[str, Place], skips: Callable[[Seen], Array], rests: Mapping[Unit, Rest],
+def tested(calls: Calls, places: Weights, skips: Callable[[Seen], Array], rests: Mapping[Unit, Rest],
            reads: Reads | None = None) -> tuple[dict[Unit, list[float]], list[list[Any]]]:
   """Runs the sparse model. Returns sums of each unit, and the results of each batch.
 

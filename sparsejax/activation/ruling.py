@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsejax import ranking
-from sparsejax.activation.places import Place, places_of
+from sparsejax.activation.places import Weights, places_of
 from sparsejax.activation.rules import Rule, TopNeurons
 from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs
@@ -74,7 +74,7 @@ def _abstract(params: PyTree) -> PyTree:
                       params)
 
 
-def _refuse_others(places: Mapping[str, Place], thresholds: Mapping[str, Any]) -> None:
+def _refuse_others(places: Weights, thresholds: Mapping[str, Any]) -> None:
   """Raises `ValueError` for thresholds of another model."""
   for path, place in places.items():
     lead = [place.array.shape[a] for a in sorted(place.axes.layer)]
@@ -86,7 +86,7 @@ def _refuse_others(places: Mapping[str, Place], thresholds: Mapping[str, Any]) -
                        'Calibrate again, or pick layers with `where`.')
 
 
-def _marked(places: Mapping[str, Place], thresholds: Mapping[str, Any], path: str, array: Array) -> Any:
+def _marked(places: Weights, thresholds: Mapping[str, Any], path: str, array: Array) -> Any:
   for place in places.values():
     assert place.layer is not None
     if path == (place.layer.up or place.path) and place.path in thresholds:
@@ -98,7 +98,7 @@ def _plain(value: Any) -> Any:
   return value.array if isinstance(value, Marked) else value
 
 
-def _rules(program: Program, places: Mapping[str, Place], rule: Any) -> ValueRules:
+def _rules(program: Program, places: Weights, rule: Any) -> ValueRules:
   """Returns the rules by which a program runs with its neurons switched off."""
   layers = {place.layer.address: place.layer for place in places.values() if place.layer is not None}
   within = rules_at(FUNCTION, program, {address: {layer.name: layer} for address, layer in layers.items()},

@@ -24,11 +24,11 @@ from sparsejax.activation.measuring import (
   Thresholds,
   below,
   measured,
+  over_batches,
   scales,
   tested,
-  together,
 )
-from sparsejax.activation.places import Place, Seen, Unit, places_of
+from sparsejax.activation.places import Seen, Unit, Weights, places_of
 from sparsejax.activation.rules import PerplexityRule, Rest, Rule, TopNeurons
 from sparsejax.activation.ruling import ruled, switched
 from sparsejax.programs.calls import Calls, calls_of
@@ -52,7 +52,8 @@ class Rewritten(NamedTuple):
 @arguments.checked
 def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
              rule: Rule | TopNeurons | PerplexityRule, *, where: Predicate | PyTree | None = None,
-             valid: Iterable[Array] | None = None, allocation: Greedy | None = None, reads: Reads | None = None) -> Rewritten:
+             valid: Iterable[Array] | None = None, allocation: Greedy | None = None,
+             reads: Reads | None = None) -> Rewritten:
   """Returns the model that skips inputs or neurons as a rule says, with thresholds from calibration batches.
 
   `apply(params, *inputs)`: any JAX function whose first argument holds the parameters. In `batches` a tuple is
@@ -101,7 +102,7 @@ def _refuse_packed(params: PyTree) -> None:
                      'weights their thresholds by formats.ActiveArray.of(packed, threshold).')
 
 
-def _refuse_not_finite(places: Mapping[str, Place]) -> None:
+def _refuse_not_finite(places: Weights) -> None:
   why = 'it holds NaN or infinities. Repair it, or leave it out of `where`.'
   problems = [errors.Problem(path, place.array.shape, why) for path, place in places.items()
               if not bool(jnp.all(jnp.isfinite(place.array)))]
@@ -134,7 +135,7 @@ class Calibrated(NamedTuple):
   skips: Callable[[Seen], Array]
 
 
-def _solved(used: Calls, places: Mapping[str, Place], rule: Any, allocation: Greedy | None) -> Calibrated:
+def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None) -> Calibrated:
   """Returns what a rule finds for all units on the calibration batches."""
   if isinstance(rule, TopNeurons):
     asked = {unit: max(1 - rule.k / place.first.shape[2], 0.0) for place in places.values() for unit in place.units}
@@ -166,10 +167,10 @@ def tau_of(rule: Rule, each: list[Any], sparsity: float) -> np.ndarray:
   level = rule.level(sparsity)
   if rule.each_batch:
     return np.mean([one.quantile(level) for one in each], 0)
-  return together(each).quantile(level)
+  return over_batches(each).quantile(level)
 
 
-def _rows(apply: Callable[..., Any], params: PyTree, calls: Calls, places: Mapping[str, Place],
+def _rows(apply: Callable[..., Any], params: PyTree, calls: Calls, places: Weights,
           solved: Calibrated, reads: Reads | None) -> tuple[tuple[SkipReport, ...], list[str]]:
   sums, results = tested(calls, places, solved.skips, solved.rests, reads)
   rows, asked = [], solved.asked
@@ -203,7 +204,7 @@ def _mean_asked(rows: tuple[SkipReport, ...]) -> float | None:
   return float(sum(n * (row.asked or 0.0) for n, row in zip(sizes, rows)) / sum(sizes))
 
 
-def _packed(params: PyTree, places: Mapping[str, Place], limits: Mapping[str, np.ndarray], rests: Mapping[Unit, Rest],
+def _packed(params: PyTree, places: Weights, limits: Mapping[str, np.ndarray], rests: Mapping[Unit, Rest],
             neurons: bool) -> PyTree:
   """Returns the parameters with `ActiveArray`s: of `up` and `down` where neurons are switched off."""
   paths, leaves, structure = trees.flatten(params)
