@@ -123,8 +123,8 @@ def threshold_matmul(x: Array, w: ActiveArray, *, implementation: str | None = N
   `active_matmul` multiplies by a dense weight, in blocks of 16 inputs, or of as many as divide K. The op of a packed
   weight multiplies x with zeros for what is skipped. With `w.left` and `w.right`, the skipped entries times both are
   added (R-Sparse, Zhang et al. 2025, 2504.19449). A weight whose `outputs` are skipped is multiplied whole here:
-  `packed` calls `active.active_outputs` where a program multiplies the outputs by zeros. `implementation` and `explain` are those of the op. Raises
-  `ValueError` with the `refusal` of `x` and `w`.
+  `packed` calls `active.active_outputs` where a program multiplies the outputs by zeros. `implementation` and `explain`
+  are those of the op. Raises `ValueError` with the `refusal` of `x` and `w`.
   """
   if reason := threshold_refusal(x, w):
     raise ValueError(f'threshold_matmul: {reason}.')
@@ -168,7 +168,7 @@ def bytes_read(x: Array, w: ActiveArray, *, implementation: str | None = None) -
   block = math.gcd(BLOCK, w.skippable)
   count = int(active.reference.active_blocks(products.as_matrix(active.passed(x, w.threshold)), block)[1])
   capacity = int(active.CAPACITY * (w.skippable // block))
-  rounds = -(-count // active.reference.together(block, w.skippable // block))
+  rounds = -(-count // active.reference.blocks_of_step(block, w.skippable // block))
   looped = any(read.times is None for read in found)
   chosen = [read for read in found if not read.branch or (read.times is None) == (count <= capacity)]
   return sum(read.bytes * (rounds if read.times is None else read.times) for read in (chosen if looped else found))
@@ -186,4 +186,5 @@ def threshold_refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:
   return OPS[w.held.kind].refusal(x, w.opened())
 
 
-OPS |= {'active': Op(threshold_matmul, threshold_refusal), 'scaled': Op(scaled_matmul, scaled_refusal), 'wrapped': Op(wrapped_matmul, wrapped_refusal)}
+OPS |= {'active': Op(threshold_matmul, threshold_refusal), 'scaled': Op(scaled_matmul, scaled_refusal),
+        'wrapped': Op(wrapped_matmul, wrapped_refusal)}

@@ -49,8 +49,8 @@ def coding_rate(z: Array, u: Array, eps: float = 0.5) -> Array:
 def latent_groups(z: Array, size: int) -> Array:
   """Returns the group lasso of latents `[..., n]`, `[]`: the mean of the sum of `sqrt(size)` times each group's norm.
 
-  Groups are `size` neighbours. SparseJEPA (2504.16140) adds such a penalty to the loss of a joint-embedding predictor;
-  the form of its penalty is not published as code, and learned groups are left out here.
+  Groups are `size` neighbours. SparseJEPA (2504.16140) adds such a penalty to the loss of a joint-embedding predictor.
+  No code is published, so that the form of the penalty is ours, and learned groups are left out.
   """
   if z.shape[-1] % size:
     raise ValueError(f'models.latent_groups: groups of {size} do not divide {z.shape[-1]} latents; take one that does.')

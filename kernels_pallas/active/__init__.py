@@ -59,12 +59,12 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
 
 def active_outputs(x: Array, w: Array, mask: Array, *, block: int = 16, capacity: int | None = None,
                    implementation: str | None = None, explain: bool = False) -> Array | dispatch.Choices:
-  """Returns `x [..., K]` times the transpose of `w [N, K]` at the outputs of `mask`, `bool[..., N]`, and zeros elsewhere.
+  """Returns `x [..., K]` times the transpose of `w [N, K]` at the outputs of `mask`, and zeros elsewhere: `[..., N]`.
 
-  A block of `block` rows of `w` is read if any token has an output in the block. If more than `capacity` blocks are
-  active, by default three quarters, all are read. Differentiable in `x` and `w`, in both modes, by dense products.
-  `implementation` is
-  'xla' or 'dense'; `None` takes the choice of `prefer` on each platform. Raises `ValueError` for other shapes.
+  `mask` is `bool[..., N]`. A block of `block` rows of `w` is read if any token has an output in the block. If more than
+  `capacity` blocks are active, by default three quarters, all are read. Differentiable in `x` and `w`, in both modes,
+  by dense products. `implementation` is 'xla' or 'dense'; `None` takes the choice of `prefer` on each platform. Raises
+  `ValueError` for other shapes.
   """
   if w.ndim != 2 or x.shape[-1:] != w.shape[1:] or mask.shape != (*x.shape[:-1], w.shape[0]) or mask.dtype != bool:
     raise ValueError(f'active_outputs: x {x.shape}, w {w.shape} and mask {mask.dtype}{mask.shape} must be [..., K], '

@@ -66,7 +66,7 @@ def dense(x: Array, w: Array) -> Array:
   return products.dot(x, w, 1, 0).astype(x.dtype)
 
 
-def together(block: int, blocks: int) -> int:
+def blocks_of_step(block: int, blocks: int) -> int:
   """Returns how many blocks a step of the loop takes."""
   return min(max(_ROWS // block, 1), blocks)
 
@@ -81,7 +81,7 @@ def _walked(order: Array, count: Array, block: int, step: Callable[[Array, Array
 
   The last step is padded with the number of a block past the end.
   """
-  few, end = together(block, len(order)), len(order)
+  few, end = blocks_of_step(block, len(order)), len(order)
   order = jnp.where(jnp.arange(end) < count, order, end)
   order = jnp.pad(order, (0, -end % few), constant_values=end)
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.activation.measuring import FUNCTION, Thresholds, below, finite_rows, runs, tested, together
-from sparsejax.activation.places import Place, Seen, Unit
+from sparsejax.activation.measuring import FUNCTION, Thresholds, below, finite_rows, over_batches, runs, tested
+from sparsejax.activation.places import Seen, Unit, Weights
 from sparsejax.activation.rules import PerplexityRule, Rule, error_bound
 from sparsejax.arguments import checked
 from sparsejax.programs.calls import Calls
@@ -28,8 +28,8 @@ class Greedy(NamedTuple):
                ) -> dict[Unit, float]:
     """Returns the sparsity of each unit, of which the mean, weighted by size, is `sparsity`.
 
-    `errors` are the relative errors of each unit at `LEVELS`, linear between. The unit is raised whose step adds the
-    least; ties go to the first, and the last step is cut to the sparsity that is left.
+    `errors` are the relative errors of each unit at `LEVELS`, linear between. The unit whose step adds the least error
+    is raised. Ties go to the first unit, and the last step is cut to the sparsity that is left.
     """
     mean, total = np.mean(list(sizes.values())), sum(sizes.values())
     found, left = dict.fromkeys(sizes, 0.0), sparsity * total
@@ -49,20 +49,21 @@ class Greedy(NamedTuple):
 def greedy(step: float = 0.025) -> Greedy:
   """Returns the allocation of TEAL (Liu et al. 2024, 2408.14690, algorithm 1): equal steps where they cost least.
 
-  Deviation: the error of a step is the relative squared error of the weight's own product, measured once at 20
-  sparsities, with dense inputs; the errors of weights add. The authors measure the output of the block anew for each.
+  Deviation: the error of a step is the relative squared error of the weight's own product. The errors are measured
+  once, at 20 sparsities and with dense inputs, and the errors of weights add. The authors measure the output of the
+  block anew for each step.
   """
   return Greedy(step)
 
 
-def shared(calls: Calls, places: Mapping[str, Place], rule: Rule, own: Mapping[Unit, Any],
+def shared(calls: Calls, places: Weights, rule: Rule, own: Mapping[Unit, Any],
            found: Mapping[Unit, list[Any]], allocation: Callable[..., dict[Unit, float]]) -> dict[Unit, float]:
   """Returns the sparsities that an allocation gives the units."""
   if rule.neurons or rule.rest is not None:
-    raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of {rule.name}; '
-                     'leave `allocation` out.')
+    raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of '
+                     f'{rule.name}; leave `allocation` out.')
   errors = {unit: [0.0] for unit in found}
-  histograms = {unit: together(each) for unit, each in found.items()}
+  histograms = {unit: over_batches(each) for unit, each in found.items()}
   for level in LEVELS[1:]:
     limits = {unit: rule.thresholds(each.quantile(rule.level(level)), own[unit]) for unit, each in histograms.items()}
     sums = _errors(calls, places, limits)
@@ -72,7 +73,7 @@ def shared(calls: Calls, places: Mapping[str, Place], rule: Rule, own: Mapping[U
   return allocation({unit: np.asarray(each) for unit, each in errors.items()}, sizes, rule.sparsity)
 
 
-def _errors(calls: Calls, places: Mapping[str, Place], limits: Thresholds) -> dict[Unit, float]:
+def _errors(calls: Calls, places: Weights, limits: Thresholds) -> dict[Unit, float]:
   """Returns the relative squared error of each product, with dense inputs."""
   sums: dict[Unit, list[float]] = {unit: [0.0, 0.0] for unit in limits}
 
@@ -91,7 +92,7 @@ def _errors(calls: Calls, places: Mapping[str, Place], limits: Thresholds) -> di
   return {unit: error / whole if whole else 0.0 for unit, (error, whole) in sums.items()}
 
 
-def bounded(calls: Calls, places: Mapping[str, Place], rule: PerplexityRule) -> Thresholds:
+def bounded(calls: Calls, places: Weights, rule: PerplexityRule) -> Thresholds:
   """Returns the thresholds of the largest bound on the relative errors at which the perplexity rises as allowed."""
   inputs: dict[Unit, list[np.ndarray]] = {}
 
@@ -130,6 +131,6 @@ def _loss(calls: Calls, rule: PerplexityRule, results: list[list[Any]]) -> float
   losses = [float(rule.loss(program.unflatten(each), *args, **kwargs))
             for program, each, (args, kwargs) in zip(calls.programs, results, calls.given)]
   if not np.all(np.isfinite(losses)):
-    raise ValueError(f'{FUNCTION}: the loss of ppl is not finite in batch {int(np.argmin(np.isfinite(losses)))}. Look at '
-                     'the batch, and at `loss(results, *inputs)`.')
+    raise ValueError(f'{FUNCTION}: the loss of ppl is not finite in batch {int(np.argmin(np.isfinite(losses)))}. Look '
+                     'at the batch, and at `loss(results, *inputs)`.')
   return float(np.mean(losses))

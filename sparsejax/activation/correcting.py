@@ -42,13 +42,14 @@ def corrected(sparse_step: Step, full_step: Step, period: int = 16, threshold: f
   `sparse_step(params, tokens, cache)` and `full_step` return `(logits [n, V], cache)` for `int32[n]` tokens that follow
   those in the cache, and write their keys and values. `token`: `int32[]`, the first token that is not in the cache,
   which the full model chose. The sparse model writes `period - 1` tokens, one at a time. The full model then reads all
-  `period` tokens in one call, over the sparse keys and values. Tokens are accepted while the full model gives them a
-  probability of at least `threshold` at this `temperature`; its most likely token follows the last one that is
-  accepted. `back(cache, by)` takes tokens back; the default subtracts from `cache.length`, so that a static cache needs
-  no copy. The cache must have room for `period` tokens more than are asked.
+  `period` tokens in one call, over the sparse keys and values. A token is accepted if the full model gives the token a
+  probability of at least `threshold` at this `temperature`. The most likely token of the full model follows the last
+  accepted token. `back(cache, by)` takes tokens back; the default subtracts from `cache.length`, so that a static cache
+  needs no copy. The cache must have room for `period` tokens more than are asked.
 
-  The result is not that of the full model: a token that it would not choose, but does not find unlikely, stays.
-  Deviations from the authors' code: one sequence, no tree of drafts, and no second pass over a correction.
+  The result is not that of the full model: a token that the full model would not choose, but does not find unlikely,
+  stays. Deviations from the authors' code: there is one sequence, no tree of drafts, and no second pass over a
+  correction.
   """
   def generate(params: Any, token: Array, cache: Any, steps: int) -> CorrectedTokens:
     if not isinstance(steps, int) or steps < 1:
@@ -78,7 +79,8 @@ def corrected(sparse_step: Step, full_step: Step, period: int = 16, threshold: f
 
 
 def probabilities(logits: Array, tokens: Array, temperature: float) -> Array:
-  """Returns the probability `float32[n]` of each of `tokens`, `int32[n]`, under `logits`, `[n, V]`, at a temperature."""
+  """Returns the probability of each of `tokens`, `int32[n]`, under `logits`, `[n, V]`, at a temperature: `float32[n]`.
+  """
   shares = jax.nn.softmax(logits.astype(jnp.float32) / temperature, -1)
   return jnp.take_along_axis(shares, tokens[:, None], -1)[:, 0]
 

@@ -1,4 +1,4 @@
-"""Losses and metrics of experts that few tokens, and few neighbouring tokens, use: BlockFFN's router and its losses.
+"""Computes losses for experts that few tokens, and few neighbouring tokens, use: BlockFFN's router and its losses.
 
     scores = relu_router(x, w, scale)                        # gates, and raw scores before ReLU
     loss = task + 5e-2 * chunk_loss(used(scores.raw), 64) + 1e-3 * locality_loss(scores.raw)
@@ -40,7 +40,10 @@ def _normed(s: Array, eps: float = 1e-6) -> Array:
 
 @checked
 def used(raw: Array) -> Array:
-  """Returns the share of each expert in the use of a token, `[..., E]`: normed ReLU scores over their sum (2507.08771)."""
+  """Returns the share of each expert in the use of a token, `[..., E]` (Song et al. 2025, 2507.08771).
+
+  The share is the normed ReLU score over the sum of the experts' scores, plus 1e-5.
+  """
   normed = _normed(jax.nn.relu(raw))
   return normed / (jnp.sum(normed, -1, keepdims=True) + _EPS)
 
@@ -61,11 +64,11 @@ def chunk_loss(p: Array, length: int, valid: Array | None = None) -> Array:
 
 @checked
 def locality_loss(raw: Array, sharpness: float = 100.0, segments: Array | None = None) -> Array:
-  """Returns the activation locality loss of BlockFFN (Song et al. 2025, 2507.08771), `[]`: neighbours use equal experts.
+  """Returns the activation locality loss of BlockFFN (Song et al. 2025, 2507.08771), `[]`.
 
-  `raw`: `[..., T, E]`, scores before ReLU. The loss is the binary cross entropy of the logits `sharpness * raw` of a
-  token and of the sigmoid of those of the next token. Both sides have gradients, as in the authors' code. `segments`,
-  `int[..., T]`: only pairs of one segment count.
+  The loss is low where neighbouring tokens use equal experts. `raw`: `[..., T, E]`, scores before ReLU. The loss is the
+  binary cross entropy of the logits `sharpness * raw` of a token and of the sigmoid of those of the next token. Both
+  sides have gradients, as in the authors' code. `segments`, `int[..., T]`: only pairs of one segment count.
   """
   left, right = raw[..., :-1, :] * sharpness, raw[..., 1:, :] * sharpness
   target = jax.nn.sigmoid(right)
@@ -78,14 +81,17 @@ def locality_loss(raw: Array, sharpness: float = 100.0, segments: Array | None =
 
 @checked
 def chunk_sparsity(used: Array, length: int = 1) -> Array:
-  """Returns the fraction of experts, `float32[]`, that no token of a chunk of `length` tokens uses; `bool[..., T, E]`."""
+  """Returns the fraction of experts, `float32[]`, that no token of a chunk of `length` tokens uses.
+
+  `used`: `bool[..., T, E]`. With a length of 1, the fraction is that of single tokens.
+  """
   return 1 - jnp.mean(jnp.any(_chunks('chunk_sparsity', used, length), -2), dtype=jnp.float32)
 
 
 def _chunks(function: str, array: Array, length: int) -> Array:
   if array.shape[-2] % length:
-    raise ValueError(f'activation.{function}: chunks of {length} tokens do not divide {array.shape[-2]} tokens; pad the '
-                     'tokens, and leave the padding out with `valid`.')
+    raise ValueError(f'activation.{function}: chunks of {length} tokens do not divide {array.shape[-2]} tokens; pad '
+                     'the tokens, and leave the padding out with `valid`.')
   return array.reshape(*array.shape[:-2], -1, length, array.shape[-1])
 
 
@@ -116,9 +122,9 @@ class AdaptiveWeight(NamedTuple):
 def adapted(state: AdaptiveWeight, loss: Array, *, begin: int = 1000, window: int = 100) -> AdaptiveWeight:
   """Returns the state after a step with this chunk loss, as in the training code of BlockFFN (2507.08771).
 
-  The weight is constant for `begin` steps. Then every `window` steps it is multiplied by the ratio of the mean loss of
-  the window to that of the window before, by at least 1.025 if the loss rises, and is at most 4 times the first weight.
-  It moves to its new value on a line over the next window. `begin` is a multiple of `window`.
+  The weight is constant for `begin` steps. Then every `window` steps the weight is multiplied by the ratio of the mean
+  loss of the window to that of the window before. A ratio above 1 is at least 1.025, and the weight is at most 4 times
+  the first. The weight moves to the new value on a line over the next window. `begin` is a multiple of `window`.
   """
   step = state.step + 1
   ends = step % window == 0

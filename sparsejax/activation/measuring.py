@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import calibration, formats
-from sparsejax.activation.places import Place, Seen, Unit, run
+from sparsejax.activation.places import Seen, Unit, Weights, run
 from sparsejax.activation.rules import Rest, Rule
 from sparsejax.programs.calls import Calls, validity
 from sparsejax.types import Array
@@ -25,16 +25,20 @@ BLOCK = 16  # inputs that a product on a CPU skips together
 Thresholds = Mapping[Unit, np.ndarray]
 
 
-def runs(calls: Calls, places: Mapping[str, Place], visit: Callable[[Seen, Array | None, int], Any]) -> list[list[Any]]:
+def runs(calls: Calls, places: Weights, visit: Callable[[Seen, Array | None, int], Any]) -> list[list[Any]]:
   """Runs every batch; `visit(seen, valid, batch)` also gets the entries of the operand that count, or `None` for all.
 
   Returns the results of each batch.
   """
   results = []
   for i, (program, arrays, valid) in enumerate(zip(calls.programs, calls.arrays, calls.valid)):
-    counted = validity(FUNCTION, program, valid)
-    results.append(run(FUNCTION, program, arrays, places, lambda seen: visit(seen, counted(seen.site)[0], i)))
+    results.append(run(FUNCTION, program, arrays, places, _in_batch(visit, validity(FUNCTION, program, valid), i)))
   return results
+
+
+def _in_batch(visit: Callable[[Seen, Array | None, int], Any], counted: Callable[..., Any], batch: int
+              ) -> Callable[[Seen], Any]:
+  return lambda seen: visit(seen, counted(seen.site)[0], batch)
 
 
 def finite_rows(seen: Seen, array: Array, valid: Array | None, batch: int) -> calibration.Rows:
@@ -47,7 +51,7 @@ def finite_rows(seen: Seen, array: Array, valid: Array | None, batch: int) -> ca
   return rows
 
 
-def scales(calls: Calls, places: Mapping[str, Place], rule: Rule) -> dict[Unit, Any]:
+def scales(calls: Calls, places: Weights, rule: Rule) -> dict[Unit, Any]:
   """Returns by what the magnitudes of each unit are multiplied, `[L, K]`, before they are compared."""
   if not rule.neurons:
     return {unit: rule.scale(place.stack(unit)) for place in places.values() for unit in place.units}
@@ -62,7 +66,7 @@ def scales(calls: Calls, places: Mapping[str, Place], rule: Rule) -> dict[Unit, 
   return {unit: rule.scale(jnp.asarray(np.mean(each, 0))) for unit, each in means.items() if each}
 
 
-def measured(calls: Calls, places: Mapping[str, Place], own: Mapping[Unit, Any]) -> dict[Unit, list[Any]]:
+def measured(calls: Calls, places: Weights, own: Mapping[Unit, Any]) -> dict[Unit, list[Any]]:
   """Returns the `Magnitudes` of each unit in each batch, scaled by `own`, as arrays of the host."""
   found: dict[Unit, list[Any]] = {}
 
@@ -75,7 +79,7 @@ def measured(calls: Calls, places: Mapping[str, Place], own: Mapping[Unit, Any])
                                                             for l in range(len(each[0].rows)))}
 
 
-def together(each: list[Any]) -> calibration.Magnitudes:
+def over_batches(each: list[Any]) -> calibration.Magnitudes:
   """Returns the magnitudes of all batches, counted in 64 bits."""
   wide = lambda a: np.asarray(a).astype(np.int64 if a.dtype.kind == 'i' else np.float64)
   return jax.tree.map(lambda *parts: functools.reduce(np.add, map(wide, parts)), *each)
@@ -87,8 +91,8 @@ class SkipReport(NamedTuple):
   `shape`: `(matrices, outputs, inputs)`. `asked`: the fraction of inputs that was to be skipped. `achieved`: the
   fraction that tokens skipped while all products were sparse. `blocks`: the fraction of blocks of 16 inputs that one
   token reads. `rows`: how many tokens were counted. `error`: the squared error of the product over the squared dense
-  product of the same input. `read`: the bytes of the weight that the compiled product reads for one token, over those of
-  the weight, if `reads` was given. `note` says what else a reader must know.
+  product of the same input. `read`: the bytes of the weight that the compiled product reads for one token, over those
+  of the weight, if `reads` was given. `note` says what else a reader must know.
   """
 
   path: str
@@ -123,13 +127,13 @@ def below(thresholds: Thresholds) -> Callable[[Seen], Array]:
   return lambda seen: jnp.abs(seen.x.astype(jnp.float32)) < seen.place.spread(thresholds[seen.unit], seen.number)
 
 
-def tested(calls: Calls, places: Mapping[str, Place], skips: Callable[[Seen], Array], rests: Mapping[Unit, Rest],
+def tested(calls: Calls, places: Weights, skips: Callable[[Seen], Array], rests: Mapping[Unit, Rest],
            reads: Reads | None = None) -> tuple[dict[Unit, list[float]], list[list[Any]]]:
   """Runs the sparse model. Returns sums of each unit, and the results of each batch.
 
-  `skips(seen)` says which entries of the operand are skipped. The first five sums are those of skipped entries, of entries, of blocks that are read, of the squares of the error of the product
-  and of the dense product. With `reads(x, w)`, two more are the bytes that one token of each batch reads, and those of
-  the weight.
+  `skips(seen)` says which entries of the operand are skipped. The first three sums are those of skipped entries, of
+  entries, and of entries in blocks that are read. Two are the squares of the error of the product, and of the dense
+  product. With `reads(x, w)`, two more are the bytes that one token of each batch reads, and those of the weight.
   """
   sums: dict[Unit, list[float]] = {}
 

@@ -27,8 +27,8 @@ Unit = tuple[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Place:
-  """A `Place` is a weight whose inputs are compared: of any product, or `down` of a gated `layer`.
+class SkippableWeight:
+  """A `SkippableWeight` is a weight whose inputs are compared: of any product, or `down` of a gated `layer`.
 
   `uses` are its products with data by number, and `arrangements` show each as a stack of matrices `[L, R, K]`. `gone`
   are the axes that scans slice; each index of them is a unit.
@@ -87,12 +87,16 @@ class Place:
     return jnp.transpose(full, [kept.index(w) for _, w in paired]).reshape(shape)
 
 
+Weights = Mapping[str, SkippableWeight]  # by path
+
+
 def places_of(function: str, program: Program, params: PyTree, where: Any, neurons: bool
-              ) -> tuple[dict[str, Place], dict[str, str]]:
+              ) -> tuple[dict[str, SkippableWeight], dict[str, str]]:
   """Returns the places by path, in the order of the program, and the reason for each product that is left dense.
 
   Without `where`, all products with data are taken, but for the head, look-ups and those that cannot be: the reasons
-  tell. What `where` names and cannot be is refused. With `neurons`, the paths are those of `down` of gated layers.
+  tell. A parameter that `where` picks and that has no such product is refused. With `neurons`, the paths are those of
+  `down` of gated layers.
   """
   found, layers = read(program), {layer.down: layer for layer in layers_of(program)} if neurons else {}
   if neurons and not layers:
@@ -149,7 +153,7 @@ def _place(found: Contractions, eqns: Mapping[Any, Any], path: str, array: Array
     problem = f'its axes {axes.layer} of a stack do not come first'
   if not problem and layer is not None:
     problem = _unlike(layer, uses, next(iter(made.values())), eqns)
-  return problem or Place(path, array, axes, uses, made, layer)
+  return problem or SkippableWeight(path, array, axes, uses, made, layer)
 
 
 def _unlike(layer: GatedLayer, uses: Mapping[int, Use], own: Arrangement, eqns: Mapping[Any, Any]) -> str:
@@ -176,12 +180,12 @@ def _head(program: Program, found: Contractions) -> str | None:
 class Seen(NamedTuple):
   """A `Seen` is one product of a unit while the program runs.
 
-  `x`: the operand that is compared, an activation for rules of neurons. `up`: what it is multiplied by, or `None`.
-  `rows(array)` returns an array like `x` as rows `[L, T, K]`. `counted` are the rows that count, `bool[L, T]` or `None`.
-  `answered(x)` returns the results of the operation with another `x`.
+  `x`: the operand that is compared, an activation for rules of neurons. `up`: the product that multiplies the
+  activation, or `None`. `rows(array, valid)` returns an array like `x` as rows `[L, T, K]`, and which of them count,
+  `bool[L, T]` or `None`. `answered(x)` returns the results of the operation with another `x`.
   """
 
-  place: Place
+  place: SkippableWeight
   number: int
   unit: Unit
   x: Array
@@ -194,7 +198,7 @@ class Seen(NamedTuple):
     return own.rows(array, self.site.others, valid)
 
 
-def run(function: str, program: Program, arrays: Sequence[Any], places: Mapping[str, Place],
+def run(function: str, program: Program, arrays: Sequence[Any], places: Weights,
         visit: Callable[[Seen], Any]) -> list[Any]:
   """Runs a program layer by layer; `visit(seen)` at each product returns other results, or `None` for its own.
 
@@ -215,7 +219,7 @@ def run(function: str, program: Program, arrays: Sequence[Any], places: Mapping[
   return evaluate(program, arrays, rules_at(function, program, sites, rule, keeps=lambda eqn: False))
 
 
-def _seen(place: Place, number: int, eqn: Any, values: list[Any], here: Operation) -> Seen:
+def _seen(place: SkippableWeight, number: int, eqn: Any, values: list[Any], here: Operation) -> Seen:
   layer, use = place.layer, place.uses[number]
   index = tuple(here.steps[loop] for loop in use.view.loops)
   operand = 1 - use.operand if layer is None else layer.operand

@@ -99,8 +99,8 @@ def teal(sparsity: float) -> Rule:
 def wina(sparsity: float) -> Rule:
   """Returns the rule of WINA (Chen et al. 2025, 2505.19427): inputs times the norms of their weights are compared.
 
-  Deviations from the authors' code: the norms are those of all weights, where the code takes 1 for q, o, up and down;
-  weights are not rotated; the first tokens of a prompt are sparse too.
+  Deviations from the authors' code: the norms are those of all weights, where the code takes 1 for q, o, up and down.
+  Weights are not rotated. The first tokens of a prompt are sparse too.
   """
   return Rule('wina', _below_one('wina', sparsity), norms)
 
@@ -109,10 +109,10 @@ def wina(sparsity: float) -> Rule:
 def r_sparse(sparsity: float, alpha: float = 0.9, rank: int | None = None) -> Rule:
   """Returns the rule of R-Sparse (Zhang et al. 2025, 2504.19449): skipped inputs go through a low-rank weight.
 
-  `alpha` is the part of the kept budget that goes to channels; the rest pays for `rank`, by default
-  `int((K N (1 - s) - int(K (1 - s) alpha) N) / (K + N))`. The low-rank weight is the truncated singular value
-  decomposition of the weight. Of the inputs, `1 - (1 - s) alpha` are skipped. With `alpha=1` the rule is `wina`.
-  Deviation: one `alpha` for all weights; the authors search one for each layer.
+  `alpha` is the part of the kept budget that goes to channels; the rest pays for `rank`, by default `int((K N (1 - s) -
+  int(K (1 - s) alpha) N) / (K + N))`. The low-rank weight is the truncated singular value decomposition of the weight.
+  Of the inputs, `1 - (1 - s) alpha` are skipped. With `alpha=1` the rule is `wina`. Deviation: all weights have one
+  `alpha`, and the authors search one for each layer.
   """
   sparsity = _below_one('r_sparse', sparsity)
   if rank is None and alpha == 1.0:
@@ -167,10 +167,11 @@ def top_k(k: int) -> TopNeurons:
 def ppl(percent: float, loss: Callable[..., Any], tolerance: float = 1e-3) -> PerplexityRule:
   """Returns the rule of PPL-p% sparsity (Luo et al. 2024, Sparsing Law, 2411.02335): as sparse as perplexity allows.
 
-  All gated layers get one bound on the relative error of their outputs (CETT), and bisection finds the largest bound
-  at which `loss(results, *inputs)`, the mean loss of a token in nats, rises by at most `log(1 + percent / 100)`.
-  Deviations from the authors' code: an error below that of the first candidate skips nothing, where the code takes the
-  largest threshold; bisection ends at a width of `tolerance`, and answers the lower end, which keeps the promise.
+  All gated layers get one bound on the relative error of their outputs (CETT). Bisection finds the largest bound at
+  which the loss rises by at most `log(1 + percent / 100)`. `loss(results, *inputs)` is the mean loss of a token of a
+  batch, in nats. Deviations from the authors' code: a bound below the error of the first candidate skips nothing, where
+  the code takes the largest threshold. Bisection ends at a width of `tolerance`, at the lower end, which keeps the
+  promise.
   """
   return PerplexityRule(percent, loss, tolerance)
 
@@ -185,9 +186,9 @@ def error_bound(h: Array, w: Array, bound: float, counted: Array, candidates: in
   """Returns the largest threshold tau whose relative output error (CETT) is at most `bound`, and the error at tau.
 
   `h [T, K]` are the inputs of `w [N, K]`. An entry is skipped where `|h| |w_k| < tau`. CETT is the mean over the tokens
-  that `counted`, `bool[T]`, of the norm of what the skipped entries make over the norm of the output. Tau is one of the
-  evenly spaced `candidates` from the least magnitude to the 0.99 quantile, found by bisection, in which the error is
-  taken to rise with tau. Tokens with an output of zero do not count.
+  that `counted`, `bool[T]`, of the norm of what the skipped entries make over the norm of the output. Tau is one of
+  `candidates` evenly spaced numbers, from the least magnitude to the 0.99 quantile. Bisection finds tau as if the error
+  rose with tau everywhere. Tokens with an output of zero do not count.
   """
   h, w = (np.asarray(a, np.float32) for a in (h[np.asarray(counted)], w))
   sizes = np.abs(h) * np.sqrt(np.sum(np.square(w), 0))

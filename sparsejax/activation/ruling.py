@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsejax import ranking
-from sparsejax.activation.places import Place, places_of
+from sparsejax.activation.places import Weights, places_of
 from sparsejax.activation.rules import Rule, TopNeurons
 from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs
@@ -48,10 +48,11 @@ def ruled(apply: Callable[..., Any], rule: Rule | TopNeurons, thresholds: Mappin
   thresholds of another model.
   """
   if not isinstance(rule, (Rule, TopNeurons)) or isinstance(rule, Rule) and not rule.neurons:
-    raise ValueError(f'{FUNCTION}: the rule must be one for neurons, as in activation.top_k(16) or activation.cats(0.5); '
-                     'thresholds of inputs are in the parameters that activation.sparsify returns.')
+    raise ValueError(f'{FUNCTION}: the rule must be one for neurons, as in activation.top_k(16) or activation.cats(0.5)'
+                     '; thresholds of inputs are in the parameters that activation.sparsify returns.')
   if isinstance(rule, Rule) and thresholds is None:
-    raise ValueError(f'{FUNCTION}: {rule.name} needs `thresholds` by the path of `down`; activation.sparsify finds them.')
+    raise ValueError(f'{FUNCTION}: {rule.name} needs `thresholds` by the path of `down`; activation.sparsify finds '
+                     'them.')
 
   @functools.wraps(apply)
   def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +74,7 @@ def _abstract(params: PyTree) -> PyTree:
                       params)
 
 
-def _refuse_others(places: Mapping[str, Place], thresholds: Mapping[str, Any]) -> None:
+def _refuse_others(places: Weights, thresholds: Mapping[str, Any]) -> None:
   """Raises `ValueError` for thresholds of another model."""
   for path, place in places.items():
     lead = [place.array.shape[a] for a in sorted(place.axes.layer)]
@@ -85,7 +86,7 @@ def _refuse_others(places: Mapping[str, Place], thresholds: Mapping[str, Any]) -
                        'Calibrate again, or pick layers with `where`.')
 
 
-def _marked(places: Mapping[str, Place], thresholds: Mapping[str, Any], path: str, array: Array) -> Any:
+def _marked(places: Weights, thresholds: Mapping[str, Any], path: str, array: Array) -> Any:
   for place in places.values():
     assert place.layer is not None
     if path == (place.layer.up or place.path) and place.path in thresholds:
@@ -97,7 +98,7 @@ def _plain(value: Any) -> Any:
   return value.array if isinstance(value, Marked) else value
 
 
-def _rules(program: Program, places: Mapping[str, Place], rule: Any) -> ValueRules:
+def _rules(program: Program, places: Weights, rule: Any) -> ValueRules:
   """Returns the rules by which a program runs with its neurons switched off."""
   layers = {place.layer.address: place.layer for place in places.values() if place.layer is not None}
   within = rules_at(FUNCTION, program, {address: {layer.name: layer} for address, layer in layers.items()},

@@ -16,9 +16,19 @@ import numpy as np
 
 from sparsejax import arguments, errors, formats, trees
 from sparsejax.activation.allocating import Greedy, bounded, shared
-from sparsejax.activation.measuring import (FUNCTION, HEAD, Reads, SkipReport, Thresholds, below, measured, scales, tested,
-                                            together)
-from sparsejax.activation.places import Place, Seen, Unit, places_of
+from sparsejax.activation.measuring import (
+  FUNCTION,
+  HEAD,
+  Reads,
+  SkipReport,
+  Thresholds,
+  below,
+  measured,
+  over_batches,
+  scales,
+  tested,
+)
+from sparsejax.activation.places import Seen, Unit, Weights, places_of
 from sparsejax.activation.rules import PerplexityRule, Rest, Rule, TopNeurons
 from sparsejax.activation.ruling import ruled, switched
 from sparsejax.programs.calls import Calls, calls_of
@@ -29,8 +39,9 @@ from sparsejax.types import Array, Predicate, PyTree
 class Rewritten(NamedTuple):
   """A `Rewritten` is a model after a data-driven rewrite: packed parameters, the function that takes them, a report.
 
-  `apply` is the user's own function where thresholds on the inputs of products suffice. Behind an activation function
-  it is another: it switches neurons off, with dense parameters too. `kernels_pallas.packed(apply)` runs it on `params`.
+  `apply` is the user's own function where thresholds on the inputs of products suffice. For a rule behind an activation
+  function, `apply` is another function, which switches neurons off with dense parameters too.
+  `kernels_pallas.packed(apply)` runs `apply` on `params`.
   """
 
   params: PyTree
@@ -39,9 +50,10 @@ class Rewritten(NamedTuple):
 
 
 @arguments.checked
-def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rule: Rule | TopNeurons | PerplexityRule,
-             *, where: Predicate | PyTree | None = None, valid: Iterable[Array] | None = None,
-             allocation: Greedy | None = None, reads: Reads | None = None) -> Rewritten:
+def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
+             rule: Rule | TopNeurons | PerplexityRule, *, where: Predicate | PyTree | None = None,
+             valid: Iterable[Array] | None = None, allocation: Greedy | None = None,
+             reads: Reads | None = None) -> Rewritten:
   """Returns the model that skips inputs or neurons as a rule says, with thresholds from calibration batches.
 
   `apply(params, *inputs)`: any JAX function whose first argument holds the parameters. In `batches` a tuple is
@@ -56,8 +68,9 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], 
   the inputs; padding does not count. `allocation=greedy()` gives weights different sparsities with the same mean.
   `reads=kernels_pallas.bytes_read` adds the bytes that one token reads of each weight, from the compiled products.
 
-  Raises `ValueError` without batches or valid rows, for NaN, for packed parameters, for what `where` picks and cannot
-  be skipped, and for a gated layer whose activation is not zero at zero. The report lists what stays dense, and why.
+  Raises `ValueError` without batches or valid rows, for NaN, for packed parameters, and for parameters that `where`
+  picks and no product can skip. Raises `ValueError` for a gated layer whose activation is not zero at zero. The report
+  lists what stays dense, and why.
   """
   began = time.perf_counter()
   _refuse_packed(params)
@@ -82,15 +95,17 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], 
 
 
 def _refuse_packed(params: PyTree) -> None:
-  packed = [path for path, leaf in zip(*trees.flatten(params, is_leaf=formats.is_packed)[:2]) if formats.is_packed(leaf)]
+  paths, leaves, _ = trees.flatten(params, is_leaf=formats.is_packed)
+  packed = [path for path, leaf in zip(paths, leaves) if formats.is_packed(leaf)]
   if packed:
     raise ValueError(f'{FUNCTION}: {packed[0]} is packed already. Calibrate on formats.unpack(params), and give packed '
                      'weights their thresholds by formats.ActiveArray.of(packed, threshold).')
 
 
-def _refuse_not_finite(places: Mapping[str, Place]) -> None:
-  problems = [errors.Problem(path, place.array.shape, 'it holds NaN or infinities. Repair it, or leave it out of '
-                             '`where`.') for path, place in places.items() if not bool(jnp.all(jnp.isfinite(place.array)))]
+def _refuse_not_finite(places: Weights) -> None:
+  why = 'it holds NaN or infinities. Repair it, or leave it out of `where`.'
+  problems = [errors.Problem(path, place.array.shape, why) for path, place in places.items()
+              if not bool(jnp.all(jnp.isfinite(place.array)))]
   if problems:
     raise errors.at_leaves(FUNCTION, problems)
 
@@ -120,7 +135,7 @@ class Calibrated(NamedTuple):
   skips: Callable[[Seen], Array]
 
 
-def _solved(used: Calls, places: Mapping[str, Place], rule: Any, allocation: Greedy | None) -> Calibrated:
+def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None) -> Calibrated:
   """Returns what a rule finds for all units on the calibration batches."""
   if isinstance(rule, TopNeurons):
     asked = {unit: max(1 - rule.k / place.first.shape[2], 0.0) for place in places.values() for unit in place.units}
@@ -152,10 +167,10 @@ def tau_of(rule: Rule, each: list[Any], sparsity: float) -> np.ndarray:
   level = rule.level(sparsity)
   if rule.each_batch:
     return np.mean([one.quantile(level) for one in each], 0)
-  return together(each).quantile(level)
+  return over_batches(each).quantile(level)
 
 
-def _rows(apply: Callable[..., Any], params: PyTree, calls: Calls, places: Mapping[str, Place],
+def _rows(apply: Callable[..., Any], params: PyTree, calls: Calls, places: Weights,
           solved: Calibrated, reads: Reads | None) -> tuple[tuple[SkipReport, ...], list[str]]:
   sums, results = tested(calls, places, solved.skips, solved.rests, reads)
   rows, asked = [], solved.asked
@@ -189,7 +204,7 @@ def _mean_asked(rows: tuple[SkipReport, ...]) -> float | None:
   return float(sum(n * (row.asked or 0.0) for n, row in zip(sizes, rows)) / sum(sizes))
 
 
-def _packed(params: PyTree, places: Mapping[str, Place], limits: Mapping[str, np.ndarray], rests: Mapping[Unit, Rest],
+def _packed(params: PyTree, places: Weights, limits: Mapping[str, np.ndarray], rests: Mapping[Unit, Rest],
             neurons: bool) -> PyTree:
   """Returns the parameters with `ActiveArray`s: of `up` and `down` where neurons are switched off."""
   paths, leaves, structure = trees.flatten(params)

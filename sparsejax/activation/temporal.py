@@ -50,8 +50,8 @@ def delta(apply: Callable[..., Any], threshold: float) -> tuple[Callable[..., An
   def step(params: PyTree, state: State, *inputs: Any) -> tuple[Any, State]:
     def changed(key: str, x: Array, product: Callable[[Array], Array]) -> Sent:
       if key not in state or state[key].x.shape != x.shape:
-        raise ValueError(f'activation.delta: the state has no entry of {key} with an input of shape {x.shape}; it is of '
-                         'another model or of other frames. Call start(params, *inputs) first.')
+        raise ValueError(f'activation.delta: the state has no entry of {key} with an input of shape {x.shape}; it is '
+                         'of another model or of other frames. Call start(params, *inputs) first.')
       d = x - state[key].x
       d = jnp.where(jnp.abs(d) < jnp.asarray(threshold, d.dtype), jnp.zeros((), d.dtype), d)
       return Sent(state[key].x + d, state[key].y + product(d))

@@ -41,9 +41,9 @@ from sparsejax.types import Array, Axes, Pattern, PyTree, moved
 
 __all__ = [
     'AROUND', 'TABLE', 'ActiveArray', 'BitmaskArray', 'BlockSparseArray', 'CSCArray', 'ELLArray', 'Misfit', 'NMArray',
-    'PackedArray', 'Packing', 'RelativeIndexArray', 'Scaled', 'Sparse24Array', 'Wrapped', 'axes_of', 'fitting', 'freeze_net_trained', 'is_packed',
-    'matmul', 'nbytes',
-    'pack', 'packings', 'unfit', 'unpack', 'values', 'with_axes', 'with_values',
+    'PackedArray', 'Packing', 'RelativeIndexArray', 'Scaled', 'Sparse24Array', 'Wrapped', 'axes_of', 'fitting',
+    'freeze_net_trained', 'is_packed', 'matmul', 'nbytes', 'pack', 'packings', 'unfit', 'unpack', 'values', 'with_axes',
+    'with_values',
 ]
 
 # The formats by name. `pack` takes the first format that fits a pattern and pays for a leaf, so the order counts.

@@ -29,9 +29,10 @@ class ActiveArray(arrays.MatrixArray):
   A product skips entry k of a token where its magnitude is below `threshold[k]`. An infinite threshold skips all. Where
   `left`, `[..., K, r]`, and `right`, `[..., r, N]`, are given, what is skipped is multiplied by `left right` instead.
 
-  `values` is `[..., K, N]`. With `outputs=True`, outputs are skipped, and not inputs: those that the program multiplies
-  by zero. `values` is then `[..., N, K]`, so that an output is a row that lies together, and `threshold` is
-  `[..., N]` and zero. With `held`, a packed array without its values, `values` are those of the packed array.
+  `values` is `[..., K, N]`. With `outputs=True`, outputs are skipped, and not inputs: a product leaves the outputs out
+  that the program multiplies by zero. `values` is then `[..., N, K]`, so that an output is a row that lies together,
+  and `threshold` is `[..., N]` and zero. With `held`, a packed array without its values, `values` are those of the
+  packed array.
   """
 
   kind = 'active'

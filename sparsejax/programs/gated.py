@@ -137,8 +137,9 @@ def _entrywise(eqn: Any, facts: list[Trail], here: Position) -> Trail:
   if 'data' in kinds:
     return DATA
   if 'gated' in kinds:
-    scaled = name in ('mul', 'div', 'neg') and sum(fact.kind == 'gated' for fact in facts) == 1 and 'product' not in kinds
-    return next(fact for fact in facts if fact.kind == 'gated') if scaled else DATA
+    gated = [fact for fact in facts if fact.kind == 'gated']
+    scaled = name in ('mul', 'div', 'neg') and len(gated) == 1 and 'product' not in kinds
+    return gated[0] if scaled else DATA
   products = {fact.use.address: fact for fact in facts if fact.use is not None}
   if not products:
     return Trail('parameter' if 'parameter' in kinds else 'constant', zero=_at_zero(eqn, facts))

@@ -58,7 +58,8 @@ def test_r_sparse_sends_skipped_inputs_through_the_low_rank_weight():
   np.testing.assert_allclose(y, [[1.97322, 1.12322], [-0.00724, -0.10182]], atol=1e-5)
 
 
-@pytest.mark.parametrize('shape, sparsity, alpha, rank', [((4096, 4096), 0.5, 0.9, 102), ((14336, 4096), 0.5, 0.5, 796)])
+@pytest.mark.parametrize('shape, sparsity, alpha, rank', [
+    ((4096, 4096), 0.5, 0.9, 102), ((14336, 4096), 0.5, 0.5, 796)])
 def test_the_rank_pays_for_the_rest_of_the_budget(shape, sparsity, alpha, rank):
   assert rank_of(np.broadcast_to(np.float32(0), (1, *shape)), sparsity, alpha) == rank
 
@@ -108,7 +109,8 @@ def test_a_bound_below_the_first_candidate_skips_nothing_where_the_authors_take_
 @pytest.mark.parametrize('call, message', [
     (lambda: activation.wina(1.0), 'activation.wina: `sparsity` must be below 1'),
     (lambda: activation.teal(-0.1), '`sparsity` must be'), (lambda: activation.top_k(0), '`k` must be'),
-    (lambda: activation.r_sparse(0.5, alpha=2.0), '`alpha` must be'), (lambda: activation.ppl(0.0, len), '`percent` must'),
+    (lambda: activation.r_sparse(0.5, alpha=2.0), '`alpha` must be'),
+    (lambda: activation.ppl(0.0, len), '`percent` must'),
     (lambda: activation.greedy(0.0), '`step` must be')])
 def test_settings_that_cannot_be_are_refused(call, message):
   with pytest.raises(ValueError, match=message):

@@ -13,7 +13,8 @@ from sparsejax.activation.correcting import accepted, probabilities
 
 W = jnp.asarray([[1.0, -1.0], [0.5, 2.0]])
 FRAMES = jnp.asarray([[1, 2], [1.04, 2.5], [1.08, 2.5], [1.21, 2.38]])
-OUTPUTS = [[2, 3], [2.25, 4], [2.25, 4], [2.4, 3.55]]  # of [1, 2], [1, 2.5], [1, 2.5], [1.21, 2.38] at a threshold of 0.1
+# The products of [1, 2], [1, 2.5], [1, 2.5] and [1.21, 2.38], which a threshold of 0.1 sends.
+OUTPUTS = [[2, 3], [2.25, 4], [2.25, 4], [2.4, 3.55]]
 
 
 def product(params, x):

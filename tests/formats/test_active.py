@@ -20,8 +20,8 @@ def drawn(*shape):
 def over(pattern):
   mask = sj.patterns.parse(pattern)(jnp.abs(jnp.asarray(drawn(16, 8))), None, Axes((0,), (1,)))
   w = np.where(mask, drawn(16, 8), np.float32(0))
-  return w, ActiveArray.of(formats.pack({'kernel': jnp.asarray(w)}, pattern, axes={'kernel': Axes((0,), (1,))})['kernel'],
-                           np.arange(16) / 8)
+  packed = formats.pack({'kernel': jnp.asarray(w)}, pattern, axes={'kernel': Axes((0,), (1,))})['kernel']
+  return w, ActiveArray.of(packed, np.arange(16) / 8)
 
 
 def dense(shape, axes, threshold, outputs=False, rank=0):
@@ -54,9 +54,12 @@ def test_the_weight_comes_back_and_a_file_keeps_the_thresholds(name, tmp_path):
 REFUSED = {
     'negative': (lambda: dense((4, 6), Axes((0,), (1,)), -1.0), 'a threshold is negative or NaN'),
     'NaN': (lambda: dense((4, 6), Axes((0,), (1,)), np.nan), 'a threshold is negative or NaN'),
-    'another model': (lambda: dense((4, 6), Axes((0,), (1,)), np.ones(6)), r'threshold \[6\] does not broadcast to \[4\]'),
-    'stack': (lambda: dense((4, 2, 6), Axes((0,), (2,), layer=(1,)), 0.0), r'its axes \(1,\) of a stack must come first'),
-    'left alone': (lambda: ActiveArray.of(jnp.ones((4, 6)), 0.0, jnp.ones((4, 2))), r'left and right are not \[..., 4, r\]'),
+    'another model': (lambda: dense((4, 6), Axes((0,), (1,)), np.ones(6)),
+                      r'threshold \[6\] does not broadcast to \[4\]'),
+    'stack': (lambda: dense((4, 2, 6), Axes((0,), (2,), layer=(1,)), 0.0),
+              r'its axes \(1,\) of a stack must come first'),
+    'left alone': (lambda: ActiveArray.of(jnp.ones((4, 6)), 0.0, jnp.ones((4, 2))),
+                   r'left and right are not \[..., 4, r\]'),
     'ranks': (lambda: ActiveArray.of(jnp.ones((4, 6)), 0.0, jnp.ones((4, 2)), jnp.ones((3, 6))), 'given together'),
     'bitmask': (lambda: ActiveArray.of(formats.pack({'k': jnp.ones((4, 6))}, 'bitmask')['k']), "the format 'bitmask'"),
     'twice': (lambda: ActiveArray.of(ActiveArray.of(jnp.ones((4, 6)))), 'has thresholds already'),

@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / 'README.md'
 # The pages continue the README, and each other, in this order: a block may use the names of the blocks before it.
 PAGES = [ROOT / 'docs' / f'{name}.md' for name in (
-    'post_training', 'training', 'recipes', 'packed', 'experiments', 'measured', 'words', 'scale', 'structured',
+    'post_training', 'activation', 'training', 'recipes', 'packed', 'experiments', 'measured', 'words', 'scale',
+    'structured',
     'interoperability', 'quick_start', 'your_own_method', 'concepts', 'which_method', 'troubleshooting', 'index',
     'gates_and_tasks', 'experts', 'after_training', 'claims', 'conformance')]
 WRITTEN = [ROOT / 'docs' / 'claims.md', ROOT / 'docs' / 'conformance.md']  # by commands, which have laws of their own

@@ -45,7 +45,8 @@ def active(pattern=None, threshold=0.0):
   return formats.ActiveArray.of(formats.pack(w, pattern, axes={'kernel': AXES})['kernel'], threshold)
 
 
-CASES = {'active': active, 'active nm': lambda: active(sj.NM(2, 4)), 'nm': lambda: scaled(sj.NM(2, 4)), 'groups': lambda: scaled(sj.Block((4, 1), 0.5)),
+CASES = {'active': active, 'active nm': lambda: active(sj.NM(2, 4)), 'nm': lambda: scaled(sj.NM(2, 4)),
+         'groups': lambda: scaled(sj.Block((4, 1), 0.5)),
          'uneven groups': lambda: scaled(sj.Block((4, 1), 0.6)), 'wrapped': wrapped}
 
 

@@ -30,7 +30,8 @@ CASES = {
     'sigmoid': (lambda p, x: glu(jax.nn.sigmoid, p, x), GLU, 0.5),
     'softplus': (lambda p, x: glu(jax.nn.softplus, p, x), GLU, 0.6931471824645996),
     'other order': (lambda p, x: ((x @ p['up']) * jax.nn.silu(x @ p['gate'])) @ p['down'], GLU, 0.0),
-    'half precision': (lambda p, x: glu(lambda a: jax.nn.silu(a.astype(jnp.bfloat16)).astype(jnp.float32), p, x), GLU, 0.0),
+    'half precision': (lambda p, x: glu(lambda a: jax.nn.silu(a.astype(jnp.bfloat16)).astype(jnp.float32), p, x), GLU,
+                       0.0),
     'plain': (lambda p, x: jax.nn.relu(x @ p['gate'] + p['bias'][None]) @ p['down'], MLP, 0.0),
     'scaled': (lambda p, x: (0.5 * jax.nn.relu(2 * (x @ p['gate']))).reshape(1, 2, 6) @ p['down'], MLP, 0.0),
     'remat': (lambda p, x: jax.checkpoint(lambda x: glu(jax.nn.silu, p, x))(x), GLU, 0.0),
@@ -47,7 +48,8 @@ CASES = {
 def test_layers_and_their_activation_at_zero(name):
   apply, wanted, at_zero = CASES[name]
   found = layers_of(trace(apply, (P, X)))
-  assert [(layer.gate, layer.up, layer.down, layer.at_zero) for layer in found] == ([(*wanted, at_zero)] if wanted else [])
+  names = [(layer.gate, layer.up, layer.down, layer.at_zero) for layer in found]
+  assert names == ([(*wanted, at_zero)] if wanted else [])
 
 
 def test_a_layer_in_a_scan_is_one_layer_with_the_loop_that_slices_it():

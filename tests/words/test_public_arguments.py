@@ -21,7 +21,8 @@ WORDS = ('scores', 'updates', 'saliences', 'ranking', 'types', 'units')
 OF_AUTHORS = {
     # The ops name the format that they take, see `tests/kernels`.
     'kernels_pallas': tuple({*kernels_pallas.__all__} - {'packed', 'prepared'}),
-    'activation': ('error_bound',), 'calibration': ('add', 'gram', 'magnitudes', 'moments'), 'flows': ('bidirectional', 'forgotten', 'is_forgotten'),
+    'activation': ('error_bound',), 'calibration': ('add', 'gram', 'magnitudes', 'moments'),
+    'flows': ('bidirectional', 'forgotten', 'is_forgotten'),
     'formats': ('axes_of', 'is_packed', 'packings', 'unfit', 'with_axes'), 'patterns': ('kept_of', 'parse', 'units'),
     'post_training': ('stack_of',), 'progress': tuple(sparsejax.progress.__all__),
     'programs': ('evaluate', 'follow', 'trace', 'walk'), 'schedules': ('reach',),
