@@ -11,7 +11,7 @@ attention.
 
 from kernels_pallas.active import active_matmul
 from kernels_pallas.around import scaled_matmul, wrapped_matmul
-from kernels_pallas.attending import sparse_attention
+from kernels_pallas.attending import once, sparse_attention
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.block_sparse import block_sparse_matmul, sampled_matmul
 from kernels_pallas.decoding import decoder
@@ -25,6 +25,6 @@ from kernels_pallas.unstructured import unstructured_matmul
 
 __all__ = [
     'active_matmul', 'block_sparse_attention', 'block_sparse_matmul', 'decoder', 'ell_matmul', 'gathered_attention',
-    'nm_matmul', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul', 'sparse_attention',
-    'unstructured_matmul', 'wrapped_matmul',
+    'nm_matmul', 'once', 'packed', 'prepared', 'sampled_matmul', 'scaled_matmul', 'sparse24_matmul',
+    'sparse_attention', 'unstructured_matmul', 'wrapped_matmul',
 ]

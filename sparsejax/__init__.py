@@ -27,6 +27,7 @@ Modules import only from the lines above their own:
 from sparsejax import (
   advice,
   allocation,
+  attention,
   calibration,
   flows,
   formats,
@@ -34,6 +35,7 @@ from sparsejax import (
   io,
   losses,
   metrics,
+  packing,
   patterns,
   penalties,
   plot,
@@ -50,6 +52,7 @@ from sparsejax import (
   starts,
   states,
   structured,
+  tokens,
   transforms,
   trees,
   types,
@@ -66,8 +69,8 @@ from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
-  'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
-  'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
+  'apply_masks', 'attention', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
+  'metrics', 'packing', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
   'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities',
-  'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'units', 'updates',
+  'starts', 'states', 'structured', 'tokens', 'transforms', 'trees', 'types', 'units', 'updates',
 ]

@@ -226,10 +226,16 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('into', 'out', 'logits', 'strength', 'matrix', 'computed.keep', 'foresight.target',
                      'response.outputs'), ARRAY),
     # Attention.
-    **dict.fromkeys(('band.width', 'strided.width', 'count', 'offset', 'after'), WHOLE),
-    **dict.fromkeys(('local', 'period', 'capacity', 'routed.keep', 'quest.keep', 'gated_blocks.keep', 'hashes',
-                     'features', 'degree', 'groups_of'), TIMES),
-    **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG, 'of_mask.mask': ARRAY,
+    **dict.fromkeys(('band.width', 'strided.width', 'columns.count', 'sharded.offset', 'measured.prompt',
+                     'once.after'), WHOLE),
+    **dict.fromkeys(('local', 'period', 'capacity', 'hashes', 'orthogonal.d', 'orthogonal.features', 'shift.parts',
+                     'kronecker_by_powers.degree', 'windows.height', 'windows.size', 'init_gates.size',
+                     *(f'{name}.keep' for name in ('routed', 'quest', 'lsh', 'predicted', 'gated_blocks'))), TIMES),
+    **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG, 'per_head': FLAG,
+    **dict.fromkeys(('of_mask.mask', 'projections', *(f'{name}.{a}' for name in (
+        'page_scores', 'predicted_scores', 'scatter') for a in 'qk')), ARRAY), 'search.budget': PART,
+    **dict.fromkeys(('gates', 'predictors', 'predictor', 'patterns', 'choice', 'given.masks'), BY_NAME),
+    'search.params': ANYTHING, 'measured.select': PART,
 }
 
 

@@ -20,8 +20,8 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, *, bloc
 
   `k` and `v` are `[kv_heads, Tk, d]`; `kv_heads` divides `heads`, and neighbouring heads of `q` share a head of `k`.
   `index` is `int32[heads, Tq / block_q, R]`, and the first `counts`, `int32[heads, Tq / block_q]`, blocks of a list are
-  used. The blocks divide the lengths. Keys from `length` on are padding. The arrays of `edits` are `[batch, h, Tq, Tk]`, and `q`
-  has the heads of one example after the other; any of their lengths may be 1.
+  used. The blocks divide the lengths. Keys from `length` on are padding. The arrays of `edits` are
+  `[batch, h, Tq, Tk]`, and any of the lengths may be 1. `q` has the heads of one example after the other.
   """
   keys, values = _blocks(k, block_k, len(q)), _blocks(v, block_k, len(q))
 

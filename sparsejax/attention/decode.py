@@ -130,6 +130,14 @@ def every(capacity: int) -> DecodeRule:
                     lambda labels, *_: labels, scores)
 
 
+def newest(keep: int, page: int = 1) -> DecodeRule:
+  """Returns the rule that reads the newest pages: a sliding window, against which other rules are to be compared."""
+  page, keep = _pages('newest', keep, page)
+  scores = lambda labels, q: jnp.broadcast_to(jnp.arange(labels.shape[1], dtype=jnp.float32), (len(q), 1, labels.shape[1]))
+  return DecodeRule(page, keep, True, lambda k: jnp.zeros((len(k), k.shape[1] // page, 0), k.dtype),
+                    lambda labels, *_: labels, scores)
+
+
 def double_sparsity(channels: Array, keep: int, page: int = 1) -> DecodeRule:
   """Returns Double Sparsity: a token is scored by few channels of its key (Yang et al. 2024, arXiv 2408.07092).
 

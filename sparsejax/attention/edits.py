@@ -38,6 +38,7 @@ def edited(scores: Array, seen: Array, edits: Sequence[ScoreEdit]) -> tuple[Arra
   """
   segment = None
   for kind, array in edits:
+    array = array if array is None or kind == 'mask' else array.astype(scores.dtype)
     if kind == 'segment':
       segment = array
     elif kind in ('mask', 'same'):
@@ -61,5 +62,5 @@ def segment_edits(queries: Array, keys: Array) -> tuple[ScoreEdit, ScoreEdit]:
 def weighed(weights: Array, edits: Sequence[ScoreEdit]) -> Array:
   """Returns the weights after all edits of weights."""
   for kind, array in edits:
-    weights = weights * array if kind == 'weigh' else weights
+    weights = weights * array.astype(weights.dtype) if kind == 'weigh' else weights
   return weights

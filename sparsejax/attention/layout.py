@@ -84,7 +84,7 @@ class AttentionLayout:
 def layout(weights: Pending) -> AttentionLayout | str:
   """Returns the roles of the axes of the scores, or why they cannot be told."""
   pair, shape = weights.pair, weights.pair.shape
-  side = next(side for side in (0, 1) if weights.along <= set(pair.axes(side)))
+  side = keys_of(weights)
   real = lambda axes: tuple(a for a in axes if shape[a] != 1)
   keys, batch = real(pair.axes(side)), real(range(len(pair.numbers[0].batch)))
   if weights.along != set(keys):
@@ -95,6 +95,11 @@ def layout(weights: Pending) -> AttentionLayout | str:
     return f'which of the query axes of lengths {[shape[a] for a in free]} is the position cannot be told'
   query = real(free[position:position + 1])
   return AttentionLayout(pair, side, batch[:-1], batch[-1:], real(a for a in free if a not in query), query, keys)
+
+
+def keys_of(weights: Pending) -> int:
+  """Returns which operand of the product of queries and keys has the keys: the softmax runs over its free axes."""
+  return next(side for side in (0, 1) if weights.along <= set(weights.pair.axes(side)))
 
 
 def _position(pair: Pair, side: int, lengths: list[int], keys: int) -> int | None:

@@ -67,6 +67,11 @@ class Looks:
     """Returns whether an address is inside of a structure."""
     return any(address[:len(outer)] == outer for outer in self.structures)
 
+  def _of_data(self, address: Address) -> bool:
+    """Returns whether a product cannot be that of a layer: no operand is a parameter, or both number the same things.
+    """
+    return bool(jaxprs.dot_numbers(self.eqns[address])[0].batch) or not any(self.parameters(address))
+
   def operation(self, eqn: Any, facts: list[Origin], here: Position) -> list[Origin]:
     """Returns what the results of an operation are made of, and notes the products."""
     name, of = eqn.primitive.name, NOTHING.union(*facts)
@@ -86,7 +91,7 @@ class Looks:
     for side in facts[:2]:
       weights = {fact[1] for fact in side if fact[0] == 'weights'}
       summed = {fact[1] for fact in side if fact[0] == 'sums'}
-      if found := {a for a in weights if a in summed or not any(self.parameters(a))}:
+      if found := {a for a in weights if a in summed or self._of_data(a)}:
         self.seconds.setdefault(address, set()).update(found)
     own = {('scores', address)} if eqn.primitive.name == 'dot_general' else NOTHING
     return frozenset({('argument', i) for i in set().union(*arguments)} | own)

@@ -73,7 +73,8 @@ def _listed(mask: Any, length: int, xp: Any) -> BlockIndex:
   total = mask.sum(-1).astype('int32')
   counts = xp.minimum(total, length).astype('int32')
   last = xp.take_along_axis(order, xp.maximum(counts - 1, 0)[..., None], -1) if length else order
-  index = xp.where(xp.arange(length) < counts[..., None], order, last).astype('int32')
+  place = np.arange(length).reshape((1,) * counts.ndim + (length,))
+  index = xp.where(place < counts[..., None], order, last).astype('int32')
   return BlockIndex(index, counts, (total - counts).sum().astype('int32'))
 
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.arguments import checked
-from sparsejax.attention.edits import HIDDEN, ScoreEdit
-from sparsejax.attention.layout import AttentionLayout, layout, value_dims
+from sparsejax.attention.edits import HIDDEN, ScoreEdit, edited, weighed
+from sparsejax.attention.layout import AttentionLayout, keys_of, layout, value_dims
 from sparsejax.attention.looking import Looks, looks
 from sparsejax.attention.pending import STAND_INS, Edited, Known, Masks, Pair, Pending, dense, whole
 from sparsejax.attention.steps import STEPS, known, mask
@@ -25,6 +26,7 @@ from sparsejax.programs import Enter, Operation, ValueRules, evaluate, jaxprs, t
 from sparsejax.programs.evaluate import inside
 from sparsejax.programs.structures import KEPT
 from sparsejax.types import Array
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionSite:
@@ -68,11 +70,41 @@ class AttentionSite:
     seen = np.pad(seen, ((0, 0), (0, tall), (0, wide)))
     return seen.reshape(len(seen), seen.shape[1] // block_q, block_q, -1, block_k).any((2, 4))
 
+  @property
+  def name(self) -> str:
+    """A name by which gates, choices and masks of this attention are kept: the address as a text."""
+    return '.'.join(map(str, self.address))
+
+  def stopped(self) -> 'AttentionSite':
+    """Returns the site without gradients to queries, keys and values."""
+    return dataclasses.replace(self, **{name: jax.lax.stop_gradient(getattr(self, name)) for name in 'qkv'})
+
   def scores(self) -> Array:
     """Returns the scores of all queries and keys after `scale`, before masks and edits: `[batch, heads, Tq, Tk]`."""
-    group = self.q.shape[2] // self.k.shape[2]
-    k = self.k if group == 1 else jax.numpy.repeat(self.k, group, 2)
-    return jax.numpy.einsum('bqhd,bkhd->bhqk', self.q, k, preferred_element_type='float32') * self.scale
+    k = jnp.repeat(self.k, self.q.shape[2] // self.k.shape[2], 2)
+    return jnp.einsum('bqhd,bkhd->bhqk', self.q, k, preferred_element_type='float32') * self.scale
+
+  def weights(self, seen: Array | None = None) -> Array:
+    """Returns the weights of the whole attention, `float32[batch, heads, Tq, Tk]`, or of the keys of `seen` alone.
+
+    A query that sees no key has its own key.
+    """
+    scores = self.scores()
+    allowed = jnp.ones(scores.shape, bool) if seen is None else jnp.broadcast_to(seen, scores.shape)
+    allowed = jnp.tril(allowed) if self.causal else allowed
+    scores, left = edited(scores, allowed, self.edits)
+    own = np.arange(scores.shape[3])[None] == np.minimum(np.arange(scores.shape[2]), scores.shape[3] - 1)[:, None]
+    left = left | (~left.any(-1, keepdims=True) & own[None, None])
+    return weighed(jax.nn.softmax(jnp.where(left, scores, -jnp.inf)), self.edits)
+
+  def attend(self, seen: Array | None = None) -> Array:
+    """Returns the attention of the site in plain JAX, `[batch, Tq, heads, dv]`, or to the keys of `seen` alone.
+
+    `seen` broadcasts to `bool[batch, heads, Tq, Tk]`. All scores are computed.
+    """
+    v = jnp.repeat(self.v, self.q.shape[2] // self.v.shape[2], 2)
+    return jnp.einsum('bhqk,bkhd->bqhd', self.weights(seen).astype(v.dtype), v)
+
 
 @dataclasses.dataclass(frozen=True)
 class UnreadAttention:
@@ -180,12 +212,12 @@ class AttentionReader:
   def _answered(self, eqn: Any, weights: Pending, v: Array, side: int, address: jaxprs.Address) -> Array | str | None:
     if weights.stage != 'weights':
       return f'its {weights.stage} meet the values before they are divided by their sum'
+    keys = self.looks.parameters(weights.pair.address)[keys_of(weights)]
+    if keys and self.looks.parameters(address)[1 - side]:
+      return 'its keys and values are parameters'
     found = layout(weights)
     if isinstance(found, str):
       return found
-    keys = self.looks.parameters(weights.pair.address)[found.side]
-    if keys and self.looks.parameters(address)[1 - side]:
-      return 'its keys and values are parameters'
     if any(jaxprs.product_options(each)[1] is not None for each in (eqn, weights.pair.eqn)):
       return 'a product asks for an out_sharding'
     dims = value_dims(weights, eqn, side, found)

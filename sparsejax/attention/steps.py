@@ -65,7 +65,7 @@ def _divided(eqn: Any, values: list[Any], i: int, compute: Any) -> Pending | Non
     return other.to(compute, stage='inverse') if other.stage == 'total' and number(was) == 1 else None
   if was.stage == 'scores':
     return _scaled(was, compute, other, lambda a, b: a / b) or _edit(was, compute, 'divide', other)
-  return _edit(was, compute, 'weigh', 1 / dense(other)) if was.stage == 'weights' else None
+  return _edit(was, compute, 'weigh', 1.0 / dense(other)) if was.stage == 'weights' else None
 
 
 def _normalised(exps: Pending, rows: Pending, stage: str, compute: Any) -> Pending | None:

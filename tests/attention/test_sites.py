@@ -1,0 +1,247 @@
+"""Tests that attention is found in programs of every kind, that it is replaced exactly, and that nothing is silent."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from products import normal
+
+import kernels_pallas
+from sparsejax import attention
+
+B, T, H, D = 2, 8, 4, 8
+CAUSAL = jnp.tril(jnp.ones((T, T), bool))[None, None]
+SHARED = [normal((B, T, heads, D), seed=i) for i, heads in enumerate((H, 2, 2))]  # two heads of q share one of k
+EQUAL = [normal((B, T, H, D), seed=i) for i in range(3)]
+X, PAD = normal((B, T, 16)), jnp.arange(T)[None, None, None] < jnp.array([5, T])[:, None, None, None]
+
+
+@functools.cache
+def linen():
+  model = nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.3)
+  return model, model.init(jax.random.key(0), X, X, deterministic=True)
+
+
+def linen_case(mask=None, **options):
+  model, params = linen()
+  return lambda params, x, *more: model.apply(params, x, x, mask=mask(x, *more) if mask else None, **options)
+
+
+def of_linen(*more, mask=None, **options):
+  options = options or {'deterministic': True}
+  return lambda: (linen_case(mask, **options), (linen()[1], X, *more))
+
+
+def of_nnx(mask, *more):
+  def made():
+    graph, state = nnx.split(nnx.MultiHeadAttention(2, 16, decode=False, deterministic=True, rngs=nnx.Rngs(0)))
+    return lambda state, x, *more: nnx.merge(graph, state)(x, mask=mask(*more)), (state, X, *more)
+  return made
+
+
+def by_hand(q, k, v):
+  scores = jnp.where(CAUSAL, jnp.einsum('bqhd,bkhd->bhqk', q, k) / jnp.sqrt(8.), -1e9)
+  return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores.astype('float32')).astype(q.dtype), v)
+
+
+def capped(q, k, v):
+  """Heads first, scaled before, a soft cap, and a softmax that is written out."""
+  q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+  scores = 5 * jnp.tanh((q * 0.5) @ k.swapaxes(-1, -2) / 5)
+  exps = jnp.exp(scores - scores.max(-1, keepdims=True))
+  return (exps * (1 / exps.sum(-1, keepdims=True)) @ v).swapaxes(1, 2)
+
+
+def stacked(weights, x):
+  def layer(x, w):
+    q, k, v = (x @ w[i] for i in range(3))
+    mask = jnp.tril(jnp.ones((T, T), bool))
+    one = lambda q, k, v, mask: jax.nn.softmax(jnp.where(mask, q @ k.swapaxes(-1, -2) / 8, -jnp.inf)) @ v
+    return x + jax.checkpoint(one)(q, k, v, mask), None
+  return jax.lax.scan(layer, x, weights)[0]
+
+
+jnn = jax.nn.dot_product_attention
+
+
+def in_bfloat16(q, k, v):
+  with jax.numpy_dtype_promotion('standard'):  # JAX promotes inside
+    return jnn(q, k, v, mask=PAD)
+
+
+# For each program: a function and its arguments, the edits that are read, and the shape of the scores.
+PROGRAMS = {
+    'linen': (of_linen(), '', (2, 2, 8, 8)),
+    'linen, causal': (of_linen(mask=lambda x: nn.make_causal_mask(x[..., 0])), 'causal', (2, 2, 8, 8)),
+    'linen, padding': (of_linen(PAD, mask=lambda x, pad: nn.combine_masks(nn.make_causal_mask(x[..., 0], dtype=bool), pad, dtype=bool)),
+                       'causal, mask', (2, 2, 8, 8)),
+    'linen, dropout': (of_linen(mask=lambda x: CAUSAL, deterministic=False, rngs={'dropout': jax.random.key(1)}),
+                       'causal, weigh', (2, 2, 8, 8)),
+    'nnx': (of_nnx(lambda: CAUSAL), 'causal', (2, 2, 8, 8)),
+    'nnx, padding': (of_nnx(lambda pad: pad, PAD), 'mask', (2, 2, 8, 8)),
+    'jax.nn': (lambda: (lambda q, k, v, b: jnn(q, k, v, is_causal=True, bias=b),
+                        (*SHARED, normal((1, H, T, T), seed=4))), 'causal, add', (2, 4, 8, 8)),
+    'jax.nn, lengths': (lambda: (lambda q, k, v, n: jnn(q, k, v, key_value_seq_lengths=n),
+                                 (*SHARED, jnp.array([4, 8]))), 'mask', (2, 4, 8, 8)),
+    'jax.nn, window': (lambda: (lambda q, k, v: jnn(q, k, v, local_window_size=(2, 0)), SHARED), 'mask', (2, 4, 8, 8)),
+    'jax.nn, across': (lambda: (jnn, (SHARED[0], *(a[:, :5] for a in SHARED[1:]))), '', (2, 4, 8, 5)),
+    'jax.nn, bfloat16': (lambda: (in_bfloat16, [a.astype('bfloat16') for a in SHARED]),
+                         'mask', (2, 4, 8, 8)),
+    'by hand': (lambda: (by_hand, EQUAL), 'causal', (2, 4, 8, 8)),
+    'capped': (lambda: (capped, EQUAL), 'tanh, multiply', (2, 4, 8, 8)),
+    'one head': (lambda: (lambda q, k, v: jax.nn.softmax(q @ k.T) @ v, [a[0, :, 0] for a in EQUAL]), '', (1, 1, 8, 8)),
+    'vmap': (lambda: (jax.vmap(jax.vmap(lambda q, k, v: jax.nn.softmax(q @ k.T) @ v, 1, 1)), EQUAL), '',
+             (2, 4, 8, 8)),
+    'scan and remat': (lambda: (stacked, (normal((3, 3, 16, 16)) / 4, X)), 'causal', (1, 2, 8, 8)),
+}
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_attention_is_read(name):
+  made, edits, shape = PROGRAMS[name]
+  apply, args = made()
+  report = kernels_pallas.sparse_attention(apply, attention.full(block=4), explain=True)(*args)
+  assert [(row.edits, row.shape, row.problem, row.achieved) for row in report.rows] == [(edits, shape, '', 0.0)]
+
+
+def loss(apply):
+  return lambda args: jnp.sin(apply(*args).astype('float32')).sum()
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize('name', ['linen, dropout', 'nnx, padding', 'jax.nn', 'jax.nn, window', 'capped',
+                                  'scan and remat', 'linen, padding', 'by hand', 'jax.nn, across', 'vmap'])
+def test_all_blocks_are_the_dense_program_with_its_gradients(name):
+  apply, args = PROGRAMS[name][0]()
+  floats = [a for a in args if not isinstance(a, jax.Array) or jnp.issubdtype(a.dtype, jnp.floating)]
+  run = kernels_pallas.sparse_attention(apply, attention.full(block=3))
+  both = lambda some: tuple(jax.value_and_grad(lambda some, f=f: loss(f)([*some, *args[len(some):]]))(some)
+                            for f in (apply, run))
+  expected, found = jax.jit(both)(list(floats))
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+    if jnp.issubdtype(a.dtype, jnp.floating):
+      np.testing.assert_allclose(a, b, atol=2e-4 * max(1, float(jnp.abs(a).max())))
+
+
+def test_blocks_are_attention_with_their_mask():
+  q, k, v = SHARED
+  mask = np.asarray(attention.strided(2, block=2)(_site(lambda q, k, v: jnn(q, k, v, is_causal=True), q, k, v)).mask)
+  seen = jnp.asarray(mask.repeat(2, -1).repeat(2, -2))
+  program = lambda q, k, v, pad: jnn(q, k, v, is_causal=True, mask=pad)
+  run = kernels_pallas.sparse_attention(program, attention.strided(2, block=2))
+  pad = jnp.arange(T)[None, None, None] >= jnp.array([0, 3])[:, None, None, None]  # early queries see nothing
+  whole, found = jax.jit(lambda *a: (program(*a[:3], seen & a[3] | jnp.eye(T, dtype=bool)), run(*a)))(q, k, v, pad)
+  rows = np.asarray(((seen & pad).reshape(B, 1, T, T) & CAUSAL).any(-1)[:, 0])
+  own = jnp.eye(T, dtype=bool) & ~(seen & pad & CAUSAL).any(-1, keepdims=True)
+  exact = jax.jit(lambda *a: jnn(*a[:3], mask=(seen & a[3] & CAUSAL) | own))(q, k, v, pad)
+  assert not rows.all() and whole.shape == found.shape
+  np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
+def _site(apply, *args):
+  sites = []
+  jax.eval_shape(lambda: [attention.attended(apply, sites.append)(*args), None][1])
+  return sites[0]
+
+
+@jax.custom_vjp
+def flash(q, k, v):
+  return by_hand(q, k, v)
+
+
+flash.defvjp(lambda q, k, v: (flash(q, k, v), (q, k, v)), lambda saved, dy: saved)
+
+
+def sharded_program(q, k, v):
+  mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec('data')
+  return jax.shard_map(by_hand, mesh=mesh, in_specs=spec, out_specs=spec)(q, k, v)
+
+
+def late(q, k, v):
+  """Divides by the sum after the product with the values."""
+  exps = jnp.exp(jnp.einsum('bqhd,bkhd->bhqk', q, k))
+  return jnp.einsum('bhqk,bkhd->bqhd', exps, v) / exps.sum(-1).swapaxes(1, 2)[..., None]
+
+
+def sorted_scores(q, k, v):
+  scores = jnp.sort(jnp.einsum('bqhd,bkhd->bhqk', q, k))
+  return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores), v)
+
+
+def of_halves(q, k, v):
+  scores = jnp.einsum('bqhd,bkhd->bhqk', q, k).reshape(B, H, T, 2, 4)
+  return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores).reshape(B, H, T, T), v)
+
+
+def unnormalised(q, k, v):
+  return jnp.einsum('bhqk,bkhd->bqhd', jnp.exp(jnp.einsum('bqhd,bkhd->bhqk', q, k)), v)
+
+
+UNREAD = {
+    'a derivative rule': (flash, 'function with a derivative rule of its own'),
+    'shard_map': (sharded_program, 'inside of a shard_map'), 'late': (late, 'before they are divided by their sum'),
+    'sorted': (sorted_scores, 'scores go through sort'), 'halves': (of_halves, 'softmax|reduce_max'),
+    'no softmax': (unnormalised, 'before they are divided by their sum'),
+    'parameters': (lambda p, x: jax.nn.softmax(x @ p) @ p.T, 'keys and values are parameters'),
+}
+
+
+@pytest.mark.parametrize('name', UNREAD)
+def test_what_cannot_be_read_is_listed_and_stays_dense(name):
+  apply, why = UNREAD[name]
+  args = (normal((16, 5)), X) if name == 'parameters' else EQUAL
+  report = kernels_pallas.sparse_attention(apply, attention.empty(block=4), explain=True)(*args)
+  row, = report.rows
+  assert re.search(why, row.problem) and report.violations == [row]
+  assert row.problem in str(report)
+  if name in ('late', 'a derivative rule'):
+    run = kernels_pallas.sparse_attention(apply, attention.empty(block=4))
+    np.testing.assert_allclose(jax.jit(run)(*args), jax.jit(apply)(*args), rtol=2e-5)
+
+
+def test_other_products_are_no_attention():
+  program = lambda p, x: jax.nn.softmax(jax.nn.silu(jax.nn.gelu(x @ p) @ p.T) @ p)
+  report = kernels_pallas.sparse_attention(program, attention.full(), explain=True)(normal((16, 5)), X)
+  assert report.rows == ()
+
+
+def test_overflow_is_counted_and_warned_about():
+  threshold = lambda room: lambda site: attention.BlockMask(site.q[0, ::2, :, 0].T[:, :, None] > jnp.full((1, 1, 4), -9.0), 2,
+                                                            2, room)
+  q = EQUAL[0]
+  run = lambda room, **options: kernels_pallas.sparse_attention(jnn, threshold(room), **options)
+  y, counts = run(3, counted=True)(q, q, q)
+  assert [c.tolist() for c in counts.values()] == [[4 * 4 * 3, 4 * 4]] and y.shape == q.shape
+  with pytest.warns(UserWarning, match=r'16 blocks at .* did not fit into the capacity'):
+    run(3)(q, q, q).block_until_ready()
+    jax.effects_barrier()
+  with pytest.raises(ValueError, match='loop or remat, which counts cannot leave'):
+    kernels_pallas.sparse_attention(stacked, attention.full(4), counted=True)(normal((3, 3, 16, 16)), X)
+
+
+REFUSED = {
+    'a builder without a mask': (lambda: kernels_pallas.sparse_attention(jnn, lambda site: 1)(*EQUAL),
+                                 'returned a int at .*BlockMask'),
+    'a mask of another shape': (lambda: kernels_pallas.sparse_attention(
+        jnn, lambda site: attention.BlockMask(np.ones((1, 3, 3), bool), 2, 2))(*EQUAL), r'need \[\.\.\., 4, 4\]'),
+    'no function': (lambda: kernels_pallas.sparse_attention(jnn, 3), '`builder` must be a function'),
+    'an unknown edit': (lambda: kernels_pallas.block_sparse_attention(
+        *EQUAL, jnp.zeros((4, 4, 1), jnp.int32), block_q=2, block_k=2,
+        edits=[attention.ScoreEdit('square', EQUAL[0])]), "edit 'square' is none of"),
+    'an edit of another shape': (lambda: kernels_pallas.block_sparse_attention(
+        *EQUAL, jnp.zeros((4, 4, 1), jnp.int32), block_q=2, block_k=2,
+        edits=[attention.ScoreEdit('add', jnp.ones((3, 3)))]), r'shape \(1, 1, 3, 3\), which must broadcast'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refusals_say_what_to_give(case):
+  call, message = REFUSED[case]
+  with pytest.raises(ValueError, match=message):
+    call()
