@@ -69,8 +69,8 @@ from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
-  'apply_masks', 'attention', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
-  'metrics', 'packing', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
-  'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities',
-  'starts', 'states', 'structured', 'tokens', 'transforms', 'trees', 'types', 'units', 'updates',
+  'apply_masks', 'attention', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses',
+  'masks', 'metrics', 'packing', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project',
+  'prune', 'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections',
+  'sensitivities', 'starts', 'states', 'structured', 'tokens', 'transforms', 'trees', 'types', 'units', 'updates',
 ]

@@ -5,8 +5,8 @@
     loss = packs.mean(token_loss, packs.first)              # over tokens, without the first of each text
     y = unpadded(mlp, mask, most=256)(x)                    # a function of tokens, on the valid ones alone
 
-`packs.segments` is the argument `segments=` of `kernels_pallas.block_sparse_attention`, and `blocks(packs.segments, 64)`
-says which blocks of keys a block of queries sees. `packs.positions` restart with each text. References: Kundu et al.
+`packs.segments` is the argument `segments=` of `kernels_pallas.block_sparse_attention`. `blocks(packs.segments, 64)` says
+which blocks of keys a block of queries sees. `packs.positions` restart with each text. References: Kundu et al.
 2024, arXiv 2407.09105 (packing with flash attention); Zhai et al. 2022, arXiv 2210.03052 (ByteTransformer), whose
 functions of tokens see valid tokens alone. The order of texts in the rows is ours.
 """
@@ -87,8 +87,8 @@ def plan(lengths: Sequence[int], capacity: int) -> Packs:
   if given.ndim != 1 or not given.size or not np.issubdtype(given.dtype, np.integer) or given.min() < 1:
     raise ValueError(f'packing.plan: `lengths` must be whole numbers of tokens, at least 1, not {lengths!r:.60}.')
   if given.max() > capacity:
-    raise ValueError(f'packing.plan: a text of {given.max()} tokens does not fit into rows of {capacity}; give a larger '
-                     'capacity, or cut the text.')
+    raise ValueError(f'packing.plan: a text of {given.max()} tokens does not fit into rows of {capacity}; give a '
+                     'larger capacity, or cut the text.')
   used: list[int] = []
   row, begin = np.zeros((2, len(given)), np.int32)
   for text in np.argsort(-given, kind='stable'):

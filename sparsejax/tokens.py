@@ -130,7 +130,7 @@ def dissimilar(keys: Array, importance: Array) -> Array:
 
 
 def shared_neurons(h: Array, query: int) -> Array:
-  """Returns how many active neurons each token shares with the token `query`, `[B, T]` (CoreMatching, Wang et al. 2025).
+  """Returns how many active neurons each token shares with the token `query`, `[B, T]`: CoreMatching, Wang et al. 2025.
 
   `h`, `[B, T, F]`, are the hidden units of a feed-forward block; a positive one is active.
   """

@@ -63,6 +63,7 @@ EXPERIMENTS = (
     ('tables',),
     ('train', 'tickets', 'sweep'),
     ('claims', 'pruning', 'structured'),
+    ('frontier',),
     ('__init__',),
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.
