@@ -1,4 +1,4 @@
-"""Runs an `LM` token by token with a cache for each layer, of which a rule of `sparsejax.attention.decode` reads a part.
+"""Runs an `LM` token by token, with a cache for each layer, of which a rule of `attention.decode` reads a part.
 
     generate = Stepper(params, decoder(decode.quest(keep=256)), capacity=4096)
     state = generate.start(batch=1)
@@ -23,16 +23,16 @@ Params = Mapping[str, Any]
 
 
 class Stepper(NamedTuple):
-  """A `Stepper` is a trained `LM` without `scan`, by its parameters, with the decoder that all layers use."""
+  """A `Stepper` is a trained `LM` without `scan`, by its parameters, with one decoder for all layers or for each."""
 
   params: Params
-  decoding: Decoder
+  decoding: Decoder | tuple[Decoder, ...]
   capacity: int
 
   def start(self, batch: int) -> tuple[Cache, ...]:
     """Returns an empty cache for each layer."""
     _, heads, size = self.params['block_0']['attention']['query']['kernel'].shape
-    return tuple(self.decoding.start(batch, self.capacity, heads, size) for _ in range(_depth(self.params)))
+    return tuple(each.start(batch, self.capacity, heads, size) for each in _of_layers(self.decoding, self.params))
 
   def fed(self, state: tuple[Cache, ...], tokens: Array) -> tuple[Array, tuple[Cache, ...]]:
     """Returns the logits after each of `tokens`, `float32[B, n, vocabulary]`, and the caches with all of them."""
@@ -47,14 +47,14 @@ class Stepper(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _fed(decoding: Decoder, params: Params, state: Any, tokens: Array) -> tuple[Array, Any]:
+def _fed(decoding: Any, params: Params, state: Any, tokens: Array) -> tuple[Array, Any]:
   run = lambda state, token: step(decoding, params, state, token)[::-1]
   state, logits = jax.lax.scan(run, state, tokens.T)
   return logits.swapaxes(0, 1), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _continued(decoding: Decoder, params: Params, state: Any, logits: Array, count: int) -> tuple[Array, Any]:
+def _continued(decoding: Any, params: Params, state: Any, logits: Array, count: int) -> tuple[Array, Any]:
   def run(carry, _):
     state, logits = carry
     token = jnp.argmax(logits, -1).astype(jnp.int32)
@@ -65,12 +65,13 @@ def _continued(decoding: Decoder, params: Params, state: Any, logits: Array, cou
   return tokens.T, state
 
 
-def step(decoding: Decoder, params: Params, state: tuple[Cache, ...], token: Array) -> tuple[Array, tuple[Cache, ...]]:
+def step(decoding: Decoder | tuple[Decoder, ...], params: Params, state: tuple[Cache, ...],
+         token: Array) -> tuple[Array, tuple[Cache, ...]]:
   """Returns the logits after `token`, `int[B]`, and the caches with it."""
   x, caches = params['embed']['embedding'][token], []
-  for layer, cache in enumerate(state):
+  for layer, (each, cache) in enumerate(zip(_of_layers(decoding, params), state)):
     own = params[f'block_{layer}']
-    attended, cache = _attended(decoding, own['attention'], cache, _normed(own['norm1'], x))
+    attended, cache = _attended(each, own['attention'], cache, _normed(own['norm1'], x))
     caches.append(cache)
     x = x + attended
     hidden = nn.gelu(_dense(own['mlp']['fc1'], _normed(own['norm2'], x)), approximate=True)
@@ -95,5 +96,6 @@ def _dense(params: Params, x: Array) -> Array:
   return x @ params['kernel'] + params['bias'][None]
 
 
-def _depth(params: Params) -> int:
-  return sum(name.startswith('block_') for name in params)
+def _of_layers(decoding: Decoder | tuple[Decoder, ...], params: Params) -> tuple[Decoder, ...]:
+  depth = sum(name.startswith('block_') for name in params)
+  return (decoding,) * depth if isinstance(decoding, Decoder) else decoding

@@ -38,16 +38,16 @@ SIZES = {'calibration': f'{CALIBRATED} windows', 'held out': f'{HELD_OUT} window
 
 
 def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, steps: int, seed: int,
-            config: Mapping[str, Any] = CONFIG) -> Subject:
+            config: Mapping[str, Any] = CONFIG, length: int = LENGTH) -> Subject:
   """Returns the decoder, trained for `steps` in `workdir / 'training'`, with the windows that `seed` draws.
 
-  A training that is there already goes on, up to `steps`.
+  A training that is there already goes on, up to `steps`. `length`: bytes of a window, of the training too.
 
   Raises `training.Stopped` where a signal stops the training.
   """
   texts, names = split_texts(data_dir)
-  windows = {split: _windows(content) for split, content in texts.items()}
-  whole = configs.complete({**config, 'steps': steps, 'data': _file(workdir / 'text.txt', texts)})
+  windows = {split: _windows(content, length) for split, content in texts.items()}
+  whole = configs.complete({**config, 'steps': steps, 'data': _file(workdir / 'text.txt', texts, length)})
   outcome = training.run(whole, workdir / 'training', request)
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.tested_parameters(outcome['dense']))
   model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
@@ -59,8 +59,8 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
       apply, params, [(inputs[i:i + BATCH],) for i in range(0, len(inputs), BATCH)], None, WHERE,
       functools.partial(_loss, apply, labels[:BATCH]), lambda path: path.split('/')[0],
       functools.partial(_scored, jax.jit(functools.partial(_nats, apply)), held_out),
-      {'data': names, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), **SIZES, 'steps': steps,
-       'seed': seed})
+      {'data': names, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), **SIZES,
+       'bytes a window': length, 'steps': steps, 'seed': seed})
 
 
 def split_texts(data_dir: str | None) -> tuple[dict[str, bytes], str]:
@@ -75,19 +75,19 @@ def split_texts(data_dir: str | None) -> tuple[dict[str, bytes], str]:
   return {split: b''.join(parts) for split, parts in texts.items()}, name
 
 
-def _file(path: pathlib.Path, texts: Mapping[str, bytes]) -> dict[str, Any]:
+def _file(path: pathlib.Path, texts: Mapping[str, bytes], length: int) -> dict[str, Any]:
   """Writes both texts to one file, `test` last, and returns the section `data` of a config that reads the file so."""
   path.parent.mkdir(parents=True, exist_ok=True)
   records.write_whole(path, b''.join(texts[split] for split in ('train', 'test')).decode())
   held_out = min(len(texts['test']), TESTED)
-  return {'name': str(path), 'sequence_length': LENGTH, 'valid_fraction': held_out / sum(map(len, texts.values()))}
+  return {'name': str(path), 'sequence_length': length, 'valid_fraction': held_out / sum(map(len, texts.values()))}
 
 
-def _windows(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-  """Returns windows of bytes and of the next bytes, `int32[N, LENGTH]` each."""
+def _windows(content: bytes, length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns windows of bytes and of the next bytes, `int32[N, length]` each."""
   array = np.frombuffer(content, np.uint8).astype(np.int32)
-  count = (len(array) - 1) // LENGTH
-  cut = lambda shift: array[shift:shift + count * LENGTH].reshape(count, LENGTH)
+  count = (len(array) - 1) // length
+  cut = lambda shift: array[shift:shift + count * length].reshape(count, length)
   return cut(0), cut(1)
 
 

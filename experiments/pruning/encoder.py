@@ -6,7 +6,7 @@ standard library, and the probe tells classes from functions.
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,13 +71,27 @@ def _drawn(sentences: Sentences, count: int, seed: int) -> np.ndarray:
   return np.random.default_rng(seed).permutation(len(sentences['labels']))[:count]
 
 
+def judge(data_dir: str | None, seed: int) -> Callable[[Callable[..., Array]], Mapping[str, np.ndarray]]:
+  """Returns a function that scores another `embed(params, tokens, mask)` by the sentences that `seed` draws.
+
+  The scores are those of `subject`: the cosine to the dense embedding and whether the probe, trained anew, is right.
+  """
+  train, test, _ = _sentences(data_dir)
+  probed = _drawn(train, CALIBRATED + PROBED, seed)[CALIBRATED:]
+  held_out = _drawn(test, HELD_OUT, seed)
+  parts = [{key: value[rows] for key, value in each.items()} for each, rows in ((train, probed), (test, held_out))]
+  params = jax.tree.map(jnp.asarray, encoders.load_pretrained())
+  dense = _Probe(*parts).embedded(params)[1]
+  return lambda embed: _scored(_Probe(*parts, embed), dense, params)
+
+
 class _Probe:
   """A `_Probe` embeds the sentences of the probe and the held-out sentences, and fits the probe."""
 
-  def __init__(self, probed: Sentences, held_out: Sentences):
+  def __init__(self, probed: Sentences, held_out: Sentences, embed: Callable[..., Array] = encoders.embed):
     self.labels = probed['labels'], held_out['labels']
     self._batches = [_batches(each['inputs']) for each in (probed, held_out)]
-    self._embed = jax.jit(lambda params, tokens: encoders.embed(params, tokens, tokens != encoders.PADDING))
+    self._embed = jax.jit(lambda params, tokens: embed(params, tokens, tokens != encoders.PADDING))
 
   def embedded(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
     """Returns the embeddings of the probe's sentences and of the held-out ones, each `float32[N, width]`."""

@@ -18,14 +18,14 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import heads, reference
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.linear import Derivative, differentiable
-from sparsejax.attention.edits import EDITS, ScoreEdit, edited, weighed
+from sparsejax.attention.edits import EDITS, ScoreEdit, edited, segment_edits, weighed
 from sparsejax.types import Array
 
 
 def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *,
                            block_q: int = 128, block_k: int = 128, causal: bool = False, scale: float | None = None,
-                           edits: Sequence[ScoreEdit] = (), implementation: str | None = None,
-                           explain: bool = False) -> Array | dispatch.Choices:
+                           edits: Sequence[ScoreEdit] = (), segments: tuple[Array, Array] | None = None,
+                           implementation: str | None = None, explain: bool = False) -> Array | dispatch.Choices:
   """Returns the attention of `q [..., Tq, heads, d]` to blocks of `k` and `v`: the shape of `q`, with d of `v`.
 
   `k` and `v` are `[..., Tk, kv_heads, d]`, and `kv_heads` divides `heads`. The axes and `scale`, by default
@@ -38,6 +38,8 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   `edits` change the scores, after `scale`, and the weights, in their order. Their arrays broadcast to `[batch, heads,
   Tq, Tk]`, with all examples of a batch in one axis. With edits, a query whose listed keys are all hidden sees its own
   key, if that key is listed. The result is differentiable in arrays of numbers, and only XLA computes edits.
+  `segments` are the numbers of the segments of queries and of keys, `int[batch, Tq]` and `int[batch, Tk]`, or one array
+  for both: a query sees only keys of its own segment, as in packs of several texts (`sparsejax.packing`).
 
   The result is differentiable in q, k and v, to every order and in both modes. Only the implementation 'dense' makes an
   array of Tq x Tk. Derivatives in forward mode, and second derivatives, are computed by XLA.
@@ -48,6 +50,7 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   """
   lists = (index,) if counts is None else (index, counts)
   _check(q, k, v, *lists, block_q=block_q, block_k=block_k)
+  edits = (*edits, *_segments(segments, q, k))
   scale = float(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
   kinds = tuple((kind, None if array is None else array.dtype == bool) for kind, array in edits)
   options = Options(block_q, block_k, bool(causal), scale, q.shape[-3], k.shape[-3], kinds)
@@ -123,6 +126,20 @@ def _check(q: Array, k: Array, v: Array, index: Array, counts: Array | None = No
                f'{block_q} of the {q.shape[-3]} queries.')
 
 
+def _segments(segments: tuple[Array, Array] | Array | None, q: Array, k: Array) -> tuple[ScoreEdit, ...]:
+  """Returns the edits that hide other segments, or none without `segments`."""
+  if segments is None:
+    return ()
+  pair = segments if isinstance(segments, tuple) else (segments, segments)
+  batch = math.prod(q.shape[:-3])
+  shapes = [tuple(getattr(ids, 'shape', ())) for ids in pair]
+  if len(pair) != 2 or any(shape[1:] != (a.shape[-3],) or shape[0] not in (1, batch) or not jnp.issubdtype(
+      ids.dtype, jnp.integer) for ids, shape, a in zip(pair, shapes, (q, k))):
+    raise ValueError(f'block_sparse_attention: segments of shapes {shapes} must be int[batch, Tq] and int[batch, Tk], '
+                     f'int[{batch}, {q.shape[-3]}] and int[{batch}, {k.shape[-3]}].')
+  return segment_edits(*pair)
+
+
 def _filled(a: Array, block: int) -> Array:
   """Returns `a` as `[batch, T, heads, d]`, with T padded to whole blocks, as implementations take it."""
   flat = a.reshape(math.prod(a.shape[:-3]), *a.shape[-3:])
@@ -134,7 +151,7 @@ def _edit_arrays(edits: Sequence[ScoreEdit], q: Array, k: Array, options: Option
   given = [jnp.asarray(edit.array) for edit in edits if edit.array is not None]
   full = (math.prod(q.shape[:-3]), q.shape[-2], options.queries, options.keys)
   for kind, mask in options.kinds:
-    if kind not in ('mask', 'weigh', *EDITS) or (kind == 'mask') > bool(mask):
+    if kind not in ('mask', 'weigh', 'segment', 'same', *EDITS) or (kind == 'mask') > bool(mask):
       raise ValueError(f'block_sparse_attention: the edit {kind!r} is none of {sorted(EDITS)}, \'weigh\', and '
                        "'mask' with an array of bools.")
   ranked = [a.reshape((1,) * (4 - a.ndim) + a.shape) if a.ndim < 4 else a for a in given]

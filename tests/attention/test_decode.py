@@ -1,4 +1,4 @@
-"""Tests the rules of decoding on numbers of the papers' formulas, the cache, and a small model that generates tokens."""
+"""Tests the rules of decoding on numbers of the papers' formulas, the cache, and a small model that generates."""
 
 import jax
 import jax.numpy as jnp

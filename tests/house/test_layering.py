@@ -16,7 +16,7 @@ ROOT = pathlib.Path(sparsejax.__file__).parents[1]
 FAMILIES = {
     'zeroth_order': (), 'factorized': (), 'recovery': (), 'moe': (), 'activation': (), 'attention': (), 'codes': (),
     'bayes': (), 'continual': (), 'finetune': ('factorized',), 'post_training': ('zeroth_order',),
-    'structured': ('post_training',), 'hub': (),
+    'structured': ('post_training',), 'hub': (), 'tokens': (), 'packing': (),
 }
 # From the bottom up. A name is a module or a package of sparsejax; it imports from lines above its own, not from its
 # own line. Inside of a package, INSIDE says the same.
@@ -66,6 +66,7 @@ EXPERIMENTS = (
     ('tables',),
     ('train', 'tasks', 'tickets', 'sweep'),
     ('claims', 'pruning', 'structured'),
+    ('frontier',),
     ('__init__',),
 )
 # Modules of a package, from the bottom up; the package's own `__init__` comes last and is not named.

@@ -1,0 +1,55 @@
+"""Runs the frontier of a tiny decoder, whose finished cells are not run again, and checks the model of costs."""
+
+import numpy as np
+import pytest
+
+from experiments import frontier
+from experiments.frontier import engine
+from experiments.frontier.costs import Request
+from experiments.pruning import decoder
+
+pytestmark = pytest.mark.usefixtures('standard_promotion')
+TINY = {**decoder.CONFIG, 'batch_size': 8, 'model': {'name': 'lm', 'width': 16, 'depth': 1, 'heads': 2},
+        'validate_every': 1}
+
+
+def test_costs_are_those_of_kinetics():
+  """The published constants; the corner of lists that are longer than the prompt is subtracted."""
+  request = Request(1e9, 32, 8, 128, 1024, 4096)
+  tera = lambda *values: [value / 1e12 for value in values]
+  np.testing.assert_allclose(tera(request.compute(), request.memory()), [8.39816, 28.99103], atol=1e-5)
+  np.testing.assert_allclose(tera(request.compute(512), request.memory(512)), [8.22636, 4.83184], atol=1e-5)
+  np.testing.assert_allclose(tera(request.compute(512, 16), request.memory(512, 16)), [8.23280, 5.73781], atol=1e-5)
+  exact = sum(min(2048, 1024 + t) for t in range(4096))
+  assert exact == 7863808 and request.pairs(2048) == 7864320 and request.pairs(8192) == request.pairs()
+
+
+def test_the_frontier_of_a_tiny_decoder(tmp_path, monkeypatch):
+  sizes = engine.Sizes(windows=2, length=32, needles=2, haystack=64, needle=8)
+  run = lambda rules: frontier.run('decoder', tmp_path, rules=rules, sparsities=[0.5], steps=1, sizes=sizes,
+                                   config=TINY)
+  lines = run(['quest', 'double_sparsity'])
+  assert [line['cell'] for line in lines] == ['dense/0', 'quest/0.5', 'double_sparsity/0.5']
+  dense, quest, tokens = lines
+  assert dense['achieved'] == 0 and quest['achieved'] == tokens['achieved'] == .25
+  assert tokens['bytes'] < dense['bytes'] and quest['flops'] < dense['flops']
+  assert len(quest['scores']['nats']) == len(quest['scores']['needle']) == 2
+  assert quest['scores']['nats'] != dense['scores']['nats']
+  assert (tmp_path / 'frontier.png').read_bytes()[:4] == b'\x89PNG'
+  assert 'quest' in (tmp_path / 'frontier.md').read_text()
+  monkeypatch.setattr(engine, 'bench', None)
+  assert run(['double_sparsity']) == [dense, tokens]
+
+
+REFUSED = {
+    'a table': (lambda folder: frontier.run('encoders', folder), "Did you mean 'encoder'"),
+    'a rule': (lambda folder: frontier.run('decoder', folder, rules=['qest']), "Did you mean 'quest'"),
+    'a sparsity': (lambda folder: frontier.run('decoder', folder, sparsities=[1.0]), 'from 0 to below 1, not 1.0'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refusals_say_what_is_valid(case, tmp_path):
+  call, message = REFUSED[case]
+  with pytest.raises(ValueError, match=message):
+    call(tmp_path)
