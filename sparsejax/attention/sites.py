@@ -1,9 +1,9 @@
 """Finds attention in the program of any function, and gives it another answer: `attended`.
 
-    def as_array(site):
+    def dense(site):
       return None                                     # the program's own result
 
-    run = attended(model.apply, lambda site: print(site) or as_array(site))
+    run = attended(model.apply, lambda site: print(site) or dense(site))
     y = run(variables, x)                             # the result of `model.apply`, after one line for each attention
 """
 
