@@ -18,7 +18,7 @@ from sparsejax import errors, tables
 
 SUITES = ('group_selection', 'selection', 'bandwidth', 'training_step', 'memory', 'kernels', 'packed_training',
           'compile_time', 'few_tokens', 'packing', 'small_steps', 'large_trees',
-          'files', 'post_training')
+          'files', 'post_training', 'attention')
 OUT = pathlib.Path('benchmarks/results.md')
 
 
