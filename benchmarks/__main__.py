@@ -17,7 +17,7 @@ from benchmarks import pictures, results, timing
 from sparsejax import errors, tables
 
 SUITES = ('group_selection', 'selection', 'bandwidth', 'training_step', 'memory', 'kernels', 'packed_training',
-          'compile_time', 'few_tokens', 'few_inputs', 'decoding', 'packing', 'small_steps', 'large_trees',
+          'compile_time', 'few_tokens', 'few_inputs', 'decoding', 'attention', 'packing', 'small_steps', 'large_trees',
           'files', 'post_training')
 OUT = pathlib.Path('benchmarks/results.md')
 

@@ -45,8 +45,8 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   array of Tq x Tk. Derivatives in forward mode, and second derivatives, are computed by XLA.
   `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. `None`
   lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform and its
-  reason instead of the result. Gradients are computed by 'dense' if `implementation` is 'dense', and by 'xla'
-  otherwise.
+  reason instead of the result. Gradients are computed by 'dense' if `implementation` is 'dense', by the kernels of
+  'mosaic_tpu' where these compute the result, and by 'xla' otherwise: Hopper has no kernel for gradients yet.
   """
   lists = (index,) if counts is None else (index, counts)
   _check(q, k, v, *lists, block_q=block_q, block_k=block_k)
@@ -237,9 +237,41 @@ def _gradient(options: tuple[Options, str | None], args: Sequence[Array], dy: Ar
   if implementation == 'dense' or known.kinds:
     plain, count = _plain(*options), 3 + known.numbers
     return jax.vjp(lambda *a: plain(*a, *args[count:]), *args[:count])[1](dy)
+  return _backward(known, 'xla' if implementation == 'mosaic_gpu' else implementation)(dy, q, k, v, *lists)
+
+
+def _backward(options: Options, implementation: str | None) -> Callable[..., Any]:
+  """Returns the gradients of q, k and v for `(dy, q, k, v, *lists)`, by the kernels of the platform.
+
+  Their own derivatives are those of the gradients in plain JAX, because kernels have none.
+  """
+  table, plain = _backward_table(options), functools.partial(_plain_backward, options)
+  run = lambda dy, *args: dispatch.run('block_sparse_attention', (dy, *args), table, implementation,
+                                       lambda dy, *args: options.prefer(*args))
+  call = jax.custom_jvp(run)
+
+  def tangents(primals: Any, tangents: Any) -> Any:
+    return call(*primals), jax.jvp(lambda *a: plain(*a, *primals[4:]), primals[:4], tangents[:4])[1]
+
+  call.defjvp(tangents)
+  return call
+
+
+def _plain_backward(options: Options, dy: Array, q: Array, k: Array, v: Array, *lists: Array) -> tuple[Array, ...]:
   gradients = reference.gradients(*map(heads.heads_first, (dy, q, k, v)), *heads.lists(len(q), *lists),
-                                  **known.plain, length=known.keys)
-  return [heads.heads_last(d, a.shape[2]) for d, a in zip(gradients, (q, k, v))]
+                                  **options.plain, length=options.keys)
+  return tuple(heads.heads_last(d, a.shape[2]) for d, a in zip(gradients, (q, k, v)))
+
+
+def _backward_table(options: Options) -> dict[str, Implementation]:
+  """Returns the implementations of the gradients: XLA, and the kernels of splash attention on TPUs."""
+  forward = _kernel('tpu', options)
+
+  def by_kernel(dy: Array, q: Array, k: Array, v: Array, *lists: Array) -> tuple[Array, ...]:
+    return jax.vjp(lambda *qkv: forward.function(*qkv, *lists), q, k, v)[1](dy)
+
+  return {'xla': Implementation(functools.partial(_plain_backward, options)),
+          'mosaic_tpu': Implementation(by_kernel, lambda dy, *args: forward.refusal(*args))}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # Calls outside of `jit` run as one program too.

@@ -104,7 +104,7 @@ def _weights(queries: Array, keys: Array, i: Array, listed: Array, count: Array,
 
 
 def own_key(left: Array, seen: Array, own: Array) -> Array:
-  """Returns the keys that are seen after edits: those of `left`, and a query's own key where none is left."""
+  """Returns the keys of `left`, and a query's own key where `left` has none for the query."""
   return left | (~jnp.any(left, -1, keepdims=True) & seen & own)
 
 
@@ -118,7 +118,7 @@ def _edit_at(array: Array | None, i: Array, listed: Array, block_q: int, block_k
   batch, heads, tq, tk = array.shape
   rows = array if tq == 1 else jax.lax.dynamic_slice_in_dim(array, i * block_q, block_q, 2)
   rows = jnp.broadcast_to(rows, (batch, len(listed) // batch if batch > 1 else heads, *rows.shape[2:]))
-  rows = rows.reshape(-1, *rows.shape[2:])  # one for each head of each example, for each head, or one for all
+  rows = rows.reshape(-1, *rows.shape[2:])  # of each head of each example, of each head, or of all
   head = jnp.arange(len(listed)) % len(rows)
   if tk == 1:
     return rows[head]

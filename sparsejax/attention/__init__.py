@@ -1,4 +1,4 @@
-"""Sparse attention: finds attention in programs, and says which blocks of keys each block of queries sees.
+"""Finds attention in programs, and says which blocks of keys each block of queries sees.
 
     run = attended(model.apply, answer)               # calls `answer(site)` at each attention of the program
     index = of_mask(sliding(256, block=64)(site).mask)        # the blocks that a builder keeps, as lists
@@ -21,7 +21,7 @@ from sparsejax.attention.masks import (
   sharded,
   sliding,
   strided,
-  together,
+  union,
 )
 from sparsejax.attention.mixing import kronecker, kronecker_by_powers, shift, two_pass_softmax
 from sparsejax.attention.routing import (
@@ -42,5 +42,5 @@ __all__ = [
   'columns', 'distillation', 'empty', 'found', 'full', 'gated_blocks', 'given', 'init_gates', 'kept_of_ratio',
   'kernel_features', 'kronecker', 'kronecker_by_powers', 'lsh', 'measured', 'of_choice', 'of_mask', 'orthogonal',
   'page_scores', 'pool', 'predicted', 'predicted_scores', 'quest', 'routed', 'scatter', 'search', 'sharded', 'shift',
-  'sliding', 'strided', 'together', 'two_pass_softmax', 'windows',
+  'sliding', 'strided', 'two_pass_softmax', 'union', 'windows',
 ]

@@ -27,7 +27,7 @@ class ScoreEdit(NamedTuple):
   array: Any = None
 
 
-# What a kind does to scores, given the array of the edit. A kind from outside is one line.
+# Maps a kind to its effect on scores, given the array of the edit. A kind from outside is one line.
 EDITS: dict[str, Callable[[Array, Any], Array]] = {
   'add': lambda scores, array: scores + array, 'multiply': lambda scores, array: scores * array,
   'divide': lambda scores, array: scores / array, 'tanh': lambda scores, array: jnp.tanh(scores)}
@@ -45,7 +45,7 @@ def edited(scores: Array, seen: Array, edits: Sequence[ScoreEdit]) -> tuple[Arra
       seen = seen & (array if kind == 'mask' else array == segment)
     elif kind != 'weigh':
       seen = seen & (array > HIDDEN) if kind == 'add' else seen
-      # What is hidden may be -inf, which has no derivative.
+      # A hidden score may be -inf, which has no derivative.
       scores = EDITS[kind](scores, jnp.where(array > HIDDEN, array, 0) if kind == 'add' else array)
   return scores, seen
 

@@ -49,8 +49,8 @@ def scatter(q: Array, k: Array, v: Array, index: BlockIndex, projections: Array,
   The result is `[batch, T, heads, dv]`.
   On the blocks of `index`, `exp(q k)` replaces the estimate, in the sum of values and in the sum that divides. For
   projections that `index` does not depend on, the estimate before the division is unbiased; the quotient is only
-  consistent. Scatterbrain (Chen et al. 2021, 2110.15343). The authors' code clamps what the estimate leaves at 1e-24,
-  and redraws no projections; here the row's largest exponent is taken out, and nothing is clamped. `block` must divide
+  consistent. Scatterbrain (Chen et al. 2021, 2110.15343). The authors' code clamps what the estimate leaves at 1e-24.
+  This function takes the row's largest exponent out, and clamps nothing. `block` must divide
   T. Raises `ValueError` for other shapes. There is no causal form.
   """
   batch, length, heads, d = q.shape

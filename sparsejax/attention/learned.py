@@ -1,4 +1,4 @@
-"""Learns small gates that predict which blocks of keys matter, by distillation: SeerAttention.
+"""Trains small gates that predict which blocks of keys matter, as SeerAttention does.
 
     gates = init_gates(apply, key, block=64)(params, x)
     loss = distillation(apply, block=64)                      # loss(gates, params, x): train the gates with optax
@@ -120,8 +120,8 @@ def gated_blocks(gates: Mapping[str, Any], keep: int | None = None, threshold: f
                  capacity: int | None = None, block: int = 64) -> Builder:
   """Returns the builder of SeerAttention: the `keep` blocks that a gate scores highest, or those over a threshold.
 
-  With `threshold`, the blocks whose softmax of gate scores is larger are kept, and a list has room for `capacity`
-  blocks; `sparse_attention` reports what does not fit. Raises `ValueError` unless either `keep`, or `threshold` and
+  With `threshold`, the blocks whose softmax of gate scores is larger are kept. A list then has room for `capacity`
+  blocks, and `sparse_attention` reports what does not fit. Raises `ValueError` unless either `keep`, or `threshold` and
   `capacity`, are given.
   """
   if (keep is None) == (threshold is None) or (threshold is None) != (capacity is None):

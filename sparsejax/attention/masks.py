@@ -176,11 +176,11 @@ def empty(block: int = 64) -> Builder:
   return Bound(_static, (_empty, block))
 
 
-def _together(site: AttentionSite, builders: tuple[Builder, ...]) -> BlockMask:
+def _union(site: AttentionSite, builders: tuple[Builder, ...]) -> BlockMask:
   masks = [builder(site) for builder in builders]
   blocks = {(m.block_q, m.block_k) for m in masks}
   if len(blocks) > 1:
-    raise ValueError(f'attention.together: the builders have blocks of {sorted(blocks)} tokens; give all one block.')
+    raise ValueError(f'attention.union: the builders have blocks of {sorted(blocks)} tokens; give all one block.')
   known = all(m.capacity is None for m in masks)
   capacity = None if known else sum(m.mask.shape[-1] if m.capacity is None else m.capacity for m in masks)
   whole = masks[0].mask
@@ -189,9 +189,9 @@ def _together(site: AttentionSite, builders: tuple[Builder, ...]) -> BlockMask:
   return BlockMask(whole, *blocks.pop(), capacity)
 
 
-def together(*builders: Builder) -> Builder:
-  """Returns the builder of the blocks that any of the builders keeps, as in `together(columns(1), sliding(256))`."""
-  return Bound(_together, (builders,))
+def union(*builders: Builder) -> Builder:
+  """Returns the builder of the blocks that any of the builders keeps, as in `union(columns(1), sliding(256))`."""
+  return Bound(_union, (builders,))
 
 
 def diagonal(rows: int, columns: int, block_q: int, block_k: int) -> np.ndarray:

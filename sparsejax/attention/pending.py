@@ -51,7 +51,7 @@ class Masks:
   def dense(self) -> Array:
     whole = jnp.ones((), bool)
     for part in self.parts:
-      whole = whole & dense(part)
+      whole = whole & as_array(part)
     return jnp.broadcast_to(whole, self.shape).astype(self.dtype)
 
 
@@ -121,17 +121,17 @@ class Pending:
 STAND_INS = (Known, Masks, Pending)
 
 
-def dense(value: Any) -> Any:
+def as_array(value: Any) -> Any:
   """Returns the array that a value stands for."""
   return value.dense() if isinstance(value, STAND_INS) else value
 
 
-def whole(shape: tuple[int, ...]) -> Dims:
+def own_axes(shape: tuple[int, ...]) -> Dims:
   """Returns the dimensions of the scores themselves; a dimension of length 1 has no factor."""
   return tuple(dim if n != 1 else () for dim, n in zip(factors.whole(shape), shape))
 
 
-def number(value: Any) -> float | None:
+def constant(value: Any) -> float | None:
   """Returns the one number that a value repeats, if the value is known at trace time, otherwise `None`."""
   if isinstance(value, (jax.core.Tracer, Masks, Pending)) or not isinstance(value, Known) and np.ndim(value):
     return None

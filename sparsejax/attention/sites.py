@@ -20,7 +20,7 @@ from sparsejax.arguments import checked
 from sparsejax.attention.edits import HIDDEN, ScoreEdit, edited, weighed
 from sparsejax.attention.layout import AttentionLayout, keys_of, layout, value_dims
 from sparsejax.attention.looking import Looks, looks
-from sparsejax.attention.pending import STAND_INS, Edited, Known, Masks, Pair, Pending, dense, whole
+from sparsejax.attention.pending import STAND_INS, Edited, Known, Masks, Pair, Pending, as_array, own_axes
 from sparsejax.attention.steps import STEPS, known, mask
 from sparsejax.programs import Enter, Operation, ValueRules, evaluate, jaxprs, trace
 from sparsejax.programs.evaluate import inside
@@ -36,7 +36,7 @@ class AttentionSite:
   `k`. Scores are `scale` times the products, then changed by `edits`. `causal`: query i sees keys from 0 to i, and no
   edit says so. `masks` are the masks that are known at trace time, `bool[1, 1 or heads, 1 or Tq, 1 or Tk]`; `edits`
   has them too. `scope` and `place` tell where the program has it, and `address` names the product with the values.
-  `enclosed`: it is inside of a loop or another structure, so that its arrays may only be used there.
+  `enclosed`: a loop or another structure is around it, and its arrays may not leave the structure.
   """
 
   q: Array
@@ -135,7 +135,7 @@ def attended(apply: Callable[..., Any], answer: Answer, unread: Callable[[Unread
     program = trace(apply, args, kwargs)
     reader = AttentionReader(looks(program), answer)
     results = evaluate(program, program.arrays, reader.rules())
-    results = [dense(result) for result in results]
+    results = [as_array(result) for result in results]
     for row in reader.unread():
       unread(row)
     return program.unflatten(results)
@@ -144,7 +144,7 @@ def attended(apply: Callable[..., Any], answer: Answer, unread: Callable[[Unread
 
 @dataclasses.dataclass
 class AttentionReader:
-  """An `AttentionReader` holds the rules that read attention: what looks like it, and what became of it.
+  """An `AttentionReader` holds the rules that read attention in one program.
 
   `replaced` holds the addresses of second products with an answer. `broken` maps the address of a first product to the
   operation that made its scores dense.
@@ -160,7 +160,7 @@ class AttentionReader:
 
   def operation(self, eqn: Any, values: list[Any], here: Operation) -> Any:
     """Returns the outcome of an operation, `None` for those that have nothing to do with attention."""
-    name, compute = eqn.primitive.name, lambda: here.dense([dense(v) for v in values])[0]
+    name, compute = eqn.primitive.name, lambda: here.dense([as_array(v) for v in values])[0]
     if name == 'dot_general':
       return self._product(eqn, values, here, compute)
     if name in KEPT:
@@ -177,7 +177,7 @@ class AttentionReader:
     """Returns the array of a value; scores that an operation makes dense are noted with the operation."""
     if isinstance(value, Pending):
       self.broken.setdefault(value.pair.address, f'its {value.stage} go through {jaxprs.place(eqn)}')
-    return dense(value)
+    return as_array(value)
 
   def _structure(self, eqn: Any, values: list[Any], here: Operation) -> Any:
     """Enters a softmax that has a derivative rule of its own, and hands all other structures arrays."""
@@ -193,11 +193,11 @@ class AttentionReader:
     side = next((i for i, v in enumerate(values[:2]) if isinstance(v, Pending)), None)
     if side is not None:
       return self._second(eqn, values, here, side)
-    values = [dense(v) for v in values]
+    values = [as_array(v) for v in values]
     if here.address not in self.looks.firsts:
       return here.dense(values)
     pair = Pair(here.address, eqn, tuple(values))
-    return [Pending('scores', pair, whole(pair.shape), lambda: here.dense(values)[0])]
+    return [Pending('scores', pair, own_axes(pair.shape), lambda: here.dense(values)[0])]
 
   def _second(self, eqn: Any, values: list[Any], here: Operation, side: int) -> list[Any]:
     """Returns the answer in place of the product of weights and values, or the product itself, with the reason."""
@@ -205,9 +205,9 @@ class AttentionReader:
     result = self._answered(eqn, weights, self._dense(eqn, other), side, here.address)
     if isinstance(result, str):
       self.broken.setdefault(weights.pair.address, result)
-      return here.dense([dense(v) for v in values])
+      return here.dense([as_array(v) for v in values])
     self.replaced.add(here.address)
-    return [result] if result is not None else here.dense([dense(v) for v in values])
+    return [result] if result is not None else here.dense([as_array(v) for v in values])
 
   def _answered(self, eqn: Any, weights: Pending, v: Array, side: int, address: jaxprs.Address) -> Array | str | None:
     if weights.stage != 'weights':
@@ -262,7 +262,7 @@ def _site(found: AttentionLayout, weights: Pending, v: Array, eqn: Any, address:
       if constant is not None and _is_causal(constant):
         causal = True
       elif constant is None or not constant.all():
-        array = None if part is None else found.edit(dense(part), edit.dims)
+        array = None if part is None else found.edit(as_array(part), edit.dims)
         array = array if constant is None else array[tuple(slice(n) for n in constant.shape)]
         edits.append(ScoreEdit(edit.kind, array))
         masks += [constant] if constant is not None and constant.shape[0] == 1 else []

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.attention.edits import HIDDEN
-from sparsejax.attention.pending import Edited, Known, Masks, Pending, dense, number
+from sparsejax.attention.pending import Edited, Known, Masks, Pending, as_array, constant
 from sparsejax.programs import factors, jaxprs
 from sparsejax.programs.again import ENTRYWISE
 
@@ -42,7 +42,7 @@ def _edit(was: Pending, compute: Any, kind: str, array: Any = None) -> Pending:
 
 def _scaled(was: Pending, compute: Any, value: Any, by: Callable[[float, float], float]) -> Pending | None:
   """Changes the scale of scores that have no edit but masks yet, if the number is known."""
-  known = number(value)
+  known = constant(value)
   early = all(edit.kind == 'mask' for edit in was.edits)
   return was.to(compute, scale=by(was.scale, known)) if known is not None and early else None
 
@@ -62,10 +62,10 @@ def _divided(eqn: Any, values: list[Any], i: int, compute: Any) -> Pending | Non
   if isinstance(was, Pending) and isinstance(other, Pending):
     return _normalised(was, other, 'total', compute)
   if i == 1:
-    return other.to(compute, stage='inverse') if other.stage == 'total' and number(was) == 1 else None
+    return other.to(compute, stage='inverse') if other.stage == 'total' and constant(was) == 1 else None
   if was.stage == 'scores':
     return _scaled(was, compute, other, lambda a, b: a / b) or _edit(was, compute, 'divide', other)
-  return _edit(was, compute, 'weigh', 1.0 / dense(other)) if was.stage == 'weights' else None
+  return _edit(was, compute, 'weigh', 1.0 / as_array(other)) if was.stage == 'weights' else None
 
 
 def _normalised(exps: Pending, rows: Pending, stage: str, compute: Any) -> Pending | None:
@@ -83,7 +83,7 @@ def _along_rows(scores: Pending, rows: Pending) -> bool:
 
 def _added(eqn: Any, values: list[Any], i: int, compute: Any) -> Pending | None:
   was, other = values[i], values[1 - i]
-  bias = other if isinstance(other, Known) else dense(other)
+  bias = other if isinstance(other, Known) else as_array(other)
   return _edit(was, compute, 'add', bias) if was.stage == 'scores' else None
 
 
@@ -95,7 +95,7 @@ def _subtracted(eqn: Any, values: list[Any], i: int, compute: Any) -> Pending | 
   if isinstance(other, Pending) and other.stage == 'largest':
     fits = was.stage == 'scores' and was.pair is other.pair and _along_rows(was, other)
     return was.to(compute, stage='shifted') if fits else None
-  return _edit(was, compute, 'add', -dense(other)) if was.stage == 'scores' else None
+  return _edit(was, compute, 'add', -as_array(other)) if was.stage == 'scores' else None
 
 
 def _negated(eqn: Any, values: list[Any], i: int, compute: Any) -> Pending | None:
@@ -139,19 +139,19 @@ def _selected(eqn: Any, values: list[Any], i: int, compute: Any) -> Pending | No
   """Reads a mask that hides scores, or sets weights to zero."""
   if len(values) != 3 or i == 0 or isinstance(values[3 - i], Pending):
     return None
-  was, fill, seen = values[i], number(values[3 - i]), values[0] if i == 2 else inverted(values[0])
+  was, fill, seen = values[i], constant(values[3 - i]), values[0] if i == 2 else inverted(values[0])
   if fill is None:
     return None
   if was.stage in ('scores', 'shifted') and fill <= HIDDEN or was.stage == 'exps' and fill == 0:
     return _edit(was, compute, 'mask', seen)
-  return _edit(was, compute, 'weigh', dense(seen)) if was.stage == 'weights' and fill == 0 else None
+  return _edit(was, compute, 'weigh', as_array(seen)) if was.stage == 'weights' and fill == 0 else None
 
 
 def inverted(mask: Any) -> Any:
   """Returns the mask that is `True` where the given mask is `False`."""
   if isinstance(mask, Known):
     return Known(lambda: jnp.logical_not(mask.dense()))
-  return jnp.logical_not(dense(mask))
+  return jnp.logical_not(as_array(mask))
 
 
 # Maps each operation between the two products to its step.
@@ -175,7 +175,7 @@ def known(eqn: Any, values: list[Any], bind: Callable[[list[Any]], list[Any]]) -
   of_known = all(isinstance(v, Known) or not getattr(v, 'ndim', 0) for v in values)
   if result.ndim and jnp.issubdtype(result.dtype, jnp.inexact) and not of_known:
     return None
-  return Known(lambda: bind([dense(v) for v in values])[0])
+  return Known(lambda: bind([as_array(v) for v in values])[0])
 
 
 def mask(eqn: Any, values: list[Any]) -> Masks | None:
@@ -222,7 +222,7 @@ def _cast(eqn: Any, values: list[Any], masks: list[Masks], shape: tuple[int, ...
 
 
 def _nonzero(eqn: Any, values: list[Any], masks: list[Masks], shape: tuple[int, ...]) -> Masks | None:
-  return dataclasses.replace(masks[0], dtype=bool) if number(values[1]) == 0 else None
+  return dataclasses.replace(masks[0], dtype=bool) if constant(values[1]) == 0 else None
 
 
 _MASKS: dict[str, Callable[..., Masks | None]] = {

@@ -71,7 +71,7 @@ def arranged(array: Any, dims: Dims, lead: Sequence[int] = ()) -> Any:
 
 
 def restored(array: Any, dims: Dims) -> Any:
-  """Returns the array whose `arranged` form is the given one: one axis for each axis of `dims`, in their order."""
+  """Returns the array whose `arranged` form is the given one, with the axes of `dims` in their order."""
   order, parts = _in_order(dims)
   split = array.reshape([factor.size for factor in parts]).transpose([parts.index(factor) for factor in order])
   return split.reshape([math.prod(f.size for f in order if f.axes == axes) for axes in dict.fromkeys(

@@ -38,11 +38,11 @@ BUILDERS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('keep', [2, 4])
 @pytest.mark.parametrize('name', BUILDERS)
 def test_chosen_blocks_are_those_of_the_mask(name, keep):
-  """All blocks give the dense result. Fewer give the result of the mask of each example, in the same program."""
+  """Compares the blocks with the mask of each example, and all blocks with the dense result."""
   builder = BUILDERS[name](keep)
   by_mask = attention.attended(program, lambda site: site.attend(_tokens(builder(site))))
   run = kernels_pallas.sparse_attention(program, builder)

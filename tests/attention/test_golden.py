@@ -39,7 +39,7 @@ def test_patterns_have_the_counts_of_their_names():
   assert [count(b) for b in (attention.band(1, 1), attention.strided(4, block=1), attention.columns(2, 1),
                              attention.full(1), attention.empty(1), attention.sliding(2, 1))] == [22, 16, 16, 64, 0, 34]
   wide = attention.sliding(2, block=4)(at).mask
-  assert wide.all() and count(attention.together(attention.columns(1, 1), attention.band(0, 1))) == 15
+  assert wide.all() and count(attention.union(attention.columns(1, 1), attention.band(0, 1))) == 15
 
 
 def test_lists_are_increasing_and_count_what_does_not_fit():

@@ -54,7 +54,7 @@ KERNELS = (
     ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
     ('held', 'around', 'submanifold', 'gathered'),
     ('deferred',),
-    ('models', 'decoding'),
+    ('models', 'decoding', 'attending'),
     ('preparing',),
     ('__init__', 'bench', 'nn'),  # and former names
 )
@@ -94,6 +94,8 @@ INSIDE = {
     'sparsejax.activation': (('places', 'rules', 'losses', 'temporal', 'correcting'), ('measuring', 'ruling'),
                              ('allocating',), ('sparsifying',)),
     'sparsejax.moe': (('gating', 'permutations', 'routing', 'placement', 'nested'), ('comet',)),
+    'sparsejax.attention': (('edits', 'looking', 'pending'), ('steps', 'layout'), ('sites',), ('masks', 'mixing'),
+                            ('routing', 'features'), ('learned', 'searching')),
     'sparsejax.hub': (('layers', 'texts'), ('bert', 'gpt2', 'llama')),
     'sparsejax.advice': (('measured', 'arrays'), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
@@ -230,7 +232,7 @@ def test_a_wrong_import_is_found(module, source):
     ('sparsejax', 'from sparsejax.cli import main'),
     ('sparsejax.plot', 'def f():\n  from matplotlib import pyplot'),
     ('sparsejax.structured.rotate', 'from sparsejax.post_training import calibration'),
-    ('sparsejax.attention.masks', 'from sparsejax.attention import routing\nfrom sparsejax import programs'),
+    ('sparsejax.moe.plans', 'from sparsejax.moe import rectify\nfrom sparsejax import programs'),
     ('kernels_pallas.block_sparse.gpu', 'from kernels_pallas import hopper\nfrom sparsejax import formats'),
     ('experiments.claims', 'from experiments import tickets\nimport matplotlib'),
 ])

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from products import blocks, f32, normal, rounded_once
 
-from kernels_pallas import mosaic_tpu
+from kernels_pallas import block_sparse_attention, mosaic_tpu
 from kernels_pallas.active import active_matmul
 from kernels_pallas.active import tpu as active
 from kernels_pallas.attention import tpu as attention
@@ -249,6 +249,15 @@ def test_attention_lowers(block, dtype, causal):
   assert calls(f, q, q, q, index, counts) == 1
   gradient = jax.grad(lambda *args: jnp.sum(f(*args).astype(F32)), (0, 1, 2))
   assert calls(gradient, q, q, q, index, counts) == 3
+
+
+def test_the_gradient_of_attention_runs_kernels_on_a_tpu():
+  q, index = jax.ShapeDtypeStruct((1, 512, 2, 128), BF16), jax.ShapeDtypeStruct((2, 4, 2), jnp.int32)
+  loss = lambda q, k, v, index: jnp.sum(block_sparse_attention(q, k, v, index, scale=0.1).astype(F32))
+  assert calls(jax.value_and_grad(loss, (0, 1, 2)), q, q, q, index) == 4  # the result twice, and both gradients
+  assert calls(loss, q, q, q, index) == 1
+  curved = lambda q, k, v, index: jax.grad(lambda q: jnp.sum(jax.grad(loss)(q, k, v, index).astype(F32)))(q)
+  jax.eval_shape(curved, q, q, q, index)  # second derivatives are those of plain JAX
 
 
 # Attention to listed tokens.
