@@ -35,6 +35,7 @@ OTHERS = (*FIXED, *RANKED, 'soft_movement_pruning', 'set_', 'rigl', 'lottery_jac
           'global_sparse_momentum')
 # By recipe: the step by hand that is the floor of the recipe's kind.
 FLOORS = {**dict.fromkeys(DENSE_MASTER, f'sr_ste{HAND}'), 'asp': f'random_pruning{HAND}',
+          'sdgf_geometric': f'sdgf_geometric{HAND}',
           **dict.fromkeys(FIXED, f'random_pruning{HAND}'), **dict.fromkeys(RANKED, f'gradual_magnitude{HAND}'),
           **dict.fromkeys(('snip', 'freeze_net'), f'gradual_magnitude{HAND}'),  # a branch chooses their only mask
           'soft_movement_pruning': f'soft_movement_pruning{HAND}', 'set_': f'set_{HAND}', 'rigl': f'rigl{HAND}',
@@ -44,8 +45,8 @@ MANY = 200  # leaves from which on these few alone are compiled, since a step ta
 AT_MANY = (LEAST, f'sr_ste{HAND}', 'sr_ste', f'gradual_magnitude{HAND}', AGAIN, 'gradual_magnitude')
 OVER_HAND = 1.5  # at most so many times the seconds of the step by hand
 MASTER_BARS, OTHER_BARS = (1.5, 2.0), (3.0, 4.0)  # time and size over dense
-BARS = {LEAST: MASTER_BARS, **{f'{name}{HAND}': MASTER_BARS if name == 'sr_ste' else OTHER_BARS
-                               for name in ('sr_ste', 'random_pruning', 'gradual_magnitude')},
+BARS = {LEAST: MASTER_BARS, **{f'{name}{HAND}': MASTER_BARS if name in DENSE_MASTER else OTHER_BARS
+                               for name in ('sr_ste', 'sdgf_geometric', 'random_pruning', 'gradual_magnitude')},
         AGAIN: OTHER_BARS, **{f'{name}{HAND}': OTHER_BARS
                               for name in ('soft_movement_pruning', 'set_', 'rigl', 'snfs', 'st3')},
         **dict.fromkeys(DENSE_MASTER, MASTER_BARS), **dict.fromkeys(OTHERS, OTHER_BARS)}

@@ -18,6 +18,7 @@ import optax
 from jax import lax
 
 DECAY = 2e-4  # of SR-STE
+STAGES = 5000  # steps of SdGf-geometric
 SPARSITY, END, EVERY, FRACTION = 0.9, 3750, 100, 0.3  # of gradual magnitude pruning and of RigL
 Step = optax.GradientTransformationExtraArgs
 
@@ -49,6 +50,49 @@ def sr_ste(inner: optax.GradientTransformation) -> Step:
     return jax.tree.map(lambda w, p: jnp.where(two_of_four(jnp.abs(w)), w, 0) - p, master, params), (master, own)
 
   return Step(init, update)
+
+
+def sdgf_geometric(inner: optax.GradientTransformation) -> Step:
+  """Returns SdGf-geometric on the way to 2:4: a master, and 16:32, 8:16, 4:8 and 2:4, each for a quarter of the steps.
+
+  The groups of all matrices are the columns of a single one, so that the mask of a stage is one program.
+  """
+  def init(params):
+    return jnp.zeros((), jnp.int32), params, inner.init(params)
+
+  def masks(step, master):
+    groups = jax.tree.map(lambda w: w.reshape(-1, 32, w.shape[1]), master)
+    columns = [jnp.abs(w).swapaxes(0, 1).reshape(32, -1) for w in jax.tree.leaves(groups)]
+    stages = [lambda scores, m=m: half_of_groups(scores, m) for m in (32, 16, 8, 4)]
+    whole = lax.switch(jnp.minimum(step // (STAGES // 4), 3), stages, jnp.concatenate(columns, 1))
+    found = iter(_apart(whole, [x.shape[1] for x in columns]))
+    back = lambda w: next(found).reshape(32, -1, w.shape[2]).swapaxes(0, 1).reshape(-1, w.shape[2])
+    return jax.tree.map(back, groups)
+
+  def update(grads, state, params, **extra):
+    step, master, own = state
+    moves, own = inner.update(grads, own, master)
+    master = optax.apply_updates(master, moves)
+    point = jax.tree.map(lambda w, m, p: jnp.where(m, w, 0) - p, master, masks(step, master), params)
+    return point, (step + 1, master, own)
+
+  return Step(init, update)
+
+
+def half_of_groups(scores: jax.Array, m: int) -> jax.Array:
+  """Returns the mask of the larger half of every `m` scores along the first axis; ties keep the lower index."""
+  groups = scores.reshape(-1, m, scores.shape[1])
+  place, ahead = jnp.arange(m)[:, None], jnp.zeros(groups.shape, jnp.int32)
+  for j in range(m):
+    ahead += (groups[:, j:j + 1] > groups) | ((groups[:, j:j + 1] == groups) & (j < place))
+  return (ahead < m // 2).reshape(scores.shape)
+
+
+def _apart(whole: jax.Array, sizes: list[int]) -> list[jax.Array]:
+  """Returns the parts of so many columns, at places that are results of a branch, see `_by_rows`."""
+  numbers = [np.int32(n) for n in np.cumsum([0, *sizes[:-1]])]
+  places = lax.cond(whole[0, 0], lambda: numbers, lambda: numbers)
+  return [lax.dynamic_slice_in_dim(whole, place, size, 1) for place, size in zip(places, sizes)]
 
 
 def two_of_four(scores: jax.Array) -> jax.Array:
@@ -274,7 +318,8 @@ def largest(scores: jax.Array, keep: jax.Array) -> jax.Array:
   return kept(*lax.fori_loop(0, turns, settle, (jnp.int32(0), jnp.int32(0))))
 
 
-STEPS = {'a master under a fixed mask': least_master, 'sr_ste, by hand': sr_ste, 'random_pruning, by hand': fixed,
+STEPS = {'a master under a fixed mask': least_master, 'sr_ste, by hand': sr_ste,
+         'sdgf_geometric, by hand': sdgf_geometric, 'random_pruning, by hand': fixed,
          'gradual_magnitude, by hand': gradual,
          'gradual_magnitude, by hand, again': lambda inner: gradual(inner, again=True),
          'set_, by hand': set_, 'rigl, by hand': rigl, 'snfs, by hand': snfs, 'st3, by hand': soft,

@@ -214,10 +214,12 @@ def shared_by(scores: Mapping[str, float], most: float,
 
 
 def _score_of(path: str, score: Any) -> float:
-  number = float(score)
-  if not (math.isfinite(number) and number >= 0):
-    raise ValueError(f'allocation.shared_by: the score of {path!r} is {number}; a score is finite and at least 0.')
-  return number
+  scalar = getattr(score, 'ndim', None) == 0
+  number = score.item() if scalar else score
+  if not arguments.is_number(number) or not (math.isfinite(number) and number >= 0):
+    raise ValueError(f'allocation.shared_by: the score of {path!r} is {arguments.shown(score)}; a score is a number, '
+                     'finite and at least 0.')
+  return float(number)
 
 
 def _filled(room: Mapping[str, int], weight: Mapping[str, float], least: Mapping[str, float],

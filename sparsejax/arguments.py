@@ -38,8 +38,10 @@ class Kind(NamedTuple):
 
 
 def is_number(value: Any) -> bool:
-  """Returns whether `value` is a real number. A bool is none."""
-  return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+  """Returns whether `value` is a real number that an array can hold: an integer has 64 bits at most. A bool is none."""
+  if isinstance(value, int):
+    return not isinstance(value, bool) and -2**63 <= value < 2**63
+  return isinstance(value, (float, np.integer, np.floating))
 
 
 def between(low: float, high: float, *, open_at: tuple[float, ...] = ()) -> Test:
@@ -47,9 +49,9 @@ def between(low: float, high: float, *, open_at: tuple[float, ...] = ()) -> Test
   return lambda value: is_number(value) and math.isfinite(value) and low <= value <= high and value not in open_at
 
 
-def whole(low: float) -> Test:
-  """Returns the test for whole numbers of an integer type, from `low` on."""
-  return lambda value: is_number(value) and isinstance(value, (int, np.integer)) and value >= low
+def whole(low: float, high: float = math.inf) -> Test:
+  """Returns the test for whole numbers of an integer type from `low` to `high`."""
+  return lambda value: is_number(value) and isinstance(value, (int, np.integer)) and low <= value <= high
 
 
 def having(*names: str) -> Test:
@@ -89,10 +91,11 @@ _PART, _RATE, _SCHEDULE = 'a number from 0 to 1', 'a finite number, at least 0',
 _AS_IN = f"{_SCHEDULE}, as in schedules.linear(end=5000), or in a configuration {{'name': 'linear', 'end': 5000}}"
 ANYTHING = Kind('anything', lambda value: True)
 SPARSITY = Kind(f'the fraction of zeros, {_PART}, as in 0.9 for 90 %', between(0, 1))
-STEP = Kind('a number of updates, whole and at least 0', whole(0))
+_MOST = 2**31 - 1  # JAX counts steps and turns of loops in 32 bits
+STEP = Kind('a number of updates, whole and at least 0, below 2^31', whole(0, _MOST))
 SHIFT = Kind('a whole number of updates', whole(-math.inf))
-UPDATES = Kind('a number of updates, whole and at least 1', whole(1))
-TIMES = Kind('a whole number, at least 1', whole(1))
+UPDATES = Kind('a number of updates, whole and at least 1, below 2^31', whole(1, _MOST))
+TIMES = Kind('a whole number, at least 1, below 2^31', whole(1, _MOST))
 PART = Kind(_PART, between(0, 1), coefficient=True)
 PART_OR_SCHEDULE = Kind(f'{_PART}, or {_SCHEDULE}', between(0, 1), coefficient=True, scheduled=True)
 AVERAGE = Kind('a number from 0 to below 1', between(0, 1, open_at=(1,)), coefficient=True)

@@ -11,16 +11,21 @@ as well. Each leaf is then written as a row, and all rows have one width, see `r
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 
-from sparsejax import kinds, patterns, ranking, rows
+from sparsejax import kinds, neighbours, patterns, ranking, rows
 from sparsejax.states import SparseLeaf
 from sparsejax.types import ELEMENTWISE, Array, Asked, Axes, Pattern, PyTree, says
+
+_LONG = 16  # the programs of larger groups of neighbours are long
+_JOINED = 1 << 17  # leaves of fewer entries are joined: a copy of them stays in a processor's cache
 
 
 class Alike(NamedTuple):
@@ -62,6 +67,72 @@ def each(function: Callable[[Alike, Any], PyTree], leaves: Sequence[SparseLeaf],
           for i, (result, leaf) in enumerate(zip(results, leaves))]
 
 
+def at(pattern: Pattern, step: Any) -> Pattern:
+  """Returns the pattern at `step`: the pattern itself, unless it changes over the steps."""
+  return pattern.at(step) if hasattr(pattern, 'at') else pattern
+
+
+Masks = Callable[[list[SparseLeaf], list[Pattern], list[Any]], list[Array]]
+
+
+def by_stage(function: Masks, leaves: Sequence[SparseLeaf], own: Sequence[Pattern], rows: Sequence[PyTree], step: Any,
+             *, words: Sequence[Any]) -> list[Array]:
+  """Returns the masks `function(leaves, patterns, rows)`, with one branch for each stage of a pattern that has stages.
+
+  In a branch, leaves have the pattern of the stage, so that masks are computed as without stages. Small leaves are
+  joined before the branches, if `words` are elementwise: a group of neighbours knows nothing of other groups.
+  """
+  groups: dict[Any, list[int]] = {}
+  for i, pattern in enumerate(own):
+    groups.setdefault(id(pattern) if hasattr(pattern, 'at') else None, []).append(i)
+  found: dict[int, Array] = {}
+  for places in groups.values():
+    mine, given, now = [leaves[i] for i in places], [rows[i] for i in places], at(own[places[0]], step)
+    if hasattr(now, 'stages'):
+      joins = all(says(word, ELEMENTWISE) for word in words)
+      masks = _switched(function, now, mine, given, _joined(now.stages, mine, given) if joins else [])
+    else:
+      masks = function(mine, [own[i] for i in places], given)
+    found |= zip(places, masks)
+  return [found[i] for i in range(len(own))]
+
+
+def _switched(function: Masks, pattern: Any, leaves: list[SparseLeaf], rows: list[PyTree], small: list[int]
+              ) -> list[Array]:
+  """Returns the masks by the stage of the pattern; the leaves at the places `small` are one matrix of their groups."""
+  m = max(stage.group[0] for stage in pattern.stages)
+  others = [i for i in range(len(leaves)) if i not in small]
+  told, given = [leaves[i] for i in others], [rows[i] for i in others]
+  if small:
+    columns = [jax.tree.map(lambda x, axes=leaves[i].axes.contracted: neighbours.columns(x, axes, m), rows[i])
+               for i in small]
+    given.append(jax.tree.map(lambda *parts: lax.concatenate(parts, 1), *columns))
+    told.append(SparseLeaf('', (m, sum(math.prod(leaves[i].shape) for i in small) // m), Axes((0,), (1,)), None,
+                           Asked()))
+  masks = lax.switch(pattern.index, [functools.partial(function, told, [stage] * len(told), given)
+                                     for stage in pattern.stages])
+  found = dict(zip(others, masks))
+  if small:
+    sizes = [math.prod(leaves[i].shape) // m for i in small]
+    starts = kinds.opaque(np.cumsum([0, *sizes[:-1]]), masks[-1])
+    for i, start, size in zip(small, starts, sizes):
+      part = lax.dynamic_slice_in_dim(masks[-1], start, size, 1)
+      found[i] = neighbours.from_columns(part, leaves[i].axes.contracted, leaves[i].shape)
+  return [found[i] for i in range(len(leaves))]
+
+
+def _joined(stages: Sequence[Pattern], leaves: list[SparseLeaf], rows: list[PyTree]) -> list[int]:
+  """Returns the places of the small leaves that can be one matrix: of one dtype each, and not sharded."""
+  m = max(stage.group[0] for stage in stages)
+  if not all(isinstance(stage, patterns.NM) and stage.width == 1 and m % stage.m == 0 for stage in stages):
+    return []
+  kind = lambda row: (jax.tree.structure(row), *(x.dtype for x in jax.tree.leaves(row)))
+  fits = lambda leaf, row: math.prod(leaf.shape) < _JOINED and all(
+      x.shape == leaf.shape and jax.typeof(x).sharding.mesh.size < 2 for x in jax.tree.leaves(row))
+  small = [i for i, (leaf, row) in enumerate(zip(leaves, rows)) if fits(leaf, row) and kind(row) == kind(rows[0])]
+  return small if len(small) > 1 else []
+
+
 def stacks(leaves: Sequence[SparseLeaf], own: Sequence[Pattern], arguments: Sequence[tuple[Any, ...]]) -> bool:
   """Returns whether `each` stacks the arguments of every leaf with those of others. Words may make larger stacks."""
   return kinds.all_loop(_alike(leaves, own), arguments, _ranks)
@@ -72,8 +143,8 @@ def _alike(leaves: Sequence[SparseLeaf], own: Sequence[Pattern]) -> list[Alike]:
 
 
 def _ranks(alike: Alike) -> bool:
-  """Returns whether the pattern ranks a whole leaf by a loop, and not groups of a few neighbours."""
-  return not getattr(alike.pattern, 'fixed', False)
+  """Returns whether the pattern takes a loop or a long program for a leaf, and not a few operations."""
+  return not getattr(alike.pattern, 'fixed', False) or getattr(alike.pattern, 'group', (1,))[0] > _LONG
 
 
 def _widths(found: Sequence[Alike], sizes: Sequence[int], arguments: Sequence[Any]) -> dict[int, int]:

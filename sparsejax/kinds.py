@@ -9,7 +9,7 @@ The time to compile and the size of a program then grow with the number of kinds
 loop computes the leaves of a kind one by one, so that every bit of a result is that of the leaf by itself.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -71,14 +71,14 @@ def apart(stack: PyTree) -> list[PyTree]:
   size = arrays[0].shape[0]
   if size == 1:
     return [jax.tree.unflatten(structure, [lax.squeeze(x, (0,)) for x in arrays])]
-  places = _places(size, arrays[0])
+  places = opaque(range(size), arrays[0])
   row = lambda i: [lax.dynamic_index_in_dim(x, i, 0, keepdims=False, allow_negative_indices=False) for x in arrays]
   return [jax.tree.unflatten(structure, row(i)) for i in places]
 
 
-def _places(size: int, like: Array) -> list[Any]:
-  """Returns 0, 1, 2, ... up to `size`."""
-  numbers = [np.int32(i) for i in range(size)]
+def opaque(places: Iterable[int], like: Array) -> list[Any]:
+  """Returns the places, `int32[]` each, at which slices are taken out of an array such as `like`."""
+  numbers = [np.int32(i) for i in places]
   if jax.default_backend() != 'cpu' or not like.size:
     return numbers
   # XLA:CPU compiles equal kernels once. A slice at a constant place is a kernel of its own, which compiles longer than

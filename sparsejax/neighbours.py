@@ -102,6 +102,20 @@ def joined(w: Array, axis: int) -> Array:
   return w.reshape(*w.shape[:axis - 1], w.shape[axis - 1] * w.shape[axis], *w.shape[axis + 1:])
 
 
+def columns(w: Array, axes: tuple[int, ...], m: int) -> Array:
+  """Returns the matrix `[m, ...]` whose columns are the groups of `m` neighbours along the merged `axes`."""
+  first = min(axes)
+  return jnp.moveaxis(split(merged(w, axes, m), m, first), first + 1, 0).reshape(m, -1)
+
+
+def from_columns(groups: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+  """Returns the array of this `shape` from the columns of its groups: the inverse of `columns`."""
+  first, m, sizes = min(axes), groups.shape[0], tuple(shape[a] for a in axes)
+  whole = list(np.delete(shape, axes))
+  whole.insert(first, math.prod(sizes) // m)
+  return unmerged(joined(jnp.moveaxis(groups.reshape(m, *whole), 0, first + 1), first + 1), axes, sizes)
+
+
 def tiled(w: Array, contracted: tuple[int, ...], output: tuple[int, ...],
           tile: tuple[int, int]) -> tuple[Array, Callable[[Array], Array]]:
   """Returns `w` as tiles `[..., K / k, k, N / n, n]`, and the function that maps such tiles back to the shape of `w`.

@@ -20,9 +20,11 @@ def top_n_by_network(keys: Array, n: int, axis: int) -> Array:
 
   Among equal keys the lower index is kept first. Every pass over the keys computes one number for each group.
   """
-  rows = [lax.index_in_dim(keys, i, axis, keepdims=True) for i in range(keys.shape[axis])]
-  least = _once(lambda: _nth_largest(rows, n), keys, axis)
-  stop = _once(lambda: _stop(rows, least, n), keys, axis)
+  # Each branch slices the keys by itself, and is then a single kernel. Slices that two branches share are operands of
+  # both branches, which XLA:CPU compiles to some 40 kernels.
+  rows = lambda: [lax.index_in_dim(keys, i, axis, keepdims=True) for i in range(keys.shape[axis])]
+  least = _once(lambda: _nth_largest(rows(), n), keys, axis)
+  stop = _once(lambda: _stop(rows(), least, n), keys, axis)
   place = along(axis, keys.shape).astype(keys.dtype)
   return (keys > least) | ((keys == least) & (place < stop))
 
@@ -80,5 +82,5 @@ def _stop(rows: Sequence[Array], least: Array, n: int) -> Array:
     left -= (row > least).astype(kind)
   for i, row in enumerate(rows):
     kept = (row == least) & (left > 0)
-    left, stop = left - kept.astype(kind), jnp.where(kept, kind.type(i + 1), stop)
+    left, stop = left - kept.astype(kind), lax.select(kept, jnp.full_like(stop, i + 1), stop)
   return stop

@@ -114,9 +114,12 @@ class _Leafwise:
     return math.isclose(asked.sparsity, pattern.sparsity, abs_tol=0.005)  # 0.67 stands for 1:3
 
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
-    rows, step = list(zip(masks, weights, map(_arrays, signals))), signals[0].step
-    own, progress = self.of([leaf.path for leaf in leaves]), self.ramp and self.ramp(step)
-    now = [at(pattern, step) for pattern in own]
+    own, rows = self.of([leaf.path for leaf in leaves]), list(zip(masks, weights, map(_arrays, signals)))
+    chosen = functools.partial(self._masks, signals[0].step)
+    return choices.by_stage(chosen, leaves, own, rows, signals[0].step, words=(self.score, self.update)), None
+
+  def _masks(self, step: Any, leaves: Leaves, own: list[Pattern], rows: list[Any]) -> Masks:
+    now, progress = [choices.at(pattern, step) for pattern in own], self.ramp and self.ramp(step)
     told = self._competed(leaves, now, rows, step, progress) if self.ranked else self._told(leaves, now)
 
     def chosen(alike: choices.Alike, row: Any) -> Array:
@@ -124,12 +127,12 @@ class _Leafwise:
       signals = Signals(*arrays, step, alike.leaf.axes)
       if isinstance(count, counts.Rising):
         count = ranking.counted(count(progress), math.prod(alike.leaf.shape))
-      best = counts.Selector(at(alike.pattern, step), count, alike.leaf.axes)
+      best = counts.Selector(choices.at(alike.pattern, step), count, alike.leaf.axes)
       select = lambda scores, drop=None: best(alike.ranked(scores, size), drop)
       return self.update(mask, self.score(w, signals), select, w, signals)
 
     rows = [(*row, count) for row, count in zip(rows, told)]
-    return choices.each(chosen, leaves, own, rows, (step, progress), words=(self.score, self.update)), None
+    return choices.each(chosen, leaves, own, rows, (step, progress), words=(self.score, self.update))
 
   def once(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> bool:
     rows, own = list(zip(masks, weights, map(_arrays, signals))), self.of([leaf.path for leaf in leaves])
@@ -178,11 +181,6 @@ def refuse(arrays: Mapping[str, Array], reasons: Sequence[str | None]) -> None:
 def on_record(pattern: Pattern) -> Pattern | None:
   """Returns the pattern that a leaf records; none for a traced N, which cannot be part of a treedef."""
   return getattr(pattern, 'target', pattern) if pattern.static else None
-
-
-def at(pattern: Pattern, step: Any) -> Pattern:
-  """Returns the pattern at `step`: the pattern itself, unless it changes over the steps."""
-  return pattern.at(step) if hasattr(pattern, 'at') else pattern
 
 
 def check_comparable(leaves: Leaves) -> None:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import neighbours
+from sparsejax import neighbours, trees
 from sparsejax.arguments import checked
 from sparsejax.formats import zeros
 from sparsejax.types import Array, Axes, Pattern
@@ -263,11 +263,11 @@ def with_axes(packed: PackedArray, axes: Axes | None) -> PackedArray:
 
 @checked
 def nbytes(tree: Any) -> int:
-  """Returns the bytes of all arrays in `tree`, packed or not."""
-  return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-# Axes of an array that is used as a matrix.
+  """Returns the bytes of all arrays in `tree`, packed or not; a number is the array that JAX makes of it."""
+  for path, leaf in zip(*trees.flatten(tree)[:2]):
+    if not hasattr(leaf, 'dtype') and not isinstance(leaf, (bool, int, float, complex)):
+      raise ValueError(f'formats.nbytes: leaf {path!r} is no array and no number, but {type(leaf).__name__}.')
+  return sum(math.prod(np.shape(x)) * jax.dtypes.result_type(x).itemsize for x in jax.tree.leaves(tree))
 
 
 def block_rows(shape: tuple[int, ...], dtype: Any, multiple: int) -> int:

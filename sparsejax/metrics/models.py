@@ -24,6 +24,8 @@ __all__ = [
   'gradient_variance', 'itop_rate', 'kept', 'model_soup', 'overlap', 'sad', 'strength', 'union',
 ]
 
+_POINTS = 2**24  # steps of equal size from 0 to 1 that float32 tells apart
+
 
 class Change(NamedTuple):
   """A `Change` says how many entries of a mask differ, as `count`, and which `fraction` of all entries, as `float32[]`.
@@ -253,8 +255,9 @@ def barrier(loss: Callable[[PyTree], Array], a: PyTree, b: PyTree, points: int =
   A weight is zero on the line only if it is zero in both `a` and `b`. Models between two different masks are therefore
   denser than both ends. Losses are computed one after the other, in the memory of one more model.
   """
-  if points < 2:
-    raise ValueError(f'metrics.barrier: points={points}; the two ends alone are 2 points, and a barrier takes more.')
+  if not 2 <= points <= _POINTS:
+    raise ValueError(f'metrics.barrier: points={points}; the two ends alone are 2 points, and float32 has no more than '
+                     f'{_POINTS:,} points of equal distance from 0 to 1. The default is 11.')
   pairs, structure = _pairs('barrier', a, b), jax.tree.structure(a)
   for path, x, _ in pairs:
     if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import trees
+from sparsejax import errors, trees
 from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs
 from sparsejax.programs.tracing import trace
@@ -44,11 +44,14 @@ def prove(groups: Groups, params: PyTree, small: Cut, *inputs: Any, exact: bool 
   the masked model's result. `eps` is that of the coarsest dtype of parameters and results. Both models sum the same
   numbers in another order. `exact=True` asks for equal bits instead, which 16-bit floats never promise.
 
-  Raises `ValueError` if the bound does not hold, which is a defect of this library, and for `exact=True` with 16-bit
-  floats.
+  Raises `ValueError` if the bound does not hold, which is a defect of this library. Raises `ValueError` for parameters
+  of another structure than those of the cut, and for `exact=True` with 16-bit floats.
   """
   masked = _masked(params, small.kept)
   large, cut = jax.tree.leaves(groups.apply(masked, *inputs)), jax.tree.leaves(small.apply(small.params, *inputs))
+  if len(large) != len(cut):
+    raise ValueError(f'structured.prove: the models give {len(large)} and {len(cut)} arrays; `small` is the cut of '
+                     'another model than `groups`.')
   eps = max((_eps(leaf) for leaf in (*large, *jax.tree.leaves(params))), default=0.0)
   if exact and eps > 1e-6:
     raise ValueError('structured.prove: `exact` asks for equal bits, but 16-bit floats round sums of another order '
@@ -69,7 +72,12 @@ def _masked(params: PyTree, kept: Kept) -> PyTree:
   found = dict(zip(paths, leaves))
   for name, own in kept.items():
     path, _, axis = name.rpartition(':')
+    if path not in found:
+      raise errors.unknown('structured.prove', 'parameter of the cut', path, found)
     w = found[path]
+    if (sizes := jnp.shape(w)[int(axis):int(axis) + 1]) != own.shape[-1:]:
+      raise ValueError(f'structured.prove: the cut was made of {own.shape[-1]} positions along axis {axis} of '
+                       f'{path!r}, and `params` has {sizes[0] if sizes else "none"}. Give what was cut.')
     shape = [n if a == int(axis) or a == 0 and own.ndim == 2 else 1 for a, n in enumerate(w.shape)]
     found[path] = jnp.where(own.reshape(shape), w, jnp.zeros((), w.dtype))
   return treedef.unflatten(list(found.values()))

@@ -471,3 +471,11 @@ def test_vectors_that_do_not_fit_are_a_problem():
   assert 'indices uint8[2, 3]' in put(width=2) and 'do not make groups of 2:4x4' in put(width=4)
   assert 'take' in put(indices=packed.indices[:, :1]) and 'strictly increasing' in put(indices=packed.indices * 0)
   assert 'do not have the axes' in put(outputs=(-3,))
+
+
+def test_the_bytes_of_numbers_are_those_of_their_arrays_and_nothing_else_has_bytes():
+  w = NMArray.from_dense(jnp.ones((4, 2)).at[1::2].set(0), 1, 2, 0)
+  tree = {'w': w, 'x': jnp.ones(3, jnp.bfloat16), 'n': [1, 2.5, True, np.float16(1)]}
+  assert formats.nbytes(tree) == w.nbytes + 6 + (4 + 4 + 1 + 2)
+  with pytest.raises(ValueError, match="formats.nbytes: leaf 'b/0' is no array and no number, but str"):
+    formats.nbytes({'b': ['x'], 'a': 1})

@@ -129,6 +129,16 @@ def test_a_wrong_cut_is_not_proven():
     prove(found(), params(), small._replace(params={**small.params, 'b': small.params['b'] * jnp.nan}), X)
 
 
+def test_parameters_of_another_structure_and_other_results_are_refused():
+  small = cut(found(), params(), HALF)
+  with pytest.raises(ValueError, match="structured.prove: unknown parameter of the cut 'a'"):
+    prove(found(), {'b': params()['b']}, small, X)
+  with pytest.raises(ValueError, match="structured.prove: the cut was made of 6 positions along axis 1 of 'a'"):
+    prove(found(), {**params(), 'a': params()['a'][:, :3]}, small, X)
+  with pytest.raises(ValueError, match='structured.prove: the models give 1 and 2 arrays'):
+    prove(found(), params(), small._replace(apply=lambda params, x: (x, x)), X)
+
+
 def test_equal_bits_of_16_bit_floats_are_not_asked_for():
   small = lambda tree: jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree)
   own = groups(apply, small(params()), small(X))

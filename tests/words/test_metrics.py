@@ -190,7 +190,8 @@ def test_a_barrier_keeps_dtypes_and_shows_nan():
 
 
 @pytest.mark.parametrize('loss, a, b, points, message', [
-    (square, A, B, 1, 'points=1'), (lambda p: p['w'], A, B, 3, r'shape \(2, 2\).* scalar'),
+    (square, A, B, 1, 'points=1'), (square, A, B, 2**24 + 1, 'points=16777217'),
+    (lambda p: p['w'], A, B, 3, r'shape \(2, 2\).* scalar'),
     (square, {'n': jnp.ones(2, int)}, {'n': jnp.ones(2, int)}, 3, "'n'.* int32 has no points between"),
     (square, {'n': jnp.ones((1, 2))}, {'n': jnp.ones((3, 2))}, 3, "'n' of shape .*one model")])
 def test_a_barrier_without_a_line_is_refused(loss, a, b, points, message):

@@ -1,13 +1,15 @@
 """Elementwise words give the entries of a row as they give those of the leaf, and padding is never kept."""
 
 import inspect
+import math
 
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from sparsejax import choices, counts, patterns, rows, schedules, scores, updates
+from sparsejax import choices, counts, neighbours, patterns, rows, schedules, scores, selections, stages, updates
 from sparsejax.types import ELEMENTWISE, Axes, Signals, elementwise, says
 
 SHAPE, WIDTH = (6, 5), 43
@@ -64,3 +66,32 @@ def test_an_update_is_elementwise_only_if_its_words_are():
 def test_widths_are_few_and_less_than_twice_a_size():
   assert rows.widths([4096, 8192, 8000, 64, 4095]) == [8192, 8192, 8192, 64, 4095]
   assert rows.widths([]) == [] and rows.widths([0, 5]) == [0, 5]
+
+
+@pytest.mark.parametrize('shape, axes, m', [((3, 8), (1,), 4), ((2, 3, 4, 5), (2,), 2), ((4, 3, 2), (2, 0), 8)])
+def test_columns_are_the_groups_and_give_the_array_back(shape, axes, m):
+  w = np.arange(math.prod(shape)).reshape(shape)
+  columns, back = jax.jit(lambda w: (x := neighbours.columns(w, axes, m), neighbours.from_columns(x, axes, shape)))(w)
+  groups = np.moveaxis(w, axes, range(-len(axes), 0)).reshape(-1, m)  # the contraction last, in its order
+  assert {*map(tuple, columns.T.tolist())} == {*map(tuple, groups.tolist())}
+  assert (back == w).all()
+
+
+@pytest.mark.parametrize('score', [scores.magnitude, lambda w, signals: jnp.abs(w)], ids=['joined', 'not elementwise'])
+def test_leaves_that_are_joined_keep_what_each_keeps_by_itself(score):
+  through = patterns.NM(4, 8), patterns.NM(2, 4)
+  pattern = stages.Staged(through[1], lambda step: stages.Switch(through, step))
+  arrays = {'a': jnp.arange(40.).reshape(8, 5) % 7, 'b': -jnp.arange(48.).reshape(3, 16) ** 2 % 11,
+            'c': jnp.arange(48.).reshape(2, 8, 3).at[0, 3].set(jnp.nan), 'd': jnp.ones((16, 3), jnp.bfloat16)}
+  axes = {'a': Axes((0,), (1,)), 'b': Axes((1,), (0,)), 'c': Axes((1,), (2,), (0,)), 'd': Axes((0,), (1,))}
+  selection = selections.leafwise(pattern, score=score)
+  leaves = selection.plan(arrays, axes).leaves
+
+  @jax.jit
+  def masks(step):
+    told = [Signals(None, None, None, step, own) for own in axes.values()]
+    return selection.select(leaves, [*arrays.values()], [w == w for w in arrays.values()], told)[0]
+
+  for step, stage in enumerate(through):
+    for mask, w, own in zip(masks(step), arrays.values(), axes.values()):
+      cases.assert_same(mask, stage(jnp.abs(w), None, own))

@@ -33,6 +33,12 @@ def test_sparsity_is_shared_out_by_scores(scores, most, sizes, sparsity, expecte
   np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize('score', [None, 'x', -1, float('nan'), float('inf'), jnp.ones(2), [1], True, 10**30])
+def test_a_score_that_is_no_number_is_refused(score):
+  with pytest.raises(ValueError, match="allocation.shared_by: the score of 'layer_0/w' is .*; a score is a number"):
+    allocation.shared_by({'layer_0/w': score}, 0.9)
+
+
 def test_the_total_of_shares_is_exact_and_no_group_exceeds_the_most():
   rng = np.random.default_rng(0)
   for _ in range(20):
