@@ -87,20 +87,21 @@ def snfs(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
 
 @sentence('refresh', 'dense_steps')
 def sparcl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.75), *, lam: float = 0.5,
-           fraction: float = 0.04, every: int | None = None, end: int | None = None, masks: PyTree | None = None,
-           gradient_sparsity: float = 0.8, hold: int = 30, probe: Callable[[PyTree], PyTree] | None = None,
-           allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:
+           fraction: float | Schedule = 0.04, every: int | None = None, end: int | None = None,
+           masks: PyTree | None = None, gradient_sparsity: float = 0.8, hold: int = 30,
+           probe: Callable[[PyTree], PyTree] | None = None, allocation: Allocation = allocations.uniform,
+           total_steps: int | None = None, **options: Any) -> Optimizer:
   """Moves masks by |w| + lam |g|, grows at random, and passes few gradients: SparCL (Wang et al. 2022, 2209.09476).
 
   Task-aware masks and dynamic gradient masks, sections 3.1 and 3.3: every `hold` updates the `1 - gradient_sparsity`
   largest gradients of each leaf are chosen, and only their weights move. `masks`: the masks of the task before; the
   default is the largest magnitudes. `probe`: a function of the parameters that returns g, the gradient of current and
-  buffered examples. By default g is the gradient of the update, before any gradient is masked. Removal of examples (section 3.2) and replay belong
-  to the loop. Deviations: counts are exact, ties and zeros included, while the authors' code drops what ties with a
-  percentile. Its 1 % more weights in the first tenth of each task are left out.
+  buffered examples. By default g is the gradient of the update, before any gradient is masked. Removal of examples
+  (section 3.2) and replay belong to the loop. Deviations: counts are exact, ties and zeros included, while the authors'
+  code drops what ties with a percentile. Its 1 % more weights in the first tenth of each task are left out.
   """
   last = last_step('sparcl', end, total_steps, 0.9, **options)
-  update = updates.drop_and_grow(scores.random, schedules.constant(fraction))
+  update = updates.drop_and_grow(scores.random, steady(fraction))
   selection = selections.leafwise(pattern, score=scores.importance(lam), update=update, sparsity=sparsity,
                                   allocation=allocation)
   picked = {key: options.get(key) for key in ('where', 'axes', 'tied')}
@@ -133,7 +134,7 @@ def dsl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruct
 
 @sentence('refresh')
 def quick_selection(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-                    fraction: float = 0.2, every: int | None = None, end: int | None = None,
+                    fraction: float | Schedule = 0.2, every: int | None = None, end: int | None = None,
                     allocation: Allocation = allocations.erdos_renyi, total_steps: int | None = None,
                     **options: Any) -> Optimizer:
   """Trains a sparse denoising autoencoder by SET, whose strengths rank features (Atashgahi et al. 2022, 2012.00560).
@@ -144,7 +145,7 @@ def quick_selection(inner: Inner, sparsity: float | None = None, pattern: Patter
   that of this recipe.
   """
   last = last_step('quick_selection', end, total_steps, 1.0, **options)
-  return set_(inner, sparsity, pattern, fraction=schedules.constant(fraction), every=every, end=last,
+  return set_(inner, sparsity, pattern, fraction=steady(fraction), every=every, end=last,
               allocation=allocation, total_steps=total_steps, **options)
 
 
@@ -179,3 +180,8 @@ def last_step(recipe: str, end: int | None, total_steps: int | None, part: float
 def falling(fraction: float | Schedule, end: int) -> Schedule:
   """Returns the fraction as a schedule: a cosine from a number to 0 at step `end`."""
   return fraction if callable(fraction) else schedules.cosine(fraction, 0.0, end=end)
+
+
+def steady(fraction: float | Schedule) -> Schedule:
+  """Returns the fraction as a schedule, which is constant for a number."""
+  return fraction if callable(fraction) else schedules.constant(fraction)

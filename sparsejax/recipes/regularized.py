@@ -1,4 +1,4 @@
-"""Regularised recipes train weights towards zero by a rule of their own, and prune the smallest.
+"""Regularised recipes change the gradient so that weights shrink before they are pruned.
 
     tx = sj.recipes.irrelevant_weights(optax.adam(1e-3), 0.9, total_steps=10_000)
     state = tx.init(params)

@@ -103,8 +103,8 @@ def protected(inner: Inner, used: PyTree) -> Optimizer:
       if jnp.result_type(mark) != jnp.dtype(bool) or jnp.shape(mark) not in ((), g.shape):
         raise errors.at_leaf('transforms.protected', path, g.shape, f'`used` holds {jnp.result_type(mark)}'
                              f'{list(jnp.shape(mark))} for it. Give bools of its shape, or a scalar for all of it.')
-    stopped = lambda tree: structure.unflatten([
-        jnp.where(mark, jnp.zeros((), x.dtype), x) for mark, x in zip(marks, structure.flatten_up_to(tree))])
+    zeroed = lambda mark, x: jnp.where(mark, jnp.zeros((), x.dtype), x)
+    stopped = lambda tree: structure.unflatten(list(map(zeroed, marks, structure.flatten_up_to(tree))))
     moves, state = inner.update(stopped(grads), state, params, **extra)
     return stopped(moves), state
 

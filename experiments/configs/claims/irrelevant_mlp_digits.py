@@ -2,8 +2,8 @@ r"""Tests decay of irrelevant weights: 95 % of the weights of a perceptron prune
 
     python -m experiments.train --config experiments/configs/claims/irrelevant_mlp_digits.py --workdir runs/irrelevant
 
-Bonetta et al. 2022 decay a weight only where the loss has no slope. They find it at least as accurate at a higher
-sparsity as decay of all weights. Both runs prune a tenth of the remaining weights in each round.
+Bonetta et al. 2022 decay a weight only where the loss has no slope. In the paper this is at least as accurate, at
+a higher sparsity, as decay of all weights. Both runs prune a tenth of the remaining weights in each round.
 
 Not yet run at size.
 """
