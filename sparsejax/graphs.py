@@ -113,8 +113,8 @@ def _refuse(function: str, senders: Array, receivers: Array, nodes: int) -> None
   if arguments.is_known(senders) and arguments.is_known(receivers):
     ends = np.stack([senders, receivers])  # with NumPy, since under `jit` the results of JAX are traced
     if ends.min() < 0 or ends.max() >= nodes:
-      raise ValueError(f'graphs.{function}: ends run from {ends.min()} to {ends.max()}, and the graph has the nodes 0 to '
-                       f'{nodes - 1}.')
+      raise ValueError(f'graphs.{function}: ends run from {ends.min()} to {ends.max()}, and the graph has the nodes 0 '
+                       f'to {nodes - 1}.')
     if np.any(ends[0] == ends[1]):
       raise ValueError(f'graphs.{function}: edge {int(np.argmax(ends[0] == ends[1]))} is a self-loop; leave self-loops '
                        'out, a graph convolution adds one to every node.')

@@ -41,11 +41,10 @@ def l1_sparse(inner: Inner, sparsity: float | None = None, pattern: Pattern = Un
               total_steps: int | None = None, **options: Any) -> Optimizer:
   """Fine-tunes a pruned model on retained data with a fading l1 penalty: sparse unlearning (Jia et al. 2023).
 
-  2304.04934, section 4. The mask is that of `iterative_magnitude`, by the magnitudes of `ticket`. The
-  subgradient `penalty sign(w)` is added before
-  `inner`. `penalty` falls linearly to 0 over `total_steps`; without a number of steps it stays. The authors' code steps
-  once an epoch and penalises every parameter, while here dense leaves go free. Give `update` the gradients of retained
-  examples.
+  2304.04934, section 4. The mask is that of `iterative_magnitude`, by the magnitudes of `ticket`. The subgradient
+  `penalty sign(w)` is added before `inner`. `penalty` falls linearly to 0 over `total_steps`; without a number of
+  steps it stays. The authors' code steps once an epoch and penalises every parameter, while here dense leaves go
+  free. Give `update` the gradients of retained examples.
   """
   fading = schedules.linear(penalty, 0.0, end=total_steps) if total_steps else penalty
   start = starts.probed(starts.of(ticket)) if ticket is not None else None

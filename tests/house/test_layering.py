@@ -64,6 +64,7 @@ EXPERIMENTS = (
     ('loop',),
     ('tables',),
     ('train', 'tasks', 'tickets', 'sweep'),
+    ('protocols',),
     ('claims', 'pruning', 'structured'),
     ('__init__',),
 )
@@ -88,6 +89,8 @@ INSIDE = {
                              ('rules',), ('groups', 'smaller'), ('erasing',), ('removal',),
                              ('training', 'proof', 'files', 'costs', 'rotating', 'ordering'),
                              ('selecting', 'searching'), ('least_squares', 'implants')),
+    'experiments.protocols': (('fitting',), ('edges', 'experts', 'forgetting', 'midpoints', 'posteriors', 'starts',
+                                             'transferred')),
     'sparsejax.moe': (('gating', 'permutations', 'routing', 'placement', 'nested'), ('comet',)),
     'sparsejax.hub': (('layers', 'texts'), ('bert', 'gpt2', 'llama')),
     'sparsejax.advice': (('measured', 'arrays'), ('rows',)),

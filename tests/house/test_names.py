@@ -18,6 +18,7 @@ SIGNATURES = {
     'get_sweep': r'experiments/configs/.*',  # the grid beside it
     'draw': r'experiments/tables/.*',  # a picture of the results of one command
     'forward': r'sparsejax/hub(/\w+)?',  # the forward pass of a configuration, in each reader
+    'scores': r'experiments/protocols/.*',  # those of one run and seed of a protocol
     'page': r'experiments/tables/.*',  # a page of them
     'named': r'sparsejax/(allocation|schedules)|experiments/loop/tasks',  # a word by the name in a configuration
     'whole': r'sparsejax/programs/(factors|views)|kernels_pallas/held',  # a value that is all of a parameter
