@@ -129,7 +129,7 @@ def _divergence(weight: PyTree, prior: float) -> Array:
 
 @checked
 def offset(score: Score) -> Score:
-  """Returns a score of Gaussian weights, such as `scores.snr`, for leaves `rho` of this module: it reads rho + OFFSET."""
+  """Returns a score of Gaussian weights, such as `scores.snr`, that reads `rho + OFFSET` in the place of rho."""
   return Bound(_offset, (score,), tuple(getattr(score, 'facts', ())))
 
 
