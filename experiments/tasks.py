@@ -109,12 +109,15 @@ def matrix(config: ConfigDict, settings: Mapping[str, Any], recipe: Mapping[str,
     data = tuple(jnp.asarray(x[own]) for x in digits()[0])
     here = jnp.isin(jnp.arange(10), classes)
     banked = recipe['name'] == 'cl_dst'
-    before = continual.Bank(bank.params, (bank.used(),)) if banked else None
+    # In each task of one structure, so that the program compiles once.
+    used = jax.tree.map(lambda mask, w: jnp.broadcast_to(mask, w.shape), bank.used(), bank.params)
+    before = continual.Bank(bank.params, (used,)) if banked else None
     params, state = learn(bank.params if banked else params, before, earlier, data, here, buffer,
                           jax.random.fold_in(key, number))
     bank = bank.added(params, state) if banked else bank
     earlier = masks(params, state) if recipe['name'] == 'sparcl' else None
-    buffer = _kept(buffer, params, data, number, jax.random.fold_in(key, -1 - number)) if settings['buffer'] else buffer
+    if settings['buffer']:
+      buffer = _kept(buffer, params, data, number, jax.random.fold_in(key, len(tasks) + number))
     seen = np.isin(np.arange(10), tasks[:number + 1].ravel())
     rows.append([_tested(bank.task(j) if banked else params, tasks[j], np.isin(np.arange(10), tasks[j])
                          if settings['told'] else seen) if j <= number else 0.0 for j in range(len(tasks))])
@@ -139,7 +142,7 @@ def _learned(config: ConfigDict, settings: Mapping[str, Any], recipe: Mapping[st
              earlier: Any, data: Any, here: Array, buffer: Any, key: Array) -> tuple[PyTree, Any]:
   """Returns parameters and state after the steps of one task. Every batch is a function of the key and the step."""
   signals = {'key': jax.random.fold_in(key, 0), 'bank': bank, 'masks': earlier}
-  tx = recipes.from_config(optimizers.make(total_steps=config.steps, **config.optimizer), recipe,
+  tx = recipes.from_config(optimizers.make(total_steps=config.steps, **config.optimizer)[1], recipe,
                            total_steps=config.steps, signals={k: v for k, v in signals.items() if v is not None})
   state = tx.init(params)
 
@@ -155,13 +158,18 @@ def _learned(config: ConfigDict, settings: Mapping[str, Any], recipe: Mapping[st
 
   def step(carry: Any, number: Array) -> tuple[Any, None]:
     params, state = carry
-    draw = lambda each, salt: jax.tree.map(lambda x: x[jax.random.randint(
-        jax.random.fold_in(jax.random.fold_in(key, number), salt), (config.batch_size,), 0, len(x))], each)
-    grads = jax.grad(loss)(params, draw(data, 1), draw(buffer, 2) if settings['buffer'] else None)
+    old = _drawn(buffer, key, number, 2, config.batch_size) if settings['buffer'] else None
+    grads = jax.grad(loss)(params, _drawn(data, key, number, 1, config.batch_size), old)
     updates, state = tx.update(grads, state, params)
     return (optax.apply_updates(params, updates), state), None
 
   return jax.lax.scan(step, (project(params, state), state), jnp.arange(config.steps))[0]
+
+
+def _drawn(examples: Any, key: Array, number: Array, salt: int, size: int) -> Any:
+  """Returns a batch of examples, arrays `[N, ...]`, for a step."""
+  rows = jax.random.randint(jax.random.fold_in(jax.random.fold_in(key, number), salt), (size,), 0, len(examples[0]))
+  return jax.tree.map(lambda x: x[rows], examples)
 
 
 def _empty(size: int) -> Any:

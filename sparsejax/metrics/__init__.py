@@ -4,8 +4,8 @@
     ...                                                     # some training steps
     metrics.sad(before, sj.masks(params, state))['mlp/kernel'].fraction
 
-Functions of masks and weights are in `models`, those of the loss around a model in `landscapes`, and those of
-predictions in `predictions`; all have their names here.
+`models` has functions of masks and weights, `landscapes` of the loss around a model, and `predictions` of predictions.
+Users find all names here.
 """
 
 from sparsejax.metrics.landscapes import layer_barriers, sharpness
@@ -29,10 +29,10 @@ from sparsejax.metrics.models import (
   strength,
   union,
 )
-from sparsejax.metrics.predictions import Calibration, Forgetting, calibration, forgetting, ndcg_at, recall_at
+from sparsejax.metrics.predictions import CalibrationError, Forgetting, calibration, forgetting, ndcg_at, recall_at
 
 __all__ = [
-  'Barrier', 'Calibration', 'Change', 'Exploration', 'Flops', 'Forgetting', 'Overlap', 'Variance', 'barrier',
+  'Barrier', 'CalibrationError', 'Change', 'Exploration', 'Flops', 'Forgetting', 'Overlap', 'Variance', 'barrier',
   'calibration', 'collapsed', 'density', 'flops', 'forgetting', 'gradient_variance', 'itop_rate', 'kept',
   'layer_barriers', 'model_soup', 'ndcg_at', 'overlap', 'recall_at', 'sad', 'sharpness', 'strength', 'union',
 ]

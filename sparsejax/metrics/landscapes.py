@@ -45,7 +45,7 @@ def sharpness(loss: Callable[[PyTree], Array], params: PyTree, rho: float, key: 
 
   The result is the mean over `samples` normal draws z of `loss(w + rho |w| z) - loss(w)`. A weight of zero stays zero,
   so that the sharpness is that of the sparse model. With `worst` steps, the result is the largest rise on the way of
-  signed gradient ascent from w, of steps that are `rho / worst` of |w| long. The scale
+  signed gradient ascent from w; a step is `rho / worst` of |w| long. The scale
   of |w| makes the number independent of how two layers share a factor (Kwon et al. 2021, ASAM). The norm in the
   paper on CLIP's interpolation could not be read, so that this definition is ours. `groups`: see `layer_barriers`.
   """

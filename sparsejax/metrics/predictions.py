@@ -15,11 +15,11 @@ from sparsejax import arguments, errors
 from sparsejax.arguments import checked
 from sparsejax.types import Array
 
-__all__ = ['Calibration', 'Forgetting', 'calibration', 'forgetting', 'ndcg_at', 'recall_at']
+__all__ = ['CalibrationError', 'Forgetting', 'calibration', 'forgetting', 'ndcg_at', 'recall_at']
 
 
-class Calibration(NamedTuple):
-  """A `Calibration` compares confidence and accuracy, in `float32`.
+class CalibrationError(NamedTuple):
+  """A `CalibrationError` compares confidence and accuracy, in `float32`.
 
   `ece` is the expected calibration error and `mce` the largest gap of a bin. `confidence`, `accuracy` and `count`,
   `[bins]`, are those of each bin; an empty bin has zeros.
@@ -33,7 +33,7 @@ class Calibration(NamedTuple):
 
 
 @checked
-def calibration(probs: Array, labels: Array, bins: int = 15) -> Calibration:
+def calibration(probs: Array, labels: Array, bins: int = 15) -> CalibrationError:
   """Returns the calibration error of class probabilities `[examples, classes]` (Guo et al. 2017, equation 3).
 
   The confidence of an example is its largest probability; of equal ones the first class is the prediction. Bins have
@@ -53,7 +53,7 @@ def calibration(probs: Array, labels: Array, bins: int = 15) -> Calibration:
   count = sums(jnp.ones_like(sure))
   mean = lambda x: sums(x) / jnp.maximum(count, 1)
   gap = jnp.abs(mean(right) - mean(sure))
-  return Calibration(jnp.sum(gap * count) / len(sure), jnp.max(gap), mean(sure), mean(right), count)
+  return CalibrationError(jnp.sum(gap * count) / len(sure), jnp.max(gap), mean(sure), mean(right), count)
 
 
 @checked
@@ -65,7 +65,7 @@ def recall_at(scores: Array, seen: Array, truth: Array, k: int) -> Array:
   truth that was seen, and for a `k` beyond the items.
   """
   hits = _hits('recall_at', scores, seen, truth, k)
-  return jnp.mean(jnp.sum(hits, -1) / jnp.sum(truth, -1))
+  return jnp.mean(jnp.sum(hits, -1) / jnp.sum(truth, -1, dtype=jnp.float32))
 
 
 @checked
@@ -105,7 +105,7 @@ class Forgetting(NamedTuple):
 
   `accuracy`: the mean over tasks after the last one. `forgetting`: the mean over all tasks but the last of the best
   accuracy before the last task minus that after it. `backward_transfer`: the mean over the same tasks of the last
-  accuracy minus that right after the task. One task alone has 0 for both.
+  accuracy minus that right after the task. Both are 0 if there is one task.
   """
 
   accuracy: Array

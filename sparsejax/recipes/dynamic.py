@@ -87,20 +87,20 @@ def snfs(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
 
 @sentence('refresh', 'dense_steps')
 def sparcl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.75), *, lam: float = 0.5,
-           fraction: float = 0.04, every: int | None = None, end: int | None = None, masks: PyTree | None = None,
+           fraction: float | Schedule = 0.04, every: int | None = None, end: int | None = None, masks: PyTree | None = None,
            gradient_sparsity: float = 0.8, hold: int = 30, probe: Callable[[PyTree], PyTree] | None = None,
            allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Moves masks by |w| + lam |g|, grows at random, and passes few gradients: SparCL (Wang et al. 2022, 2209.09476).
 
   Task-aware masks and dynamic gradient masks, sections 3.1 and 3.3: every `hold` updates the `1 - gradient_sparsity`
-  largest gradients of each leaf are chosen, and only their weights move. `masks`: those of the task before, else by
-  magnitude. `probe`: a function of the parameters with the gradient of the current and of the buffered examples; by
-  default g is that of the update, before any gradient is masked. Removal of examples (section 3.2) and replay belong
-  to the loop. Deviations: counts are exact, ties and zeros included, while the authors' code drops what ties with a
-  percentile. Its 1 % more weights in the first tenth of each task are left out.
+  largest gradients of each leaf are chosen, and only their weights move. `masks`: the masks of the task before; the
+  default is the largest magnitudes. `probe`: a function of the parameters that returns g, the gradient of current and
+  buffered examples. By default g is the gradient of the update, before any gradient is masked. Removal of examples
+  (section 3.2) and replay belong to the loop. Deviations: counts are exact, ties and zeros included, while the authors'
+  code drops what ties with a percentile. Its 1 % more weights in the first tenth of each task are left out.
   """
   last = last_step('sparcl', end, total_steps, 0.9, **options)
-  update = updates.drop_and_grow(scores.random, schedules.constant(fraction))
+  update = updates.drop_and_grow(scores.random, steady(fraction))
   selection = selections.leafwise(pattern, score=scores.importance(lam), update=update, sparsity=sparsity,
                                   allocation=allocation)
   picked = {key: options.get(key) for key in ('where', 'axes', 'tied')}
@@ -120,8 +120,8 @@ def dsl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruct
   Drops by magnitude and grows by gradient over the whole training; `fraction` falls by a cosine to a hundredth of
   itself. `where` has to name the tables, which are dense by default: `where=trees.named('**/embedding')`. A batch has
   gradients for its own rows alone, so that growth reads an average of gradients with the factor `momentum`. Deviations:
-  the released code reads the last batch and draws first masks by single weights, and keeps the budget of each table
-  constant, where the abstract adjusts the distribution; `snfs` moves counts between tables.
+  the released code reads the last batch, and draws first masks by single weights. The abstract adjusts how the budget
+  is distributed over tables. Code and recipe keep the budget of each table, and `snfs` moves counts between tables.
   """
   last = last_step('dsl', end, total_steps, 1.0, **options)
   fall = fraction if callable(fraction) else schedules.cosine(fraction, 0.01 * fraction, end=last)
@@ -133,7 +133,7 @@ def dsl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruct
 
 @sentence('refresh')
 def quick_selection(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
-                    fraction: float = 0.2, every: int | None = None, end: int | None = None,
+                    fraction: float | Schedule = 0.2, every: int | None = None, end: int | None = None,
                     allocation: Allocation = allocations.erdos_renyi, total_steps: int | None = None,
                     **options: Any) -> Optimizer:
   """Trains a sparse denoising autoencoder by SET, whose strengths rank features (Atashgahi et al. 2022, 2012.00560).
@@ -144,7 +144,7 @@ def quick_selection(inner: Inner, sparsity: float | None = None, pattern: Patter
   that of this recipe.
   """
   last = last_step('quick_selection', end, total_steps, 1.0, **options)
-  return set_(inner, sparsity, pattern, fraction=schedules.constant(fraction), every=every, end=last,
+  return set_(inner, sparsity, pattern, fraction=steady(fraction), every=every, end=last,
               allocation=allocation, total_steps=total_steps, **options)
 
 
@@ -179,3 +179,8 @@ def last_step(recipe: str, end: int | None, total_steps: int | None, part: float
 def falling(fraction: float | Schedule, end: int) -> Schedule:
   """Returns the fraction as a schedule: a cosine from a number to 0 at step `end`."""
   return fraction if callable(fraction) else schedules.cosine(fraction, 0.0, end=end)
+
+
+def steady(fraction: float | Schedule) -> Schedule:
+  """Returns the fraction as a schedule, which is constant for a number."""
+  return fraction if callable(fraction) else schedules.constant(fraction)

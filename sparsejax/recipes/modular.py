@@ -1,4 +1,4 @@
-"""Sentences with a structure over layers or over tasks: modules of units that grow by correlation, and masks for tasks.
+"""Recipes with a structure over layers or tasks prune to modules that grow by correlation, and to masks for tasks.
 
     tx = sj.recipes.g2gnet(optax.adam(1e-3), 0.75, groups=8, total_steps=10_000, key=jax.random.key(0),
                            probe=sj.starts.correlation(apply, x))
@@ -25,7 +25,7 @@ def g2gnet(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstr
 
   `groups` and `shuffle` are those of `scores.modular`: weights between equal modules come first, up to the count.
   `probe=starts.correlation(apply, x)` grows weights where inputs and outputs correlate most over the batch `x`; without
-  a probe the gradient decides, as in RigL. The structure is that of the abstract; the constants and the form of the
+  a probe the gradient decides, as in RigL. The structure is that of the abstract. The constants and the form of the
   correlation are ours, since no code of the paper could be read.
   """
   last = last_step('g2gnet', end, total_steps, **options)
@@ -44,8 +44,8 @@ def cl_dst(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstr
 
   `bank`: the tasks before, see `continual`; training begins from `bank.params`. The mask is drawn over all weights and
   moves as in SET, or by another score `grow`. Weights of earlier tasks may be used, and never change. A weight that
-  returns has the value behind its zero, since that of an earlier task must be the task's own; a free weight too, where
-  the authors' code grows from zero. Counts are exact, where the code draws first masks and growth by single weights.
+  returns has the value behind its zero, as the weight of an earlier task must. A free weight does so too, while the
+  authors' code grows it from zero. Counts are exact, where the code draws first masks and growth by single weights.
   The code leaves biases and norms to drift; `Bank` holds those of each task.
   """
   last = last_step('cl_dst', end, total_steps, 1.0, **options)

@@ -1,4 +1,4 @@
-"""Regularised recipes shrink weights by a rule of their own before they prune them.
+"""Regularised recipes change the gradient so that weights shrink before they are pruned.
 
     tx = sj.recipes.irrelevant_weights(optax.adam(1e-3), 0.9, total_steps=10_000)
     state = tx.init(params)
@@ -22,8 +22,8 @@ def irrelevant_weights(
     allocation: Shares | None = None, total_steps: int | None = None, **options: Any) -> Optimizer:
   """Decays weights whose loss has no slope, and prunes in rounds (Bonetta et al. 2022, Regularization-based Pruning).
 
-  Every `every` updates the fraction `removed` of the remaining weights goes, the smallest of all leaves together, until
-  `sparsity` is reached; the default of `every` ends the rounds at three quarters of `total_steps`. `gamma` and `alpha`
+  Every `every` updates the fraction `removed` of the remaining weights goes, until `sparsity` is reached. The smallest
+  of all leaves together go. By default the rounds end at three quarters of `total_steps`. `gamma` and `alpha`
   are those of `flows.relevance`. The paper prunes only while a validation score stays above a bound, which is left to
   the caller's loop, and has no target. The authors' code also decays and prunes biases, norms and embeddings.
   """

@@ -26,8 +26,8 @@ from sparsejax.scores.memories import (
   gradient_average,
   needed,
   previous,
-  product,
   squared_gradient_average,
+  weight_times_gradient,
 )
 from sparsejax.types import ELEMENTWISE, Array, Axes, Bound, Score, Signals, elementwise
 
@@ -106,7 +106,7 @@ def snip(w: Array, signals: Signals) -> Array:
   The formula is equation 6 of SNIP (Lee et al. 2019), without the division by the sum. At trained weights the same
   formula is the first-order Taylor score (Molchanov et al. 2017), and the score of GSM (Ding et al. 2019, equation 5).
   """
-  return jnp.abs(product('snip', w, signals))
+  return jnp.abs(weight_times_gradient('snip', w, signals))
 
 
 @elementwise
@@ -116,7 +116,7 @@ def grasp(w: Array, signals: Signals) -> Array:
   The score needs H g as `signals.grad`, which `starts.hessian_gradient` computes. The largest scores are kept: the sign
   is opposite to that of GraSP (Wang et al. 2020, equation 8).
   """
-  return product('grasp', w, signals)
+  return weight_times_gradient('grasp', w, signals)
 
 
 @elementwise
@@ -126,7 +126,7 @@ def synflow(w: Array, signals: Signals) -> Array:
   R is the sum of the outputs of the network of absolute weights. The score needs dR/d|w| as `signals.grad`, which
   `starts.synaptic_flow` computes.
   """
-  return product('synflow', jnp.abs(w), signals)
+  return weight_times_gradient('synflow', jnp.abs(w), signals)
 
 
 @elementwise

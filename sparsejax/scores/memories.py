@@ -52,7 +52,7 @@ def accumulated_movement(
     return Movement(score, optimizer.init(score))
 
   def observe(stat: Movement, w: Array, signals: Signals) -> Movement:
-    grad = product('movement', w, signals)
+    grad = weight_times_gradient('movement', w, signals)
     if penalty is not None:
       gate = jax.nn.sigmoid(stat.score)
       grad += penalty(signals.step) * gate * (1 - gate) / w.size
@@ -107,6 +107,6 @@ def needed(score: str, signal: Any, what: str) -> Any:
   return signal
 
 
-def product(score: str, w: Array, signals: Signals) -> Array:
+def weight_times_gradient(score: str, w: Array, signals: Signals) -> Array:
   """Returns the weight times its gradient, in `float32`."""
   return w.astype(jnp.float32) * needed(score, signals.grad, GRADIENT).astype(jnp.float32)

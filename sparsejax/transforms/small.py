@@ -68,8 +68,8 @@ def updating(selection: Selection, *, where: Predicate | PyTree | None = None, a
     leaves = own(params)
     weights, picked = leaves.pick(params), leaves.pick(grads)
     signals = leaves.signals(jnp.zeros((), jnp.int32), [trees.DENSE] * len(weights), picked)
-    choose = lambda: leaves.tied(selection.select)(
-        leaves.plan.leaves, weights, [neighbours.everywhere(w) for w in weights], signals)[0]
+    everywhere, select = [neighbours.everywhere(w) for w in weights], leaves.tied(selection.select)
+    choose = lambda: select(leaves.plan.leaves, weights, everywhere, signals)[0]
     active = choose() if always else jax.lax.cond(
         (state.step == 0) | refresh(state.step), choose, lambda: leaves.pick(state.masks))
     passed = [jnp.where(m, g, 0) + (weight_decay * w).astype(g.dtype) for m, g, w in zip(active, picked, weights)]
@@ -103,8 +103,8 @@ def protected(inner: Inner, used: PyTree) -> Optimizer:
       if jnp.result_type(mark) != jnp.dtype(bool) or jnp.shape(mark) not in ((), g.shape):
         raise errors.at_leaf('transforms.protected', path, g.shape, f'`used` holds {jnp.result_type(mark)}'
                              f'{list(jnp.shape(mark))} for it. Give bools of its shape, or a scalar for all of it.')
-    stopped = lambda tree: structure.unflatten([
-        jnp.where(mark, jnp.zeros((), x.dtype), x) for mark, x in zip(marks, structure.flatten_up_to(tree))])
+    zeroed = lambda mark, x: jnp.where(mark, jnp.zeros((), x.dtype), x)
+    stopped = lambda tree: structure.unflatten(list(map(zeroed, marks, structure.flatten_up_to(tree))))
     moves, state = inner.update(stopped(grads), state, params, **extra)
     return stopped(moves), state
 

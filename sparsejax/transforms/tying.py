@@ -24,7 +24,7 @@ def leader_of(tied: Mapping[str, str], leaves: Mapping[str, Any]) -> dict[str, s
   """Maps the path of each follower to the path of its leader, in the order of `tied`.
 
   `tied` maps globs of followers to globs of leaders with the same wildcards. Raises `ValueError` for a glob that
-  matches no path, for a missing leader, for a leader that follows another leaf, and for a leaf with two leaders.
+  matches no path, for a missing leader, and for a leaf with two leaders. No leader may follow another leaf.
   """
   found: dict[str, str] = {}
   for glob, other in tied.items():

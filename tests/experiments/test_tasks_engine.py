@@ -1,4 +1,4 @@
-"""Trains the split digits for a few steps: a mask for each task forgets nothing, and a stopped job goes on."""
+"""Trains the split digits for a few steps: a mask for each task forgets nothing, and finished seeds are read again."""
 
 import json
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures('standard_promotion')
 @pytest.fixture(scope='module')
 def job():
   return lambda name, *changes: configs.load(claims.CONFIGS / f'{name}.py', [
-      'steps=24', 'seeds=(0,)', 'batch_size=16', *changes])
+      'steps=40', 'seeds=(0,)', 'batch_size=16', 'optimizer.learning_rate=0.01', *changes])
 
 
 def run(config, workdir, runs):
@@ -23,26 +23,21 @@ def run(config, workdir, runs):
     return tasks.trained(config, workdir, request)
 
 
-def test_a_mask_for_each_task_forgets_nothing_and_results_are_read_again(job, tmp_path):
-  config = job('task_masks_digits')
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('claim, name', [('task_masks_digits', 'CL-DST'), ('sparcl_digits', 'SparCL')])
+def test_tasks_are_learned_and_results_are_read_again(claim, name, job, tmp_path):
+  config = job(claim)
   config.tasks = {**config.tasks, 'classes': 5, 'width': 32}
-  config.recipes['CL with DST']['every'] = 8
-  found = run(config, tmp_path, ['CL with DST'])['CL with DST']
+  config.recipes[name]['every'] = 8
+  found = run(config, tmp_path, [name])[name]
   matrix = np.array(found['matrix'][0])
-  assert matrix.shape == (2, 2) and matrix[0, 1] == 0 and found['backward_transfer'] == [0.0] == found['forgetting']
-  assert matrix[1].min() > 0.3, 'each task is learned'
-  (tmp_path / 'CL with DST' / 'matrix_0.json').write_text(json.dumps([[0.5, 0.0], [0.25, 1.0]]))
-  (tmp_path / 'CL with DST' / 'outcome.json').unlink()
-  again = run(config, tmp_path, ['CL with DST'])['CL with DST']
+  assert matrix.shape == (2, 2) and matrix[0, 1] == 0 and matrix[0, 0] > 0.3
+  if name == 'CL-DST':
+    assert found['backward_transfer'] == [0.0] == found['forgetting'] and matrix[1].min() > 0.3
+  (tmp_path / name / 'matrix_0.json').write_text(json.dumps([[0.5, 0.0], [0.25, 1.0]]))
+  (tmp_path / name / 'outcome.json').unlink()
+  again = run(config, tmp_path, [name])[name]
   assert again['backward_transfer'] == [-0.25] and again['test']['accuracy'] == [0.625]
-
-
-def test_sparcl_replays_and_keeps_its_masks_sparse(job, tmp_path):
-  config = job('sparcl_digits')
-  config.tasks = {**config.tasks, 'classes': 5, 'width': 32, 'buffer': 20}
-  config.recipes['SparCL']['every'] = 8
-  found = run(config, tmp_path, ['SparCL'])['SparCL']
-  assert np.shape(found['matrix']) == (1, 2, 2) and np.isfinite(found['matrix']).all()
 
 
 def test_a_config_without_tasks_and_an_unknown_key_are_refused(job, tmp_path):

@@ -21,6 +21,7 @@ SIGNATURES = {
     'scores': r'experiments/protocols/.*',  # those of one run and seed of a protocol
     'page': r'experiments/tables/.*',  # a page of them
     'named': r'sparsejax/(allocation|schedules)|experiments/loop/tasks',  # a word by the name in a configuration
+    'masks': r'sparsejax/(starts|states|structured/removal)',  # a tree of masks: as a start, of a state, of a cut
     'whole': r'sparsejax/programs/(factors|views)|kernels_pallas/held',  # a value that is all of a parameter
     **dict.fromkeys(  # the implementations of an op of kernels_pallas, and the choice among them
         ('attention', 'matmul', 'matmul_transposed', 'prefer', 'refusal', 'sampled'), r'kernels_pallas/\w+(/\w+)?'),

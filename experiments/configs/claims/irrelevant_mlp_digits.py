@@ -2,8 +2,8 @@ r"""Tests decay of irrelevant weights: 95 % of the weights of a perceptron prune
 
     python -m experiments.train --config experiments/configs/claims/irrelevant_mlp_digits.py --workdir runs/irrelevant
 
-Bonetta et al. 2022 decay a weight only where the loss has no slope, and are at least as accurate at a higher sparsity
-than decay of all weights. Both runs prune a tenth of the remaining weights in each round.
+Bonetta et al. 2022 decay a weight only where the loss has no slope. In the paper this is at least as accurate, at
+a higher sparsity, as decay of all weights. Both runs prune a tenth of the remaining weights in each round.
 
 Not yet run at size.
 """
@@ -18,7 +18,7 @@ def get_config():
   config.batch_size = 32
   config.model = {'name': 'mlp', 'widths': (100, 100)}
   config.optimizer.weight_decay = 0.0
-  for name, alpha in (('irrelevant', 1e-3), ('plain l2', 1e9)):  # exp(-|g| / 1e9) is 1: every weight decays alike
+  for name, alpha in (('irrelevant', 1e-3), ('plain-l2', 1e9)):  # exp(-|g| / 1e9) is 1: every weight decays alike
     config.recipes[name] = {'name': 'irrelevant_weights', 'sparsity': 0.95, 'gamma': 1e-3, 'alpha': alpha}
   return config
 
@@ -32,4 +32,4 @@ CLAIM = claims.Claim(
     sentence='At 95 % sparsity, decay of the weights whose loss has no slope is better than decay of all '
     'weights.',
     reference='Bonetta et al. 2022, Regularization-based Pruning of Irrelevant Weights, Applied Intelligence',
-    comparisons=[claims.better('irrelevant', 'plain l2')])
+    comparisons=[claims.better('irrelevant', 'plain-l2')])

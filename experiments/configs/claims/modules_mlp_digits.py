@@ -19,7 +19,7 @@ def get_config():
   config.model = {'name': 'mlp', 'widths': (100, 100)}
   config.recipes['random'] = {'name': 'static_sparse', 'sparsity': 0.75, 'allocation': 'uniform'}
   config.recipes['modules'] = {'name': 'g2gnet', 'sparsity': 0.75, 'groups': 5, 'fraction': 0.0}
-  config.recipes['modules that move'] = {'name': 'g2gnet', 'sparsity': 0.75, 'groups': 5}
+  config.recipes['modules-that-move'] = {'name': 'g2gnet', 'sparsity': 0.75, 'groups': 5}
   return config
 
 
@@ -32,5 +32,5 @@ CLAIM = claims.Claim(
     sentence='At 75 % sparsity modules that move are better than a static random mask of the same counts, and static '
     'modules are not worse.',
     reference='G2GNet, ensembles to ensembles with Hebbian rewiring',
-    comparisons=[claims.better('modules that move', 'random'), claims.better('modules', 'random', bar=-1.0),
-                 claims.better('modules that move', 'dense')])
+    comparisons=[claims.better('modules-that-move', 'random'), claims.better('modules', 'random', bar=-1.0),
+                 claims.better('modules-that-move', 'dense')])

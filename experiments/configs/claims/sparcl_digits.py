@@ -2,8 +2,8 @@ r"""Tests SparCL: five tasks of two digits, 75 % of the weights pruned, a buffer
 
     python -m experiments.tasks --config experiments/configs/claims/sparcl_digits.py --workdir runs/sparcl_digits
 
-Wang et al. 2022 (2209.09476) keep 25 % of the weights under a mask that moves with the tasks, and pass a fifth of the
-gradients, at the accuracy of dense replay (DER++). Their removal of examples is left out.
+Wang et al. 2022 (2209.09476) keep 25 % of the weights under a mask that moves with the tasks. A fifth of the gradients
+passes, and the accuracy is that of dense replay (DER++). Their removal of examples is left out.
 
 Not yet run at size.
 """

@@ -18,8 +18,8 @@ def get_config():
   config.batch_size = 32
   config.optimizer.learning_rate = 3e-3
   config.tasks = {'told': True}
-  config.recipes['CL with DST'] = {'name': 'cl_dst', 'sparsity': 0.8, 'every': 20}
-  config.recipes['static masks'] = {'name': 'cl_dst', 'sparsity': 0.8, 'every': 20, 'fraction': 0.0}
+  config.recipes['CL-DST'] = {'name': 'cl_dst', 'sparsity': 0.8, 'every': 20}
+  config.recipes['static-masks'] = {'name': 'cl_dst', 'sparsity': 0.8, 'every': 20, 'fraction': 0.0}
   return config
 
 
@@ -28,5 +28,5 @@ CLAIM = claims.Claim(
     sentence='A mask for each task forgets nothing, and is better after all tasks than one dense model trained on; '
     'masks that move are better than static masks.',
     reference='Yildirim et al. 2023, Continual Learning with Dynamic Sparse Training, 2308.14831',
-    comparisons=[claims.better('CL with DST', 'dense', trains=False),
-                 claims.better('CL with DST', 'static masks', trains=False)])
+    comparisons=[claims.better('CL-DST', 'dense', trains=False),
+                 claims.better('CL-DST', 'static-masks', trains=False)])
