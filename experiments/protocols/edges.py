@@ -14,7 +14,7 @@ import optax
 from sklearn import datasets, neighbors
 
 from experiments.models.graph import GraphConvolutions
-from experiments.protocols.fitting import fitted, optimizer, right
+from experiments.protocols.fitting import optimised, optimizer, right
 from sparsejax import graphs
 from sparsejax.types import Array, PyTree
 
@@ -55,7 +55,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
       return total + sizes['taught'] * jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - logs), -1))
 
     first = model.init(key, x, *ends, graphs.normalised(*ends, len(y)))['params']
-    params, _ = fitted(loss, optimizer(config, recipe), first, jnp.arange(len(y)), config, key)
+    params, _ = optimised(loss, optimizer(config, recipe), first, jnp.arange(len(y)), config, key)
     return apply(params)
 
   teacher = trained({'name': 'dense'}, (senders, receivers), None) if sizes['taught'] else None

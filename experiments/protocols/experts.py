@@ -1,8 +1,8 @@
 """Trains a mixture of experts on the digits, with a routing of static capacity.
 
 `gate` is `top_k`, `comet`, `dense_to_sparse` or `softmax`. `rectified` fills vacant slots and computes dropped examples
-in additional slots. The capacity is the even load times `slack` for top-k gates; the dense phase of `dense_to_sparse`
-and the gate `comet` have a slot for every example in training.
+in additional slots. The capacity is the even load times `slack` for top-k gates. The dense phase of `dense_to_sparse`,
+and the gate `comet`, have a slot for every example.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.protocols.fitting import fitted, optimizer, right, split
+from experiments.protocols.fitting import optimised, optimizer, right, split
 from sparsejax import moe, schedules
 from sparsejax.types import Array, PyTree
 
@@ -39,7 +39,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
     task = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
     return task + sizes['balance'] * penalty
 
-  params, _ = fitted(loss, optimizer(config, recipe), _start(key, own, sizes), train, config, key)
+  params, _ = optimised(loss, optimizer(config, recipe), _start(key, own, sizes), train, config, key)
   logits, _, (active, dropped) = _forward(params, test[0], gate, own, sizes, None, config.steps)
   return {'score': right(logits, test[1]), 'active': active, 'dropped': dropped}
 

@@ -1,7 +1,7 @@
 """Trains small models by one loop, in which every batch is a function of the key and the step.
 
     tx = optimizer(config, recipe, signals={'key': key})
-    params = fitted(loss, tx, params, (images, labels), config, key)[0]
+    params = optimised(loss, tx, params, (images, labels), config, key)[0]
 """
 
 from collections.abc import Callable, Mapping
@@ -25,8 +25,8 @@ def optimizer(config: ConfigDict, recipe: Mapping[str, Any], signals: Mapping[st
   return recipes.from_config(inner, recipe, total_steps=config.steps, signals=signals or {})
 
 
-def fitted(loss: Callable[[PyTree, Any, Array, Array], Array], tx: Any, params: PyTree, data: Any, config: ConfigDict,
-           key: Array) -> tuple[PyTree, Any]:
+def optimised(loss: Callable[[PyTree, Any, Array, Array], Array], tx: Any, params: PyTree, data: Any,
+              config: ConfigDict, key: Array) -> tuple[PyTree, Any]:
   """Returns parameters and state after `config.steps` updates of `loss(params, batch, key, step)`.
 
   `data`: a pytree of arrays `[N, ...]`. A batch holds `config.batch_size` of the N examples, drawn with replacement.

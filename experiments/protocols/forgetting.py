@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.protocols.fitting import cross_entropy, fitted, optimizer, right, split
+from experiments.protocols.fitting import cross_entropy, optimised, optimizer, right, split
 from experiments.tasks import forward, start
 from sparsejax import recipes, unlearning
 from sparsejax.types import Array, PyTree
@@ -28,7 +28,8 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   forget = np.random.default_rng(seed).permutation(len(train[1]))[:round(sizes['forget'] * len(train[1]))]
   parts = unlearning.parted(len(train[1]), [int(i) for i in forget])
   kept, gone = (tuple(x[rows] for x in train) for rows in parts)
-  fit = lambda tx, params, data, salt: fitted(cross_entropy, tx, params, data, config, jax.random.fold_in(key, salt))[0]
+  salted = lambda salt: jax.random.fold_in(key, salt)
+  fit = lambda tx, params, data, salt: optimised(cross_entropy, tx, params, data, config, salted(salt))[0]
   dense = fit(optimizer(config, {'name': 'dense'}), start(seed, sizes['width']), train, 0)
   sparsity = recipe.get('sparsity', 0.0)
   ticket = lambda: recipes.iterative_magnitude(optimizer(config, {'name': 'dense'}), sparsity, ticket=dense)

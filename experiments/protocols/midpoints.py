@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.protocols.fitting import cross_entropy, fitted, optimizer, right, split
+from experiments.protocols.fitting import cross_entropy, optimised, optimizer, right, split
 from experiments.tasks import forward, start
 from sparsejax import metrics, recipes
 from sparsejax.types import PyTree
@@ -23,7 +23,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
            ) -> dict[str, float]:
   """Returns the accuracy of the midpoint, with the barriers and the sharpness."""
   (train, test), key = split(), jax.random.key(seed)
-  fit = lambda tx, params, salt: fitted(cross_entropy, tx, params, train, config, jax.random.fold_in(key, salt))[0]
+  fit = lambda tx, params, salt: optimised(cross_entropy, tx, params, train, config, jax.random.fold_in(key, salt))[0]
   dense = lambda seed, salt: fit(optimizer(config, {'name': 'dense'}), start(seed, sizes['width']), salt)
 
   def member(ticket: PyTree, salt: int) -> PyTree:

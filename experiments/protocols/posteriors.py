@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import optimizers
-from experiments.protocols.fitting import cross_entropy, fitted, optimizer, right, split
+from experiments.protocols.fitting import cross_entropy, optimised, optimizer, right, split
 from experiments.tasks import forward, start
 from sparsejax import bayes, metrics, recipes, trees
 from sparsejax.types import Array, PyTree
@@ -30,7 +30,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   if own['posterior']:
     probabilities, params = _posterior(config, sizes, recipe, params, train, test, key)
   else:
-    params, _ = fitted(cross_entropy, optimizer(config, recipe, {'key': key}), params, train, config, key)
+    params, _ = optimised(cross_entropy, optimizer(config, recipe, {'key': key}), params, train, config, key)
     probabilities = jax.nn.softmax(forward(params, test[0]))
   found = {'accuracy': right(probabilities, test[1]), 'ece': float(metrics.calibration(probabilities, test[1]).ece),
            'runs': runs_of_zeros(params)}
@@ -52,7 +52,7 @@ def _posterior(config: Any, sizes: Mapping[str, Any], recipe: Mapping[str, Any],
     beta = sizes['divergence'] / len(train[1]) * warm
     return cross_entropy(bayes.sample(weights, key), batch, key, step) + beta * bayes.kl(weights)
 
-  weights, _ = fitted(loss, tx, weights, train, config, key)
+  weights, _ = optimised(loss, tx, weights, train, config, key)
   draw = lambda key: jax.nn.softmax(forward(bayes.sample(weights, key), test[0]))
   return jnp.mean(jax.vmap(draw)(jax.random.split(key, sizes['samples'])), 0), bayes.means(weights)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments.protocols.fitting import cross_entropy, fitted, optimizer, right, split
+from experiments.protocols.fitting import cross_entropy, optimised, optimizer, right, split
 from experiments.tasks import forward, start
 from sparsejax import Unstructured, inits, prune_weights, trees
 
@@ -23,7 +23,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   params = start(seed, sizes['width'])
   if own['start'] == 'zero':
     params = jax.tree.map(lambda w: inits.zero()(None, w.shape) if w.ndim == 2 else w, params)
-  params, _ = fitted(cross_entropy, optimizer(config, recipe, {'key': key}), params, train, config, key)
+  params, _ = optimised(cross_entropy, optimizer(config, recipe, {'key': key}), params, train, config, key)
   if own['pruned']:
     params = prune_weights(params, Unstructured(own['pruned']), where=trees.matrices).params
   return {'score': right(forward(params, test[0]), test[1])}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.protocols.fitting import fitted, optimizer, right, split
+from experiments.protocols.fitting import optimised, optimizer, right, split
 from experiments.tasks import forward
 from sparsejax import metrics, recipes, transfer
 from sparsejax.types import Array, PyTree
@@ -30,7 +30,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   target = lambda data: (data[0][data[1] >= 5], data[1][data[1] >= 5] - 5)
   loss = lambda params, batch, key, step: _loss(forward(params, batch[0]), batch[1])
   salted = lambda salt: jax.random.fold_in(key, salt)
-  fit = lambda tx, params, data, salt, loss=loss: fitted(loss, tx, params, data, config, salted(salt))[0]
+  fit = lambda tx, params, data, salt, loss=loss: optimised(loss, tx, params, data, config, salted(salt))[0]
   dense = fit(optimizer(config, {'name': 'dense'}), _start(seed, side * side, sizes['width']), source(train), 0)
   ticket = recipes.iterative_magnitude(optimizer(config, {'name': 'dense'}), recipe.get('sparsity', 0.0), ticket=dense)
   frozen = fit(ticket, dense, source(train), 1)

@@ -1,4 +1,4 @@
-"""Sentences for weights with a prior: a sparse Gaussian posterior, and zeros that cluster along rows.
+"""Has the sentences for weights with a prior: a sparse Gaussian posterior, and zeros that cluster along rows.
 
     params = bayes.gaussian(params)
     tx = recipes.ssvi(optax.sgd(0.01, 0.9), 0.9, total_steps=10_000, key=jax.random.key(0))
@@ -44,10 +44,10 @@ def turbo_vbi(inner: Inner, sparsity: float | None = None, pattern: Pattern = Un
               total_steps: int | None = None, **options: Any) -> Optimizer:
   """Prunes by the posterior of a Markov prior, so that zeros cluster along the rows: Turbo-VBI (Xia et al. 2023).
 
-  The score is the log-odds of `bayes.support`, smoothed by a sum-product pass with the probabilities `p01`, that a kept
-  weight follows a pruned one, and `p10`. The rho of the three-layer prior are integrated out. The paper's variational
-  loop has no count; here the sparsity rises as in `gradual_magnitude`, and the optimizer's weight decay stands for
-  the gradient of the prior.
+  The score is the log-odds of `bayes.support`, smoothed by a sum-product pass. `p01` is the probability that a kept
+  weight follows a pruned one, and `p10` the reverse. The rho of the three-layer prior are integrated out. The paper's
+  variational loop has no count. In this sentence the sparsity rises as in `gradual_magnitude`, and the optimizer's
+  weight decay stands for the gradient of the prior.
   """
   score = scores.smoothed(bayes.support(), p01, p10)
   return gradual_magnitude(inner, sparsity, pattern, begin=begin, end=end, every=every, score=score,

@@ -107,4 +107,4 @@ def test_counts_of_the_readme_are_those_of_the_repository():
   counts = {'a script of {} lines': len(script.splitlines()), 'which of {} published claims': len(claims)}
   for text, count in counts.items():
     assert any(text.format(name) in TEXTS[README] for name in (count, words[count - 1]))
-  assert 'more than twenty other recipes' in TEXTS[README] and 21 < len(sparsejax.recipes.TABLE) <= 31
+  assert 'more than thirty other recipes' in TEXTS[README] and 31 < len(sparsejax.recipes.TABLE) <= 41

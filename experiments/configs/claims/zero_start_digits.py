@@ -3,7 +3,7 @@ r"""Tests ZerO: a perceptron that starts without chance, its accuracy and what 9
     python -m experiments.protocols --config experiments/configs/claims/zero_start_digits.py \
         --workdir runs/zero_start_digits
 
-Zhao et al. 2021 (2110.12661): a start of zeros and ones up to a Hadamard factor trains as well as a random one, and its
+Zhao et al. 2021 (2110.12661): a start of zeros and ones, up to a Hadamard factor, trains as well as a random one. Its
 solutions are of lower rank and sparser.
 
 Not yet run at size.
