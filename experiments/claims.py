@@ -61,7 +61,7 @@ def _tested(config: pathlib.Path, workdir: pathlib.Path, request: StopRequest, o
     if loaded.tasks is not None:
       return tasks.trained(loaded, workdir, request), {}
     if loaded.protocol is not None:
-      return protocols.trained(loaded, workdir, request), {}
+      return protocols.finished(loaded, workdir, request), {}
     if loaded.tickets is not None:
       return tickets.rounds(loaded, workdir, request), {}
     return outcomes_of(sweep.found(loaded, workdir, grid, request).tested)

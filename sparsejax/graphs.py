@@ -42,10 +42,10 @@ def degree_score(senders: Array, receivers: Array, nodes: int) -> Array:
   """Returns the score of each edge, `float32[E]`: the product of M(v) / deg(v) of both ends (Seo et al. 2024, TEDDY).
 
   M(v) is the mean of deg^(-1/2) over the neighbours of v. Edges between nodes of high degree get small scores, and go
-  first. The score reads no features. The authors' code (hyunjin72/TEDDY) ranks
-  both directions of an edge apart, and may cut one alone. In this list an edge is one entry, and ties go to the lower index.
-  Self-loops, which the code never prunes, are not in the list but in `Convolved.nodes`. Raises `ValueError` for a graph without edges, for ends of another shape
-  or kind, and for known ends that are no nodes or are equal.
+  first. The score reads no features. The authors' code (hyunjin72/TEDDY) ranks both directions of an edge apart, and
+  may cut one alone. In this list an edge is one entry, and ties go to the lower index. Self-loops, which the code
+  never prunes, are not in the list but in `Convolved.nodes`. Raises `ValueError` for a graph without edges, for ends
+  of another shape or kind, and for known ends that are no nodes or are equal.
   """
   _refuse('degree_score', senders, receivers, nodes)
   sums = lambda values: _at_nodes(values, senders, receivers, nodes)

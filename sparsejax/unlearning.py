@@ -82,9 +82,9 @@ def _fisher(logits: Callable[[PyTree], Array], params: PyTree) -> PyTree:
 def noised(params: PyTree, information: PyTree, key: Array, alpha: float, most: float = 1e3) -> PyTree:
   """Returns the parameters with Gaussian noise of variance `alpha min(1 / (F + 1e-8), most)` (Golatkar et al. 2020).
 
-  `information`: F, from `fisher`. A weight that is exactly zero stays zero. The authors' code of sparse unlearning also
-  averages the variance over the inputs. In the last layer it caps the variance at 100, and takes it tenfold there and for
-  vectors. This function has one rule for every parameter.
+  `information`: F, from `fisher`. A weight that is exactly zero stays zero. The authors' code of sparse unlearning
+  also averages the variance over the inputs. In the last layer it caps the variance at 100, and takes it tenfold
+  there and for vectors. This function has one rule for every parameter.
   """
   leaves, treedef = jax.tree.flatten(params)
   keys = jax.random.split(key, len(leaves))

@@ -29,10 +29,10 @@ PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command with `arguments`, by default those of the process. Returns the exit status."""
-  return commands.main(arguments, 'protocols', trained)
+  return commands.main(arguments, 'protocols', finished)
 
 
-def trained(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> outcomes.Outcomes:
+def finished(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> outcomes.Outcomes:
   """Computes whatever is not finished. Returns the outcomes by run. Raises `ValueError` for an unknown protocol or key.
   """
   if config.protocol is None:

@@ -55,6 +55,6 @@ def right(logits: Array, labels: Array) -> float:
   return float(np.mean(np.argmax(np.asarray(logits), -1) == np.asarray(labels)))
 
 
-def split() -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def both_splits() -> tuple[tuple[Array, Array], tuple[Array, Array]]:
   """Returns images and labels of the digits, for training and for test."""
   return jax.tree.map(jnp.asarray, digits())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.protocols.fitting import cross_entropy, optimised, optimizer, right, split
+from experiments.protocols.fitting import both_splits, cross_entropy, optimised, optimizer, right
 from experiments.tasks import forward, start
 from sparsejax import recipes, unlearning
 from sparsejax.types import Array, PyTree
@@ -24,7 +24,7 @@ RUN = {'unlearn': 'finetune'}
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns 1 minus the gap, and the metrics of the model that forgot."""
-  (train, test), key = split(), jax.random.key(seed)
+  (train, test), key = both_splits(), jax.random.key(seed)
   forget = np.random.default_rng(seed).permutation(len(train[1]))[:round(sizes['forget'] * len(train[1]))]
   parts = unlearning.parted(len(train[1]), [int(i) for i in forget])
   kept, gone = (tuple(x[rows] for x in train) for rows in parts)

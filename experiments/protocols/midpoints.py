@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.protocols.fitting import cross_entropy, optimised, optimizer, right, split
+from experiments.protocols.fitting import both_splits, cross_entropy, optimised, optimizer, right
 from experiments.tasks import forward, start
 from sparsejax import metrics, recipes
 from sparsejax.types import PyTree
@@ -22,7 +22,7 @@ RUN = {'members': 'soup'}
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the accuracy of the midpoint, with the barriers and the sharpness."""
-  (train, test), key = split(), jax.random.key(seed)
+  (train, test), key = both_splits(), jax.random.key(seed)
   fit = lambda tx, params, salt: optimised(cross_entropy, tx, params, train, config, jax.random.fold_in(key, salt))[0]
   dense = lambda seed, salt: fit(optimizer(config, {'name': 'dense'}), start(seed, sizes['width']), salt)
 

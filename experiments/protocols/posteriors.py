@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import optimizers
-from experiments.protocols.fitting import cross_entropy, optimised, optimizer, right, split
+from experiments.protocols.fitting import both_splits, cross_entropy, optimised, optimizer, right
 from experiments.tasks import forward, start
 from sparsejax import bayes, metrics, recipes, trees
 from sparsejax.types import Array, PyTree
@@ -25,7 +25,7 @@ RUN = {'posterior': False, 'measure': 'accuracy'}
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the score, and beside it accuracy, calibration error and runs of zeros."""
-  (train, test), key = split(), jax.random.key(seed)
+  (train, test), key = both_splits(), jax.random.key(seed)
   params = start(seed, sizes['width'])
   if own['posterior']:
     probabilities, params = _posterior(config, sizes, recipe, params, train, test, key)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments.protocols.fitting import cross_entropy, optimised, optimizer, right, split
+from experiments.protocols.fitting import both_splits, cross_entropy, optimised, optimizer, right
 from experiments.tasks import forward, start
 from sparsejax import Unstructured, inits, prune_weights, trees
 
@@ -19,7 +19,7 @@ RUN = {'start': 'random', 'pruned': 0.0}
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the accuracy on the test images."""
-  (train, test), key = split(), jax.random.key(seed)
+  (train, test), key = both_splits(), jax.random.key(seed)
   params = start(seed, sizes['width'])
   if own['start'] == 'zero':
     params = jax.tree.map(lambda w: inits.zero()(None, w.shape) if w.ndim == 2 else w, params)

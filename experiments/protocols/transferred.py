@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.protocols.fitting import optimised, optimizer, right, split
+from experiments.protocols.fitting import both_splits, optimised, optimizer, right
 from experiments.tasks import forward
 from sparsejax import metrics, recipes, transfer
 from sparsejax.types import Array, PyTree
@@ -24,7 +24,7 @@ RUN = {'use': 'probe', 'measure': 'accuracy'}
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the score on the target, and the accuracy on the source."""
-  (train, test), key, side = split(), jax.random.key(seed), sizes['side']
+  (train, test), key, side = both_splits(), jax.random.key(seed), sizes['side']
   larger = lambda x: jax.image.resize(x.reshape(-1, 8, 8, 1), (len(x), side, side, 1), 'linear').reshape(len(x), -1)
   source = lambda data: (larger(data[0][data[1] < 5]), data[1][data[1] < 5])
   target = lambda data: (data[0][data[1] >= 5], data[1][data[1] >= 5] - 5)

@@ -23,7 +23,7 @@ def job(stem, run, **protocol):
 
 def trained(config, workdir):
   with StopRequest() as request:
-    return protocols.trained(config, workdir, request)
+    return protocols.finished(config, workdir, request)
 
 
 @pytest.mark.sampled(2)
