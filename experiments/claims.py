@@ -14,7 +14,7 @@ import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from experiments import configs, sweep, tasks, tickets
+from experiments import configs, protocols, sweep, tasks, tickets
 from experiments.loop import commands, exits, training
 from experiments.loop.outcomes import Outcome, Outcomes
 from experiments.loop.stopping import StopRequest
@@ -52,13 +52,16 @@ def _tested(config: pathlib.Path, workdir: pathlib.Path, request: StopRequest, o
             again: str) -> commands.Ended:
   """Runs the job of one config; what it gives are the outcomes by run, and why runs have none.
 
-  The job is rounds of pruning if the config has `tickets`, and tasks one after the other if it has `tasks`. Otherwise
+  The job is rounds of pruning if the config has `tickets`, tasks one after the other if it has `tasks`, and a
+  protocol if it has `protocol`. Otherwise
   the job is the sweep of the config's runs, which the config's grid tunes.
   """
   def work() -> tuple[Outcomes, Mapping[str, str]]:
     loaded, grid = sweep.load(config, overrides(config, options.data_dir, options.set))
     if loaded.tasks is not None:
       return tasks.trained(loaded, workdir, request), {}
+    if loaded.protocol is not None:
+      return protocols.finished(loaded, workdir, request), {}
     if loaded.tickets is not None:
       return tickets.rounds(loaded, workdir, request), {}
     return outcomes_of(sweep.found(loaded, workdir, grid, request).tested)

@@ -31,6 +31,8 @@ def compared(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) ->
   """
   if config.tasks is not None:
     raise ValueError('config: tasks is for tasks one after the other: give the same to python -m experiments.tasks.')
+  if config.protocol is not None:
+    raise ValueError('config: protocol is for another command: give the same to python -m experiments.protocols.')
   if config.tickets is not None:
     raise ValueError('config: tickets is for rounds of pruning: give the same to python -m experiments.tickets.')
   outcomes = training.run(config, workdir, request)

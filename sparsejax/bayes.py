@@ -21,13 +21,15 @@ from sparsejax import arguments, trees
 from sparsejax.arguments import ARRAY, DRAWN, FUNCTION, PARAMS, POSITIVE, RATE, checked
 from sparsejax.types import Array, Bound, Predicate, PyTree, Score, Signals
 
-__all__ = ['DEVIATION', 'OFFSET', 'dense', 'deviation', 'gaussian', 'kl', 'means', 'offset', 'sample', 'support']
+__all__ = [
+  'DEVIATION', 'OFFSET', 'deviation', 'gaussian', 'kl', 'means', 'noisy_product', 'offset', 'sample', 'support',
+]
 
 DEVIATION = 6e-4  # with which weights begin, in the authors' code
 OFFSET = math.log(math.expm1(DEVIATION))
 
-arguments.declare('gaussian dense sample means kl', params=PARAMS, weight=PARAMS, key=DRAWN, spread=RATE, x=ARRAY,
-                  prior=POSITIVE)
+arguments.declare('gaussian noisy_product sample means kl', params=PARAMS, weight=PARAMS, key=DRAWN, spread=RATE,
+                  x=ARRAY, prior=POSITIVE)
 arguments.declare('deviation', weight=PARAMS)
 arguments.declare('offset', score=FUNCTION)
 arguments.declare('support', a=POSITIVE, b=POSITIVE, pruned_a=POSITIVE, pruned_b=POSITIVE)
@@ -82,7 +84,7 @@ def sample(params: PyTree, key: Array) -> PyTree:
   """Returns ordinary parameters, drawn once for the whole batch; a pruned weight is exactly zero.
 
   Other leaves stay. The gradient is that of the reparametrisation `mean + deviation * noise`. For less variance, a
-  layer of one's own may use `dense`, which draws for each output.
+  layer of one's own may use `noisy_product`, which draws for each output.
   """
   leaves, treedef = jax.tree.flatten(params, is_leaf=_is_gaussian)
   keys = treedef.unflatten(list(jax.random.split(key, len(leaves))))
@@ -95,11 +97,11 @@ def _drawn(weight: PyTree, key: Array) -> Array:
 
 
 @checked
-def dense(x: Array, weight: PyTree, key: Array | None = None) -> Array:
+def noisy_product(x: Array, weight: PyTree, key: Array | None = None) -> Array:
   """Returns `x @ w` of a Gaussian leaf `[in, out]` by the local reparametrisation (Kingma et al. 2015), `[..., out]`.
 
-  One noise is drawn for each output and example: `x @ mean + sqrt(x^2 @ deviation^2 + 1e-8) noise`. Without a key, as
-  at test time, the result is `x @ mean`.
+  The result is `x @ mean + sqrt(x^2 @ deviation^2 + 1e-8) noise`, with a noise for each output and example. Without a
+  key, as at test time, the result is `x @ mean`.
   """
   mean = x @ weight['mean']
   if key is None:
@@ -129,7 +131,7 @@ def _divergence(weight: PyTree, prior: float) -> Array:
 
 @checked
 def offset(score: Score) -> Score:
-  """Returns a score of Gaussian weights, such as `scores.snr`, for leaves `rho` of this module: rho + OFFSET is read."""
+  """Returns a score of Gaussian weights, such as `scores.snr`, that reads `rho + OFFSET` in the place of rho."""
   return Bound(_offset, (score,), tuple(getattr(score, 'facts', ())))
 
 
@@ -144,8 +146,8 @@ def support(a: float = 1.0, b: float = 1.0, pruned_a: float = 1.0, pruned_b: flo
 
   The prior of Turbo-VBI (Xia et al. 2023) is w ~ N(0, 1 / rho), with rho ~ Gamma(`a`, `b`) on the support and
   Gamma(`pruned_a`, `pruned_b`) off it. Integrated over rho, w has a Student t density each, and the score is the
-  difference of the two logarithms. The mean-field loop between rho and the support has two fixed points, and from an
-  even start it keeps every weight; the integrated form has one. No code was published; the constants are not the
+  difference of the two logarithms. The mean-field loop between rho and the support has two fixed points, and keeps
+  every weight from an even start. The integrated form has one. No code was published; the constants are not the
   paper's. `scores.smoothed` adds the Markov prior along the rows.
   """
   return Bound(_support, (a, b, pruned_a, pruned_b))

@@ -54,7 +54,7 @@ def packed_gather(packed: PyTree, axis_name: str, axis: int = 0) -> Array:
   follow each other along the dense `axis`. Every device must pack to arrays of the same shapes, as N:M does, and blocks
   of equally many stored blocks. At 2:4 in bfloat16 a gather sends 0.5625 of the dense bytes. The result is the dense
   gather of the same weights bit for bit, which the quantized gather of ZeRO++ (Wang et al. 2023, 2306.10209) is not.
-  The derivative scatters sums of the kept values alone: it is that of a fixed mask.
+  The derivative scatters sums of the kept values alone, as for a fixed mask.
   """
   whole = lax.all_gather(packed, axis_name)
   shards = [jax.tree.map(lambda x, i=i: x[i], whole).to_dense() for i in range(jax.tree.leaves(whole)[0].shape[0])]

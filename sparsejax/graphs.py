@@ -1,7 +1,7 @@
 """Ranks the edges of a graph, and passes messages along the edges that are kept.
 
 A graph has `nodes` nodes and undirected edges: the ends of edge e are `senders[e]` and `receivers[e]`, and each edge
-stands once, in either direction. So no mask can cut one direction of an edge alone.
+stands once, in either direction. A mask therefore cannot cut one direction of an edge alone.
 
     scores = graphs.degree_score(senders, receivers, nodes)
     mask = graphs.kept_edges(scores, 0.3)                                  # 30 % of the edges go
@@ -42,10 +42,10 @@ def degree_score(senders: Array, receivers: Array, nodes: int) -> Array:
   """Returns the score of each edge, `float32[E]`: the product of M(v) / deg(v) of both ends (Seo et al. 2024, TEDDY).
 
   M(v) is the mean of deg^(-1/2) over the neighbours of v. Edges between nodes of high degree get small scores, and go
-  first. The score reads no features. The authors' code (hyunjin72/TEDDY) ranks both directions of an edge apart and
-  may cut one alone; here an edge is one entry, ties go to the lower index, and self-loops, which the code never prunes,
-  are not in the list but in `Convolved.nodes`. Raises `ValueError` for a graph without edges, for ends of another shape
-  or kind, and for known ends that are no nodes or are equal.
+  first. The score reads no features. The authors' code (hyunjin72/TEDDY) ranks both directions of an edge apart, and
+  may cut one alone. In this list an edge is one entry, and ties go to the lower index. Self-loops, which the code
+  never prunes, are not in the list but in `Convolved.nodes`. Raises `ValueError` for a graph without edges, for ends
+  of another shape or kind, and for known ends that are no nodes or are equal.
   """
   _refuse('degree_score', senders, receivers, nodes)
   sums = lambda values: _at_nodes(values, senders, receivers, nodes)
@@ -113,8 +113,8 @@ def _refuse(function: str, senders: Array, receivers: Array, nodes: int) -> None
   if arguments.is_known(senders) and arguments.is_known(receivers):
     ends = np.stack([senders, receivers])  # with NumPy, since under `jit` the results of JAX are traced
     if ends.min() < 0 or ends.max() >= nodes:
-      raise ValueError(f'graphs.{function}: ends run from {ends.min()} to {ends.max()}, and the graph has the nodes 0 to '
-                       f'{nodes - 1}.')
+      raise ValueError(f'graphs.{function}: ends run from {ends.min()} to {ends.max()}, and the graph has the nodes 0 '
+                       f'to {nodes - 1}.')
     if np.any(ends[0] == ends[1]):
       raise ValueError(f'graphs.{function}: edge {int(np.argmax(ends[0] == ends[1]))} is a self-loop; leave self-loops '
                        'out, a graph convolution adds one to every node.')

@@ -21,12 +21,11 @@ __all__ = ['zero']
 def zero() -> Callable[..., Array]:
   """Returns the initializer `(key, shape, dtype) -> kernel` of ZerO, which draws nothing (Zhao et al. 2021).
 
-  2110.12661, algorithm 1.   A kernel `[in, out]` that does not widen starts as a partial identity: ones on its
-  diagonal. A kernel that widens starts as the corner of a Hadamard matrix of order p = 2^c, the least power of two
-  from `out` on, divided by 2^(c/2): a partial identity alone would leave the rank at `in`. A convolution kernel
-  `[*spatial, in, out]` starts with this matrix at the tap of index `length // 2` along each spatial axis and zeros
-  elsewhere; the paper gives no rule for an even length, and the authors' code covers matrices alone. `key` is not
-  read.
+  2110.12661, algorithm 1. A kernel `[in, out]` that does not widen starts as a partial identity. A kernel that widens
+  starts as the corner of a Hadamard matrix of order p, divided by sqrt(p). The order is the least power of two from
+  `out` on. A partial identity alone would leave the rank at `in`. A convolution kernel `[*spatial, in, out]` starts
+  with this matrix at one tap, of index `length // 2` along each spatial axis, and with zeros elsewhere. The paper
+  gives no rule for an even length, and the authors' code covers matrices alone. `key` is not read.
 
   The paper further sets the last layer of each residual branch, and every bias, to zero: `jax.nn.initializers.zeros`.
   Magnitudes of such a start tie almost everywhere, so that pruning at initialisation needs a score with a gradient.

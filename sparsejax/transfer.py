@@ -25,7 +25,7 @@ arguments.declare('prompted', x=ARRAY, prompt=ARRAY, squashed=FLAG)
 def frequency_map(logits: Array, labels: Array, targets: int) -> Array:
   """Returns a source class for each of `targets` classes, `int32[targets]`, no class twice (Chen et al. 2023, ILM).
 
-  `logits`: those of the source's classes, `[n, sources]`. `labels`: the target's classes, `int[n]`. Greedy: of all
+  `logits`: of the source's classes, `[n, sources]`. `labels`: the target's classes, `int[n]`. Greedy: of all
   pairs, the pair that most examples vote for is taken first. An example of target t that the model takes for source
   class s votes for (s, t). Ties go to the lower source class, then to the lower target, as in the code of Reprogram_LT.
   Targets without votes get the lowest free classes. A NaN wins its `argmax`. Raises `ValueError` for fewer source

@@ -59,8 +59,8 @@ def parted(examples: int, forget: Iterable[int]) -> Parted:
 def fisher(apply: Callable[[PyTree, Array], Array], params: PyTree, batches: Iterable[Array]) -> PyTree:
   """Returns the diagonal Fisher information of a classifier, `float32` like `params`, the mean over batches.
 
-  Of each batch the sum over classes y of mean p(y) times the squared gradient of the mean cross-entropy to y, as in the
-  authors' code (`fisher_new`): the square of a mean over examples, and not the mean of squares. `apply(params, x)`
+  A batch gives the sum over classes y of mean p(y) times the squared gradient of the mean cross-entropy to y. As in the
+  authors' code (`fisher_new`), a mean over examples is squared, and not the mean of squares taken. `apply(params, x)`
   returns logits `[batch, classes]`; `batches` holds inputs `x`. Raises `ValueError` without batches.
   """
   batches = list(batches)
@@ -82,9 +82,9 @@ def _fisher(logits: Callable[[PyTree], Array], params: PyTree) -> PyTree:
 def noised(params: PyTree, information: PyTree, key: Array, alpha: float, most: float = 1e3) -> PyTree:
   """Returns the parameters with Gaussian noise of variance `alpha min(1 / (F + 1e-8), most)` (Golatkar et al. 2020).
 
-  `information`: F, from `fisher`. A weight that is exactly zero stays zero. The authors' code of sparse unlearning also
-  averages the variance over the inputs, caps it at 100 in the last layer and takes it tenfold for vectors and for the
-  last layer; here the rule is the same for every parameter.
+  `information`: F, from `fisher`. A weight that is exactly zero stays zero. The authors' code of sparse unlearning
+  also averages the variance over the inputs. In the last layer it caps the variance at 100, and takes it tenfold
+  there and for vectors. This function has one rule for every parameter.
   """
   leaves, treedef = jax.tree.flatten(params)
   keys = jax.random.split(key, len(leaves))
@@ -102,8 +102,8 @@ def woodfisher(loss: Callable[[PyTree, PyTree], Array], params: PyTree, examples
                damping: float = 1000.0) -> PyTree:
   """Returns an estimate of the inverse Fisher information times `direction`, like `params` (Singh and Alistarh 2020).
 
-  Influence unlearning adds a multiple of the result to the weights; `direction` is the gradient of the examples to
-  forget, weighted against that of the others. `loss(params, example)` is the loss of one example, and `examples` a
+  Influence unlearning adds a multiple of the result to the weights. Its `direction` is the gradient of the examples
+  to forget, weighted against that of the others. `loss(params, example)` is the loss of one example, and `examples` a
   pytree of arrays `[n, ...]`. The recursion is that of the unlearning code: k starts at `direction` and o at the first
   gradient; each gradient g takes (k.g) / (N + o.g) o from k and (o.g) / (N + o.g) o from o, with N = `damping`. Entries
   of weights that are exactly zero are zero, and count in no product.

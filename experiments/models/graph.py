@@ -16,7 +16,7 @@ class GraphConvolutions(nn.Module):
   """A `GraphConvolutions` maps the features of nodes `[nodes, features]` to logits `float32[nodes, num_classes]`.
 
   Each layer is a matrix and one step of messages, with ReLU between layers (Kipf and Welling 2017, 1609.02907).
-  `weights`: those of the edges, from `graphs.normalised`.
+  `weights`: the result of `graphs.normalised`.
   """
 
   num_classes: int

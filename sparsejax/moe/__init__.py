@@ -1,4 +1,4 @@
-"""Mixtures of experts: gates, routing with a static capacity, experts of few bits, and where experts are held.
+"""Has the words of mixtures of experts: gates, routing with a static capacity, experts of few bits, and placement.
 
     gate = moe.top_k(2)
     weights, penalty = gate(x @ w, key, step)                       # [T, E], exactly zero for all but two experts

@@ -1,4 +1,4 @@
-"""COMET: a gate of k binary trees over the experts, differentiable, with exact zeros (Ibrahim et al. 2023, 2306.02824).
+"""Has the gate COMET: k binary trees over the experts, with exact zeros (Ibrahim et al. 2023, 2306.02824).
 
     gate = comet(k=2, experts=16)
     weights, penalty = gate(x @ w, key, step)      # w: [features, k (2 experts - 1)]
@@ -33,11 +33,11 @@ def comet(k: int, experts: int, gamma: float = 1.0, penalty: float = 1.0) -> Cal
   """Returns the gate of `k` full binary trees whose leaves are the `experts`, from logits `[..., k (2 experts - 1)]`.
 
   The first `k (experts - 1)` logits are the splits, tree after tree in heap order, and the rest the logits of the
-  leaves. The probability p of a leaf is the product of `smooth_step` (to the left) and one minus it on its path. One
-  softmax over all trees and leaves of `logit + log(p + 1e-8)`, without leaves of p = 0, gives the weights, which are
-  summed over the trees: they sum to 1, and an expert that no tree reaches has exactly 0. The penalty is `penalty` times
-  the mean over tokens of `-sum p log(p + 1e-6)`. It drives each tree to one leaf, so that at most k experts are left
-  in the end; no count is imposed before. In the authors' code every expert is computed all the same.
+  leaves. The probability p of a leaf is the product of `smooth_step` (to the left) and one minus it on its path. A
+  softmax over all trees and leaves of `logit + log(p + 1e-8)`, without leaves of p = 0, gives weights that sum to 1.
+  Trees are summed, and an expert that no tree reaches has exactly 0. The penalty is `penalty` times the mean over
+  tokens of `-sum p log(p + 1e-6)`. This entropy drives each tree to one leaf, so that at most k experts are left in the
+  end; no count is imposed before. In the authors' code every expert is computed all the same.
   Raises `ValueError` where `experts` is no power of two.
   """
   if experts & (experts - 1):

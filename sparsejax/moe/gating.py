@@ -1,4 +1,4 @@
-"""Gates of experts: functions `(logits, key, step) -> Gated`, with weights of exactly zero where nothing is to be done.
+"""Has the gates of experts: functions `(logits, key, step) -> Gated`, with weights of exactly zero.
 
     gate = dense_to_sparse(schedules.linear(2.0, 0.3, end=1000), hard_from=1000)
     weights, penalty = gate(logits, key, step)          # float[T, E], float[]
@@ -39,7 +39,7 @@ def balance(probabilities: Array, chosen: Array) -> Array:
   """Returns the load balancing loss `E^2 mean_e(mean_t p mean_t chosen)`, `float32[]` (Fedus et al. 2021, equation 4).
 
   `probabilities`, `chosen`: `[..., E]`; the means run over all other axes. The loss is 1 where one expert a token is
-  chosen evenly, and E where each token chooses all: so the loss is also a pressure towards few experts.
+  chosen evenly, and E where each token chooses all. The loss is also a pressure towards few experts.
   """
   experts = probabilities.shape[-1]
   mean = lambda x: jnp.mean(x.reshape(-1, experts).astype(jnp.float32), 0)

@@ -1,4 +1,4 @@
-"""Experts of nested bit widths: one store of which the first planes are the same weights with fewer bits (D2MoE).
+"""Stores experts in planes of bits, of which the first planes are the same weights with fewer bits (D2MoE).
 
     store = nested(w)                       # w: [E, ...]; 8 planes of one bit a weight
     store.at(4)                             # float32[E, ...] from the first four planes

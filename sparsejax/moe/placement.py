@@ -26,7 +26,7 @@ def placement(loads: Array, slots: int) -> Array:
   """Returns the `slots` experts of the largest loads, `int32[slots]`, which every device is to hold a copy of.
 
   Hecate (Zhang et al. 2025) materialises the experts that the last step used most. Give the loads of the step before,
-  `[E]`, which every device has already, so that the ids are equal everywhere and no exchange waits for them. Ties go to
+  `[E]`, which every device has already. The ids are then equal everywhere, and no exchange waits for them. Ties go to
   the lower expert. Raises `ValueError` for more slots than experts.
   """
   if loads.ndim != 1 or slots > len(loads):
@@ -37,7 +37,7 @@ def placement(loads: Array, slots: int) -> Array:
 
 @checked
 def device_loads(loads: Array, owners: Array, devices: int, ids: Array) -> Array:
-  """Returns the tokens that each device computes, `float32[devices]`: those of an expert in `ids` are shared evenly.
+  """Returns the tokens that each device computes, `float32[devices]`; experts in `ids` share theirs evenly.
 
   `loads`: tokens of each expert `[E]`; `owners`: the device of each expert, `int[E]`. An expert that is not in `ids` is
   computed by its owner.
@@ -52,7 +52,7 @@ def device_loads(loads: Array, owners: Array, devices: int, ids: Array) -> Array
 def schedule(loads: Sequence[float], bits: Sequence[float], rule: str = 'johnson') -> list[int]:
   """Returns the order in which experts are loaded and then computed, in two queues that overlap.
 
-  `loads`: the seconds, or tokens, that an expert computes; `bits`: what its loading takes, in the same unit.
+  `loads`: the seconds, or tokens, that an expert computes; `bits`: the time of its loading, in the same unit.
   `'hottest'` takes the largest loads first, and of equal ones the fewest bits: the heuristic of D2MoE (Wang et al.
   2025). `'johnson'` is optimal (Johnson 1954): experts that load faster than they compute come first, the fastest to
   load in front, and then the others, the slowest to compute in front. Ties go to the lower expert.

@@ -76,11 +76,12 @@ def fill_in(routing: Routing, scores: Array) -> Routing:
 def local(routing: Routing, weights: Array, scores: Array, owner: Array, of_token: Array, capacity: int) -> Routing:
   """Returns the routing with `capacity` more slots an expert, in which dropped tokens are computed where they are.
 
-  Rectify-Router, the intra-device rectification. `weights`: those that `plan` got. A token of which a pair was dropped
-  goes once to the expert of the largest score, `[T, E]`, on its own device that does not have the token yet. `owner`:
-  the device of each expert, `int[E]`; `of_token`: that of each token, `int[T]`. The score becomes the weight. No token
-  is sent to another device, and the slots are additional computation. `dropped` is what remains dropped: further pairs
-  of the same token, tokens whose device has no expert left, and tokens beyond the slots.
+  Rectify-Router, the intra-device rectification. `weights`: the argument of `plan`. A token of which a pair was
+  dropped goes once to another expert of its own device. The expert is the one of the largest score, `[T, E]`, that
+  does not have the token yet. `owner`: the device of each expert, `int[E]`; `of_token`: that of each token, `int[T]`.
+  The score becomes the weight. No token is sent to another device, and the slots are additional computation.
+  `dropped` then counts further pairs of the same token, tokens whose device has no expert left, and tokens beyond the
+  slots.
   """
   _refuse('local', scores, routing)
   _refuse('local', weights, routing)

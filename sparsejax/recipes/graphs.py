@@ -1,4 +1,4 @@
-"""Sentences for graph neural networks. The edges are ranked by `graphs.degree_score`, and the weights here.
+"""Has the sentences for graph neural networks. The edges are ranked by `graphs.degree_score`, and the weights here.
 
     mask = graphs.kept_edges(graphs.degree_score(senders, receivers, nodes), 0.3)
     tx = recipes.teddy(optax.chain(optax.add_decayed_weights(5e-4), optax.adam(0.01)), 0.8)

@@ -39,13 +39,12 @@ def iterative_magnitude(inner: Inner, sparsity: float | None = None, pattern: Pa
 def l1_sparse(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.9), *,
               penalty: float = 5e-4, ticket: PyTree | None = None, allocation: Shares | None = None,
               total_steps: int | None = None, **options: Any) -> Optimizer:
-  """Fine-tunes a pruned model on retained data with a fading l1 penalty: sparse unlearning (Jia et al. 2023).
+  """Trains a pruned model on retained data with a fading l1 penalty: sparse unlearning (Jia et al. 2023).
 
-  2304.04934, section 4. The mask is that of `iterative_magnitude`, by the magnitudes of `ticket`. The
-  subgradient `penalty sign(w)` is added before
-  `inner`. `penalty` falls linearly to 0 over `total_steps`; without a number of steps it stays. The authors' code steps
-  once an epoch and penalises every parameter, while here dense leaves go free. Give `update` the gradients of retained
-  examples.
+  2304.04934, section 4. The mask is that of `iterative_magnitude`, by the magnitudes of `ticket`. The subgradient
+  `penalty sign(w)` is added before `inner`. `penalty` falls linearly to 0 over `total_steps`; without a number of
+  steps it stays. The authors' code steps once an epoch and penalises every parameter, while here dense leaves go
+  free. Give `update` the gradients of retained examples.
   """
   fading = schedules.linear(penalty, 0.0, end=total_steps) if total_steps else penalty
   start = starts.probed(starts.of(ticket)) if ticket is not None else None

@@ -69,7 +69,9 @@ def test_trains_at_toy_size(job, text, tmp_path, standard_promotion):
   assert (tmp_path / 'run' / 'results.png').exists()
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+# `test_protocols` runs those with a protocol of their own.
+@pytest.mark.parametrize('path', [path for path in CONFIGS if 'config.protocol' not in path.read_text()],
+                         ids=lambda path: path.stem)
 def test_a_config_is_traced_at_toy_size(path, text, tmp_path, standard_promotion):
   """Traces each config's last run, because training all would take minutes; `test_claims` trains one claim."""
   config = configs.load(path, smaller(path, text, tmp_path / 'data'))
@@ -80,7 +82,8 @@ def test_a_config_is_traced_at_toy_size(path, text, tmp_path, standard_promotion
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_docstring_has_the_command_and_a_measurement(path):
   doc = path.read_text()
-  assert re.search(r'python -m experiments\.(train|tasks|tickets|sweep) ', doc) and str(path.relative_to(ROOT)) in doc
+  assert re.search(r'python -m experiments\.(train|tasks|tickets|sweep|protocols) ', doc)
+  assert str(path.relative_to(ROOT)) in doc
   assert 'Measured on' in doc or 'Not yet run' in doc
 
 

@@ -18,6 +18,7 @@ SIGNATURES = {
     'get_sweep': r'experiments/configs/.*',  # the grid beside it
     'draw': r'experiments/tables/.*',  # a picture of the results of one command
     'forward': r'sparsejax/hub(/\w+)?',  # the forward pass of a configuration, in each reader
+    'scores': r'experiments/protocols/.*',  # those of one run and seed of a protocol
     'page': r'experiments/tables/.*',  # a page of them
     'named': r'sparsejax/(allocation|schedules)|experiments/loop/tasks',  # a word by the name in a configuration
     'masks': r'sparsejax/(starts|states|structured/removal)',  # a tree of masks: as a start, of a state, of a cut

@@ -38,10 +38,10 @@ def test_a_pruned_weight_is_drawn_as_zero_and_has_no_divergence():
 def test_the_local_reparametrisation_has_the_mean_and_the_variance_of_the_product():
   x = jnp.broadcast_to(jnp.asarray([[1., -2, .5, 3, 1]]), (20_000, 5))
   weight = {name: each[:, None] for name, each in WEIGHT.items()}
-  y = bayes.dense(x, weight, jax.random.key(1))
+  y = bayes.noisy_product(x, weight, jax.random.key(1))
   assert float(jnp.mean(y)) == pytest.approx(float((x[:1] @ MEAN)[0]), abs=0.05)
   assert float(jnp.var(y)) == pytest.approx(float(jnp.sum((x[0] * SIGMA)**2)), rel=0.05)
-  np.testing.assert_allclose(bayes.dense(x[:2], weight)[:, 0], x[:2] @ MEAN, rtol=1e-6)
+  np.testing.assert_allclose(bayes.noisy_product(x[:2], weight)[:, 0], x[:2] @ MEAN, rtol=1e-6)
 
 
 def test_weights_begin_at_the_deviation_of_the_authors():

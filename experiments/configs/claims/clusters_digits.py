@@ -1,0 +1,35 @@
+r"""Tests Turbo-VBI: zeros at 90 % with a Markov prior and without, accuracy and runs of zeros, digits.
+
+    python -m experiments.protocols --config experiments/configs/claims/clusters_digits.py \
+        --workdir runs/clusters_digits
+
+Xia et al. 2023 prune with a prior under which zeros cluster, for more regular structure at equal accuracy. A score of
+runs is 1 minus the number of runs of zeros over the number of weights. The control has the same sparsity by magnitude.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 600
+  config.batch_size = 64
+  config.optimizer.learning_rate = 2e-3
+  turbo, control = {'name': 'turbo_vbi', 'sparsity': 0.9}, {'name': 'gradual_magnitude', 'sparsity': 0.9}
+  for suffix in ('-runs', ''):
+    config.recipes[f'magnitude{suffix}'] = dict(control)
+    config.recipes[f'Turbo-VBI{suffix}'] = dict(turbo)
+  config.protocol = {'name': 'posteriors', 'runs': {
+      run: {'measure': 'runs'} for run in ('magnitude-runs', 'Turbo-VBI-runs')}}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='Turbo-VBI',
+    sentence='A Markov prior leaves fewer runs of zeros than magnitude, at most one point of accuracy below.',
+    reference='Xia et al. 2023, Structured Bayesian Compression by Turbo-VBI',
+    comparisons=[claims.better('Turbo-VBI-runs', 'magnitude-runs', trains=False),
+                 claims.better('Turbo-VBI', 'magnitude', bar=-1.0, trains=False)])

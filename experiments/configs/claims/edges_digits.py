@@ -1,0 +1,36 @@
+r"""Tests TEDDY: edges of the neighbour graph of the digits by degree score, at random, and reversed; 80 % of weights.
+
+    python -m experiments.protocols --config experiments/configs/claims/edges_digits.py --workdir runs/edges_digits
+
+Seo et al. 2024 (2402.01261) prune edges between nodes of high degree first, and weights by thresholding after each
+step, with a distillation from the full graph. First trials without distillation showed no gain of the score over random
+edges, so that this claim may fail.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 100
+  config.optimizer.learning_rate = 0.01
+  for order in ('lowest', 'random', 'highest'):
+    config.recipes[f'{order}-50'] = {'name': 'dense'}
+  config.recipes['TEDDY-80'] = {'name': 'teddy', 'sparsity': 0.8}
+  config.recipes['once-80'] = {'name': 'magnitude_at_init', 'sparsity': 0.8}
+  runs = {f'{order}-50': {'order': order, 'pruned': 0.5} for order in ('lowest', 'random', 'highest')}
+  config.protocol = {'name': 'edges', 'runs': runs}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='TEDDY',
+    sentence='Pruning edges by degree alone is better than at random and than in the opposite order, and thresholding '
+    'all weights is better than pruning them once.',
+    reference='Seo et al. 2024, TEDDY, 2402.01261',
+    comparisons=[claims.better('lowest-50', 'random-50', trains=False),
+                 claims.better('lowest-50', 'highest-50', trains=False),
+                 claims.better('TEDDY-80', 'once-80', trains=False)])

@@ -1,0 +1,34 @@
+r"""Tests experts: rectified routing against dropped tokens, and a gate that begins dense, eight experts, digits.
+
+    python -m experiments.protocols --config experiments/configs/claims/experts_digits.py --workdir runs/experts_digits
+
+Zeng et al. 2024 (2402.12399, Rectify-Router) fill vacant slots and compute dropped tokens; Nie et al. 2021 (2112.14397)
+begin with all experts. COMET's claim needs recommendation data and is not tested here.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 600
+  config.batch_size = 64
+  config.optimizer.learning_rate = 3e-3
+  for run in ('top-1', 'rectified', 'dense-to-sparse', 'COMET'):
+    config.recipes[run] = {'name': 'dense'}
+  config.protocol = {'name': 'experts', 'runs': {
+      'dense': {'gate': 'softmax'}, 'rectified': {'rectified': True}, 'dense-to-sparse': {'gate': 'dense_to_sparse'},
+      'COMET': {'gate': 'comet'}}}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='Experts',
+    sentence='With slots for the even load alone, rectified routing is better than dropping, and a gate that begins '
+    'dense is better than top-1 from the start.',
+    reference='Zeng et al. 2024, Rectify-Router, 2402.12399; Nie et al. 2021, Dense-to-Sparse Gate, 2112.14397',
+    comparisons=[claims.better('rectified', 'top-1', trains=False),
+                 claims.better('dense-to-sparse', 'top-1', trains=False)])

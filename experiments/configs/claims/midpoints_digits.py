@@ -1,0 +1,31 @@
+r"""Tests connected tickets: midpoints of retrainings of one ticket, and of independent tickets, at 80 %, digits.
+
+    python -m experiments.protocols --config experiments/configs/claims/midpoints_digits.py \
+        --workdir runs/midpoints_digits
+
+Sparse solutions that share a ticket lie in one basin, and independent ones do not (Frankle et al. 2020, 1912.05671).
+The barriers and the sharpness of layers stand beside the scores (Adilova et al. 2024).
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 300
+  config.batch_size = 64
+  config.optimizer.learning_rate = 2e-3
+  for run in ('independent', 'soup'):
+    config.recipes[run] = {'name': 'iterative_magnitude', 'sparsity': 0.8}
+  config.protocol = {'name': 'midpoints', 'runs': {'independent': {'members': 'independent'}}}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='Connected tickets',
+    sentence='The midpoint of two retrainings of one ticket is better than that of two independent tickets.',
+    reference='Frankle et al. 2020, Linear Mode Connectivity and the Lottery Ticket Hypothesis, 1912.05671',
+    comparisons=[claims.better('soup', 'independent', trains=False)])

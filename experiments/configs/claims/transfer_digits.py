@@ -1,0 +1,37 @@
+r"""Tests tickets for another task: digits 0 to 4 to 5 to 9, ten labels a class, dense against 95 % sparse.
+
+    python -m experiments.protocols --config experiments/configs/claims/transfer_digits.py \
+        --workdir runs/transfer_digits
+
+The hidden cost of model compression (Misra et al. 2023, 2308.14969): tickets transfer worse than dense models, and
+dense models are always better calibrated. A score of calibration is 1 minus the expected calibration error.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 300
+  config.batch_size = 64
+  config.optimizer.learning_rate = 2e-3
+  config.recipes['dense-ece'] = {'name': 'dense'}
+  config.recipes['dense-prompt'] = {'name': 'dense'}
+  for run in ('ticket-ece', 'ticket-prompt', 'ticket'):
+    config.recipes[run] = {'name': 'iterative_magnitude', 'sparsity': 0.95}
+  calibrated, border = {'measure': 'calibration'}, {'use': 'prompt'}
+  config.protocol = {'name': 'transferred', 'runs': {
+      'dense-ece': calibrated, 'ticket-ece': calibrated, 'dense-prompt': border, 'ticket-prompt': border}}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='Reprogrammed tickets',
+    sentence='A dense model transfers better than a ticket, by a probe and by a prompt, and is better calibrated.',
+    reference='Misra et al. 2023, Uncovering the Hidden Cost of Model Compression, 2308.14969',
+    comparisons=[claims.better('dense', 'ticket', trains=False),
+                 claims.better('dense-prompt', 'ticket-prompt', trains=False),
+                 claims.better('dense-ece', 'ticket-ece', trains=False)])

@@ -1,0 +1,33 @@
+r"""Tests sparse unlearning: a tenth of the digits is forgotten by a dense and a 95 % sparse perceptron, and with l1.
+
+    python -m experiments.protocols --config experiments/configs/claims/unlearning_digits.py \
+        --workdir runs/unlearning_digits
+
+Jia et al. 2023 (2304.04934): the gap between unlearning and retraining is smaller for sparse models. The retrained
+model has the same mask. A score is 1 minus the gap; the membership attack is a threshold and not a support vector
+machine.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 300
+  config.batch_size = 64
+  config.optimizer.learning_rate = 2e-3
+  config.recipes['sparse'] = {'name': 'iterative_magnitude', 'sparsity': 0.95}
+  config.recipes['l1'] = {'name': 'l1_sparse', 'sparsity': 0.95}
+  config.protocol = {'name': 'forgetting', 'runs': {'l1': {'unlearn': 'l1'}}}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='Sparse unlearning',
+    sentence='Fine-tuning on the retained examples comes closer to retraining for a sparse model than for a dense one, '
+    'with and without an l1 penalty.',
+    reference='Jia et al. 2023, Model Sparsity Can Simplify Machine Unlearning, 2304.04934',
+    comparisons=[claims.better('sparse', 'dense', trains=False), claims.better('l1', 'dense', trains=False)])

@@ -1,0 +1,33 @@
+r"""Tests ZerO: a perceptron that starts without chance, its accuracy and what 90 % magnitude pruning loses, digits.
+
+    python -m experiments.protocols --config experiments/configs/claims/zero_start_digits.py \
+        --workdir runs/zero_start_digits
+
+Zhao et al. 2021 (2110.12661): a start of zeros and ones, up to a Hadamard factor, trains as well as a random one. Its
+solutions are of lower rank and sparser.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims, default
+
+
+def get_config():
+  config = default.get_config()
+  config.seeds = tuple(range(5))
+  config.steps = 600
+  config.batch_size = 64
+  config.optimizer.learning_rate = 2e-3
+  for run in ('ZerO', 'dense-90', 'ZerO-90'):
+    config.recipes[run] = {'name': 'dense'}
+  config.protocol = {'name': 'starts', 'runs': {
+      'ZerO': {'start': 'zero'}, 'dense-90': {'pruned': 0.9}, 'ZerO-90': {'start': 'zero', 'pruned': 0.9}}}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='ZerO',
+    sentence='A start without chance is at most one point below a random one, and loses less by pruning 90 % once.',
+    reference='Zhao et al. 2021, ZerO Initialization, 2110.12661',
+    comparisons=[claims.better('ZerO', 'dense', bar=-1.0, trains=False),
+                 claims.better('ZerO-90', 'dense-90', trains=False)])

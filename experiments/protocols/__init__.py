@@ -1,0 +1,77 @@
+r"""Tests claims that need a protocol of their own: graphs, unlearning, transfer, posteriors, experts, starts.
+
+  python -m experiments.protocols --config experiments/configs/claims/edges_digits.py --workdir runs/edges [--set k=v]
+
+`config.protocol` names the protocol, its sizes, and under `runs` what differs from run to run besides the recipe. Each
+run gives a score from 0 to 1 for each seed, of which a larger one is better, and further numbers beside it in
+`outcome.json`. All data are the digits. Finished seeds and runs are read, not computed again. The exit statuses are
+those of `experiments.loop.commands`.
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import configs
+from experiments.loop import commands, outcomes, training
+from experiments.loop.stopping import StopRequest
+from experiments.protocols import edges, experts, forgetting, midpoints, posteriors, starts, transferred
+from sparsejax import errors
+
+PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
+    edges, experts, forgetting, midpoints, posteriors, starts, transferred)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command with `arguments`, by default those of the process. Returns the exit status."""
+  return commands.main(arguments, 'protocols', finished)
+
+
+def finished(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> outcomes.Outcomes:
+  """Computes whatever is not finished. Returns the outcomes by run. Raises `ValueError` for an unknown protocol or key.
+  """
+  if config.protocol is None:
+    raise ValueError('config: protocol is None; give config.protocol = {"name": ...}, one of '
+                     f'{errors.some(PROTOCOLS)}.')
+  settings = configs.plain(config)['protocol']
+  name, runs = settings.pop('name'), settings.pop('runs', {})
+  configs.refuse_unknown('protocols', 'protocol', [name], PROTOCOLS)
+  module = PROTOCOLS[name]
+  configs.refuse_unknown('protocols', f'key of {name}:', settings, module.SIZES)
+  for own in runs.values():
+    configs.refuse_unknown('protocols', f'key of a run of {name}:', own, module.RUN)
+  found = {}
+  for run, recipe in configs.plain(config)['recipes'].items():
+    own = module.RUN | runs.get(run, {})
+    found[run] = outcomes.read(workdir / run) or _run(config, module, module.SIZES | settings, own, run, recipe,
+                                                      workdir / run, request)
+    training.console().print(f'{run}: {np.mean(found[run]["test"]["accuracy"]):.1%}')
+  return found
+
+
+def _run(config: ConfigDict, module: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], name: str,
+         recipe: Mapping[str, Any], directory: pathlib.Path, request: StopRequest) -> outcomes.Outcome:
+  """Returns the outcome of one run over all seeds, and writes it."""
+  begun, found = time.perf_counter(), []
+  directory.mkdir(parents=True, exist_ok=True)
+  for seed in config.seeds:
+    if request.received:
+      raise training.Stopped(name, request)
+    file = directory / f'seed_{seed}.json'
+    if not file.exists():
+      file.write_text(json.dumps({key: float(value) for key, value in module.scores(
+          config, sizes, own, recipe, seed).items()}))
+    found.append(json.loads(file.read_text()))
+  columns = {key: [each[key] for each in found] for key in found[0]}
+  outcome = {
+      'name': name, 'task': 'classification', 'seeds': list(config.seeds), 'steps': config.steps,
+      'seconds': time.perf_counter() - begun, 'empty': [0] * len(found), 'asked': recipe.get('sparsity'),
+      'labels': {'count': None, 'chance': None}, 'environment': outcomes.environment(),
+      'test': {'accuracy': columns.pop('score')}, 'beside': columns}
+  (directory / outcomes.FILE).write_text(json.dumps(outcome, indent=1))
+  return outcome

@@ -1,0 +1,6 @@
+"""Runs the command of the package."""
+
+from experiments import protocols
+from experiments.loop import exits
+
+exits.leave(protocols.main)

@@ -1,0 +1,29 @@
+"""Trains the perceptron of the digits from a random start, or from that of ZerO, which draws nothing.
+
+With a `pruned` above 0 the score is the accuracy after the smallest magnitudes were pruned once, without training on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from experiments.protocols.fitting import both_splits, cross_entropy, optimised, optimizer, right
+from experiments.tasks import forward, start
+from sparsejax import Unstructured, inits, prune_weights, trees
+
+SIZES = {'width': 64}
+RUN = {'start': 'random', 'pruned': 0.0}
+
+
+def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
+           ) -> dict[str, float]:
+  """Returns the accuracy on the test images."""
+  (train, test), key = both_splits(), jax.random.key(seed)
+  params = start(seed, sizes['width'])
+  if own['start'] == 'zero':
+    params = jax.tree.map(lambda w: inits.zero()(None, w.shape) if w.ndim == 2 else w, params)
+  params, _ = optimised(cross_entropy, optimizer(config, recipe, {'key': key}), params, train, config, key)
+  if own['pruned']:
+    params = prune_weights(params, Unstructured(own['pruned']), where=trees.matrices).params
+  return {'score': right(forward(params, test[0]), test[1])}
