@@ -58,8 +58,9 @@ def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain:
   Without a table of the device, every leaf stays as it is. Leaves that are not packed stay as they are.
 
   With `explain=True` the function returns, instead of the tree, the `Preparation`: the form of each packed leaf, and
-  why. A `formats.ActiveArray` stays as it is. Every form has the same values and the same products, up to the order of sums. A stored zero may be dropped, so
-  train before leaves are prepared. Raises `ValueError` if `tokens` is below 1, or for a leaf that is traced.
+  why. A `formats.ActiveArray` stays as it is. Every form has the same values and the same products, up to the order of
+  sums. A stored zero may be dropped, so train before leaves are prepared. Raises `ValueError` if `tokens` is below 1,
+  or for a leaf that is traced.
   """
   tokens = arguments.verified('prepared', 'tokens', tokens)
   device = device or _default_device(folder)
