@@ -58,8 +58,9 @@ def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain:
   Without a table of the device, every leaf stays as it is. Leaves that are not packed stay as they are.
 
   With `explain=True` the function returns, instead of the tree, the `Preparation`: the form of each packed leaf, and
-  why. Every form has the same values and the same products, up to the order of sums. A stored zero may be dropped, so
-  train before leaves are prepared. Raises `ValueError` if `tokens` is below 1, or for a leaf that is traced.
+  why. A `formats.ActiveArray` stays as it is. Every form has the same values and the same products, up to the order of
+  sums. A stored zero may be dropped, so train before leaves are prepared. Raises `ValueError` if `tokens` is below 1,
+  or for a leaf that is traced.
   """
   tokens = arguments.verified('prepared', 'tokens', tokens)
   device = device or _default_device(folder)
@@ -92,6 +93,8 @@ def _prepared(name: str, leaf: PackedArray, tokens: int, device: str, table: lis
     raise ValueError(f'prepared: {name!r} of shape {leaf.shape} is traced; prepare parameters outside of jit, vmap and '
                      'grad.')
   row = PreparedLeaf(name, leaf.shape, leaf.kind, leaf.kind, 1.0, '')
+  if isinstance(leaf, formats.ActiveArray):
+    return leaf, row._replace(why='it has thresholds, which no other form keeps')
   if table is None:
     return leaf, row._replace(why=f'nothing was measured on {device}')
   best, slower = (None, row), []

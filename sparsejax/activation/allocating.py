@@ -3,7 +3,7 @@
     sparsify(apply, params, batches, wina(0.5), allocation=greedy(0.025))
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def greedy(step: float = 0.025) -> Greedy:
 
 
 def shared(calls: Calls, places: Weights, rule: Rule, own: Mapping[Unit, Any],
-           found: Mapping[Unit, list[Any]], allocation: Callable[..., dict[Unit, float]]) -> dict[Unit, float]:
+           found: Mapping[Unit, list[Any]], allocation: Greedy) -> dict[Unit, float]:
   """Returns the sparsities that an allocation gives the units."""
   if rule.neurons or rule.rest is not None:
     raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of '

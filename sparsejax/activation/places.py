@@ -71,7 +71,7 @@ class SkippableWeight:
     stack = np.stack(each).reshape(*(sizes[i] for i in left), *rest, *each[0].shape[1:])
     return np.moveaxis(stack, range(len(left)), left)
 
-  def spread(self, thresholds: Array, number: int) -> Array:
+  def spread(self, thresholds: Any, number: int) -> Array:
     """Returns thresholds `[L, K]` with dimensions that broadcast to the operand of the product `number`."""
     own, use = self.arrangements[number], self.uses[number]
     numbers = jaxprs.dot_numbers(own.eqn)
@@ -141,7 +141,7 @@ def _place(found: Contractions, eqns: Mapping[Any, Any], path: str, array: Array
   if path in found.ambiguous or not uses:
     return found.ambiguous.get(path, 'no product takes it with data')
   axes = found[path]
-  made = {i: arrangement_of(use, eqns[use.address], array.shape) for i, use in uses.items()}
+  made: dict[int, Any] = {i: arrangement_of(use, eqns[use.address], array.shape) for i, use in uses.items()}
   problem = next((own for own in made.values() if isinstance(own, str)), '')
   if not problem and any(eqns[use.address].primitive.name != 'dot_general' for use in uses.values()):
     problem = 'it is no plain product of matrices; a convolution or a ragged product reads all of it'

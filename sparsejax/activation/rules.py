@@ -48,7 +48,7 @@ class Rule:
   strict: bool = True
   each_batch: bool = False
 
-  def thresholds(self, tau: Array, scale: Array) -> np.ndarray:
+  def thresholds(self, tau: Any, scale: Any) -> np.ndarray:
     """Returns the thresholds `float32[L, K]` of `tau`, `[L]`. A threshold is infinite where the scale is zero."""
     own = np.asarray(scale, np.float32)
     found = np.divide(np.asarray(tau, np.float32)[:, None], own, out=np.full(own.shape, np.inf, np.float32),
@@ -182,7 +182,7 @@ def _below_one(name: str, sparsity: float) -> float:
   return sparsity
 
 
-def error_bound(h: Array, w: Array, bound: float, counted: Array, candidates: int = 2**16) -> tuple[float, float]:
+def error_bound(h: Any, w: Any, bound: float, counted: Any, candidates: int = 2**16) -> tuple[float, float]:
   """Returns the largest threshold tau whose relative output error (CETT) is at most `bound`, and the error at tau.
 
   `h [T, K]` are the inputs of `w [N, K]`. An entry is skipped where `|h| |w_k| < tau`. CETT is the mean over the tokens

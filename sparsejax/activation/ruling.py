@@ -102,7 +102,7 @@ def _rules(program: Program, places: Weights, rule: Any) -> ValueRules:
   """Returns the rules by which a program runs with its neurons switched off."""
   layers = {place.layer.address: place.layer for place in places.values() if place.layer is not None}
   within = rules_at(FUNCTION, program, {address: {layer.name: layer} for address, layer in layers.items()},
-                    lambda eqn, values, here: None)
+                    lambda eqn, values, here: [])
 
   def operation(eqn: Any, values: list[Any], here: Operation) -> Any:
     arrays = [_plain(value) for value in values]

@@ -91,7 +91,9 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
                   _mean_asked(rows), HEAD, dense, seconds=time.perf_counter() - began)
   limits = {path: place.joined(solved.thresholds) for path, place in places.items() if solved.thresholds}
   small = _packed(params, places, limits, solved.rests, neurons)
-  return Rewritten(small, ruled(apply, rule, limits or None, where=where) if neurons else apply, report)
+  if isinstance(rule, PerplexityRule) or not neurons:
+    return Rewritten(small, apply, report)
+  return Rewritten(small, ruled(apply, rule, limits or None, where=where), report)
 
 
 def _refuse_packed(params: PyTree) -> None:
@@ -117,7 +119,7 @@ def _split(calls: Calls) -> tuple[Calls, Calls | None]:
   part = lambda begin, end: Calls(*(getattr(calls, field.name)[begin:end] for field in dataclasses.fields(calls)))
   used, rest = part(0, first), part(first, number)
   for each in (used, rest):
-    if number > 1 and each.valid[0] is not None and not any(bool(jnp.any(mask)) for mask in each.valid):
+    if number > 1 and each.valid[0] is not None and not any(bool(np.any(np.asarray(mask))) for mask in each.valid):
       raise ValueError(f'{FUNCTION}: `valid` leaves no row in the first {first} batches, or none in the others, which '
                        'are held out. Give batches with valid rows in both parts.')
   return used, rest if number > 1 else None
@@ -130,35 +132,35 @@ class Calibrated(NamedTuple):
   """
 
   thresholds: Thresholds
-  rests: dict[Unit, Rest]
-  asked: dict[Unit, float | None]
+  rests: Mapping[Unit, Rest]
+  asked: Mapping[Unit, float | None]
   skips: Callable[[Seen], Array]
 
 
 def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None) -> Calibrated:
   """Returns what a rule finds for all units on the calibration batches."""
+  units = [unit for place in places.values() for unit in place.units]
   if isinstance(rule, TopNeurons):
-    asked = {unit: max(1 - rule.k / place.first.shape[2], 0.0) for place in places.values() for unit in place.units}
-    return Calibrated({}, {}, asked, lambda seen: switched(seen.x, rule) == 0)
+    share = lambda unit: max(1 - rule.k / places[unit[0]].first.shape[2], 0.0)
+    return Calibrated({}, {}, {unit: share(unit) for unit in units}, lambda seen: switched(seen.x, rule) == 0)
   if isinstance(rule, PerplexityRule):
     if allocation is not None:
       raise ValueError(f'{FUNCTION}: ppl divides the sparsity among the layers itself; leave `allocation` out.')
-    thresholds = bounded(used, places, rule)
-    return Calibrated(thresholds, {}, dict.fromkeys(thresholds), below(thresholds))
+    limits = bounded(used, places, rule)
+    return Calibrated(limits, {}, dict.fromkeys(limits), below(limits))
   own = scales(used, places, rule)
   found = measured(used, places, own)
-  asked = {unit: rule.sparsity for unit in found}
+  asked = dict.fromkeys(found, rule.sparsity)
   if allocation is not None:
     asked = shared(used, places, rule, own, found, allocation)
-  thresholds, rests = {}, {}
-  for place in places.values():
-    for unit in place.units:
-      if unit not in found:  # no token reached it: nothing is skipped
-        thresholds[unit] = np.zeros((place.first.shape[0], place.first.shape[2]), np.float32)
-        continue
+  thresholds: dict[Unit, np.ndarray] = {}
+  for unit in units:
+    l, _, k = places[unit[0]].first.shape
+    thresholds[unit] = np.zeros((l, k), np.float32)  # where no token came, nothing is skipped
+    if unit in found:
       thresholds[unit] = rule.thresholds(tau_of(rule, found[unit], asked[unit]), own[unit])
-      if rule.rest is not None:
-        rests[unit] = rule.rest(place.stack(unit), asked[unit])
+  rests = {} if rule.rest is None else {
+      unit: rule.rest(places[unit[0]].stack(unit), asked.get(unit, rule.sparsity)) for unit in units}
   return Calibrated(thresholds, rests, {unit: rule.level(each) for unit, each in asked.items()}, below(thresholds))
 
 

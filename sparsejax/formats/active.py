@@ -28,6 +28,8 @@ class ActiveArray(arrays.MatrixArray):
 
   A product skips entry k of a token where its magnitude is below `threshold[k]`. An infinite threshold skips all. Where
   `left`, `[..., K, r]`, and `right`, `[..., r, N]`, are given, what is skipped is multiplied by `left right` instead.
+  `formats.unpack` and `formats.matmul` leave thresholds out, and so does an operation that unpacks the weight, which
+  `kernels_pallas.packed(apply, explain=True)` lists.
 
   `values` is `[..., K, N]`. With `outputs=True`, outputs are skipped, and not inputs: a product leaves the outputs out
   that the program multiplies by zero. `values` is then `[..., N, K]`, so that an output is a row that lies together,

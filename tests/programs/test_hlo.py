@@ -126,3 +126,26 @@ def test_bytes_of_a_type(type_, size):
 def test_a_type_of_unknown_width_is_refused():
   with pytest.raises(ValueError, match="'odd'"):
     hlo.type_bytes('odd[4]')
+
+
+def test_reads_of_an_input_are_found_in_branches_loops_and_fusions():
+  """The loop takes 4 of 16 rows a round, the other branch all; the input goes through tuples."""
+  fused = ('%fused.1 (p.2: f32[16,4], i.2: s32[]) -> f32[4,4] {\n  %p.2 = f32[16,4]{1,0} parameter(0)\n'
+           '  %i.2 = s32[] parameter(1)\n  ROOT %d.2 = f32[4,4]{1,0} dynamic-slice(%p.2, %i.2, %i.2)\n}\n\n')
+  body = ('%body.1 (t.1: (s32[], f32[16,4])) -> (s32[], f32[16,4]) {\n'
+          '  %t.1 = (s32[], f32[16,4]{1,0}) parameter(0)\n  %i.1 = s32[] get-tuple-element(%t.1), index=0\n'
+          '  %w.1 = f32[16,4]{1,0} get-tuple-element(%t.1), index=1\n'
+          '  %f.1 = f32[4,4]{1,0} fusion(%w.1, %i.1), kind=kLoop, calls=%fused.1\n'
+          '  ROOT %r.1 = (s32[], f32[16,4]{1,0}) tuple(%i.1, %w.1)\n}\n\n')
+  condition = ('%more.1 (t.3: (s32[], f32[16,4])) -> pred[] {\n  %t.3 = (s32[], f32[16,4]{1,0}) parameter(0)\n'
+               '  ROOT %c.3 = pred[] constant(true)\n}\n\n')
+  few = ('%few.1 (p.4: f32[16,4]) -> f32[16,4] {\n  %p.4 = f32[16,4]{1,0} parameter(0)\n  %z.4 = s32[] constant(0)\n'
+         '  %t.4 = (s32[], f32[16,4]{1,0}) tuple(%z.4, %p.4)\n'
+         '  %l.4 = (s32[], f32[16,4]{1,0}) while(%t.4), condition=%more.1, body=%body.1\n'
+         '  ROOT %o.4 = f32[16,4]{1,0} get-tuple-element(%l.4), index=1\n}\n\n')
+  text = entry('%p = pred[] constant(true)', '%b.1 = f32[16,4]{1,0} bitcast(%x.1)',
+               'ROOT %c.1 = f32[16,4]{1,0} conditional(%p, %b.1, %b.1), true_computation=%few.1, '
+               'false_computation=%idle.1', before=fused + body + condition + few + IDLE)
+  assert hlo.reads(text, 0) == (hlo.Read(64, None, True, 'dynamic-slice'), hlo.Read(256, 1, True, 'negate'))
+  with pytest.raises(ValueError, match=r'has no input 1, but \[0\]; compile with jax.jit\(..., keep_unused=True\)'):
+    hlo.reads(text, 1)
