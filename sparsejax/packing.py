@@ -5,8 +5,8 @@
     loss = packs.mean(token_loss, packs.first)              # over tokens, without the first of each text
     y = unpadded(mlp, mask, most=256)(x)                    # a function of tokens, on the valid ones alone
 
-`packs.segments` is the argument `segments=` of `kernels_pallas.block_sparse_attention`. `blocks(packs.segments, 64)` says
-which blocks of keys a block of queries sees. `packs.positions` restart with each text. References: Kundu et al.
+`packs.segments` is the argument `segments=` of `kernels_pallas.block_sparse_attention`. `blocks(packs.segments, 64)`
+says which blocks of keys a block of queries sees. `packs.positions` restart with each text. References: Kundu et al.
 2024, arXiv 2407.09105 (packing with flash attention); Zhai et al. 2022, arXiv 2210.03052 (ByteTransformer), whose
 functions of tokens see valid tokens alone. The order of texts in the rows is ours.
 """

@@ -84,26 +84,29 @@ class DecoderBench:
       needle, hay = cut(sizes.needle), cut(sizes.haystack + 1 - 2 * sizes.needle)
       rows.append(np.concatenate([needle, hay, needle]))
     self._needles = jnp.asarray(np.stack(rows))
-    whole = Stepper(params, decoder(decode.every(sizes.length)), sizes.length)
+    self._keys: list[Array] = []
+    self._models: dict[Any, Stepper] = {}
+    whole = self._model(DENSE, 0.0, sizes.length)
     self._keys = [cache.k for cache in whole.fed(whole.start(sizes.windows), self._text[:, :-1])[1]]
 
   def line(self, rule: str, sparsity: float) -> dict[str, Any]:
     """Returns the scores, the costs and the seconds of a rule."""
     sizes = self._sizes
-    nats, short = self._nats(rule, sparsity, self._text, sizes.length)
-    found, _ = self._nats(rule, sparsity, self._needles, sizes.haystack)
+    nats = self._nats(rule, sparsity, self._text, sizes.length)
+    found = self._nats(rule, sparsity, self._needles, sizes.haystack)
+    model, inputs = self._model(rule, sparsity, sizes.length), self._text[:, :-1]
     heads, d = self._keys[0].shape[2:]
     cost = Request(0, heads, heads, d, 0, sizes.haystack, bytes_each=4, intensity=1.0)
     keep = None if rule == DENSE else self._rules(rule, sparsity, sizes.haystack)[0].keep
-    run, layers = jax.jit(lambda tokens: short.fed(short.start(1), tokens)[0]), len(self._keys)
+    run, layers = lambda tokens: model.fed(model.start(len(tokens)), tokens)[0], len(self._keys)
     return {'achieved': 1 - cost.pairs(keep) / cost.pairs(), 'flops': layers * cost.compute(keep),
             'bytes': layers * (cost.memory(keep) + self._labels(rule, sparsity) * sizes.haystack),
             'scores': _rounded({'nats': nats.mean(1), 'needle': found[:, -sizes.needle // 2:].mean(1)}),
-            **_seconds(run, (self._text[:1, :-1],), 1)}
+            **_seconds(run, (inputs,), len(inputs))}
 
   def _rules(self, rule: str, sparsity: float, tokens: int) -> list[decode.DecodeRule]:
     if rule == DENSE:
-      return [decode.every(tokens)] * len(self._keys)
+      return [decode.every(tokens)] * sum(name.startswith('block_') for name in self._params)
     return RULES['decoder'][rule](sparsity, tokens, self._keys)
 
   def _labels(self, rule: str, sparsity: float) -> float:
@@ -111,13 +114,21 @@ class DecoderBench:
     shape = jax.ShapeDtypeStruct((1, self._sizes.haystack, *self._keys[0].shape[2:]), jnp.float32)
     return 4 * jax.eval_shape(self._rules(rule, sparsity, self._sizes.haystack)[0].labels, shape).size
 
-  def _nats(self, rule: str, sparsity: float, tokens: Array, length: int) -> tuple[np.ndarray, Stepper]:
-    """Returns the loss of each byte after the first, `[N, length]`, and the model."""
-    model = Stepper(self._params, tuple(map(decoder, self._rules(rule, sparsity, length))), length)
+  def _model(self, rule: str, sparsity: float, length: int) -> Stepper:
+    """Returns the model with this rule, whose programs are compiled once."""
+    cell = rule, sparsity, length
+    if cell not in self._models:
+      decoders = tuple(map(decoder, self._rules(rule, sparsity, length)))
+      self._models[cell] = Stepper(self._params, decoders, length)
+    return self._models[cell]
+
+  def _nats(self, rule: str, sparsity: float, tokens: Array, length: int) -> np.ndarray:
+    """Returns the loss of each byte after the first, `[N, length]`."""
+    model = self._model(rule, sparsity, length)
     logits, state = model.fed(model.start(len(tokens)), tokens[:, :-1])
     for cache in state:
       decode.check(cache)
-    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])), model
+    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
 
 def bench(table: str, data_dir: str | None, workdir: Any, request: Any, steps: int, seed: int, sizes: Sizes,

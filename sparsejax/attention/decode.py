@@ -148,8 +148,8 @@ def double_sparsity(channels: Array, keep: int, page: int = 1) -> DecodeRule:
   `keep` best tokens.
 
   With `page=1` the rule is the paper's. Larger pages are listed whole, by their best token, and the newest page is
-  always read: choosing among pages takes a fifteenth of the time. Channels and labels are of keys as they are multiplied,
-  after rotary positions; the authors calibrate before the rotation. Labels are not quantized.
+  always read: choosing among pages takes a fifteenth of the time. Channels and labels are of keys as they are
+  multiplied, after rotary positions; the authors calibrate before the rotation. Labels are not quantized.
   """
   channels = np.asarray(channels)
   if channels.ndim != 2 or not np.issubdtype(channels.dtype, np.integer) or channels.size < 1 or channels.min() < 0:

@@ -36,6 +36,7 @@ def test_packing_and_padding_are_inverse(capacity):
   close(packs.mean(packed[..., 0]), jnp.sum(jnp.where(inside, x[..., 0], 0)) / 6, 6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('way', ['xla', 'dense'])
 @pytest.mark.parametrize('causal', [False, True])
 def test_loss_and_gradients_are_those_of_the_padded_texts(causal, way):

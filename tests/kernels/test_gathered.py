@@ -38,6 +38,7 @@ def exact(q, k, v, index, counts):
   return jnp.where(mask.any(-1)[..., None], y.reshape(q.shape), 0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('name', CASES)
 def test_it_is_attention_to_the_listed_tokens(name, way):

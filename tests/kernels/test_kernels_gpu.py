@@ -267,6 +267,7 @@ def test_attention_to_listed_tokens():
   np.testing.assert_allclose(f32(y), f32(gathered_attention(*args, scale=0.3)), atol=8e-3)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('d', [64, 128])
 @pytest.mark.parametrize('lists', [1, 8])
 def test_attention_to_listed_tokens_lowers_for_cuda(lists, d):

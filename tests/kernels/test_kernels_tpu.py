@@ -279,6 +279,7 @@ def test_attention_to_listed_tokens(heads, shared, lists, most, monkeypatch):
   rounded_once(y, gathered_attention(*args, scale=0.3), 8)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=lambda dtype: dtype.dtype.name)
 @pytest.mark.parametrize('lists', [1, 2, 8])
 def test_attention_to_listed_tokens_lowers(lists, dtype):
