@@ -16,6 +16,7 @@ Modules import only from the lines above their own:
 - `states` holds masks and master weights in the optimizer state. `selections` chooses the masks of all leaves.
 - `post_training` prunes trained models: `prune` with a few batches of data, `prune_weights` without.
 - `structured` finds units that can be removed, and removes them from parameters and programs.
+- `attention` finds attention in programs, and says which blocks of keys are computed.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
 - The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, `plot`
   draws pictures, and `progress` tells how far a long call is. The command line (`sparsejax --help`) offers the tools
@@ -27,6 +28,7 @@ Modules import only from the lines above their own:
 from sparsejax import (
   advice,
   allocation,
+  attention,
   calibration,
   flows,
   formats,
@@ -66,8 +68,8 @@ from sparsejax.version import __version__ as __version__
 
 __all__ = [
   'Advice', 'Block', 'Channel', 'NM', 'Report', 'SparseState', 'Unstructured', 'advice', 'advise', 'allocation',
-  'apply_masks', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses', 'masks',
-  'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
+  'apply_masks', 'attention', 'calibration', 'check', 'contractions', 'flows', 'formats', 'gates', 'io', 'losses',
+  'masks', 'metrics', 'patterns', 'penalties', 'plot', 'post_training', 'programs', 'progress', 'project', 'prune',
   'prune_weights', 'ranking', 'recipes', 'report', 'saliences', 'schedules', 'scores', 'selections', 'sensitivities',
   'starts', 'states', 'structured', 'transforms', 'trees', 'types', 'units', 'updates',
 ]

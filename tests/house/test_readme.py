@@ -14,7 +14,7 @@ README = ROOT / 'README.md'
 PAGES = [ROOT / 'docs' / f'{name}.md' for name in (
     'post_training', 'training', 'recipes', 'packed', 'experiments', 'measured', 'words', 'scale', 'structured',
     'interoperability', 'quick_start', 'your_own_method', 'concepts', 'which_method', 'troubleshooting', 'index',
-    'claims', 'conformance')]
+    'claims', 'conformance', 'attention')]
 WRITTEN = [ROOT / 'docs' / 'claims.md', ROOT / 'docs' / 'conformance.md']  # by commands, which have laws of their own
 RAISING = ROOT / 'docs' / 'troubleshooting.md'  # `test_docs` runs its blocks.
 OTHERS = [ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']
