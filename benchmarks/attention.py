@@ -1,7 +1,7 @@
 """Compares a program with attention, and its gradients, with the same program under `sparse_attention` on this CPU.
 
-The program is `jax.nn.dot_product_attention`. Before the measurement, the numbers are compared with those of the program
-with the mask of the blocks.
+The program is `jax.nn.dot_product_attention`. Before the measurement, the numbers are compared with those of the
+program with the mask of the blocks.
 """
 
 import time

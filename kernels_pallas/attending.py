@@ -122,7 +122,7 @@ class Replaced:
         raise ValueError(f'sparse_attention: {site.place} is inside of a loop or remat, which counts cannot leave; '
                          'take counted=False, which warns about an overflow.')
       self.counts[site.address] = jnp.stack([index.counts.sum(), index.overflow])
-    elif blocks.capacity is not None:
+    elif blocks.capacity is not None and not blocks.fits:
       jax.debug.callback(functools.partial(_warn, site.place), index.overflow)
     return attend(site, blocks, index, self.implementation)
 
@@ -221,6 +221,7 @@ def _given(masks: dict[str, Array], builder: Builder) -> Builder:
   """Returns the builder of these masks, with the blocks and the room that `builder` would have."""
   def build(site: AttentionSite) -> BlockMask:
     like = builder(site)  # only its lengths are used
-    return given(masks, capacity=like.capacity or like.mask.shape[-1], block=like.block_q)(site)
+    mask = given(masks, capacity=like.capacity or like.mask.shape[-1], block=like.block_q)(site)
+    return mask._replace(fits=like.fits or like.capacity is None)
 
   return build

@@ -20,6 +20,7 @@ Modules import only from the lines above their own:
 - `post_training` prunes trained models: `prune` with a few batches of data, `prune_weights` without.
 - `structured` finds units that can be removed, and removes them from parameters and programs.
 - `activation` skips what a token does not need: small inputs of products, and neurons that are switched off.
+- `attention` finds attention in programs, and says which blocks of keys are computed.
 - `transforms` makes optax transforms of words, and `recipes` has the methods of papers as sentences of words.
 - The tools: `report` and `check` verify parameters, `advise` predicts speed, `io` reads and writes files, `plot`
   draws pictures, and `progress` tells how far a long call is. The command line (`sparsejax --help`) offers the tools

@@ -23,7 +23,8 @@ NOTHING: Origin = frozenset()
 OPAQUE = {'custom_call', 'dot_product_attention_fwd_wrapper', 'dot_product_attention_fwd', 'ffi_call', 'pallas_call',
           'tpu_custom_call'}
 # Structures whose inside is left as it is, with the reason.
-CLOSED = {'custom_vjp_call': 'it is inside of a function with a derivative rule of its own, which would stay dense',
+_OWN = 'it is inside of a function with a derivative rule of its own, which would stay dense'
+CLOSED = {'custom_vjp_call': _OWN, 'custom_jvp_call': _OWN,
           'shard_map': 'it is inside of a shard_map, where a device has a part of the heads or of the keys'}
 
 

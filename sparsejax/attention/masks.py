@@ -23,13 +23,15 @@ class BlockMask(NamedTuple):
   """A `BlockMask` says which blocks of keys each block of queries sees.
 
   `mask` is `bool[1 or heads, nq, nk]`, or `bool[batch, 1 or heads, nq, nk]` if examples differ. `block_q` and `block_k`
-  are tokens. `capacity`: the most blocks of keys in a list. A mask that is known at trace time needs none.
+  are tokens. `capacity`: the most blocks of keys in a list. A mask that is known at trace time needs none. `fits`: the
+  builder promises that no list is longer than the capacity.
   """
 
   mask: Any
   block_q: int
   block_k: int
   capacity: int | None = None
+  fits: bool = False
 
 
 class BlockIndex(NamedTuple):
@@ -186,7 +188,7 @@ def _union(site: AttentionSite, builders: tuple[Builder, ...]) -> BlockMask:
   whole = masks[0].mask
   for m in masks[1:]:
     whole = whole | m.mask
-  return BlockMask(whole, *blocks.pop(), capacity)
+  return BlockMask(whole, *blocks.pop(), capacity, all(m.capacity is None or m.fits for m in masks))
 
 
 def union(*builders: Builder) -> Builder:

@@ -52,7 +52,7 @@ def best_blocks(site: AttentionSite, scores: Array, keep: int, block: int) -> Bl
   keep = min(keep, scores.shape[-1])
   scores = jax.lax.stop_gradient(jnp.where(visible, scores, -jnp.inf))
   chosen = ranking.top_n_in_groups(scores, keep, scores.shape[-1], scores.ndim - 1)
-  return BlockMask(chosen & visible, block, block, keep)
+  return BlockMask(chosen & visible, block, block, keep, fits=True)
 
 
 def _routed(site: AttentionSite, keep: int, block: int, per_head: bool) -> BlockMask:

@@ -130,7 +130,7 @@ def _measured_blocks(site: AttentionSite, select: float, block: int, prompt: int
       here = np.isin(np.arange(keys), list(part))[None, None, None]
       chosen |= best_blocks(site, jnp.where(here, scores, -jnp.inf), keep, block).mask & here
       room += keep
-  return BlockMask(chosen, block, block, room)
+  return BlockMask(chosen, block, block, room, fits=True)
 
 
 @checked

@@ -115,6 +115,8 @@ class UnreadAttention:
   shape: tuple[int, ...]
   why: str
 
+WORDS = {'largest': 'largest scores', 'shifted': 'scores', 'exps': 'exponentials', 'total': 'sums', 'inverse': 'sums',
+         'scores': 'scores', 'weights': 'weights'}  # what reports call the stages of a `Pending`
 Answer = Callable[[AttentionSite], Array | None]
 
 @checked
@@ -135,7 +137,7 @@ def attended(apply: Callable[..., Any], answer: Answer, unread: Callable[[Unread
     program = trace(apply, args, kwargs)
     reader = AttentionReader(looks(program), answer)
     results = evaluate(program, program.arrays, reader.rules())
-    results = [as_array(result) for result in results]
+    results = [reader.result(result) for result in results]
     for row in reader.unread():
       unread(row)
     return program.unflatten(results)
@@ -173,10 +175,16 @@ class AttentionReader:
     new = mask(eqn, values) or known(eqn, values, here.dense)
     return None if new is None else [new]
 
+  def result(self, value: Any) -> Any:
+    """Returns the array of a result of the program; scores among the results are noted."""
+    if isinstance(value, Pending):
+      self.broken.setdefault(value.pair.address, f'its {WORDS[value.stage]} are a result of the program')
+    return as_array(value)
+
   def _dense(self, eqn: Any, value: Any) -> Any:
     """Returns the array of a value; scores that an operation makes dense are noted with the operation."""
     if isinstance(value, Pending):
-      self.broken.setdefault(value.pair.address, f'its {value.stage} go through {jaxprs.place(eqn)}')
+      self.broken.setdefault(value.pair.address, f'its {WORDS[value.stage]} go through {jaxprs.place(eqn)}')
     return as_array(value)
 
   def _structure(self, eqn: Any, values: list[Any], here: Operation) -> Any:
@@ -211,7 +219,7 @@ class AttentionReader:
 
   def _answered(self, eqn: Any, weights: Pending, v: Array, side: int, address: jaxprs.Address) -> Array | str | None:
     if weights.stage != 'weights':
-      return f'its {weights.stage} meet the values before they are divided by their sum'
+      return f'its {WORDS[weights.stage]} meet the values before they are divided by their sum'
     keys = self.looks.parameters(weights.pair.address)[keys_of(weights)]
     if keys and self.looks.parameters(address)[1 - side]:
       return 'its keys and values are parameters'
@@ -236,10 +244,11 @@ class AttentionReader:
     for address, why in self.looks.opaque.items():
       rows.append(self._row(address, why))
     for address, firsts in self.looks.seconds.items():
+      broken = next((self.broken[a] for a in sorted(firsts) if a in self.broken), '')
       if address not in self.replaced:
-        why = self.looks.enclosing(address) or next(
-          (self.broken[a] for a in sorted(firsts) if a in self.broken), 'its softmax is not one of this program part')
-        rows.append(self._row(address, why))
+        rows.append(self._row(address, self.looks.enclosing(address) or broken or 'its scores are another product\'s'))
+      elif broken:
+        rows.append(self._row(address, f'it is replaced, and computed densely too, because {broken}'))
     return rows
 
   def _row(self, address: jaxprs.Address, why: str) -> UnreadAttention:

@@ -84,13 +84,13 @@ def test_heads_get_the_patterns_that_cost_least_error():
               'own': attention.empty(4)}
   batches = [X]
   errors, sizes = {}, {}
-  for budget in (1.0, 0.7, 0.5):
+  for budget in (1.0, 0.5):
     choice = attention.search(program, PARAMS, batches, patterns, budget)
     run = kernels_pallas.sparse_attention(program, attention.of_choice(choice, patterns), explain=True)
     sizes[budget] = run(PARAMS, X).achieved
     errors[budget] = choice
   assert all(row == ('full',) * H for row in errors[1.0].values())
-  assert sizes[1.0] == 0 and sizes[0.7] >= 0.3 and sizes[0.5] >= 0.5
+  assert sizes[1.0] == 0 and sizes[0.5] >= 0.5
   with pytest.raises(ValueError, match='no choice has at most'):
     attention.search(program, PARAMS, batches, {'full': attention.full(4)}, 0.5)
   with pytest.raises(ValueError, match='a pattern reads queries and keys'):

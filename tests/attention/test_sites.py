@@ -176,7 +176,21 @@ def unnormalised(q, k, v):
   return jnp.einsum('bhqk,bkhd->bqhd', jnp.exp(jnp.einsum('bqhd,bkhd->bhqk', q, k)), v)
 
 
+@jax.custom_jvp
+def ruled(q, k, v):
+  return by_hand(q, k, v)
+
+
+ruled.defjvp(lambda primals, tangents: (ruled(*primals), tangents[0]))
+
+
+def with_weights(q, k, v):
+  weights = jax.nn.softmax(jnp.einsum('bqhd,bkhd->bhqk', q, k))
+  return jnp.einsum('bhqk,bkhd->bqhd', weights, v), weights
+
+
 UNREAD = {
+    'a tangent rule': (ruled, 'function with a derivative rule of its own'),
     'a derivative rule': (flash, 'function with a derivative rule of its own'),
     'shard_map': (sharded_program, 'inside of a shard_map'), 'late': (late, 'before they are divided by their sum'),
     'sorted': (sorted_scores, 'scores go through sort'), 'halves': (of_halves, 'softmax|reduce_max'),
@@ -196,6 +210,12 @@ def test_what_cannot_be_read_is_listed_and_stays_dense(name):
   if name in ('late', 'a derivative rule'):
     run = kernels_pallas.sparse_attention(apply, attention.empty(block=4))
     np.testing.assert_allclose(jax.jit(run)(*args), jax.jit(apply)(*args), rtol=2e-5)
+
+
+def test_weights_that_are_used_elsewhere_are_listed():
+  report = kernels_pallas.sparse_attention(with_weights, attention.empty(block=4), explain=True)(*EQUAL)
+  assert [bool(row.problem) for row in report.rows] == [False, True]
+  assert 'replaced, and computed densely too, because its weights are a result' in report.rows[1].problem
 
 
 def test_other_products_are_no_attention():

@@ -15,7 +15,7 @@ PAGES = [ROOT / 'docs' / f'{name}.md' for name in (
     'post_training', 'activation', 'training', 'recipes', 'packed', 'experiments', 'measured', 'words', 'scale',
     'structured',
     'interoperability', 'quick_start', 'your_own_method', 'concepts', 'which_method', 'troubleshooting', 'index',
-    'gates_and_tasks', 'experts', 'after_training', 'claims', 'conformance', 'decoding')]
+    'gates_and_tasks', 'experts', 'after_training', 'claims', 'conformance', 'decoding', 'attention')]
 WRITTEN = [ROOT / 'docs' / 'claims.md', ROOT / 'docs' / 'conformance.md']  # by commands, which have laws of their own
 RAISING = ROOT / 'docs' / 'troubleshooting.md'  # `test_docs` runs its blocks.
 OTHERS = [ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']
