@@ -12,8 +12,9 @@ as well. Each leaf is then written as a row, and all rows have one width, see `r
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,9 +56,7 @@ def each(function: Callable[[Alike, Any], PyTree], leaves: Sequence[SparseLeaf],
   sizes = [math.prod(leaf.shape) for leaf in leaves]
   widths = _widths(found, sizes, arguments) if loop and all(says(word, ELEMENTWISE) for word in words) else {}
   written = list(arguments)
-  as_row = lambda fact, row: rows.as_row(row, *fact)
-  facts = [(leaves[i].shape, width) for i, width in widths.items()]
-  for (i, width), row_of in zip(widths.items(), kinds.each(as_row, facts, [arguments[i] for i in widths], inline=True)):
+  for (i, width), row_of in zip(widths.items(), _written(widths, leaves, arguments)):
     written[i] = row_of
     row = dataclasses.replace(found[i].leaf, shape=(width,), axes=Axes((), (0,)))
     found[i] = Alike(row, found[i].pattern, True)
@@ -136,6 +135,21 @@ def _joined(stages: Sequence[Pattern], leaves: list[SparseLeaf], rows: list[PyTr
 def stacks(leaves: Sequence[SparseLeaf], own: Sequence[Pattern], arguments: Sequence[tuple[Any, ...]]) -> bool:
   """Returns whether `each` stacks the arguments of every leaf with those of others. Words may make larger stacks."""
   return kinds.all_loop(_alike(leaves, own), arguments, _ranks)
+
+
+def _written(widths: Mapping[int, int], leaves: Sequence[SparseLeaf], arguments: Sequence[PyTree]) -> list[PyTree]:
+  """Returns the arguments of each leaf in `widths`, with each array of the leaf's shape as a row.
+
+  Numbers stay as they are: those that are known while JAX traces are stacked then, see `kinds.together`.
+  """
+  flat = [jax.tree.flatten(arguments[i]) for i in widths]
+  facts = [(leaves[i].shape, width) for i, width in widths.items()]
+  is_own = [[np.shape(x) == shape for x in arrays] for (arrays, _), (shape, _) in zip(flat, facts)]
+  own = [tuple(itertools.compress(arrays, mine)) for (arrays, _), mine in zip(flat, is_own)]
+  as_row = lambda fact, arrays: rows.as_row(arrays, *fact)
+  found = map(iter, kinds.each(as_row, facts, own, inline=True))
+  return [jax.tree.unflatten(structure, [next(row) if mine else x for x, mine in zip(arrays, told)])
+          for (arrays, structure), told, row in zip(flat, is_own, found)]
 
 
 def _alike(leaves: Sequence[SparseLeaf], own: Sequence[Pattern]) -> list[Alike]:

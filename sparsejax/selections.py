@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
-from sparsejax import choices, counts, errors, patterns, ranking, scores, trees, updates
+from sparsejax import choices, counts, errors, patterns, ranking, scores, trees, types, updates
 from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
 from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
@@ -79,6 +79,10 @@ class _Leafwise:
   def ranked(self) -> bool:
     return isinstance(self.allocation, allocations.Ranked)
 
+  @property
+  def words(self) -> tuple[Any, ...]:
+    return self.score, self.update, *filter(None, [getattr(self.allocation, 'score', None)])
+
   def of(self, paths: Sequence[str]) -> list[Pattern]:
     """Returns the pattern of each leaf."""
     return trees.per_leaf('sparsejax', 'pattern', self.pattern, list(paths))
@@ -104,19 +108,16 @@ class _Leafwise:
       return f'the stages on the way to {pattern} have counts of their own. Leave out `sparsity=` and `ramp=`.'
     if pattern.static and asked.sparsity is None and not self.ranked:
       return f'{pattern} has no sparsity; pass `sparsity=`.'
-    if getattr(pattern, 'fixed', False) and pattern.static and not self.ranked and not self._same(pattern, asked):
+    alone = getattr(pattern, 'fixed', False) and pattern.static and not self.ranked
+    if alone and not math.isclose(asked.sparsity, pattern.sparsity, abs_tol=0.005):  # 0.67 stands for 1:3
       return (f'{pattern} keeps {1 - pattern.sparsity:.4g} of every group, and sparsity={asked.sparsity:.4g} asks for '
               'another fraction. Leave out `sparsity=`, or take the pattern that keeps as many.')
     return None
 
-  @staticmethod
-  def _same(pattern: Pattern, asked: Asked) -> bool:
-    return math.isclose(asked.sparsity, pattern.sparsity, abs_tol=0.005)  # 0.67 stands for 1:3
-
   def select(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> tuple[Masks, None]:
-    own, rows = self.of([leaf.path for leaf in leaves]), list(zip(masks, weights, map(_arrays, signals)))
+    own, rows = self.of([leaf.path for leaf in leaves]), list(zip(masks, weights, _arrays(signals, *self.words)))
     chosen = functools.partial(self._masks, signals[0].step)
-    return choices.by_stage(chosen, leaves, own, rows, signals[0].step, words=(self.score, self.update)), None
+    return choices.by_stage(chosen, leaves, own, rows, signals[0].step, words=self.words), None
 
   def _masks(self, step: Any, leaves: Leaves, own: list[Pattern], rows: list[Any]) -> Masks:
     now, progress = [choices.at(pattern, step) for pattern in own], self.ramp and self.ramp(step)
@@ -132,10 +133,10 @@ class _Leafwise:
       return self.update(mask, self.score(w, signals), select, w, signals)
 
     rows = [(*row, count) for row, count in zip(rows, told)]
-    return choices.each(chosen, leaves, own, rows, (step, progress), words=(self.score, self.update))
+    return choices.each(chosen, leaves, own, rows, (step, progress), words=self.words)
 
   def once(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> bool:
-    rows, own = list(zip(masks, weights, map(_arrays, signals))), self.of([leaf.path for leaf in leaves])
+    rows, own = list(zip(masks, weights, _arrays(signals, *self.words))), self.of([leaf.path for leaf in leaves])
     return not self.ranked and choices.stacks(leaves, own, rows)
 
   def _told(self, leaves: Leaves, now: list[Pattern]) -> list[Any]:
@@ -166,9 +167,10 @@ class _Leafwise:
     return competed(self.allocation, leaves, now, choices.each(ranks, leaves, now, rows, (step,), loop=False), progress)
 
 
-def _arrays(signals: Signals) -> tuple[Any, Any, Any]:
-  """Returns the signals of one leaf that are arrays."""
-  return signals.grad, signals.key, signals.stats
+def _arrays(signals: list[Signals], *words: Any) -> list[tuple[Any, Any, Any]]:
+  """Returns the signals of each leaf that are arrays, without the gradients if no word reads them."""
+  free = all(types.says(word, types.GRADIENT_FREE) for word in words)
+  return [(None if free else own.grad, own.key, own.stats) for own in signals]
 
 
 def refuse(arrays: Mapping[str, Array], reasons: Sequence[str | None]) -> None:
@@ -255,7 +257,7 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
   def select(leaves, weights, masks, signals):
     sizes = [math.prod(leaf.layer_shape) for leaf in leaves]
     fewest = [ranking.counted(ranking.count(int(least * size) + 1), size) for size in sizes]
-    rows, own = list(zip(weights, map(_arrays, signals), fewest)), [patterns.Unstructured()] * len(leaves)
+    rows, own = list(zip(weights, _arrays(signals, score), fewest)), [patterns.Unstructured()] * len(leaves)
     return choices.each(chosen, leaves, own, rows, (signals[0].step,), words=(score,)), None
 
   return Selection(Bound(_all_alike, (None, Asked())), select)
@@ -286,7 +288,7 @@ def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity
 
   def select(leaves, weights, masks, signals):
     step, own = signals[0].step, [pattern] * len(leaves)
-    rows = list(zip(masks, weights, map(_arrays, signals)))
+    rows = list(zip(masks, weights, _arrays(signals, grow)))
     survived, regrown = functools.partial(_survived, grow), functools.partial(_regrown, grow)
     survivors = choices.each(survived, leaves, own, rows, (step, fraction(step)), words=(grow,))
     grown = _grown([numbers for _, numbers in survivors])

@@ -19,8 +19,8 @@ import jax
 import optax
 
 __all__ = [
-  'ALWAYS', 'AT_ZERO', 'ELEMENTWISE', 'ENDLESS', 'Asked', 'Axes', 'Bound', 'Flow', 'Pattern', 'Pooled', 'Signals',
-  'elementwise', 'says',
+  'ALWAYS', 'AT_ZERO', 'ELEMENTWISE', 'ENDLESS', 'GRADIENT_FREE', 'Asked', 'Axes', 'Bound', 'Flow', 'Pattern', 'Pooled',
+  'Signals', 'elementwise', 'gradient_free', 'says',
 ]
 
 Array = jax.Array
@@ -32,6 +32,7 @@ Step = Any  # an int or an `int32[]`, traced or not
 
 ALWAYS = 'always'  # a schedule with this fact is `True` at every step
 ELEMENTWISE = 'elementwise'  # a score or an update with this fact gives the entries of a leaf in any other shape
+GRADIENT_FREE = 'gradient-free'  # a score or an update with this fact does not read `signals.grad`
 ENDLESS = 'endless'  # a schedule with this fact is meant to go on after training
 AT_ZERO = 'at zero'  # a schedule with this fact is `True` at step 0 and at no other step
 
@@ -73,6 +74,12 @@ def elementwise(word: Word) -> Word:
   alone. Leaves of several shapes are then computed by one program, as rows `[width]` with padding behind them.
   """
   setattr(word, 'facts', (*getattr(word, 'facts', ()), ELEMENTWISE))  # noqa: B010
+  return word
+
+
+def gradient_free(word: Word) -> Word:
+  """Gives a score or an update the fact `GRADIENT_FREE`, and returns it: a choice by the word copies no gradients."""
+  setattr(word, 'facts', (*getattr(word, 'facts', ()), GRADIENT_FREE))  # noqa: B010
   return word
 
 

@@ -14,25 +14,28 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from sparsejax import counts, ranking
+from sparsejax import counts, ranking, types
 from sparsejax.arguments import checked
-from sparsejax.types import ELEMENTWISE, Array, Schedule, Score, Signals, Update, elementwise, says
+from sparsejax.types import ELEMENTWISE, Array, Schedule, Score, Signals, Update, elementwise, gradient_free, says
 
 __all__ = ['below_zero', 'drop_and_grow', 'prune_to', 'ranked_by', 'reselect', 'swap']
 
 
+@gradient_free
 @elementwise
 def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask of the best of all weights. A pruned weight returns as soon as its score is high enough."""
   return select(scores)
 
 
+@gradient_free
 @elementwise
 def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask of the best of the kept weights. A pruned weight stays pruned unless the count needs it."""
   return select(kept_first(mask, scores))
 
 
+@gradient_free
 @elementwise
 def below_zero(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
   """Returns the mask without the entries whose score is below zero. A pruned entry stays pruned.
@@ -87,7 +90,8 @@ def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
     survivors = select(kept_first(mask, scores), fraction(signals.step)) & mask
     return select(jnp.where(survivors, jnp.inf, bounded(grow(w, signals))))
 
-  return elementwise(update) if says(grow, ELEMENTWISE) else update
+  own = elementwise(update) if says(grow, ELEMENTWISE) else update
+  return gradient_free(own) if says(grow, types.GRADIENT_FREE) else own
 
 
 @checked
@@ -103,7 +107,7 @@ def swap(fraction: Schedule) -> Update:
     layers, part = signals.axes.layer if signals.axes else (), jnp.asarray(fraction(signals.step), jnp.float32)
     return counts.by_layer(lambda *each: _swapped(*each, part), layers, [mask, select(scores), scores])
 
-  return elementwise(update)
+  return gradient_free(elementwise(update))
 
 
 def _swapped(mask: Array, new: Array, scores: Array, fraction: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejax import choices, counts, neighbours, patterns, rows, schedules, scores, selections, stages, updates
-from sparsejax.types import ELEMENTWISE, Axes, Signals, elementwise, says
+from sparsejax.types import ELEMENTWISE, GRADIENT_FREE, Axes, Signals, elementwise, says
 
 SHAPE, WIDTH = (6, 5), 43
 HALF = schedules.linear(0.5, 0.5, end=1)
@@ -95,3 +95,20 @@ def test_leaves_that_are_joined_keep_what_each_keeps_by_itself(score):
   for step, stage in enumerate(through):
     for mask, w, own in zip(masks(step), arrays.values(), axes.values()):
       cases.assert_same(mask, stage(jnp.abs(w), None, own))
+
+
+FREE = {name: word for name, word in (*inspect.getmembers(scores, callable), *UPDATES.items())
+        if says(word, GRADIENT_FREE)}
+
+
+@pytest.mark.parametrize('name', FREE)
+def test_a_gradient_free_word_reads_no_gradient(name):
+  w, own = both(name)[0]
+  if name in UPDATES:
+    best = counts.Selector(patterns.Unstructured(), 7, Axes((0,), (1,)))
+    call = lambda own: FREE[name](w < 1, -jnp.abs(w), best, w, own)
+  else:
+    call = lambda own: FREE[name](w, own)
+  read = jax.make_jaxpr(lambda grad: call(own._replace(grad=grad)))(own.grad).jaxpr
+  assert not any(v is read.invars[0] for eqn in read.eqns for v in eqn.invars)
+  jax.eval_shape(call, own._replace(grad=None))
