@@ -29,7 +29,7 @@ from sparsejax.scores.memories import (
   squared_gradient_average,
   weight_times_gradient,
 )
-from sparsejax.types import ELEMENTWISE, Array, Axes, Bound, Score, Signals, elementwise
+from sparsejax.types import ELEMENTWISE, Array, Axes, Bound, Score, Signals, elementwise, gradient_free
 
 __all__ = [
   'Memory', 'Movement', 'accumulated_movement', 'expected_magnitude', 'fisher', 'gradient', 'gradient_average', 'grasp',
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 
+@gradient_free
 @elementwise
 def magnitude(w: Array, signals: Signals = Signals()) -> Array:
   """Returns `|w|`; NaN stays NaN, which `ranking` ranks last."""
@@ -45,6 +46,7 @@ def magnitude(w: Array, signals: Signals = Signals()) -> Array:
   return jnp.abs(w).astype(jnp.float32)
 
 
+@gradient_free
 @elementwise
 def random(w: Array, signals: Signals) -> Array:
   """Returns random scores, uniform in [0, 1); needs `signals.key`.
@@ -72,6 +74,7 @@ def _mixed(x: Array) -> Array:
   return x ^ x >> 16
 
 
+@gradient_free
 @elementwise
 def value(w: Array, signals: Signals) -> Array:
   """Returns the weight itself, with its sign; for flows whose master is a score, such as `flows.searched`."""
@@ -129,12 +132,14 @@ def synflow(w: Array, signals: Signals) -> Array:
   return weight_times_gradient('synflow', jnp.abs(w), signals)
 
 
+@gradient_free
 @elementwise
 def movement(w: Array, signals: Signals) -> Array:
   """Returns the accumulated score S (Sanh et al. 2020); needs the memory `accumulated_movement`."""
   return needed('movement', signals.stats, 'the memory scores.accumulated_movement').score
 
 
+@gradient_free
 @elementwise
 def soft_movement(w: Array, signals: Signals) -> Array:
   """Returns `sigmoid(S)` of the accumulated score S; needs the memory `accumulated_movement`.
@@ -144,12 +149,14 @@ def soft_movement(w: Array, signals: Signals) -> Array:
   return jax.nn.sigmoid(movement(w, signals))
 
 
+@gradient_free
 @elementwise
 def momentum(w: Array, signals: Signals) -> Array:
   """Returns `|average of dL/dw|` (Dettmers and Zettlemoyer 2019); needs the memory `gradient_average`."""
   return jnp.abs(needed('momentum', signals.stats, 'the memory scores.gradient_average'))
 
 
+@gradient_free
 @elementwise
 def fisher(w: Array, signals: Signals) -> Array:
   """Returns `w^2 E[(dL/dw)^2] / 2`; needs the memory `squared_gradient_average`.
