@@ -125,8 +125,8 @@ class ActiveArray(arrays.MatrixArray):
       if why := whole.problem():
         raise ValueError(why)
       held = dataclasses.replace(whole, values=None)
-    return cls(parts['values'], parts['threshold'], parts.get('left'), parts.get('right'), held, **fields,
-               outputs=bool(about['outputs']))
+    return cls(parts['values'], parts['threshold'], parts.get('left'), parts.get('right'), held, fields['axes'],
+               fields['sizes'], bool(about['outputs']))
 
   def problem(self) -> str | None:
     lead, (k, n) = self.shape[:self.leading], (self.contracted_size, math.prod(self.output_sizes))
