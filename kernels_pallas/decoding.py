@@ -29,7 +29,7 @@ class Decoder(NamedTuple):
 def decoder(rule: decode.DecodeRule, *, scale: float | None = None, implementation: str | None = None) -> Decoder:
   """Returns the functions that decode with `rule`, such as `decode.double_sparsity`, `decode.quest` or `decode.seer`.
 
-  `start` takes `batch`, `capacity`, `heads` (of k), `d` and `dtype`, see `decode.empty`. `extend` stores keys and
+  `start` takes `batch`, `capacity`, `heads` (of k), `d` and `dtype`, see `decode.empty_cache`. `extend` stores keys and
   values, `[B, n, kv_heads, d]`, once for each token or for many at once, and refuses or reports a full cache, see
   `decode.extended`. `step` returns the attention of `q [B, heads, d]` to the tokens that the rule lists, through
   `gathered_attention`, which `scale` and `implementation` go to. Call `extend` for a token before its `step`.
@@ -44,5 +44,5 @@ def decoder(rule: decode.DecodeRule, *, scale: float | None = None, implementati
     return gathered_attention(q, cache.k, cache.v, *decode.listed(rule, cache, q), scale=scale,
                               implementation=implementation)
 
-  start: Any = functools.partial(decode.empty, rule)
+  start: Any = functools.partial(decode.empty_cache, rule)
   return Decoder(start, functools.partial(decode.extended, rule), step)

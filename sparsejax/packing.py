@@ -35,17 +35,17 @@ class Packs(NamedTuple):
 
   @property
   def valid(self) -> np.ndarray:
-    """Which places hold a token, `bool[rows, capacity]`."""
+    """Returns where a place holds a token, `bool[rows, capacity]`."""
     return self.segments >= 0
 
   @property
   def first(self) -> np.ndarray:
-    """Which places hold the first token of a text, which no token of the text predicts, `bool[rows, capacity]`."""
+    """Returns where a place holds the first token of a text, which no token predicts, `bool[rows, capacity]`."""
     return self.valid & (self.positions == 0)
 
   @property
   def share(self) -> float:
-    """The places that are computed over those of rows that are padded to the longest text."""
+    """The number of places, over the number that rows padded to the longest text would have."""
     return self.segments.size / (len(self.lengths) * int(self.lengths.max()))
 
   def packed(self, padded: Array, fill: float = 0) -> Array:
@@ -120,7 +120,7 @@ def blocks(segments: np.ndarray, block: int, causal: bool = False) -> np.ndarray
 
 
 def unpadded(function: Callable[[Array], Array], mask: Array, most: int) -> Callable[[Array], Array]:
-  """Returns `function`, which maps tokens `[N, ...]` one by one, for `[B, T, ...]`: it sees valid tokens alone.
+  """Returns `function`, which maps tokens `[N, ...]` one by one, for the valid tokens of `[B, T, ...]` alone.
 
   `mask`, `bool[B, T]`, says which tokens are valid, and may be traced. `most` is how many are computed, since shapes
   are static. Padding has zeros in the result. Raises `ValueError` where more than `most` tokens are valid, unless the

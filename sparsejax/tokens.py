@@ -41,8 +41,8 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
   Among equal scores the earlier token is kept, and NaN ranks last.
 
   By default, removed tokens are gone for all later blocks. With `skip`, a token skips a block and comes back after it
-  (FTP, Li et al. 2024): a kept token's change is multiplied by a gate of 1 that has the gradient of `sigmoid(score)`,
-  so that a router is trained by an ordinary loss. Kept tokens see only kept tokens; in FTP, skipped ones still write
+  (FTP, Li et al. 2024). A gate of 1 with the gradient of `sigmoid(score)` multiplies the change of a kept token, so
+  that an ordinary loss trains a router. Kept tokens see only kept tokens; in FTP, skipped ones still write
   keys and values. Raises `ValueError` for numbers of tokens that rise, unless `skip`, or exceed the tokens.
   """
   if len(keep) != len(blocks) or not all(isinstance(n, (int, np.integer)) and n >= max(always, 1) for n in keep):
@@ -61,7 +61,7 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
     now = Remaining(x, mask, place)
     for i, (block, n) in enumerate(zip(blocks, keep)):
       scores = score(i, now.x, signal)
-      at = chosen(jnp.zeros(now.mask.shape) if scores is None else scores, now.mask, n, always)
+      at = kept_places(jnp.zeros(now.mask.shape) if scores is None else scores, now.mask, n, always)
       few = Remaining(*(_taken(a, at) for a in now))
       made = block(*few)
       y, signal = made if isinstance(made, tuple) else (made, None)
@@ -71,10 +71,10 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
   return run
 
 
-def chosen(scores: Array, mask: Array, n: int, always: int = 0) -> Array:
+def kept_places(scores: Array, mask: Array, n: int, always: int = 0) -> Array:
   """Returns the places of the `n` highest of `scores [B, T]`, rising, `int32[B, n]`, as `stack` chooses them."""
   if scores.shape != mask.shape:
-    raise ValueError(f'tokens.chosen: scores of shape {scores.shape} must be [B, T], a number for each token, '
+    raise ValueError(f'tokens.kept_places: scores of shape {scores.shape} must be [B, T], a number for each token, '
                      f'{mask.shape}.')
   scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
   scores = jnp.where(jnp.isnan(scores), jnp.finfo(jnp.float32).min, scores)
@@ -117,8 +117,9 @@ def combined(importance: Array, least: float = 0.0, most: float = jnp.inf) -> Ar
 def dissimilar(keys: Array, importance: Array) -> Array:
   """Returns a score of each token, `[B, T]`, whose lowest are those most like a more important one (Zero-TPrune).
 
-  `keys` are `[B, T, d]`. The less important half of the tokens is compared with the other half by cosines; its score is
-  1 minus the largest cosine, and that of the other half is 2. Among equals the earlier token is more important.
+  `keys` are `[B, T, d]`. The less important half of the tokens is compared with the other half by cosines. A token of
+  this half has a score of 1 minus its largest cosine, and a token of the other half has 2. Among equals the
+  earlier token is more important.
   """
   unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
   order = jnp.argsort(-importance, -1, stable=True)
@@ -130,7 +131,7 @@ def dissimilar(keys: Array, importance: Array) -> Array:
 
 
 def shared_neurons(h: Array, query: int) -> Array:
-  """Returns how many active neurons each token shares with the token `query`, `[B, T]`: CoreMatching, Wang et al. 2025.
+  """Returns how many active neurons each token shares with the token `query`, `[B, T]`: CoreMatching (Wang 2025).
 
   `h`, `[B, T, F]`, are the hidden units of a feed-forward block; a positive one is active.
   """
@@ -193,5 +194,5 @@ def _put_back(x: Array, before: Array, after: Array, at: Array, scores: Array | 
   return x.at[jnp.arange(len(x))[:, None], at].add(moved)
 
 
-__all__ = ['BlockOfTokens', 'Remaining', 'above_elbow', 'chosen', 'combined', 'dissimilar', 'factors_of', 'page_rank',
-           'routed_scores', 'router_of', 'shared_neurons', 'stack']
+__all__ = ['BlockOfTokens', 'Remaining', 'above_elbow', 'combined', 'dissimilar', 'factors_of', 'kept_places',
+           'page_rank', 'routed_scores', 'router_of', 'shared_neurons', 'stack']

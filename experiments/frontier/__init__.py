@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with StopRequest() as request:
       return run(given.table, given.workdir, given.data_dir, rules=given.rules and given.rules.split(','),
                  sparsities=[float(part) for part in given.sparsities.split(',')], steps=given.steps, seed=given.seed,
-                 sizes=engine.Sizes(length=given.length), request=request)
+                 sizes=engine.FrontierSizes(length=given.length), request=request)
 
   return commands.attempt(work, given.workdir, commands.command('frontier', arguments), given.traceback).status
 
 
 def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequence[str] | None = None,
         sparsities: Sequence[float] = SPARSITIES, steps: int = decoder.CONFIG['steps'], seed: int = 0,
-        sizes: engine.Sizes | None = None, request: StopRequest | None = None,
+        sizes: engine.FrontierSizes | None = None, request: StopRequest | None = None,
         config: Mapping[str, Any] = decoder.CONFIG) -> list[Line]:
   """Measures what is not finished, writes and prints the table and the picture in `workdir`, and returns the lines.
 
@@ -52,7 +52,7 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequenc
   """
   if table not in RULES:
     raise errors.unknown('frontier', 'table', table, RULES)
-  names, sizes = list(RULES[table]) if rules is None else rules, sizes or engine.Sizes()
+  names, sizes = list(RULES[table]) if rules is None else rules, sizes or engine.FrontierSizes()
   for name in names:
     if name not in RULES[table]:
       raise errors.unknown('frontier', 'rule', name, RULES[table])
@@ -89,6 +89,6 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--sparsities', default=','.join(map(str, SPARSITIES)), help='fractions that are not read')
   parser.add_argument('--seed', type=int, default=0, help='draws the data')
   parser.add_argument('--steps', type=int, default=decoder.CONFIG['steps'], help='of the training of the decoder')
-  parser.add_argument('--length', type=int, default=engine.Sizes().length, help='bytes of a window of the decoder')
+  parser.add_argument('--length', type=int, default=engine.FrontierSizes().length, help='bytes of a window')
   parser.add_argument('--traceback', action='store_true', help='show where in the code a refusal comes from')
   return parser.parse_args(arguments)

@@ -32,8 +32,8 @@ DENSE = 'dense'
 DIGITS = 5  # of the scores that a line keeps
 
 
-class Sizes(NamedTuple):
-  """`Sizes` are the numbers of held-out windows and their bytes, and those of the needle task."""
+class FrontierSizes(NamedTuple):
+  """`FrontierSizes` are the numbers of held-out windows and their bytes, and those of the needle task."""
 
   windows: int = 16
   length: int = 128
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 class EncoderBench:
-  """An `EncoderBench` judges the pretrained encoder with other attention, by SST-2."""
+  """An `EncoderBench` has the scores of the pretrained encoder on SST-2, with any attention."""
 
   def __init__(self, data_dir: str | None, seed: int):
     self._judge = encoder.judge(data_dir, seed)
@@ -67,13 +67,13 @@ class EncoderBench:
 
 
 class DecoderBench:
-  """A `DecoderBench` judges a trained decoder, token by token: by held-out text, and by a needle at a distance.
+  """A `DecoderBench` has the losses of a trained decoder, token by token: on held-out text and on needles.
 
   A needle is a passage of text that stands at the beginning of a window and again at its end: the score is the loss on
   the second, where a model that finds the first knows every byte.
   """
 
-  def __init__(self, params: Any, content: bytes, sizes: Sizes, seed: int):
+  def __init__(self, params: Any, content: bytes, sizes: FrontierSizes, seed: int):
     self._params, self._sizes = params, sizes
     rng = np.random.default_rng(seed)
     array = np.frombuffer(content, np.uint8).astype(np.int32)
@@ -131,7 +131,7 @@ class DecoderBench:
     return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
 
-def bench(table: str, data_dir: str | None, workdir: Any, request: Any, steps: int, seed: int, sizes: Sizes,
+def bench(table: str, data_dir: str | None, workdir: Any, request: Any, steps: int, seed: int, sizes: FrontierSizes,
           config: Mapping[str, Any] = trained.CONFIG) -> Any:
   """Returns the bench of a table; the decoder is trained first, in `workdir`, unless it is there already."""
   if table == 'encoder':

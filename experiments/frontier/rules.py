@@ -17,27 +17,27 @@ PAGE = 16  # tokens of a page of the decoder
 CHANNELS = 8  # that Double Sparsity scores by, of 64
 
 
-def kept(sparsity: float, tokens: int, page: int) -> int:
+def tokens_kept(sparsity: float, tokens: int, page: int) -> int:
   """Returns how many of `tokens` are read at this sparsity: whole pages, at least one."""
   return max(round((1 - sparsity) * tokens / page), 1) * page
 
 
 def _routed(sparsity: float, tokens: int, builder: Callable[..., Any]) -> Any:
-  return builder(keep=kept(sparsity, tokens, BLOCK) // BLOCK, block=BLOCK)
+  return builder(keep=tokens_kept(sparsity, tokens, BLOCK) // BLOCK, block=BLOCK)
 
 
 def _sliding(sparsity: float, tokens: int) -> Any:
-  return attention.sliding(kept(sparsity, tokens, BLOCK) // 2, block=BLOCK)
+  return attention.sliding(tokens_kept(sparsity, tokens, BLOCK) // 2, block=BLOCK)
 
 
 def _alike(make: Callable[..., Any], page: int) -> Callable[..., Any]:
   """Returns the rule that is `make(keep, page)` in every layer."""
-  return lambda sparsity, tokens, keys: [make(kept(sparsity, tokens, page), page)] * len(keys)
+  return lambda sparsity, tokens, keys: [make(tokens_kept(sparsity, tokens, page), page)] * len(keys)
 
 
 def _double_sparsity(sparsity: float, tokens: int, keys: Sequence[Array], page: int) -> Any:
-  return [decode.double_sparsity(decode.heavy_channels(k, min(CHANNELS, k.shape[-1])), kept(sparsity, tokens, page),
-                                 page) for k in keys]
+  keep = tokens_kept(sparsity, tokens, page)
+  return [decode.double_sparsity(decode.heavy_channels(k, min(CHANNELS, k.shape[-1])), keep, page) for k in keys]
 
 
 RULES: dict[str, dict[str, Callable[..., Any]]] = {

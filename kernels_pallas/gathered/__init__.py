@@ -89,7 +89,7 @@ def _check(q: Array, k: Array, v: Array, index: Array, counts: Array) -> None:
 
 def _table(scale: float) -> dict[str, Implementation]:
   plain = lambda function: Implementation(functools.partial(function, scale=scale))
-  return {'xla': plain(reference.attention), 'dense': plain(reference.dense),
+  return {'xla': plain(reference.attention), 'dense': plain(reference.attend_masked),
           'mosaic_gpu': _kernel('gpu', scale), 'mosaic_tpu': _kernel('tpu', scale)}
 
 
@@ -100,12 +100,12 @@ def _kernel(module: str, scale: float) -> Implementation:
 
 
 def _tangent(options: _Options, args: Sequence[Array], tangents: Sequence[Array]) -> Array:
-  run = lambda q, k, v: reference.together(q, k, v, *args[3:], scale=options.scale)
+  run = lambda q, k, v: reference.attend_all(q, k, v, *args[3:], scale=options.scale)
   return jax.jvp(run, tuple(args[:3]), tuple(tangents))[1]
 
 
 def _gradient(options: _Options, args: Sequence[Array], dy: Array) -> tuple[Array, ...]:
-  run = lambda q, k, v: reference.together(q, k, v, *args[3:], scale=options.scale)
+  run = lambda q, k, v: reference.attend_all(q, k, v, *args[3:], scale=options.scale)
   return jax.vjp(run, *args[:3])[1](dy)
 
 

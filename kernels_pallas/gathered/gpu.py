@@ -1,6 +1,6 @@
 """Computes attention to listed tokens on Hopper, through Mosaic GPU.
 
-One query meets each token, so nothing is worth a tensor core: the kernel is as fast as the rows of listed tokens
+A single query meets each token, so tensor cores would not help: the kernel is as fast as the rows of listed tokens
 arrive. A warpgroup copies rows (TMA) into a ring, and two warpgroups weigh 64 tokens each. A list is cut into parts, so
 that few heads still occupy all multiprocessors. Each of the 64 rows of a warpgroup is a softmax of its own, over every
 64th token. The kernel writes the sums of each row, their largest score and the total of their weights, and XLA merges
@@ -109,7 +109,7 @@ def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array) -> str | 
 
 
 def _scratch(plan: GatheredPlan, dtype: Any) -> dict[str, Any]:
-  """Returns the shared memory and the barriers: one ring with the keys and the values of a step in each slot."""
+  """Returns the shared memory and the barriers: a ring with the keys and the values of a step in each slot."""
   rows = plgpu.SMEM((plan.slots, hopper.COMPUTE, ROWS, plan.d), dtype)
   return {'key': rows, 'value': rows, 'staging': hopper.shared((hopper.COMPUTE, 1, ROWS, 64), jnp.float32),
           **dict(zip(('full', 'free'), hopper.barriers(plan.slots, 2 * TOKENS)))}

@@ -1,7 +1,7 @@
 """Computes attention to listed tokens in plain `jnp`: only the rows of listed tokens are read from the cache.
 
-A CPU takes one list after the other, so that the rows of a list stay in its cache, and reads a row in pieces of eight
-numbers, which XLA copies by vector instructions. Other platforms take all lists together.
+A CPU takes one list after the other, so that the rows of a list stay in its cache. A row is read in pieces of
+eight numbers, which XLA copies by vector instructions. Other platforms take all lists together.
 """
 
 import functools
@@ -24,12 +24,12 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array, scale: 
   """
   several = index.shape[0] * max(index.shape[1], k.shape[2]) > 1
   ways = {'cpu': functools.partial(in_turn, scale=scale)} if several else {}
-  return jax.lax.platform_dependent(q, k, v, index, counts, default=functools.partial(together, scale=scale), **ways)
+  return jax.lax.platform_dependent(q, k, v, index, counts, default=functools.partial(attend_all, scale=scale), **ways)
 
 
-def together(q: Array, k: Array, v: Array, index: Array, counts: Array, *, scale: float) -> Array:
+def attend_all(q: Array, k: Array, v: Array, index: Array, counts: Array, *, scale: float) -> Array:
   """Returns `attention`, computed for all lists together."""
-  listed, counts = (spread(a, k.shape[2]) for a in (index, counts))
+  listed, counts = (widened(a, k.shape[2]) for a in (index, counts))
   example = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None, None]
   head = kv_heads(listed.shape[1], k.shape[2])[None, :, None]
   keys, values = (a.at[example, jnp.maximum(listed, 0), head].get(mode='clip') for a in (k, v))
@@ -38,7 +38,7 @@ def together(q: Array, k: Array, v: Array, index: Array, counts: Array, *, scale
 
 def in_turn(q: Array, k: Array, v: Array, index: Array, counts: Array, *, scale: float) -> Array:
   """Returns `attention`, computed for one list after the other. An empty list reads nothing."""
-  listed, counts = (spread(a, k.shape[2]) for a in (index, counts))
+  listed, counts = (widened(a, k.shape[2]) for a in (index, counts))
   groups = listed.shape[1]
   pieces = [a.reshape(*a.shape[:3], -1, _piece(a.shape[3])) for a in (k, v)]
 
@@ -58,9 +58,9 @@ def in_turn(q: Array, k: Array, v: Array, index: Array, counts: Array, *, scale:
   return jax.lax.map(one, lists).reshape(*q.shape[:2], -1).astype(q.dtype)
 
 
-def dense(q: Array, k: Array, v: Array, index: Array, counts: Array, scale: float) -> Array:
+def attend_masked(q: Array, k: Array, v: Array, index: Array, counts: Array, scale: float) -> Array:
   """Returns `attention`, computed by the scores of all tokens and a mask."""
-  listed, counts = (spread(a, k.shape[2]) for a in (index, counts))
+  listed, counts = (widened(a, k.shape[2]) for a in (index, counts))
   (batch, groups, most), tokens = listed.shape, k.shape[1]
   used = jnp.where(jnp.arange(most)[None, None] < counts[..., None], jnp.clip(listed, 0, tokens - 1), tokens)
   place = jnp.arange(batch)[:, None, None], jnp.arange(groups)[None, :, None], used
@@ -73,7 +73,7 @@ def dense(q: Array, k: Array, v: Array, index: Array, counts: Array, scale: floa
   return y.reshape(*q.shape[:2], -1).astype(q.dtype)
 
 
-def spread(lists: Array, heads: int) -> Array:
+def widened(lists: Array, heads: int) -> Array:
   """Returns `lists [B, L, ...]` with at least one list for each of `heads` heads of k: `[B, max(L, heads), ...]`."""
   return jnp.repeat(lists, max(heads // lists.shape[1], 1), 1)
 

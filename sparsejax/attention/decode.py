@@ -1,7 +1,7 @@
 """A cache of keys and values for decoding, and the rules that list which of its tokens the next query reads.
 
     rule = double_sparsity(heavy_channels(keys, 8), keep=1024, page=16)
-    cache = empty(rule, batch=1, capacity=16_384, heads=8, d=64)
+    cache = empty_cache(rule, batch=1, capacity=16_384, heads=8, d=64)
     cache = extended(rule, cache, k, v)                    # the keys and values of new tokens, `[B, n, heads, d]`
     index, counts = listed(rule, cache, q)                 # for `kernels_pallas.gathered_attention`
 
@@ -53,8 +53,8 @@ class DecodeRule(NamedTuple):
   scores: Callable[[Array, Array], Array]
 
 
-def empty(rule: DecodeRule, batch: int, capacity: int, heads: int, d: int, dtype: jax.typing.DTypeLike = jnp.float32,
-          values: int | None = None) -> Cache:
+def empty_cache(rule: DecodeRule, batch: int, capacity: int, heads: int, d: int,
+                dtype: jax.typing.DTypeLike = jnp.float32, values: int | None = None) -> Cache:
   """Returns a cache for `capacity` tokens of `heads` heads, with keys of `d` numbers and values of `values`, or of `d`.
 
   Raises `ValueError` for sizes below 1, and where the page of the rule does not divide the capacity.
@@ -62,10 +62,10 @@ def empty(rule: DecodeRule, batch: int, capacity: int, heads: int, d: int, dtype
   sizes = dict(batch=batch, capacity=capacity, heads=heads, d=d, values=d if values is None else values)
   for name, size in sizes.items():
     if not isinstance(size, (int, np.integer)) or size < 1:
-      raise ValueError(f'decode.empty: `{name}` must be a whole number, at least 1, not {size!r}.')
+      raise ValueError(f'decode.empty_cache: `{name}` must be a whole number, at least 1, not {size!r}.')
   if capacity % rule.page or rule.keep > capacity:
-    raise ValueError(f'decode.empty: a capacity of {capacity} tokens must be whole pages of {rule.page}, and at least '
-                     f'the {rule.keep} tokens that the rule keeps; give '
+    raise ValueError(f'decode.empty_cache: a capacity of {capacity} tokens must be whole pages of {rule.page}, and at '
+                     f'least the {rule.keep} tokens that the rule keeps; give '
                      f'{max(rule.keep, -(-capacity // rule.page) * rule.page)}.')
   k = jnp.zeros((batch, capacity, heads, d), dtype)
   none = jnp.zeros((batch,), jnp.int32)

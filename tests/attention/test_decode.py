@@ -14,13 +14,13 @@ from sparsejax.attention import decode
 K = jnp.asarray([[1, .1, -2, .05], [.2, .3, 1, -.1], [-1.5, .2, .5, .1], [.3, -.1, 2.5, .2], [2, .1, -.2, -.05],
                  [.1, .4, -.3, .15]])[None, :, None]
 Q, V = jnp.asarray([[[1, -.5, .8, 2]]]), jnp.arange(12.0).reshape(1, 6, 1, 2)
-# The gate of SeerAttention's released class, and its probabilities for the third block of queries.
+# SeerAttention's released class gave the probabilities that the test of this gate expects.
 GATE = {'query': jnp.eye(2)[None, None], 'key': jnp.asarray([[[1, 0], [0, 1], [.5, 0], [0, -.5]]])}
 PAIRS = jnp.asarray([[.5, 1], [1, -1], [0, 2], [-1, 0], [3, .5], [1, 1]])[None, :, None]
 
 
 def filled(rule, k, v=V, capacity=8):
-  cache = decode.empty(rule, 1, capacity, 1, k.shape[-1], values=v.shape[-1])
+  cache = decode.empty_cache(rule, 1, capacity, 1, k.shape[-1], values=v.shape[-1])
   return decode.extended(rule, cache, k, v)
 
 
@@ -63,10 +63,10 @@ RULES = {
 
 @pytest.mark.parametrize('name', RULES)
 def test_labels_and_lists_do_not_depend_on_how_tokens_came(name):
-  """All at once, or one by one. NaN ranks last, the newest page is read, and a list ends at the length."""
+  """Checks tokens that come together or one by one. NaN ranks last, and the newest page is read."""
   rule = RULES[name](4)
   k = K.at[0, 2].set(jnp.nan)
-  one, steps = filled(rule, k[:, :5], V[:, :5]), decode.empty(rule, 1, 8, 1, 4, values=2)
+  one, steps = filled(rule, k[:, :5], V[:, :5]), decode.empty_cache(rule, 1, 8, 1, 4, values=2)
   for i in range(5):
     steps = decode.extended(rule, steps, k[:, i:i + 1], V[:, i:i + 1])
   jax.tree.map(np.testing.assert_array_equal, one, steps)
@@ -78,7 +78,7 @@ def test_labels_and_lists_do_not_depend_on_how_tokens_came(name):
 
 def test_pages_of_the_gate_are_written_when_they_close():
   rule = decode.seer(GATE, keep=4, page=2)
-  whole, steps = filled(rule, PAIRS[:, :5], V[:, :5]), decode.empty(rule, 1, 8, 1, 2)
+  whole, steps = filled(rule, PAIRS[:, :5], V[:, :5]), decode.empty_cache(rule, 1, 8, 1, 2)
   for i in range(5):
     steps = decode.extended(rule, steps, PAIRS[:, i:i + 1], V[:, i:i + 1])
   np.testing.assert_array_equal(whole.labels, steps.labels)
@@ -120,18 +120,19 @@ def test_a_small_model_generates_with_a_cache():
 
 REFUSED = {
     'channels': (lambda: decode.double_sparsity([[0.5]], 4), 'must be numbers from 0 on, int.kv_heads, r'),
-    'channels of another layer': (lambda: decode.empty(decode.double_sparsity([[7]], 4), 1, 8, 1, 4), 'calibrate them'),
+    'channels of another layer': (lambda: decode.empty_cache(decode.double_sparsity([[7]], 4), 1, 8, 1, 4),
+                                  'calibrate them'),
     'pages': (lambda: decode.quest(keep=10, page=4), 'must be whole pages of 4; give 12'),
     'no tokens': (lambda: decode.quest(keep=0), '`keep` must be a number of tokens, whole and at least 1, not 0'),
-    'a capacity': (lambda: decode.empty(decode.quest(8, 4), 1, 10, 1, 4), 'whole pages of 4, .* give 12'),
-    'a small capacity': (lambda: decode.empty(decode.quest(8, 4), 1, 4, 1, 4), 'at least the 8 tokens .* give 8'),
-    'a batch': (lambda: decode.empty(decode.quest(8, 4), 0, 8, 1, 4), '`batch` must be a whole number, at least 1'),
+    'a capacity': (lambda: decode.empty_cache(decode.quest(8, 4), 1, 10, 1, 4), 'whole pages of 4, .* give 12'),
+    'a small capacity': (lambda: decode.empty_cache(decode.quest(8, 4), 1, 4, 1, 4), 'at least the 8 tokens .* give 8'),
+    'a batch': (lambda: decode.empty_cache(decode.quest(8, 4), 0, 8, 1, 4), '`batch` must be a whole number'),
     'keys': (lambda: decode.extended(decode.quest(2, 2), filled(decode.quest(2, 2), K), K[..., :3], V),
              r'must be \[B, n, kv_heads, d\] like the cache'),
     'dtypes': (lambda: decode.extended(decode.quest(2, 2), filled(decode.quest(2, 2), K), K.astype('bfloat16'), V),
                'dtypes bfloat16 and float32 must be float32'),
     'a gate': (lambda: decode.seer({'query': jnp.ones((1, 1, 2, 2))}, 64), "must have 'query' .* and 'key'"),
-    'a gate of another layer': (lambda: decode.empty(decode.seer(GATE, 4, 2), 1, 8, 2, 2), 'train one for this layer'),
+    'a gate of another layer': (lambda: decode.empty_cache(decode.seer(GATE, 4, 2), 1, 8, 2, 2), 'train one for this'),
     'many channels': (lambda: decode.heavy_channels(K[0], 5), 'from 1 to the 4 channels, not 5'),
     'no rule': (lambda: decoder('quest'), r'must be a DecodeRule, as in decode.quest\(keep=1024\), not str'),
     'queries': (lambda: decoder(decode.quest(2, 2)).step(Q[0], filled(decode.quest(2, 2), K)), 'one query for each'),

@@ -15,7 +15,7 @@ LENGTHS = [3, 1, 2]
 
 
 def test_places_of_one_row_are_cumulative_lengths():
-  """Lengths 3, 1 and 2: places restart, and ten causal pairs remain of 21."""
+  """Places restart for each of the lengths 3, 1 and 2, and ten causal pairs remain of 21."""
   packs = packing.plan(LENGTHS, 6)
   assert packs.begin.tolist() == [0, 5, 3] and packs.row.tolist() == [0, 0, 0]
   assert packs.segments.tolist() == [[0, 0, 0, 2, 2, 1]] and packs.positions.tolist() == [[0, 1, 2, 0, 1, 0]]

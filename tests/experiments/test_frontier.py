@@ -25,7 +25,7 @@ def test_costs_are_those_of_kinetics():
 
 
 def test_the_frontier_of_a_tiny_decoder(tmp_path, monkeypatch):
-  sizes = engine.Sizes(windows=2, length=32, needles=2, haystack=32, needle=8)
+  sizes = engine.FrontierSizes(windows=2, length=32, needles=2, haystack=32, needle=8)
   run = lambda rules: frontier.run('decoder', tmp_path, rules=rules, sparsities=[0.5], steps=1, sizes=sizes,
                                    config=TINY)
   dense, quest = run(['quest'])

@@ -16,7 +16,7 @@ CASES = {
 
 
 def inputs(name, dtype='float32'):
-  """Returns q, k and v, the lists, and their lengths: one is full, and one is empty where there are several."""
+  """Returns q, k and v, the lists, and their lengths: a full list, and an empty one where there are several."""
   batch, tokens, heads, shared, d, lists, most = CASES[name]
   rng = np.random.default_rng(3)
   arrays = [normal((*batch, *shape, d), dtype, i) for i, shape in enumerate([(heads,), *[(tokens, shared)] * 2])]
