@@ -58,7 +58,8 @@ def test_products_and_gradients_are_those_of_the_dense_weight(name, tokens):
   run = kernels_pallas.packed(apply)
   np.testing.assert_allclose(run({'kernel': w}, x), apply({'kernel': w.to_dense()}, x), rtol=2e-5, atol=1e-5)
   if name.startswith('active'):
-    assert kernels_pallas.prepared({'kernel': w})['kernel'] is w  # a dense form would lose the thresholds
+    # A dense form would lose the thresholds.
+    assert kernels_pallas.prepared({'kernel': w}, tokens=tokens)['kernel'] is w
   use, = kernels_pallas.packed(apply, explain=True)({'kernel': w}, x)
   assert use.op == {'wrapped': 'wrapped_matmul', 'active': 'threshold_matmul'}.get(name.split()[0], 'scaled_matmul')
   if name.endswith('groups'):
