@@ -246,9 +246,8 @@ def _backward(options: Options, implementation: str | None) -> Callable[..., Any
   Their own derivatives are those of the gradients in plain JAX, because kernels have none.
   """
   table, plain = _backward_table(options), functools.partial(_plain_backward, options)
-  run = lambda dy, *args: dispatch.run('block_sparse_attention', (dy, *args), table, implementation,
-                                       lambda dy, *args: options.prefer(*args))
-  call = jax.custom_jvp(run)
+  prefer = lambda dy, *args: options.prefer(*args)
+  call = jax.custom_jvp(lambda *args: dispatch.run('block_sparse_attention', args, table, implementation, prefer))
 
   def tangents(primals: Any, tangents: Any) -> Any:
     return call(*primals), jax.jvp(lambda *a: plain(*a, *primals[4:]), primals[:4], tangents[:4])[1]
