@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, errors
+from sparsejax import arguments
 from sparsejax.arguments import checked
 from sparsejax.types import Array
 
@@ -89,8 +89,9 @@ def _hits(function: str, scores: Array, seen: Array, truth: Array, k: int) -> Ar
   if arguments.is_known(truth) and arguments.is_known(seen):
     empty = np.flatnonzero(~np.any(np.asarray(truth, bool), 1))
     if len(empty):
-      raise ValueError(f'metrics.{function}: users {errors.some([str(int(user)) for user in empty], 5)} have no item in `truth`; leave '
-                       'their rows out of all three arrays.')
+      users = ', '.join(str(int(user)) for user in empty[:5])
+      raise ValueError(f'metrics.{function}: {len(empty)} users have no item in `truth`: {users}. Leave their rows out '
+                       'of all three arrays.')
     if bool(jnp.any(truth.astype(bool) & seen.astype(bool))):
       raise ValueError(f'metrics.{function}: an item is in `truth` and in `seen`, so that it is never recommended; '
                        'take it out of one of them.')

@@ -74,7 +74,8 @@ def gradient_average(decay: float = 0.9) -> Memory:
 @checked
 def squared_gradient_average(decay: float = 0.99) -> Memory:
   """Returns the memory of an exponential moving average of the squared gradient, which starts at 0, not debiased."""
-  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(_slope('squared_gradient_average', s)))
+  slope = lambda s: _slope('squared_gradient_average', s)
+  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(slope(s)))
 
 
 def previous() -> Memory:

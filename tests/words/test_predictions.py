@@ -86,7 +86,7 @@ def test_sharpness_is_that_of_a_relative_move_and_zeros_stay():
 @pytest.mark.parametrize('call, said', [
     (lambda: metrics.calibration(PROBS * 3, LABELS), 'give jax.nn.softmax'),
     (lambda: metrics.calibration(PROBS, LABELS[:2]), 'at least one example'),
-    (lambda: metrics.recall_at(SCORES, SEEN, TRUTH.at[1].set(False), 2), 'users 1 have no item in `truth`'),
+    (lambda: metrics.recall_at(SCORES, SEEN, TRUTH.at[1].set(False), 2), '1 users have no item in `truth`: 1.'),
     (lambda: metrics.ndcg_at(SCORES, TRUTH, TRUTH, 2), 'in `truth` and in `seen`'),
     (lambda: metrics.recall_at(SCORES, SEEN, TRUTH, 6), 'a k of at most the items'),
     (lambda: metrics.forgetting(SCORES), 'a square matrix'),
