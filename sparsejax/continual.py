@@ -10,7 +10,7 @@
     bank.task(0)                                                   # parameters of the first task, bit for bit
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Bank(NamedTuple):
     """Returns the parameters of a task, with zeros where its mask prunes. Raises `ValueError` for a task unknown."""
     if not 0 <= number < len(self.masks):
       raise ValueError(f'continual.Bank: there is no task {number} among {len(self.masks)}.')
-    structure = jax.tree.structure(self.params)
+    structure: Any = jax.tree.structure(self.params)
     rows = zip(jax.tree.leaves(self.params), structure.flatten_up_to(self.masks[number]),
                structure.flatten_up_to(self.own[number]))
     return structure.unflatten([jnp.where(mask, w, jnp.zeros((), w.dtype)) if trees.is_dense(own) else own

@@ -21,15 +21,15 @@ __all__ = ['CalibrationError', 'Forgetting', 'calibration', 'forgetting', 'ndcg_
 class CalibrationError(NamedTuple):
   """A `CalibrationError` compares confidence and accuracy, in `float32`.
 
-  `ece` is the expected calibration error and `mce` the largest gap of a bin. `confidence`, `accuracy` and `count`,
-  `[bins]`, are those of each bin; an empty bin has zeros.
+  `ece` is the expected calibration error and `mce` the largest gap of a bin. `confidence`, `accuracy` and the
+  number of `examples`, `[bins]`, are those of each bin; an empty bin has zeros.
   """
 
   ece: Array
   mce: Array
   confidence: Array
   accuracy: Array
-  count: Array
+  examples: Array
 
 
 @checked
@@ -89,7 +89,7 @@ def _hits(function: str, scores: Array, seen: Array, truth: Array, k: int) -> Ar
   if arguments.is_known(truth) and arguments.is_known(seen):
     empty = np.flatnonzero(~np.any(np.asarray(truth, bool), 1))
     if len(empty):
-      raise ValueError(f'metrics.{function}: users {errors.some(map(int, empty), 5)} have no item in `truth`; leave '
+      raise ValueError(f'metrics.{function}: users {errors.some([str(int(user)) for user in empty], 5)} have no item in `truth`; leave '
                        'their rows out of all three arrays.')
     if bool(jnp.any(truth.astype(bool) & seen.astype(bool))):
       raise ValueError(f'metrics.{function}: an item is in `truth` and in `seen`, so that it is never recommended; '

@@ -94,8 +94,8 @@ def local(routing: Routing, weights: Array, scores: Array, owner: Array, of_toke
   fits = own & (place < capacity)
   more = placed(scores.astype(routing.weights.dtype), jnp.where(fits, place, capacity), capacity,
                  routing.dropped - _count(fits))
-  tokens, weights, filled = (jnp.concatenate(both, 1) for both in zip(routing[:3], more[:3]))
-  return Routing(tokens, weights, filled, more.dropped)
+  tokens, slots, filled = (jnp.concatenate(both, 1) for both in zip(routing[:3], more[:3]))
+  return Routing(tokens, slots, filled, more.dropped)
 
 
 @checked

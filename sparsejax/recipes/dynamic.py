@@ -87,9 +87,10 @@ def snfs(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
 
 @sentence('refresh', 'dense_steps')
 def sparcl(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstructured(0.75), *, lam: float = 0.5,
-           fraction: float | Schedule = 0.04, every: int | None = None, end: int | None = None, masks: PyTree | None = None,
-           gradient_sparsity: float = 0.8, hold: int = 30, probe: Callable[[PyTree], PyTree] | None = None,
-           allocation: Allocation = allocations.uniform, total_steps: int | None = None, **options: Any) -> Optimizer:
+           fraction: float | Schedule = 0.04, every: int | None = None, end: int | None = None,
+           masks: PyTree | None = None, gradient_sparsity: float = 0.8, hold: int = 30,
+           probe: Callable[[PyTree], PyTree] | None = None, allocation: Allocation = allocations.uniform,
+           total_steps: int | None = None, **options: Any) -> Optimizer:
   """Moves masks by |w| + lam |g|, grows at random, and passes few gradients: SparCL (Wang et al. 2022, 2209.09476).
 
   Task-aware masks and dynamic gradient masks, sections 3.1 and 3.3: every `hold` updates the `1 - gradient_sparsity`

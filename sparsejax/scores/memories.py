@@ -68,13 +68,13 @@ def gradient_average(decay: float = 0.9) -> Memory:
 
   The average is not debiased, because a common factor does not change the ranks.
   """
-  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * s.grad.astype(jnp.float32))
+  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * _slope('gradient_average', s))
 
 
 @checked
 def squared_gradient_average(decay: float = 0.99) -> Memory:
   """Returns the memory of an exponential moving average of the squared gradient, which starts at 0, not debiased."""
-  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(s.grad.astype(jnp.float32)))
+  return Memory(_zeros, lambda stat, w, s: decay * stat + (1 - decay) * jnp.square(_slope('squared_gradient_average', s)))
 
 
 def previous() -> Memory:
@@ -110,3 +110,7 @@ def needed(score: str, signal: Any, what: str) -> Any:
 def weight_times_gradient(score: str, w: Array, signals: Signals) -> Array:
   """Returns the weight times its gradient, in `float32`."""
   return w.astype(jnp.float32) * needed(score, signals.grad, GRADIENT).astype(jnp.float32)
+
+
+def _slope(memory: str, signals: Signals) -> Array:
+  return needed(memory, signals.grad, GRADIENT).astype(jnp.float32)

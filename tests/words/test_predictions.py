@@ -20,7 +20,7 @@ def test_calibration_is_the_gap_of_each_bin_weighted_by_its_examples():
   place = np.array([4, 3, 3, 2, 2, 4])  # 0.8 is the upper end of its bin
   gaps = [abs(right[place == b].mean() - sure[place == b].mean()) for b in (2, 3, 4)]
   np.testing.assert_allclose([found.ece, found.mce], [np.dot(gaps, [2, 2, 2]) / 6, max(gaps)], rtol=1e-5)
-  assert found.count.tolist() == [0, 0, 2, 2, 2] and found.accuracy.tolist() == [0, 0, .5, .5, 1]
+  assert found.examples.tolist() == [0, 0, 2, 2, 2] and found.accuracy.tolist() == [0, 0, .5, .5, 1]
   sharp = jax.nn.one_hot(LABELS, 2)
   assert jax.jit(metrics.calibration)(sharp, LABELS).ece == 0
 
