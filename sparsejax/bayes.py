@@ -86,7 +86,7 @@ def sample(params: PyTree, key: Array) -> PyTree:
   Other leaves stay. The gradient is that of the reparametrisation `mean + deviation * noise`. For less variance, a
   layer of one's own may use `noisy_product`, which draws for each output.
   """
-  leaves, treedef = jax.tree.flatten(params, is_leaf=_is_gaussian)
+  _, leaves, treedef = trees.flatten(params, is_leaf=_is_gaussian)
   keys = treedef.unflatten(list(jax.random.split(key, len(leaves))))
   return _each(_drawn, params, keys)
 

@@ -51,4 +51,4 @@ def _hadamard(inputs: int, outputs: int) -> np.ndarray:
   order = math.ceil(math.log2(outputs))
   both = np.arange(inputs)[:, None] & np.arange(outputs)
   odd = sum((both >> bit) & 1 for bit in range(max(order, 1))) % 2
-  return (1.0 - 2.0 * odd) / 2 ** (order / 2)
+  return np.asarray((1.0 - 2.0 * odd) / 2 ** (order / 2))

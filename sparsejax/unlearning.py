@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments
+from sparsejax import arguments, trees
 from sparsejax.arguments import ARRAY, BY_NAME, DRAWN, PARAMS, POSITIVE, RATE, SERIES, TIMES, checked
 from sparsejax.types import Array, PyTree
 
@@ -86,7 +86,7 @@ def noised(params: PyTree, information: PyTree, key: Array, alpha: float, most: 
   also averages the variance over the inputs. In the last layer it caps the variance at 100, and takes it tenfold
   there and for vectors. This function has one rule for every parameter.
   """
-  leaves, treedef = jax.tree.flatten(params)
+  _, leaves, treedef = trees.flatten(params)
   keys = jax.random.split(key, len(leaves))
 
   def move(w: Array, f: Array, key: Array) -> Array:
@@ -124,7 +124,7 @@ def woodfisher(loss: Callable[[PyTree, PyTree], Array], params: PyTree, examples
 
 
 def _dot(a: PyTree, b: PyTree) -> Array:
-  return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+  return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b))))
 
 
 @checked
