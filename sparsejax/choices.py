@@ -140,7 +140,7 @@ def stacks(leaves: Sequence[SparseLeaf], own: Sequence[Pattern], arguments: Sequ
 def _written(widths: Mapping[int, int], leaves: Sequence[SparseLeaf], arguments: Sequence[PyTree]) -> list[PyTree]:
   """Returns the arguments of each leaf in `widths`, with each array of the leaf's shape as a row.
 
-  Numbers stay as they are: those that are known while JAX traces are stacked then, see `kinds.together`.
+  Numbers stay as they are, so that `kinds.together` stacks known numbers while JAX traces.
   """
   flat = [jax.tree.flatten(arguments[i]) for i in widths]
   facts = [(leaves[i].shape, width) for i, width in widths.items()]

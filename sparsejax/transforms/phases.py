@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparsejax import kinds, neighbours, plans
+from sparsejax import flows, kinds, neighbours, plans
 from sparsejax.programs import again
 from sparsejax.states import SparseState
 from sparsejax.transforms import choosing, refusals
 from sparsejax.transforms.choosing import Call, Point, signals_of
 from sparsejax.transforms.leaves import Leaves
 from sparsejax.transforms.method import Method
-from sparsejax.types import Array, PyTree, Signals
+from sparsejax.types import Array, Flow, PyTree, Signals
 
 
 def opened(method: Method, updates: PyTree, state: SparseState, params: PyTree | None, extra: Any) -> Call:
@@ -49,8 +49,12 @@ def resumed(call: Call) -> Point:
 
 def pulled_back(call: Call, point: Point) -> list[Array]:
   """Returns the gradients of the master: the gradients at the sparse point, pulled back by the flow."""
-  pull = lambda g, w, m, s: call.method.until_freeze.pull_back(g.astype(w.dtype), w, m, s)
-  return _each(pull, zip(call.grads, point.weights, point.masks), signals_of(call, point, call.state.step))
+  rows, signals = zip(call.grads, point.weights, point.masks), signals_of(call, point, call.state.step)
+  return _each(_pulled, call.method.until_freeze, rows, signals)
+
+
+def _pulled(flow: Flow, g: Array, w: Array, m: Array, s: Signals) -> Array:
+  return flow.pull_back(g.astype(w.dtype), w, m, s)
 
 
 def observed(call: Call, point: Point) -> Point:
@@ -119,14 +123,26 @@ def _moved(call: Call, point: Point, moves: PyTree) -> list[Array]:
   return [moved(w, u) for w, u in zip(point.weights, call.leaves.pick(moves))]
 
 
-def _each(function: Callable[..., Array], rows: Iterable[tuple[Array, ...]], signals: list[Signals]) -> list[Array]:
-  """Returns `function(*row, signals)` of each leaf. Leaves of one kind share a program, which is traced once."""
-  rows = list(rows)
-  if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(rows)):  # each program would be compiled
-    return [function(*row, own) for row, own in zip(rows, signals)]
-  one = lambda axes, row: function(*row[:-2], row[-2]._replace(step=row[-1], axes=axes))
+def _each(function: Callable[..., Array], flow: Flow, rows: Iterable[tuple[Array, ...]], signals: list[Signals]
+          ) -> list[Array]:
+  """Returns `function(flow, *row, signals)` of each leaf. Leaves of one kind share a program, which is traced once."""
+  rows, axes = list(rows), tuple(own.axes for own in signals)
+  if not rows:
+    return []
   told = [(*row, own._replace(step=None, axes=None)) for row, own in zip(rows, signals)]
-  return kinds.each(one, [own.axes for own in signals], told, (signals[0].step,), inline=True) if rows else []
+  if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((rows, signals))):
+    at_once = _at_once if flows.hashes((flow, axes)) else _of_all
+    return at_once(function, flow, axes, told, signals[0].step)
+  one = lambda axes, row: function(flow, *row[:-2], row[-2]._replace(step=row[-1], axes=axes))
+  return kinds.each(one, axes, told, (signals[0].step,), inline=True)
+
+
+def _of_all(function: Callable[..., Array], flow: Flow, axes: Any, rows: Any, step: Array) -> list[Array]:
+  return [function(flow, *row[:-1], row[-1]._replace(step=step, axes=own)) for row, own in zip(rows, axes)]
+
+
+# A single program for all leaves outside of `jit`: each operation by itself would be compiled for each shape.
+_at_once = jax.jit(_of_all, static_argnums=(0, 1, 2))
 
 
 def settled(call: Call, point: Point) -> Point:
@@ -156,15 +172,21 @@ def emitted(call: Call, point: Point, before: list[Array], moves: PyTree) -> tup
   next step. Without a master a kept weight moves by the optimizer's update, and a weight that has just grown stays at
   zero.
   """
-  project, signals = call.method.until_freeze.project, call.leaves.signals(call.step, point.stats)
-  only = neighbours.where_kept
+  flow, signals = call.method.until_freeze, call.leaves.signals(call.step, point.stats)
   if call.method.flow.dense:
-    to_point = lambda p, m, w, s: project(w, m, s).astype(p.dtype) - p
-    deltas = _each(to_point, zip(call.held, point.masks, point.weights), signals)
+    deltas = _each(_to_point, flow, zip(call.held, point.masks, point.weights), signals)
   else:
-    moved = lambda p, m, old, u, s: only(m, only(old, u.astype(p.dtype)), project(p, m, s) - p)
-    deltas = _each(moved, zip(call.held, point.masks, before, call.leaves.pick(moves)), signals)
+    deltas = _each(_kept_moves, flow, zip(call.held, point.masks, before, call.leaves.pick(moves)), signals)
   return call.leaves.put(deltas, moves), recorded(call.method, call.leaves, point, call.state._replace(step=call.step))
+
+
+def _to_point(flow: Flow, p: Array, m: Array, w: Array, s: Signals) -> Array:
+  return flow.project(w, m, s).astype(p.dtype) - p
+
+
+def _kept_moves(flow: Flow, p: Array, m: Array, old: Array, u: Array, s: Signals) -> Array:
+  only = neighbours.where_kept
+  return only(m, only(old, u.astype(p.dtype)), flow.project(p, m, s) - p)
 
 
 def recorded(method: Method, leaves: Leaves, point: Point, state: SparseState) -> SparseState:
