@@ -137,7 +137,7 @@ def _each(function: Callable[..., Array], flow: Flow, rows: Iterable[tuple[Array
   return kinds.each(one, axes, told, (signals[0].step,), inline=True)
 
 
-def _of_all(function: Callable[..., Array], flow: Flow, axes: Any, rows: Any, step: Array) -> list[Array]:
+def _of_all(function: Callable[..., Array], flow: Flow, axes: Any, rows: Any, step: Any) -> list[Array]:
   return [function(flow, *row[:-1], row[-1]._replace(step=step, axes=own)) for row, own in zip(rows, axes)]
 
 
