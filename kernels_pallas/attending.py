@@ -140,7 +140,7 @@ def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
     raise ValueError(f'sparse_attention: the builder returned a mask of shape {mask.shape} at {site.place}; '
                      f'{site.q.shape[1]} queries and {site.k.shape[1]} keys in blocks of {blocks.block_q} and '
                      f'{blocks.block_k} need [..., {seen.shape[-2]}, {seen.shape[-1]}].')
-  ranked = lambda a: a.reshape((1,) * (mask.ndim - a.ndim) + a.shape)
+  ranked: Callable[[Any], Any] = lambda a: a.reshape((1,) * (mask.ndim - a.ndim) + a.shape)
   rows, columns = seen.shape[-2:]
   own, mask = ranked(diagonal(rows, columns, blocks.block_q, blocks.block_k)), mask & ranked(seen)
   kept = mask | own if site.traced_masks else mask | (own & ~mask.any(-1, keepdims=True))
@@ -155,7 +155,8 @@ def attend(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementa
   """Returns the attention of a site to the listed blocks; lists that differ between examples are mapped over."""
   fixed: dict[str, Any] = dict(block_q=blocks.block_q, block_k=blocks.block_k, causal=site.causal, scale=site.scale,
                implementation=implementation)
-  run: Callable[..., Any] = functools.partial(block_sparse_attention, **fixed)
+  op: Any = block_sparse_attention  # which returns no choices here
+  run: Callable[..., Array] = functools.partial(op, **fixed)
   kinds, arrays = [edit.kind for edit in site.edits], [edit.array for edit in site.edits]
   if index.index.ndim == 3:
     return run(site.q, site.k, site.v, index.index, index.counts, edits=site.edits)
