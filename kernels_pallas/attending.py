@@ -155,7 +155,7 @@ def attend(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementa
   """Returns the attention of a site to the listed blocks; lists that differ between examples are mapped over."""
   fixed: dict[str, Any] = dict(block_q=blocks.block_q, block_k=blocks.block_k, causal=site.causal, scale=site.scale,
                implementation=implementation)
-  op: Any = block_sparse_attention  # which returns no choices here
+  op: Any = block_sparse_attention
   run: Callable[..., Array] = functools.partial(op, **fixed)
   kinds, arrays = [edit.kind for edit in site.edits], [edit.array for edit in site.edits]
   if index.index.ndim == 3:

@@ -116,7 +116,7 @@ class UnreadAttention:
   why: str
 
 WORDS = {'largest': 'largest scores', 'shifted': 'scores', 'exps': 'exponentials', 'total': 'sums', 'inverse': 'sums',
-         'scores': 'scores', 'weights': 'weights'}  # what reports call the stages of a `Pending`
+         'scores': 'scores', 'weights': 'weights'}  # stages, for reports
 Answer = Callable[[AttentionSite], Array | None]
 
 @checked
