@@ -140,8 +140,9 @@ def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
     raise ValueError(f'sparse_attention: the builder returned a mask of shape {mask.shape} at {site.place}; '
                      f'{site.q.shape[1]} queries and {site.k.shape[1]} keys in blocks of {blocks.block_q} and '
                      f'{blocks.block_k} need [..., {seen.shape[-2]}, {seen.shape[-1]}].')
-  ranked = lambda a: a.reshape((1,) * (mask.ndim - a.ndim) + a.shape)
-  own, mask = ranked(diagonal(*seen.shape[-2:], blocks.block_q, blocks.block_k)), mask & ranked(seen)
+  ranked: Callable[[Any], Any] = lambda a: a.reshape((1,) * (mask.ndim - a.ndim) + a.shape)
+  rows, columns = seen.shape[-2:]
+  own, mask = ranked(diagonal(rows, columns, blocks.block_q, blocks.block_k)), mask & ranked(seen)
   kept = mask | own if site.traced_masks else mask | (own & ~mask.any(-1, keepdims=True))
   wide, least = (*kept.shape[:-3], site.heads, *kept.shape[-2:]), int(own.sum(-1).max())
   kept = (jnp if isinstance(kept, jax.Array) else np).broadcast_to(kept, wide)
@@ -152,15 +153,17 @@ def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
 
 def attend(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementation: str | None = None) -> Array:
   """Returns the attention of a site to the listed blocks; lists that differ between examples are mapped over."""
-  fixed = dict(block_q=blocks.block_q, block_k=blocks.block_k, causal=site.causal, scale=site.scale,
+  fixed: dict[str, Any] = dict(block_q=blocks.block_q, block_k=blocks.block_k, causal=site.causal, scale=site.scale,
                implementation=implementation)
+  op: Any = block_sparse_attention
+  run: Callable[..., Array] = functools.partial(op, **fixed)
   kinds, arrays = [edit.kind for edit in site.edits], [edit.array for edit in site.edits]
   if index.index.ndim == 3:
-    return block_sparse_attention(site.q, site.k, site.v, index.index, index.counts, edits=site.edits, **fixed)
+    return run(site.q, site.k, site.v, index.index, index.counts, edits=site.edits)
 
   def one(q: Array, k: Array, v: Array, index: Array, counts: Array, arrays: list[Any]) -> Array:
     edits = tuple(map(ScoreEdit, kinds, arrays))
-    return block_sparse_attention(q[None], k[None], v[None], index, counts, edits=edits, **fixed)[0]
+    return run(q[None], k[None], v[None], index, counts, edits=edits)[0]
 
   axes = [None if a is None or a.shape[0] == 1 else 0 for a in arrays]
   given = [a if a is None or a.shape[0] == 1 else a[:, None] for a in arrays]
@@ -176,7 +179,7 @@ def _row(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementati
     np.minimum(seen.sum(-1), index.index.shape[-1]).sum())
   examples = 1 if index.counts.ndim == 2 or not known else index.counts.shape[0]
   shape = (site.q.shape[0], site.heads, site.q.shape[1], site.k.shape[1])
-  choices = block_sparse_attention(
+  choices: Any = block_sparse_attention(
     site.q[:1], site.k[:1], site.v[:1], *(a if a.ndim == n else a[0] for a, n in ((index.index, 3), (index.counts, 2))),
     block_q=blocks.block_q, block_k=blocks.block_k, causal=site.causal, scale=site.scale, explain=True,
     edits=tuple(edit._replace(array=None if edit.array is None else edit.array[:1]) for edit in site.edits))

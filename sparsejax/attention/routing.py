@@ -21,7 +21,8 @@ from sparsejax.attention.masks import BlockMask, Builder
 from sparsejax.attention.sites import AttentionSite
 from sparsejax.types import Array, Bound
 
-POOLS = {'mean': jnp.nanmean, 'max': jnp.nanmax, 'min': jnp.nanmin}  # the last block may be shorter: NaN is padding
+# The last block may be shorter: NaN is padding.
+POOLS: dict[str, Any] = {'mean': jnp.nanmean, 'max': jnp.nanmax, 'min': jnp.nanmin}
 
 
 @checked

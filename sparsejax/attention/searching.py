@@ -27,7 +27,8 @@ def _visible(site: AttentionSite, builder: Builder) -> tuple[np.ndarray, BlockMa
   blocks = builder(site)
   if blocks.capacity is not None:
     raise ValueError('attention.search: a pattern reads queries and keys; give patterns that are known, as band(1).')
-  own = diagonal(*blocks.mask.shape[-2:], blocks.block_q, blocks.block_k)
+  rows, columns = blocks.mask.shape[-2:]
+  own = diagonal(rows, columns, blocks.block_q, blocks.block_k)
   kept = np.asarray(blocks.mask) & site.blocks(blocks.block_q, blocks.block_k)
   kept = kept | (own & ~kept.any(-1, keepdims=True))
   return np.broadcast_to(kept, (site.heads, *kept.shape[-2:])), blocks

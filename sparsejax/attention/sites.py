@@ -62,7 +62,7 @@ class AttentionSite:
 
   def blocks(self, block_q: int, block_k: int) -> np.ndarray:
     """Returns which blocks have a key that a query may see, by `causal` and `masks`: `bool[1 or heads, nq, nk]`."""
-    seen = np.ones((1, 1, self.q.shape[1], self.k.shape[1]), bool)
+    seen: Any = np.ones((1, 1, self.q.shape[1], self.k.shape[1]), bool)
     for part in self.masks:
       seen = seen & part
     seen = np.tril(seen[0]) if self.causal else seen[0]
@@ -116,7 +116,7 @@ class UnreadAttention:
   why: str
 
 WORDS = {'largest': 'largest scores', 'shifted': 'scores', 'exps': 'exponentials', 'total': 'sums', 'inverse': 'sums',
-         'scores': 'scores', 'weights': 'weights'}  # what reports call the stages of a `Pending`
+         'scores': 'scores', 'weights': 'weights'}  # stages, for reports
 Answer = Callable[[AttentionSite], Array | None]
 
 @checked
@@ -172,8 +172,8 @@ class AttentionReader:
       step = STEPS.get(name)
       new = step(eqn, values, pending[0], compute) if step else None
       return None if new is None else [new]
-    new = mask(eqn, values) or known(eqn, values, here.dense)
-    return None if new is None else [new]
+    constant = mask(eqn, values) or known(eqn, values, here.dense)
+    return None if constant is None else [constant]
 
   def result(self, value: Any) -> Any:
     """Returns the array of a result of the program; scores among the results are noted."""
@@ -271,7 +271,7 @@ def _site(found: AttentionLayout, weights: Pending, v: Array, eqn: Any, address:
       if constant is not None and _is_causal(constant):
         causal = True
       elif constant is None or not constant.all():
-        array = None if part is None else found.edit(as_array(part), edit.dims)
+        array: Any = None if part is None else found.edit(as_array(part), edit.dims)
         array = array if constant is None else array[tuple(slice(n) for n in constant.shape)]
         edits.append(ScoreEdit(edit.kind, array))
         masks += [constant] if constant is not None and constant.shape[0] == 1 else []

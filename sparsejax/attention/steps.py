@@ -23,8 +23,9 @@ ROWS = ('largest', 'total', 'inverse')  # stages with one number for each query
 def _moved(eqn: Any, values: list[Any], i: int, compute: Any) -> Pending | None:
   was = values[i]
   moved = factors.MOVES[eqn.primitive.name](was.dims, eqn, eqn.outvars[0].aval.shape)
-  fits = moved is not None and (was.stage in ROWS or factors.exact(moved.dims))
-  return was.to(compute, dims=moved.dims) if fits else None
+  if moved is None or was.stage not in ROWS and not factors.exact(moved.dims):
+    return None
+  return was.to(compute, dims=moved.dims)
 
 
 def _passed(eqn: Any, values: list[Any], i: int, compute: Any) -> Pending | None:
@@ -186,8 +187,8 @@ def mask(eqn: Any, values: list[Any]) -> Masks | None:
     return None
   if not isinstance(first, Masks) and (eqn.outvars[0].aval.dtype != bool or eqn.primitive.name not in _BEGIN):
     return None
-  masks = [v if isinstance(v, Masks) else Masks((_constant(v),), v.aval.shape if isinstance(v, jax.core.Tracer) else
-                                                var.aval.shape) for v, var in zip(values, eqn.invars)]
+  shapes = jaxprs.shapes(eqn.invars)
+  masks = [v if isinstance(v, Masks) else Masks((_constant(v),), own or ()) for v, own in zip(values, shapes)]
   return rule(eqn, values, masks, shape)
 
 
