@@ -52,9 +52,9 @@ def _tested(config: pathlib.Path, workdir: pathlib.Path, request: StopRequest, o
             again: str) -> commands.Ended:
   """Runs the job of one config; what it gives are the outcomes by run, and why runs have none.
 
-  The job is rounds of pruning if the config has `tickets`, tasks one after the other if it has `tasks`, and a
-  protocol if it has `protocol`. Otherwise
-  the job is the sweep of the config's runs, which the config's grid tunes.
+  The job is rounds of pruning if the config has `tickets`, and tasks one after the other if the config has `tasks`.
+  The job is a protocol if the config has `protocol`. Otherwise the job is the sweep of the config's runs, which the
+  config's grid tunes.
   """
   def work() -> tuple[Outcomes, Mapping[str, str]]:
     loaded, grid = sweep.load(config, overrides(config, options.data_dir, options.set))

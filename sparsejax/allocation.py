@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from sparsejax import arguments, errors, trees
+from sparsejax.argument_kinds import is_number
 from sparsejax.arguments import checked
 from sparsejax.types import Allocation, Array, Axes, Score
 
@@ -216,7 +217,7 @@ def shared_by(scores: Mapping[str, float], most: float,
 def _score_of(path: str, score: Any) -> float:
   scalar = getattr(score, 'ndim', None) == 0
   number = score.item() if scalar else score
-  if not arguments.is_number(number) or not (math.isfinite(number) and number >= 0):
+  if not is_number(number) or not (math.isfinite(number) and number >= 0):
     raise ValueError(f'allocation.shared_by: the score of {path!r} is {arguments.shown(score)}; a score is a number, '
                      'finite and at least 0.')
   return float(number)

@@ -10,169 +10,86 @@
 
 import functools
 import inspect
-import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from sparsejax import errors
+from sparsejax.argument_kinds import (
+  ADAPTIVE,
+  ALLOCATION,
+  ANYTHING,
+  ARRAY,
+  AVERAGE,
+  AXES,
+  BANK,
+  BASELINE,
+  BATCHES,
+  BOOLS,
+  BUDGET,
+  BY_NAME,
+  CHANCE,
+  CONFIG,
+  CONTRACTIONS,
+  CUT,
+  DRAWN,
+  FLAG,
+  FLOW,
+  FOLDER,
+  FUNCTION,
+  GROUPS,
+  KEEP,
+  KEY,
+  LISTS,
+  MEMBERS,
+  MEMORY,
+  NAME,
+  NAMED,
+  NUMBER,
+  NUMBERS,
+  OPTIMIZER,
+  PACKED,
+  PAIR,
+  PARAMS,
+  PART,
+  PART_OR_SCHEDULE,
+  PATH,
+  PATTERN,
+  PENALTY,
+  POSITIVE,
+  PREDICATE,
+  QUANTIZE,
+  RATE,
+  RATE_OR_SCHEDULE,
+  REPORT,
+  ROUTED,
+  RULE,
+  SCALARS,
+  SCHEDULE,
+  SELECTION,
+  SEQUENTIAL,
+  SERIES,
+  SHIFT,
+  SPARSITY,
+  STEP,
+  TIED,
+  TIMES,
+  UNITS,
+  UPDATES,
+  VALUE,
+  WHERE,
+  WHOLE,
+  Kind,
+)
 
 F = TypeVar('F', bound=Callable[..., Any])
-Test = Callable[[Any], bool]
 
-
-class Kind(NamedTuple):
-  """A `Kind` says what a parameter may be: `fits(value)`, and the same in words, which are the remedy.
-
-  `coefficient`: the number only enters arithmetic, so that a scalar array will do as well, traced or not. `scheduled`:
-  a function of the step will do as well.
-  """
-
-  says: str
-  fits: Test
-  coefficient: bool = False
-  scheduled: bool = False
-
-
-def is_number(value: Any) -> bool:
-  """Returns whether `value` is a real number that an array can hold: an integer has 64 bits at most. A bool is none."""
-  if isinstance(value, int):
-    return not isinstance(value, bool) and -2**63 <= value < 2**63
-  return isinstance(value, (float, np.integer, np.floating))
-
-
-def between(low: float, high: float, *, open_at: tuple[float, ...] = ()) -> Test:
-  """Returns the test for finite numbers from `low` to `high`, without the ends in `open_at`."""
-  return lambda value: is_number(value) and math.isfinite(value) and low <= value <= high and value not in open_at
-
-
-def whole(low: float, high: float = math.inf) -> Test:
-  """Returns the test for whole numbers of an integer type from `low` to `high`."""
-  return lambda value: is_number(value) and isinstance(value, (int, np.integer)) and low <= value <= high
-
-
-def having(*names: str) -> Test:
-  """Returns the test for values with these attributes. A class, which has them too, is no such value."""
-  return lambda value: not isinstance(value, type) and all(hasattr(value, name) for name in names)
-
-
-def one_of(*types: Any) -> Test:
-  """Returns the test for values of these types."""
-  return lambda value: isinstance(value, types)
-
-
-def is_tree(value: Any) -> bool:
-  """Returns whether `value` may be a tree of arrays: an array, a container of JAX or a mapping, and no other leaf."""
-  if hasattr(value, 'dtype') or isinstance(value, Mapping):
-    return True
-  return value is not None and not jax.tree_util.all_leaves([value])
-
-
-def is_series(value: Any) -> bool:
-  """Returns whether `value` can be gone through item by item, and is no text and no mapping."""
-  return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) and getattr(value, 'ndim', 1) > 0
-
-
-def is_path(value: Any) -> bool:
-  """Returns whether `value` is the path of a file or a folder; a number would be an open file of the process."""
-  return isinstance(value, (str, os.PathLike)) and os.fspath(value) not in ('', b'')
-
-
-def is_key(value: Any) -> bool:
-  """Returns whether `value` is a PRNG key, typed or `uint32`, or an array of keys."""
-  dtype = getattr(value, 'dtype', None)
-  return dtype is not None and (dtype == np.uint32 or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key))
-
-
-_PART, _RATE, _SCHEDULE = 'a number from 0 to 1', 'a finite number, at least 0', 'a schedule, a function of the step'
-_AS_IN = f"{_SCHEDULE}, as in schedules.linear(end=5000), or in a configuration {{'name': 'linear', 'end': 5000}}"
-ANYTHING = Kind('anything', lambda value: True)
-SPARSITY = Kind(f'the fraction of zeros, {_PART}, as in 0.9 for 90 %', between(0, 1))
-_MOST = 2**31 - 1  # JAX counts steps and turns of loops in 32 bits
-STEP = Kind('a number of updates, whole and at least 0, below 2^31', whole(0, _MOST))
-SHIFT = Kind('a whole number of updates', whole(-math.inf))
-UPDATES = Kind('a number of updates, whole and at least 1, below 2^31', whole(1, _MOST))
-TIMES = Kind('a whole number, at least 1, below 2^31', whole(1, _MOST))
-PART = Kind(_PART, between(0, 1), coefficient=True)
-PART_OR_SCHEDULE = Kind(f'{_PART}, or {_SCHEDULE}', between(0, 1), coefficient=True, scheduled=True)
-AVERAGE = Kind('a number from 0 to below 1', between(0, 1, open_at=(1,)), coefficient=True)
-RATE = Kind(_RATE, between(0, math.inf), coefficient=True)
-RATE_OR_SCHEDULE = Kind(f'{_RATE}, or {_SCHEDULE}', between(0, math.inf), coefficient=True, scheduled=True)
-CHANCE = Kind('a number between 0 and 1, without both', between(0, 1, open_at=(0, 1)))
-POSITIVE = Kind('positive', between(0, math.inf, open_at=(0,)), coefficient=True)
-NUMBER = Kind('a finite number', between(-math.inf, math.inf), coefficient=True)
-VALUE = Kind('a finite number, or a bool', lambda value: one_of(bool, np.bool_)(value) or NUMBER.fits(value),
-             coefficient=True)
-FLAG = Kind('True or False', one_of(bool, np.bool_))
-NAME = Kind('a name, a string', one_of(str))
-SCHEDULE = Kind(_AS_IN, callable)
-BOOLS = Kind(f'{_SCHEDULE} that returns a bool, as in schedules.every(100)', callable)
-FUNCTION = Kind('a function', callable)
-# `patterns.parse` answers what is no pattern, with the spellings that it knows.
-PATTERN = Kind("a pattern, as in sj.NM(2, 4), or its spelling, as in '2:4', or a dict of patterns by glob",
-               lambda value: having('validate')(value) or isinstance(value, (str, Mapping, tuple, list)))
-ALLOCATION = Kind("an allocation, as in allocation.erk, allocation.named('erk') or allocation.custom({'**': 0.9})",
-                  lambda value: having('normalise', 'score')(value) or callable(value))
-OPTIMIZER = Kind('an optimizer of optax, as in optax.adamw(1e-3)', having('init', 'update'))
-KEY = Kind("a PRNG key, as in jax.random.key(0), or starts.given('key')",
-           lambda value: callable(value) or is_key(value))
-AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.apply, params, x)',
-            lambda value: isinstance(value, Mapping) and all(isinstance(path, str) for path in value))
-DRAWN = Kind('a PRNG key, as in jax.random.key(0)', is_key)
-# `trees.select` answers a glob that stands by itself.
-WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of bools", lambda value: not is_number(value))
-MEMORY = Kind('a scores.Memory', having('start', 'observe'))
-SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('plan', 'select'))
-FOLDER = Kind('the path of a folder', lambda value: one_of(str, os.PathLike)(value) and (
-    os.path.isdir(value) or not os.path.lexists(value)))
-CONFIG = Kind("a mapping, as in {'name': 'sr_ste', 'pattern': '2:4'}", having('keys', '__getitem__'))
-TIED = Kind("a mapping from globs to globs, as in {'**/rho': '**/mean'}", lambda value: isinstance(value, Mapping) and
-            all(isinstance(text, str) for pair in value.items() for text in pair))
-QUANTIZE = Kind('a grid, as in repairs.Grid(bits=4)', having('fitted', 'rounded'))
-GROUPS = Kind('the groups of a program, as in structured.groups(apply, params, x), or some of them in a dict',
-              lambda value: isinstance(value, Mapping) and all(map(having('members', 'size'), value.values())))
-PENALTY = Kind('a penalty, as in penalties.l1(1e-4)', having('value', 'prox', 'lmo'))
-BUDGET = Kind('a fraction of a cost, as in structured.flops(0.5)', having('fraction', 'cost'))
 # Functions of which `groups` are those of units; other functions take names of groups of leaves.
 _OVER_GROUPS = ('grouped', 'kept', 'group_norm', 'sparse_envelope', 'latency', 'oto', 'hesso', 'dhspg', 'wgsef',
                 'norm_scale', 'group_magnitude', 'group_taylor', 'hap', 'latency_aware', 'choose', 'seconds',
                 'slice_gpt', 'multi_pruner', 'tyr')
-FLOW = Kind('a flow, as in flows.hard()', having('project', 'pull_back'))
-PARAMS = Kind("a tree of arrays, as in model.init(key, x)['params']", is_tree)
-MEMBERS = Kind('a list of trees of arrays', lambda value: isinstance(value, Sequence) and all(map(is_tree, value)))
-SERIES = Kind('a sequence, as in a list', is_series)
-LISTS = Kind('a list of lists of numbers', lambda value: is_series(value) and all(map(is_series, value)))
-BATCHES = Kind('an iterable of batches, as in a list', is_series)
-BY_NAME = Kind('a mapping, as in a dict', one_of(Mapping))
-KEEP = Kind("a mapping from names of groups to bool[units], as in {'up/kernel:1': norms > 0.1}", one_of(Mapping))
-PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
-ARRAY = Kind('an array', having('shape', 'dtype'))
-PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
-SCALARS = Kind('a number or an array', lambda value: is_number(value) or ARRAY.fits(value))
-BANK = Kind('a continual.Bank', having('params', 'masks', 'own'))
-BASELINE = Kind('a gates.Baseline', having('total', 'weight'))
-ROUTED = Kind('an array [rows, blocks], or a conditional.Routing', lambda value: ARRAY.fits(value) or having(
-    'tokens', 'filled')(value))
-PREDICATE = Kind("a predicate, as in trees.named('tail/of/path')", callable)
-CONTRACTIONS = Kind('the contractions of a program, as in sparsejax.contractions(apply, params, x)',
-                    having('uses', 'macs', 'other_macs'))
-UNITS = Kind('the groups of a program, as in structured.groups(apply, params, x)', having('shapes', 'apply', 'items'))
-CUT = Kind('what structured.cut returns', having('params', 'apply', 'kept'))
-NAMED = Kind('a name, or the mapping or the word of a configuration',
-             lambda value: isinstance(value, (str, Mapping)) or callable(value) or hasattr(value, 'score'))
-REPORT = Kind('what sparsejax.report returns', having('rows'))
-SEQUENTIAL = Kind("'weight', 'dense' or a function path -> key",
-                  lambda value: isinstance(value, str) or callable(value))
-WHOLE = Kind('a whole number, at least 0', whole(0))
-PAIR = Kind('two whole numbers from 1 on, as in (128, 128)',
-            lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(TIMES.fits, value)))
-ADAPTIVE = Kind('an activation.AdaptiveWeight', having('weight', 'aim', 'before'))
-RULE = Kind('a rule, as in activation.wina(0.5)', having('neurons'))
-NUMBERS = Kind('a number or a sequence of numbers', lambda value: is_number(value) or is_series(value))
-
 # The kind of each parameter by its name. `function.name` is the kind where a function means something else by the name.
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(('sparsity', 'initial', 'target'), SPARSITY),
@@ -249,7 +166,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('stream', 'widths', 'heads', 'clustered.name'), NAME), 'gate_of.key': DRAWN,
     **dict.fromkeys(('tune', 'activation', 'choose_in_rounds.grads'), FUNCTION), 'weight': RATE,
     **dict.fromkeys(('width', 'gate_of.inputs', 'gate_of.units', 'tile_share.inputs', 'tile_share.outputs'), TIMES),
-    'rule': RULE, 'alpha': PART, 'greedy.step': POSITIVE, 'percent': POSITIVE, 'rank': TIMES, 'thresholds': BY_NAME,
+    'rule': RULE, 'r_sparse.alpha': PART, 'greedy.step': POSITIVE, 'percent': POSITIVE, 'rank': TIMES,
+    'thresholds': BY_NAME,
     **dict.fromkeys(('p', 'raw', 'segments', 'relu_router.scale', 'used.raw', 'chunk_sparsity.used', 'chunk_loss.valid',
                      'adapted.loss'), ARRAY),
     **dict.fromkeys(('sparse_step', 'full_step', 'back', 'reads'), FUNCTION), 'adapted.state': ADAPTIVE,

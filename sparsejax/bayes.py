@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments, trees
-from sparsejax.arguments import ARRAY, DRAWN, FUNCTION, PARAMS, POSITIVE, RATE, checked
+from sparsejax.argument_kinds import ARRAY, DRAWN, FUNCTION, PARAMS, POSITIVE, RATE
+from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, Predicate, PyTree, Score, Signals
 
 __all__ = [

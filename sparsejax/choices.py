@@ -103,7 +103,7 @@ def _switched(function: Masks, pattern: Any, leaves: list[SparseLeaf], rows: lis
   others = [i for i in range(len(leaves)) if i not in small]
   told, given = [leaves[i] for i in others], [rows[i] for i in others]
   if small:
-    columns = [jax.tree.map(lambda x, axes=leaves[i].axes.contracted: neighbours.columns(x, axes, m), rows[i])
+    columns = [jax.tree.map(lambda x, axes=leaves[i].axes.contracted: neighbours.as_columns(x, axes, m), rows[i])
                for i in small]
     given.append(jax.tree.map(lambda *parts: lax.concatenate(parts, 1), *columns))
     told.append(SparseLeaf('', (m, sum(math.prod(leaves[i].shape) for i in small) // m), Axes((0,), (1,)), None,
@@ -126,10 +126,14 @@ def _joined(stages: Sequence[Pattern], leaves: list[SparseLeaf], rows: list[PyTr
   if not all(isinstance(stage, patterns.NM) and stage.width == 1 and m % stage.m == 0 for stage in stages):
     return []
   kind = lambda row: (jax.tree.structure(row), *(x.dtype for x in jax.tree.leaves(row)))
-  fits = lambda leaf, row: math.prod(leaf.shape) < _JOINED and all(
-      x.shape == leaf.shape and jax.typeof(x).sharding.mesh.size < 2 for x in jax.tree.leaves(row))
-  small = [i for i, (leaf, row) in enumerate(zip(leaves, rows)) if fits(leaf, row) and kind(row) == kind(rows[0])]
+  small = [i for i, (leaf, row) in enumerate(zip(leaves, rows)) if _is_small(leaf, row) and kind(row) == kind(rows[0])]
   return small if len(small) > 1 else []
+
+
+def _is_small(leaf: SparseLeaf, row: PyTree) -> bool:
+  """Returns whether a leaf has few weights, and every array of its row has its shape and is not sharded."""
+  return math.prod(leaf.shape) < _JOINED and all(
+      x.shape == leaf.shape and jax.typeof(x).sharding.mesh.size < 2 for x in jax.tree.leaves(row))
 
 
 def stacks(leaves: Sequence[SparseLeaf], own: Sequence[Pattern], arguments: Sequence[tuple[Any, ...]]) -> bool:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsejax import arguments
-from sparsejax.arguments import ARRAY, NAME, PACKED, TIMES, WHOLE, checked
+from sparsejax.argument_kinds import ARRAY, NAME, PACKED, TIMES, WHOLE
+from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
 
 __all__ = ['gather_rows', 'packed_gather', 'scatter_rows']

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments, counts, patterns
-from sparsejax.arguments import ARRAY, TIMES, Kind, checked, having
+from sparsejax.argument_kinds import ARRAY, TIMES, Kind, having
+from sparsejax.arguments import checked
 from sparsejax.types import Array, Axes
 
 __all__ = ['Convolved', 'degree_score', 'kept_edges', 'normalised', 'propagate']

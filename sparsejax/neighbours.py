@@ -102,7 +102,7 @@ def joined(w: Array, axis: int) -> Array:
   return w.reshape(*w.shape[:axis - 1], w.shape[axis - 1] * w.shape[axis], *w.shape[axis + 1:])
 
 
-def columns(w: Array, axes: tuple[int, ...], m: int) -> Array:
+def as_columns(w: Array, axes: tuple[int, ...], m: int) -> Array:
   """Returns the matrix `[m, ...]` whose columns are the groups of `m` neighbours along the merged `axes`."""
   first = min(axes)
   return jnp.moveaxis(split(merged(w, axes, m), m, first), first + 1, 0).reshape(m, -1)

@@ -1,6 +1,6 @@
 """Puts texts of different lengths side by side into rows without padding, so that nothing is computed on padding.
 
-    packs = plan([3, 1, 2], capacity=4)                     # first fit, the longest first
+    packs = first_fit([3, 1, 2], capacity=4)                     # first fit, the longest first
     tokens = packs.packed(padded)                           # `[texts, longest, ...]` to `[rows, capacity, ...]`
     loss = packs.mean(token_loss, packs.first)              # over tokens, without the first of each text
     y = unpadded(mlp, mask, most=256)(x)                    # a function of tokens, on the valid ones alone
@@ -77,7 +77,7 @@ class Packs(NamedTuple):
                        f'[{first[0]}, {least}, ...].')
 
 
-def plan(lengths: Sequence[int], capacity: int) -> Packs:
+def first_fit(lengths: Sequence[int], capacity: int) -> Packs:
   """Returns the packs of texts of these lengths in rows of `capacity` tokens: the longest first, each in the first row
   that has room.
 
@@ -85,9 +85,9 @@ def plan(lengths: Sequence[int], capacity: int) -> Packs:
   """
   given = np.asarray(lengths)
   if given.ndim != 1 or not given.size or not np.issubdtype(given.dtype, np.integer) or given.min() < 1:
-    raise ValueError(f'packing.plan: `lengths` must be whole numbers of tokens, at least 1, not {lengths!r:.60}.')
+    raise ValueError(f'packing.first_fit: `lengths` must be whole numbers of tokens, at least 1, not {lengths!r:.60}.')
   if given.max() > capacity:
-    raise ValueError(f'packing.plan: a text of {given.max()} tokens does not fit into rows of {capacity}; give a '
+    raise ValueError(f'packing.first_fit: a text of {given.max()} tokens does not fit into rows of {capacity}; give a '
                      'larger capacity, or cut the text.')
   used: list[int] = []
   row, begin = np.zeros((2, len(given)), np.int32)
@@ -151,4 +151,4 @@ def _wide(mask: Array | np.ndarray, like: Array) -> Array | np.ndarray:
   return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
 
 
-__all__ = ['Packs', 'blocks', 'plan', 'unpadded']
+__all__ = ['Packs', 'blocks', 'first_fit', 'unpadded']

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments, conventions, counts, errors, neighbours, ranking
+from sparsejax.argument_kinds import whole
 from sparsejax.counts import MATRIX, best_units, kept_of, too_many, units
 from sparsejax.stages import Staged, Switch
 from sparsejax.types import Array, Axes, Pattern, Pooled
@@ -54,13 +55,13 @@ class NM:
   fixed = True
 
   def __post_init__(self):
-    if not arguments.whole(1)(self.m) or self.m > 1024:
+    if not whole(1)(self.m) or self.m > 1024:
       raise ValueError(f'NM: m must be a whole number from 1 to 1024, not {self.m!r}.')
     if isinstance(self.n, (int, np.integer)) and not 0 <= self.n <= self.m:
       raise ValueError(f'NM: {self.n}:{self.m} keeps {self.n} of {self.m}; n must be from 0 to m.')
     if isinstance(self.n, bool) or not isinstance(self.n, (int, np.integer, np.ndarray, jnp.ndarray)):
       raise ValueError(f'NM: n must be a whole number, not {self.n!r}; give sparsity to Unstructured instead.')
-    if not arguments.whole(1)(self.width):
+    if not whole(1)(self.width):
       raise ValueError(f'NM: width must be a whole number, at least 1, not {self.width!r}.')
 
   def __str__(self) -> str:
@@ -219,7 +220,7 @@ class Block:
   def __post_init__(self):
     shape = self.shape if isinstance(self.shape, Iterable) else (self.shape,)
     object.__setattr__(self, 'shape', tuple(shape))  # a list, from a configuration
-    if len(self.shape) != 2 or not all(map(arguments.whole(1), self.shape)):
+    if len(self.shape) != 2 or not all(map(whole(1), self.shape)):
       raise ValueError('Block: shape is two whole numbers, weights along the contraction and along the output, as in '
                        f'(128, 128), not {self.shape!r}.')
     _check_sparsity(self)

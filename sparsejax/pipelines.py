@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 
 from sparsejax import arguments
-from sparsejax.arguments import FUNCTION, PARAMS, RATE, TIMES, checked
+from sparsejax.argument_kinds import FUNCTION, PARAMS, RATE, TIMES
+from sparsejax.arguments import checked
 from sparsejax.tables import aligned
 from sparsejax.types import Array, PyTree
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments
-from sparsejax.arguments import ARRAY, FLAG, TIMES, checked
+from sparsejax.argument_kinds import ARRAY, FLAG, TIMES
+from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 __all__ = ['frequency_map', 'prompted']

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments, trees
-from sparsejax.arguments import ARRAY, BY_NAME, DRAWN, PARAMS, POSITIVE, RATE, SERIES, TIMES, checked
+from sparsejax.argument_kinds import ARRAY, BY_NAME, DRAWN, PARAMS, POSITIVE, RATE, SERIES, TIMES
+from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
 
 __all__ = ['Parted', 'fisher', 'gap', 'membership', 'modified_entropy', 'noised', 'parted', 'woodfisher']

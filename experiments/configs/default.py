@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
   config.tickets = None
   # Tasks one after the other, for experiments.tasks alone: changes of its `DEFAULTS`.
   config.tasks = None
-  # A protocol of its own, for experiments.protocols alone: its `name`, `runs` and sizes.
+  # A protocol has loops of its own, for experiments.protocols alone; the config gives its `name`, `runs` and sizes.
   config.protocol = None
   # With True, an unfinished run goes on from its newest checkpoint although its config has changed. With False, such a
   # run is refused. The checkpoints and the outcome of the run keep the step and the change.

@@ -116,14 +116,14 @@ def _notes(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[str]:
       f'Picture: {workdir / "results.png"}. Tables: {workdir / "results.md"}, results.json, results.csv (a row '
       'for each seed).',
       *(line for outcome in outcomes for line in origins.told(outcome['name'], outcome.get('changes', []))),
-      *shown(outcomes), NEXT]
+      *told_apart(outcomes), NEXT]
 
 
 NEXT = ('Try next: --set KEY=VALUE with another --workdir changes one setting; python -m experiments.sweep compares '
         'recipes, patterns and learning rates; sparsejax advise FILE says what pays for a checkpoint of yours.')
 
 
-def shown(outcomes: Sequence[Outcome]) -> list[str]:
+def told_apart(outcomes: Sequence[Outcome]) -> list[str]:
   """Returns in a line each which runs the seeds tell apart, by the test score and with verdicts that hold all together.
 
   Each run is compared with the first, and with the first run before it that was asked for the same sparsity.

@@ -1,6 +1,6 @@
 """Measures what products are given on calibration batches, and what a sparse model does on batches that were held out.
 
-    found = measured(calls, places, rule)                  # statistics of each unit
+    found = statistics(calls, places, rule)                  # statistics of each unit
     sums, results = tested(calls, places, below(thresholds), {})    # what tokens skip, and what comes out
 """
 
@@ -66,7 +66,7 @@ def scales(calls: Calls, places: Weights, rule: Rule) -> dict[Unit, Any]:
   return {unit: rule.scale(jnp.asarray(np.mean(each, 0))) for unit, each in means.items() if each}
 
 
-def measured(calls: Calls, places: Weights, own: Mapping[Unit, Any]) -> dict[Unit, list[Any]]:
+def statistics(calls: Calls, places: Weights, own: Mapping[Unit, Any]) -> dict[Unit, list[Any]]:
   """Returns the `Magnitudes` of each unit in each batch, scaled by `own`, as arrays of the host."""
   found: dict[Unit, list[Any]] = {}
 

@@ -23,9 +23,9 @@ from sparsejax.activation.measuring import (
   SkipReport,
   Thresholds,
   below,
-  measured,
   over_batches,
   scales,
+  statistics,
   tested,
 )
 from sparsejax.activation.places import Seen, Unit, Weights, places_of
@@ -149,7 +149,7 @@ def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None) 
     limits = bounded(used, places, rule)
     return Calibrated(limits, {}, dict.fromkeys(limits), below(limits))
   own = scales(used, places, rule)
-  found = measured(used, places, own)
+  found = statistics(used, places, own)
   asked = dict.fromkeys(found, rule.sparsity)
   if allocation is not None:
     asked = shared(used, places, rule, own, found, allocation)

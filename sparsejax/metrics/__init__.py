@@ -8,15 +8,13 @@
 Users find all names here.
 """
 
-from sparsejax.metrics.landscapes import layer_barriers, sharpness
+from sparsejax.metrics.landscapes import Barrier, barrier, layer_barriers, sharpness
 from sparsejax.metrics.models import (
-  Barrier,
   Change,
   Exploration,
   Flops,
   Overlap,
   Variance,
-  barrier,
   collapsed,
   density,
   flops,

@@ -6,18 +6,77 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sparsejax import errors, globs, trees
 from sparsejax.arguments import checked
-from sparsejax.metrics.models import Barrier, barrier
+from sparsejax.metrics.models import pairs
 from sparsejax.types import Array, PyTree
 
-__all__ = ['layer_barriers', 'sharpness']
+__all__ = ['Barrier', 'barrier', 'layer_barriers', 'sharpness']
+
+_POINTS = 2**24  # steps of equal size from 0 to 1 that float32 tells apart
 
 Groups = Mapping[str, Sequence[str]]
+
+
+class Barrier(NamedTuple):
+  """A `Barrier` is the loss barrier between two models, in `float32`.
+
+  `height` is the barrier, and `alpha` its place on the line, which is 0 at `a` and 1 at `b`. `losses`, of shape
+  `[points]`, holds the losses on the line from `a` to `b`.
+  """
+
+  height: Array
+  alpha: Array
+  losses: Array
+
+
+@checked
+def barrier(loss: Callable[[PyTree], Array], a: PyTree, b: PyTree, points: int = 11) -> Barrier:
+  """Returns how far `loss` rises above the chord, at most, on the straight line from parameters `a` to `b`.
+
+  The height is the maximum, over alpha, of
+
+      loss((1 - alpha) a + alpha b) - ((1 - alpha) loss(a) + alpha loss(b))
+
+  for `points` values of alpha, evenly spaced from 0 to 1. The height is at least 0, and is 0 if `loss` is convex on the
+  line. A barrier of about 0 is called linear mode connectivity (Frankle et al. 2020). Frankle et al. subtract the mean
+  of the two end losses; `barrier` subtracts the chord (Entezari et al. 2022), which is the same for equal end losses.
+  Among equal heights `alpha` is the first. The height is NaN if any loss is NaN, or if the loss of an end is infinite.
+
+  A weight is zero on the line only if it is zero in both `a` and `b`. Models between two different masks are therefore
+  denser than both ends. Losses are computed one after the other, in the memory of one more model.
+  """
+  if not 2 <= points <= _POINTS:
+    raise ValueError(f'metrics.barrier: points={points}; the two ends alone are 2 points, and float32 has no more than '
+                     f'{_POINTS:,} points of equal distance from 0 to 1. The default is 11.')
+  leaves, structure = pairs('barrier', a, b), jax.tree.structure(a)
+  for path, x, _ in leaves:
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+      raise errors.at_leaf('metrics.barrier', path, jnp.shape(x), f'dtype {jnp.result_type(x)} has no points between; '
+                           'give only the parameters, and let `loss` hold the rest.')
+
+  def between(alpha: Array) -> Array:
+    value = loss(structure.unflatten([_between(alpha, jnp.asarray(x), jnp.asarray(y)) for _, x, y in leaves]))
+    if jnp.ndim(value):
+      raise ValueError(f'metrics.barrier: `loss` gives shape {jnp.shape(value)}; it must give a scalar.')
+    return jnp.asarray(value).astype(jnp.float32)
+
+  alphas = jnp.linspace(0, 1, points, dtype=jnp.float32)
+  losses = jax.lax.map(between, alphas)
+  heights = losses - ((1 - alphas) * losses[0] + alphas * losses[-1])
+  highest = jnp.argmax(heights)
+  return Barrier(heights[highest], alphas[highest], losses)
+
+
+def _between(alpha: Array, x: Array, y: Array) -> Array:
+  wide = x.dtype if x.dtype.itemsize >= 4 else jnp.float32  # bfloat16 rounds alpha to 8 bits
+  alpha = alpha.astype(wide)
+  return ((1 - alpha) * x.astype(wide) + alpha * y.astype(wide)).astype(x.dtype)
 
 
 @checked

@@ -8,7 +8,7 @@ All functions are pure, and all but `flops` can run under `jit`. Most results ar
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +20,10 @@ from sparsejax.arguments import checked
 from sparsejax.types import Array, Axes, PyTree
 
 __all__ = [
-  'Barrier', 'Change', 'Exploration', 'Flops', 'Overlap', 'Variance', 'barrier', 'collapsed', 'density', 'flops',
+  'Change', 'Exploration', 'Flops', 'Overlap', 'Variance', 'collapsed', 'density', 'flops',
   'gradient_variance', 'itop_rate', 'kept', 'model_soup', 'overlap', 'sad', 'strength', 'union',
 ]
 
-_POINTS = 2**24  # steps of equal size from 0 to 1 that float32 tells apart
 
 
 class Change(NamedTuple):
@@ -68,18 +67,6 @@ class Overlap(NamedTuple):
   chance: Array
   ratio: Array
   jaccard: Array
-
-
-class Barrier(NamedTuple):
-  """A `Barrier` is the loss barrier between two models, in `float32`.
-
-  `height` is the barrier, and `alpha` its place on the line, which is 0 at `a` and 1 at `b`. `losses`, of shape
-  `[points]`, holds the losses on the line from `a` to `b`.
-  """
-
-  height: Array
-  alpha: Array
-  losses: Array
 
 
 class Flops(NamedTuple):
@@ -151,15 +138,15 @@ def _prunable(tree: PyTree) -> dict[str, Array]:
   return {path: leaf.astype(bool) for path, leaf in zip(paths, leaves) if jnp.ndim(leaf) and picked(path, leaf)}
 
 
-def _pairs(function: str, a: PyTree, b: PyTree) -> list[tuple[str, Array, Array]]:
+def pairs(function: str, a: PyTree, b: PyTree) -> list[tuple[str, Array, Array]]:
   """Returns path, leaf of `a` and leaf of `b` for all leaves; raises `ValueError` for leaves of different shapes."""
   paths, old, treedef = trees.flatten(a)
-  pairs = list(zip(paths, old, treedef.flatten_up_to(b)))
-  for path, x, y in pairs:
+  found = list(zip(paths, old, treedef.flatten_up_to(b)))
+  for path, x, y in found:
     if jnp.shape(x) != jnp.shape(y):  # different shapes could broadcast in silence
       raise errors.at_leaf(f'metrics.{function}', path, jnp.shape(x), f'the other tree has shape {jnp.shape(y)} there; '
                            'give two trees of one model.')
-  return pairs
+  return found
 
 
 @checked
@@ -169,9 +156,9 @@ def sad(before: PyTree, after: PyTree) -> dict[str, Change]:
   `Change.count` is the sum of Zhou et al. 2021, section 3.2; `Change.fraction` is the flip rate of the leaf. Masks of
   rank 0, which `sparsejax.masks` gives for dense leaves, are left out.
   """
-  pairs = [pair for pair in _pairs('sad', before, after) if jnp.ndim(pair[1])]
-  flips = {path: jnp.sum(a != b, dtype=jnp.float32) for path, a, b in pairs}
-  return {path: Change(flips[path], flips[path] / a.size) for path, a, _ in pairs}
+  leaves = [pair for pair in pairs('sad', before, after) if jnp.ndim(pair[1])]
+  flips = {path: jnp.sum(a != b, dtype=jnp.float32) for path, a, b in leaves}
+  return {path: Change(flips[path], flips[path] / a.size) for path, a, _ in leaves}
 
 
 @checked
@@ -190,7 +177,7 @@ def overlap(a: PyTree, b: PyTree) -> dict[str, Overlap]:
 
   Masks of rank 0, which `sparsejax.masks` gives for dense leaves, are left out.
   """
-  return {path: _overlap(x, y) for path, x, y in _pairs('overlap', a, b) if jnp.ndim(x)}
+  return {path: _overlap(x, y) for path, x, y in pairs('overlap', a, b) if jnp.ndim(x)}
 
 
 def _overlap(a: Array, b: Array) -> Overlap:
@@ -205,7 +192,7 @@ def union(seen: PyTree, masks: PyTree) -> PyTree:
 
   `seen` is the previous result, and the first masks at the beginning.
   """
-  return jax.tree.structure(seen).unflatten([a | b for _, a, b in _pairs('union', seen, masks)])
+  return jax.tree.structure(seen).unflatten([a | b for _, a, b in pairs('union', seen, masks)])
 
 
 @checked
@@ -229,58 +216,14 @@ def gradient_variance(grads: PyTree, masks: PyTree) -> dict[str, Variance]:
   before clipping. Leaves whose mask has rank 0, which are dense, are left out.
   """
   paths, leaves, treedef = trees.flatten(grads)
-  pairs = zip(paths, leaves, treedef.flatten_up_to(masks))
-  return {path: Variance(_variance(jnp.abs(g), m), _variance(jnp.abs(g), ~m)) for path, g, m in pairs if jnp.ndim(m)}
+  each = zip(paths, leaves, treedef.flatten_up_to(masks))
+  return {path: Variance(_variance(jnp.abs(g), m), _variance(jnp.abs(g), ~m)) for path, g, m in each if jnp.ndim(m)}
 
 
 def _variance(x: Array, mask: Array) -> Array:
   x, count = x.astype(jnp.float32), jnp.sum(mask, dtype=jnp.float32)
   mean = jnp.sum(jnp.where(mask, x, 0)) / count
   return jnp.sum(jnp.where(mask, jnp.square(x - mean), 0)) / count
-
-
-@checked
-def barrier(loss: Callable[[PyTree], Array], a: PyTree, b: PyTree, points: int = 11) -> Barrier:
-  """Returns how far `loss` rises above the chord, at most, on the straight line from parameters `a` to `b`.
-
-  The height is the maximum, over alpha, of
-
-      loss((1 - alpha) a + alpha b) - ((1 - alpha) loss(a) + alpha loss(b))
-
-  for `points` values of alpha, evenly spaced from 0 to 1. The height is at least 0, and is 0 if `loss` is convex on the
-  line. A barrier of about 0 is called linear mode connectivity (Frankle et al. 2020). Frankle et al. subtract the mean
-  of the two end losses; `barrier` subtracts the chord (Entezari et al. 2022), which is the same for equal end losses.
-  Among equal heights `alpha` is the first. The height is NaN if any loss is NaN, or if the loss of an end is infinite.
-
-  A weight is zero on the line only if it is zero in both `a` and `b`. Models between two different masks are therefore
-  denser than both ends. Losses are computed one after the other, in the memory of one more model.
-  """
-  if not 2 <= points <= _POINTS:
-    raise ValueError(f'metrics.barrier: points={points}; the two ends alone are 2 points, and float32 has no more than '
-                     f'{_POINTS:,} points of equal distance from 0 to 1. The default is 11.')
-  pairs, structure = _pairs('barrier', a, b), jax.tree.structure(a)
-  for path, x, _ in pairs:
-    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-      raise errors.at_leaf('metrics.barrier', path, jnp.shape(x), f'dtype {jnp.result_type(x)} has no points between; '
-                           'give only the parameters, and let `loss` hold the rest.')
-
-  def between(alpha: Array) -> Array:
-    value = loss(structure.unflatten([_between(alpha, jnp.asarray(x), jnp.asarray(y)) for _, x, y in pairs]))
-    if jnp.ndim(value):
-      raise ValueError(f'metrics.barrier: `loss` gives shape {jnp.shape(value)}; it must give a scalar.')
-    return jnp.asarray(value).astype(jnp.float32)
-
-  alphas = jnp.linspace(0, 1, points, dtype=jnp.float32)
-  losses = jax.lax.map(between, alphas)
-  heights = losses - ((1 - alphas) * losses[0] + alphas * losses[-1])
-  highest = jnp.argmax(heights)
-  return Barrier(heights[highest], alphas[highest], losses)
-
-
-def _between(alpha: Array, x: Array, y: Array) -> Array:
-  wide = x.dtype if x.dtype.itemsize >= 4 else jnp.float32  # bfloat16 rounds alpha to 8 bits
-  alpha = alpha.astype(wide)
-  return ((1 - alpha) * x.astype(wide) + alpha * y.astype(wide)).astype(x.dtype)
 
 
 @checked

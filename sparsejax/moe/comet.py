@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments
-from sparsejax.arguments import ARRAY, POSITIVE, RATE, TIMES, checked
+from sparsejax.argument_kinds import ARRAY, POSITIVE, RATE, TIMES
+from sparsejax.arguments import checked
 from sparsejax.moe.gating import Gated
 from sparsejax.types import Array, Bound
 

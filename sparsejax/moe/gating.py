@@ -11,17 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments
-from sparsejax.arguments import (
-  ARRAY,
-  FLAG,
-  FUNCTION,
-  PART,
-  POSITIVE,
-  STEP,
-  TIMES,
-  Kind,
-  checked,
-)
+from sparsejax.argument_kinds import ARRAY, FLAG, FUNCTION, PART, POSITIVE, STEP, TIMES, Kind
+from sparsejax.arguments import checked
 from sparsejax.gates import Gated
 from sparsejax.types import Array, Bound, Schedule
 

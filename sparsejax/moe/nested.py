@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments
-from sparsejax.arguments import ARRAY, checked
+from sparsejax.argument_kinds import ARRAY
+from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 __all__ = ['Nested', 'nested']

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import arguments
-from sparsejax.arguments import ARRAY, POSITIVE, TIMES, checked
+from sparsejax.argument_kinds import ARRAY, POSITIVE, TIMES
+from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 __all__ = ['assigned', 'disorder', 'permuted', 'sinkhorn']

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments, errors
-from sparsejax.arguments import ARRAY, NAME, SERIES, TIMES, checked
+from sparsejax.argument_kinds import ARRAY, NAME, SERIES, TIMES
+from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 __all__ = ['device_loads', 'makespan', 'placement', 'schedule']

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments, conditional
-from sparsejax.arguments import ARRAY, FUNCTION, PARAMS, POSITIVE, TIMES, Kind, checked, having
+from sparsejax.argument_kinds import ARRAY, FUNCTION, PARAMS, POSITIVE, TIMES, Kind, having
+from sparsejax.arguments import checked
 from sparsejax.conditional import Routing, placed, routed
 from sparsejax.types import Array, PyTree
 

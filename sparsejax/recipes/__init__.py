@@ -13,7 +13,8 @@ from typing import Any
 import optax
 
 from sparsejax import allocation, errors, formats, metrics, patterns, schedules, states, trees
-from sparsejax.arguments import is_number, known, shown, verified
+from sparsejax.argument_kinds import is_number
+from sparsejax.arguments import known, shown, verified
 from sparsejax.recipes.at_init import (
   fixed,
   freeze_net,

@@ -130,7 +130,7 @@ class Signature(inspect.Signature):
   """A `Signature` binds the arguments of a recipe as `optax.inject_hyperparams` needs them.
 
   optax takes all callables for schedules, and all numbers for hyperparameters, while only the coefficients of a recipe
-  are (`arguments.Kind.coefficient`). `bind` verifies all other arguments and puts each into an `Unchanged`.
+  are (`Kind.coefficient` of `argument_kinds`). `bind` verifies all other arguments and puts each into an `Unchanged`.
   """
 
   function = 'recipes'

@@ -16,7 +16,7 @@ LENGTHS = [3, 1, 2]
 
 def test_places_of_one_row_are_cumulative_lengths():
   """Places restart for each of the lengths 3, 1 and 2, and ten causal pairs remain of 21."""
-  packs = packing.plan(LENGTHS, 6)
+  packs = packing.first_fit(LENGTHS, 6)
   assert packs.begin.tolist() == [0, 5, 3] and packs.row.tolist() == [0, 0, 0]
   assert packs.segments.tolist() == [[0, 0, 0, 2, 2, 1]] and packs.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
   assert packs.first.tolist() == [[True, False, False, True, False, True]] and packs.share == 6 / 9
@@ -28,7 +28,7 @@ def test_places_of_one_row_are_cumulative_lengths():
 
 @pytest.mark.parametrize('capacity', [4, 6, 9])
 def test_packing_and_padding_are_inverse(capacity):
-  packs, x = packing.plan(LENGTHS, capacity), normal((3, 4, 2))
+  packs, x = packing.first_fit(LENGTHS, capacity), normal((3, 4, 2))
   inside = jnp.arange(4)[None] < jnp.asarray(LENGTHS)[:, None]
   packed = packs.packed(x)
   np.testing.assert_array_equal(packs.padded(packed, 4), jnp.where(inside[..., None], x, 0))
@@ -40,7 +40,7 @@ def test_packing_and_padding_are_inverse(capacity):
 @pytest.mark.parametrize('way', ['xla', 'dense'])
 @pytest.mark.parametrize('causal', [False, True])
 def test_loss_and_gradients_are_those_of_the_padded_texts(causal, way):
-  packs, block = packing.plan([5, 9, 3, 4], 12), 4
+  packs, block = packing.first_fit([5, 9, 3, 4], 12), 4
   x, w = normal((4, 9, 2, 8)), normal((3, 8, 8), seed=1)
   inside = jnp.arange(9)[None] < jnp.asarray(packs.lengths)[:, None]
   lists = of_mask(packing.blocks(packs.segments, block, causal).any(0).repeat(2, 0))
@@ -89,10 +89,10 @@ def test_a_function_of_tokens_sees_valid_tokens_alone():
 
 Q, IDS = jnp.ones((1, 8, 1, 4)), jnp.zeros((1, 8), jnp.int32)
 REFUSED = {
-    'a long text': (lambda: packing.plan([3, 9], 8), 'a text of 9 tokens does not fit into rows of 8; give a larger'),
-    'no text': (lambda: packing.plan([], 8), '`lengths` must be whole numbers'),
-    'an empty text': (lambda: packing.plan([3, 0], 8), 'at least 1'),
-    'other texts': (lambda: packing.plan([3], 8).packed(jnp.ones((2, 3))), r'which need \[1, 3, ...\]'),
+    'a long text': (lambda: packing.first_fit([3, 9], 8), 'a text of 9 tokens does not fit into rows of 8; give a larger'),
+    'no text': (lambda: packing.first_fit([], 8), '`lengths` must be whole numbers'),
+    'an empty text': (lambda: packing.first_fit([3, 0], 8), 'at least 1'),
+    'other texts': (lambda: packing.first_fit([3], 8).packed(jnp.ones((2, 3))), r'which need \[1, 3, ...\]'),
     'many tokens': (lambda: packing.unpadded(abs, np.ones((2, 3), bool), 4), '6 tokens are valid, and `most` is 4'),
     'numbers': (lambda: packing.unpadded(abs, np.ones((2, 3)), 4), r'must be bool\[B, T\]'),
     'another mask': (lambda: packing.unpadded(abs, np.ones((2, 3), bool), 6)(Q), r'does not fit the mask, \(2, 3\)'),

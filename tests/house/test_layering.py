@@ -22,7 +22,7 @@ FAMILIES = {
 # own line. Inside of a package, INSIDE says the same.
 SPARSEJAX = (
     ('types', 'version'),
-    ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'progress', 'rows', 'wholes'),
+    ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'argument_kinds', 'progress', 'rows', 'wholes'),
     ('arguments',),
     ('trees',),
     ('programs',),
@@ -98,7 +98,7 @@ INSIDE = {
                                              'transferred')),
     'sparsejax.moe': (('gating', 'permutations', 'routing', 'placement', 'nested'), ('comet',)),
     'sparsejax.attention': (('edits', 'looking', 'pending'), ('steps', 'layout'), ('sites',), ('masks', 'mixing'),
-                            ('routing', 'features'), ('learned', 'searching')),
+                            ('routing', 'features', 'decode'), ('learned', 'searching')),
     'sparsejax.hub': (('layers', 'texts'), ('bert', 'gpt2', 'llama')),
     'sparsejax.advice': (('measured', 'arrays'), ('rows',)),
     'sparsejax.io': (('headers', 'slots'), ('stored', 'bodies', 'claims', 'orbax'), ('folders',),
@@ -235,7 +235,7 @@ def test_a_wrong_import_is_found(module, source):
     ('sparsejax', 'from sparsejax.cli import main'),
     ('sparsejax.plot', 'def f():\n  from matplotlib import pyplot'),
     ('sparsejax.structured.rotate', 'from sparsejax.post_training import calibration'),
-    ('sparsejax.moe.plans', 'from sparsejax.moe import rectify\nfrom sparsejax import programs'),
+    ('sparsejax.huggingface', 'from sparsejax.io import saving\nfrom sparsejax import programs'),
     ('kernels_pallas.block_sparse.gpu', 'from kernels_pallas import hopper\nfrom sparsejax import formats'),
     ('experiments.claims', 'from experiments import tickets\nimport matplotlib'),
 ])

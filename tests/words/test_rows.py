@@ -71,7 +71,8 @@ def test_widths_are_few_and_less_than_twice_a_size():
 @pytest.mark.parametrize('shape, axes, m', [((3, 8), (1,), 4), ((2, 3, 4, 5), (2,), 2), ((4, 3, 2), (2, 0), 8)])
 def test_columns_are_the_groups_and_give_the_array_back(shape, axes, m):
   w = np.arange(math.prod(shape)).reshape(shape)
-  columns, back = jax.jit(lambda w: (x := neighbours.columns(w, axes, m), neighbours.from_columns(x, axes, shape)))(w)
+  columns = jax.jit(lambda w: neighbours.as_columns(w, axes, m))(w)
+  back = jax.jit(lambda x: neighbours.from_columns(x, axes, shape))(columns)
   groups = np.moveaxis(w, axes, range(-len(axes), 0)).reshape(-1, m)  # the contraction last, in its order
   assert {*map(tuple, columns.T.tolist())} == {*map(tuple, groups.tolist())}
   assert (back == w).all()
