@@ -89,7 +89,7 @@ def test_a_function_of_tokens_sees_valid_tokens_alone():
 
 Q, IDS = jnp.ones((1, 8, 1, 4)), jnp.zeros((1, 8), jnp.int32)
 REFUSED = {
-    'a long text': (lambda: packing.first_fit([3, 9], 8), 'a text of 9 tokens does not fit into rows of 8; give a larger'),
+    'a long text': (lambda: packing.first_fit([3, 9], 8), 'a text of 9 tokens does not fit into rows of 8; give a'),
     'no text': (lambda: packing.first_fit([], 8), '`lengths` must be whole numbers'),
     'an empty text': (lambda: packing.first_fit([3, 0], 8), 'at least 1'),
     'other texts': (lambda: packing.first_fit([3], 8).packed(jnp.ones((2, 3))), r'which need \[1, 3, ...\]'),
