@@ -70,8 +70,17 @@ def test_trains_at_toy_size(job, text, tmp_path, standard_promotion):
 
 
 # `test_protocols` runs those with a protocol of their own.
-@pytest.mark.parametrize('path', [path for path in CONFIGS if 'config.protocol' not in path.read_text()],
-                         ids=lambda path: path.stem)
+OF_RUNS = pytest.mark.parametrize('path', [path for path in CONFIGS if 'config.protocol' not in path.read_text()],
+                                  ids=lambda path: path.stem)
+
+
+@OF_RUNS
+def test_a_config_has_known_keys_and_recipes_alone(path, text, tmp_path):
+  configs.load(path, smaller(path, text, tmp_path / 'data'))
+
+
+@pytest.mark.sampled(8)
+@OF_RUNS
 def test_a_config_is_traced_at_toy_size(path, text, tmp_path, standard_promotion):
   """Traces each config's last run, because training all would take minutes; `test_claims` trains one claim."""
   config = configs.load(path, smaller(path, text, tmp_path / 'data'))
