@@ -87,6 +87,7 @@ SPARSITY = Kind(f'the fraction of zeros, {_PART}, as in 0.9 for 90 %', between(0
 _MOST = 2**31 - 1  # JAX counts steps and turns of loops in 32 bits
 STEP = Kind('a number of updates, whole and at least 0, below 2^31', whole(0, _MOST))
 SHIFT = Kind('a whole number of updates', whole(-math.inf))
+PLACE = Kind('a whole number, counted from the end if negative', whole(-math.inf))
 UPDATES = Kind('a number of updates, whole and at least 1, below 2^31', whole(1, _MOST))
 TIMES = Kind('a whole number, at least 1, below 2^31', whole(1, _MOST))
 PART = Kind(_PART, between(0, 1), coefficient=True)
@@ -142,6 +143,7 @@ ARRAY = Kind('an array', having('shape', 'dtype'))
 PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
 SCALARS = Kind('a number or an array', lambda value: is_number(value) or ARRAY.fits(value))
 BANK = Kind('a continual.Bank', having('params', 'masks', 'own'))
+BLOCKS = Kind('an attention.BlockIndex', having('index', 'counts', 'overflow'))
 BASELINE = Kind('a gates.Baseline', having('total', 'weight'))
 ROUTED = Kind('an array [rows, blocks], or a conditional.Routing', lambda value: ARRAY.fits(value) or having(
     'tokens', 'filled')(value))

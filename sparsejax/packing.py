@@ -17,7 +17,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import ARRAY, FLAG, FUNCTION, SERIES, TIMES
+from sparsejax.arguments import checked
 from sparsejax.types import Array
+
+arguments.declare('first_fit', lengths=SERIES, capacity=TIMES)
+arguments.declare('blocks', segments=ARRAY, block=TIMES, causal=FLAG)
+arguments.declare('unpadded', function=FUNCTION, mask=ARRAY, most=TIMES)
 
 
 class Packs(NamedTuple):
@@ -77,6 +84,7 @@ class Packs(NamedTuple):
                        f'[{first[0]}, {least}, ...].')
 
 
+@checked
 def first_fit(lengths: Sequence[int], capacity: int) -> Packs:
   """Returns the packs of texts of these lengths in rows of `capacity` tokens: the longest first, each in the first row
   that has room.
@@ -103,6 +111,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> Packs:
   return Packs(given.astype(np.int32), row, begin, segments, positions)
 
 
+@checked
 def blocks(segments: np.ndarray, block: int, causal: bool = False) -> np.ndarray:
   """Returns which blocks of keys hold a token of the same text as a block of queries, `bool[rows, 1, nq, nq]`.
 
@@ -119,6 +128,7 @@ def blocks(segments: np.ndarray, block: int, causal: bool = False) -> np.ndarray
   return mask & np.tri(count, dtype=bool) if causal else mask
 
 
+@checked
 def unpadded(function: Callable[[Array], Array], mask: Array, most: int) -> Callable[[Array], Array]:
   """Returns `function`, which maps tokens `[N, ...]` one by one, for the valid tokens of `[B, T, ...]` alone.
 

@@ -15,7 +15,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import (
+  ARRAY,
+  BY_NAME,
+  DRAWN,
+  FLAG,
+  FUNCTION,
+  PART,
+  PLACE,
+  POSITIVE,
+  RATE,
+  SERIES,
+  TIMES,
+  WHOLE,
+)
+from sparsejax.arguments import checked
 from sparsejax.types import Array
+
+arguments.declare('stack', blocks=SERIES, score=FUNCTION, keep=SERIES, skip=FLAG, always=WHOLE)
+arguments.declare('kept_places', scores=ARRAY, mask=ARRAY, n=TIMES, always=WHOLE)
+arguments.declare('page_rank factors_of', attention=ARRAY, steps=TIMES, share=PART)
+arguments.declare('combined dissimilar', importance=ARRAY, keys=ARRAY, least=RATE, most=POSITIVE)
+arguments.declare('shared_neurons above_elbow', h=ARRAY, query=PLACE, counts=ARRAY)
+arguments.declare('router_of routed_scores', key=DRAWN, factors=TIMES, hidden=TIMES, router=BY_NAME)
+arguments.declare('routed_scores', factors=ARRAY)
 
 BlockOfTokens = Callable[[Array, Array, Array], Any]
 
@@ -31,6 +55,7 @@ class Remaining(NamedTuple):
   place: Array
 
 
+@checked
 def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Array | None], keep: Sequence[int], *,
           skip: bool = False, always: int = 1) -> Callable[..., Remaining]:
   """Returns a function of `x [B, T, width]` that runs `blocks`, each on its `keep` tokens of the highest score.
@@ -71,6 +96,7 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
   return run
 
 
+@checked
 def kept_places(scores: Array, mask: Array, n: int, always: int = 0) -> Array:
   """Returns the places of the `n` highest of `scores [B, T]`, rising, `int32[B, n]`, as `stack` chooses them."""
   if scores.shape != mask.shape:
@@ -83,6 +109,7 @@ def kept_places(scores: Array, mask: Array, n: int, always: int = 0) -> Array:
   return jnp.sort(jax.lax.top_k(scores, n)[1], -1).astype(jnp.int32)
 
 
+@checked
 def page_rank(attention: Array, steps: int = 30) -> Array:
   """Returns the importance of each token, `[..., T]`, by weighted page rank: the first stage of Zero-TPrune.
 
@@ -101,6 +128,7 @@ def page_rank(attention: Array, steps: int = 30) -> Array:
   return jax.lax.fori_loop(0, steps, move, start)
 
 
+@checked
 def combined(importance: Array, least: float = 0.0, most: float = jnp.inf) -> Array:
   """Returns one importance of each token, `[..., T]`, of the importance in each head, `[..., heads, T]`.
 
@@ -114,6 +142,7 @@ def combined(importance: Array, least: float = 0.0, most: float = jnp.inf) -> Ar
   return jnp.sqrt(jnp.sum(used * importance**2, -2) / jnp.sum(used, -2))
 
 
+@checked
 def dissimilar(keys: Array, importance: Array) -> Array:
   """Returns a score of each token, `[B, T]`, whose lowest are those most like a more important one (Zero-TPrune).
 
@@ -130,6 +159,7 @@ def dissimilar(keys: Array, importance: Array) -> Array:
   return jnp.where(upper, 2, 1 - nearest)
 
 
+@checked
 def shared_neurons(h: Array, query: int) -> Array:
   """Returns how many active neurons each token shares with the token `query`, `[B, T]`: CoreMatching (Wang 2025).
 
@@ -139,6 +169,7 @@ def shared_neurons(h: Array, query: int) -> Array:
   return jnp.einsum('btf,bf->bt', active, active[:, query])
 
 
+@checked
 def above_elbow(counts: Array) -> Array:
   """Returns which tokens lie above the elbow of their sorted counts, `bool[B, T]`: CoreMatching's core tokens.
 
@@ -154,6 +185,7 @@ def above_elbow(counts: Array) -> Array:
   return counts > jnp.take_along_axis(ordered, elbow, -1)
 
 
+@checked
 def router_of(key: Array, factors: int, hidden: int = 16) -> dict[str, Array]:
   """Returns the parameters of a router: a two-layer network from `factors` numbers of a token to one."""
   first, second = jax.random.split(key)
@@ -161,12 +193,14 @@ def router_of(key: Array, factors: int, hidden: int = 16) -> dict[str, Array]:
           'out': jax.random.normal(second, (hidden, 1)) / hidden**0.5}
 
 
+@checked
 def routed_scores(router: Mapping[str, Array], factors: Array) -> Array:
   """Returns the score of each token, `[B, T]`, of its `factors [B, T, n]`: FTP's router, for `stack` with `skip`."""
   hidden = jax.nn.relu(factors @ router['into'] + router['bias'][None, None])
   return (hidden @ router['out'])[..., 0]
 
 
+@checked
 def factors_of(attention: Array, share: float) -> Array:
   """Returns four numbers of each token, `[B, T, 4]`, for a router: position, attention it gets, its rank, and `share`.
 

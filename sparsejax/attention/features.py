@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import ARRAY, BLOCKS, POSITIVE, TIMES
 from sparsejax.arguments import checked
 from sparsejax.attention.masks import BlockIndex
 from sparsejax.types import Array
+
+arguments.declare('scatter', q=ARRAY, k=ARRAY, v=ARRAY, index=BLOCKS, projections=ARRAY, block=TIMES, scale=POSITIVE)
 
 
 @checked

@@ -13,11 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import PART, TIMES
 from sparsejax.arguments import checked
 from sparsejax.attention.masks import BlockMask, Builder
 from sparsejax.attention.routing import best_blocks, pool, shared_heads
 from sparsejax.attention.sites import AttentionSite, attended
 from sparsejax.types import Array
+
+arguments.declare('kept_of_ratio', ratio=PART, blocks=TIMES)
 
 KINDS = ('max', 'min')  # how keys are pooled; queries are pooled by their mean
 

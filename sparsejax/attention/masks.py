@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import FUNCTION
 from sparsejax.arguments import checked
 from sparsejax.attention.sites import AttentionSite
 from sparsejax.types import Bound
+
+arguments.declare('union', builders=FUNCTION)
 
 
 class BlockMask(NamedTuple):
@@ -191,6 +195,7 @@ def _union(site: AttentionSite, builders: tuple[Builder, ...]) -> BlockMask:
   return BlockMask(whole, *blocks.pop(), capacity, all(m.capacity is None or m.fits for m in masks))
 
 
+@checked
 def union(*builders: Builder) -> Builder:
   """Returns the builder of the blocks that any of the builders keeps, as in `union(columns(1), sliding(256))`."""
   return Bound(_union, (builders,))

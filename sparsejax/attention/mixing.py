@@ -10,8 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import ARRAY, POSITIVE, SERIES, TIMES
 from sparsejax.arguments import checked
 from sparsejax.types import Array
+
+arguments.declare('kronecker kronecker_by_powers', q=ARRAY, keys=SERIES, pairs=SERIES, degree=TIMES, scale=POSITIVE)
 
 
 @checked

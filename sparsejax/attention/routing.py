@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import ranking
+from sparsejax import arguments, ranking
+from sparsejax.argument_kinds import ARRAY, BY_NAME, POSITIVE, SERIES, TIMES
 from sparsejax.arguments import checked
 from sparsejax.attention.masks import BlockMask, Builder
 from sparsejax.attention.sites import AttentionSite
 from sparsejax.types import Array, Bound
+
+arguments.declare('pool', x=ARRAY, block=TIMES, kinds=SERIES)
+arguments.declare('predicted_scores', q=ARRAY, k=ARRAY, predictor=BY_NAME, scale=POSITIVE)
 
 # The last block may be shorter: NaN is padding.
 POOLS: dict[str, Any] = {'mean': jnp.nanmean, 'max': jnp.nanmax, 'min': jnp.nanmin}
