@@ -24,7 +24,6 @@ from sparsejax.argument_kinds import (
   FUNCTION,
   PART,
   PLACE,
-  POSITIVE,
   RATE,
   SERIES,
   TIMES,
@@ -36,7 +35,7 @@ from sparsejax.types import Array
 arguments.declare('stack', blocks=SERIES, score=FUNCTION, keep=SERIES, skip=FLAG, always=WHOLE)
 arguments.declare('kept_places', scores=ARRAY, mask=ARRAY, n=TIMES, always=WHOLE)
 arguments.declare('page_rank factors_of', attention=ARRAY, steps=TIMES, share=PART)
-arguments.declare('combined dissimilar', importance=ARRAY, keys=ARRAY, least=RATE, most=POSITIVE)
+arguments.declare('combined dissimilar', importance=ARRAY, keys=ARRAY, least=RATE, most=RATE)
 arguments.declare('shared_neurons above_elbow', h=ARRAY, query=PLACE, counts=ARRAY)
 arguments.declare('router_of routed_scores', key=DRAWN, factors=TIMES, hidden=TIMES, router=BY_NAME)
 arguments.declare('routed_scores', factors=ARRAY)
