@@ -151,26 +151,26 @@ def double_sparsity(channels: Array, keep: int, page: int = 1) -> DecodeRule:
   always read: choosing among pages takes a fifteenth of the time. Channels and labels are of keys as they are
   multiplied, after rotary positions; the authors calibrate before the rotation. Labels are not quantized.
   """
-  channels = np.asarray(channels)
-  if channels.ndim != 2 or not np.issubdtype(channels.dtype, np.integer) or channels.size < 1 or channels.min() < 0:
-    raise ValueError(f'decode.double_sparsity: channels {channels.dtype}{list(channels.shape)} must be numbers from 0 '
+  own = np.asarray(channels)
+  if own.ndim != 2 or not np.issubdtype(own.dtype, np.integer) or own.size < 1 or own.min() < 0:
+    raise ValueError(f'decode.double_sparsity: channels {own.dtype}{list(own.shape)} must be numbers from 0 '
                      'on, int[kv_heads, r], as decode.heavy_channels returns them.')
   page, keep = _pages('double_sparsity', keep, page)
-  heads = np.arange(len(channels))[:, None]
+  heads = np.arange(len(own))[:, None]
 
   def of(k: Array) -> Array:
-    if k.shape[-2] != len(channels) or channels.max() >= k.shape[-1]:
-      raise ValueError(f'decode.double_sparsity: channels of {len(channels)} heads up to {channels.max()} do not fit '
+    if k.shape[-2] != len(own) or own.max() >= k.shape[-1]:
+      raise ValueError(f'decode.double_sparsity: channels of {len(own)} heads up to {own.max()} do not fit '
                        f'{k.shape[-2]} heads of {k.shape[-1]}; calibrate them for this layer.')
-    return k[..., heads, channels].swapaxes(1, -1).swapaxes(1, 2)
+    return k[..., heads, own].swapaxes(1, -1).swapaxes(1, 2)
 
   def written(labels: Array, k: Array, begin: Array, n: int) -> Array:
     place = jnp.arange(len(k))[:, None], begin[:, None] + jnp.arange(n, dtype=jnp.int32)[None]
-    return labels.at[place[0], :, :, place[1]].set(k.at[place].get(mode='clip')[..., heads, channels], mode='drop')
+    return labels.at[place[0], :, :, place[1]].set(k.at[place].get(mode='clip')[..., heads, own], mode='drop')
 
   def scores(labels: Array, q: Array) -> Array:
-    grouped = q.reshape(len(q), len(channels), -1, q.shape[-1])
-    heavy = jnp.take_along_axis(grouped, channels[None, :, None].repeat(len(q), 0).repeat(grouped.shape[2], 2), -1)
+    grouped = q.reshape(len(q), len(own), -1, q.shape[-1])
+    heavy = jnp.take_along_axis(grouped, own[None, :, None].repeat(len(q), 0).repeat(grouped.shape[2], 2), -1)
     tokens = jnp.einsum('bgnr,bgrt->bgnt', heavy, labels, preferred_element_type=jnp.float32)
     return jnp.max(tokens.reshape(*q.shape[:2], -1, page), -1)
 
