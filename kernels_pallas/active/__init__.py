@@ -116,7 +116,7 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
 
 def passed(x: Array, threshold: Any, mask: Array | None = None) -> Array:
   """Returns `x` with zeros for skipped entries. Magnitudes are compared in float32 or wider, as thresholds are."""
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = x.dtype if jnp.dtype(x.dtype).itemsize >= 4 else jnp.float32
   alike = lambda a: jnp.broadcast_to(jax.lax.stop_gradient(a), x.shape)
   below = lambda: jnp.abs(x).astype(wide) < alike(jnp.asarray(threshold, wide))
   skipped = jnp.zeros(x.shape, bool) if threshold is None else below()

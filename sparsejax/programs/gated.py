@@ -170,6 +170,6 @@ def _at_zero(eqn: Any, facts: list[Trail]) -> float | None:
   if None in values:
     return None
   given = [jnp.asarray(value, v.aval.dtype) for value, v in zip(values, eqn.invars)]
-  result = eqn.primitive.bind(*given, **eqn.params)
+  result = eqn.primitive.bind(*given, **dict(jaxprs.options(eqn)))
   value = float(np.asarray(result[0] if eqn.primitive.multiple_results else result, np.float32))
   return value if np.isfinite(value) else None

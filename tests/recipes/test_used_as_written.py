@@ -181,7 +181,7 @@ def test_inject_hyperparams_takes_every_recipe_as_it_is(name):
   given |= {key: value for key, value in quick.items() if key in parameters(recipe)}
   state = jax.eval_shape(optax.inject_hyperparams(recipe)(SGD, **given).init, PARAMS)
   assert {*state.hyperparams} <= {'decay', 'gain', 'penalty', 'threshold', 'weight_decay', 'shrink', 'fraction',
-                                  'momentum', 'temperature', 'learning_rate'}
+                                  'momentum', 'temperature', 'learning_rate', 'alpha', 'gamma', 'lam'}
   own = jax.eval_shape(recipe(SGD, **given).init, PARAMS)
   assert jax.tree.leaves(state.inner_state) == jax.tree.leaves(own)
   for wrong in ({'total_steps': -1}, {'sparsity': 90}, {'sparsity': ramp}, {'pattern': None}):
