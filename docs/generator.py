@@ -43,6 +43,7 @@ MEANINGS = {
     'initial': 'the sparsity at `begin`',
     'momentum': 'how much of the average of gradients each update keeps',
     'fraction': 'the fraction of kept weights that are exchanged',
+    'gradient_sparsity': 'the fraction of gradients that do not pass',
     'lam': 'the factor of the magnitude of the gradient in the score',
     'candidates': 'how many masks are compared',
     'score_optimizer': 'the optimizer of the scores, which are trained like weights',

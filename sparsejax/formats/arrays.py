@@ -267,7 +267,8 @@ def nbytes(tree: Any) -> int:
   for path, leaf in zip(*trees.flatten(tree)[:2]):
     if not hasattr(leaf, 'dtype') and not isinstance(leaf, (bool, int, float, complex)):
       raise ValueError(f'formats.nbytes: leaf {path!r} is no array and no number, but {type(leaf).__name__}.')
-  return sum(math.prod(np.shape(x)) * jax.dtypes.result_type(x).itemsize for x in jax.tree.leaves(tree))
+  size = lambda x: (x.dtype if hasattr(x, 'dtype') else jax.dtypes.result_type(x)).itemsize
+  return sum(math.prod(np.shape(x)) * size(x) for x in jax.tree.leaves(tree))
 
 
 def block_rows(shape: tuple[int, ...], dtype: Any, multiple: int) -> int:
@@ -341,8 +342,7 @@ def entries_at(w: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 def with_layers(parts: Iterable[Any], shape: tuple[int, ...], axes: Axes) -> list[Array]:
   """Returns an array for each of `parts`, which hold one array for each layer, with the layers of the dense `shape`."""
-  lead = [shape[a] for a in axes.layer]
-  return [jnp.asarray(np.reshape(part, (*lead, *np.shape(part)[1:]))) for part in parts]
+  return [jnp.asarray(np.reshape(part, (*(shape[a] for a in axes.layer), *np.shape(part)[1:]))) for part in parts]
 
 
 def as_rows(index: np.ndarray) -> np.ndarray:
