@@ -71,9 +71,9 @@ def updating(selection: Selection, *, where: Predicate | PyTree | None = None, a
     everywhere, select = [neighbours.everywhere(w) for w in weights], leaves.tied(selection.select)
     choose = lambda: select(leaves.plan.leaves, weights, everywhere, signals)[0]
     active = choose() if always else jax.lax.cond(
-        (state.step == 0) | refresh(state.step), choose, lambda: leaves.pick(state.masks))
+        (state.count == 0) | refresh(state.count), choose, lambda: leaves.pick(state.masks))
     passed = [jnp.where(m, g, 0) + (weight_decay * w).astype(g.dtype) for m, g, w in zip(active, picked, weights)]
-    after = state if always else UpdatingState(optax.safe_increment(state.step), leaves.put(active))
+    after = state if always else UpdatingState(optax.safe_increment(state.count), leaves.put(active))
     return leaves.put(passed, grads), after
 
   def init(params: PyTree) -> Any:
@@ -114,7 +114,7 @@ def protected(inner: Inner, used: PyTree) -> Optimizer:
 class UpdatingState(NamedTuple):
   """An `UpdatingState` is the number of updates, `int32[]`, and the masks of the weights that are picked for now."""
 
-  step: Array
+  count: Array
   masks: PyTree
 
 

@@ -166,7 +166,7 @@ def test_only_values_are_trained():
 # The products.
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('name, way, dtype', [
     *((name, way, 'float32') for name in WEIGHTS for way in WAYS),
     *(('neither', way, dtype) for way in WAYS for dtype in ROUNDING if dtype != 'float32')])

@@ -177,7 +177,7 @@ def test_what_cannot_be_prepared_says_why(folder):
   params = {'csc': tree()['csc']}
   assert prepared(params, tokens=1, device='tpu', folder=folder)['csc'] is params['csc']
   assert 'nothing was measured on tpu' in str(prepared(params, tokens=1, device='tpu', folder=folder, explain=True))
-  with pytest.raises(ValueError, match='prepared: `tokens` must be a whole number, at least 1, not 0'):
+  with pytest.raises(ValueError, match='prepared: `tokens` must be a whole number, at least 1, below 2.31, not 0'):
     prepared(params, tokens=0)
   with pytest.raises(ValueError, match="prepared: 'csc' of shape .* is traced; prepare parameters outside of jit"):
     jax.jit(lambda params: prepared(params, tokens=1))(params)

@@ -55,6 +55,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize('case', BLOCKS)
 def test_block_sparse_products_are_those_of_the_dense_weight(case):
   shape, block, tokens, dtype, stored = BLOCKS[case]
@@ -110,6 +111,7 @@ N_M = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize('case', N_M)
 def test_n_m_products_are_those_of_the_dense_weight(case):
   n, m, width, shape, tokens, dtype, stored = N_M[case]

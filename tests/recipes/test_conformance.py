@@ -103,7 +103,7 @@ def kept(mask, path, m):
   return last.reshape(-1, m).sum(-1)
 
 
-@pytest.mark.sampled(13)
+@pytest.mark.sampled(10)
 @every_recipe
 def test_a_jitted_step_compiles_once_donates_everything_and_equals_the_scan(name):
   """The state is made eagerly, and the step makes its own transform."""
@@ -176,7 +176,7 @@ def test_through_orbax_and_on_bit_for_bit(tmp_path):
     assert_goes_on(name, *restored[name])
 
 
-@pytest.mark.sampled(13)
+@pytest.mark.sampled(10)
 @every_recipe
 def test_through_pickle_and_on_bit_for_bit(name):
   params = cases.random(0)
@@ -203,7 +203,7 @@ def test_memory_is_what_was_promised(name):
   assert [x.shape for x in jax.tree.leaves(inner)] == [x.shape for x in held]
 
 
-@pytest.mark.sampled(13)
+@pytest.mark.sampled(10)
 @every_recipe
 def test_a_donated_step_changes_everything_in_place(name):
   """A mask that the step does not read would be dropped from its arguments, donated or not, and be there twice."""

@@ -24,6 +24,7 @@ def half(group):
   return keep if group.layers is None else np.stack([np.roll(keep, i) for i in range(group.layers)])
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize('name', architectures.TABLE)
 def test_an_architecture_is_taken_apart_cut_in_half_and_proven_equal(name):
   module, x = architectures.TABLE[name]

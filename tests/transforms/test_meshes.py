@@ -123,7 +123,7 @@ SPECS_OF_CASES = {
     'norm': {'scale': P(None)}, 'embed': {'embedding': P(None, None)}}
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('name, kind', [
     (name, kind) for name in ONCE for kind in (AxisType.Auto, AxisType.Explicit)
     if name != 'dense' and (name in N_M or kind == AxisType.Auto)], ids=str)

@@ -181,7 +181,7 @@ REFUSALS = {
     'a rate and a half-life': (
         lambda: schedules.exponential(1.0, half_life=2),
         ['schedules.exponential', 'exactly one of `rate`', 'half_life']),
-    'never': (lambda: schedules.every(0), ['schedules.every', 'at least 1, not 0']),
+    'never': (lambda: schedules.every(0), ['schedules.every', 'at least 1', 'not 0']),
     # Signals that a score misses.
     'no gradient yet': (
         lambda: start(transforms.sparsify(SGD, flows.hard(), selections.leafwise('2:4', score=scores.gradient))),
@@ -325,7 +325,7 @@ REFUSALS = {
         ['no SparseState', 'Wrap the optimizer in a recipe', 'sr_ste']),
     'a first mask of another shape': (
         lambda: start(recipes.fixed(SGD, jax.tree.map(lambda w: jnp.ones(3, bool), PARAMS))),
-        ["'fc/bias' of shape (8,)", 'first mask has shape (3,)', 'Give masks']),
+        ["'fc/bias' of shape (8,)", 'the tree holds bool[3]', 'Give bools of its shape']),
     'a loss that cannot run on a part of the tree': (
         lambda: start(optax.masked(recipes.snip(SGD, 0.5, loss=lambda p: p['head']['kernel'].sum() + p['fc']['kernel']),
                                    {'fc': False, 'head': True})),

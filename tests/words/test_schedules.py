@@ -153,7 +153,7 @@ REFUSED = [
     (lambda: schedules.stepwise([1, 2], [3, 3]), 'A stage of no steps'),
     (lambda: schedules.stepwise([1, 2], [3, 1]), 'rising'),
     (lambda: schedules.stepwise([], []), 'got 0 values'),
-    (lambda: schedules.every(0), 'schedules.every: `steps` must be a number of updates, .* at least 1, not 0'),
+    (lambda: schedules.every(0), 'schedules.every: `steps` must be a number of updates, .* at least 1, .*not 0'),
     (lambda: schedules.named('linaer', end=5), "unknown schedule 'linaer'. Did you mean 'linear'.* Valid: constant, "),
     (lambda: schedules.named('linear', ends=5), "schedules.named: unknown argument of schedule 'linear': 'ends'. "
                                                 "Did you mean 'end'.* Valid: begin, end, end_value, init_value"),

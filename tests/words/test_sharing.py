@@ -84,7 +84,7 @@ def test_the_sensitivity_of_a_linear_loss_is_a_projection_of_its_gradient():
 @pytest.mark.parametrize('make, message', [
     (lambda: shared((1,), 0.5, (8, 8), 0.5), "unknown path without a score 'layer_1/w'"),
     (lambda: shared((1, 1), 0.5, (8, 8), 0.6), 'sparsity 0.6 is more than most=0.5'),
-    (lambda: shared((1, -1), 0.5, (8, 8), 0.6), "the score of 'layer_1/w' is -1.0"),
+    (lambda: shared((1, -1), 0.5, (8, 8), 0.6), "the score of 'layer_1/w' is -1;"),
     (lambda: shared((1, 1), 5, (8, 8), 0.6), '`most` must be a number from 0 to 1'),
     (lambda: allocation.knapsack([[1]], [[5]], 4), 'the smallest choices have size 5, more than budget=4'),
     (lambda: allocation.knapsack([[1]], [[5, 6]], 9), 'layer 0 has 1 costs and 2 sizes'),
