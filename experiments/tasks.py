@@ -12,9 +12,7 @@ beside it in `outcome.json`. Finished seeds and runs are read, not trained again
 """
 
 import functools
-import json
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +24,7 @@ from ml_collections import ConfigDict
 from sklearn import datasets
 
 from experiments import configs
-from experiments.loop import commands, exits, optimizers, outcomes, training
+from experiments.loop import commands, exits, optimizers, outcomes, seeds, training
 from experiments.loop.stopping import StopRequest
 from sparsejax import continual, masks, metrics, project, recipes
 from sparsejax.types import Array, PyTree
@@ -56,35 +54,20 @@ def trained(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) -> 
   configs.refuse_unknown('tasks', 'key of tasks', settings, DEFAULTS)
   settings, found = DEFAULTS | settings, {}
   for name, recipe in configs.plain(config)['recipes'].items():
-    directory = workdir / name
-    found[name] = outcomes.read(directory) or _run(config, settings, name, recipe, directory, request)
+    compute = functools.partial(matrix, config, settings, recipe)
+    found[name] = seeds.run(config, name, workdir / name, request, compute, functools.partial(_told, settings))
     training.console().print(f'{name}: {np.mean(found[name]["test"]["accuracy"]):.1%} after all tasks, forgetting '
                              f'{np.mean(found[name]["forgetting"]):.1%}')
   return found
 
 
-def _run(config: ConfigDict, settings: Mapping[str, Any], name: str, recipe: Mapping[str, Any],
-         directory: pathlib.Path, request: StopRequest) -> outcomes.Outcome:
-  """Returns the outcome of one run over all seeds, and writes it."""
-  begun, found = time.perf_counter(), []
-  directory.mkdir(parents=True, exist_ok=True)
-  for seed in config.seeds:
-    if request.received:
-      raise training.Stopped(name, request)
-    file = directory / f'matrix_{seed}.json'
-    if not file.exists():
-      file.write_text(json.dumps(matrix(config, settings, recipe, seed)))
-    found.append(json.loads(file.read_text()))
+def _told(settings: Mapping[str, Any], found: Sequence[Matrix]) -> dict[str, Any]:
+  """Returns the own part of the outcome, of the matrix of each seed."""
   left = [metrics.forgetting(jnp.asarray(rows)) for rows in found]
-  outcome = {
-      'name': name, 'task': 'classification', 'seeds': list(config.seeds), 'steps': config.steps,
-      'seconds': time.perf_counter() - begun, 'empty': [0] * len(found), 'asked': recipe.get('sparsity'),
-      'labels': {'count': len(digits()[1]), 'chance': None}, 'environment': outcomes.environment(),
-      'test': {'accuracy': [float(each.accuracy) for each in left]}, 'matrix': found,
-      'forgetting': [float(each.forgetting) for each in left],
-      'backward_transfer': [float(each.backward_transfer) for each in left]}
-  (directory / outcomes.FILE).write_text(json.dumps(outcome, indent=1))
-  return outcome
+  return {'labels': {'count': len(digits()[1][1]), 'chance': 1 / settings['classes'] if settings['told'] else 0.1},
+          'test': {'accuracy': [float(each.accuracy) for each in left]}, 'matrix': list(found),
+          'forgetting': [float(each.forgetting) for each in left],
+          'backward_transfer': [float(each.backward_transfer) for each in left]}
 
 
 @functools.cache

@@ -8,9 +8,8 @@ run gives a score from 0 to 1 for each seed, of which a larger one is better, an
 those of `experiments.loop.commands`.
 """
 
-import json
+import functools
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import configs
-from experiments.loop import commands, outcomes, training
+from experiments.loop import commands, outcomes, seeds, training
 from experiments.loop.stopping import StopRequest
 from experiments.protocols import edges, experts, forgetting, midpoints, posteriors, starts, transferred
 from sparsejax import errors
@@ -48,30 +47,19 @@ def finished(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) ->
   found = {}
   for run, recipe in configs.plain(config)['recipes'].items():
     own = module.RUN | runs.get(run, {})
-    found[run] = outcomes.read(workdir / run) or _run(config, module, module.SIZES | settings, own, run, recipe,
-                                                      workdir / run, request)
+    compute = functools.partial(_scores, module, config, module.SIZES | settings, own, recipe)
+    found[run] = seeds.run(config, run, workdir / run, request, compute, _told)
     training.console().print(f'{run}: {np.mean(found[run]["test"]["accuracy"]):.1%}')
   return found
 
 
-def _run(config: ConfigDict, module: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], name: str,
-         recipe: Mapping[str, Any], directory: pathlib.Path, request: StopRequest) -> outcomes.Outcome:
-  """Returns the outcome of one run over all seeds, and writes it."""
-  begun, found = time.perf_counter(), []
-  directory.mkdir(parents=True, exist_ok=True)
-  for seed in config.seeds:
-    if request.received:
-      raise training.Stopped(name, request)
-    file = directory / f'seed_{seed}.json'
-    if not file.exists():
-      file.write_text(json.dumps({key: float(value) for key, value in module.scores(
-          config, sizes, own, recipe, seed).items()}))
-    found.append(json.loads(file.read_text()))
+def _scores(module: Any, config: ConfigDict, sizes: Mapping[str, Any], own: Mapping[str, Any],
+            recipe: Mapping[str, Any], seed: int) -> dict[str, float]:
+  """Returns the numbers of one seed."""
+  return {key: float(value) for key, value in module.scores(config, sizes, own, recipe, seed).items()}
+
+
+def _told(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+  """Returns the score of each seed as the accuracy of the outcome, and the further numbers beside it."""
   columns = {key: [each[key] for each in found] for key in found[0]}
-  outcome = {
-      'name': name, 'task': 'classification', 'seeds': list(config.seeds), 'steps': config.steps,
-      'seconds': time.perf_counter() - begun, 'empty': [0] * len(found), 'asked': recipe.get('sparsity'),
-      'labels': {'count': None, 'chance': None}, 'environment': outcomes.environment(),
-      'test': {'accuracy': columns.pop('score')}, 'beside': columns}
-  (directory / outcomes.FILE).write_text(json.dumps(outcome, indent=1))
-  return outcome
+  return {'test': {'accuracy': columns.pop('score')}, 'beside': columns}

@@ -33,8 +33,15 @@ def test_a_run_gives_a_score_for_each_seed_and_is_read_again(name, tmp_path):
   found = trained(job(name, run), tmp_path)[run]
   assert 0 <= found['test']['accuracy'][0] <= 1 and found['beside'].keys() | {1} and found['seeds'] == [0]
   file = tmp_path / run / 'seed_0.json'
-  file.write_text(json.dumps({**json.loads(file.read_text()), 'score': 0.125}))
-  (tmp_path / run / 'outcome.json').unlink()
+  record = json.loads(file.read_text())
+  file.write_text(json.dumps({**record, 'found': {**record['found'], 'score': 0.125}}))
+  other = job(name, run)
+  other.optimizer.learning_rate = 0.5
+  for left in ('outcome.json', None):  # Neither an outcome nor a seed of another config is taken.
+    with pytest.raises(ValueError, match='optimizer.learning_rate: .* -> 0.5'):
+      trained(other, tmp_path)
+    if left:
+      (tmp_path / run / left).unlink()
   assert trained(job(name, run), tmp_path)[run]['test']['accuracy'] == [0.125]
 
 

@@ -34,7 +34,8 @@ def test_tasks_are_learned_and_results_are_read_again(claim, name, job, tmp_path
   assert matrix.shape == (2, 2) and matrix[0, 1] == 0 and matrix[0, 0] > 0.3
   if name == 'CL-DST':
     assert found['backward_transfer'] == [0.0] == found['forgetting'] and matrix[1].min() > 0.3
-  (tmp_path / name / 'matrix_0.json').write_text(json.dumps([[0.5, 0.0], [0.25, 1.0]]))
+  file = tmp_path / name / 'seed_0.json'
+  file.write_text(json.dumps({**json.loads(file.read_text()), 'found': [[0.5, 0.0], [0.25, 1.0]]}))
   (tmp_path / name / 'outcome.json').unlink()
   again = run(config, tmp_path, [name])[name]
   assert again['backward_transfer'] == [-0.25] and again['test']['accuracy'] == [0.625]
