@@ -94,12 +94,18 @@ def at_sparsities(percents: Sequence[int], methods: Mapping[str, Mapping], **sha
           for percent in percents for name, method in methods.items()}
 
 
-def vit_digits(seeds: int, steps: int, width: int = 32) -> ConfigDict:
-  """Returns the config of the small vision transformer on digits, on which several claims are tested."""
+def digits(steps: int, learning_rate: float = 1e-3, batch_size: int = 64, seeds: int = 5) -> ConfigDict:
+  """Returns the config of a claim that is tested on digits, with a dense run."""
   config = default.get_config()
   config.seeds = tuple(range(seeds))
   config.steps = steps
-  config.batch_size = 32
+  config.batch_size = batch_size
+  config.optimizer.learning_rate = learning_rate
+  return config
+
+
+def vit_digits(seeds: int, steps: int, width: int = 32) -> ConfigDict:
+  """Returns the config of the small vision transformer on digits, on which several claims are tested."""
+  config = digits(steps, learning_rate=2e-3, batch_size=32, seeds=seeds)
   config.model = {'name': 'vit', 'patch': 2, 'width': width, 'depth': 2, 'heads': 4}
-  config.optimizer.learning_rate = 2e-3
   return config

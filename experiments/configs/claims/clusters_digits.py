@@ -9,15 +9,11 @@ runs is 1 minus the number of runs of zeros over the number of weights. The cont
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 600
-  config.batch_size = 64
-  config.optimizer.learning_rate = 2e-3
+  config = claims.digits(steps=600, learning_rate=2e-3)
   turbo, control = {'name': 'turbo_vbi', 'sparsity': 0.9}, {'name': 'gradual_magnitude', 'sparsity': 0.9}
   for suffix in ('-runs', ''):
     config.recipes[f'magnitude{suffix}'] = dict(control)

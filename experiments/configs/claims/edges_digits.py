@@ -9,14 +9,11 @@ edges, so that this claim may fail.
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 100
-  config.optimizer.learning_rate = 0.01
+  config = claims.digits(steps=100, learning_rate=0.01)
   for order in ('lowest', 'random', 'highest'):
     config.recipes[f'{order}-50'] = {'name': 'dense'}
   config.recipes['TEDDY-80'] = {'name': 'teddy', 'sparsity': 0.8}

@@ -8,15 +8,11 @@ begin with all experts. COMET's claim needs recommendation data and is not teste
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 600
-  config.batch_size = 64
-  config.optimizer.learning_rate = 3e-3
+  config = claims.digits(steps=600, learning_rate=3e-3)
   for run in ('top-1', 'rectified', 'dense-to-sparse', 'COMET'):
     config.recipes[run] = {'name': 'dense'}
   config.protocol = {'name': 'experts', 'runs': {

@@ -8,14 +8,11 @@ a higher sparsity, as decay of all weights. Both runs prune a tenth of the remai
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 600
-  config.batch_size = 32
+  config = claims.digits(steps=600, batch_size=32)
   config.model = {'name': 'mlp', 'widths': (100, 100)}
   config.optimizer.weight_decay = 0.0
   for name, alpha in (('irrelevant', 1e-3), ('plain-l2', 1e9)):  # exp(-|g| / 1e9) is 1: every weight decays alike

@@ -9,15 +9,11 @@ The barriers and the sharpness of layers stand beside the scores (Adilova et al.
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 300
-  config.batch_size = 64
-  config.optimizer.learning_rate = 2e-3
+  config = claims.digits(steps=300, learning_rate=2e-3)
   for run in ('independent', 'soup'):
     config.recipes[run] = {'name': 'iterative_magnitude', 'sparsity': 0.8}
   config.protocol = {'name': 'midpoints', 'runs': {'independent': {'members': 'independent'}}}

@@ -8,14 +8,11 @@ are compared with a random mask of the same counts, with and without moves. Grow
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 600
-  config.batch_size = 32
+  config = claims.digits(steps=600, batch_size=32)
   config.model = {'name': 'mlp', 'widths': (100, 100)}
   config.recipes['random'] = {'name': 'static_sparse', 'sparsity': 0.75, 'allocation': 'uniform'}
   config.recipes['modules'] = {'name': 'g2gnet', 'sparsity': 0.75, 'groups': 5, 'fraction': 0.0}

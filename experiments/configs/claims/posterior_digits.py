@@ -9,15 +9,11 @@ calibration of Bayesian networks. A score of calibration is 1 minus the expected
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 600
-  config.batch_size = 64
-  config.optimizer.learning_rate = 2e-3
+  config = claims.digits(steps=600, learning_rate=2e-3)
   sparse = {'sparsity': 0.9, 'every': 50}
   config.recipes['SSVI-ece'] = {'name': 'rigl', **sparse}
   config.recipes['RigL-ece'] = {'name': 'rigl', **sparse}

@@ -8,14 +8,11 @@ passes, and the accuracy is that of dense replay (DER++). Their removal of examp
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 200  # of each task
-  config.batch_size = 32
+  config = claims.digits(steps=200, batch_size=32)  # of each task
   config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'learning_rate': 0.03, 'options': {'momentum': 0.9}}
   config.tasks = {'told': False, 'buffer': 200}
   config.recipes['SparCL'] = {'name': 'sparcl', 'sparsity': 0.75, 'every': 20}

@@ -8,15 +8,11 @@ that nothing is forgotten. The dense model is trained on from task to task.
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 200  # of each task
-  config.batch_size = 32
-  config.optimizer.learning_rate = 3e-3
+  config = claims.digits(steps=200, learning_rate=3e-3, batch_size=32)  # of each task
   config.tasks = {'told': True}
   config.recipes['CL-DST'] = {'name': 'cl_dst', 'sparsity': 0.8, 'every': 20}
   config.recipes['static-masks'] = {'name': 'cl_dst', 'sparsity': 0.8, 'every': 20, 'fraction': 0.0}

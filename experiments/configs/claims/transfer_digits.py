@@ -9,15 +9,11 @@ dense models are always better calibrated. A score of calibration is 1 minus the
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 300
-  config.batch_size = 64
-  config.optimizer.learning_rate = 2e-3
+  config = claims.digits(steps=300, learning_rate=2e-3)
   config.recipes['dense-ece'] = {'name': 'dense'}
   config.recipes['dense-prompt'] = {'name': 'dense'}
   for run in ('ticket-ece', 'ticket-prompt', 'ticket'):

@@ -10,15 +10,11 @@ machine.
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 300
-  config.batch_size = 64
-  config.optimizer.learning_rate = 2e-3
+  config = claims.digits(steps=300, learning_rate=2e-3)
   config.recipes['sparse'] = {'name': 'iterative_magnitude', 'sparsity': 0.95}
   config.recipes['l1'] = {'name': 'l1_sparse', 'sparsity': 0.95}
   config.protocol = {'name': 'forgetting', 'runs': {'l1': {'unlearn': 'l1'}}}

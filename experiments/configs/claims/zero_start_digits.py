@@ -9,15 +9,11 @@ solutions are of lower rank and sparser.
 Not yet run at size.
 """
 
-from experiments.configs import claims, default
+from experiments.configs import claims
 
 
 def get_config():
-  config = default.get_config()
-  config.seeds = tuple(range(5))
-  config.steps = 600
-  config.batch_size = 64
-  config.optimizer.learning_rate = 2e-3
+  config = claims.digits(steps=600, learning_rate=2e-3)
   for run in ('ZerO', 'dense-90', 'ZerO-90'):
     config.recipes[run] = {'name': 'dense'}
   config.protocol = {'name': 'starts', 'runs': {
