@@ -5,8 +5,8 @@
     y, dropped = conditional.apply(block, params['blocks'], x, weights, capacity=32)
 
 Each block has `capacity` slots, into which its rows are gathered. All blocks are computed as one batched product, and
-the results are added to their rows. The compiled program thus has `blocks * capacity` rows of work,
-whatever the gate says. Rows without a slot are counted and dropped.
+the results are added to their rows. The compiled program thus has `blocks * capacity` rows of work, whatever the gate
+says. Rows without a slot are counted and dropped.
 """
 
 from collections.abc import Callable

@@ -76,7 +76,7 @@ def two_pass_softmax(x: Array) -> Array:
 
 
 def _split(x: Array) -> tuple[Array, Array]:
-  """Returns p and n with `e^x = p 2^n`."""
+  """Returns the arrays `p` and `n` of which `e^x` is `p 2^n`, where `n` is whole and `p` is near 1."""
   n = jnp.round(x * math.log2(math.e))
   return jnp.exp(jnp.where(jnp.isfinite(x), x - n * math.log(2), x)), n
 
