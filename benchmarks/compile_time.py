@@ -27,6 +27,7 @@ SHAPES = ((64, 64), (64, 128), (128, 64))
 LEAVES = (10, 50, 200, 800)
 LEAST = 'a master under a fixed mask'  # by `floors.least_master`: no recipe with a dense master can do less
 HAND, AGAIN = ', by hand', 'gradual_magnitude, by hand, again'
+GLOBAL, CHOOSING = 'gradual_magnitude, global, by hand', 'soft_movement_pruning, by hand, with a choice'
 DENSE_MASTER = ('ste', 'sr_ste', 'mdgf', 'sdgf_stepwise', 'sdgf_geometric', 'bdwp', 'asp')  # all of N:M
 FIXED = ('random_pruning', 'static_sparse', 'magnitude_at_init', 'snip', 'grasp', 'synflow', 'robust_at_init',
          'random_search', 'freeze_net', 'iterative_magnitude')
@@ -36,19 +37,18 @@ OTHERS = (*FIXED, *RANKED, 'soft_movement_pruning', 'set_', 'rigl', 'lottery_jac
 # By recipe: the step by hand that is the floor of the recipe's kind.
 FLOORS = {**dict.fromkeys(DENSE_MASTER, f'sr_ste{HAND}'), 'asp': f'random_pruning{HAND}',
           'sdgf_geometric': f'sdgf_geometric{HAND}',
-          **dict.fromkeys(FIXED, f'random_pruning{HAND}'), **dict.fromkeys(RANKED, f'gradual_magnitude{HAND}'),
-          **dict.fromkeys(('snip', 'freeze_net'), f'gradual_magnitude{HAND}'),  # a branch chooses their only mask
-          'soft_movement_pruning': f'soft_movement_pruning{HAND}', 'set_': f'set_{HAND}', 'rigl': f'rigl{HAND}',
-          'lottery_jackpot': f'rigl{HAND}', 'snfs': f'snfs{HAND}', 'st3': f'st3{HAND}',
-          'global_sparse_momentum': f'st3{HAND}'}
+          **dict.fromkeys(FIXED, f'random_pruning{HAND}'), **dict.fromkeys(RANKED, AGAIN),
+          **dict.fromkeys(('gradual_magnitude, global', 'snip', 'freeze_net'), GLOBAL),  # of one global ranking
+          'soft_movement_pruning': CHOOSING, 'lottery_jackpot': f'rigl{HAND}',
+          **{name: f'{name}{HAND}' for name in ('set_', 'rigl', 'snfs', 'st3', 'global_sparse_momentum')}}
 MANY = 200  # leaves from which on these few alone are compiled, since a step takes a minute
 AT_MANY = (LEAST, f'sr_ste{HAND}', 'sr_ste', f'gradual_magnitude{HAND}', AGAIN, 'gradual_magnitude')
 OVER_HAND = 1.5  # at most so many times the seconds of the step by hand
 MASTER_BARS, OTHER_BARS = (1.5, 2.0), (3.0, 4.0)  # time and size over dense
 BARS = {LEAST: MASTER_BARS, **{f'{name}{HAND}': MASTER_BARS if name in DENSE_MASTER else OTHER_BARS
                                for name in ('sr_ste', 'sdgf_geometric', 'random_pruning', 'gradual_magnitude')},
-        AGAIN: OTHER_BARS, **{f'{name}{HAND}': OTHER_BARS
-                              for name in ('soft_movement_pruning', 'set_', 'rigl', 'snfs', 'st3')},
+        **dict.fromkeys((AGAIN, GLOBAL, CHOOSING), OTHER_BARS),
+        **{f'{name}{HAND}': OTHER_BARS for name in ('set_', 'rigl', 'snfs', 'st3', 'global_sparse_momentum')},
         **dict.fromkeys(DENSE_MASTER, MASTER_BARS), **dict.fromkeys(OTHERS, OTHER_BARS)}
 OPTIONS = {'gradual_magnitude, global': {'allocation': sj.allocation.global_()}, 'mdgf': {'total_steps': 5000}}
 # The recipes that read the argument as `make` calls them.

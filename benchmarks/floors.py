@@ -8,14 +8,14 @@ container, dtype, schedule or phase, and no message. The time of the step is abo
     updates, state = tx.update(grads, state, params)
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
+
+from benchmarks.floor_masks import apart, by_rows, half_of_groups, largest, over_all, two_of_four
 
 DECAY = 2e-4  # of SR-STE
 STAGES = 5000  # steps of SdGf-geometric
@@ -65,7 +65,7 @@ def sdgf_geometric(inner: optax.GradientTransformation) -> Step:
     columns = [jnp.abs(w).swapaxes(0, 1).reshape(32, -1) for w in jax.tree.leaves(groups)]
     stages = [lambda scores, m=m: half_of_groups(scores, m) for m in (32, 16, 8, 4)]
     whole = lax.switch(jnp.minimum(step // (STAGES // 4), 3), stages, jnp.concatenate(columns, 1))
-    found = iter(_apart(whole, [x.shape[1] for x in columns]))
+    found = iter(apart(whole, [x.shape[1] for x in columns]))
     back = lambda w: next(found).reshape(32, -1, w.shape[2]).swapaxes(0, 1).reshape(-1, w.shape[2])
     return jax.tree.map(back, groups)
 
@@ -77,30 +77,6 @@ def sdgf_geometric(inner: optax.GradientTransformation) -> Step:
     return point, (step + 1, master, own)
 
   return Step(init, update)
-
-
-def half_of_groups(scores: jax.Array, m: int) -> jax.Array:
-  """Returns the mask of the larger half of every `m` scores along the first axis; ties keep the lower index."""
-  groups = scores.reshape(-1, m, scores.shape[1])
-  place, ahead = jnp.arange(m)[:, None], jnp.zeros(groups.shape, jnp.int32)
-  for j in range(m):
-    ahead += (groups[:, j:j + 1] > groups) | ((groups[:, j:j + 1] == groups) & (j < place))
-  return (ahead < m // 2).reshape(scores.shape)
-
-
-def _apart(whole: jax.Array, sizes: list[int]) -> list[jax.Array]:
-  """Returns the parts of so many columns, at places that are results of a branch, see `_by_rows`."""
-  numbers = [np.int32(n) for n in np.cumsum([0, *sizes[:-1]])]
-  places = lax.cond(whole[0, 0], lambda: numbers, lambda: numbers)
-  return [lax.dynamic_slice_in_dim(whole, place, size, 1) for place, size in zip(places, sizes)]
-
-
-def two_of_four(scores: jax.Array) -> jax.Array:
-  """Returns the mask of the two largest of every four scores along the first axis; ties keep the lower index."""
-  groups = scores.reshape(-1, 4, scores.shape[1])
-  place = jnp.arange(4)[:, None]
-  ahead = [(groups[:, j:j + 1] > groups) | ((groups[:, j:j + 1] == groups) & (j < place)) for j in range(4)]
-  return (sum(each.astype(jnp.int32) for each in ahead) < 2).reshape(scores.shape)
 
 
 def fixed(inner: optax.GradientTransformation) -> Step:
@@ -116,11 +92,12 @@ def fixed(inner: optax.GradientTransformation) -> Step:
   return Step(init, update)
 
 
-def gradual(inner: optax.GradientTransformation, again: bool = False) -> Step:
+def gradual(inner: optax.GradientTransformation, again: bool = False, together: bool = False) -> Step:
   """Returns gradual magnitude pruning of each matrix, whose masks are chosen in one branch.
 
   The branch gets the updates, which every step then writes to memory: at 60 matrices a step takes 1.2 times as long.
-  With `again` the branch computes the updates of AdamW out of the slots, as the recipe does.
+  With `again` the branch computes the updates of AdamW out of the slots, as the recipe does. With `together`, too, and
+  all matrices are ranked together.
   """
   def init(params):
     return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
@@ -129,9 +106,12 @@ def gradual(inner: optax.GradientTransformation, again: bool = False) -> Step:
     step, masks, own = state
     moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, params)
     share = SPARSITY * (1 - (1 - jnp.clip(step / END, 0, 1)) ** 3)
-    chosen = lambda w, size: largest(w, size - jnp.round(share * size))
-    after = lambda: _adamw_moves(own, params) if again else moves
-    choose = lambda: _by_rows(chosen, jax.tree.map(lambda w, u: jnp.abs(w + u), params, after()))
+    chosen_of = lambda size: size - jnp.round(share * size)
+    chosen = lambda w, size: largest(w, chosen_of(size))
+    after = lambda: _adamw_moves(own, params) if again or together else moves
+    sizes = lambda: jax.tree.map(lambda w, u: jnp.abs(w + u), params, after())
+    total = sum(w.size for w in jax.tree.leaves(params))
+    choose = lambda: over_all(sizes(), chosen_of(total)) if together else by_rows(chosen, sizes())
     masks = lax.cond(step % EVERY == 0, choose, lambda: masks)
     return jax.tree.map(lambda m, w, u: jnp.where(m, u, -w), masks, params, moves), (step + 1, masks, own)
 
@@ -144,6 +124,24 @@ def _adamw_moves(own: Any, params: Any) -> Any:
   first, second = 1 - 0.9 ** count.astype(jnp.float32), 1 - 0.999 ** count.astype(jnp.float32)
   move = lambda m, v, w: -1e-3 * (m / first / (jnp.sqrt(v / second) + 1e-8) + 1e-4 * w)
   return jax.tree.map(move, mu, nu, params)
+
+
+def sparse_momentum(inner: optax.GradientTransformation) -> Step:
+  """Returns GSM: every step ranks |w dL/dw| over all matrices, and a branch chooses the last masks by magnitude."""
+  def init(params):
+    return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
+
+  def update(grads, state, params, **extra):
+    step, masks, own = state
+    keep = jnp.round((1 - SPARSITY) * sum(w.size for w in jax.tree.leaves(params)))
+    active = over_all(jax.tree.map(lambda w, g: jnp.abs(w * g), params, grads), keep)
+    passed = lambda g, a, w, m: jnp.where(m, jnp.where(a, g, 0) + 1e-4 * w, 0)
+    moves, own = inner.update(jax.tree.map(passed, grads, active, params, masks), own, params)
+    choose = lambda: over_all(jax.tree.map(lambda w, u: jnp.abs(w + u), params, _adamw_moves(own, params)), keep)
+    masks = lax.cond(step == END, choose, lambda: masks)
+    return jax.tree.map(lambda m, w, u: jnp.where(m, u, -w), masks, params, moves), (step + 1, masks, own)
+
+  return Step(init, update)
 
 
 def set_(inner: optax.GradientTransformation) -> Step:
@@ -163,7 +161,7 @@ def set_(inner: optax.GradientTransformation) -> Step:
     fraction = FRACTION / 2 * (1 + jnp.cos(jnp.pi * step / END))
     kept = lambda: jax.tree.map(lambda w, u, m: jnp.where(m, jnp.abs(w + u), -1), params, moves, masks)
     grow = lambda w, place, size: moved(w, fraction, step, place, size)
-    new = lax.cond(step % EVERY == 0, lambda: _by_rows(grow, kept(), places=True), lambda: masks)
+    new = lax.cond(step % EVERY == 0, lambda: by_rows(grow, kept(), places=True), lambda: masks)
     moves = jax.tree.map(lambda m, old, u, w: jnp.where(m, jnp.where(old, u, 0), -w), new, masks, moves, params)
     return moves, (step + 1, new, own)
 
@@ -180,13 +178,13 @@ def snfs(inner: optax.GradientTransformation) -> Step:
     before = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.float32), masks)
     left = jax.tree.map(lambda n: jnp.round((1 - fraction) * n), before)
     kept = jax.tree.map(lambda w, m: jnp.where(m, w, -1), weights, masks)
-    alive = _by_rows(lambda w, n, size: largest(w, n), kept, left)
+    alive = by_rows(lambda w, n, size: largest(w, n), kept, left)
     strength = jax.tree.map(lambda v, m, n: jnp.sum(jnp.where(m, v, 0)) / n, momenta, masks, before)
     total = lambda tree: sum(jax.tree.leaves(tree))
     free = total(before) - total(left)
     more = jax.tree.map(lambda n, s: n + jnp.floor(free * s / total(strength)), left, strength)
     grow = jax.tree.map(lambda a, v: jnp.where(a, jnp.inf, v), alive, momenta)
-    return _by_rows(lambda v, n, size: largest(v, n), grow, more)
+    return by_rows(lambda v, n, size: largest(v, n), grow, more)
 
   def update(grads, state, params, **extra):
     step, masks, momenta, own = state
@@ -202,7 +200,10 @@ def snfs(inner: optax.GradientTransformation) -> Step:
 
 
 def soft(inner: optax.GradientTransformation) -> Step:
-  """Returns soft thresholding of a master by one threshold over all matrices, which is found at every step."""
+  """Returns ST-3: soft thresholding of a master by one threshold over all matrices, which is found at every step.
+
+  Each output channel is rescaled by the magnitude that the mask takes from the channel.
+  """
   def init(params):
     return jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params), inner.init(params)
 
@@ -217,7 +218,12 @@ def soft(inner: optax.GradientTransformation) -> Step:
     tried = lambda i, least: least + (1 << (30 - i))
     settle = lambda i, least: jnp.where(enough(tried(i, least)), tried(i, least), least)
     level = lax.bitcast_convert_type(lax.fori_loop(0, 31, settle, jnp.int32(0)), jnp.float32)
-    shrunk = lambda w, p: jnp.sign(w) * jnp.maximum(jnp.abs(w) - level, 0) - p
+
+    def shrunk(w, p):
+      size = jnp.abs(w)
+      left = (jnp.mean(jnp.where(size > level, size, 0), 0) + 1e-6) / (jnp.mean(size, 0) + 1e-6)
+      return 1.01 / (left + 0.01) * jnp.sign(w) * jnp.maximum(size - level, 0) - p
+
     return jax.tree.map(shrunk, master, params), (step + 1, master, own)
 
   return Step(init, update)
@@ -237,7 +243,7 @@ def rigl(inner: optax.GradientTransformation) -> Step:
     step, masks, own = state
     fraction, due = FRACTION / 2 * (1 + jnp.cos(jnp.pi * step / END)), step % EVERY == 0
     kept = jax.tree.map(lambda w, m: jnp.where(m, jnp.abs(w), -1), params, masks)
-    choose = lambda: _by_rows(lambda w, g, size: moved(w, g, fraction, size), kept, jax.tree.map(jnp.abs, grads))
+    choose = lambda: by_rows(lambda w, g, size: moved(w, g, fraction, size), kept, jax.tree.map(jnp.abs, grads))
     new = lax.cond(due, choose, lambda: masks)
     moves, after = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, params)
     own = jax.tree.map(lambda a, b: jnp.where(due, a, b), own, after)
@@ -247,13 +253,14 @@ def rigl(inner: optax.GradientTransformation) -> Step:
   return Step(init, update)
 
 
-def soft_movement(inner: optax.GradientTransformation) -> Step:
+def soft_movement(inner: optax.GradientTransformation, choosing: bool = False) -> Step:
   """Returns soft movement pruning between two choices of the mask: Adam moves the scores, and `inner` the master.
 
-  The matrix of the last layer has no scores. Its gradients are those of a dense weight.
+  The matrix of the last layer has no scores. Its gradients are those of a dense weight. With `choosing` every step
+  chooses the masks, as the method does: a threshold on sigmoid(S), and at least half a percent of each matrix.
   """
   adam = optax.adam(1e-2)
-  sparse = lambda params: {path: params[path] for path in sorted(params)[:-1]}
+  sparse = lambda params: params if choosing else {path: params[path] for path in sorted(params)[:-1]}
 
   def init(params):
     scores, masks = jax.tree.map(jnp.zeros_like, sparse(params)), jax.tree.map(lambda w: w == w, params)
@@ -262,65 +269,31 @@ def soft_movement(inner: optax.GradientTransformation) -> Step:
 
   def update(grads, state, params, **extra):
     step, master, scores, masks, held, own = state
-    penalty = jnp.clip(step / END, 0, 1)
+    rise = jnp.clip(step / END, 0, 1)
 
     def pull(w, g, s):
       gate = jax.nn.sigmoid(s)
-      return w * g + penalty * gate * (1 - gate) / w.size
+      return w * g + rise * gate * (1 - gate) / w.size
 
     moves, held = adam.update(jax.tree.map(pull, sparse(master), sparse(grads), scores), held, scores)
     scores = optax.apply_updates(scores, moves)
     moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, masks), own, master)
     master = optax.apply_updates(master, moves)
+    if choosing:
+      pick = lambda gate, size: (gate > 0.1 * rise) | largest(gate, jnp.floor(0.005 * size) + 1)
+      masks = by_rows(pick, jax.tree.map(jax.nn.sigmoid, scores))
     moves = jax.tree.map(lambda w, m, p: jnp.where(m, w, 0) - p, master, masks, params)
     return moves, (step + 1, master, scores, masks, held, own)
 
   return Step(init, update)
 
 
-def _by_rows(function: Callable[..., jax.Array], *trees: Any, places: bool = False) -> Any:
-  """Returns the tree of `function` of each leaf and its size, by a loop over rows of one width, with -1 behind a leaf.
-
-  Numbers are handed on as they are. `places`: whether the function gets the place of the leaf, too, before the size.
-  The places of the rows are results of a branch: XLA:CPU would compile a kernel for each constant place.
-  """
-  all_leaves, structures = zip(*map(jax.tree.flatten, trees))
-  leaves = all_leaves[0]
-  width, numbers = max(x.size for x in leaves), [np.int32(i) for i in range(len(leaves))]
-  row = lambda x: jnp.pad(x.reshape(-1), (0, width - x.size), constant_values=-1) if x.ndim else x
-  stacks = [jnp.stack([row(x) for x in jax.tree.leaves(tree)]) for tree in trees]
-  sizes = np.array([x.size for x in leaves], np.float32)
-  given = (*stacks, np.arange(len(leaves)), sizes) if places else (*stacks, sizes)
-  masks = lax.map(lambda each: function(*each), given)
-  opaque = lax.cond(masks[0, 0], lambda: numbers, lambda: numbers)
-  found = [lax.dynamic_index_in_dim(masks, i, 0, keepdims=False)[:x.size].reshape(x.shape)
-           for i, x in zip(opaque, leaves)]
-  return jax.tree.unflatten(structures[0], found)
-
-
-def largest(scores: jax.Array, keep: jax.Array) -> jax.Array:
-  """Returns the mask of the `keep` largest of a row of scores that are at least 0; ties keep the lower index.
-
-  A loop settles the bits of the least score that is kept, and then the index before which ties are kept.
-  """
-  keys, place = lax.bitcast_convert_type(scores, jnp.int32), lax.iota(jnp.int32, scores.size)
-  kept = lambda least, stop: (keys > least) | ((keys == least) & (place < stop))
-  turns = 31 + scores.size.bit_length()
-
-  def settle(i, now):
-    tied, stop = i >= 31, jnp.where(i == 31, 0, now[1])
-    step = 1 << (jnp.where(tied, turns - 1, 30) - i)
-    tried = jnp.where(tied, now[0], now[0] + step), jnp.where(tied, stop + step, scores.size)
-    number = jnp.sum(kept(*tried), dtype=jnp.int32)
-    fits = jnp.where(tied, number <= keep, number >= keep)
-    return jnp.where(fits, tried[0], now[0]), jnp.where(fits, tried[1], stop)
-
-  return kept(*lax.fori_loop(0, turns, settle, (jnp.int32(0), jnp.int32(0))))
-
-
 STEPS = {'a master under a fixed mask': least_master, 'sr_ste, by hand': sr_ste,
          'sdgf_geometric, by hand': sdgf_geometric, 'random_pruning, by hand': fixed,
          'gradual_magnitude, by hand': gradual,
          'gradual_magnitude, by hand, again': lambda inner: gradual(inner, again=True),
+         'gradual_magnitude, global, by hand': lambda inner: gradual(inner, together=True),
+         'global_sparse_momentum, by hand': sparse_momentum,
          'set_, by hand': set_, 'rigl, by hand': rigl, 'snfs, by hand': snfs, 'st3, by hand': soft,
-         'soft_movement_pruning, by hand': soft_movement}
+         'soft_movement_pruning, by hand': soft_movement,
+         'soft_movement_pruning, by hand, with a choice': lambda inner: soft_movement(inner, choosing=True)}

@@ -200,12 +200,14 @@ def _stacks(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
 def _rows(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
   """Returns what `_stacks` does, with the keys in the place of the leaves, for leaves that are written as rows.
 
-  The key behind the last entry of a row is below that of NaN. A leaf that cannot be stacked stays as it is.
+  The key behind the last entry of a row is below that of NaN. A leaf that cannot be stacked stays as it is, and a leaf
+  on a mesh is stacked with leaves of its own type alone: another shape would be moved between the devices.
   """
   stacks: dict[Any, list[int]] = {}
   widths = rows.widths([leaf.size for leaf in leaves])
   for i, (leaf, width) in enumerate(zip(leaves, widths)):
-    stacks.setdefault(width if kinds.stackable(leaf) else (i,), []).append(i)
+    alike: Any = width if jax.typeof(leaf).sharding.mesh.size < 2 else jax.typeof(leaf)
+    stacks.setdefault(alike if kinds.stackable(leaf) else (i,), []).append(i)
   dtype = keyed(leaves)
 
   def stack(places: list[int]) -> Array:
@@ -296,7 +298,8 @@ def quantile(leaves: Sequence[Array], q: Any) -> Array:
   order. `q` may be traced. NaN counts as the least value. The place is a `float32`, and is off by up to 2^-24 of the
   size.
   """
-  keys, size = [order_keys(stack) for stack in _stacks(leaves)[1]], sum(leaf.size for leaf in leaves)
+  keys = _rows(leaves)[1] if _small(leaves) else [order_keys(stack) for stack in _stacks(leaves)[1]]
+  size = sum(leaf.size for leaf in leaves)
   whole = lambda n: counted(count(n), size)
   place = jnp.float32(size - 1) * jnp.asarray(q, jnp.float32)
   last = at_least(whole(jnp.floor(place)), whole(size - 1))

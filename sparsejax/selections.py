@@ -11,15 +11,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
-from sparsejax import choices, counts, errors, patterns, ranking, scores, trees, types, updates
+from sparsejax import choices, competitions, counts, errors, patterns, ranking, scores, trees, types, updates
 from sparsejax.arguments import checked
 from sparsejax.states import Plan, SparseLeaf
-from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Pooled, Schedule, Score, Signals, Update
+from sparsejax.types import Allocation, Array, Asked, Axes, Bound, Pattern, Schedule, Score, Signals, Update, says
 
 __all__ = ['Selection', 'global_threshold', 'leafwise', 'redistributed', 'score_threshold']
 
@@ -99,7 +98,7 @@ class _Leafwise:
     leaves = tuple(SparseLeaf(path, arrays[path].shape, axes[path], on_record(pattern), each)
                    for (path, pattern), each in zip(paths_and_patterns, asked))
     if self.ranked:
-      check_comparable(leaves)
+      competitions.check_comparable(leaves)
     return Plan(leaves)
 
   def _unasked(self, pattern: Pattern, asked: Asked) -> str | None:
@@ -121,7 +120,15 @@ class _Leafwise:
 
   def _masks(self, step: Any, leaves: Leaves, own: list[Pattern], rows: list[Any]) -> Masks:
     now, progress = [choices.at(pattern, step) for pattern in own], self.ramp and self.ramp(step)
-    told = self._competed(leaves, now, rows, step, progress) if self.ranked else self._told(leaves, now)
+    told: list[Any]
+    if self.ranked:
+      ranks = self._ranks(leaves, now, rows, step)
+      race = competitions.Race.of(leaves, now, ranks, self.allocation.normalise, progress)
+      if self._race_decides():
+        return race.masks()
+      told = race.counts()
+    else:
+      told = self._told(leaves, now)
 
     def chosen(alike: choices.Alike, row: Any) -> Array:
       mask, w, arrays, count, size, step, progress = row
@@ -155,8 +162,8 @@ class _Leafwise:
       return counts.Rising.of(sparsity, counts.units(pattern, shape, axes)[0])
     return ranking.counted(ranking.count(counts.count_of(pattern, sparsity, shape, axes)), math.prod(shape))
 
-  def _competed(self, leaves: Leaves, now: list[Pattern], rows: Any, step: Any, progress: Any) -> list[ranking.Count]:
-    """Returns how many units each layer of each leaf keeps, where all leaves are ranked together."""
+  def _ranks(self, leaves: Leaves, now: list[Pattern], rows: Any, step: Any) -> list[Array]:
+    """Returns the scores by which the weights of each leaf compete, where all leaves are ranked together."""
     score = self.allocation.score or self.score
 
     def ranks(alike: choices.Alike, row: Any) -> Array:
@@ -164,12 +171,17 @@ class _Leafwise:
       signals = Signals(*arrays, step, alike.leaf.axes)
       return updates.ranked_by(self.update, mask, score(w, signals), w, signals)
 
-    return competed(self.allocation, leaves, now, choices.each(ranks, leaves, now, rows, (step,), loop=False), progress)
+    return choices.each(ranks, leaves, now, rows, (step,), loop=False)
+
+  def _race_decides(self) -> bool:
+    """Returns whether the best of all leaves together are the mask, so that no leaf is ranked a second time."""
+    alone = self.allocation.score is None and self.allocation.normalise is None
+    return alone and says(self.update, types.TAKES_BEST)
 
 
 def _arrays(signals: list[Signals], *words: Any) -> list[tuple[Any, Any, Any]]:
   """Returns the signals of each leaf that are arrays, without the gradients if no word reads them."""
-  free = all(types.says(word, types.GRADIENT_FREE) for word in words)
+  free = all(says(word, types.GRADIENT_FREE) for word in words)
   return [(None if free else own.grad, own.key, own.stats) for own in signals]
 
 
@@ -183,45 +195,6 @@ def refuse(arrays: Mapping[str, Array], reasons: Sequence[str | None]) -> None:
 def on_record(pattern: Pattern) -> Pattern | None:
   """Returns the pattern that a leaf records; none for a traced N, which cannot be part of a treedef."""
   return getattr(pattern, 'target', pattern) if pattern.static else None
-
-
-def check_comparable(leaves: Leaves) -> None:
-  """Raises one `ValueError` for all leaves that cannot be ranked together."""
-  if any(leaf.asked.sparsity is None for leaf in leaves):
-    raise ValueError('sparsejax: leaves that are ranked together share one number; pass `sparsity=`.')
-  others = [errors.Problem(leaf.path, leaf.shape, f'{leaf.pattern} fixes how many every group keeps, so that leaves '
-                           'cannot be ranked together. Use allocation=allocation.uniform, or another pattern.')
-            for leaf in leaves if leaf.pattern is None or not counts.competes(leaf.pattern, leaf.shape, leaf.axes)]
-  if others:
-    raise errors.at_leaves('sparsejax', others)
-  sizes = [(counts.units(leaf.pattern, leaf.shape, leaf.axes)[1], leaf) for leaf in leaves]
-  usual, first = sizes[0]
-  others = [errors.Problem(leaf.path, leaf.shape, f'a unit of {leaf.pattern} has {size} weights here and {usual} in '
-                           f'{first.path!r}, so that leaves cannot be ranked together. Use '
-                           'allocation=allocation.uniform or erk.') for size, leaf in sizes if size != usual]
-  if others:
-    raise errors.at_leaves('sparsejax', others)
-
-
-def competed(allocation: allocations.Ranked, leaves: Leaves, now: list[Pattern], ranks: list[Array],
-             progress: Any) -> list[ranking.Count]:
-  """Returns how many units each layer of each leaf keeps when all leaves are ranked together by `ranks`."""
-  pools = [pattern.pooled(x, leaf.axes) for pattern, x, leaf in zip(now, ranks, leaves)]
-  # Layers are matrices of their own, however they are stored.
-  normalise = allocation.normalise
-  values = [counts.by_layer(normalise, pool.layers, [pool.scores]) if normalise else pool.scores for pool in pools]
-  kept = counts.kept_of(leaves[0].asked.sparsity, sum(math.prod(v.shape) for v in values), progress)
-  if not any(pool.layers for pool in pools):
-    return list(map(ranking.count, ranking.shares_of_leaves(values, kept)))
-  return list(map(_per_layer, ranking.top_n_of_leaves(values, kept), pools))
-
-
-def _per_layer(kept: Array, pool: Pooled) -> ranking.Count:
-  """Returns how many units each layer keeps, a `Count` of words `int32[*layers]`, of a mask of the units."""
-  number = ranking.number
-  for _ in pool.layers:
-    number = jax.vmap(number)
-  return number(jnp.moveaxis(kept, pool.layers, range(len(pool.layers))))
 
 
 @checked
@@ -283,7 +256,7 @@ def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity
   def plan(arrays: dict[str, Array], axes: dict[str, Axes]) -> Plan:
     alone = leafwise(pattern, sparsity=sparsity, allocation=allocation).plan(arrays, axes).leaves
     leaves = tuple(dataclasses.replace(leaf, asked=Asked(sparsity, together=True)) for leaf in alone)
-    check_comparable(leaves)
+    competitions.check_comparable(leaves)
     return Plan(leaves)
 
   def select(leaves, weights, masks, signals):
@@ -339,7 +312,7 @@ def _grown(numbers: Sequence[_Numbers]) -> list[Array]:
 def _units_in(pattern: Pattern, mask: Array, leaf: SparseLeaf) -> Array:
   """Returns how many units of a mask are kept, `int32[*layers]`: fewer than 2^31 in each layer."""
   pool = pattern.pooled(mask.astype(jnp.float32), leaf.axes)
-  return _per_layer(pool.scores > 0, pool).low
+  return competitions.per_layer(pool.scores > 0, pool).low
 
 
 def _mean_over(mask: Array, values: Array, leaf: SparseLeaf) -> Array:

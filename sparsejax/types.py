@@ -19,8 +19,8 @@ import jax
 import optax
 
 __all__ = [
-  'ALWAYS', 'AT_ZERO', 'ELEMENTWISE', 'ENDLESS', 'GRADIENT_FREE', 'Asked', 'Axes', 'Bound', 'Flow', 'Pattern', 'Pooled',
-  'Signals', 'elementwise', 'gradient_free', 'says',
+  'ALWAYS', 'AT_ZERO', 'ELEMENTWISE', 'ENDLESS', 'GRADIENT_FREE', 'TAKES_BEST', 'Asked', 'Axes', 'Bound', 'Flow',
+  'Pattern', 'Pooled', 'Signals', 'elementwise', 'gradient_free', 'says', 'takes_best',
 ]
 
 Array = jax.Array
@@ -32,6 +32,7 @@ Step = Any  # an int or an `int32[]`, traced or not
 
 ALWAYS = 'always'  # a schedule with this fact is `True` at every step
 ELEMENTWISE = 'elementwise'  # a score or an update with this fact gives the entries of a leaf in any other shape
+TAKES_BEST = 'takes the best'  # an update with this fact returns `select` of its scores, by rank alone
 GRADIENT_FREE = 'gradient-free'  # a score or an update with this fact does not read `signals.grad`
 ENDLESS = 'endless'  # a schedule with this fact is meant to go on after training
 AT_ZERO = 'at zero'  # a schedule with this fact is `True` at step 0 and at no other step
@@ -80,6 +81,15 @@ def elementwise(word: Word) -> Word:
 def gradient_free(word: Word) -> Word:
   """Gives a score or an update the fact `GRADIENT_FREE`, and returns it: a choice by the word copies no gradients."""
   setattr(word, 'facts', (*getattr(word, 'facts', ()), GRADIENT_FREE))  # noqa: B010
+  return word
+
+
+def takes_best(word: Word) -> Word:
+  """Gives an update the fact `TAKES_BEST`, and returns it: the mask is what `select` keeps of one array of scores.
+
+  Leaves that compete are then ranked once, by `competitions.Race.masks`.
+  """
+  setattr(word, 'facts', (*getattr(word, 'facts', ()), TAKES_BEST))  # noqa: B010
   return word
 
 

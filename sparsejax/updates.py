@@ -14,13 +14,26 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from sparsejax import counts, ranking, types
+from sparsejax import counts, ranking
 from sparsejax.arguments import checked
-from sparsejax.types import ELEMENTWISE, Array, Schedule, Score, Signals, Update, elementwise, gradient_free, says
+from sparsejax.types import (
+  ELEMENTWISE,
+  GRADIENT_FREE,
+  Array,
+  Schedule,
+  Score,
+  Signals,
+  Update,
+  elementwise,
+  gradient_free,
+  says,
+  takes_best,
+)
 
 __all__ = ['below_zero', 'drop_and_grow', 'prune_to', 'ranked_by', 'reselect', 'swap']
 
 
+@takes_best
 @gradient_free
 @elementwise
 def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
@@ -28,6 +41,7 @@ def reselect(mask: Array, scores: Array, select: Callable[..., Array], w: Array,
   return select(scores)
 
 
+@takes_best
 @gradient_free
 @elementwise
 def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
@@ -91,7 +105,7 @@ def drop_and_grow(grow: Score, fraction: Schedule) -> Update:
     return select(jnp.where(survivors, jnp.inf, bounded(grow(w, signals))))
 
   own = elementwise(update) if says(grow, ELEMENTWISE) else update
-  return gradient_free(own) if says(grow, types.GRADIENT_FREE) else own
+  return gradient_free(own) if says(grow, GRADIENT_FREE) else own
 
 
 @checked

@@ -38,7 +38,7 @@ SPARSEJAX = (
     ('states',),
     ('formats',),
     ('io',),
-    ('choices', 'pipelines'),
+    ('choices', 'competitions', 'pipelines'),
     ('selections',),
     ('transforms', 'planning'),
     tuple(FAMILIES),

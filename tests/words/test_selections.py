@@ -208,6 +208,30 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize('update', ['reselect', 'prune_to'])
+@pytest.mark.parametrize('name', list(PATTERNS))
+def test_one_ranking_of_all_leaves_gives_the_masks_of_a_second_one_in_each_leaf(name, update):
+  word = getattr(sj.updates, update)
+  plain = lambda *arguments: word(*arguments)  # without the fact that saves the second ranking
+  before = [jnp.asarray(np.random.default_rng(i).random(w.shape) < 0.7) for i, w in enumerate(drawn(3, 'nan').values())]
+
+  @jax.jit
+  def masks(weights):
+    found = []
+    for each in (word, plain):
+      selection = selections.leafwise(PATTERNS[name], update=each, sparsity=0.5, allocation=allocation.global_())
+      leaves = selection.plan(weights, AXES).leaves
+      signals = [Signals(step=0, axes=leaf.axes) for leaf in leaves]
+      found.append(selection.select(leaves, [*weights.values()], before, signals)[0])
+    return found
+
+  for kind in ('ties', 'nan'):
+    weights = drawn(3, kind)
+    once, twice = masks(weights)
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+    assert any(not np.all(mask) for mask in once) and any(map(np.any, once)), kind
+
+
 @pytest.mark.parametrize('what', REFUSED)
 @pytest.mark.parametrize('shares', [allocation.global_(), allocation.lamp(), allocation.from_scores(scores.random)],
                          ids=['global', 'lamp', 'from_scores'])
