@@ -115,7 +115,7 @@ GRADIENTS = {
     'bdwp': (recipes.bdwp(SGD, sj.NM(2, 4)), G),
     # [run] PGF's Step/Linear/ExponentialDecay give G whole; AQT [code] and the abstract scale it by beta.
     'mdgf scaled, t=0': (recipes.mdgf(SGD, decay=schedules.linear(end=1000), gradient='scaled'), G),
-    'mdgf straight_through': (recipes.mdgf(SGD, decay=schedules.constant(0.75)), G),
+    'mdgf straight_through': (recipes.mdgf(SGD, decay=schedules.constant(0.75), gradient='straight_through'), G),
     'mdgf scaled, beta .75': (recipes.mdgf(SGD, decay=schedules.constant(0.75), gradient='scaled'),
                               G * np.where(ROW, 1, 0.75)),
     'mdgf scaled, beta 0': (recipes.mdgf(SGD, decay=schedules.constant(0.0), gradient='scaled'), G * ROW),
