@@ -14,13 +14,33 @@ import numpy as np
 import optax
 from jax import lax
 
-from benchmarks.floors import SPARSITY, Step, two_of_four
+from benchmarks.floor_masks import two_of_four
+from benchmarks.floors import DECAY, SPARSITY, Step
 
 
 def first_two_of_four(inner: optax.GradientTransformation) -> Step:
   """Returns only the `init` of a method with a master and 2:4 masks: copies, masks, and what `inner` keeps."""
   made = jax.jit(lambda params: jax.tree.map(lambda w: (w.copy(), two_of_four(jnp.abs(w))), params))
   return Step(lambda params: (made(params), inner.init(params)), _no_update)
+
+
+def first_calls(inner: optax.GradientTransformation) -> Step:
+  """Returns SR-STE with 2:4 for calls outside of `jit`: three programs, and `inner` as its user calls it."""
+  zeroed = jax.jit(lambda master: jax.tree.map(lambda w: jnp.where(two_of_four(jnp.abs(w)), w, 0), master))
+  refined = jax.jit(lambda grads, master, params: jax.tree.map(
+      lambda g, w, p: g + jnp.where(p == 0, DECAY * w, 0), grads, master, params))
+  moved = jax.jit(lambda master, moves: jax.tree.map(jnp.add, master, moves))
+
+  def init(params):
+    return zeroed(params), jax.tree.map(jnp.copy, params), inner.init(params)
+
+  def update(grads, state, params, **extra):
+    held, master, own = state
+    moves, own = inner.update(refined(grads, master, params), own, master)
+    master = moved(master, moves)
+    return zeroed(master), (held, master, own)
+
+  return Step(init, update)
 
 
 def first_random(inner: optax.GradientTransformation) -> Step:
@@ -64,4 +84,5 @@ def _no_update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
   raise NotImplementedError('benchmarks.beginnings: only the `init` of this method is by hand.')
 
 
+FIRST_CALLS = {'sr_ste, by hand': first_calls}
 STARTS = {'a master and 2:4 masks, by hand': first_two_of_four, 'random masks, by hand': first_random}

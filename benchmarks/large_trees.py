@@ -37,7 +37,7 @@ def run(rounds: int = 5, names: Sequence[str] = NAMES, shape: tuple[int, ...] = 
     what = f'{name}: init of {leaves * shape[0] * shape[1]} weights, over AdamW'
     yield timing.claim(what, seconds, name, 'dense', BAR, at_least=False)
   alone = first_calls('dense')
-  for name in names:
+  for name in (*names, *beginnings.FIRST_CALLS):
     more = first_calls(name) - alone
     what = f'{name}: processor seconds of the first init and update on a small transformer, beyond {alone:.1f} of AdamW'
     yield Measurement(what, more, (more, more), SECONDS, False, 1)
@@ -45,7 +45,8 @@ def run(rounds: int = 5, names: Sequence[str] = NAMES, shape: tuple[int, ...] = 
 
 def first_calls(name: str) -> float:
   """Returns the processor seconds of the first `init` and `update` of a recipe, with nothing compiled yet."""
-  params, tx = transformer(), compile_time.make(name)
+  by_hand = beginnings.FIRST_CALLS.get(name)
+  params, tx = transformer(), by_hand(compile_time.INNER) if by_hand else compile_time.make(name)
   grads = jax.block_until_ready(jax.tree.map(jnp.ones_like, params))
   jax.clear_caches()
   start = time.process_time()

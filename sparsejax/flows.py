@@ -9,6 +9,7 @@ the coefficients of a leaf are `signals.step` and `signals.stats`.
     master_gradient = flow.pull_back(G, W, m, signals)
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -177,6 +178,17 @@ def hashes(word: Any) -> bool:
   except TypeError:
     return False
   return True
+
+
+def at(flow: Flow, step: Any) -> Flow:
+  """Returns a flow of this module with the numbers of a step in the place of its schedules.
+
+  Leaves of a step then share the numbers, which the program of the step computes once. Other flows stay as they are.
+  """
+  number = lambda x: at(x, step) if isinstance(x, Flow) else x(step) if callable(x) else x
+  fixed = lambda word: dataclasses.replace(word, arguments=tuple(map(number, word.arguments)))
+  known = lambda word: isinstance(word, Bound) and word.function.__module__ == __name__
+  return Flow(*(fixed(word) if known(word) else word for word in flow))
 
 
 def _now(coefficient: Any, signals: Signals) -> Any:

@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from sparsejax import allocation as allocations
@@ -31,13 +33,16 @@ class Selection(NamedTuple):
   `plan(arrays, axes)` returns a `Plan` with a `SparseLeaf` for each array. `select(leaves, weights, masks, signals)`
   returns the new masks, and `None` or a threshold for each leaf. `threshold`: each leaf's threshold before the first
   choice. If it is given, flows read the thresholds as `signals.stats`. `once(leaves, weights, masks, signals)`: whether
-  `select` reads each weight only once, into a stack; `None` if that is not known.
+  `select` reads each weight only once, into a stack; `None` if that is not known. `whole(step)`: whether `select` is
+  known to keep every weight at a step that is a number. `gradient_free`: whether `select` reads no gradient.
   """
 
   plan: Callable[[dict[str, Array], dict[str, Axes]], Plan]
   select: Callable[[Leaves, list[Array], Masks, list[Signals]], tuple[Masks, list[Any] | None]]
   threshold: float | None = None
   once: Callable[[Leaves, list[Array], Masks, list[Signals]], bool] | None = None
+  whole: Callable[[int], bool] | None = None
+  gradient_free: bool = False
 
 
 @checked
@@ -60,7 +65,8 @@ def leafwise(
   if sparsity is None and not isinstance(pattern, Mapping) and not getattr(pattern, 'fixed', False):
     sparsity = pattern.sparsity
   words = _Leafwise(pattern, score, update, sparsity, ramp, allocation)
-  return Selection(words.plan, words.select, once=words.once)
+  return Selection(words.plan, words.select, once=words.once, whole=words.whole,
+                   gradient_free=_gradient_free(words.words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +152,13 @@ class _Leafwise:
     rows, own = list(zip(masks, weights, _arrays(signals, *self.words))), self.of([leaf.path for leaf in leaves])
     return not self.ranked and choices.stacks(leaves, own, rows)
 
+  def whole(self, step: int) -> bool:
+    """Returns whether the ramp has not begun, where an update takes the best of all: the count is that of all units."""
+    if self.ramp is None or not says(self.update, types.TAKES_BEST):
+      return False
+    with jax.ensure_compile_time_eval():
+      return not jax.jit(self.ramp)(np.int32(step))
+
   def _told(self, leaves: Leaves, now: list[Pattern]) -> list[Any]:
     """Returns the count that the pattern of each leaf is told; `None` stands for the pattern's own count."""
     if self.sparsity is None and self.ramp is None:
@@ -181,8 +194,12 @@ class _Leafwise:
 
 def _arrays(signals: list[Signals], *words: Any) -> list[tuple[Any, Any, Any]]:
   """Returns the signals of each leaf that are arrays, without the gradients if no word reads them."""
-  free = all(says(word, types.GRADIENT_FREE) for word in words)
+  free = _gradient_free(words)
   return [(None if free else own.grad, own.key, own.stats) for own in signals]
+
+
+def _gradient_free(words: Sequence[Any]) -> bool:
+  return all(says(word, types.GRADIENT_FREE) for word in words)
 
 
 def refuse(arrays: Mapping[str, Array], reasons: Sequence[str | None]) -> None:
@@ -212,7 +229,7 @@ def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False)
     return [size > th for size, th in zip(sizes, thresholds)], thresholds
 
   plan = Bound(_all_alike, (patterns.Unstructured(), Asked(target, together=True)))
-  return Selection(plan, select, threshold=-1.0)
+  return Selection(plan, select, threshold=-1.0, gradient_free=True)
 
 
 @checked
@@ -233,7 +250,7 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
     rows, own = list(zip(weights, _arrays(signals, score), fewest)), [patterns.Unstructured()] * len(leaves)
     return choices.each(chosen, leaves, own, rows, (signals[0].step,), words=(score,)), None
 
-  return Selection(Bound(_all_alike, (None, Asked())), select)
+  return Selection(Bound(_all_alike, (None, Asked())), select, gradient_free=_gradient_free([score]))
 
 
 def _all_alike(arrays: dict[str, Array], axes: dict[str, Axes], pattern: Pattern | None, asked: Asked) -> Plan:
@@ -268,7 +285,7 @@ def redistributed(pattern: Pattern, *, grow: Score, fraction: Schedule, sparsity
     rows = [(alive, count, w, arrays) for (alive, _), count, (_, w, arrays) in zip(survivors, grown, rows)]
     return choices.each(regrown, leaves, own, rows, (step,), words=(grow,)), None
 
-  return Selection(plan, select)
+  return Selection(plan, select, gradient_free=_gradient_free([grow]))
 
 
 class _Numbers(NamedTuple):

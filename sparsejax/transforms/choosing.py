@@ -144,7 +144,7 @@ def _choice(call: Call, point: Point, slots: Mapping[int, int], weights: list[Ar
 
 def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signals]) -> Point:
   """Returns the point with the masks of `selection`, sharded like their weights, and with its thresholds."""
-  arrays = [(s.grad, s.key, s.stats) for s in signals]
+  arrays = [(None if selection.gradient_free else s.grad, s.key, s.stats) for s in signals]
   told = leaves.tied(selection.select), leaves.plan.leaves
   traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((point, signals[0].step)))
   select = _select if traced or not flows.hashes(told) else _select_at_once
@@ -192,8 +192,10 @@ class Beginning(NamedTuple):
       probe = method.probe(self.place(masks))
     grads = None if probe is None else self.leaves.probed(probe)
     signals = self.signals(step, grads, method.key if key is None else key)
-    seen = self.point._replace(weights=weights, masks=masks)
-    return _selected(method.first or method.selection, self.chooser, seen, signals)
+    seen, selection = self.point._replace(weights=weights, masks=masks), method.first or method.selection
+    if selection.whole and isinstance(step, int) and selection.whole(step):
+      return seen._replace(masks=_whole(weights))
+    return _selected(selection, self.chooser, seen, signals)
 
   def choose(self, masks: list[Array], probe: PyTree | None = None, step: Any = 0, key: Array | None = None,
              given: PyTree | None = None) -> Any:

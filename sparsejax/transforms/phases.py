@@ -133,7 +133,8 @@ def _each(function: Callable[..., Array], flow: Flow, rows: Iterable[tuple[Array
   if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((rows, signals))):
     at_once = _at_once if flows.hashes((flow, axes)) else _of_all
     return at_once(function, flow, axes, told, signals[0].step)
-  one = lambda axes, row: function(flow, *row[:-2], row[-2]._replace(step=row[-1], axes=axes))
+  now = flows.at(flow, signals[0].step)
+  one = lambda axes, row: function(now, *row[:-2], row[-2]._replace(step=row[-1], axes=axes))
   return kinds.each(one, axes, told, (signals[0].step,), inline=True)
 
 
