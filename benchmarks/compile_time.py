@@ -36,7 +36,7 @@ OTHERS = (*FIXED, *RANKED, 'soft_movement_pruning', 'set_', 'rigl', 'lottery_jac
           'global_sparse_momentum')
 # By recipe: the step by hand that is the floor of the recipe's kind.
 FLOORS = {**dict.fromkeys(DENSE_MASTER, f'sr_ste{HAND}'), 'asp': f'random_pruning{HAND}',
-          'sdgf_geometric': f'sdgf_geometric{HAND}',
+          **{name: f'{name}{HAND}' for name in ('mdgf', 'sdgf_geometric')},
           **dict.fromkeys(FIXED, f'random_pruning{HAND}'), **dict.fromkeys(RANKED, AGAIN),
           **dict.fromkeys(('gradual_magnitude, global', 'snip', 'freeze_net'), GLOBAL),  # of one global ranking
           'soft_movement_pruning': CHOOSING, 'lottery_jackpot': f'rigl{HAND}',
@@ -46,7 +46,7 @@ AT_MANY = (LEAST, f'sr_ste{HAND}', 'sr_ste', f'gradual_magnitude{HAND}', AGAIN, 
 OVER_HAND = 1.5  # at most so many times the seconds of the step by hand
 MASTER_BARS, OTHER_BARS = (1.5, 2.0), (3.0, 4.0)  # time and size over dense
 BARS = {LEAST: MASTER_BARS, **{f'{name}{HAND}': MASTER_BARS if name in DENSE_MASTER else OTHER_BARS
-                               for name in ('sr_ste', 'sdgf_geometric', 'random_pruning', 'gradual_magnitude')},
+                               for name in ('sr_ste', 'mdgf', 'sdgf_geometric', 'random_pruning', 'gradual_magnitude')},
         **dict.fromkeys((AGAIN, GLOBAL, CHOOSING), OTHER_BARS),
         **{f'{name}{HAND}': OTHER_BARS for name in ('set_', 'rigl', 'snfs', 'st3', 'global_sparse_momentum')},
         **dict.fromkeys(DENSE_MASTER, MASTER_BARS), **dict.fromkeys(OTHERS, OTHER_BARS)}

@@ -18,7 +18,7 @@ from jax import lax
 from benchmarks.floor_masks import apart, by_rows, half_of_groups, largest, over_all, two_of_four
 
 DECAY = 2e-4  # of SR-STE
-STAGES = 5000  # steps of SdGf-geometric
+STAGES = 5000  # steps of the decay of MdGf, and of SdGf-geometric
 SPARSITY, END, EVERY, FRACTION = 0.9, 3750, 100, 0.3  # of gradual magnitude pruning and of RigL
 Step = optax.GradientTransformationExtraArgs
 
@@ -48,6 +48,23 @@ def sr_ste(inner: optax.GradientTransformation) -> Step:
     moves, own = inner.update(refined, own, master)
     master = optax.apply_updates(master, moves)
     return jax.tree.map(lambda w, p: jnp.where(two_of_four(jnp.abs(w)), w, 0) - p, master, params), (master, own)
+
+  return Step(init, update)
+
+
+def mdgf(inner: optax.GradientTransformation) -> Step:
+  """Returns MdGf with 2:4 and a linear decay, which scales pruned weights and their gradients: a master, and masks."""
+  def init(params):
+    return jnp.zeros((), jnp.int32), params, jax.tree.map(lambda w: two_of_four(jnp.abs(w)), params), inner.init(params)
+
+  def update(grads, state, params, **extra):
+    step, master, masks, own = state
+    before, after = (1 - jnp.minimum(each / STAGES, 1) for each in (step, step + 1))
+    moves, own = inner.update(jax.tree.map(lambda g, m: jnp.where(m, g, before * g), grads, masks), own, master)
+    master = optax.apply_updates(master, moves)
+    masks = jax.tree.map(lambda w: two_of_four(jnp.abs(w)), master)
+    point = jax.tree.map(lambda w, m, p: jnp.where(m, w, after * w) - p, master, masks, params)
+    return point, (step + 1, master, masks, own)
 
   return Step(init, update)
 
@@ -289,7 +306,7 @@ def soft_movement(inner: optax.GradientTransformation, choosing: bool = False) -
 
 
 STEPS = {'a master under a fixed mask': least_master, 'sr_ste, by hand': sr_ste,
-         'sdgf_geometric, by hand': sdgf_geometric, 'random_pruning, by hand': fixed,
+         'mdgf, by hand': mdgf, 'sdgf_geometric, by hand': sdgf_geometric, 'random_pruning, by hand': fixed,
          'gradual_magnitude, by hand': gradual,
          'gradual_magnitude, by hand, again': lambda inner: gradual(inner, again=True),
          'gradual_magnitude, global, by hand': lambda inner: gradual(inner, together=True),
