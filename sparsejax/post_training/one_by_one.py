@@ -23,6 +23,7 @@ HIGHEST = lax.Precision.HIGHEST
 _BLOCK = 32  # steps that share one update of the inverse
 _STAGES = 4  # how often what is removed is cut out of the arrays of a row, in equal numbers of steps
 _SMALL = 64  # rows with fewer units than this are not cut
+_MOST = 1 << 26  # entries of the inverses that exist at a time: fewer rows are then computed at a time
 
 
 class Removals(NamedTuple):
@@ -55,9 +56,9 @@ def removals(w: Array, kept: Array, inverse: Array, *, width: int = 1, group: tu
 
 
 def _by_rows(function: Callable[[Any], Any], rows: int, *arrays: Array) -> Any:
-  """Returns what `function` gives for some `rows` of the arrays at a time."""
-  count = len(arrays[0])
-  rows = min(rows, count)
+  """Returns what `function` gives for at most `rows` rows of the arrays at a time; the first is `[R, K]`."""
+  count, length = arrays[0].shape
+  rows = min(rows, count, max(1, _MOST // length**2))
   parts = [jnp.pad(x, [(0, -count % rows), *[(0, 0)] * (x.ndim - 1)]).reshape(-1, rows, *x.shape[1:]) for x in arrays]
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], lax.map(function, tuple(parts)))
 
