@@ -250,10 +250,10 @@ def roundings(w: Array, mask: Array, hessian: Array, grid: tuple[Array, Array], 
               most: int | None = None, rows: int = 32) -> Array:
   """Returns the weights after those in `mask` are rounded one by one: OBQ (Frantar et al. 2022, section 5).
 
-  `grid`: the step of the grid of each row, `[R]`, and what else `rounded(w, grid)` reads, `[R]`, to round the rows `w`,
-  `[n, K]`, by their part of the grid, `[n, 1]`. The next
-  weight is that of the least `(w - rounded)^2 / [H^-1]_jj`. Weights may lie outside of the grid after compensation: the
-  one with the largest error is then next, as in the authors' code.
+  `grid`: the step of the grid of each row, `[R]`, and what else `rounded` reads, `[R]`. `rounded(w, grid)` gets some
+  rows `[n, K]` and their part of the grid, `[n, 1]`. `most`: as in `best_weights`. The next weight is that of the least
+  `(w - rounded)^2 / [H^-1]_jj`. Weights may lie outside of the grid after compensation: the one with the largest error
+  is then next, as in the authors' code.
   """
   def some(part: Any) -> Array:
     weights, own, *grids = part

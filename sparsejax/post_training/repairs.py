@@ -110,8 +110,8 @@ def greedy(damping: float = 0.01, rows: int = 32) -> Repair:
 
   Frantar et al. 2022, Optimal Brain Compression, 2208.11580. Exact at each step and given its mask, but not the best
   mask. All outputs share the count by the losses of their own steps; with `balanced` patterns and N:M each output keeps
-  its own count. `rows`: how many outputs are computed at a time, each with an inverse Hessian of its own. A unit of the
-  pattern has to lie in one output.
+  its own count. `rows`: how many outputs are computed at a time, each with an inverse Hessian of its own; fewer where
+  these are large. A unit of the pattern has to lie in one output.
 
   Deviations from the authors' code: the weights are those of one least-squares solution a row, which are the same. A
   Hessian without a factor is damped in steps, relative to its diagonal, where the code adds 1. A mask that is chosen
@@ -181,7 +181,7 @@ def _fitted(dense: Array, mask: Array, static: Any, layer: Any, factor: hessians
 
 
 def _most(mask: Array) -> int:
-  """Returns how many weights the fullest output keeps, up to the next eighth of the inputs: one program serves many."""
+  """Returns how many weights the fullest output keeps, rounded up to an eighth of the inputs: programs then recur."""
   length, part = mask.shape[2], -(-mask.shape[2] // 8)
   return min(-(-int(jnp.max(jnp.sum(mask, 2))) // part) * part, length)
 
