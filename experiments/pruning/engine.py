@@ -31,7 +31,7 @@ OWN = 'own'  # the pattern of a form, which says its pattern itself
 ONE_SHOT = 'global magnitude'  # the weights of all matrices ranked together; one batch measures the errors
 SWEEP = ('0.1', '0.2', '0.3', '0.4', '0.5', '0.6', '0.7', '0.8', '0.9')  # sparsities of ONE_SHOT
 # Iterations of the recipes that iterate, far fewer than their defaults: a cell takes minutes, and not hours.
-ITERATIONS = {'net_trim': 100, 'armor': 100}
+ITERATIONS = {'net_trim': 100, 'armor': quantised.ITERATIONS}
 PATTERNS = ('0.5', '0.6', '0.7', '2:4')
 DIGITS = 5  # of the scores that a line keeps
 
