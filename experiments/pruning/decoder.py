@@ -29,9 +29,9 @@ BATCH = 16  # windows
 TESTED = 16_384  # bytes of the held-out text on which the training is validated and tested
 EVERY = 80  # the distance of modules that are held out, in the order of their names
 CONFIG: dict[str, Any] = {
-    'steps': 2000, 'batch_size': 4, 'model': {'name': 'lm', 'width': 384, 'depth': 6, 'heads': 6},
-    'optimizer': {'learning_rate': 1e-3, 'weight_decay': 0.1, 'options': {'b2': 0.95}}, 'validate_every': 500,
-    'checkpoint_every': 128, 'resume_changed': True}
+    'steps': 192, 'batch_size': 4, 'model': {'name': 'lm', 'width': 384, 'depth': 6, 'heads': 6},
+    'optimizer': {'learning_rate': 1e-3, 'weight_decay': 0.1, 'options': {'b2': 0.95}}, 'validate_every': 64,
+    'checkpoint_every': 64, 'resume_changed': True}
 LENGTH = 128  # bytes of a window
 SIZES = {'calibration': f'{CALIBRATED} windows', 'held out': f'{HELD_OUT} windows', 'bytes a window': LENGTH,
          'windows a step': CONFIG['batch_size']}

@@ -23,11 +23,15 @@ from experiments.loop.stopping import StopRequest
 from experiments.pruning import quantised
 from experiments.pruning.subjects import Subject
 from experiments.sweep.ledger import Ledger, Line
-from sparsejax import formats, patterns, recipes, sensitivities
+from sparsejax import allocation, formats, patterns, recipes, sensitivities
 from sparsejax.post_training import Recipe
 
 DENSE = 'dense'
 OWN = 'own'  # the pattern of a form, which says its pattern itself
+ONE_SHOT = 'global magnitude'  # the weights of all matrices ranked together; one batch measures the errors
+SWEEP = ('0.1', '0.2', '0.3', '0.4', '0.5', '0.6', '0.7', '0.8', '0.9')  # sparsities of ONE_SHOT
+# Iterations of the recipes that iterate, far fewer than their defaults: a cell takes minutes, and not hours.
+ITERATIONS = {'net_trim': 100, 'armor': quantised.ITERATIONS}
 PATTERNS = ('0.5', '0.6', '0.7', '2:4')
 DIGITS = 5  # of the scores that a line keeps
 
@@ -115,8 +119,9 @@ def _ran(bench: Bench, cell: Cell, folder: Any) -> dict[str, Any]:
     found = {'bits': quantised.bits_of(made, own), 'file': quantised.file_share(made, own)}
   elif cell.recipe != DENSE:
     try:
-      made = sparsejax.prune(own.apply, own.params, own.batches, recipe_of(cell, bench), where=own.where,
-                             valid=own.valid, workdir=folder, progress=bench.progress(cell))
+      part = slice(1 if cell.recipe == ONE_SHOT else None)
+      made = sparsejax.prune(own.apply, own.params, own.batches[part], recipe_of(cell, bench), where=own.where,
+                             valid=own.valid and own.valid[part], workdir=folder, progress=bench.progress(cell))
     except ValueError as error:
       return {**line, 'status': 'refused', 'reason': ' '.join(str(error).split())}
     params, rows = formats.unpack(made.params), made.report.rows  # `armor` returns packed leaves
@@ -130,8 +135,12 @@ def _ran(bench: Bench, cell: Cell, folder: Any) -> dict[str, Any]:
 
 def recipe_of(cell: Cell, bench: Bench) -> Recipe:
   """Returns the recipe of a cell. A sparsity leaves a recipe its own pattern, N:M is a pattern of its own."""
+  if cell.recipe == ONE_SHOT:
+    return recipes.magnitude(float(cell.pattern), allocation=allocation.global_())
   own = recipes.POST_TRAINING[cell.recipe]
   given = {'pattern': patterns.parse(cell.pattern)} if ':' in cell.pattern else {'sparsity': float(cell.pattern)}
   if cell.recipe == 'ecoflap':
     return own(bench.sensitivity(cell.seed), groups=bench.subject(cell.seed).groups, **given)
+  if cell.recipe in ITERATIONS:
+    given['iterations'] = ITERATIONS[cell.recipe]
   return own(**given)

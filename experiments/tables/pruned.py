@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.tables import pages
 from sparsejax import plot
+from sparsejax.post_training import essential_sparsity
 
 Line = Mapping[str, Any]  # of one cell, see `experiments.pruning.engine`
 NOTE = ('±: half the 95 % interval over the held-out examples (Student t), of one model and one draw of the '
@@ -31,7 +32,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, dict[str, Metric]] = {
     'encoder': {'cosine': Metric('cosine', 1, False), 'accuracy': Metric('probe, %', 100, True)},
     'decoder': {'nats': Metric('nats a byte', 1, True)}}
-METRICS['quantised'] = METRICS['encoder']
+METRICS['quantised'] = METRICS['essential'] = METRICS['encoder']
 
 
 def page(table: str, lines: Sequence[Line], workdir: pathlib.Path) -> pages.Page:
@@ -54,7 +55,8 @@ def page(table: str, lines: Sequence[Line], workdir: pathlib.Path) -> pages.Page
     columns |= {'before': lambda line: _number(line, 'before'), 'after': lambda line: _number(line, 'after'),
                 'rows': lambda line: str(line.get('rows', '-'))}
   columns['CPU s'] = lambda line: f'{line["cpu"]:.0f}'
-  return pages.Page('pruned', [pages.table(columns, done)], [*_facts(done), NOTE, *_refused(lines)],
+  notes = [*_facts(done), *_essential(table, done), NOTE, *_refused(lines)]
+  return pages.Page('pruned', [pages.table(columns, done)], notes,
                     {'table': table, 'cells': [dict(line) for line in lines]},
                     lambda path: draw(table, done, path))
 
@@ -108,6 +110,23 @@ def _facts(lines: Sequence[Line]) -> list[str]:
   told = [', '.join(f'{key}: {value}' for key, value in line['facts'].items()) + '.' for line in lines]
   machines = [f'Ran on {pages.machine(line["environment"])}.' for line in lines]
   return [*dict.fromkeys(told), *dict.fromkeys(machines)]
+
+
+def _essential(table: str, lines: Sequence[Line]) -> list[str]:
+  """Returns a sentence for each metric and seed: the essential sparsity, and where the metric drops."""
+  told = []
+  for seed in dict.fromkeys(line['seed'] for line in lines if table == 'essential'):
+    own = sorted((line for line in lines if line['seed'] == seed), key=_sparsity)
+    for name, metric in METRICS[table].items():
+      means = {_sparsity(line): float(np.mean(line['scores'][name])) for line in own}
+      found = essential_sparsity(lambda sparsity: sparsity, means.__getitem__, list(means)[1:])
+      drop = 'no drop' if found.drop is None else f'the drop at {found.drop}'
+      told.append(f'{metric.head}, seed {seed}: within 1 % of the dense model up to sparsity {found.sparsity}, {drop}.')
+  return told
+
+
+def _sparsity(line: Line) -> float:
+  return float(line['pattern'] or 0)
 
 
 def _refused(lines: Sequence[Line]) -> list[str]:

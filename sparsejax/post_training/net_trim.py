@@ -4,6 +4,7 @@
     v = trimmed(w, x, epsilon, inactive=w.T @ x <= 0)                  # of a layer that a ReLU follows
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,9 +27,8 @@ def trimmed(w: Array, x: Array, epsilon: Any, *, inactive: Array | None = None, 
   gram = jnp.matmul(x, x.T, precision=HIGHEST)
   scale = 0.3 * jnp.sqrt(jnp.max(gram))  # the authors' code, for the conditioning of the linear system
   scale = jnp.where(scale > 0, scale, 1)
-  x, epsilon = x / scale, epsilon / scale
-  target = jnp.matmul(w.T, x, precision=HIGHEST)
-  factor = lax.linalg.cholesky(gram / scale**2 + jnp.eye(len(w), dtype=w.dtype))
+  solve = _by_eigenvectors(gram / scale**2) if inactive is None else _by_factor(gram / scale**2, x / scale)
+  epsilon, target = epsilon / scale, solve(None, w)[1]
 
   def near(z: Array) -> Array:
     off = z - target if inactive is None else jnp.where(inactive, 0, z - target)
@@ -36,20 +36,51 @@ def trimmed(w: Array, x: Array, epsilon: Any, *, inactive: Array | None = None, 
     return ball if inactive is None else jnp.where(inactive, jnp.minimum(z, 0), ball)
 
   def step(state: Any) -> Any:
-    i, v, _, dual, sparse_dual = state
-    output = near(jnp.matmul(v.T, x, precision=HIGHEST) - dual)
+    i, (v, there), _, dual, sparse_dual = state
+    output = near(there - dual)
     shrunk = v - sparse_dual
     sparse = jnp.sign(shrunk) * jnp.maximum(jnp.abs(shrunk) - 1 / rho, 0)
-    right = jnp.matmul(x, (output + dual).T, precision=HIGHEST) + sparse + sparse_dual
-    solved = _solved(factor, right)
-    dual, sparse_dual = dual + output - jnp.matmul(solved.T, x, precision=HIGHEST), sparse_dual + sparse - solved
-    return i + 1, solved, (sparse, jnp.linalg.norm(solved - v)), dual, sparse_dual
+    solved, given = solve(output + dual, sparse + sparse_dual)
+    dual, sparse_dual = dual + output - given, sparse_dual + sparse - solved
+    return i + 1, (solved, given), (sparse, jnp.linalg.norm(solved - v)), dual, sparse_dual
 
   going = lambda state: (state[0] < iterations) & (state[2][1] >= 5e-9 * w.size)
-  first = 0, jnp.zeros_like(w), (w, jnp.asarray(jnp.inf, w.dtype)), jnp.zeros_like(target), jnp.zeros_like(w)
+  zeros = jnp.zeros_like(w), jnp.zeros_like(target)
+  first = 0, zeros, (w, jnp.asarray(jnp.inf, w.dtype)), zeros[1], zeros[0]
   return lax.while_loop(going, step, first)[2][0]
 
 
-def _solved(factor: Array, right: Array) -> Array:
-  half = lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
-  return lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+def _by_factor(gram: Array, x: Array) -> Any:
+  """Returns `solve(output, v)`: the solution of the linear system for an output `[R, T]` and `v`, and its output.
+
+  Without an output, it returns `v` and its output.
+  """
+  factor = lax.linalg.cholesky(gram + jnp.eye(len(gram), dtype=gram.dtype))
+  dot = functools.partial(jnp.matmul, precision=HIGHEST)
+
+  def solve(output: Array | None, v: Array) -> tuple[Array, Array]:
+    if output is not None:
+      half = lax.linalg.triangular_solve(factor, dot(x, output.T) + v, left_side=True, lower=True)
+      v = lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+    return v, dot(v.T, x)
+
+  return solve
+
+
+def _by_eigenvectors(gram: Array) -> Any:
+  """Returns the same as `_by_factor`, with outputs `[K, R]` in the basis of the eigenvectors of the Gram matrix.
+
+  In this basis the linear system is diagonal, so that a step takes two products, and its cost does not depend on T.
+  """
+  values, basis = jnp.linalg.eigh(gram)
+  values = jnp.maximum(values, 0)[:, None]
+  root, dot = jnp.sqrt(values), functools.partial(jnp.matmul, precision=HIGHEST)
+
+  def solve(output: Array | None, v: Array) -> tuple[Array, Array]:
+    across = dot(basis.T, v)
+    if output is None:
+      return v, root * across
+    across = (root * output + across) / (values + 1)
+    return dot(basis, across), root * across
+
+  return solve

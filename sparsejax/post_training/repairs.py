@@ -110,8 +110,8 @@ def greedy(damping: float = 0.01, rows: int = 32) -> Repair:
 
   Frantar et al. 2022, Optimal Brain Compression, 2208.11580. Exact at each step and given its mask, but not the best
   mask. All outputs share the count by the losses of their own steps; with `balanced` patterns and N:M each output keeps
-  its own count. `rows`: how many outputs are computed at a time, each with an inverse Hessian of its own. A unit of the
-  pattern has to lie in one output.
+  its own count. `rows`: how many outputs are computed at a time, each with an inverse Hessian of its own; fewer where
+  these are large. A unit of the pattern has to lie in one output.
 
   Deviations from the authors' code: the weights are those of one least-squares solution a row, which are the same. A
   Hessian without a factor is damped in steps, relative to its diagonal, where the code adds 1. A mask that is chosen
@@ -169,15 +169,21 @@ def least_squares(damping: float = 0.01, rows: int = 32) -> Repair:
 
 def _least_squares(stack: Stack, choose: Chooser, statistic: Any, damping: float, rows: int) -> Stack:
   del choose
-  fitted = functools.partial(_fitted, stack.dense, stack.mask, rows)
+  fitted = functools.partial(_fitted, stack.dense, stack.mask, (_most(stack.mask), rows))
   return _repaired(stack, _gram('least_squares', statistic), damping, fitted)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _fitted(dense: Array, mask: Array, rows: int, layer: Any, factor: hessians.InverseFactor,
+def _fitted(dense: Array, mask: Array, static: Any, layer: Any, factor: hessians.InverseFactor,
             gram: Array) -> tuple[Array, Array]:
-  w, kept = _of_layer((dense, mask), layer)
-  return one_by_one.best_weights(w, kept, _hessian(gram, layer, factor), rows=rows), kept
+  (w, kept), (most, rows) = _of_layer((dense, mask), layer), static
+  return one_by_one.best_weights(w, kept, _hessian(gram, layer, factor), most=most, rows=rows), kept
+
+
+def _most(mask: Array) -> int:
+  """Returns how many weights the fullest output keeps, rounded up to an eighth of the inputs: programs then recur."""
+  length, part = mask.shape[2], -(-mask.shape[2] // 8)
+  return min(-(-int(jnp.max(jnp.sum(mask, 2))) // part) * part, length)
 
 
 @checked
@@ -192,16 +198,16 @@ def rounding(quantize: Grid, damping: float = 0.01, rows: int = 32) -> Repair:
 
 def _rounding(stack: Stack, choose: Chooser, statistic: Any, quantize: Grid, damping: float, rows: int) -> Stack:
   del choose
-  rounded = functools.partial(_rounded, stack.w, stack.mask, (quantize, rows))
+  rounded = functools.partial(_rounded, stack.w, stack.mask, (quantize, _most(stack.mask), rows))
   return _repaired(stack, _gram('rounding', statistic), damping, rounded)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _rounded(w: Array, mask: Array, static: Any, layer: Any, factor: hessians.InverseFactor,
              gram: Array) -> tuple[Array, Array]:
-  (own, kept), (quantize, rows) = _of_layer((w, mask), layer), static
+  (own, kept), (quantize, most, rows) = _of_layer((w, mask), layer), static
   hessian, grid = _hessian(gram, layer, factor), quantize.fitted(own)
-  return one_by_one.roundings(own, kept, hessian, grid, quantize.rounded, rows=rows), kept
+  return one_by_one.roundings(own, kept, hessian, grid, quantize.rounded, most=most, rows=rows), kept
 
 
 @checked

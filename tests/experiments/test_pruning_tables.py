@@ -73,3 +73,15 @@ def test_cells_run_once_and_a_stop_keeps_what_is_finished(tmp_path):
 def test_unknown_names_are_refused(tmp_path, table, options, why):
   with pytest.raises(ValueError, match=why):
     pruning.run(table, str(tmp_path), **options)
+
+
+def test_the_sweep_says_where_the_model_begins_to_get_worse(tmp_path):
+  lines = [line for line, _ in ran(tmp_path, engine.cells([engine.ONE_SHOT], ['0.25', '0.5', '0.75'], [0]))]
+  masks = sj.prune(apply, {'w': W, 'v': V}, [X[:16]], sj.recipes.magnitude(0.5, allocation=sj.allocation.global_()),
+                   where=sj.trees.named('*')).masks
+  assert lines[2]['achieved'] == 0.5 == 1 - np.mean(np.concatenate([np.ravel(mask) for mask in masks.values()]))
+  for line, cosine in zip(lines, (1.0, 0.995, 0.98, 0.4)):
+    line['scores'] = {'cosine': [cosine, cosine], 'accuracy': [1.0, 1.0]}
+  notes = pruned.page('essential', lines, tmp_path).notes
+  assert 'cosine, seed 0: within 1 % of the dense model up to sparsity 0.25, the drop at 0.75.' in notes
+  assert 'probe, %, seed 0: within 1 % of the dense model up to sparsity 0.75, no drop.' in notes
