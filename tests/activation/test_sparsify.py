@@ -172,6 +172,34 @@ def test_the_report_has_the_bytes_that_the_compiled_product_reads():
   assert row.read == 1.0 and 'left dense: up (left out by `where`)' in small.report.notes
 
 
+@pytest.mark.parametrize('name', ['wina', 'chess', 'r_sparse', 'ppl'])
+def test_in_sequence_each_weight_is_calibrated_on_what_it_will_be_given(name):
+  """With one batch, `achieved` is counted on the calibration data with all products sparse: it must be what was asked.
+
+  Thresholds that were found on dense products skip more or less behind other sparse products.
+  """
+  loss = lambda y, x: jnp.mean(jnp.square(y - scanned(weights(2), x)))
+  rule = activation.ppl(3.0, loss, 0.2) if name == 'ppl' else getattr(activation, name)(0.5)
+  small, dense = (activation.sparsify(scanned, weights(2), BATCHES[:1], rule, sequential=kind)
+                  for kind in ('weight', 'dense'))
+  assert 'all products before sparse' in str(small.report) and 'all products dense' in str(dense.report)
+  for a, b in zip(*([leaf.threshold for leaf in jax.tree.leaves(each.params, is_leaf=formats.is_packed)
+                     if formats.is_packed(leaf)] for each in (small, dense))):
+    assert not a.any() or not np.array_equal(a[1], b[1])  # layer 1 lies behind products that are sparse already
+  if name != 'ppl':
+    off = lambda report: max(abs(row.achieved - row.asked) for row in report.rows)
+    assert off(small.report) < 0.03 and (name == 'chess' or off(dense.report) > 0.05)
+
+
+def test_a_weight_that_is_used_twice_is_calibrated_on_both_uses_before_the_first_is_sparse():
+  twice = lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w)
+  w, x = drawn(1, D, D), BATCHES[0]
+  small = activation.sparsify(twice, w, [x], activation.teal(0.5), where=True, sequential='weight')
+  both = np.abs(np.concatenate([x, np.tanh(x @ w)]))
+  limit, = np.unique(np.asarray(small.params.threshold))
+  assert np.mean(both < limit) == pytest.approx(0.5, abs=0.02)
+
+
 def test_perplexity_rises_as_much_as_is_allowed():
   loss = lambda y, x: jnp.mean(jnp.square(y - plain(weights(), x)))
   bounds = [activation.sparsify(plain, weights(), BATCHES[:2], activation.ppl(percent, loss, 0.05)).report.achieved
@@ -195,6 +223,8 @@ def refused(batches=None, rule=None, apply=plain, params=None, **more):
 
 
 REFUSED = {
+    'sequence': (lambda: refused(sequential='dens'), "Did you mean 'dense'"),
+    'top_k in sequence': (lambda: refused(rule=activation.top_k(4), sequential='weight'), 'finds no thresholds'),
     'no batch': (lambda: refused([]), 'there are no batches'),
     'padding only': (lambda: refused(valid=[jnp.zeros(T, bool)] * 3), '`valid` leaves no row'),
     'padding in one part': (lambda: refused(valid=[jnp.arange(T) < 0, jnp.arange(T) < 0, jnp.arange(T) < 5]),
