@@ -22,6 +22,7 @@ from sparsejax.types import Array
 
 FUNCTION = 'activation.sparsify'
 BLOCK = 16  # inputs that a product on a CPU skips together
+TOKENS = 8  # tokens of a batch whose bytes are counted
 
 Thresholds = Mapping[Unit, np.ndarray]
 
@@ -160,7 +161,7 @@ def tested(calls: Calls, places: Weights, skips: Callable[[Seen], Array], rests:
 
   `skips(seen)` says which entries of the operand are skipped. The first three sums are those of skipped entries, of
   entries, and of entries in blocks that are read. Two are the squares of the error of the product, and of the dense
-  product. With `reads(x, w)`, two more are the bytes that one token of each batch reads, and those of the weight.
+  product. With `reads(x, w)`, two more are the bytes that a token reads, one for each batch, and those of the weight.
   """
   sums: dict[Unit, list[float]] = {}
 
@@ -187,12 +188,17 @@ def skipping(seen: Seen, skipped: Array, rests: Mapping[Unit, Rest]) -> tuple[Ar
   return kept, [answer[0] + _rest_of(seen, seen.x - kept, rests[seen.unit])] if seen.unit in rests else answer
 
 
-def _bytes(seen: Seen, kept: Array, valid: Array | None, reads: Reads) -> tuple[int, int]:
-  """Returns the bytes that the product of the first token that counts reads of its matrix, and those of the matrix."""
+def _bytes(seen: Seen, kept: Array, valid: Array | None, reads: Reads) -> tuple[float, float]:
+  """Returns the bytes that the product of one token reads of its matrix, and those of the matrix.
+
+  The bytes are the mean over the first `TOKENS` tokens that count.
+  """
   rows, counted = seen.rows(kept, valid)
-  token = 0 if counted is None else int(jnp.argmax(counted[0]))
+  tokens = np.arange(rows.shape[1]) if counted is None else np.flatnonzero(np.asarray(counted[0]))
   matrix = seen.place.stack(seen.unit)[0].T
-  return reads(rows[:1, token], formats.ActiveArray.of(matrix)), matrix.nbytes
+  weight = formats.ActiveArray.of(matrix)
+  found = [reads(rows[:1, token], weight) for token in tokens[:TOKENS]]
+  return float(np.mean(found or [0])), matrix.nbytes if found else 0
 
 
 def _rest_of(seen: Seen, skipped: Array, rest: Rest) -> Array:
