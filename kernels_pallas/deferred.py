@@ -7,7 +7,7 @@ The columns of `up` in a gated layer, `act(gate(x)) * up(x)`, are needed where t
     up.times(z)                                  # z * up, of which only the outputs that z leaves are computed
 
 Where one weight makes gate and up, the program takes two parts of the product. The part of the gate is computed whole,
-and the other part waits, so that few tokens read the weights of the gate once, and of up those that are needed.
+and the other part waits. Few tokens then read the weights of the gate once, and of up those that are needed.
 """
 
 import dataclasses

@@ -1,9 +1,12 @@
 """Measures one rule of activation sparsity on the pretrained encoder: its scores, and what one token reads of weights.
 
-A line has these keys beside those of `engine`: `asked`, the fraction of inputs to skip, of the weights that the rule
-makes sparse, or `None`; `achieved`, what tokens of held-out sentences skip; `blocks`, the fraction of blocks of 16
-inputs that one of these tokens reads. `bytes` are those of all matrices of the layers that one token reads, where the
-text of the compiled product in blocks tells what is read. `flops` are those of the inputs that are left.
+A line has these keys beside those of `engine`:
+
+- `asked`: the fraction of inputs to skip, of the weights that the rule makes sparse, or `None`.
+- `achieved`: the fraction that tokens of held-out sentences skip.
+- `blocks`: the fraction of blocks of 16 inputs that one of these tokens reads.
+- `bytes`: what one token reads of all matrices of the layers. The text of the compiled product in blocks tells it.
+- `flops`: those of the inputs that are left.
 """
 
 import functools

@@ -193,7 +193,7 @@ def test_the_report_has_the_bytes_that_the_compiled_product_reads():
 
 @pytest.mark.parametrize('name', ['wina', 'chess', 'r_sparse', 'ppl'])
 def test_in_sequence_each_weight_is_calibrated_on_what_it_will_be_given(name):
-  """With one batch, `achieved` is counted on the calibration data with all products sparse: it must be what was asked.
+  """With one batch, `achieved` is counted on the calibration data with all products sparse, and is what was asked.
 
   Thresholds that were found on dense products skip more or less behind other sparse products.
   """

@@ -12,7 +12,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from products import blocks, equations, f32, normal, rounded_once
 
-from kernels_pallas import block_sparse_matmul, hopper, nm_matmul
+from kernels_pallas import active_matmul, block_sparse_matmul, hopper, nm_matmul
+from kernels_pallas.active import gpu as active
 from kernels_pallas.attention import gpu as attention
 from kernels_pallas.block_sparse import gpu as block_sparse
 from kernels_pallas.gathered import gathered_attention
@@ -252,6 +253,28 @@ def test_attention_lowers_for_cuda(d, block_k, causal, counted):
   q, index, counts = jnp.zeros((1, 1024, 4, d), BF16), jnp.zeros((4, 8, 3), jnp.int32), jnp.zeros((4, 8), jnp.int32)
   f = functools.partial(attention.attention, block_q=128, block_k=block_k, causal=causal, scale=1.0)
   assert kernels(f, q, q, q, index, *[counts] * counted) == 1
+
+
+# Activation-sparse products.
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('count', [0, 3, 11])
+def test_active_products(count):
+  """Rows that are not active are NaN. Of 12 blocks, none, a part of a step, and more than two steps are active."""
+  x, w = normal((3, 192), BF16), normal((192, 256), BF16, 1)
+  there = np.repeat(np.isin(np.arange(12), np.random.default_rng(0).permutation(12)[:count]), 16)
+  y = active.matmul(jnp.where(there, x, 0), jnp.where(there[:, None], w, jnp.nan), 16, 12, interpret=True)
+  rounded_once(y, np.where(there, f32(x), 0) @ f32(w), 192)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('block', [8, 16, 64])
+def test_active_products_lower_for_cuda(block):
+  x, w = jnp.zeros((1, 4096), BF16), jnp.zeros((4096, 4096), BF16)
+  assert kernels(functools.partial(active_matmul, block=block), x, w) == 1
+  assert active_matmul(x, w, block=block, explain=True)['cuda'].implementation == 'mosaic_gpu'
+  assert active.refusal(x, w.astype(F32), 16).startswith('x and w must have one dtype')
 
 
 # Attention to listed tokens.
