@@ -71,7 +71,7 @@ RULES: dict[str, dict[str, Callable[..., Any]]] = {
                 'double_sparsity': functools.partial(_double_sparsity, page=1),
                 'double_sparsity, pages': functools.partial(_double_sparsity, page=PAGE)},
     'activation': {'teal': _calibrated(activation.teal, **_ALL), 'wina': _calibrated(activation.wina, **_ALL),
-                   'wina, in sequence': _calibrated(activation.wina, sequential='weight', **_ALL),
-                   'wina, greedy': _calibrated(activation.wina, allocation=activation.greedy(), **_ALL),
+                   'wina in sequence': _calibrated(activation.wina, sequential='weight', **_ALL),
+                   'wina greedily': _calibrated(activation.wina, allocation=activation.greedy(), **_ALL),
                    'r_sparse': _calibrated(activation.r_sparse, **_ALL), 'cats': _calibrated(activation.cats),
                    'chess': _calibrated(activation.chess), 'top_k': _top_k, 'ppl': _ppl}}

@@ -60,11 +60,11 @@ def test_lines_of_activation_rules_of_a_tiny_encoder(monkeypatch):
   for name, size in (('BATCHES', 2), ('BATCH', 4)):
     monkeypatch.setattr(activating, name, size)
   bench = engine.bench('activation', None, None, None, 0, 0, engine.FrontierSizes())
-  lines = {rule: bench.line(rule, 0.5) for rule in ('dense', 'wina, in sequence', 'top_k')}
+  lines = {rule: bench.line(rule, 0.5) for rule in ('dense', 'wina in sequence', 'top_k')}
   assert all(line['scores'] == {'cosine': [16.0] * 4} for line in lines.values())
   assert all(abs(line['achieved'] - 0.5) < 0.2 for rule, line in lines.items() if rule != 'dense')
   whole = 4 * (4 * 16 * 16 + 2 * 16 * 64)
-  assert lines['dense']['bytes'] == whole and 0 < lines['wina, in sequence']['bytes'] <= whole
+  assert lines['dense']['bytes'] == whole and 0 < lines['wina in sequence']['bytes'] <= whole
   assert lines['top_k']['achieved'] == 0.5 and whole - 4 * 16 * 64 <= lines['top_k']['bytes'] <= whole
 
 
