@@ -18,6 +18,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import heads, reference
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.linear import Derivative, differentiable
+from sparsejax import errors
 from sparsejax.attention.edits import EDITS, ScoreEdit, edited, segment_edits, weighed
 from sparsejax.types import Array
 
@@ -206,7 +207,8 @@ def _kernel(module: str, options: Options) -> Implementation:
 
   def refusal(*args):
     if options.kinds:
-      return f'it has no {options.kinds[0][0]!r} of scores'
+      kinds = list(dict.fromkeys(kind for kind, _ in options.kinds))
+      return f'it has no {errors.some(kinds)} of scores'
     hidden = options.causal and options.queries <= options.keys  # Padding keys come after every query.
     if options.keys % options.block_k and not hidden:
       return f'{options.keys} keys do not divide into blocks of {options.block_k}; take blocks that divide them'
