@@ -4,8 +4,8 @@ Nothing of queries times keys is made. The first kernel goes through the keys of
 sums of the softmax, and for `dq`. The second kernel goes through the queries of each tile of keys, by the lists turned
 around, for `dk` and `dv`. Both compute the weights again, as FlashAttention does (arXiv 2307.08691, algorithm 2).
 
-A row's *lse* is the logarithm, base 2, of the sum of its exponentials. Its *delta* is the mean of the derivatives of its
-weights, by the weights.
+A row's *lse* is the logarithm, base 2, of the sum of its exponentials. Its *delta* is the sum of the derivatives of its
+weights, each times the weight.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def _turned(plan: AttentionPlan, index: Array, counts: Array, k: Array) -> tuple
   return jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32), jnp.sum(seen, -1, dtype=jnp.int32)
 
 
-# What both kernels do in a warpgroup of 64 rows.
+# Parts of both kernels, for a warpgroup of 64 rows.
 
 
 def _zeros(d: int) -> Array:
