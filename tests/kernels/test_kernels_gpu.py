@@ -257,6 +257,7 @@ def test_attention_lowers_for_cuda(d, block_k, causal, counted):
 
 
 @transposes
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('causal', [False, True])
 def test_gradients_of_attention(causal):
   """Two heads share keys; their lists differ in length, and one is empty."""
