@@ -5,8 +5,8 @@ A line has these keys beside those of `engine`:
 - `asked`: the fraction of inputs to skip, of the weights that the rule makes sparse, or `None`.
 - `achieved`: the fraction that tokens of held-out sentences skip.
 - `blocks`: the fraction of blocks of 16 inputs that one of these tokens reads.
-- `bytes`: what one token reads of all matrices of the layers. The text of the compiled product in blocks tells it.
-- `flops`: those of the inputs that are left.
+- `bytes`: the bytes that one token reads of all matrices of the layers, by the text of the compiled product in blocks.
+- `flops`: the operations with the inputs that are left.
 """
 
 import functools

@@ -129,8 +129,11 @@ def _table(block: int, capacity: int) -> products.Table:
   run = functools.partial(reference.matmul, block=block, capacity=capacity)
   # The module is imported at its first use, because importing Pallas takes a second.
   load = lambda name: importlib.import_module(f'kernels_pallas.active.{name}')
-  kernel = lambda name: Implementation(dispatch.folding(lambda x, w: load(name).matmul(x, w, block, capacity)),
-                                       lambda x, w: load(name).refusal(x, w, block))
+
+  def kernel(name: str) -> Implementation:
+    multiply = dispatch.folding(lambda x, w: load(name).matmul(x, w, block, capacity))
+    return Implementation(multiply, lambda x, w: load(name).refusal(x, w, block))
+
   return {'xla': Implementation(lambda x, w: run(x, w.astype(x.dtype))),
           'dense': Implementation(lambda x, w: reference.dense(x, w.astype(x.dtype))),
           'mosaic_gpu': kernel('gpu'), 'mosaic_tpu': kernel('tpu')}

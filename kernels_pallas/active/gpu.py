@@ -42,7 +42,7 @@ class ActivePlan(NamedTuple):
     return DEPTH // self.block
 
 
-def make_plan(x: Array, w: Array, block: int, interpret: bool) -> ActivePlan:
+def active_plan(x: Array, w: Array, block: int, interpret: bool) -> ActivePlan:
   """Returns the plan for the product of `x [M, K]` and `w [K, N]` in blocks of `block` rows."""
   columns, steps, blocks = w.shape[1] // WIDTH, -(-w.shape[0] // DEPTH), hopper.cores(interpret)
   parts = min(steps, max(1, blocks // columns))
@@ -77,7 +77,7 @@ def refusal(x: Array, w: Array, block: int) -> str | None:
 
 
 def _product(x: Array, w: Array, order: Array, count: Array, block: int, interpret: bool) -> Array:
-  plan, tokens = make_plan(x, w, block, interpret), x.shape[0]
+  plan, tokens = active_plan(x, w, block, interpret), x.shape[0]
   taken, place = _ordered(x, order, count, plan)
   taken = hopper.readable(taken, TOKENS, interpret)
   steps = lax.div(count * block + (DEPTH - 1), jnp.int32(DEPTH))

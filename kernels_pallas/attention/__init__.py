@@ -274,7 +274,7 @@ def _backward_table(options: Options) -> dict[str, Implementation]:
     return jax.vjp(lambda *qkv: forward.function(*qkv, *lists), q, k, v)[1](dy)
 
   return {'xla': Implementation(functools.partial(_plain_backward, options)),
-          'mosaic_gpu': Implementation(lambda *args: load().gradients(*args, **options.plain),
+          'mosaic_gpu': Implementation(lambda *args: load().attention_gradients(*args, **options.plain),
                                        lambda dy, *args: of_gpu.refusal(*args)),
           'mosaic_tpu': Implementation(by_kernel, lambda dy, *args: forward.refusal(*args))}
 

@@ -31,8 +31,9 @@ _NOTHING = -1e30  # largest score of a query that has seen no key: finite, becau
 WGMMA = plgpu.Layout.WGMMA
 
 
-def gradients(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int,
-              block_k: int, causal: bool, scale: float, interpret: bool = False) -> tuple[Array, Array, Array]:
+def attention_gradients(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *,
+                        block_q: int, block_k: int, causal: bool, scale: float, interpret: bool = False
+                        ) -> tuple[Array, Array, Array]:
   """Returns the gradients of `q`, `k` and `v` for the cotangent `dy`; arguments as those of `gpu.attention`.
 
   Sums are float32, and the gradients have the dtypes of their arrays.
@@ -58,7 +59,7 @@ def _turned(plan: AttentionPlan, index: Array, counts: Array, k: Array) -> tuple
   return jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32), jnp.sum(seen, -1, dtype=jnp.int32)
 
 
-# Parts of both kernels, for a warpgroup of 64 rows.
+# A warpgroup of either kernel has 64 rows.
 
 
 def _zeros(d: int) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.activation.measuring import Observed, below, observed, skipping, walks
+from sparsejax.activation.measuring import Observed, below, observed_at, skipping, walks
 from sparsejax.activation.places import SkippableWeight, Unit, Weights
 from sparsejax.activation.rules import Rest
 from sparsejax.programs import jaxprs
@@ -66,9 +66,9 @@ def _products(each: BatchWalk, unit: Unit, found: Mapping[Unit, np.ndarray], res
               alone: set[str]) -> list[Observed]:
   """Returns all products of a unit in one batch. A copy of the walk looks for the later ones."""
   if unit[0] in alone:
-    return [observed(each, each.walk)]
+    return [observed_at(each, each.walk)]
   walk, seen = each.walk.copy(), []
   while walk.stopped:
-    seen += [observed(each, walk)] if walk.site.unit == unit else []
+    seen += [observed_at(each, walk)] if walk.site.unit == unit else []
     _answer(walk, found, rests)
   return seen

@@ -51,7 +51,7 @@ def walks(calls: Calls, places: Weights) -> Iterator[BatchWalk]:
     yield BatchWalk(i, walked(FUNCTION, program, arrays, places), validity(FUNCTION, program, valid))
 
 
-def observed(each: BatchWalk, walk: Walk) -> Observed:
+def observed_at(each: BatchWalk, walk: Walk) -> Observed:
   """Returns the product at which a walk of a batch, or a copy of the walk, waits."""
   return Observed(walk.site, each.valid(walk.site.site)[0], each.number)
 
@@ -61,7 +61,7 @@ def runs(calls: Calls, places: Weights, visit: Callable[[Observed], Any]) -> lis
   results: list[list[Any]] = []
   for each in walks(calls, places):
     while each.walk.stopped:
-      each.walk.answer(visit(observed(each, each.walk)))
+      each.walk.answer(visit(observed_at(each, each.walk)))
     results.append(each.walk.results or [])
   return results
 

@@ -204,8 +204,8 @@ def test_in_sequence_each_weight_is_calibrated_on_what_it_will_be_given(name):
   assert 'all products before sparse' in str(small.report) and 'all products dense' in str(dense.report)
   if name == 'chess':  # its thresholds are in `apply`
     assert not np.array_equal(*(each.apply(weights(2), BATCHES[0]) for each in (small, dense)))
-  else:
-    assert not np.array_equal(*(each.params['down'].threshold[1] for each in (small, dense)))  # layer 1 lies behind products that are sparse already
+  else:  # layer 1 lies behind products that are sparse already
+    assert not np.array_equal(*(each.params['down'].threshold[1] for each in (small, dense)))
   if name != 'ppl':
     off = lambda report: max(abs(row.achieved - row.asked) for row in report.rows)
     assert off(small.report) < 0.03 and (name == 'chess' or off(dense.report) > 0.05)

@@ -265,7 +265,7 @@ def test_gradients_of_attention(causal):
   k, v = (normal((1, 192, 1, 64), BF16, seed) for seed in (2, 3))
   index, counts = jnp.asarray([[[0, 2], [1, 2]], [[1, 0], [0, 0]]], jnp.int32), jnp.asarray([[2, 2], [1, 0]], jnp.int32)
   options = dict(block_q=128, block_k=64, causal=causal, scale=0.1)
-  found = gpu_backward.gradients(dy, q, k, v, index, counts, interpret=True, **options)
+  found = gpu_backward.attention_gradients(dy, q, k, v, index, counts, interpret=True, **options)
   dense = lambda *qkv: block_sparse_attention(*qkv, index, counts, implementation='dense', **options)
   for a, b in zip(found, jax.vjp(dense, *(each.astype(F32) for each in (q, k, v)))[1](dy.astype(F32))):
     np.testing.assert_allclose(f32(a), f32(b), atol=1e-2 * float(jnp.abs(b).max()))
