@@ -9,6 +9,7 @@ its own: each block is multiplied as whole numbers, and scaled once.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -162,16 +163,26 @@ def bytes_read(x: Array, w: ActiveArray, *, implementation: str | None = None) -
   The text of the compiled program tells which operations read the weight, and what a round of the loop over active
   blocks reads. The tokens tell the number of rounds, and whether there are too many active blocks for the loop.
   """
-  run = jax.jit(lambda x, w: threshold_matmul(x, w, implementation=implementation), keep_unused=True)
-  number = [i for i, leaf in enumerate(jax.tree.leaves((x, w))) if leaf is w.values][0]
-  found = hlo.reads(run.lower(x, w).compile().as_text(), number)
+  leaves, structure = jax.tree.flatten((x, w))
+  number = [i for i, leaf in enumerate(leaves) if leaf is w.values][0]
+  found = _reads(structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves), number, implementation)
   block = math.gcd(BLOCK, w.skippable)
   count = int(active.reference.active_blocks(products.as_matrix(active.passed(x, w.threshold)), block)[1])
   capacity = int(active.CAPACITY * (w.skippable // block))
   rounds = -(-count // active.reference.blocks_of_step(block, w.skippable // block))
-  looped = any(read.times is None for read in found)
+  if all(read.times is not None for read in found):  # no loop is left: of the dense and the sparse branch, one runs
+    branches = [read.bytes * (read.times or 0) for read in found if read.branch]
+    return sum(read.bytes * (read.times or 0) for read in found if not read.branch) + max(branches, default=0)
   chosen = [read for read in found if not read.branch or (read.times is None) == (count <= capacity)]
-  return sum(read.bytes * (rounds if read.times is None else read.times) for read in (chosen if looped else found))
+  return sum(read.bytes * (rounds if read.times is None else read.times) for read in chosen)
+
+
+@functools.lru_cache(maxsize=256)
+def _reads(structure: Any, leaves: tuple[Any, ...], number: int, implementation: str | None) -> list[hlo.Read]:
+  """Returns what the compiled product reads of leaf `number`; products of the same shapes are compiled once."""
+  run = jax.jit(lambda x, w: threshold_matmul(x, w, implementation=implementation), keep_unused=True)
+  shapes = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+  return hlo.reads(run.lower(*shapes).compile().as_text(), number)
 
 
 def threshold_refusal(x: Array | jax.ShapeDtypeStruct, w: Any) -> str | None:

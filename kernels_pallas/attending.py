@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import dispatch
 from kernels_pallas.attention import block_sparse_attention
 from sparsejax import tables
 from sparsejax.arguments import checked
@@ -48,9 +49,10 @@ def sparse_attention(apply: Callable[..., Any], builder: Builder, *, implementat
   key. Derivatives are those of the sparse attention. `implementation` is that of `block_sparse_attention`.
 
   All that looks like attention and cannot be read stays dense, and `explain=True` lists it with the reason. The
-  function then returns a `tables.Report` and computes nothing: each attention, its fraction of blocks left out, and
-  what CPU, GPU and TPU run. `counted=True`: the function returns the result and, by address of the site, `int32[2]`:
-  the blocks in all lists, and the blocks that did not fit into the capacity. Without `counted`, blocks that do not fit
+  function then returns a `tables.Report` and computes nothing: each attention, its fraction of blocks left out, what
+  CPU, GPU and TPU run, and why a platform does not run its own kernel. `counted=True`: the function returns the result
+  and, by address of the site, `int32[2]`: the blocks in all lists, and the blocks that did not fit into the capacity.
+  Without `counted`, blocks that do not fit
   raise a warning when the program runs. Counts cannot leave a loop or `remat`: `counted=True` refuses such sites.
   """
   @functools.wraps(apply)
@@ -183,9 +185,16 @@ def _row(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementati
     site.q[:1], site.k[:1], site.v[:1], *(a if a.ndim == n else a[0] for a, n in ((index.index, 3), (index.counts, 2))),
     block_q=blocks.block_q, block_k=blocks.block_k, causal=site.causal, scale=site.scale, explain=True,
     edits=tuple(edit._replace(array=None if edit.array is None else edit.array[:1]) for edit in site.edits))
-  runs = implementation or ', '.join(f'{platform}: {choice.implementation}' for platform, choice in choices.items())
+  runs = implementation or ', '.join(map(_told, choices.items()))
   edits = ', '.join((['causal'] if site.causal else []) + [edit.kind for edit in site.edits])
   return AttentionRow(site.scope, site.place, shape, 1 - listed / max(examples * int(seen.sum()), 1), edits, runs, '')
+
+
+def _told(choice: tuple[str, Any]) -> str:
+  """Returns what a platform runs, and why its own kernel cannot."""
+  platform, (name, reason) = choice
+  why = reason.partition(f'not {dispatch.PLATFORMS.get(platform)}: ')[2]
+  return f'{platform}: {name}' + (f' ({why})' if why else '')
 
 
 class Reused(NamedTuple):

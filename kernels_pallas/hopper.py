@@ -123,10 +123,9 @@ def transposed(ref: Any) -> Any:
   return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 12) else plgpu.transpose_ref(ref, (1, 0))
 
 
-def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, operands: tuple[Array, ...], *, blocks: int,
-           scratch: dict[str, Any], cluster: int = 1, lanes: bool = False, approximate: bool = False,
-           interpret: bool = False) -> Array:
-  """Runs `body(*operands, out, **scratch)` as a kernel and returns the array `out`.
+def kernel(body: Callable[..., None], out: Any, operands: tuple[Array, ...], *, blocks: int, scratch: dict[str, Any],
+           cluster: int = 1, lanes: bool = False, approximate: bool = False, interpret: bool = False) -> Any:
+  """Runs `body(*operands, out, **scratch)` as a kernel and returns the array `out`, or several arrays of a tuple.
 
   `blocks` is the number of thread blocks of three warpgroups, or, if `cluster` is more than 1, of clusters of `cluster`
   thread blocks. The axes are 'sm', 'cluster' (if there are clusters) and 'wg'. `lanes` says that the body has code for
@@ -139,7 +138,7 @@ def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, operands: tuple
       body, out_type=out, scratch_types=scratch, grid=(blocks,), grid_names=('sm',), num_threads=COMPUTE + 1,
       thread_name='wg', compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, approx_math=approximate),
       **clusters, **mode)
-  return _varying(run(*operands), operands)
+  return jax.tree.map(lambda y: _varying(y, operands), run(*operands))
 
 
 def _interpreter() -> Any:

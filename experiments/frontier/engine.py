@@ -4,7 +4,8 @@ A line of the ledger has these keys:
 
 - `rule`, `sparsity`, `environment`, `facts`; `achieved`, the fraction of pairs of tokens that are left out.
 - `scores`: a number for each held-out example, by name.
-- `bytes` and `flops`, of attention, for one sequence; `cpu` and `wall`: seconds for one sequence, compiled.
+- `bytes` and `flops`, of attention, for one sequence; `cpu` and `wall`: seconds for one sequence, compiled. Lines of
+  rules for activations have those of the weights instead, for one token, see `activating`.
 - `config`: the facts that have to be the same for the line to count.
 """
 
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.frontier.activating import ActivationBench, rounded
 from experiments.frontier.costs import Request
-from experiments.frontier.rules import BLOCK, RULES
+from experiments.frontier.rules import BLOCK, DENSE, RULES
 from experiments.models import encoders
 from experiments.models.stepping import Stepper
 from experiments.pruning import decoder as trained
@@ -27,9 +29,6 @@ from kernels_pallas import decoder, sparse_attention
 from sparsejax import attention
 from sparsejax.attention import decode
 from sparsejax.types import Array
-
-DENSE = 'dense'
-DIGITS = 5  # of the scores that a line keeps
 
 
 class FrontierSizes(NamedTuple):
@@ -62,7 +61,7 @@ class EncoderBench:
     heads, tokens = rows[0].shape[1], rows[0].shape[2]
     d = self._params['block_0']['attention']['query']['kernel'].shape[2]
     pairs = len(rows) * heads * tokens**2 * (1 - achieved)
-    return {'achieved': achieved, 'scores': _rounded(self._judge(embed)), 'flops': 4 * pairs * d,
+    return {'achieved': achieved, 'scores': rounded(self._judge.scored(embed, self._params)), 'flops': 4 * pairs * d,
             'bytes': 4 * 2 * pairs * d / BLOCK, **_seconds(jax.jit(embed), given, encoder.BATCH)}
 
 
@@ -101,7 +100,7 @@ class DecoderBench:
     run, layers = lambda tokens: model.fed(model.start(len(tokens)), tokens)[0], len(self._keys)
     return {'achieved': 1 - cost.pairs(keep) / cost.pairs(), 'flops': layers * cost.compute(keep),
             'bytes': layers * (cost.memory(keep) + self._labels(rule, sparsity) * sizes.haystack),
-            'scores': _rounded({'nats': nats.mean(1), 'needle': found[:, -sizes.needle // 2:].mean(1)}),
+            'scores': rounded({'nats': nats.mean(1), 'needle': found[:, -sizes.needle // 2:].mean(1)}),
             **_seconds(run, (inputs,), len(inputs))}
 
   def _rules(self, rule: str, sparsity: float, tokens: int) -> list[decode.DecodeRule]:
@@ -134,6 +133,8 @@ class DecoderBench:
 def bench(table: str, data_dir: str | None, workdir: Any, request: Any, steps: int, seed: int, sizes: FrontierSizes,
           config: Mapping[str, Any] = trained.CONFIG) -> Any:
   """Returns the bench of a table; the decoder is trained first, in `workdir`, unless it is there already."""
+  if table == 'activation':
+    return ActivationBench(data_dir, seed)
   if table == 'encoder':
     return EncoderBench(data_dir, seed)
   subject = trained.subject(data_dir, workdir, request, steps, seed, config, sizes.length)
@@ -155,9 +156,3 @@ def _seconds(run: Callable[..., Any], given: tuple[Any, ...], count: int) -> dic
     taken.append((time.process_time() - began[0], time.perf_counter() - began[1]))
   cpu, wall = np.median(taken, 0) / count
   return {'cpu': float(cpu), 'wall': float(wall)}
-
-
-def _rounded(scores: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-  return {name: np.round(np.asarray(values, np.float64), DIGITS).tolist() for name, values in scores.items()}
-
-

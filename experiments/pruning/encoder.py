@@ -7,7 +7,7 @@ standard library, and the probe tells classes from functions.
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,18 +71,29 @@ def _drawn(sentences: Sentences, count: int, seed: int) -> np.ndarray:
   return np.random.default_rng(seed).permutation(len(sentences['labels']))[:count]
 
 
-def judge(data_dir: str | None, seed: int) -> Callable[[Callable[..., Array]], Mapping[str, np.ndarray]]:
-  """Returns a function that scores another `embed(params, tokens, mask)` by the sentences that `seed` draws.
+class Judge(NamedTuple):
+  """A `Judge` scores other embeddings of the sentences that a seed draws, by the scores of `subject`.
 
-  The scores are those of `subject`: the cosine to the dense embedding and whether the probe, trained anew, is right.
+  `scored(embed, params)` returns the cosine to the dense embedding and whether the probe, trained anew, is right.
+  `calibration`: the sentences to calibrate on. `nats(embeddings, labels)` is the mean loss of the dense probe.
   """
+
+  scored: Callable[[Callable[..., Array], PyTree], Mapping[str, np.ndarray]]
+  calibration: Sentences
+  nats: Callable[[Array, Array], Array]
+
+
+def judge(data_dir: str | None, seed: int) -> Judge:
+  """Returns the judge of the sentences that `seed` draws. A function that embeds is compiled once."""
   train, test, _ = _sentences(data_dir)
-  probed = _drawn(train, CALIBRATED + PROBED, seed)[CALIBRATED:]
+  calibration, probed = np.split(_drawn(train, CALIBRATED + PROBED, seed), [CALIBRATED])
   held_out = _drawn(test, HELD_OUT, seed)
-  parts = [{key: value[rows] for key, value in each.items()} for each, rows in ((train, probed), (test, held_out))]
-  params = jax.tree.map(jnp.asarray, encoders.load_pretrained())
-  dense = _Probe(*parts).embedded(params)[1]
-  return lambda embed: _scored(_Probe(*parts, embed), dense, params)
+  part = lambda each, rows: {key: value[rows] for key, value in each.items()}
+  made = functools.lru_cache(maxsize=2)(functools.partial(_Probe, part(train, probed), part(test, held_out)))
+  probe = made(encoders.embed)
+  dense = probe.embedded(jax.tree.map(jnp.asarray, encoders.load_pretrained()))
+  return Judge(lambda embed, params: _scored(made(embed), dense[1], params), part(train, calibration),
+               functools.partial(_nats, probe.fitted(dense[0])))
 
 
 class _Probe:
@@ -131,5 +142,9 @@ def _scored(probe: _Probe, dense: np.ndarray, params: PyTree) -> dict[str, np.nd
 
 def _loss(linear: Any, labels: Array, params: PyTree, batch: tuple[Array, Array]) -> Array:
   """Returns the cross-entropy of the dense probe on one batch."""
-  logits = encoders.embed(params, *batch) @ jnp.asarray(linear.coef_[0], jnp.float32) + float(linear.intercept_[0])
+  return _nats(linear, encoders.embed(params, *batch), labels)
+
+
+def _nats(linear: Any, embeddings: Array, labels: Array) -> Array:
+  logits = embeddings @ jnp.asarray(linear.coef_[0], jnp.float32) + float(linear.intercept_[0])
   return jnp.mean(jax.nn.softplus(jnp.where(labels == 1, -logits, logits)))

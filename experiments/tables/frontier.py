@@ -1,4 +1,4 @@
-"""Shows sparse attention of one model: a table of rule by sparsity, and quality over bytes, a curve for each rule.
+"""Shows one model with sparse attention or activations: a table of rule by sparsity, and quality over bytes.
 
     pages.show(page('decoder', lines), workdir, console)
 """
@@ -13,12 +13,21 @@ from experiments.tables import pages
 from sparsejax import plot
 
 Line = Mapping[str, Any]  # of one cell, see `experiments.frontier.engine`
-SCORES = {'encoder': {'cosine': 'cosine', 'accuracy': 'probe'}, 'decoder': {'nats': 'nats a byte', 'needle': 'needle'}}
+ENCODER = {'cosine': 'cosine', 'accuracy': 'probe'}
+SCORES = {'activation': ENCODER, 'encoder': ENCODER, 'decoder': {'nats': 'nats a byte', 'needle': 'needle'}}
 DENSE = 'dense'
-NOTE = ('±: half the 95 % interval over the held-out examples (Student t), of one model and one draw of the data. '
-        'Achieved: the fraction of pairs of tokens that are not read. MB and GFLOP: of attention, for one sequence, '
-        'by formula. Seconds: of one sequence, on a machine that was not idle. Needle: nats a byte of a passage that '
-        'stood at the beginning of the window.')
+SPREAD = '±: half the 95 % interval over the held-out examples (Student t), of one model and one draw of the data.'
+ATTENTION = (f'{SPREAD} Achieved: the fraction of pairs of tokens that are not read. MB and GFLOP: of attention, for '
+             'one sequence, by formula. Seconds: of one sequence, on a machine that was not idle. Needle: nats a byte '
+             'of a passage that stood at the beginning of the window.')
+ACTIVATION = (f'{SPREAD} Achieved: the fraction of inputs that a token skips, of the weights that the rule makes '
+              'sparse, on held-out sentences with all products sparse. ppl is asked for a tenth of the sparsity, as a '
+              'rise of the perplexity. Blocks: the fraction of blocks of 16 inputs that a token reads. MB: what one '
+              'token reads of the matrices of all layers, from the compiled product in blocks. The product that the '
+              'library chooses at this size is dense and reads all. GFLOP: of the inputs that are left.')
+NOTES = {'activation': ACTIVATION, 'encoder': ATTENTION, 'decoder': ATTENTION}
+READS = {'activation': 'MB of weights that one token reads', 'encoder': 'MB that attention reads',
+         'decoder': 'MB that attention reads'}
 
 
 def page(table: str, lines: Sequence[Line]) -> pages.Page:
@@ -26,26 +35,29 @@ def page(table: str, lines: Sequence[Line]) -> pages.Page:
   columns: dict[str, Callable[[Line], str]] = {
       'rule': lambda line: line['rule'], 'sparsity': lambda line: f'{line["sparsity"]:g}',
       'achieved': lambda line: f'{line["achieved"]:.3f}'}
+  if table == 'activation':
+    columns['blocks'] = lambda line: f'{line["blocks"]:.3f}'
   for name, head in SCORES[table].items():
     columns[head] = lambda line, name=name: '{:.4f} ± {:.4f}'.format(*pages.interval(np.asarray(line['scores'][name])))
   if table == 'decoder':
     columns['perplexity'] = lambda line: f'{np.exp(np.mean(line["scores"]["nats"])):.3f}'
-  columns |= {'MB': lambda line: f'{line["bytes"] / 1e6:.2f}', 'GFLOP': lambda line: f'{line["flops"] / 1e9:.3f}',
-              'CPU s': lambda line: f'{line["cpu"]:.4f}', 'wall s': lambda line: f'{line["wall"]:.4f}'}
+  columns |= {'MB': lambda line: f'{line["bytes"] / 1e6:.2f}', 'GFLOP': lambda line: f'{line["flops"] / 1e9:.3f}'}
+  if all('cpu' in line for line in lines):
+    columns |= {'CPU s': lambda line: f'{line["cpu"]:.4f}', 'wall s': lambda line: f'{line["wall"]:.4f}'}
   told = dict.fromkeys(', '.join(f'{key}: {value}' for key, value in line['facts'].items()) + '.' for line in lines)
   machines = dict.fromkeys(f'Ran on {pages.machine(line["environment"])}.' for line in lines)
-  return pages.Page('frontier', [pages.table(columns, lines)], [*told, *machines, NOTE],
+  return pages.Page('frontier', [pages.table(columns, lines)], [*told, *machines, NOTES[table]],
                     {'table': table, 'cells': [dict(line) for line in lines]}, lambda path: draw(table, lines, path))
 
 
 def announced(table: str, line: Line) -> str:
   """Returns the line of a cell that is finished now as one sentence."""
   scores = ', '.join(f'{head} {np.mean(line["scores"][name]):.4g}' for name, head in SCORES[table].items())
-  return f'{line["cell"]}: {scores}, {line["achieved"]:.2f} not read, {line["cpu"]:.3f} CPU s'
+  return f'{line["cell"]}: {scores}, {line["achieved"]:.2f} not read, {line["bytes"] / 1e6:.2f} MB'
 
 
 def draw(table: str, lines: Sequence[Line], path: pathlib.Path) -> None:
-  """Draws each score over the megabytes that attention reads, a curve for each rule; the dense model is a line."""
+  """Draws each score over the megabytes that are read, a curve for each rule; the dense model is a line."""
   with plot.saved(path, 1, len(SCORES[table]), figsize=(6 * len(SCORES[table]), 4.5)) as axes:
     for axis, (name, head) in zip(axes.flat, SCORES[table].items()):
       for rule in dict.fromkeys(line['rule'] for line in lines):
@@ -55,6 +67,6 @@ def draw(table: str, lines: Sequence[Line], path: pathlib.Path) -> None:
           axis.axhline(means[0], color='gray', linestyle=':', label=f'dense, {own[0]["bytes"] / 1e6:.3g} MB')
         else:
           plot.trade_off([line['bytes'] / 1e6 for line in own], means, halves, axis=axis, linestyle='-', label=rule)
-      axis.set_xlabel('MB that attention reads')
+      axis.set_xlabel(READS[table])
       axis.set_ylabel(head)
       axis.legend(fontsize='small')

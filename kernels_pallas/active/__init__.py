@@ -37,8 +37,9 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   the entries of `x` that lie in active blocks and are not skipped. All orders and both modes of derivatives exist;
   forward mode and second derivatives multiply dense.
 
-  `implementation` is 'xla', 'dense' or 'mosaic_tpu' (not yet run on a TPU), and raises `ValueError` if it cannot run.
-  `None` takes the kernel where the platform has one, and elsewhere the choice of `prefer`. There is no kernel for GPUs.
+  `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. Neither
+  kernel has run on its device yet. `None` takes the kernel where the platform has one that can run, and elsewhere the
+  choice of `prefer`.
   `explain=True` returns the choice of each platform and its reason instead of the product. Under `vmap` over `x`, 'xla'
   computes both the sparse and the dense product; pass all tokens in one call instead.
   """
@@ -127,12 +128,15 @@ def passed(x: Array, threshold: Any, mask: Array | None = None) -> Array:
 def _table(block: int, capacity: int) -> products.Table:
   run = functools.partial(reference.matmul, block=block, capacity=capacity)
   # The module is imported at its first use, because importing Pallas takes a second.
-  kernel = lambda: importlib.import_module('kernels_pallas.active.tpu')
+  load = lambda name: importlib.import_module(f'kernels_pallas.active.{name}')
+
+  def kernel(name: str) -> Implementation:
+    multiply = dispatch.folding(lambda x, w: load(name).matmul(x, w, block, capacity))
+    return Implementation(multiply, lambda x, w: load(name).refusal(x, w, block))
+
   return {'xla': Implementation(lambda x, w: run(x, w.astype(x.dtype))),
           'dense': Implementation(lambda x, w: reference.dense(x, w.astype(x.dtype))),
-          'mosaic_tpu': Implementation(
-              dispatch.folding(lambda x, w: kernel().matmul(x, w, block, capacity)),
-              lambda x, w: kernel().refusal(x, w, block))}
+          'mosaic_gpu': kernel('gpu'), 'mosaic_tpu': kernel('tpu')}
 
 
 class _Options(NamedTuple):

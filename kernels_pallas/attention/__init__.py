@@ -18,6 +18,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import heads, reference
 from kernels_pallas.dispatch import Choice, Implementation
 from kernels_pallas.linear import Derivative, differentiable
+from sparsejax import errors
 from sparsejax.attention.edits import EDITS, ScoreEdit, edited, segment_edits, weighed
 from sparsejax.types import Array
 
@@ -46,7 +47,8 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
   `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. `None`
   lets the platform choose when the program is lowered. `explain=True` returns the choice of each platform and its
   reason instead of the result. Gradients are computed by 'dense' if `implementation` is 'dense', by the kernels of
-  'mosaic_tpu' where these compute the result, and by 'xla' otherwise: Hopper has no kernel for gradients yet.
+  'mosaic_gpu' or 'mosaic_tpu' where these compute the result, and by 'xla' otherwise. Neither kernel for gradients has
+  run on its device yet.
   """
   lists = (index,) if counts is None else (index, counts)
   _check(q, k, v, *lists, block_q=block_q, block_k=block_k)
@@ -206,7 +208,8 @@ def _kernel(module: str, options: Options) -> Implementation:
 
   def refusal(*args):
     if options.kinds:
-      return f'it has no {options.kinds[0][0]!r} of scores'
+      kinds = list(dict.fromkeys(kind for kind, _ in options.kinds))
+      return f'it has no {errors.some(kinds)} of scores'
     hidden = options.causal and options.queries <= options.keys  # Padding keys come after every query.
     if options.keys % options.block_k and not hidden:
       return f'{options.keys} keys do not divide into blocks of {options.block_k}; take blocks that divide them'
@@ -237,7 +240,7 @@ def _gradient(options: tuple[Options, str | None], args: Sequence[Array], dy: Ar
   if implementation == 'dense' or known.kinds:
     plain, count = _plain(*options), 3 + known.numbers
     return jax.vjp(lambda *a: plain(*a, *args[count:]), *args[:count])[1](dy)
-  return _backward(known, 'xla' if implementation == 'mosaic_gpu' else implementation)(dy, q, k, v, *lists)
+  return _backward(known, implementation)(dy, q, k, v, *lists)
 
 
 def _backward(options: Options, implementation: str | None) -> Callable[..., Any]:
@@ -263,13 +266,16 @@ def _plain_backward(options: Options, dy: Array, q: Array, k: Array, v: Array, *
 
 
 def _backward_table(options: Options) -> dict[str, Implementation]:
-  """Returns the implementations of the gradients: XLA, and the kernels of splash attention on TPUs."""
-  forward = _kernel('tpu', options)
+  """Returns the implementations of the gradients: XLA, kernels for Hopper, and splash attention's on TPUs."""
+  forward, of_gpu = _kernel('tpu', options), _kernel('gpu', options)
+  load = lambda: importlib.import_module('kernels_pallas.attention.gpu_backward')
 
   def by_kernel(dy: Array, q: Array, k: Array, v: Array, *lists: Array) -> tuple[Array, ...]:
     return jax.vjp(lambda *qkv: forward.function(*qkv, *lists), q, k, v)[1](dy)
 
   return {'xla': Implementation(functools.partial(_plain_backward, options)),
+          'mosaic_gpu': Implementation(lambda *args: load().attention_gradients(*args, **options.plain),
+                                       lambda dy, *args: of_gpu.refusal(*args)),
           'mosaic_tpu': Implementation(by_kernel, lambda dy, *args: forward.refusal(*args))}
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.activation.measuring import FUNCTION, Thresholds, below, finite_rows, over_batches, runs, tested
-from sparsejax.activation.places import Seen, Unit, Weights
+from sparsejax.activation.in_order import in_order
+from sparsejax.activation.measuring import FUNCTION, Observed, Thresholds, below, over_batches, runs, tested
+from sparsejax.activation.places import Unit, Weights
 from sparsejax.activation.rules import PerplexityRule, Rule, error_bound
 from sparsejax.arguments import checked
 from sparsejax.programs.calls import Calls
@@ -77,53 +78,64 @@ def _errors(calls: Calls, places: Weights, limits: Thresholds) -> dict[Unit, flo
   """Returns the relative squared error of each product, with dense inputs."""
   sums: dict[Unit, list[float]] = {unit: [0.0, 0.0] for unit in limits}
 
-  def visit(seen: Seen, valid: Array | None, batch: int) -> list[Any] | None:
+  def visit(observed: Observed) -> None:
+    seen, valid = observed.product, observed.valid
     if seen.unit not in limits:
-      return None
+      return
     skipped = jnp.where(below(limits)(seen), seen.x, jnp.zeros((), seen.x.dtype))
     parts = skipped if valid is None else jnp.where(valid, skipped, 0), seen.x if valid is None else jnp.where(
         valid, seen.x, 0)
     (error,), (whole,) = (seen.answered(part) for part in parts)
     sums[seen.unit] = [a + float(jnp.sum(jnp.square(b.astype(jnp.float32)))) for a, b in zip(
         sums[seen.unit], (error, whole))]
-    return None
 
   runs(calls, places, visit)
   return {unit: error / whole if whole else 0.0 for unit, (error, whole) in sums.items()}
 
 
-def bounded(calls: Calls, places: Weights, rule: PerplexityRule) -> Thresholds:
+def bounded(calls: Calls, places: Weights, rule: PerplexityRule, sequential: bool) -> Thresholds:
   """Returns the thresholds of the largest bound on the relative errors at which the perplexity rises as allowed."""
-  inputs: dict[Unit, list[np.ndarray]] = {}
+  inputs: dict[Unit, list[Observed]] = {}
+  results = runs(calls, places, lambda seen: inputs.setdefault(seen.product.unit, []).append(seen))
+  rows = {unit: _counted_rows(each) for unit, each in inputs.items()}
+  dense = _loss(calls, rule, results)
+  units = [unit for place in places.values() for unit in place.units]
 
-  def visit(seen: Seen, valid: Array | None, batch: int) -> None:
-    rows = finite_rows(seen, seen.x, valid, batch)
-    if len(rows.x) != 1:
-      raise ValueError(f'{FUNCTION}: ppl reads weights that are one matrix, and {seen.unit[0]} is several.')
-    inputs.setdefault(seen.unit, []).append(np.asarray(rows.x[0])[np.asarray(rows.counted[0])])
+  def tried(bound: float) -> tuple[Thresholds, list[list[Any]]]:
+    limit = lambda unit, rows: _bounded_limit(places[unit[0]].stack(unit), rows, bound)
+    if sequential:
+      return in_order(calls, places, lambda unit, seen: limit(unit, _counted_rows(seen)), {})
+    limits = {unit: limit(unit, rows.get(unit)) for unit in units}
+    return limits, tested(calls, places, below(limits), {})[1]
 
-  dense = _loss(calls, rule, runs(calls, places, visit))
-  weights = {unit: np.asarray(place.stack(unit)[0]) for place in places.values() for unit in place.units}
-
-  def thresholds(bound: float) -> dict[Unit, np.ndarray]:
-    limits = {}
-    for unit, w in weights.items():
-      h = np.concatenate(inputs[unit]) if unit in inputs else np.zeros((0, w.shape[1]), np.float32)
-      tau = error_bound(h, w, bound, np.ones(len(h), bool))[0] if len(h) else 0.0
-      sizes = np.sqrt(np.sum(np.square(w.astype(np.float32)), 0))
-      limits[unit] = np.divide(tau, sizes, out=np.full(sizes.shape, np.inf, np.float32), where=sizes > 0)[None]
-    return limits
-
-  low, high, best = 0.0, 1.0, thresholds(0.0)
+  low, high, best = 0.0, 1.0, tried(0.0)[0]
   while high - low > rule.tolerance:
     middle = (low + high) / 2
-    tried = thresholds(middle)
-    rise = _loss(calls, rule, tested(calls, places, below(tried), {})[1]) - dense
-    if rise <= np.log1p(rule.percent / 100):
-      low, best = middle, tried
+    limits, results = tried(middle)
+    if _loss(calls, rule, results) - dense <= np.log1p(rule.percent / 100):
+      low, best = middle, limits
     else:
       high = middle
   return best
+
+
+def _counted_rows(seen: list[Observed]) -> np.ndarray:
+  """Returns the rows that count, `[T, K]`, of the inputs of a weight that is one matrix."""
+  found = []
+  for each in seen:
+    rows = each.rows(each.product.x)
+    if len(rows.x) != 1:
+      raise ValueError(f'{FUNCTION}: ppl reads weights that are one matrix, and {each.product.unit[0]} is several.')
+    found.append(np.asarray(rows.x[0])[np.asarray(rows.counted[0])])
+  return np.concatenate(found)
+
+
+def _bounded_limit(stack: Array, rows: np.ndarray | None, bound: float) -> np.ndarray:
+  """Returns the thresholds `[1, K]` of one matrix `[1, N, K]` whose relative output error is at most `bound`."""
+  w = np.asarray(stack[0], np.float32)
+  tau = 0.0 if rows is None or not len(rows) else error_bound(rows, w, bound, np.ones(len(rows), bool))[0]
+  sizes = np.sqrt(np.sum(np.square(w), 0))
+  return np.divide(tau, sizes, out=np.full(sizes.shape, np.inf, np.float32), where=sizes > 0)[None]
 
 
 def _loss(calls: Calls, rule: PerplexityRule, results: list[list[Any]]) -> float:

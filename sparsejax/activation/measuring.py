@@ -6,7 +6,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,69 +14,97 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import calibration, formats
-from sparsejax.activation.places import Seen, Unit, Weights, run
+from sparsejax.activation.places import Seen, SkippableWeight, Unit, Weights, walked
 from sparsejax.activation.rules import Rest, Rule
-from sparsejax.programs.calls import Calls, validity
+from sparsejax.programs.calls import BatchWalk, Calls, validity
+from sparsejax.programs.evaluate import Walk
 from sparsejax.types import Array
 
 FUNCTION = 'activation.sparsify'
 BLOCK = 16  # inputs that a product on a CPU skips together
+TOKENS = 8  # tokens of a batch whose bytes are counted
 
 Thresholds = Mapping[Unit, np.ndarray]
 
 
-def runs(calls: Calls, places: Weights, visit: Callable[[Seen, Array | None, int], Any]) -> list[list[Any]]:
-  """Runs every batch; `visit(seen, valid, batch)` also gets the entries of the operand that count, or `None` for all.
+class Observed(NamedTuple):
+  """An `Observed` is a product at which the walk of a batch waits; `valid`: the entries of its operand that count."""
 
-  Returns the results of each batch.
-  """
-  results = []
+  product: Seen
+  valid: Array | None
+  batch: int
+
+  def rows(self, array: Array) -> calibration.Rows:
+    """Returns the rows of an array like the operand; refuses rows that count and are not finite."""
+    rows = calibration.Rows(*self.product.rows(array, self.valid))
+    if not bool(rows.finite):
+      path, unit = self.product.unit
+      raise ValueError(f'{FUNCTION}: the input of {path}{list(unit) if unit else ""} holds NaN or infinities in batch '
+                       f'{self.batch}. Look at the batch and at the products before, or leave the rows out with '
+                       '`valid`.')
+    return rows
+
+
+def walks(calls: Calls, places: Weights) -> Iterator[BatchWalk]:
+  """Returns the walk of each batch, started when the walk is asked for."""
   for i, (program, arrays, valid) in enumerate(zip(calls.programs, calls.arrays, calls.valid)):
-    results.append(run(FUNCTION, program, arrays, places, _in_batch(visit, validity(FUNCTION, program, valid), i)))
+    yield BatchWalk(i, walked(FUNCTION, program, arrays, places), validity(FUNCTION, program, valid))
+
+
+def observed_at(each: BatchWalk, walk: Walk) -> Observed:
+  """Returns the product at which a walk of a batch, or a copy of the walk, waits."""
+  return Observed(walk.site, each.valid(walk.site.site)[0], each.number)
+
+
+def runs(calls: Calls, places: Weights, visit: Callable[[Observed], Any]) -> list[list[Any]]:
+  """Runs every batch; `visit` may answer each product with other results. Returns the results of each batch."""
+  results: list[list[Any]] = []
+  for each in walks(calls, places):
+    while each.walk.stopped:
+      each.walk.answer(visit(observed_at(each, each.walk)))
+    results.append(each.walk.results or [])
   return results
 
 
-def _in_batch(visit: Callable[[Seen, Array | None, int], Any], counted: Callable[..., Any], batch: int
-              ) -> Callable[[Seen], Any]:
-  return lambda seen: visit(seen, counted(seen.site)[0], batch)
+def mean_of_up(seen: Observed) -> np.ndarray:
+  """Returns the mean magnitude of the product that multiplies an activation, `[L, K]`; ones in a plain layer."""
+  x, up = seen.product.x, seen.product.up
+  found = calibration.magnitudes(seen.rows(jnp.ones_like(x) if up is None else up))
+  return np.asarray(found.total) / np.maximum(np.asarray(found.rows), 1)[:, None]
 
 
-def finite_rows(seen: Seen, array: Array, valid: Array | None, batch: int) -> calibration.Rows:
-  """Returns the rows of an operand; refuses rows that count and are not finite."""
-  rows = calibration.Rows(*seen.rows(array, valid))
-  if not bool(rows.finite):
-    name = seen.unit[0] + (f'{list(seen.unit[1])}' if seen.unit[1] else '')
-    raise ValueError(f'{FUNCTION}: the input of {name} holds NaN or infinities in batch {batch}. Look at the batch and '
-                     'at the products before, or leave the rows out with `valid`.')
-  return rows
+def scale_of(rule: Rule, place: SkippableWeight, unit: Unit, means: list[np.ndarray]) -> Any:
+  """Returns by what the magnitudes of a unit are multiplied, `[L, K]`, before they are compared.
+
+  `means` are those of `up` in each batch, which only rules for neurons read.
+  """
+  return rule.scale(jnp.asarray(np.mean(means, 0)) if rule.neurons else place.stack(unit))
 
 
 def scales(calls: Calls, places: Weights, rule: Rule) -> dict[Unit, Any]:
-  """Returns by what the magnitudes of each unit are multiplied, `[L, K]`, before they are compared."""
-  if not rule.neurons:
-    return {unit: rule.scale(place.stack(unit)) for place in places.values() for unit in place.units}
+  """Returns by what the magnitudes of each unit are multiplied, with all products dense."""
   means: dict[Unit, list[Any]] = {unit: [] for place in places.values() for unit in place.units}
+  if rule.neurons:
+    runs(calls, places, lambda seen: means[seen.product.unit].append(mean_of_up(seen)))
+  return {unit: scale_of(rule, places[unit[0]], unit, each) for unit, each in means.items() if each or not rule.neurons}
 
-  def visit(seen: Seen, valid: Array | None, batch: int) -> None:
-    rows = finite_rows(seen, jnp.ones_like(seen.x) if seen.up is None else seen.up, valid, batch)
-    found = calibration.magnitudes(rows)
-    means[seen.unit].append(np.asarray(found.total) / np.maximum(np.asarray(found.rows), 1)[:, None])
 
-  runs(calls, places, visit)
-  return {unit: rule.scale(jnp.asarray(np.mean(each, 0))) for unit, each in means.items() if each}
+def magnitudes_of(seen: Observed, scale: Any) -> calibration.Magnitudes:
+  """Returns the scaled magnitudes of an operand as arrays of the host."""
+  return jax.tree.map(np.asarray, calibration.magnitudes(seen.rows(seen.product.x), scale))
+
+
+def are_counted(each: list[calibration.Magnitudes]) -> bool:
+  """Returns whether a row of each matrix counts in some batch."""
+  return bool(each) and all(int(sum(one.rows[l] for one in each)) > 0 for l in range(len(each[0].rows)))
 
 
 def statistics(calls: Calls, places: Weights, own: Mapping[Unit, Any]) -> dict[Unit, list[Any]]:
-  """Returns the `Magnitudes` of each unit in each batch, scaled by `own`, as arrays of the host."""
+  """Returns the `Magnitudes` of each unit in each batch, scaled by `own`, with all products dense."""
   found: dict[Unit, list[Any]] = {}
-
-  def visit(seen: Seen, valid: Array | None, batch: int) -> None:
-    rows = finite_rows(seen, seen.x, valid, batch)
-    found.setdefault(seen.unit, []).append(jax.tree.map(np.asarray, calibration.magnitudes(rows, own[seen.unit])))
-
-  runs(calls, places, visit)
-  return {unit: each for unit, each in found.items() if all(int(sum(one.rows[l] for one in each)) > 0
-                                                            for l in range(len(each[0].rows)))}
+  runs(calls, places, lambda seen: found.setdefault(seen.product.unit, []).append(
+      magnitudes_of(seen, own[seen.product.unit])))
+  return {unit: each for unit, each in found.items() if are_counted(each)}
 
 
 def over_batches(each: list[Any]) -> calibration.Magnitudes:
@@ -133,20 +161,17 @@ def tested(calls: Calls, places: Weights, skips: Callable[[Seen], Array], rests:
 
   `skips(seen)` says which entries of the operand are skipped. The first three sums are those of skipped entries, of
   entries, and of entries in blocks that are read. Two are the squares of the error of the product, and of the dense
-  product. With `reads(x, w)`, two more are the bytes that one token of each batch reads, and those of the weight.
+  product. With `reads(x, w)`, two more are the bytes that a token reads, one for each batch, and those of the weight.
   """
   sums: dict[Unit, list[float]] = {}
 
-  def visit(seen: Seen, valid: Array | None, batch: int) -> list[Any]:
-    skipped = skips(seen)
+  def visit(observed: Observed) -> list[Any]:
+    seen, valid, skipped = observed.product, observed.valid, skips(observed.product)
     own = sums.setdefault(seen.unit, [0.0] * 7)
     own[:3] = [a + b for a, b in zip(own, _counted(seen, skipped, valid))]
-    kept = jnp.where(skipped, jnp.zeros((), seen.x.dtype), seen.x)
-    answer = seen.answered(kept)
+    kept, answer = skipping(seen, skipped, rests)
     if reads is not None:
       own[5:] = [a + b for a, b in zip(own[5:], _bytes(seen, kept, valid, reads))]
-    if seen.unit in rests:
-      answer = [answer[0] + _rest_of(seen, seen.x - kept, rests[seen.unit])]
     if seen.place.layer is None:
       dense, = seen.answered(seen.x)
       square = lambda a: float(jnp.sum(jnp.square(a.astype(jnp.float32))))
@@ -156,12 +181,24 @@ def tested(calls: Calls, places: Weights, skips: Callable[[Seen], Array], rests:
   return sums, runs(calls, places, visit)
 
 
-def _bytes(seen: Seen, kept: Array, valid: Array | None, reads: Reads) -> tuple[int, int]:
-  """Returns the bytes that the product of the first token that counts reads of its matrix, and those of the matrix."""
+def skipping(seen: Seen, skipped: Array, rests: Mapping[Unit, Rest]) -> tuple[Array, list[Any]]:
+  """Returns the operand without what is skipped, and the results of the sparse operation."""
+  kept = jnp.where(skipped, jnp.zeros((), seen.x.dtype), seen.x)
+  answer = seen.answered(kept)
+  return kept, [answer[0] + _rest_of(seen, seen.x - kept, rests[seen.unit])] if seen.unit in rests else answer
+
+
+def _bytes(seen: Seen, kept: Array, valid: Array | None, reads: Reads) -> tuple[float, float]:
+  """Returns the bytes that the product of one token reads of its matrix, and those of the matrix.
+
+  The bytes are the mean over the first `TOKENS` tokens that count.
+  """
   rows, counted = seen.rows(kept, valid)
-  token = 0 if counted is None else int(jnp.argmax(counted[0]))
+  tokens = np.arange(rows.shape[1]) if counted is None else np.flatnonzero(np.asarray(counted[0]))
   matrix = seen.place.stack(seen.unit)[0].T
-  return reads(rows[:1, token], formats.ActiveArray.of(matrix)), matrix.nbytes
+  weight = formats.ActiveArray.of(matrix)
+  found = [reads(rows[:1, token], weight) for token in tokens[:TOKENS]]
+  return float(np.mean(found or [0])), matrix.nbytes if found else 0
 
 
 def _rest_of(seen: Seen, skipped: Array, rest: Rest) -> Array:

@@ -1,7 +1,7 @@
 """Finds the products whose inputs, or whose neurons, a rule may skip, and shows what each product is given.
 
     places, dense = places_of('activation.sparsify', program, params, None, neurons=False)
-    run(program, arrays, places, visit)          # visit(seen) at each product, which may answer with other operands
+    steps = walked('activation.sparsify', program, arrays, places)      # stops at each product, `steps.site`
 """
 
 import dataclasses
@@ -16,10 +16,11 @@ from sparsejax import errors, trees
 from sparsejax.programs import jaxprs
 from sparsejax.programs.arrangements import Arrangement, arrangement_of
 from sparsejax.programs.contractions import Contractions, Use, read
-from sparsejax.programs.evaluate import Operation, evaluate, rules_at
+from sparsejax.programs.evaluate import Operation, Walk, rules_at
 from sparsejax.programs.gated import GatedLayer, layers_of
 from sparsejax.programs.heads import ends
 from sparsejax.programs.operands import Site
+from sparsejax.programs.structures import Stop
 from sparsejax.programs.tracing import Program
 from sparsejax.types import Array, Axes, PyTree
 
@@ -48,6 +49,11 @@ class SkippableWeight:
   @property
   def first(self) -> Arrangement:
     return next(iter(self.arrangements.values()))
+
+  @property
+  def address(self) -> jaxprs.Address:
+    """The operation at which the weight is skipped in: of a gated layer, the one that takes the activation."""
+    return next(iter(self.uses.values())).address if self.layer is None else self.layer.address
 
   @property
   def units(self) -> list[Unit]:
@@ -198,11 +204,11 @@ class Seen(NamedTuple):
     return own.rows(array, self.site.others, valid)
 
 
-def run(function: str, program: Program, arrays: Sequence[Any], places: Weights,
-        visit: Callable[[Seen], Any]) -> list[Any]:
-  """Runs a program layer by layer; `visit(seen)` at each product returns other results, or `None` for its own.
+def walked(function: str, program: Program, arrays: Sequence[Any], places: Weights) -> Walk:
+  """Returns a walk through a program that stops with a `Seen` at each product, layer by layer.
 
-  Of a gated layer, `visit` is called where the activation is taken.
+  An answer is the results of the operation, or `None` for its own. Of a gated layer, the walk stops where the
+  activation is taken.
   """
   sites: dict[jaxprs.Address, dict[Any, Any]] = {}
   for place in places.values():
@@ -211,12 +217,12 @@ def run(function: str, program: Program, arrays: Sequence[Any], places: Weights,
     else:
       sites |= {use.address: {(place.path, number): (place, number)} for number, use in place.uses.items()}
 
-  def rule(eqn: Any, values: list[Any], here: Operation) -> list[Any]:
+  def rule(eqn: Any, values: list[Any], here: Operation) -> Stop:
     (place, number), = sites[here.address].values()
-    answer = visit(_seen(place, number, eqn, values, here))
-    return here.dense(values) if answer is None else answer
+    return Stop(_seen(place, number, eqn, values, here),
+                lambda answer: here.dense(values) if answer is None else answer)
 
-  return evaluate(program, arrays, rules_at(function, program, sites, rule, keeps=lambda eqn: False))
+  return Walk(program, arrays, rules_at(function, program, sites, rule, keeps=lambda eqn: False))
 
 
 def _seen(place: SkippableWeight, number: int, eqn: Any, values: list[Any], here: Operation) -> Seen:

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -16,14 +17,20 @@ import numpy as np
 
 from sparsejax import arguments, errors, formats, trees
 from sparsejax.activation.allocating import Greedy, bounded, shared
+from sparsejax.activation.in_order import in_order
 from sparsejax.activation.measuring import (
   FUNCTION,
   HEAD,
+  Observed,
   Reads,
   SkipReport,
   Thresholds,
+  are_counted,
   below,
+  magnitudes_of,
+  mean_of_up,
   over_batches,
+  scale_of,
   scales,
   statistics,
   tested,
@@ -34,6 +41,8 @@ from sparsejax.activation.ruling import ruled, switched
 from sparsejax.programs.calls import Calls, calls_of
 from sparsejax.tables import Report
 from sparsejax.types import Array, Predicate, PyTree
+
+SEQUENCES = ('dense', 'weight')
 
 
 class Rewritten(NamedTuple):
@@ -53,13 +62,14 @@ class Rewritten(NamedTuple):
 def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
              rule: Rule | TopNeurons | PerplexityRule, *, where: Predicate | PyTree | None = None,
              valid: Iterable[Array] | None = None, allocation: Greedy | None = None,
-             reads: Reads | None = None) -> Rewritten:
+             sequential: str = 'dense', reads: Reads | None = None) -> Rewritten:
   """Returns the model that skips inputs or neurons as a rule says, with thresholds from calibration batches.
 
   `apply(params, *inputs)`: any JAX function whose first argument holds the parameters. In `batches` a tuple is
   positional arguments, a dict is keyword arguments, anything else is one argument. The last quarter of several batches
   is held out: the report counts there what tokens skip while all products are sparse, and how far the results move.
-  Thresholds are found with all products dense.
+  `sequential`: 'dense' finds thresholds with all products dense (TEAL, R-Sparse, CHESS). 'weight' finds them one weight
+  after the other, with all products before a weight sparse already, as `prune` does (WINA's option `layer_wise`).
 
   A rule for inputs (`teal`, `wina`, `r_sparse`, `ppl`) makes each weight that `where` picks a `formats.ActiveArray`. By
   default these are the weights of all products of matrices, without the head. A rule for neurons (`cats`, `chess`,
@@ -69,8 +79,8 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
   `reads=kernels_pallas.bytes_read` adds the bytes that one token reads of each weight, from the compiled products.
 
   Raises `ValueError` without batches or valid rows, for NaN, for packed parameters, and for parameters that `where`
-  picks and no product can skip. Raises `ValueError` for a gated layer whose activation is not zero at zero. The report
-  lists what stays dense, and why.
+  picks and no product can skip. Raises `ValueError` for another `sequential`, and for `top_k` in sequence. Raises
+  `ValueError` for a gated layer whose activation is not zero at zero. The report lists what stays dense, and why.
   """
   began = time.perf_counter()
   _refuse_packed(params)
@@ -83,17 +93,28 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
   if not neurons:  # the inputs of `down` are compared, not the activation
     places = {path: dataclasses.replace(place, layer=None) for path, place in places.items()}
   used, kept_out = _split(calls)
-  solved = _solved(used, places, rule, allocation)
+  solved = _solved(used, places, rule, allocation, _is_sequential(sequential, rule))
   rows, notes = _rows(apply, params, kept_out or calls, places, solved, reads)
   measured_on = (f'measured on {len(kept_out.given)} of {len(calls.given)} batches, which were held out' if kept_out
                  else 'measured on the calibration batch, as there is no other')
-  report = Report(rows, (measured_on, *notes, *(f'left dense: {path} ({why})' for path, why in dense.items())),
+  found_with = f'thresholds were found with all products {"before sparse" if sequential == "weight" else "dense"}'
+  left = [f'left dense: {path} ({why})' for path, why in dense.items()]
+  report = Report(rows, (measured_on, *([] if isinstance(rule, TopNeurons) else [found_with]), *notes, *left),
                   _mean_asked(rows), HEAD, dense, seconds=time.perf_counter() - began)
   limits = {path: place.joined(solved.thresholds) for path, place in places.items() if solved.thresholds}
   small = _packed(params, places, limits, solved.rests, neurons)
   if isinstance(rule, PerplexityRule) or not neurons:
     return Rewritten(small, apply, report)
   return Rewritten(small, ruled(apply, rule, limits or None, where=where), report)
+
+
+def _is_sequential(sequential: str, rule: Any) -> bool:
+  if sequential not in SEQUENCES:
+    raise errors.unknown(FUNCTION, '`sequential`', sequential, SEQUENCES)
+  if sequential == 'weight' and isinstance(rule, TopNeurons):
+    raise ValueError(f'{FUNCTION}: top_k compares the activations of one token and finds no thresholds; leave '
+                     '`sequential` out.')
+  return sequential == 'weight'
 
 
 def _refuse_packed(params: PyTree) -> None:
@@ -137,7 +158,7 @@ class Calibrated(NamedTuple):
   skips: Callable[[Seen], Array]
 
 
-def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None) -> Calibrated:
+def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None, sequential: bool) -> Calibrated:
   """Returns what a rule finds for all units on the calibration batches."""
   units = [unit for place in places.values() for unit in place.units]
   if isinstance(rule, TopNeurons):
@@ -146,22 +167,47 @@ def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None) 
   if isinstance(rule, PerplexityRule):
     if allocation is not None:
       raise ValueError(f'{FUNCTION}: ppl divides the sparsity among the layers itself; leave `allocation` out.')
-    limits = bounded(used, places, rule)
+    limits = _everywhere(places, bounded(used, places, rule, sequential))
     return Calibrated(limits, {}, dict.fromkeys(limits), below(limits))
-  own = scales(used, places, rule)
-  found = statistics(used, places, own)
-  asked = dict.fromkeys(found, rule.sparsity)
-  if allocation is not None:
-    asked = shared(used, places, rule, own, found, allocation)
-  thresholds: dict[Unit, np.ndarray] = {}
-  for unit in units:
-    l, _, k = places[unit[0]].first.shape
-    thresholds[unit] = np.zeros((l, k), np.float32)  # where no token came, nothing is skipped
-    if unit in found:
-      thresholds[unit] = rule.thresholds(tau_of(rule, found[unit], asked[unit]), own[unit])
-  rests = {} if rule.rest is None else {
-      unit: rule.rest(places[unit[0]].stack(unit), asked.get(unit, rule.sparsity)) for unit in units}
-  return Calibrated(thresholds, rests, {unit: rule.level(each) for unit, each in asked.items()}, below(thresholds))
+  return _compared(used, places, rule, allocation, sequential)
+
+
+def _compared(used: Calls, places: Weights, rule: Rule, allocation: Greedy | None, sequential: bool) -> Calibrated:
+  """Returns what a rule finds that compares magnitudes with one number for each matrix."""
+  units, make_rest = [unit for place in places.values() for unit in place.units], rule.rest
+  dense = not sequential or allocation is not None
+  own = scales(used, places, rule) if dense else {}
+  found = statistics(used, places, own) if dense else {}
+  asked = dict.fromkeys(found if dense else units, rule.sparsity) if allocation is None else shared(
+      used, places, rule, own, found, allocation)
+  rests = {} if make_rest is None else {
+      unit: make_rest(places[unit[0]].stack(unit), asked.get(unit, rule.sparsity)) for unit in units}
+  if sequential:
+    thresholds = in_order(used, places, functools.partial(_limit, rule, places, asked), rests)[0]
+  else:
+    thresholds = {unit: rule.thresholds(tau_of(rule, each, asked[unit]), own[unit]) for unit, each in found.items()}
+  asked = {unit: rule.level(asked[unit]) for unit in thresholds if unit in asked}
+  thresholds = _everywhere(places, thresholds)
+  return Calibrated(thresholds, rests, asked, below(thresholds))
+
+
+def _limit(rule: Rule, places: Weights, asked: dict[Unit, float], unit: Unit, seen: list[Observed]) -> np.ndarray:
+  """Returns the thresholds `[L, K]` of one unit from what its products are given in all batches.
+
+  A unit of which no row counts skips nothing, and is dropped from `asked`.
+  """
+  scale = scale_of(rule, places[unit[0]], unit, [mean_of_up(each) for each in seen] if rule.neurons else [])
+  found = [magnitudes_of(each, scale) for each in seen]
+  if unit not in asked or not are_counted(found):
+    asked.pop(unit, None)
+    return np.zeros(scale.shape, np.float32)
+  return rule.thresholds(tau_of(rule, found, asked[unit]), scale)
+
+
+def _everywhere(places: Weights, found: Thresholds) -> dict[Unit, np.ndarray]:
+  """Returns thresholds of all units; where no token came, nothing is skipped."""
+  none = lambda place: np.zeros((place.first.shape[0], place.first.shape[2]), np.float32)
+  return {unit: found[unit] if unit in found else none(place) for place in places.values() for unit in place.units}
 
 
 def tau_of(rule: Rule, each: list[Any], sparsity: float) -> np.ndarray:

@@ -19,7 +19,7 @@ from sparsejax.post_training.cohorts import Cohort
 from sparsejax.post_training.recipe import Factors
 from sparsejax.post_training.targets import Index, Target, names_of
 from sparsejax.programs.arrangements import Arrangement
-from sparsejax.programs.evaluate import Walk
+from sparsejax.programs.calls import BatchWalk
 from sparsejax.programs.operands import Site
 from sparsejax.types import Array
 
@@ -38,18 +38,6 @@ class Solved:
   def __init__(self, part: Array, mask: Array, started: Array | None, measured: bool, factors: Factors | None = None):
     self.part, self.mask, self.started, self.measured, self.factors = part, mask, started, measured, factors
     self.errors: list[Any] = [0.0, 0.0, 0.0]
-
-
-@dataclasses.dataclass
-class BatchWalk:
-  """A `BatchWalk` is the walk of one batch, with the number of the batch.
-
-  `valid(site)` returns masks of the entries that count, of `site.x` and of the product, or `None` for all of them.
-  """
-
-  number: int
-  walk: Walk
-  valid: Callable[[Site], tuple[Array | None, Array | None]]
 
 
 @dataclasses.dataclass

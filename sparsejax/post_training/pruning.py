@@ -22,12 +22,12 @@ from sparsejax.plans import SparseLeaf
 from sparsejax.post_training import memory
 from sparsejax.post_training.cohorts import Sequential, cohorts_of
 from sparsejax.post_training.finished import Finished, fingerprint_of
-from sparsejax.post_training.lockstep import BatchWalk, Lockstep, Solved, Unit
+from sparsejax.post_training.lockstep import Lockstep, Solved, Unit
 from sparsejax.post_training.recipe import Recipe
 from sparsejax.post_training.results import Pruned, StackReport, report_of
 from sparsejax.post_training.solving import UNSEEN, Solver
 from sparsejax.post_training.targets import Target, targets, words_of
-from sparsejax.programs.calls import Calls, calls_of, validity
+from sparsejax.programs.calls import BatchWalk, Calls, calls_of, validity
 from sparsejax.programs.operands import walk
 from sparsejax.progress import replaced
 from sparsejax.tables import Report

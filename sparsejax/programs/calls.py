@@ -14,6 +14,7 @@ import numpy as np
 
 from sparsejax import errors
 from sparsejax.programs.contractions import read
+from sparsejax.programs.evaluate import Walk
 from sparsejax.programs.operands import Site
 from sparsejax.programs.origins import entries, origins, rows_of
 from sparsejax.programs.tracing import Program, trace
@@ -47,6 +48,18 @@ class Calls:
         raise ValueError(f'{function}: batch {i} runs other operations than batch 0, at the products with '
                          f'{errors.some(other)}: the function branches in Python on the shape or on an option. Give '
                          'batches of one kind.')
+
+
+@dataclasses.dataclass
+class BatchWalk:
+  """A `BatchWalk` is the walk of one batch, with the number of the batch.
+
+  `valid(site)` returns masks of the entries that count, of `site.x` and of the product, or `None` for all of them.
+  """
+
+  number: int
+  walk: Walk
+  valid: Callable[[Site], tuple[Array | None, Array | None]]
 
 
 def calls_of(function: str, apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],

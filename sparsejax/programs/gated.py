@@ -1,7 +1,7 @@
 """Finds gated feed-forward layers in a program: products whose units an activation function may switch off.
 
 A layer is `down(act(gate(x)) * up(x))`, or `down(act(gate(x)))` without a gate of its own. A unit whose activation is
-zero needs no column of `up` and no row of `down`.
+zero needs no column of `up` and no row of `down`. Gate and up may be two parts of one parameter.
 
     for layer in layers_of(trace(model.apply, (variables, x))):
       print(layer.gate, layer.up, layer.down, layer.at_zero)        # act(0) is 0.0 for ReLU, SiLU and GELU
@@ -18,11 +18,14 @@ from sparsejax.programs import factors, jaxprs
 from sparsejax.programs.contractions import Use
 from sparsejax.programs.follow import FactRules, Position, follow
 from sparsejax.programs.operands import uses_by_address
+from sparsejax.programs.sizes import last_parts
 from sparsejax.programs.tracing import Program
 
 
 class GatedLayer(NamedTuple):
   """A `GatedLayer` names the parameters of the products `gate`, `up` and `down`; `up` is `None` in a plain layer.
+
+  `up` is `gate` where one product makes both, of which the program takes parts.
 
   `address` is the operation that takes the activation as its operand number `operand`: the product of activation and
   `up`, or `down` itself. `at_zero` is act(0), `None` if it is not known. `place` is the place in the code. `down_use`
@@ -47,9 +50,9 @@ class GatedLayer(NamedTuple):
 class Trail(NamedTuple):
   """A `Trail` says what a value is since the last product: a constant, a parameter, data, a product or a gated one.
 
-  `path` and `use` are those of the product. `bent` says whether a function that is not linear lies between, and `zero`
-  is the value where the product is zero. `gated` is a `GatedLayer` without `down`, after the two products were
-  multiplied.
+  `path` and `use` are those of the product, and `first` is the first of its outputs that the value has. `bent` says
+  whether a function that is not linear lies between, and `zero` is the value where the product is zero. `gated` is a
+  `GatedLayer` without `down`, after the two products were multiplied.
   """
 
   kind: str
@@ -58,6 +61,7 @@ class Trail(NamedTuple):
   bent: bool = False
   zero: float | None = None
   gated: GatedLayer | None = None
+  first: int = 0
 
 
 DATA, PARAMETER, CONSTANT = Trail('data'), Trail('parameter'), Trail('constant')
@@ -74,8 +78,8 @@ def layers_of(program: Program) -> tuple[GatedLayer, ...]:
   """Returns the gated layers of a program whose first argument holds the parameters, in the order of the program.
 
   Products are `dot_general`s with one parameter each. Up to the activation the program may add biases, scale by
-  constants and move dimensions. Branches of `jit`, loops, `remat` and custom derivatives are followed. A joined
-  projection of gate and up is not told apart.
+  constants and move dimensions. Branches of `jit`, loops, `remat` and custom derivatives are followed. Of a joined
+  projection of gate and up, a `slice` or `split` of the last dimension must take the two parts.
   """
   found = _Layers(uses_by_address(program))
   facts = [PARAMETER if argument == 0 else DATA for argument in program.arguments]
@@ -112,6 +116,8 @@ class _Layers:
       return [self._product(eqn, facts, here)] * results
     if name in _MOVES:
       return [facts[0]] * results
+    if (parts := last_parts(eqn)) is not None and facts[0].kind != 'gated':
+      return [facts[0]._replace(first=facts[0].first + part.start) for part in parts]
     return [_entrywise(eqn, facts, here) if name in _ENTRYWISE else DATA] * results
 
   def _product(self, eqn: Any, facts: list[Trail], here: Position) -> Trail:
@@ -140,7 +146,7 @@ def _entrywise(eqn: Any, facts: list[Trail], here: Position) -> Trail:
     gated = [fact for fact in facts if fact.kind == 'gated']
     scaled = name in ('mul', 'div', 'neg') and len(gated) == 1 and 'product' not in kinds
     return gated[0] if scaled else DATA
-  products = {fact.use.address: fact for fact in facts if fact.use is not None}
+  products = {(fact.use.address, fact.first): fact for fact in facts if fact.use is not None}
   if not products:
     return Trail('parameter' if 'parameter' in kinds else 'constant', zero=_at_zero(eqn, facts))
   if len(products) == 2:

@@ -9,6 +9,7 @@ function that binds the operation anew, with the parameters that belong to the s
     RESIZED['reshape'](eqn, [x], Sizes(operands, [(2, 12)]))     # the `reshape` of a smaller `x`
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,23 @@ def slices(eqn: Any) -> list[range]:
 def split_sizes(eqn: Any) -> tuple[int, tuple[int, ...]]:
   """Returns the axis of a `split`, and the lengths of its parts."""
   return eqn.params['axis'], tuple(eqn.params['sizes'])
+
+
+def last_parts(eqn: Any) -> list[range] | None:
+  """Returns which indices of the last dimension each result of a `slice` or `split` keeps.
+
+  Returns `None` for other operations, for steps other than 1, and where another dimension loses indices.
+  """
+  shape = eqn.invars[0].aval.shape if eqn.invars else ()
+  if eqn.primitive.name == 'split':
+    axis, lengths = split_sizes(eqn)
+    ends = list(itertools.accumulate(lengths))
+    return [range(end - n, end) for n, end in zip(lengths, ends)] if axis == len(shape) - 1 else None
+  if eqn.primitive.name != 'slice' or not shape:
+    return None
+  *others, last = slices(eqn)
+  whole = all(len(kept) == n for kept, n in zip(others, shape))
+  return [last] if whole and last.step == 1 else None
 
 
 def padding(eqn: Any) -> list[tuple[int, int, int]]:

@@ -107,6 +107,9 @@ def test_attention_is_read(name):
   apply, args = made()
   report = kernels_pallas.sparse_attention(apply, attention.full(block=4), explain=True)(*args)
   assert [(row.edits, row.shape, row.problem, row.achieved) for row in report.rows] == [(edits, shape, '', 0.0)]
+  last = edits.split(', ')[-1]
+  assert ('of scores' in report.rows[0].runs) == (last not in ('', 'causal'))  # no kernel computes edits, which is said
+  assert last in ('', 'causal') or 'cuda: xla (it has no ' in (runs := report.rows[0].runs) and repr(last) in runs
 
 
 def loss(apply):

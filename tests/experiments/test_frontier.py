@@ -1,12 +1,15 @@
-"""Runs the frontier of a tiny decoder, whose finished cells are not run again, and checks the model of costs."""
+"""Runs the frontiers of tiny models, whose finished cells are not run again, and checks the model of costs."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import frontier
-from experiments.frontier import engine
+from experiments.frontier import activating, engine
 from experiments.frontier.costs import Request
-from experiments.pruning import decoder
+from experiments.models import encoders
+from experiments.pruning import decoder, encoder
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 TINY = {**decoder.CONFIG, 'batch_size': 8, 'model': {'name': 'lm', 'width': 16, 'depth': 1, 'heads': 2},
@@ -38,6 +41,31 @@ def test_the_frontier_of_a_tiny_decoder(tmp_path, monkeypatch):
   assert 'quest' in (tmp_path / 'frontier.md').read_text()
   monkeypatch.setattr(engine, 'bench', None)
   assert run(['quest']) == [dense, quest]
+
+
+def test_lines_of_activation_rules_of_a_tiny_encoder(monkeypatch):
+  """A rule for inputs and one for neurons have true lines, and a token never reads more than there is."""
+  tiny = encoders.MiniLM(None, vocabulary=50, width=16, depth=1, heads=2, positions=16)
+  shapes = jax.eval_shape(tiny.init, jax.random.key(0), jnp.ones((1, 8), jnp.int32))['params']
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) / 4, shapes)
+  tokens = jnp.asarray(rng.integers(1, 50, (8, 8)))
+
+  def scored(embed, params):
+    return {'cosine': np.full(4, jax.eval_shape(embed, params, tokens, tokens > 0).shape[1])}
+
+  monkeypatch.setattr(encoders, 'load_pretrained', lambda: params)
+  judge = encoder.Judge(scored, {'inputs': np.asarray(tokens), 'labels': np.arange(8) % 2}, None)
+  monkeypatch.setattr(encoder, 'judge', lambda data_dir, seed: judge)
+  for name, size in (('BATCHES', 2), ('BATCH', 4)):
+    monkeypatch.setattr(activating, name, size)
+  bench = engine.bench('activation', None, None, None, 0, 0, engine.FrontierSizes())
+  lines = {rule: bench.line(rule, 0.5) for rule in ('dense', 'wina in sequence', 'top_k')}
+  assert all(line['scores'] == {'cosine': [16.0] * 4} for line in lines.values())
+  assert all(abs(line['achieved'] - 0.5) < 0.2 for rule, line in lines.items() if rule != 'dense')
+  whole = 4 * (4 * 16 * 16 + 2 * 16 * 64)
+  assert lines['dense']['bytes'] == whole and 0 < lines['wina in sequence']['bytes'] <= whole
+  assert lines['top_k']['achieved'] == 0.5 and whole - 4 * 16 * 64 <= lines['top_k']['bytes'] <= whole
 
 
 REFUSED = {

@@ -93,7 +93,7 @@ INSIDE = {
                              ('training', 'proof', 'files', 'costs', 'rotating', 'ordering'),
                              ('selecting', 'searching'), ('least_squares', 'implants')),
     'sparsejax.activation': (('places', 'rules', 'losses', 'temporal', 'correcting'), ('measuring', 'ruling'),
-                             ('allocating',), ('sparsifying',)),
+                             ('in_order',), ('allocating',), ('sparsifying',)),
     'experiments.protocols': (('fitting',), ('edges', 'experts', 'forgetting', 'midpoints', 'posteriors', 'starts',
                                              'transferred')),
     'sparsejax.moe': (('gating', 'permutations', 'routing', 'placement', 'nested'), ('comet',)),

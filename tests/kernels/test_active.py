@@ -73,7 +73,7 @@ REFUSED = {
     'active: dtype': (lambda: active_matmul(HALF.astype(int), ONES), 'x has dtype int32'),
     'active: elsewhere': (lambda: active_matmul(HALF, ONES, implementation='mosaic_tpu'), 'it is for tpu.*can; None'),
     'outputs: shapes': (lambda: active_outputs(HALF, ONES, HALF > 0), r'must be \[..., K\], \[N, K\] and bool'),
-    'active: name': (lambda: active_matmul(HALF, ONES, implementation='mosaic_gpu'), 'active_matmul: unknown impl'),
+    'active: name': (lambda: active_matmul(HALF, ONES, implementation='mosaic'), 'active_matmul: unknown impl'),
 }
 
 

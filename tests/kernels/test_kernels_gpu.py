@@ -12,8 +12,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from products import blocks, equations, f32, normal, rounded_once
 
-from kernels_pallas import block_sparse_matmul, hopper, nm_matmul
+from kernels_pallas import active_matmul, block_sparse_attention, block_sparse_matmul, hopper, nm_matmul
+from kernels_pallas.active import gpu as active
 from kernels_pallas.attention import gpu as attention
+from kernels_pallas.attention import gpu_backward
 from kernels_pallas.block_sparse import gpu as block_sparse
 from kernels_pallas.gathered import gathered_attention
 from kernels_pallas.gathered import gpu as gathered
@@ -252,6 +254,53 @@ def test_attention_lowers_for_cuda(d, block_k, causal, counted):
   q, index, counts = jnp.zeros((1, 1024, 4, d), BF16), jnp.zeros((4, 8, 3), jnp.int32), jnp.zeros((4, 8), jnp.int32)
   f = functools.partial(attention.attention, block_q=128, block_k=block_k, causal=causal, scale=1.0)
   assert kernels(f, q, q, q, index, *[counts] * counted) == 1
+
+
+@transposes
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('causal', [False, True])
+def test_gradients_of_attention(causal):
+  """Two heads share keys; their lists differ in length, and one is empty."""
+  q, dy = (normal((1, 256, 2, 64), BF16, seed) for seed in (0, 1))
+  k, v = (normal((1, 192, 1, 64), BF16, seed) for seed in (2, 3))
+  index, counts = jnp.asarray([[[0, 2], [1, 2]], [[1, 0], [0, 0]]], jnp.int32), jnp.asarray([[2, 2], [1, 0]], jnp.int32)
+  options = dict(block_q=128, block_k=64, causal=causal, scale=0.1)
+  found = gpu_backward.attention_gradients(dy, q, k, v, index, counts, interpret=True, **options)
+  dense = lambda *qkv: block_sparse_attention(*qkv, index, counts, implementation='dense', **options)
+  for a, b in zip(found, jax.vjp(dense, *(each.astype(F32) for each in (q, k, v)))[1](dy.astype(F32))):
+    np.testing.assert_allclose(f32(a), f32(b), atol=1e-2 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('d', [64, 128])
+@pytest.mark.parametrize('causal', [False, True])
+def test_gradients_of_attention_lower_for_cuda(d, causal):
+  """The program has the attention, `dq`, and `dk` with `dv`; the shared memory of all of them fits."""
+  q, k, index = jnp.zeros((2, 512, 4, d), BF16), jnp.zeros((2, 512, 2, d), BF16), jnp.zeros((4, 4, 3), jnp.int32)
+  loss = lambda q, k, v, index: block_sparse_attention(q, k, v, index, causal=causal).astype(F32).sum()
+  assert kernels(jax.value_and_grad(loss, (0, 1, 2)), q, k, k, index) == 3
+
+
+# Activation-sparse products.
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('count', [0, 3, 11])
+def test_active_products(count):
+  """Rows that are not active are NaN. Of 12 blocks, none, a part of a step, and more than two steps are active."""
+  x, w = normal((3, 192), BF16), normal((192, 256), BF16, 1)
+  there = np.repeat(np.isin(np.arange(12), np.random.default_rng(0).permutation(12)[:count]), 16)
+  y = active.matmul(jnp.where(there, x, 0), jnp.where(there[:, None], w, jnp.nan), 16, 12, interpret=True)
+  rounded_once(y, np.where(there, f32(x), 0) @ f32(w), 192)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('block', [8, 16, 64])
+def test_active_products_lower_for_cuda(block):
+  x, w = jnp.zeros((1, 4096), BF16), jnp.zeros((4096, 4096), BF16)
+  assert kernels(functools.partial(active_matmul, block=block), x, w) == 1
+  assert active_matmul(x, w, block=block, explain=True)['cuda'].implementation == 'mosaic_gpu'
+  assert active.refusal(x, w.astype(F32), 16).startswith('x and w must have one dtype')
 
 
 # Attention to listed tokens.

@@ -21,7 +21,7 @@ def joined(p, x):
   return (jax.nn.silu(gate) * up) @ p['down']
 
 
-GLU, MLP = ('gate', 'up', 'down'), ('gate', None, 'down')
+GLU, MLP, JOINED = ('gate', 'up', 'down'), ('gate', None, 'down'), ('joined', 'joined', 'down')
 CASES = {
     'silu': (lambda p, x: glu(jax.nn.silu, p, x), GLU, 0.0), 'gelu': (lambda p, x: glu(jax.nn.gelu, p, x), GLU, 0.0),
     'exact gelu': (lambda p, x: glu(lambda a: jax.nn.gelu(a, approximate=False), p, x), GLU, 0.0),
@@ -40,7 +40,11 @@ CASES = {
     'residual': (lambda p, x: (jax.nn.relu(x @ p['gate']) + x @ p['up']) @ p['down'], None, None),
     'softmax': (lambda p, x: jax.nn.softmax(x @ p['gate']) @ p['down'], None, None),
     'masked by data': (lambda p, x: (jax.nn.relu(x @ p['gate']) * x[:, :1]) @ p['down'], None, None),
-    'joined': (joined, None, None),
+    'joined': (joined, JOINED, 0.0),
+    'joined, sliced': (lambda p, x: ((h := x @ p['joined'])[:, 6:] * jax.nn.relu(h[:, :6])) @ p['down'], JOINED, 0.0),
+    'one half twice': (lambda p, x: ((h := x @ p['joined'])[:, :6] * jax.nn.relu(h[:, :6])) @ p['down'],
+                       ('joined', None, 'down'), 0.0),
+    'every other': (lambda p, x: ((h := x @ p['joined'])[:, ::2] * jax.nn.relu(h[:, 1::2])) @ p['down'], None, None),
 }
 
 
