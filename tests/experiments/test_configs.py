@@ -80,7 +80,7 @@ def test_a_config_has_known_keys_and_recipes_alone(path, text, tmp_path):
   configs.load(path, smaller(path, text, tmp_path / 'data'))
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(6)
 @OF_RUNS
 def test_a_config_is_traced_at_toy_size(path, text, tmp_path, standard_promotion):
   """Traces each config's last run, because training all would take minutes; `test_claims` trains one claim."""
