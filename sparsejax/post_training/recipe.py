@@ -104,7 +104,8 @@ class Chooser:
     return None if getattr(self.pattern, 'fixed', False) else upto(part[1]) - upto(part[0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # one program: step by step, a ranking compiles twenty
+# A ranking outside of `jit` would compile some twenty programs, one for each operation.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _best(choose: Chooser, part: tuple[int, int], scores: Array, among: Array) -> Array:
   ranked = jnp.where(among, scores, jnp.nan)
   rows = ranked.reshape(scores.shape[0] // choose.groups, -1, scores.shape[2])

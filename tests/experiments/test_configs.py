@@ -51,8 +51,8 @@ def smaller(path, text, directory):
       'mesh.data=1', *SMALLER[config.model.name], f'recipes={dict([last])}', 'models={}']
 
 
-# Models that no other test trains by the command. All: `--cells all`. `test_train` trains demo_vit_digits.
-FEW = ('progressive_gradient_flow', 'movement_minilm_sst2')
+# A model that no other test trains. All: `--cells all`. `test_train` trains demo_vit_digits, `test_frontier` text.
+FEW = ('movement_minilm_sst2',)
 
 
 def pytest_generate_tests(metafunc):

@@ -164,7 +164,8 @@ def test_sparse_momentum_keeps_the_count_of_all_layers_together(name, pattern, b
     grads['b/kernel'] = grads['b/kernel'] * np.float32([0.1, 20, 0.1]).reshape(3, 1, 1)
     if broken is not None and t == 1:
       grads['a/kernel'][0, 0] = broken
-    before, moved = jax.device_get(sj.masks(params, state)), {path: w - 0.01 * grads[path] for path, w in params.items()}
+    before = jax.device_get(sj.masks(params, state))
+    moved = {path: w - 0.01 * grads[path] for path, w in params.items()}
     moves, state = update(grads, state, params)
     params = optax.apply_updates(params, moves)
     masks = jax.device_get(sj.masks(params, state))
