@@ -138,7 +138,7 @@ def layout(w, n, m, axes):
 # Tests of N:M cover round trips, layout and size.
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.sampled(11)
 @cases
 def test_the_round_trip_is_bit_for_bit(n, m, shape, axes, dtype, width, outputs, tmp_path):
   w = vectors(n, m, shape, axes, dtype, width, outputs)
@@ -152,7 +152,7 @@ def test_the_round_trip_is_bit_for_bit(n, m, shape, axes, dtype, width, outputs,
   assert same(jax.tree.map(np.asarray, packed), sj.io.load(tmp_path / 'f'))
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.sampled(11)
 @cases
 def test_the_layout_is_the_documented_one(n, m, shape, axes, dtype, width, outputs):
   w = vectors(n, m, shape, axes, dtype, width, outputs)

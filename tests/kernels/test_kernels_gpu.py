@@ -68,7 +68,7 @@ def test_block_sparse_products(grid, block, tokens, dtype, stored, known):
   rounded_once(block_sparse.matmul(x, w, interpret=True), f32(x) @ f32(cast.to_dense()), x.shape[1])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @transposes
 @block_cases
 def test_block_sparse_products_with_the_transpose(grid, block, tokens, dtype, stored, known):
@@ -77,7 +77,7 @@ def test_block_sparse_products_with_the_transpose(grid, block, tokens, dtype, st
   rounded_once(block_sparse.matmul_transposed(dy, w, interpret=True), f32(dy) @ f32(cast.to_dense()).T, dy.shape[1])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @transposes
 @block_cases
 def test_the_stored_blocks_of_a_product(grid, block, tokens, dtype, stored, known):
