@@ -58,7 +58,6 @@ class Factors(NamedTuple):
   right: Array
 
 
-@jax.jit
 def stack_of(dense: Array, kept: Array | None = None) -> Stack:
   """Returns the stack of weights `[L, R, K]` before pruning; `kept` is `False` for weights that are pruned already."""
   dense = calibration.wide(dense)

@@ -23,6 +23,8 @@ from sparsejax.types import Array
 
 UNSEEN = ('refuse', 'magnitude', 'dense')
 
+_stacked = jax.jit(stack_of)
+
 
 @dataclasses.dataclass
 class Solver:
@@ -46,7 +48,7 @@ class Solver:
     part = target.at(target.array, unit[1])
     empty = np.ones(own.shape[0], bool) if statistic is None else np.asarray(statistic.rows) == 0
     self._refuse_unseen(target, unit, empty)
-    stack = stack_of(own.stack(part), own.stack(target.at(target.kept, unit[1])))
+    stack = _stacked(own.stack(part), own.stack(target.at(target.kept, unit[1])))
     statistic = _alike(statistic, stack.dense.dtype)
     choose = Chooser(target.pattern, target.leaf.sparsity, own.groups)
     started = self._chosen(target, unit, stack, choose, statistic, empty)
