@@ -238,12 +238,17 @@ def _together(state: states.SparseState, held: Mapping[str, Array], point: Mappi
 
 def _revived(w: Array, point: Array, around: str) -> str:
   """Returns how many pruned weights are not zero, and the likely cause, or an empty string."""
-  revived = int(jnp.sum((point == 0) & (w != 0), dtype=jnp.int32))
+  revived = int(_count_revived(w, point))
   place = around and f', it is {around}'
   return revived and (
       f'{revived} pruned weights are not zero: something after the recipe changes its updates (make it the '
       f'outermost transform on its leaves{place}), or these are not the parameters of this state (of an average '
       'of them: sparsejax.apply_masks)') or ''
+
+
+@jax.jit
+def _count_revived(w: Array, point: Array) -> Array:
+  return jnp.sum((point == 0) & (w != 0), dtype=jnp.int32)
 
 
 def _broken(leaf: states.SparseLeaf, w: Array, point: Array, axes: Axes) -> str:

@@ -10,9 +10,11 @@ The layers of a scan come one after the other. The taps of a convolution are inp
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax import allocation as allocations
@@ -83,10 +85,7 @@ class Chooser:
     inputs less that of the first `start`. Parts from 0 to K thus add up to the count of the whole. A part must not
     divide a group of the pattern. Ties keep the lower index, NaN is pruned first.
     """
-    ranked, (count, _, columns) = jnp.where(among, scores, jnp.nan), scores.shape
-    rows = ranked.reshape(count // self.groups, -1, columns)
-    told = None if getattr(self.pattern, 'fixed', False) else self._count(rows.shape, part or slice(0, columns))
-    return self.pattern(rows, told, STACKED).reshape(ranked.shape) & among
+    return _best(self, (0, scores.shape[2]) if part is None else (part.start, part.stop), scores, among)
 
   @property
   def asked(self) -> float | None:
@@ -98,9 +97,18 @@ class Chooser:
     """How many consecutive inputs the pattern treats as one: a part begins and ends at a multiple of this number."""
     return self.pattern.group[0]
 
-  def _count(self, shape: tuple[int, ...], part: slice) -> int:
+  def count(self, shape: tuple[int, ...], part: tuple[int, int]) -> int | None:
+    """Returns the count of a part of rows of this shape, `None` if the pattern has its own."""
     upto = lambda stop: counts.count_of(self.pattern, self.asked, (*shape[:2], stop), STACKED) if stop else 0
-    return upto(part.stop) - upto(part.start)
+    return None if getattr(self.pattern, 'fixed', False) else upto(part[1]) - upto(part[0])
+
+
+# A ranking outside of `jit` would compile some twenty programs, one for each operation.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _best(choose: Chooser, part: tuple[int, int], scores: Array, among: Array) -> Array:
+  ranked = jnp.where(among, scores, jnp.nan)
+  rows = ranked.reshape(scores.shape[0] // choose.groups, -1, scores.shape[2])
+  return choose.pattern(rows, choose.count(rows.shape, part), STACKED).reshape(ranked.shape) & among
 
 
 # (stack, choose, statistic) -> stack. A repair changes weights inside of the mask, or exchanges its entries. The

@@ -23,6 +23,8 @@ from sparsejax.types import Array
 
 UNSEEN = ('refuse', 'magnitude', 'dense')
 
+_stacked = jax.jit(stack_of)
+
 
 @dataclasses.dataclass
 class Solver:
@@ -46,7 +48,7 @@ class Solver:
     part = target.at(target.array, unit[1])
     empty = np.ones(own.shape[0], bool) if statistic is None else np.asarray(statistic.rows) == 0
     self._refuse_unseen(target, unit, empty)
-    stack = stack_of(own.stack(part), own.stack(target.at(target.kept, unit[1])))
+    stack = _stacked(own.stack(part), own.stack(target.at(target.kept, unit[1])))
     statistic = _alike(statistic, stack.dense.dtype)
     choose = Chooser(target.pattern, target.leaf.sparsity, own.groups)
     started = self._chosen(target, unit, stack, choose, statistic, empty)
@@ -88,7 +90,7 @@ class Solver:
     own, (stack, started, made) = next(iter(target.arrangements.values())), stacks
     back = lambda array: own.part(array, part.shape)
     mask, w = back(made.mask), back(made.w)
-    changed = bool(jnp.any(made.w != jnp.where(made.mask, stack.dense, 0)))
+    changed = bool(_moved(made))
     weights = jnp.where(w == part.astype(w.dtype), part, w.astype(part.dtype)) if changed else part
     if made.factors is None:
       weights = jnp.where(mask, weights, jnp.zeros((), part.dtype))
@@ -134,9 +136,22 @@ def _refuse_failed(target: Target, unit: Unit, made: Stack) -> None:
     raise errors.at_leaf('prune', names_of(target, unit[1], matrix), target.array.shape,
                          'the Gram matrix of its inputs has no Cholesky factor, at any damping up to 1. Give more '
                          'data, look for inputs of very different scales, or take a recipe without a Gram matrix.')
-  if made.factors is None and bool(jnp.any((made.w != 0) & ~made.mask)) or not bool(jnp.all(jnp.isfinite(made.w))):
+  if not bool(_sound(made)):
     raise errors.at_leaf('prune', names_of(target, unit[1]), target.array.shape,
                          'a repair returned weights outside of its mask, or NaN. Leave the repair out.')
+
+
+@jax.jit
+def _moved(made: Stack) -> Array:
+  """Returns whether a repair moved any weight."""
+  return jnp.any(made.w != jnp.where(made.mask, made.dense, 0))
+
+
+@jax.jit
+def _sound(made: Stack) -> Array:
+  """Returns whether all weights are finite, and zero outside of the mask unless they are written as factors."""
+  kept = made.mask if made.factors is None else True
+  return jnp.all(jnp.isfinite(made.w) & ((made.w == 0) | kept))
 
 
 def _refuse_inner_layers(target: Target) -> None:

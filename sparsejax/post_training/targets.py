@@ -138,9 +138,14 @@ def _left_dense(found: Contractions, head: str | None, paths: Sequence[str], arr
   return reasons
 
 
+@jax.jit
+def _finite(array: Array) -> Array:
+  return jnp.all(jnp.isfinite(array))
+
+
 def _unused(found: Contractions, path: str, array: Array) -> str:
   """Returns why a parameter cannot be pruned by data, or an empty string."""
-  if not bool(jnp.all(jnp.isfinite(array))):
+  if not bool(_finite(array)):
     return 'it holds NaN or infinities. Repair it, or leave it out of `where`.'
   if path not in found.uses:
     return (f'the program contracts it nowhere ({found.elsewhere.get(path, "nothing uses it")}). '

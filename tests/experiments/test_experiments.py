@@ -60,6 +60,7 @@ def test_the_newest_two_checkpoints_are_kept_and_come_back_bit_for_bit(tmp_path)
   assert step == 3 and meta['seeds'] == [3] and equal(found, state(3.0))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('shard', sharding.SHARDS)
 def test_a_checkpoint_of_four_devices_comes_back_on_any_number(tmp_path, shard):
   layout = lambda devices: sharding.layout(ConfigDict({'mesh': {'data': devices}, 'shard': shard, 'batch_size': 8}))

@@ -90,6 +90,7 @@ def test_computes_in_dtype_and_keeps_float32(name, classes, inputs, shape, dtype
   assert len(operands) >= 8 and set(operands) == {(short, short)}
 
 
+@pytest.mark.sampled(1)
 @both
 def test_bfloat16_is_near_float32(name, classes, inputs, shape):
   model, params = made(name, classes, inputs)
@@ -99,6 +100,7 @@ def test_bfloat16_is_near_float32(name, classes, inputs, shape):
   assert 1e-4 < error < 0.1
 
 
+@pytest.mark.sampled(1)
 @both
 def test_a_scanned_stack_is_the_same_function(name, classes, inputs, shape):
   model, params = made(name, classes, inputs)

@@ -170,6 +170,7 @@ def test_a_signal_stops_it_between_two_steps(folder, tmp_path, monkeypatch, caps
   assert sorted(path.name for path in (tmp_path / 'round-1/checkpoints').iterdir()) == ['1', '2']
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('rewind', ['weights', 'learning_rate'])
 def test_goes_on_from_the_weights_that_it_says(folder, tmp_path, monkeypatch, rewind):
   """Retrains at a learning rate of zero, which leaves the weights that the round started from."""

@@ -26,6 +26,7 @@ PLACES = {  # maps each format to its index array, as a function of which entrie
 }
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize('shape, dtype, share', [
     ((7, 5), 'bfloat16', 0.9), ((3, 3, 2, 4), 'float32', 0.5), ((64,), 'float8_e4m3fn', 0.1), ((), 'float32', 0.0),
     ((4, 4), 'int16', 1.0), ((9, 3), 'bool', 0.5), ((0, 3), 'float32', 0.5), ((), 'int8', 1.0),
@@ -86,6 +87,7 @@ def test_one_value_in_a_hundred_is_as_small_as_promised(size, spread):
     np.testing.assert_allclose(share, 0.0127, atol=5e-5)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize('shape, share', [
     ((), 0.5), ((0, 2), 0.5), ((30, 50), 0.0), ((30, 50), 1.0), ((3, 5, 7, 11), 0.99)])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float8_e4m3fn', 'bool'])

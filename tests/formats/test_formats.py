@@ -138,6 +138,7 @@ def layout(w, n, m, axes):
 # Tests of N:M cover round trips, layout and size.
 
 
+@pytest.mark.sampled(11)
 @cases
 def test_the_round_trip_is_bit_for_bit(n, m, shape, axes, dtype, width, outputs, tmp_path):
   w = vectors(n, m, shape, axes, dtype, width, outputs)
@@ -151,6 +152,7 @@ def test_the_round_trip_is_bit_for_bit(n, m, shape, axes, dtype, width, outputs,
   assert same(jax.tree.map(np.asarray, packed), sj.io.load(tmp_path / 'f'))
 
 
+@pytest.mark.sampled(11)
 @cases
 def test_the_layout_is_the_documented_one(n, m, shape, axes, dtype, width, outputs):
   w = vectors(n, m, shape, axes, dtype, width, outputs)
@@ -188,6 +190,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize('dtype', SPECIAL)
 @pytest.mark.parametrize('pattern', ['1:4', '40:160', *ANYWHERE])
 def test_negative_zeros_subnormals_and_nan_payloads_survive(dtype, pattern):
@@ -233,6 +236,7 @@ def test_leading_axes_come_and_go(width):
   assert products.shape == (3, 2, 5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('n, m, width', [(2, 4, 1), (40, 64, 1), (2, 4, 3)])
 def test_gradients_reach_the_values(n, m, width):
   """Tests that gradients pass through packing, although the weights move as integers, which have no gradient."""
@@ -265,6 +269,7 @@ def test_gradients_reach_the_values_of_zeros_anywhere():
   np.testing.assert_allclose(to_base, jnp.where(w != 0, 0, dense_gradient), rtol=1e-6)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize('n, m, shape, axes', [
     (2, 4, (16, 6), (0,)), (2, 4, (6, 16), (1,)), (2, 8, (2, 12, 5), (0, 1)), (1, 6, (4, 5, 3), (0, 2)),
     (1, 8, (2, 16, 3), (1,)), (2, 4, (8, 2, 6), (0,))])
@@ -292,6 +297,7 @@ def test_bfloat16_products_are_summed_in_float32():
   assert 'preferred_element_type=float32' in str(jax.make_jaxpr(formats.matmul)(x, packed))  # No CPU sums in bfloat16.
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('mode', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize('spec', [PartitionSpec(None, 'x'), PartitionSpec('x', None)], ids=['outputs', 'whole groups'])
 @pytest.mark.parametrize('width', [1, 2])

@@ -40,6 +40,7 @@ def packed(name):
   return w, formats.pack({'kernel': w}, asked, axes={'kernel': axes})['kernel']
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('name', CASES)
 def test_what_was_pruned_stays_zero_and_the_rest_is_near(name, tmp_path):
   w, array = packed(name)

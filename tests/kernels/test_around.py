@@ -50,6 +50,7 @@ CASES = {'active': active, 'active nm': lambda: active(sj.NM(2, 4)), 'nm': lambd
          'uneven groups': lambda: scaled(sj.Block((4, 1), 0.6)), 'wrapped': wrapped}
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('tokens', [1, 8])
 @pytest.mark.parametrize('name', CASES)
 def test_products_and_gradients_are_those_of_the_dense_weight(name, tokens):

@@ -48,6 +48,7 @@ INPUTS = [(tokens, dtype) for tokens in (1, 16, 0) for dtype in ('float32', 'bfl
 PAIRS = [(name, *INPUTS[(2 * i + j) % len(INPUTS)]) for i, name in enumerate(CASES) for j in range(2)]
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize('name, tokens, dtype', PAIRS)
 def test_a_product_of_few_tokens_and_its_gradients_are_those_of_the_dense_weight(name, tokens, dtype):
   kind, make = CASES[name]

@@ -62,7 +62,7 @@ def block_case(grid, block, tokens, dtype, stored, known):
   return normal((tokens, k), dtype, 2), normal((tokens, n), dtype, 3), w
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @block_cases
 def test_block_sparse_products(grid, block, tokens, dtype, stored, known):
   x, _, w = block_case(grid, block, tokens, dtype, stored, known)
@@ -70,7 +70,7 @@ def test_block_sparse_products(grid, block, tokens, dtype, stored, known):
   rounded_once(block_sparse.matmul(x, w, interpret=True), f32(x) @ f32(cast.to_dense()), x.shape[1])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @transposes
 @block_cases
 def test_block_sparse_products_with_the_transpose(grid, block, tokens, dtype, stored, known):
@@ -79,7 +79,7 @@ def test_block_sparse_products_with_the_transpose(grid, block, tokens, dtype, st
   rounded_once(block_sparse.matmul_transposed(dy, w, interpret=True), f32(dy) @ f32(cast.to_dense()).T, dy.shape[1])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @transposes
 @block_cases
 def test_the_stored_blocks_of_a_product(grid, block, tokens, dtype, stored, known):
@@ -90,6 +90,7 @@ def test_the_stored_blocks_of_a_product(grid, block, tokens, dtype, stored, know
   rounded_once(got, whole[w.rows, :, w.cols], tokens)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('fan', [(3, 1, 2), (1,), (4, 4)])
 @pytest.mark.parametrize('together', [1, 2])
 def test_pairs_hold_every_block_once_and_never_cross_a_column(fan, together):
@@ -334,6 +335,7 @@ def two_of_four(shape, dtype, seed=0):
   return jnp.asarray(np.where((places < 2).reshape(-1, *shape[1:])[:shape[0]], w, 0), dtype)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('shape, axes', [
     ((256, 128), (0,)), ((30, 5), (0,)), ((8, 3, 100), (2,)), ((4, 10, 6), (0, 1))])
 def test_sparse24_matmul_and_its_gradients_are_those_of_the_dense_weight(shape, axes):

@@ -157,6 +157,7 @@ def ops(explanation):
   return {row.op for row in explanation}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('model, pattern', CASES, ids=lambda case: str(case))
 def test_a_model_is_the_dense_model_and_unpacks_nothing(model, pattern):
   apply, params, x = MODELS[model]()

@@ -107,7 +107,7 @@ PATHS = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('pattern', [sj.NM(2, 4), sj.Unstructured(0.5)], ids=str)
 @pytest.mark.parametrize('path', PATHS)

@@ -51,6 +51,7 @@ def pruned():
   return sj.prune_weights({'kernel': jnp.asarray(w), 'bias': jnp.ones(16)}, sj.NM(2, 4)).params
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('form', [
     {'qtype': 'int8'}, {'qtype': 'int4', 'tiled_axes': {0: 16}}, {'qtype': 'int4', 'calibration_method': 'minmax'},
     {'qtype': 'float8_e4m3fn'}], ids=str)

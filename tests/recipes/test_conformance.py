@@ -103,7 +103,7 @@ def kept(mask, path, m):
   return last.reshape(-1, m).sum(-1)
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(8)
 @every_recipe
 def test_a_jitted_step_compiles_once_donates_everything_and_equals_the_scan(name):
   """The state is made eagerly, and the step makes its own transform."""
@@ -124,7 +124,7 @@ def test_a_loop_of_unknown_length_carries_the_state():
   cases.assert_same((params, state), cases.run('mdgf-phases')[0])
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize('name', PHASES)
 def test_an_update_without_jit_is_the_same_up_to_rounding(name):
   """Not bit for bit: compiled, a multiplication and the addition after it round once, and bfloat16 not in between."""
@@ -147,7 +147,7 @@ def close(eager, compiled):
     np.testing.assert_allclose(*(np.asarray(z, np.float64) for z in (x, y)), rtol=eps, atol=eps, err_msg=path)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize('name', PHASES)
 def test_vmap_over_seeds_equals_the_loop_over_seeds_bit_for_bit(name):
   seeds = range(3)
@@ -176,7 +176,7 @@ def test_through_orbax_and_on_bit_for_bit(tmp_path):
     assert_goes_on(name, *restored[name])
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(8)
 @every_recipe
 def test_through_pickle_and_on_bit_for_bit(name):
   params = cases.random(0)
@@ -203,7 +203,7 @@ def test_memory_is_what_was_promised(name):
   assert [x.shape for x in jax.tree.leaves(inner)] == [x.shape for x in held]
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(8)
 @every_recipe
 def test_a_donated_step_changes_everything_in_place(name):
   """A mask that the step does not read would be dropped from its arguments, donated or not, and be there twice."""

@@ -72,6 +72,7 @@ def masks_of(recipe, layout, *args, **kwargs):
   return layout.matrix(sj.masks(layout.params(W), jax.jit(tx.init)(layout.params(W))))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('recipe', [recipes.ste, recipes.sr_ste, recipes.asp, recipes.bdwp])
 @pytest.mark.parametrize('pattern, mask', [(sj.NM(2, 4), ROW), (sj.NM(1, 4), ROW_1_4)])
 def test_masks_group_along_the_reduction(recipe, pattern, mask, layout):

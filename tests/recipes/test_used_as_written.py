@@ -66,6 +66,7 @@ def test_the_steps_of_a_decay_count_from_the_dense_phase():
   recipes.sr_ste(SGD, decoupled=True, learning_rate=schedules.cosine(end=100), total_steps=100, fine_tune_steps=5)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize('phases', [{}, {'dense_steps': 4}, {'dense_steps': 2, 'fine_tune_steps': 3}])
 @pytest.mark.parametrize('name', ['mdgf', 'gradual_magnitude', 'set_'])
 def test_by_default_everything_is_reached_within_the_training(name, phases):

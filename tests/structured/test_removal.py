@@ -151,6 +151,7 @@ def test_equal_bits_of_16_bit_floats_are_not_asked_for():
 # States and files.
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('make', [
   lambda: optax.adamw(1e-2), lambda: optax.chain(optax.clip(1.0), optax.sgd(1e-2, momentum=0.9)),
   lambda: optax.multi_transform({'w': optax.adam(1e-2), 'b': optax.sgd(1e-2)}, {'a': 'w', 'b': 'b', 'c': 'w'}),

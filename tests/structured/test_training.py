@@ -73,6 +73,7 @@ def trained(tx, p, steps=STEPS, loss=loss):
   return run(p, tx.init(p))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize('name', recipes.STRUCTURED)
 def test_every_recipe_trains_half_of_the_units_to_zero_and_cut_removes_exactly_those(name):
   assert GIVEN.keys() == recipes.STRUCTURED.keys()

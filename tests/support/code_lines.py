@@ -2,21 +2,19 @@
 
 import ast
 import functools
-import io
-import tokenize
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_IDLE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+_TEXTS = (ast.Constant, ast.JoinedStr)
 
 
 def numbers(source):
   """The numbers of the lines of `source` that hold code."""
-  held = set()
-  for token in tokenize.generate_tokens(io.StringIO(source).readline):
-    if token.type not in _IDLE:
-      held.update(range(token.start[0], token.end[0] + 1))
-  for node in ast.walk(ast.parse(source)):
-    if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTIONS)) and ast.get_docstring(node) is not None:
+  held = {i for i, line in enumerate(source.splitlines(), 1) if line.strip() and line.strip()[0] != '#'}
+  nodes = [*ast.walk(ast.parse(source))]
+  for text in (node for node in nodes if isinstance(node, _TEXTS) and node.end_lineno > node.lineno):
+    held.update(range(text.lineno, text.end_lineno + 1))  # also lines of a text that are blank, or begin with #
+  for node in nodes:
+    if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTIONS)) and ast.get_docstring(node, clean=False) is not None:
       held.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
   return held
 

@@ -47,6 +47,7 @@ AXES = {'mlp/kernel': sj.types.Axes((0,), (1,)), 'out/kernel': sj.types.Axes((0,
         'stack/kernel': sj.types.Axes((1,), (2,), layer=(0,))}
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize('pattern, kind', [
     ('2:4', '2:4'), ('1:8', '1:8'), ('2:4x4', '2:4x4'), ('4x8 0.5', '4x8'), ('4x8 1', '4x8'),
     ('unstructured 0.875', 'csc')])

@@ -74,6 +74,7 @@ def test_a_tree_comes_back_as_it_was(tree, tmp_path):
   assert os.listdir(tmp_path) == ['f']
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('dtype', sorted(headers.CODES))
 @pytest.mark.parametrize('pattern', [None, '2:4', *ANYWHERE])
 def test_every_dtype_keeps_its_bits(dtype, pattern, tmp_path):

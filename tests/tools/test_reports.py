@@ -130,6 +130,7 @@ SPOILERS = {  # transforms that spoil the zeros, and how a report names them
 }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('recipe, spoiler', [
     (recipe, spoiler) for recipe in ('ste', 'asp', 'st3', 'mdgf-scaled-linear') for spoiler in SPOILERS
     if (recipe, spoiler) != ('asp', 'averaged')])  # weights that are always sent to zero are zero on average

@@ -100,6 +100,7 @@ def returning(slots, inner):
   return transforms.sparsify(inner, sparsejax.flows.hard(), selection, slots=slots, key=key)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('name, inner', [
     ('trace', optax.sgd(0.3, momentum=0.9)), ('mu', optax.adam(0.3)), ('nu', optax.chain(optax.adam(0.3))),
     ('mu', optax.masked(optax.adam(0.3), {'stack': True, 'norm': False})),
@@ -216,6 +217,7 @@ def test_haiku_as_its_documentation_says():
         ('conv1_d/w', (1,), (0,)), ('linear/w', (0,), ())]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('recipe', ['sr_ste', 'asp', 'sdgf_stepwise'])
 def test_an_ensemble_trains_as_its_members_do(recipe):
   """A leading axis under `vmap`, as of `eqx.filter_vmap` and `nnx.vmap`, and the same axis as one stack of layers."""

@@ -37,7 +37,7 @@ def dense_growth():
   return growth(lambda: compile_time.make('dense'))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(5)
 @pytest.mark.usefixtures('standard_promotion')
 @pytest.mark.parametrize('name', recipes.TABLE)
 def test_a_leaf_more_of_a_known_kind_adds_few_operations(name):
@@ -57,7 +57,7 @@ def run(name, options, steps=3):
   return params, state[:-1]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('name, options', [
     *((name, {}) for name in RANKED), ('gradual_magnitude', {'allocation': allocation.global_()}),
     ('rigl', {'pattern': sj.NM(2, 4)}), ('gradual_magnitude', {'pattern': sj.Block((4, 2), 0.5)})], ids=str)

@@ -53,7 +53,7 @@ def moved(name, kind, spec):
   return [(one.kind, sum(map(size, one.operands))) for one in hlo.collectives(text)]
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(6)
 @KINDS
 @pytest.mark.parametrize('spec', SPECS)
 @pytest.mark.parametrize('name', N_M)
@@ -71,7 +71,7 @@ def test_masks_lie_as_their_parameter_and_a_refresh_sends_nothing_but_counts(nam
     assert sent, 'groups of 32 lie on several devices here, of 8 rows each'
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize('kind, spec', [(AxisType.Auto, 'both'), (AxisType.Explicit, 'fully, along the contraction')])
 @pytest.mark.parametrize('name', [name for name in ONCE if name not in N_M])
 def test_what_is_ranked_sends_counts_and_what_is_fixed_nothing(name, kind, spec):
@@ -82,7 +82,7 @@ def test_what_is_ranked_sends_counts_and_what_is_fixed_nothing(name, kind, spec)
     assert {kind for kind, _ in sent} == {'all-reduce'} and all(elements <= 8 for _, elements in sent), sent
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(5)
 @KINDS
 @pytest.mark.parametrize('pattern, shape, spec', [
     (sparsejax.NM(1, 4), (8, 6), P('data', None)), (sparsejax.NM(2, 8), (16, 6), P(('data', 'model'), None)),
@@ -123,7 +123,7 @@ SPECS_OF_CASES = {
     'norm': {'scale': P(None)}, 'embed': {'embedding': P(None, None)}}
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize('name, kind', [
     (name, kind) for name in ONCE for kind in (AxisType.Auto, AxisType.Explicit)
     if name != 'dense' and (name in N_M or kind == AxisType.Auto)], ids=str)

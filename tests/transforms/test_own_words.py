@@ -114,6 +114,7 @@ def trained(tx):
   return seen, state[:-1], str(sj.report(params, state))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize('name', SENTENCES)
 def test_a_word_of_ones_own_is_the_built_in_word_that_it_equals(name):
   same = lambda word: word

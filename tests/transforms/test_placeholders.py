@@ -37,6 +37,7 @@ MADE = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('name', MADE)
 def test_a_value_given_to_init_is_that_given_to_the_recipe(name):
   names, make = MADE[name]

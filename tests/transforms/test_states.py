@@ -73,7 +73,7 @@ TOOLS = {
 }
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize('name', recipes.TABLE)
 def test_a_state_goes_through_every_tool_bit_for_bit(name):
   """An update is a function of the arrays and of the structure, so that equal ones have equal updates ever after."""
@@ -187,6 +187,7 @@ NAN = [(name, 'inside') for name in recipes.TABLE] + [
     (name, where) for name in ('movement_pruning', 'snfs') for where in [*SKIPPING][1:]]
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize('name, where', NAN)
 def test_a_skipped_step_leaves_no_nan(name, where):
   spoiled = jax.tree.map(lambda g: g.at[2].set(jnp.nan), GRADS)

@@ -28,7 +28,7 @@ def optimizer(name, **more):
   return recipes.TABLE[name](optax.sgd(0.3), **told | cases.OPTIONS.get(name, {}) | more)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('name', sorted({*recipes.TABLE} - {'dense', 'random_search', *THRESHOLDS}))
 def test_followers_have_the_masks_of_their_leaders_which_choose_as_if_alone(name):
   """A leader sees no follower but by its memory, so that its masks are those of a run in which followers are dense."""

@@ -58,6 +58,7 @@ def test_scattered_rows_are_summed_at_their_owners():
   np.testing.assert_allclose(f(rows), wanted, atol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('n, m', [(2, 4), (1, 8)])
 def test_a_packed_gather_is_the_dense_one_bit_for_bit_and_sends_packed_bytes(n, m):
   """bfloat16 is sent as its 16 bits, which a CPU does not widen: 0.5625 of the dense bytes at 2:4, 0.1484 at 1:8."""

@@ -53,6 +53,7 @@ def masks_of(layout, width):
   return jax.jit(jax.vmap(lambda scores, n: NM(n, m, width)(scores, None, axes), (None, 0)))
 
 
+@pytest.mark.sampled(11)
 @groups_of
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
@@ -83,6 +84,7 @@ def test_nothing_is_crossed(layout, width):
     np.testing.assert_array_equal(select(np.take(scores, order, axis)), np.take(select(scores), order, axis))
 
 
+@pytest.mark.sampled(8)
 @groups_of
 def test_excess_is_how_many_too_many_each_group_keeps(layout, width):
   shape, axes, m = LAYOUTS[layout]
@@ -125,6 +127,7 @@ def blocks_of(layout):
   return jax.jit(jax.vmap(lambda scores, count: pattern(scores, count, axes), (None, 0)))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize('layout', BLOCKS)
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
@@ -140,6 +143,7 @@ def test_blocks_lie_along_contraction_and_output(layout, data):
     np.testing.assert_array_equal(np.sum(mask), n * block[0] * block[1] * layers)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize('layout', BLOCKS)
 def test_occupied_blocks_are_those_that_are_kept(layout):
   (shape, axes, _), block = LAYOUTS[layout], BLOCKS[layout]
@@ -161,6 +165,7 @@ def channels_of(layout):
   return jax.jit(jax.vmap(lambda scores, count: Channel()(scores, count, axes), (None, 0)))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize('layout', BLOCKS)
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
 @hypothesis.given(st.data())

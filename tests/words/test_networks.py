@@ -19,6 +19,7 @@ def test_the_comparators_sort_every_row_of_zeros_and_ones(size):
   assert (np.diff(rows, axis=1) <= 0).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('m, n, dtype', [(17, 8, jnp.float32), (32, 1, jnp.bfloat16), (32, 31, jnp.float32)])
 def test_a_network_keeps_the_entries_that_counting_keeps(m, n, dtype, monkeypatch):
   """With a traced `n`, entries are counted. Scores have ties, NaN, infinities and both zeros."""

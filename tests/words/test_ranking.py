@@ -58,6 +58,7 @@ def counts_up_to(m):
   return np.linspace(0, m, 9).astype(np.int32)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize('m, axis', [(m, axis) for axis in (0, 1) for m in GROUPS[axis]])
 def test_every_count_of_a_group_is_exact_and_the_right_ones(m, axis):
   scores = awkward((m, 3) if axis == 0 else (3, m), seed=m)
@@ -125,6 +126,7 @@ def chosen_of_leaves(case):
   return jax.jit(jax.vmap(ranking.top_n_of_leaves, (None, 0)))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.usefixtures('traced_anew')
 @pytest.mark.parametrize('case', LEAVES)
 @LAW
@@ -250,6 +252,7 @@ def selections():
   }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('name', selections())
 def test_eager_jit_and_vmap_are_the_same(name):
   select = selections()[name]

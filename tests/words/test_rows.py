@@ -41,6 +41,7 @@ def test_an_elementwise_score_is_the_same_in_a_row(name):
   cases.assert_same(leaf, rows.from_rows(row, SHAPE, WIDTH))
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize('n', [0, 7, 30])
 @pytest.mark.parametrize('name', UPDATES)
 def test_an_elementwise_update_chooses_the_same_in_a_row(name, n):
