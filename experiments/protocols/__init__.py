@@ -1,11 +1,11 @@
-r"""Tests claims that need a protocol of their own: graphs, unlearning, transfer, posteriors, experts, starts.
+r"""Tests claims that need a protocol of their own: graphs, unlearning, transfer, posteriors, experts, films, starts.
 
   python -m experiments.protocols --config experiments/configs/claims/edges_digits.py --workdir runs/edges [--set k=v]
 
 `config.protocol` names the protocol, its sizes, and under `runs` what differs from run to run besides the recipe. Each
 run gives a score from 0 to 1 for each seed, of which a larger one is better, and further numbers beside it in
-`outcome.json`. All data are the digits. Finished seeds and runs are read, not computed again. The exit statuses are
-those of `experiments.loop.commands`.
+`outcome.json`. The data are the digits, and MovieLens-100K for `recommended` and `liked`. Finished seeds and runs are
+read, not computed again. The exit statuses are those of `experiments.loop.commands`.
 """
 
 import functools
@@ -19,11 +19,21 @@ from ml_collections import ConfigDict
 from experiments import configs
 from experiments.loop import commands, outcomes, seeds, training
 from experiments.loop.stopping import StopRequest
-from experiments.protocols import edges, experts, forgetting, midpoints, posteriors, starts, transferred
+from experiments.protocols import (
+  edges,
+  experts,
+  forgetting,
+  liked,
+  midpoints,
+  posteriors,
+  recommended,
+  starts,
+  transferred,
+)
 from sparsejax import errors
 
 PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
-    edges, experts, forgetting, midpoints, posteriors, starts, transferred)}
+    edges, experts, forgetting, liked, midpoints, posteriors, recommended, starts, transferred)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

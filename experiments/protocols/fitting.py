@@ -31,9 +31,7 @@ def optimised(loss: Callable[[PyTree, Any, Array, Array], Array], tx: Any, param
 
   `data`: a pytree of arrays `[N, ...]`. A batch holds `config.batch_size` of the N examples, drawn with replacement.
   """
-  state = tx.init(params)
-
-  def step(carry: Any, number: Array) -> tuple[Any, None]:
+  def step(carry: Any, number: Array, data: Any, key: Array) -> tuple[Any, None]:
     params, state = carry
     own = jax.random.fold_in(key, number)
     rows = jax.random.randint(own, (config.batch_size,), 0, len(jax.tree.leaves(data)[0]))
@@ -41,8 +39,13 @@ def optimised(loss: Callable[[PyTree, Any, Array, Array], Array], tx: Any, param
     updates, state = tx.update(grads, state, params)
     return (optax.apply_updates(params, updates), state), None
 
-  run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(config.steps))[0])
-  return run((project(params, state), state))
+  @jax.jit  # the data are no constants of the program, which would take longer to compile
+  def run(params: PyTree, data: Any, key: Array) -> tuple[PyTree, Any]:
+    state = tx.init(params)
+    each = lambda carry, number: step(carry, number, data, key)
+    return jax.lax.scan(each, (project(params, state), state), jnp.arange(config.steps))[0]
+
+  return run(params, data, key)
 
 
 def cross_entropy(params: PyTree, batch: Any, key: Array, step: Array) -> Array:
@@ -53,6 +56,11 @@ def cross_entropy(params: PyTree, batch: Any, key: Array, step: Array) -> Array:
 def right(logits: Array, labels: Array) -> float:
   """Returns the fraction of labels with the largest logit."""
   return float(np.mean(np.argmax(np.asarray(logits), -1) == np.asarray(labels)))
+
+
+def work(function: Callable[..., Any], *arguments: Any) -> float:
+  """Returns the FLOPs of the compiled function, as XLA counts them."""
+  return float(jax.jit(function).lower(*arguments).compile().cost_analysis()['flops'])
 
 
 def both_splits() -> tuple[tuple[Array, Array], tuple[Array, Array]]:

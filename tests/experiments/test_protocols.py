@@ -2,22 +2,29 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from films import package
 
 from experiments import claims, configs, protocols
 from experiments.loop.stopping import StopRequest
+from experiments.protocols import liked
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 JOBS = {'edges_digits': 'TEDDY-80', 'unlearning_digits': 'l1', 'transfer_digits': 'ticket-prompt',
         'posterior_digits': 'SSVI', 'clusters_digits': 'Turbo-VBI-runs', 'experts_digits': 'rectified',
-        'zero_start_digits': 'ZerO-90', 'midpoints_digits': 'independent'}
+        'zero_start_digits': 'ZerO-90', 'midpoints_digits': 'independent', 'recommended_films': 'DSL',
+        'comet_films': 'COMET-search'}
+SMALLER = {'recommended_films': {'k': 5}, 'comet_films': {'experts': 4}}  # and a width of 8
 
 
 def job(stem, run, **protocol):
   config = configs.load(claims.CONFIGS / f'{stem}.py', ['steps=6', 'seeds=(0,)', 'batch_size=8'])
   smaller = {'every': 2, 'sparsity': 0.5}
   config.recipes = {run: {key: smaller.get(key, value) for key, value in configs.plain(config)['recipes'][run].items()}}
-  config.protocol = {**(configs.plain(config)['protocol']), 'width': 8, **protocol}
+  config.protocol = {**(configs.plain(config)['protocol']), 'width': 8, **SMALLER.get(stem, {}), **protocol}
   return config
 
 
@@ -28,7 +35,8 @@ def trained(config, workdir):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize('name', JOBS)
-def test_a_run_gives_a_score_for_each_seed_and_is_read_again(name, tmp_path):
+def test_a_run_gives_a_score_for_each_seed_and_is_read_again(name, tmp_path, monkeypatch):
+  package(tmp_path / 'package', monkeypatch, drawn=100)
   run = JOBS[name]
   found = trained(job(name, run), tmp_path)[run]
   assert 0 <= found['test']['accuracy'][0] <= 1 and found['beside'].keys() | {1} and found['seeds'] == [0]
@@ -52,3 +60,18 @@ def test_unknown_names_and_keys_are_refused(tmp_path):
                      ({'runs': {'a': {'oder': 1}}}, "'oder'")):
     with pytest.raises(ValueError, match=why):
       trained(job('edges_digits', 'TEDDY-80', **wrong), tmp_path)
+
+
+def test_slots_for_the_fullest_expert_are_as_good_as_all():
+  sizes = liked.SIZES | {'experts': 4, 'width': 3, 'hidden': 5, 'gamma': 0.1}
+  batch = jnp.arange(12), jnp.arange(12)[::-1], jnp.ones(12)
+  shift = jnp.eye(4)[jnp.array([2, 0, 3, 1])]
+  for gate in ('comet', 'top_k', 'hashed'):
+    model = liked.Model(gate, sizes)
+    params = model.start(jax.random.key(0), (12, 12))
+    params['gate']['kernel'] *= 1000  # Trees are sure.
+    weights = model.gated(params, batch, None, 0)[0] @ shift
+    slots = int((weights != 0).sum(0).max())
+    assert slots < 12 and weights.shape == (12, 4)
+    np.testing.assert_allclose(model.logits(params, batch, shift, slots=slots), model.logits(params, batch, shift),
+                               atol=1e-6)

@@ -66,6 +66,12 @@ def better(more: str, less: str, bar: float = 0.0, trains: bool = True) -> Calla
                                    (more, less) if trains else ())
 
 
+def at_share(more: str, less: str, share: float) -> Callable[[Scores], Comparison]:
+  """Returns the function that compares one run's test scores with a share of another's, seed by seed."""
+  return lambda scores: Comparison(f'{more} > {share:.0%} of {less}', scores.unit, scores.test[more],
+                                   [share * score for score in scores.test[less]])
+
+
 def at_least(run: str, score: float) -> Callable[[Scores], str | None]:
   """Returns the function that says that `run` does not reach `score`, a mean over the seeds in the score's unit."""
   def missed(scores: Scores) -> str | None:

@@ -1,0 +1,34 @@
+r"""Tests dynamic sparse learning: tables of embeddings of which a quarter is kept, MovieLens-100K.
+
+    python -m experiments.protocols --config experiments/configs/claims/recommended_films.py \
+        --workdir runs/recommended_films
+
+Wang et al. 2024 (2402.02855) train sparse tables from scratch under a constant budget, with a recall like that of dense
+ones. The model is a matrix factorisation of width 64, beside dense tables of width 16, which have as many weights. The
+films need the package recbole, see `experiments.data.movielens`.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims
+
+
+def get_config():
+  config = claims.digits(steps=3000, learning_rate=1e-2, batch_size=1024)
+  config.data.name = 'movielens'
+  sparse = {'sparsity': 0.75, 'where': ['*/embedding'], 'allocation': 'uniform'}
+  config.recipes['dense-16'] = {'name': 'dense'}
+  config.recipes['static'] = {'name': 'static_sparse', **sparse}
+  config.recipes['DSL'] = {'name': 'dsl', **sparse}
+  config.protocol = {'name': 'recommended', 'runs': {'dense-16': {'width': 16}}}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='Dynamic sparse learning',
+    sentence='With a quarter of the weights the recall at 20 is above that of a dense model with as many weights and '
+    'that of a fixed random mask, and at least 95 % of that of the whole dense model.',
+    reference='Wang et al. 2024, Dynamic Sparse Learning, 2402.02855',
+    comparisons=[claims.better('DSL', 'dense-16', trains=False),
+                 claims.better('DSL', 'static', trains=False),
+                 claims.at_share('DSL', 'dense', 0.95)])
