@@ -25,7 +25,7 @@ def get_config():
 
 CLAIM = claims.Claim(
     title='COMET',
-    sentence='The area under the curve of COMET is above that of top-2, and with the local search above that of hashing '
+    sentence='The area under the curve of COMET is above that of top-2, and with the search above that of hashing '
     'and of COMET alone.',
     reference='Ibrahim et al. 2023, COMET, 2306.02824',
     comparisons=[claims.better('COMET-search', 'hash', trains=False), claims.better('COMET', 'top-2', trains=False),
