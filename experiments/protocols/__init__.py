@@ -22,6 +22,7 @@ from experiments.loop.stopping import StopRequest
 from experiments.protocols import (
   edges,
   experts,
+  features,
   forgetting,
   liked,
   midpoints,
@@ -33,7 +34,7 @@ from experiments.protocols import (
 from sparsejax import errors
 
 PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
-    edges, experts, forgetting, liked, midpoints, posteriors, recommended, starts, transferred)}
+    edges, experts, features, forgetting, liked, midpoints, posteriors, recommended, starts, transferred)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,14 +10,15 @@ from films import package
 
 from experiments import claims, configs, protocols
 from experiments.loop.stopping import StopRequest
-from experiments.protocols import liked
+from experiments.protocols import features, liked
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 JOBS = {'edges_digits': 'TEDDY-80', 'unlearning_digits': 'l1', 'transfer_digits': 'ticket-prompt',
         'posterior_digits': 'SSVI', 'clusters_digits': 'Turbo-VBI-runs', 'experts_digits': 'rectified',
         'zero_start_digits': 'ZerO-90', 'midpoints_digits': 'independent', 'recommended_films': 'DSL',
-        'comet_films': 'COMET-search'}
-SMALLER = {'recommended_films': {'k': 5}, 'comet_films': {'experts': 4}}  # and a width of 8
+        'comet_films': 'COMET-search', 'features_digits': 'QuickSelection'}
+SMALLER = {'recommended_films': {'k': 5}, 'comet_films': {'experts': 4},
+           'features_digits': {'trees': 2}}  # and a width of 8
 
 
 def job(stem, run, **protocol):
@@ -60,6 +61,10 @@ def test_unknown_names_and_keys_are_refused(tmp_path):
                      ({'runs': {'a': {'oder': 1}}}, "'oder'")):
     with pytest.raises(ValueError, match=why):
       trained(job('edges_digits', 'TEDDY-80', **wrong), tmp_path)
+  for wrong, why in (({'data': 'madlon'}, "unknown data 'madlon'"), ({'features': 65}, 'features=65 of .* has 64'),
+                     ({'runs': {'all': {'chosen': 'best'}}}, "unknown chosen 'best'")):
+    with pytest.raises(ValueError, match=f'protocols.features: .*{why}'):
+      trained(job('features_digits', 'all', **wrong), tmp_path)
 
 
 def test_slots_for_the_fullest_expert_are_as_good_as_all():
@@ -75,3 +80,9 @@ def test_slots_for_the_fullest_expert_are_as_good_as_all():
     assert slots < 12 and weights.shape == (12, 4)
     np.testing.assert_allclose(model.logits(params, batch, shift, slots=slots), model.logits(params, batch, shift),
                                atol=1e-6)
+
+
+def test_useful_features_of_madelon_come_first_and_need_each_other():
+  train, test = features.madelon()
+  right = lambda columns: features._judged(train, test, np.asarray(columns), 30, 0)
+  assert right(range(20)) > 0.7 and right([0]) < 0.65 and right(range(20, 40)) < 0.6
