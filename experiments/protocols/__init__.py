@@ -20,6 +20,7 @@ from experiments import configs
 from experiments.loop import commands, outcomes, seeds, training
 from experiments.loop.stopping import StopRequest
 from experiments.protocols import (
+  consensus,
   edges,
   experts,
   features,
@@ -34,7 +35,7 @@ from experiments.protocols import (
 from sparsejax import errors
 
 PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
-    edges, experts, features, forgetting, liked, midpoints, posteriors, recommended, starts, transferred)}
+    consensus, edges, experts, features, forgetting, liked, midpoints, posteriors, recommended, starts, transferred)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from films import package
 
-from experiments import claims, configs, protocols
+from experiments import claims, configs, protocols, tasks
 from experiments.loop.stopping import StopRequest
-from experiments.protocols import features, liked
+from experiments.protocols import consensus, features, liked
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 JOBS = {'edges_digits': 'TEDDY-80', 'unlearning_digits': 'l1', 'transfer_digits': 'ticket-prompt',
         'posterior_digits': 'SSVI', 'clusters_digits': 'Turbo-VBI-runs', 'experts_digits': 'rectified',
         'zero_start_digits': 'ZerO-90', 'midpoints_digits': 'independent', 'recommended_films': 'DSL',
-        'comet_films': 'COMET-search', 'features_digits': 'QuickSelection'}
+        'comet_films': 'COMET-search', 'features_digits': 'QuickSelection',
+        'consensus_digits': 'consensus'}
 SMALLER = {'recommended_films': {'k': 5}, 'comet_films': {'experts': 4},
            'features_digits': {'trees': 2}}  # and a width of 8
 
@@ -86,3 +87,16 @@ def test_useful_features_of_madelon_come_first_and_need_each_other():
   train, test = features.madelon()
   right = lambda columns: features._judged(train, test, np.asarray(columns), 30, 0)
   assert right(range(20)) > 0.7 and right([0]) < 0.65 and right(range(20, 40)) < 0.6
+
+
+def test_a_network_without_the_units_that_no_input_opens_is_the_gated_one():
+  net, x = tasks.start(0, 6), jax.random.normal(jax.random.key(1), (5, 64))
+  sure = jnp.array([5.0, -5, 5, -5, 5, 5])  # the same for each input
+  modules = {name: {'kernel': jnp.zeros((size, 6)), 'bias': sure} for name, size in (('layer_0', 64), ('layer_1', 6))}
+  logits, opened = consensus.gated_forward(net, x, modules)
+  small = consensus._removed(net, [jnp.mean(each, 0) for each in opened], x)
+  assert small.params['layer_0']['kernel'].shape == (64, 4) and small.params['layer_2']['kernel'].shape == (4, 10)
+  np.testing.assert_allclose(small.apply(small.params, x), logits, atol=1e-5)
+  np.testing.assert_array_equal(consensus.gated_forward(net, x, {})[0], tasks.forward(net, x))
+  closed = consensus._removed(net, [jnp.zeros(6), jnp.arange(6) / 100], x)
+  assert closed.params['layer_1']['kernel'].shape == (1, 1), 'each layer keeps a unit'

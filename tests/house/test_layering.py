@@ -94,7 +94,7 @@ INSIDE = {
                              ('selecting', 'searching'), ('least_squares', 'implants')),
     'sparsejax.activation': (('places', 'rules', 'losses', 'temporal', 'correcting'), ('measuring', 'ruling'),
                              ('allocating',), ('sparsifying',)),
-    'experiments.protocols': (('fitting',), ('edges', 'experts', 'features', 'forgetting', 'midpoints', 'posteriors',
+    'experiments.protocols': (('fitting',), ('consensus', 'edges', 'experts', 'features', 'forgetting', 'midpoints', 'posteriors',
                                              'recommended', 'starts', 'transferred'), ('liked',)),
     'sparsejax.moe': (('gating', 'permutations', 'routing', 'placement', 'nested'), ('comet',)),
     'sparsejax.attention': (('edits', 'looking', 'pending'), ('steps', 'layout'), ('sites',), ('masks', 'mixing'),
