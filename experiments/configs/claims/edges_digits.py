@@ -28,6 +28,6 @@ CLAIM = claims.Claim(
     sentence='Pruning edges by degree alone is better than at random and than in the opposite order, and thresholding '
     'all weights is better than pruning them once.',
     reference='Seo et al. 2024, TEDDY, 2402.01261',
-    comparisons=[claims.better('lowest-50', 'random-50', trains=False),
-                 claims.better('lowest-50', 'highest-50', trains=False),
-                 claims.better('TEDDY-80', 'once-80', trains=False)])
+    comparisons=[claims.better('lowest-50', 'random-50'),
+                 claims.better('lowest-50', 'highest-50'),
+                 claims.better('TEDDY-80', 'once-80')])

@@ -26,5 +26,5 @@ CLAIM = claims.Claim(
     sentence='With slots for the even load alone, rectified routing is better than dropping, and a gate that begins '
     'dense is better than top-1 from the start.',
     reference='Zeng et al. 2024, Rectify-Router, 2402.12399; Nie et al. 2021, Dense-to-Sparse Gate, 2112.14397',
-    comparisons=[claims.better('rectified', 'top-1', trains=False),
-                 claims.better('dense-to-sparse', 'top-1', trains=False)])
+    comparisons=[claims.better('rectified', 'top-1'),
+                 claims.better('dense-to-sparse', 'top-1')])

@@ -24,4 +24,4 @@ CLAIM = claims.Claim(
     title='Connected tickets',
     sentence='The midpoint of two retrainings of one ticket is better than that of two independent tickets.',
     reference='Frankle et al. 2020, Linear Mode Connectivity and the Lottery Ticket Hypothesis, 1912.05671',
-    comparisons=[claims.better('soup', 'independent', trains=False)])
+    comparisons=[claims.better('soup', 'independent')])

@@ -29,5 +29,5 @@ CLAIM = claims.Claim(
     sentence='A posterior of which 90 % is zero is at most one point below a dense one, and better calibrated than '
     'RigL.',
     reference='Li et al. 2024, SSVI, 2402.16359',
-    comparisons=[claims.better('SSVI', 'dense', bar=-1.0, trains=False),
-                 claims.better('SSVI-ece', 'RigL-ece', trains=False)])
+    comparisons=[claims.better('SSVI', 'dense', bar=-1.0),
+                 claims.better('SSVI-ece', 'RigL-ece')])

@@ -28,6 +28,6 @@ CLAIM = claims.Claim(
     title='Reprogrammed tickets',
     sentence='A dense model transfers better than a ticket, by a probe and by a prompt, and is better calibrated.',
     reference='Misra et al. 2023, Uncovering the Hidden Cost of Model Compression, 2308.14969',
-    comparisons=[claims.better('dense', 'ticket', trains=False),
-                 claims.better('dense-prompt', 'ticket-prompt', trains=False),
-                 claims.better('dense-ece', 'ticket-ece', trains=False)])
+    comparisons=[claims.better('dense', 'ticket'),
+                 claims.better('dense-prompt', 'ticket-prompt'),
+                 claims.better('dense-ece', 'ticket-ece')])

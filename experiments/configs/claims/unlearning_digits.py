@@ -26,4 +26,4 @@ CLAIM = claims.Claim(
     sentence='Fine-tuning on the retained examples comes closer to retraining for a sparse model than for a dense one, '
     'with and without an l1 penalty.',
     reference='Jia et al. 2023, Model Sparsity Can Simplify Machine Unlearning, 2304.04934',
-    comparisons=[claims.better('sparse', 'dense', trains=False), claims.better('l1', 'dense', trains=False)])
+    comparisons=[claims.better('sparse', 'dense'), claims.better('l1', 'dense')])

@@ -25,5 +25,5 @@ CLAIM = claims.Claim(
     title='ZerO',
     sentence='A start without chance is at most one point below a random one, and loses less by pruning 90 % once.',
     reference='Zhao et al. 2021, ZerO Initialization, 2110.12661',
-    comparisons=[claims.better('ZerO', 'dense', bar=-1.0, trains=False),
-                 claims.better('ZerO-90', 'dense-90', trains=False)])
+    comparisons=[claims.better('ZerO', 'dense', bar=-1.0),
+                 claims.better('ZerO-90', 'dense-90')])
