@@ -94,15 +94,15 @@ def pixels(name: str, *, data_dir: str | os.PathLike[str] | None = None, valid_f
   """
   for argument, value in others.items():
     _refuse(name, 'read whole', argument, value if value != 'classification' else None)
-  if name == OWN:
-    read = arrays.own_splits(splits.value if isinstance(splits, Own) else splits, valid_fraction)
-  else:
-    with _quiet():
+  with _quiet():
+    if name == OWN:
+      read = arrays.own_splits(splits.value if isinstance(splits, Own) else splits, valid_fraction)
+    else:
       found = _splits(name, pathlib.Path(data_dir or cache_directory()).expanduser(), valid_fraction)
-    if isinstance(found, text.TextSplits):
-      raise ValueError(f'data.pixels: {name!r} is text, which has no pixels; name a set of images.')
-    read = {split: getattr(found, split) for split in ('train', 'valid', 'test')}
-  whole = {split: reader(rows) for split, (reader, rows) in read.items() if len(rows)}
+      if isinstance(found, text.TextSplits):
+        raise ValueError(f'data.pixels: {name!r} is text, which has no pixels; name a set of images.')
+      read = {split: getattr(found, split) for split in ('train', 'valid', 'test')}
+    whole = {split: reader(rows) for split, (reader, rows) in read.items() if len(rows)}
   largest = np.float32(max(int(whole['train']['inputs'].max()), 1) if name != OWN else 1)
   return {split: (each['inputs'].astype(np.float32) / largest, each['labels']) for split, each in whole.items()}
 

@@ -43,10 +43,11 @@ class Examples(NamedTuple):
 
   def observed(self, batch: Array, right: Array) -> 'Examples':
     """Returns the examples after the rows `batch` were presented, of which the model got `right`, `bool[B]`."""
-    forgot = self.right[batch] & ~right
+    before = self.events[batch]
+    events = jnp.where(self.right[batch] & ~right, before + 1, before)
     # A row that is drawn twice in a batch is one presentation.
     return self._replace(right=self.right.at[batch].set(right), learned=self.learned.at[batch].max(right),
-                         events=self.events.at[batch].set(self.events[batch] + forgot))
+                         events=self.events.at[batch].set(events))
 
   def without(self, number: int) -> 'Examples':
     """Returns the examples without the `number` that were forgotten least often. Of equal ones the later rows go."""

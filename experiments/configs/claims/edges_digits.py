@@ -1,6 +1,6 @@
 r"""Tests TEDDY: edges of the neighbour graph of the digits by degree score, at random, and reversed; 80 % of weights.
 
-    python -m experiments.protocols --config experiments/configs/claims/edges_digits.py --workdir runs/edges_digits
+    python -m experiments.claims --workdir runs/claims --only edges_digits
 
 Seo et al. 2024 (2402.01261) prune edges between nodes of high degree first, and weights by thresholding after each
 step, with a distillation from the full graph. First trials without distillation showed no gain of the score over random
@@ -21,6 +21,10 @@ def get_config():
   runs = {f'{order}-50': {'order': order, 'pruned': 0.5} for order in ('lowest', 'random', 'highest')}
   config.protocol = {'name': 'edges', 'runs': runs}
   return config
+
+
+def get_sweep():
+  return claims.tuned(3e-3, 1e-2)
 
 
 CLAIM = claims.Claim(

@@ -1,6 +1,6 @@
 r"""Tests experts: rectified routing against dropped tokens, and a gate that begins dense, eight experts, digits.
 
-    python -m experiments.protocols --config experiments/configs/claims/experts_digits.py --workdir runs/experts_digits
+    python -m experiments.claims --workdir runs/claims --only experts_digits
 
 Zeng et al. 2024 (2402.12399, Rectify-Router) fill vacant slots and compute dropped tokens; Nie et al. 2021 (2112.14397)
 begin with all experts. COMET's claim needs recommendation data and is not tested here.
@@ -19,6 +19,10 @@ def get_config():
       'dense': {'gate': 'softmax'}, 'rectified': {'rectified': True}, 'dense-to-sparse': {'gate': 'dense_to_sparse'},
       'COMET': {'gate': 'comet'}}}
   return config
+
+
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
 
 
 CLAIM = claims.Claim(

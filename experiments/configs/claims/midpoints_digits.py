@@ -1,7 +1,6 @@
 r"""Tests connected tickets: midpoints of retrainings of one ticket, and of independent tickets, at 80 %, digits.
 
-    python -m experiments.protocols --config experiments/configs/claims/midpoints_digits.py \
-        --workdir runs/midpoints_digits
+    python -m experiments.claims --workdir runs/claims --only midpoints_digits
 
 Sparse solutions that share a ticket lie in one basin, and independent ones do not (Frankle et al. 2020, 1912.05671).
 The barriers and the sharpness of layers stand beside the scores (Adilova et al. 2024).
@@ -18,6 +17,10 @@ def get_config():
     config.recipes[run] = {'name': 'iterative_magnitude', 'sparsity': 0.8}
   config.protocol = {'name': 'midpoints', 'runs': {'independent': {'members': 'independent'}}}
   return config
+
+
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
 
 
 CLAIM = claims.Claim(

@@ -1,7 +1,6 @@
 r"""Tests SSVI: Gaussian posteriors at 90 % against a dense one, and their calibration against RigL, digits.
 
-    python -m experiments.protocols --config experiments/configs/claims/posterior_digits.py \
-        --workdir runs/posterior_digits
+    python -m experiments.claims --workdir runs/claims --only posterior_digits
 
 Li et al. 2024 (2402.16359) train a posterior that is sparse all along, at less than 3 % loss of accuracy, with the
 calibration of Bayesian networks. A score of calibration is 1 minus the expected calibration error.
@@ -22,6 +21,10 @@ def get_config():
       'dense': {'posterior': True}, 'SSVI': {'posterior': True}, 'RigL-ece': {'measure': 'calibration'},
       'SSVI-ece': {'posterior': True, 'measure': 'calibration'}}}
   return config
+
+
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
 
 
 CLAIM = claims.Claim(

@@ -1,7 +1,6 @@
 r"""Tests sparse unlearning: a tenth of the digits is forgotten by a dense and a 95 % sparse perceptron, and with l1.
 
-    python -m experiments.protocols --config experiments/configs/claims/unlearning_digits.py \
-        --workdir runs/unlearning_digits
+    python -m experiments.claims --workdir runs/claims --only unlearning_digits
 
 Jia et al. 2023 (2304.04934): the gap between unlearning and retraining is smaller for sparse models. The retrained
 model has the same mask. A score is 1 minus the gap; the membership attack is a threshold and not a support vector
@@ -19,6 +18,10 @@ def get_config():
   config.recipes['l1'] = {'name': 'l1_sparse', 'sparsity': 0.95}
   config.protocol = {'name': 'forgetting', 'runs': {'l1': {'unlearn': 'l1'}}}
   return config
+
+
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
 
 
 CLAIM = claims.Claim(

@@ -1,7 +1,6 @@
 r"""Tests ZerO: a perceptron that starts without chance, its accuracy and what 90 % magnitude pruning loses, digits.
 
-    python -m experiments.protocols --config experiments/configs/claims/zero_start_digits.py \
-        --workdir runs/zero_start_digits
+    python -m experiments.claims --workdir runs/claims --only zero_start_digits
 
 Zhao et al. 2021 (2110.12661): a start of zeros and ones, up to a Hadamard factor, trains as well as a random one. Its
 solutions are of lower rank and sparser.
@@ -19,6 +18,10 @@ def get_config():
   config.protocol = {'name': 'starts', 'runs': {
       'ZerO': {'start': 'zero'}, 'dense-90': {'pruned': 0.9}, 'ZerO-90': {'start': 'zero', 'pruned': 0.9}}}
   return config
+
+
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
 
 
 CLAIM = claims.Claim(
