@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from experiments import configs
 from experiments.loop import commands, examples, exits, fitting, outcomes, seeds, training
-from experiments.loop.fitting import Fitted, Split
+from experiments.loop.fitting import Ending, Split
 from experiments.loop.stopping import StopRequest
 from experiments.models.perceptron import forward, start
 from sparsejax import continual, masks, metrics
@@ -90,14 +90,14 @@ def matrices(config: ConfigDict, settings: Mapping[str, Any], recipe: Mapping[st
   return functools.partial(matrix, learn, settings, recipe, splits)
 
 
-def matrix(learn: Callable[..., Fitted], settings: Mapping[str, Any], recipe: Mapping[str, Any],
+def matrix(learn: Callable[..., Ending], settings: Mapping[str, Any], recipe: Mapping[str, Any],
            splits: tuple[Split, Split], seed: int) -> Matrix:
   """Returns the accuracy of each task (column) after each task (row) of one seed; tasks to come have 0."""
   (train, test), tasks = splits, _tasks(settings)
   key, bank, rows = jax.random.key(seed), continual.Bank(start(seed, settings['width'])), []
   params, earlier, buffer = bank.params, None, _empty(settings['buffer'])
   for number, classes in enumerate(tasks):
-    own = examples.rows(np.flatnonzero(np.isin(train[1], classes)), len(train[1]))
+    own = examples.of_rows(np.flatnonzero(np.isin(train[1], classes)), len(train[1]))
     here = jnp.isin(jnp.arange(10), classes)
     banked = recipe['name'] == 'cl_dst'
     # In each task of one structure, so that the program compiles once.
@@ -118,11 +118,11 @@ def matrix(learn: Callable[..., Fitted], settings: Mapping[str, Any], recipe: Ma
 
 
 def _learned(config: ConfigDict, settings: Mapping[str, Any], recipe: Mapping[str, Any], removed: float, params: PyTree,
-             bank: Any, earlier: Any, data: Split, own: Any, here: Array, buffer: Any, key: Array) -> Fitted:
+             bank: Any, earlier: Any, data: Split, own: Any, here: Array, buffer: Any, key: Array) -> Ending:
   """Returns the end of the training of one task on the examples `own`."""
   signals = {'key': jax.random.fold_in(key, 0), 'bank': bank, 'masks': earlier}
   tx = fitting.optimizer(config, recipe, {k: v for k, v in signals.items() if v is not None},
-                         examples.removals(config.steps, removed)[1])
+                         examples.removal_steps(config.steps, removed)[1])
 
   def loss(params: PyTree, batch: Any, key: Array, step: Array) -> tuple[Array, Array]:
     logits = jnp.where(here[None], forward(params, batch[0]), FREE)
@@ -134,7 +134,7 @@ def _learned(config: ConfigDict, settings: Mapping[str, Any], recipe: Mapping[st
       total += jnp.mean(weight * (each + LOGITS * jnp.mean(jnp.square(again - kept), -1)))
     return total, logits.argmax(-1) == batch[1]
 
-  return fitting.fitted(loss, tx, params, data, config, key, own, removed)
+  return fitting.trained_on(loss, tx, params, data, config, key, own, removed)
 
 
 def _drawn(buffer: Any, key: Array, size: int) -> Any:

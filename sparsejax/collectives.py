@@ -51,7 +51,7 @@ def scatter_rows(rows: Array, ids: Array, owned: int, axis_name: str) -> Array:
 def packed_gather(packed: PyTree, axis_name: str | tuple[str, ...], axis: int = 0) -> Array:
   """Returns the whole dense array on every device from packed shards, of which only the packed arrays are sent.
 
-  Each device packs its own shard, as in `formats.NMArray.from_dense(shard, 2, 4, axes=(0,), check=False)`; the shards
+  Each device packs its own shard, as in `formats.NMArray.from_dense(shard, 2, 4, axes=(0,), check=False)`. The shards
   follow each other along the dense `axis`, in the order of the mesh axes if `axis_name` names several. Every device
   must pack to arrays of the same shapes, as N:M does, and blocks of equally many stored blocks. At 2:4 in bfloat16 a
   gather sends 0.5625 of the dense bytes. The result is the dense gather of the same weights bit for bit, which the

@@ -88,8 +88,8 @@ def pixels(name: str, *, data_dir: str | os.PathLike[str] | None = None, valid_f
   """Returns all images, `float32[N, H, W, C]` from 0 to 1, and all labels, `int32[N]`, of `train`, `valid` and `test`.
 
   The arguments are the section `data` of a config. Images of bytes are divided by the largest pixel of the training
-  split, 16 for `digits`, and own images, `inputs` of any shape, are as `arrays.own_splits` gives them. An empty split,
-  as `valid` for a `valid_fraction` of 0, is left out. Raises
+  split, 16 for `digits`. Own images, `inputs` of any shape, are as `arrays.own_splits` gives them. An empty split, as
+  `valid` for a `valid_fraction` of 0, is left out. Raises
   `ValueError` for text, for a set that is not there, and for arguments without a meaning here.
   """
   for argument, value in others.items():

@@ -1,13 +1,13 @@
 """Draws batches of the examples that are left, and removes the examples that a model never forgets.
 
-    examples = rows([4, 9, 7], of=10)
+    examples = of_rows([4, 9, 7], of=10)
     batch = examples.drawn(key, 2)                          # two of the rows 4, 7 and 9
     examples = examples.observed(batch, right)              # which of the batch the model got right
     examples = examples.without(1)                          # the row that was forgotten least goes
 
 The data removal of SparCL (Wang et al. 2022, 2209.09476, section 3.2). A forgetting event is a presentation that the
 model gets wrong after it got the presentation before right (Toneva et al. 2019, 1812.05159). Deviations from the
-authors' code: batches are drawn with replacement, so that an example may not be presented between two removals. Such an
+authors' code: batches are drawn with replacement, so that an example may not be presented between two removals. This
 example stays, like one that was never right.
 """
 
@@ -57,7 +57,7 @@ class Examples(NamedTuple):
     return fresh._replace(order=jnp.argsort(-events, stable=True).astype(jnp.int32), count=self.count - number)
 
 
-def rows(chosen: Sequence[int] | np.ndarray, of: int) -> Examples:
+def of_rows(chosen: Sequence[int] | np.ndarray, of: int) -> Examples:
   """Returns the examples of a data set of `of` rows of which the rows `chosen` are left."""
   chosen = np.asarray(chosen, np.int32)
   others = np.setdiff1d(np.arange(of, dtype=np.int32), chosen)
@@ -69,14 +69,14 @@ def _fresh(size: int) -> Examples:
   return Examples(jnp.arange(size, dtype=jnp.int32), jnp.asarray(size), none, none, jnp.zeros(size, jnp.int32))
 
 
-def removals(steps: int, removed: float) -> tuple[list[int], int]:
+def removal_steps(steps: int, removed: float) -> tuple[list[int], int]:
   """Returns the steps before which a part of the examples goes, and the steps that are left of `steps`.
 
   `removed`: the fraction of all examples that goes in `ROUNDS` equal parts. The number of epochs stays, and an epoch of
   fewer examples has fewer steps. Raises `ValueError` for a fraction that is not from 0 to 1, without 1.
   """
   if not 0 <= removed < 1:
-    raise ValueError(f'examples.removals: removed={removed} must be in 0 ... 1, without 1; at least one has to stay.')
+    raise ValueError(f'examples.removal_steps: removed={removed} must be in 0 ... 1, without 1; some have to stay.')
   lengths = [steps / 10 * (1 - removed * done / ROUNDS) for done in range(ROUNDS)]
   ends = np.cumsum([*lengths, steps * (1 - ROUNDS / 10) * (1 - removed)])
   return [round(end) for end in ends[:-1]], max(1, round(ends[-1]))

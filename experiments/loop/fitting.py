@@ -25,8 +25,8 @@ from sparsejax.types import Array, PyTree
 Split = tuple[Array, Array]  # images [N, 64] from 0 to 1, and labels [N] from 0 to 9
 
 
-class Fitted(NamedTuple):
-  """A `Fitted` is the end of a training: the parameters, the optimizer's state, and the examples that are left."""
+class Ending(NamedTuple):
+  """An `Ending` is the end of a training: the parameters, the optimizer's state, and the examples that are left."""
 
   params: PyTree
   state: Any
@@ -49,22 +49,22 @@ def optimised(loss: Callable[[PyTree, Any, Array, Array], Array], tx: Any, param
   """
   count = len(jax.tree.leaves(data)[0])
   alone = lambda *arguments: (loss(*arguments), None)
-  run = jax.jit(lambda params, data, key: fitted(alone, tx, params, data, config, key, examples.rows(
+  run = jax.jit(lambda params, data, key: trained_on(alone, tx, params, data, config, key, examples.of_rows(
       np.arange(count), count))[:2])
   return run(params, data, key)
 
 
-def fitted(loss: Callable[[PyTree, Any, Array, Array], tuple[Array, Array | None]], tx: Any, params: PyTree, data: Any,
-           config: ConfigDict, key: Array, left: Examples, removed: float = 0.0) -> Fitted:
+def trained_on(loss: Callable[[PyTree, Any, Array, Array], tuple[Array, Array | None]], tx: Any, params: PyTree,
+               data: Any, config: ConfigDict, key: Array, left: Examples, removed: float = 0.0) -> Ending:
   """Returns the end of a training, as `optimised` does, on the examples of `data` that are `left`; does not compile.
 
   `loss` also returns which of the batch are right, `bool[B]`, or `None`. With `removed` above 0 this fraction of the
-  examples goes in rounds, and the steps are fewer, as `examples.removals` says.
+  examples goes in rounds, and the steps are fewer, as `examples.removal_steps` says.
   """
-  times, steps = examples.removals(config.steps, removed)
+  times, steps = examples.removal_steps(config.steps, removed)
   state, gone = tx.init(params), (left.count * removed / examples.ROUNDS).astype(jnp.int32)
 
-  def step(carry: Fitted, number: Array) -> tuple[Fitted, None]:
+  def step(carry: Ending, number: Array) -> tuple[Ending, None]:
     params, state, left = carry
     own = jax.random.fold_in(key, number)
     if removed:
@@ -75,9 +75,9 @@ def fitted(loss: Callable[[PyTree, Any, Array, Array], tuple[Array, Array | None
     grads, correct = jax.grad(loss, has_aux=True)(params, batch, jax.random.fold_in(own, 1), number)
     updates, state = tx.update(grads, state, params)
     left = left.observed(rows, correct) if removed else left
-    return Fitted(optax.apply_updates(params, updates), state, left), None
+    return Ending(optax.apply_updates(params, updates), state, left), None
 
-  return jax.lax.scan(step, Fitted(project(params, state), state, left), jnp.arange(steps))[0]
+  return jax.lax.scan(step, Ending(project(params, state), state, left), jnp.arange(steps))[0]
 
 
 def both_splits(config: ConfigDict) -> tuple[Split, Split]:

@@ -18,7 +18,7 @@ def by_hand(presented, size):
 
 
 def test_events_are_those_of_a_loop_and_the_least_forgotten_go():
-  rng, left = np.random.default_rng(0), examples.rows([9, 2, 4, 7, 5], of=10)
+  rng, left = np.random.default_rng(0), examples.of_rows([9, 2, 4, 7, 5], of=10)
   presented = [(rng.permutation([9, 2, 4, 7, 5])[:3], rng.random(3) < 0.5) for _ in range(12)]
   for batch, right in presented:
     left = left.observed(jnp.asarray(batch), jnp.asarray(right))
@@ -32,11 +32,11 @@ def test_events_are_those_of_a_loop_and_the_least_forgotten_go():
   assert not after.events.any() and not after.right.any()  # statistics begin anew
   drawn = np.asarray(after.drawn(jax.random.key(0), 200))
   assert {*drawn.tolist()} == {*after.order[:3].tolist()}
-  assert {*after.without(1).order[:2].tolist()} < {*after.order[:3].tolist()}  # What went never returns.
+  assert {*after.without(1).order[:2].tolist()} < {*after.order[:3].tolist()}  # Removed rows never return.
 
 
 def test_an_example_that_was_never_right_stays_and_ties_go_to_the_lower_row():
-  left = examples.rows(np.arange(4), of=4)
+  left = examples.of_rows(np.arange(4), of=4)
   for right in ([1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 1]):
     left = left.observed(jnp.arange(4), jnp.asarray(right, bool))
   assert left.events.tolist() == [0, 1, 0, 1]
@@ -44,8 +44,8 @@ def test_an_example_that_was_never_right_stays_and_ties_go_to_the_lower_row():
 
 
 def test_epochs_stay_and_steps_shrink_with_the_examples():
-  assert examples.removals(1000, 0.0) == ([100, 200, 300, 400], 1000)
-  # A tenth of the epochs each with all, 92.5, 85 and 77.5 % of the examples, and six tenths with 70 %.
-  assert examples.removals(1000, 0.3) == ([100, 192, 278, 355], 775)
+  assert examples.removal_steps(1000, 0.0) == ([100, 200, 300, 400], 1000)
+  # Four tenths of the epochs have 100, 92.5, 85 and 77.5 % of the examples, and the other six have 70 %.
+  assert examples.removal_steps(1000, 0.3) == ([100, 192, 278, 355], 775)
   with pytest.raises(ValueError, match='removed=1 must be in 0'):
-    examples.removals(10, 1)
+    examples.removal_steps(10, 1)

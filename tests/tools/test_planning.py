@@ -241,8 +241,8 @@ ZERO = {'layers': 2, 'width': 128, 'rows': 64}
 
 
 def test_zero_gathers_packed_weights_in_the_program_of_the_page():
-  """[calc]: of three dense passes, 2:4 in bfloat16 sends (2 * 0.5625 + 1) / 3, and (2 * 0.5625 + 0.5) / 3 with a fixed
-  mask. Stage 3 holds an eighth of the parameters and of Adam's moments.
+  """Compares bytes with those by hand. Of three dense passes 2:4 in bfloat16 sends (2 * 0.5625 + 1) / 3, and
+  (2 * 0.5625 + 0.5) / 3 with a fixed mask. Stage 3 holds an eighth of the parameters and of Adam's moments.
   """
   options = {'dense': {}, 'packed': {'gather': 'packed'}, 'kept': {'gather': 'packed', 'backward': 'kept'}}
   found = {name: planning.of_program(str(DOCS / 'zero.py'), 8, **ZERO, **each) for name, each in options.items()}
@@ -271,7 +271,7 @@ def zero_step(**options):
 
 
 def test_copies_within_a_node_are_exact_and_quantized_gradients_nearly():
-  """[calc]: with a copy, the third pass is within the node. ZeRO++ sends codes of 8 and 4 bits in place of 16."""
+  """Compares bytes with those by hand: with a copy one of three passes is within the node. Codes have 8 or 4 bits."""
   (wanted, dense), (copied, packed), (rounded, plus) = (zero_step(**options) for options in (
       {}, {'gather': 'packed', 'copies': True}, {'backward': 'quantized', 'copies': True, 'gather': 'quantized'}))
   np.testing.assert_array_equal(copied, wanted)
