@@ -134,7 +134,7 @@ def _learned(config: ConfigDict, settings: Mapping[str, Any], recipe: Mapping[st
       total += jnp.mean(weight * (each + LOGITS * jnp.mean(jnp.square(again - kept), -1)))
     return total, logits.argmax(-1) == batch[1]
 
-  return fitting.trained_on(loss, tx, params, data, config, key, own, removed)
+  return fitting.trained_on(loss, tx, params, tx.init(params), data, config, key, own, removed)
 
 
 def _drawn(buffer: Any, key: Array, size: int) -> Any:

@@ -49,20 +49,20 @@ def optimised(loss: Callable[[PyTree, Any, Array, Array], Array], tx: Any, param
   """
   count = len(jax.tree.leaves(data)[0])
   alone = lambda *arguments: (loss(*arguments), None)
-  run = jax.jit(lambda params, data, key: trained_on(alone, tx, params, data, config, key, examples.of_rows(
-      np.arange(count), count))[:2])
-  return run(params, data, key)
+  run = jax.jit(lambda params, state, data, key: trained_on(alone, tx, params, state, data, config, key,
+                                                            examples.of_rows(np.arange(count), count))[:2])
+  return run(params, tx.init(params), data, key)  # What `tx` begins with is no constant of the program.
 
 
 def trained_on(loss: Callable[[PyTree, Any, Array, Array], tuple[Array, Array | None]], tx: Any, params: PyTree,
-               data: Any, config: ConfigDict, key: Array, left: Examples, removed: float = 0.0) -> Ending:
+               state: Any, data: Any, config: ConfigDict, key: Array, left: Examples, removed: float = 0.0) -> Ending:
   """Returns the end of a training, as `optimised` does, on the examples of `data` that are `left`; does not compile.
 
   `loss` also returns which of the batch are right, `bool[B]`, or `None`. With `removed` above 0 this fraction of the
   examples goes in rounds, and the steps are fewer, as `examples.removal_steps` says.
   """
   times, steps = examples.removal_steps(config.steps, removed)
-  state, gone = tx.init(params), (left.count * removed / examples.ROUNDS).astype(jnp.int32)
+  gone = (left.count * removed / examples.ROUNDS).astype(jnp.int32)
 
   def step(carry: Ending, number: Array) -> tuple[Ending, None]:
     params, state, left = carry
