@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.protocols.fitting import both_splits, optimised, optimizer, right, work
-from experiments.tasks import forward, start
+from experiments.models.perceptron import forward, start
+from experiments.protocols.fitting import both_splits, chance, optimised, optimizer, right, work
 from sparsejax import gates, structured
 from sparsejax.types import Array, PyTree
 
@@ -33,7 +33,7 @@ GATE = gates.bernoulli('straight_through')
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the accuracy of the network that is left, and of gated networks what the gates agreed on."""
-  (train, test), key = both_splits(), jax.random.key(seed)
+  (train, test), key = both_splits(config), jax.random.key(seed)
   net = start(seed, max(round(own['part'] * sizes['width']), 1))
   first = {'net': net, 'gates': _gates(key, net) if own['gated'] else {}}
 
@@ -47,11 +47,11 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
 
   both, _ = optimised(loss, optimizer(config, recipe, {'key': key}), first, train, config, key)
   if not own['gated']:
-    return {'score': right(forward(both['net'], test[0]), test[1])}
+    return {'score': right(forward(both['net'], test[0]), test[1]), 'chance': chance(test[1])}
   means = [jnp.mean(each, 0) for each in gated_forward(both['net'], train[0], both['gates'])[1]]
   small = _removed(both['net'], means, test[0])
   every = np.concatenate(means)
-  return {'score': right(small.apply(small.params, test[0]), test[1]),
+  return {'score': right(small.apply(small.params, test[0]), test[1]), 'chance': chance(test[1]),
           'gated': right(gated_forward(both['net'], test[0], both['gates'])[0], test[1]),
           'settled': float(np.mean(np.minimum(every, 1 - every) <= 0.05)), 'open': float(np.mean(every > 0.5)),
           'work': work(small.apply, small.params, test[0]) / work(forward, both['net'], test[0])}

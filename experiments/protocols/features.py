@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.protocols.fitting import optimised, optimizer
-from experiments.tasks import digits
+from experiments.protocols.fitting import both_splits, chance, optimised, optimizer
 from sparsejax import errors, metrics
 from sparsejax.types import Array, PyTree
 
@@ -32,7 +31,7 @@ CLUSTERS = 15  # of each class; with all 16, scikit-learn would hand out classes
 Splits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def madelon() -> Splits:
+def madelon(config: Any) -> Splits:
   """Returns features and labels for training and for test, every fifth example; the 20 useful features come first."""
   from sklearn import datasets  # An import at the top would cost every start of another protocol half a second.
 
@@ -44,7 +43,12 @@ def madelon() -> Splits:
   return (x[train], y[train]), (x[test], y[test])
 
 
-DATA = {'digits': digits, 'madelon': madelon}
+def images(config: Any) -> Splits:
+  """Returns the digits, or the config's own images of their size."""
+  return tuple((np.asarray(x), np.asarray(y)) for x, y in both_splits(config))
+
+
+DATA = {'digits': images, 'madelon': madelon}
 
 
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
@@ -54,14 +58,14 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
     raise errors.unknown('protocols.features', 'data', sizes['data'], DATA)
   if own['chosen'] not in RANKS:
     raise errors.unknown('protocols.features', 'chosen', own['chosen'], RANKS)
-  train, test = DATA[sizes['data']]()
+  train, test = DATA[sizes['data']](config)
   count = train[0].shape[1]
   if not 1 <= sizes['features'] <= count:
     raise ValueError(f'protocols.features: features={sizes["features"]} of {sizes["data"]!r}, which has {count}; '
                      f'select from 1 to {count}.')
   rank = RANKS[own['chosen']](config, sizes, recipe, train[0], seed)
   best = np.arange(count) if rank is None else np.argsort(-rank, kind='stable')[:sizes['features']]
-  found = {'score': _judged(train, test, best, sizes['trees'], seed)}
+  found = {'score': _judged(train, test, best, sizes['trees'], seed), 'chance': chance(test[1])}
   return found | ({'informative': float(np.mean(best < USEFUL + REDUNDANT))} if sizes['data'] == 'madelon' else {})
 
 

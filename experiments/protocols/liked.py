@@ -75,8 +75,8 @@ def _tested(model: 'Model', params: PyTree, permutation: Array, test: Any) -> di
   predicted = lambda slots: lambda params, batch: model.logits(params, batch, permutation, slots=slots)
   logits = jax.jit(predicted(slots))(params, test)
   whole = work(predicted(len(test[0])), params, test)
-  return {'score': float(judges.roc_auc_score(test[2], logits)), 'active': float(jnp.mean(jnp.sum(weights != 0, -1))),
-          'work': work(predicted(slots), params, test) / whole}
+  return {'score': float(judges.roc_auc_score(test[2], logits)), 'chance': 0.5,
+          'active': float(jnp.mean(jnp.sum(weights != 0, -1))), 'work': work(predicted(slots), params, test) / whole}
 
 
 class Model:

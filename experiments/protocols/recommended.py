@@ -1,8 +1,10 @@
 """Recommends films by two tables of embeddings, which are sparse: matrix factorisation of MovieLens-100K.
 
 The score is recall@k over what each user liked last, or with `measure` `ndcg`. Both stand beside it, and so does the
-fraction of weights that are kept. The loss is that of BPR (Rendle et al. 2009, 1205.2618): a film that the user liked
-is above one that is drawn at random. A drawn film that the user liked too counts nothing.
+fraction of weights that are kept. Chance is the same list for all users: the films that most users liked.
+
+The loss is that of BPR (Rendle et al. 2009, 1205.2618): a film that the user liked is above one that is drawn at
+random. A drawn film that the user liked too counts nothing.
 
 Deviations: Wang et al. 2024 (2402.02855) train LightGCN, NeuMF and MultVAE on larger sets, and keep the best epoch on
 the test set. The last step is tested here, and the films of a user are parted in time.
@@ -25,7 +27,8 @@ RUN = {'width': None, 'measure': 'recall'}  # None: that of the sizes
 
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
-  """Returns the score, recall and ndcg over all users with a truth, and the fraction of weights that are kept."""
+  """Returns the score, chance, recall and ndcg over all users with a truth, and the fraction of weights that are kept.
+  """
   parts, key = movielens.last_left_out(movielens.ratings()), jax.random.key(seed)
   seen = jnp.asarray(parts.seen)
   first = tables(key, seen.shape, own['width'] or sizes['width'], sizes['deviation'])
@@ -40,9 +43,12 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   pairs = jnp.asarray(parts.users), jnp.asarray(parts.items)
   params, _ = optimised(loss, optimizer(config, recipe, {'key': key}), first, pairs, config, key)
   told = parts.truth.any(1)
-  asked = (params['users']['embedding'] @ params['items']['embedding'].T)[told], parts.seen[told], parts.truth[told]
-  found = {'recall': metrics.recall_at(*asked, sizes['k']), 'ndcg': metrics.ndcg_at(*asked, sizes['k'])}
-  return {'score': found[own['measure']], **found, 'kept': _kept(params)}
+  asked = jnp.asarray(parts.seen[told]), jnp.asarray(parts.truth[told])
+  judge = lambda table: {'recall': metrics.recall_at(table, *asked, sizes['k']),
+                         'ndcg': metrics.ndcg_at(table, *asked, sizes['k'])}
+  found = judge(params['users']['embedding'][told] @ params['items']['embedding'].T)
+  often = jnp.broadcast_to(jnp.sum(seen, 0, dtype=jnp.float32), (int(told.sum()), seen.shape[1]))
+  return {'score': found[own['measure']], 'chance': judge(often)[own['measure']], **found, 'kept': _kept(params)}
 
 
 def tables(key: Array, counts: tuple[int, ...], width: int, deviation: float) -> PyTree:

@@ -1,6 +1,6 @@
 r"""Tests COMET: trees that choose two of sixteen experts, with and without a local search, MovieLens-100K.
 
-    python -m experiments.protocols --config experiments/configs/claims/comet_films.py --workdir runs/comet_films
+    python -m experiments.claims --workdir runs/claims --only comet_films
 
 Ibrahim et al. 2023 (2306.02824): a gate of trees is better than hashing and top-k, and the search over permutations
 helps it. `active` and `work` in `outcome.json` say how many experts a rating needs, and which part of the FLOPs of all
@@ -28,5 +28,5 @@ CLAIM = claims.Claim(
     sentence='The area under the curve of COMET is above that of top-2, and with the search above that of hashing '
     'and of COMET alone.',
     reference='Ibrahim et al. 2023, COMET, 2306.02824',
-    comparisons=[claims.better('COMET-search', 'hash', trains=False), claims.better('COMET', 'top-2', trains=False),
-                 claims.better('COMET-search', 'COMET', trains=False)])
+    comparisons=[claims.better('COMET-search', 'hash'), claims.better('COMET', 'top-2'),
+                 claims.better('COMET-search', 'COMET')])

@@ -1,6 +1,6 @@
 r"""Tests consensus by polarization: gates of hidden units that agree for all images on half of them, digits.
 
-    python -m experiments.protocols --config experiments/configs/claims/consensus_digits.py --workdir runs/consensus
+    python -m experiments.claims --workdir runs/claims --only consensus_digits
 
 The paper gates units for each input, and makes all inputs agree by a loss. Closed units go after a single training,
 which costs at most one point at 50 %. Beside it stand gates without the loss of agreement, and a network
@@ -22,10 +22,14 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
+
+
 CLAIM = claims.Claim(
     title='Consensus',
     sentence='Without half of its hidden units, which gates agreed on in one training, a network is at most one point '
     'below the whole one, above gates that need not agree, and above a network that is narrow from the start.',
     reference='Consensus sub-networks by polarization; formulas from the abstract',
-    comparisons=[claims.better('consensus', 'dense', bar=-1.0), claims.better('consensus', 'no-polarity', trains=False),
+    comparisons=[claims.better('consensus', 'dense', bar=-1.0), claims.better('consensus', 'no-polarity'),
                  claims.better('consensus', 'narrow')])

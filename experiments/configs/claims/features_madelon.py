@@ -1,7 +1,6 @@
 r"""Tests QuickSelection: 20 of 500 features are selected without labels.
 
-    python -m experiments.protocols --config experiments/configs/claims/features_madelon.py \
-        --workdir runs/features_madelon
+    python -m experiments.claims --workdir runs/claims --only features_madelon
 
 Atashgahi et al. 2022 (2012.00560) rank features by the strengths of a denoising autoencoder that SET trains. Trees that
 read the selected features alone judge them. Beside them stand random features, features of the largest variance, all

@@ -1,6 +1,6 @@
 r"""Tests decay of irrelevant weights: 95 % of the weights of a perceptron pruned in rounds, digits.
 
-    python -m experiments.train --config experiments/configs/claims/irrelevant_mlp_digits.py --workdir runs/irrelevant
+    python -m experiments.claims --workdir runs/claims --only irrelevant_mlp_digits
 
 Bonetta et al. 2022 decay a weight only where the loss has no slope. In the paper this is at least as accurate, at
 a higher sparsity, as decay of all weights. Both runs prune a tenth of the remaining weights in each round.

@@ -1,6 +1,6 @@
 r"""Tests modules between layers: 75 % of the weights of a perceptron pruned, digits.
 
-    python -m experiments.train --config experiments/configs/claims/modules_mlp_digits.py --workdir runs/modules
+    python -m experiments.claims --workdir runs/claims --only modules_mlp_digits
 
 G2GNet begins with weights within modules and moves the mask. Its abstract is above the dense model; here the modules
 are compared with a random mask of the same counts, with and without moves. Growth is by the gradient, without a probe.
