@@ -6,7 +6,13 @@ Wang et al. 2024 (2402.02855) train sparse tables from scratch under a constant 
 ones. The model is a matrix factorisation of width 64, beside dense tables of width 16, which have as many weights. The
 films need the package recbole, see `experiments.data.movielens`.
 
-Not yet run at size.
+Measured on one core of an AMD EPYC, jax 0.10.2, 5 seeds, 152 s of training in all, one learning rate for all runs.
+Recall at 20: 17.92 +- 0.55 % dense; the films that most users liked, for everybody, 10.72 %. The tables keep exactly a
+quarter of their weights. Differences are paired by seed, with their 95 % intervals:
+
+- DSL > dense-16: 14.73 and 18.76 %, -4.03 +- 0.27, the opposite.
+- DSL > static: 14.73 and 9.44 %, +5.29 +- 0.71; not testable, because static is below the list for everybody.
+- DSL > 95 % of dense: 14.73 and 17.02 %, -2.29 +- 0.53, the opposite.
 """
 
 from experiments.configs import claims
