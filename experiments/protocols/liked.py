@@ -40,7 +40,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   pairs = found.users, found.items, (found.stars >= movielens.LIKED).astype(np.float32)
   rows = np.random.default_rng(seed).permutation(len(found.users))
   train, test = (tuple(jnp.asarray(x[part]) for x in pairs) for part in np.split(rows, [-(len(rows) // 5)]))
-  model = Model(own['gate'], sizes)
+  model = Mixture(own['gate'], sizes)
   params = model.start(key, (int(found.users.max()) + 1, int(found.items.max()) + 1))
   permutation, updates = jnp.eye(sizes['experts']), config.steps
   if own['searched']:
@@ -53,7 +53,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   return _tested(model, params, permutation, test)
 
 
-def _searched(model: 'Model', config: Any, recipe: Mapping[str, Any], params: PyTree, train: Any, key: Array
+def _searched(model: 'Mixture', config: Any, recipe: Mapping[str, Any], params: PyTree, train: Any, key: Array
               ) -> tuple[PyTree, Array]:
   """Returns parameters after the search, and the logits of the permutation."""
   falling = lambda step: HOT * (COLD / HOT) ** (step / config.steps)
@@ -68,7 +68,7 @@ def _searched(model: 'Model', config: Any, recipe: Mapping[str, Any], params: Py
   return both['params'], both['logits']
 
 
-def _tested(model: 'Model', params: PyTree, permutation: Array, test: Any) -> dict[str, float]:
+def _tested(model: 'Mixture', params: PyTree, permutation: Array, test: Any) -> dict[str, float]:
   """Returns the numbers of a trained model on all ratings of the test."""
   weights = moe.permuted(model.gated(params, test, None, 0)[0], permutation)
   slots = int(jnp.max(jnp.sum(weights != 0, 0)))
@@ -79,8 +79,8 @@ def _tested(model: 'Model', params: PyTree, permutation: Array, test: Any) -> di
           'active': float(jnp.mean(jnp.sum(weights != 0, -1))), 'work': work(predicted(slots), params, test) / whole}
 
 
-class Model:
-  """A `Model` is a mixture of two-layer experts over the embeddings of a user and a film, with a gate by its name."""
+class Mixture:
+  """A `Mixture` is a model of two-layer experts over the embeddings of a user and a film, with a gate by its name."""
 
   def __init__(self, gate: str, sizes: Mapping[str, Any]):
     self.sizes, self.hashed = sizes, gate == 'hashed'

@@ -89,7 +89,7 @@ def test_slots_for_the_fullest_expert_are_as_good_as_all():
   batch = jnp.arange(12), jnp.arange(12)[::-1], jnp.ones(12)
   shift = jnp.eye(4)[jnp.array([2, 0, 3, 1])]
   for gate in ('comet', 'top_k', 'hashed'):
-    model = liked.Model(gate, sizes)
+    model = liked.Mixture(gate, sizes)
     params = model.start(jax.random.key(0), (12, 12))
     params['gate']['kernel'] *= 1000  # Trees are sure.
     weights = model.gated(params, batch, None, 0)[0] @ shift
