@@ -5,6 +5,9 @@ r"""Tests SSVI: Gaussian posteriors at 90 % against a dense one, and their calib
 Li et al. 2024 (2402.16359) train a posterior that is sparse all along, at less than 3 % loss of accuracy, with the
 calibration of Bayesian networks. A score of calibration is 1 minus the expected calibration error.
 
+One size was changed before any comparison: the weight of the divergence is that of 50,000 examples. With the authors'
+weight over the 1,437 examples here, dense posteriors stay at chance level.
+
 Not yet run at size.
 """
 
@@ -17,7 +20,7 @@ def get_config():
   config.recipes['SSVI-ece'] = {'name': 'rigl', **sparse}
   config.recipes['RigL-ece'] = {'name': 'rigl', **sparse}
   config.recipes['SSVI'] = {'name': 'rigl', **sparse}
-  config.protocol = {'name': 'posteriors', 'runs': {
+  config.protocol = {'name': 'posteriors', 'divergence': 3e-4, 'runs': {
       'dense': {'posterior': True}, 'SSVI': {'posterior': True}, 'RigL-ece': {'measure': 'calibration'},
       'SSVI-ece': {'posterior': True, 'measure': 'calibration'}}}
   return config
