@@ -51,7 +51,7 @@ def optimised(loss: Callable[[PyTree, Any, Array, Array], Array], tx: Any, param
   alone = lambda *arguments: (loss(*arguments), None)
   run = jax.jit(lambda params, state, data, key: trained_on(alone, tx, params, state, data, config, key,
                                                             examples.of_rows(np.arange(count), count))[:2])
-  return run(params, tx.init(params), data, key)  # What `tx` begins with is no constant of the program.
+  return run(params, tx.init(params), data, key)  # The first state is no constant of the program.
 
 
 def trained_on(loss: Callable[[PyTree, Any, Array, Array], tuple[Array, Array | None]], tx: Any, params: PyTree,

@@ -5,7 +5,9 @@ r"""Tests ZerO: a perceptron that starts without chance, its accuracy and what 9
 Zhao et al. 2021 (2110.12661): a start of zeros and ones, up to a Hadamard factor, trains as well as a random one. Its
 solutions are of lower rank and sparser.
 
-Not yet run at size.
+Measured on one of two shared CPU cores (AMD EPYC), jax 0.10.2, 5 seeds. Differences in points, with 95 % intervals,
+and verdicts: ZerO > dense -1: +0.28 +- 1.29, not reproduced; ZerO-90 > dense-90: +2.11 +- 5.53, not reproduced.
+`docs/claims_of_systems.md` has the rest.
 """
 
 from experiments.configs import claims
