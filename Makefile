@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo         set up, train dense, SR-STE and MdGf-Linear on digits, show a table and a picture ($(WORKDIR))'
+	@echo 'make demo         set up, train dense, SR-STE and MdGf on digits, show a table and a picture ($(WORKDIR))'
 	@echo 'make test         set up, run the tests; those of one family with TESTS=tests/<family>'
 	@echo 'make test-full    the same without leaving any combination out (96,250 of them: 18 hours on 2 cores; WORKERS=64)'
 	@echo 'make test-matrix  the tests on the oldest JAX that is supported and on the newest, each in its own .venv-...'

@@ -18,6 +18,7 @@ from experiments import configs, protocols, sweep, tasks, tickets
 from experiments.loop import commands, exits, training
 from experiments.loop.outcomes import Outcome, Outcomes
 from experiments.loop.stopping import StopRequest
+from experiments.sweep import rates
 from experiments.tables import claims as tables
 from experiments.tables import pages
 from experiments.tables.sweeps import Line
@@ -53,15 +54,15 @@ def _tested(config: pathlib.Path, workdir: pathlib.Path, request: StopRequest, o
   """Runs the job of one config; what it gives are the outcomes by run, and why runs have none.
 
   The job is rounds of pruning if the config has `tickets`, and tasks one after the other if the config has `tasks`.
-  The job is a protocol if the config has `protocol`. Otherwise the job is the sweep of the config's runs, which the
-  config's grid tunes.
+  The job is a protocol if the config has `protocol`. Otherwise the job is the sweep of the config's runs. The config's
+  grid tunes all but rounds of pruning.
   """
   def work() -> tuple[Outcomes, Mapping[str, str]]:
     loaded, grid = sweep.load(config, overrides(config, options.data_dir, options.set))
     if loaded.tasks is not None:
-      return tasks.trained(loaded, workdir, request), {}
+      return rates.tuned(tasks.trained, loaded, workdir, grid, request), {}
     if loaded.protocol is not None:
-      return protocols.finished(loaded, workdir, request), {}
+      return rates.tuned(protocols.finished, loaded, workdir, grid, request), {}
     if loaded.tickets is not None:
       return tickets.rounds(loaded, workdir, request), {}
     return outcomes_of(sweep.found(loaded, workdir, grid, request).tested)

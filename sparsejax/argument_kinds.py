@@ -102,6 +102,8 @@ VALUE = Kind('a finite number, or a bool', lambda value: one_of(bool, np.bool_)(
              coefficient=True)
 FLAG = Kind('True or False', one_of(bool, np.bool_))
 NAME = Kind('a name, a string', one_of(str))
+MESH_AXES = Kind('the name of a mesh axis, or a tuple of names', lambda value: isinstance(value, str) or (
+    isinstance(value, tuple) and bool(value) and all(isinstance(name, str) for name in value)))
 SCHEDULE = Kind(_AS_IN, callable)
 BOOLS = Kind(f'{_SCHEDULE} that returns a bool, as in schedules.every(100)', callable)
 FUNCTION = Kind('a function', callable)

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsejax import arguments
-from sparsejax.argument_kinds import ARRAY, NAME, PACKED, TIMES, WHOLE
+from sparsejax.argument_kinds import ARRAY, MESH_AXES, NAME, PACKED, TIMES, WHOLE
 from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
 
 __all__ = ['gather_rows', 'packed_gather', 'scatter_rows']
 
-arguments.declare('gather_rows scatter_rows packed_gather', x=ARRAY, ids=ARRAY, rows=ARRAY, axis_name=NAME, owned=TIMES,
-                  packed=PACKED, axis=WHOLE)
+arguments.declare('gather_rows scatter_rows', x=ARRAY, ids=ARRAY, rows=ARRAY, axis_name=NAME, owned=TIMES)
+arguments.declare('packed_gather', packed=PACKED, axis_name=MESH_AXES, axis=WHOLE)
 
 
 @checked
@@ -48,13 +48,14 @@ def scatter_rows(rows: Array, ids: Array, owned: int, axis_name: str) -> Array:
 
 
 @checked
-def packed_gather(packed: PyTree, axis_name: str, axis: int = 0) -> Array:
+def packed_gather(packed: PyTree, axis_name: str | tuple[str, ...], axis: int = 0) -> Array:
   """Returns the whole dense array on every device from packed shards, of which only the packed arrays are sent.
 
-  Each device packs its own shard, as in `formats.NMArray.from_dense(shard, 2, 4, axes=(0,), check=False)`; the shards
-  follow each other along the dense `axis`. Every device must pack to arrays of the same shapes, as N:M does, and blocks
-  of equally many stored blocks. At 2:4 in bfloat16 a gather sends 0.5625 of the dense bytes. The result is the dense
-  gather of the same weights bit for bit, which the quantized gather of ZeRO++ (Wang et al. 2023, 2306.10209) is not.
+  Each device packs its own shard, as in `formats.NMArray.from_dense(shard, 2, 4, axes=(0,), check=False)`. The shards
+  follow each other along the dense `axis`, in the order of the mesh axes if `axis_name` names several. Every device
+  must pack to arrays of the same shapes, as N:M does, and blocks of equally many stored blocks. At 2:4 in bfloat16 a
+  gather sends 0.5625 of the dense bytes. The result is the dense gather of the same weights bit for bit, which the
+  quantized gather of ZeRO++ (Wang et al. 2023, 2306.10209) is not.
   The derivative scatters sums of the kept values alone, as for a fixed mask.
   """
   whole = lax.all_gather(packed, axis_name)

@@ -222,6 +222,11 @@ def of_run(config: ConfigDict, run: str) -> dict[str, Any]:
   return written
 
 
+def at_run(config: ConfigDict, run: str) -> ConfigDict:
+  """Returns `config` with the optimizer of the run `run`, for engines that train the runs one by one."""
+  return merged(config, {'optimizer': {**config.optimizer, **config.optimizers.get(run, {})}, 'optimizers': {}})
+
+
 def _flat(section: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any]]:
   for key, value in section.items():
     if isinstance(value, Mapping) and value:

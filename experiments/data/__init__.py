@@ -7,6 +7,6 @@
 
 from experiments.data.batches import Batch, Batches, Data
 from experiments.data.images import PREPARATIONS
-from experiments.data.sets import cache_directory, load
+from experiments.data.sets import cache_directory, load, pixels
 
-__all__ = ['PREPARATIONS', 'Batch', 'Batches', 'Data', 'cache_directory', 'load']
+__all__ = ['PREPARATIONS', 'Batch', 'Batches', 'Data', 'cache_directory', 'load', 'pixels']

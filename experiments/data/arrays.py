@@ -23,11 +23,22 @@ SPLITS = ('train', 'valid', 'validation', 'test')
 
 
 def own_batches(splits: Any, part: BatchPart, seed: int, valid_fraction: float, num_classes: int | None) -> Data:
-  """Returns the batches of `splits`, a mapping from `train`, `valid` and `test` to data, or a function that returns it.
+  """Returns the batches of `splits`, as `own_splits` reads them.
+
+  `num_classes` is the largest label plus one if not given. Raises `ValueError` as `own_splits` does.
+  """
+  read = own_splits(splits, valid_fraction)
+  least, classes = (0, num_classes) if num_classes else _classes(*read['train'])
+  sets = ordered((read['train'], read['valid'], read['test']), part, seed)
+  return from_datasets(*sets, classes, part.batch_size)._replace(least=least)
+
+
+def own_splits(splits: Any, valid_fraction: float) -> dict[str, tuple[Reader, np.ndarray]]:
+  """Returns a reader and the rows for `train`, `valid` and `test` of `splits`, a mapping or a function that returns it.
 
   Floating arrays become `float32` and integers `int32`; images of bytes, `uint8[N, H, W, C]`, become `float32` in
   [0, 1]. Without `valid`, `valid_fraction` of `train` is held out, evenly spaced; `validation` is another name of
-  `valid`. `num_classes` is the largest label plus one if not given. Raises `ValueError` for another form of data.
+  `valid`. Raises `ValueError` for another form of data.
   """
   splits = splits() if callable(splits) else splits
   if not isinstance(splits, Mapping) or not {'train', 'test'} <= set(splits):
@@ -41,9 +52,7 @@ def own_batches(splits: Any, part: BatchPart, seed: int, valid_fraction: float, 
   if valid is None:
     reader, rows = read['train']
     read['train'], valid = ((reader, half) for half in images.held_out(len(rows), valid_fraction))
-  least, classes = (0, num_classes) if num_classes else _classes(*read['train'])
-  sets = ordered((read['train'], valid, read['test']), part, seed)
-  return from_datasets(*sets, classes, part.batch_size)._replace(least=least)
+  return {**read, 'valid': valid}
 
 
 def _split(name: str, split: Any) -> tuple[Reader, np.ndarray]:

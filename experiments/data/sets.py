@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.configs import OWN, Own
@@ -80,6 +81,30 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike[s
       return text.text_batches(name, read, part, seed, sequence_length or text.LENGTH)
     _refuse(name, 'images', 'sequence_length', sequence_length)
     return images.image_batches(read, part, seed, augment, task)
+
+
+def pixels(name: str, *, data_dir: str | os.PathLike[str] | None = None, valid_fraction: float = 0.1,
+           splits: Any = None, **others: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Returns all images, `float32[N, H, W, C]` from 0 to 1, and all labels, `int32[N]`, of `train`, `valid` and `test`.
+
+  The arguments are the section `data` of a config. Images of bytes are divided by the largest pixel of the training
+  split, 16 for `digits`. Own images, `inputs` of any shape, are as `arrays.own_splits` gives them. An empty split, as
+  `valid` for a `valid_fraction` of 0, is left out. Raises
+  `ValueError` for text, for a set that is not there, and for arguments without a meaning here.
+  """
+  for argument, value in others.items():
+    _refuse(name, 'read whole', argument, value if value != 'classification' else None)
+  with _quiet():
+    if name == OWN:
+      read = arrays.own_splits(splits.value if isinstance(splits, Own) else splits, valid_fraction)
+    else:
+      found = _splits(name, pathlib.Path(data_dir or cache_directory()).expanduser(), valid_fraction)
+      if isinstance(found, text.TextSplits):
+        raise ValueError(f'data.pixels: {name!r} is text, which has no pixels; name a set of images.')
+      read = {split: getattr(found, split) for split in ('train', 'valid', 'test')}
+    whole = {split: reader(rows) for split, (reader, rows) in read.items() if len(rows)}
+  largest = np.float32(max(int(whole['train']['inputs'].max()), 1) if name != OWN else 1)
+  return {split: (each['inputs'].astype(np.float32) / largest, each['labels']) for split, each in whole.items()}
 
 
 def _refuse(name: str, kind: str, argument: str, value: Any) -> None:

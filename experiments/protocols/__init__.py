@@ -1,11 +1,13 @@
-r"""Tests claims that need a protocol of their own: graphs, unlearning, transfer, posteriors, experts, starts.
+r"""Tests claims that need a protocol of their own: graphs, unlearning, transfer, posteriors, experts, films, starts.
 
   python -m experiments.protocols --config experiments/configs/claims/edges_digits.py --workdir runs/edges [--set k=v]
 
 `config.protocol` names the protocol, its sizes, and under `runs` what differs from run to run besides the recipe. Each
-run gives a score from 0 to 1 for each seed, of which a larger one is better, and further numbers beside it in
-`outcome.json`. All data are the digits. Finished seeds and runs are read, not computed again. The exit statuses are
-those of `experiments.loop.commands`.
+run gives a score from 0 to 1 for each seed, of which a larger one is better. `chance` is the accuracy of the best
+constant answer, and `quality` the accuracy of the run's models, by default the score: a run whose quality is not above
+chance decides no claim. Further numbers stand beside in `outcome.json`. The data are the digits, or own images of their
+size, and MovieLens-100K for `recommended` and `liked`. Finished seeds and runs are read, not computed again. The exit
+statuses are those of `experiments.loop.commands`.
 """
 
 import functools
@@ -19,11 +21,23 @@ from ml_collections import ConfigDict
 from experiments import configs
 from experiments.loop import commands, outcomes, seeds, training
 from experiments.loop.stopping import StopRequest
-from experiments.protocols import edges, experts, forgetting, midpoints, posteriors, starts, transferred
+from experiments.protocols import (
+  consensus,
+  edges,
+  experts,
+  features,
+  forgetting,
+  liked,
+  midpoints,
+  posteriors,
+  recommended,
+  starts,
+  transferred,
+)
 from sparsejax import errors
 
 PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
-    edges, experts, forgetting, midpoints, posteriors, starts, transferred)}
+    consensus, edges, experts, features, forgetting, liked, midpoints, posteriors, recommended, starts, transferred)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +61,7 @@ def finished(config: ConfigDict, workdir: pathlib.Path, request: StopRequest) ->
   found = {}
   for run, recipe in configs.plain(config)['recipes'].items():
     own = module.RUN | runs.get(run, {})
-    compute = functools.partial(_scores, module, config, module.SIZES | settings, own, recipe)
+    compute = functools.partial(_scores, module, configs.at_run(config, run), module.SIZES | settings, own, recipe)
     found[run] = seeds.run(config, run, workdir / run, request, compute, _told)
     training.console().print(f'{run}: {np.mean(found[run]["test"]["accuracy"]):.1%}')
   return found
@@ -62,4 +76,6 @@ def _scores(module: Any, config: ConfigDict, sizes: Mapping[str, Any], own: Mapp
 def _told(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
   """Returns the score of each seed as the accuracy of the outcome, and the further numbers beside it."""
   columns = {key: [each[key] for each in found] for key in found[0]}
-  return {'test': {'accuracy': columns.pop('score')}, 'beside': columns}
+  test = columns.pop('score')
+  return {'test': {'accuracy': test}, 'quality': columns.pop('quality', test), 'beside': columns,
+          'labels': {'count': None, 'chance': float(np.mean(columns.pop('chance')))}}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.protocols.fitting import both_splits, optimised, optimizer, right
+from experiments.protocols.fitting import both_splits, chance, optimised, optimizer, right
 from sparsejax import moe, schedules
 from sparsejax.types import Array, PyTree
 
@@ -31,7 +31,7 @@ def gate_of(name: str, sizes: Mapping[str, Any], steps: int) -> Any:
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the accuracy on the test images, and beside it active experts an image and dropped pairs."""
-  (train, test), key = both_splits(), jax.random.key(seed)
+  (train, test), key = both_splits(config), jax.random.key(seed)
   gate = gate_of(own['gate'], sizes, config.steps)
 
   def loss(params: PyTree, batch: Any, key: Array, step: Array) -> Array:
@@ -41,7 +41,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
 
   params, _ = optimised(loss, optimizer(config, recipe), _start(key, own, sizes), train, config, key)
   logits, _, (active, dropped) = _forward(params, test[0], gate, own, sizes, None, config.steps)
-  return {'score': right(logits, test[1]), 'active': active, 'dropped': dropped}
+  return {'score': right(logits, test[1]), 'chance': chance(test[1]), 'active': active, 'dropped': dropped}
 
 
 def _start(key: Array, own: Mapping[str, Any], sizes: Mapping[str, Any]) -> PyTree:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.protocols.fitting import both_splits, cross_entropy, optimised, optimizer, right
-from experiments.tasks import forward, start
+from experiments.models.perceptron import forward, start
+from experiments.protocols.fitting import both_splits, chance, cross_entropy, optimised, optimizer, right
 from sparsejax import recipes, unlearning
 from sparsejax.types import Array, PyTree
 
@@ -23,8 +23,8 @@ RUN = {'unlearn': 'finetune'}
 
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
-  """Returns 1 minus the gap, and the metrics of the model that forgot."""
-  (train, test), key = both_splits(), jax.random.key(seed)
+  """Returns 1 minus the gap, the lower test accuracy of both models, and the metrics of the model that forgot."""
+  (train, test), key = both_splits(config), jax.random.key(seed)
   forget = np.random.default_rng(seed).permutation(len(train[1]))[:round(sizes['forget'] * len(train[1]))]
   parts = unlearning.parted(len(train[1]), [int(i) for i in forget])
   kept, gone = (tuple(x[rows] for x in train) for rows in parts)
@@ -40,7 +40,8 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   changed = fit(unlearner, original, kept, 2)
   again = fit(ticket(), start(1000 + seed, sizes['width']), kept, 3)
   found, wanted = (measured(params, kept, gone, test) for params in (changed, again))
-  return {'score': 1 - unlearning.gap(found, wanted), **found}
+  return {'score': 1 - unlearning.gap(found, wanted), 'quality': min(found['test'], wanted['test']),
+          'chance': chance(test[1]), **found}
 
 
 def measured(params: PyTree, kept: Any, gone: Any, test: Any) -> dict[str, float]:

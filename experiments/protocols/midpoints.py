@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.protocols.fitting import both_splits, cross_entropy, optimised, optimizer, right
-from experiments.tasks import forward, start
+from experiments.models.perceptron import forward, start
+from experiments.protocols.fitting import both_splits, chance, cross_entropy, optimised, optimizer, right
 from sparsejax import metrics, recipes
 from sparsejax.types import PyTree
 
@@ -21,8 +21,8 @@ RUN = {'members': 'soup'}
 
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
-  """Returns the accuracy of the midpoint, with the barriers and the sharpness."""
-  (train, test), key = both_splits(), jax.random.key(seed)
+  """Returns the accuracy of the midpoint, the lower one of its ends, the barriers and the sharpness."""
+  (train, test), key = both_splits(config), jax.random.key(seed)
   fit = lambda tx, params, salt: optimised(cross_entropy, tx, params, train, config, jax.random.fold_in(key, salt))[0]
   dense = lambda seed, salt: fit(optimizer(config, {'name': 'dense'}), start(seed, sizes['width']), salt)
 
@@ -37,6 +37,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   middle = jax.tree.map(lambda x, y: (x + y) / 2, a, b)
   sharp = metrics.sharpness(loss, a, sizes['rho'], key)
   layers = metrics.layer_barriers(loss, a, b)
-  return {'score': right(forward(middle, test[0]), test[1]), 'barrier': metrics.barrier(loss, a, b).height,
-          'layer': max(float(each.height) for each in layers.values()),
+  tested = lambda params: right(forward(params, test[0]), test[1])
+  return {'score': tested(middle), 'quality': min(map(tested, (a, b))), 'chance': chance(test[1]),
+          'barrier': metrics.barrier(loss, a, b).height, 'layer': max(float(each.height) for each in layers.values()),
           'sharpness': sum(map(float, sharp.values())) / len(sharp)}

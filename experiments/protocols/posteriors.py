@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import optimizers
-from experiments.protocols.fitting import both_splits, cross_entropy, optimised, optimizer, right
-from experiments.tasks import forward, start
+from experiments.models.perceptron import forward, start
+from experiments.protocols.fitting import both_splits, chance, cross_entropy, optimised, optimizer, right
 from sparsejax import bayes, metrics, recipes, trees
 from sparsejax.types import Array, PyTree
 
@@ -25,7 +25,7 @@ RUN = {'posterior': False, 'measure': 'accuracy'}
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the score, and beside it accuracy, calibration error and runs of zeros."""
-  (train, test), key = both_splits(), jax.random.key(seed)
+  (train, test), key = both_splits(config), jax.random.key(seed)
   params = start(seed, sizes['width'])
   if own['posterior']:
     probabilities, params = _posterior(config, sizes, recipe, params, train, test, key)
@@ -35,7 +35,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   found = {'accuracy': right(probabilities, test[1]), 'ece': float(metrics.calibration(probabilities, test[1]).ece),
            'runs': runs_of_zeros(params)}
   score = {'accuracy': found['accuracy'], 'calibration': 1 - found['ece'], 'runs': 1 - found['runs']}
-  return {'score': score[own['measure']], **found}
+  return {'score': score[own['measure']], 'quality': found['accuracy'], 'chance': chance(test[1]), **found}
 
 
 def _posterior(config: Any, sizes: Mapping[str, Any], recipe: Mapping[str, Any], params: PyTree, train: Any, test: Any,

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.protocols.fitting import both_splits, optimised, optimizer, right
-from experiments.tasks import forward
+from experiments.models.perceptron import forward, start
+from experiments.protocols.fitting import both_splits, chance, optimised, optimizer, right
 from sparsejax import metrics, recipes, transfer
 from sparsejax.types import Array, PyTree
 
@@ -24,32 +24,28 @@ RUN = {'use': 'probe', 'measure': 'accuracy'}
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the score on the target, and the accuracy on the source."""
-  (train, test), key, side = both_splits(), jax.random.key(seed), sizes['side']
+  (train, test), key, side = both_splits(config), jax.random.key(seed), sizes['side']
   larger = lambda x: jax.image.resize(x.reshape(-1, 8, 8, 1), (len(x), side, side, 1), 'linear').reshape(len(x), -1)
   source = lambda data: (larger(data[0][data[1] < 5]), data[1][data[1] < 5])
   target = lambda data: (data[0][data[1] >= 5], data[1][data[1] >= 5] - 5)
   loss = lambda params, batch, key, step: _loss(forward(params, batch[0]), batch[1])
   salted = lambda salt: jax.random.fold_in(key, salt)
   fit = lambda tx, params, data, salt, loss=loss: optimised(loss, tx, params, data, config, salted(salt))[0]
-  dense = fit(optimizer(config, {'name': 'dense'}), _start(seed, side * side, sizes['width']), source(train), 0)
+  dense = fit(optimizer(config, {'name': 'dense'}), start(seed, sizes['width'], side * side, 5), source(train), 0)
   ticket = recipes.iterative_magnitude(optimizer(config, {'name': 'dense'}), recipe.get('sparsity', 0.0), ticket=dense)
   frozen = fit(ticket, dense, source(train), 1)
   few = _few(target(train), sizes['shots'], seed)
   logits = {'probe': _probed, 'prompt': _prompted}[own['use']](frozen, few, larger, fit, sizes)(target(test)[0])
   labels = target(test)[1]
   error = metrics.calibration(jax.nn.softmax(logits), labels).ece
-  score = right(logits, labels) if own['measure'] == 'accuracy' else 1 - error
-  return {'score': score, 'source': right(forward(frozen, source(test)[0]), source(test)[1]), 'ece': error}
+  accuracy = right(logits, labels)
+  score = accuracy if own['measure'] == 'accuracy' else 1 - error
+  return {'score': score, 'quality': accuracy, 'chance': chance(labels), 'ece': error,
+          'source': right(forward(frozen, source(test)[0]), source(test)[1])}
 
 
 def _loss(logits: Array, labels: Array) -> Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def _start(seed: int, inputs: int, width: int) -> PyTree:
-  init, sizes = jax.nn.initializers.he_normal(), (inputs, width, width, 5)
-  keys = jax.random.split(jax.random.key(seed), 3)
-  return {f'layer_{i}': {'kernel': init(keys[i], sizes[i:i + 2]), 'bias': jnp.zeros(sizes[i + 1])} for i in range(3)}
 
 
 def _few(data: Any, shots: int, seed: int) -> Any:

@@ -95,11 +95,11 @@ def _tested(job: Job, arm: Arm, tried: Sequence[Line]) -> Line:
   if all(line['status'] != 'done' for line in tried):
     kept = {key: value for key, value in tried[-1].items() if key != 'cell'}
     return {**kept, **_named(arm, 'test'), 'cell': arm.place, 'wall': 0.0, 'cpu': 0.0, 'seeds': list(arm.config.seeds)}
-  found = _choice(tried, grids.metric(arm.config, job.grid['metric']), job.grid['learning_rate'])
+  found = choice(tried, grids.metric(arm.config, job.grid['metric']), job.grid['learning_rate'])
   return _finished(job, grids.at_rate(arm, found['best']), 'test', 'test', {'tuning': found})
 
 
-def _choice(tried: Sequence[Line], metric: str, rates: Sequence[float]) -> dict[str, Any]:
+def choice(tried: Sequence[Line], metric: str, rates: Sequence[float]) -> dict[str, Any]:
   """Returns the validation metric of each rate, the best rate, and whether a rate beyond the grid might be better.
 
   The first of equal rates is best. A rate at which training diverged has no number, and is not chosen.

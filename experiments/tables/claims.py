@@ -60,7 +60,9 @@ def scored(outcomes: Outcomes) -> Scores:
   labels = next(iter(outcomes.values())).get('labels') or {'count': None, 'chance': None}
   chance = None if task.unit != '%' or labels['chance'] is None else task.scale * labels['chance']
   return Scores(task.unit, test, {run: outcome['empty'] for run, outcome in outcomes.items()}, chance,
-                labels['count'] if task.unit == '%' else None)
+                labels['count'] if task.unit == '%' else None,
+                {run: task.scale * np.array(outcome['quality']) for run, outcome in outcomes.items()
+                 if outcome.get('quality')})
 
 
 def judged(comparison: Comparison, scores: Scores, needs: Sequence[str | None] = ()) -> dict[str, Any]:
@@ -82,10 +84,10 @@ def judged(comparison: Comparison, scores: Scores, needs: Sequence[str | None] =
 
 
 def _at_chance(scores: Scores, run: str) -> bool:
-  """Returns whether the best constant prediction lies in, or above, the 95 % interval of the mean score of `run`."""
+  """Returns whether the best constant prediction is not below the 95 % interval of the mean quality of `run`."""
   if scores.chance is None:
     return False
-  mean, half = pages.interval(scores.test[run])
+  mean, half = pages.interval(scores.quality.get(run, scores.test[run]))
   return mean - (0 if np.isnan(half) else half) <= scores.chance
 
 

@@ -85,6 +85,11 @@ def test_what_these_runs_cannot_decide_is_not_testable():
   chance, dead = found(lost, better('b', 'a'), better('b', 'a', trains=False))
   assert chance['verdict'] == 'not testable' and chance['reason'] == 'a at chance level, 5.0 %'
   assert dead['verdict'] == 'reproduced' and chance['p_holm'] is None  # and the other does not pay for it
+  # A calibration may be high where the model is at chance: the quality decides, and not the score.
+  lost['b']['quality'], lost['dense']['quality'] = [0.05, 0.04, 0.06, 0.05], [0.7, 0.7, 0.7, 0.7]
+  calibrated, = found(lost, better('dense', 'b'))
+  assert calibrated['verdict'] == 'not testable' and calibrated['reason'] == 'b at chance level, 5.0 %'
+  del lost['b']['quality']
   weak, = found(lost, better('dense', 'b'), needs=[at_least('dense', 98), at_least('dense', 60)])
   assert weak['reason'] == 'dense reaches 70.00 %, below 98' and weak['verdict'] == 'not testable'
   single, = found(made_up('ab', a=[0.2], b=[0.1], seeds=1), better('a', 'b', trains=False))

@@ -123,6 +123,20 @@ def test_digits_metadata(root):
   assert info.file_format.value == 'array_record'
 
 
+def test_whole_splits_have_all_pixels_from_0_to_1(root):
+  whole = data.pixels('digits', data_dir=root, valid_fraction=0.1)
+  assert {split: len(labels) for split, (_, labels) in whole.items()} == {'train': 1294, 'valid': 143, 'test': 360}
+  original = datasets.load_digits()
+  stored = sorted(((16 * x).astype(np.uint8).tobytes(), int(y)) for images, labels in whole.values()
+                  for x, y in zip(images, labels))
+  assert stored == sorted((x.astype(np.uint8).tobytes(), int(y)) for x, y in zip(original.images, original.target))
+  assert {*data.pixels('digits', data_dir=root, valid_fraction=0.0)} == {'train', 'test'}
+  with pytest.raises(ValueError, match='is text, which has no pixels'):
+    data.pixels(str(root / 'short.txt'))
+  with pytest.raises(ValueError, match='augment=True means nothing there'):
+    data.pixels('digits', data_dir=root, augment=True)
+
+
 def test_digits_are_scikit_learns_and_stratified(root):
   sources = digits.prepared(root).as_data_source()
   stored = {split: [(example['image'].tobytes(), int(example['label'])) for example in source]

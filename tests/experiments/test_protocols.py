@@ -2,22 +2,37 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pictures
 import pytest
+from films import package
 
 from experiments import claims, configs, protocols
+from experiments.data import movielens
 from experiments.loop.stopping import StopRequest
+from experiments.models import perceptron
+from experiments.protocols import consensus, features, liked
+from sparsejax import metrics
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 JOBS = {'edges_digits': 'TEDDY-80', 'unlearning_digits': 'l1', 'transfer_digits': 'ticket-prompt',
         'posterior_digits': 'SSVI', 'clusters_digits': 'Turbo-VBI-runs', 'experts_digits': 'rectified',
-        'zero_start_digits': 'ZerO-90', 'midpoints_digits': 'independent'}
+        'zero_start_digits': 'ZerO-90', 'midpoints_digits': 'independent', 'recommended_films': 'DSL',
+        'comet_films': 'COMET-search', 'features_digits': 'QuickSelection',
+        'consensus_digits': 'consensus'}
+SMALLER = {'recommended_films': {'k': 5}, 'comet_films': {'experts': 4},
+           'features_digits': {'trees': 2}}  # and a width of 8
+DATA = {'train': pictures.drawn(132, 0), 'test': pictures.drawn(110, 1)}
 
 
 def job(stem, run, **protocol):
   config = configs.load(claims.CONFIGS / f'{stem}.py', ['steps=6', 'seeds=(0,)', 'batch_size=8'])
+  config = configs.merged(config, {'data': DATA}).unlock()
   smaller = {'every': 2, 'sparsity': 0.5}
   config.recipes = {run: {key: smaller.get(key, value) for key, value in configs.plain(config)['recipes'][run].items()}}
-  config.protocol = {**(configs.plain(config)['protocol']), 'width': 8, **protocol}
+  config.protocol = {**(configs.plain(config)['protocol']), 'width': 8, **SMALLER.get(stem, {}), **protocol}
   return config
 
 
@@ -28,10 +43,21 @@ def trained(config, workdir):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize('name', JOBS)
-def test_a_run_gives_a_score_for_each_seed_and_is_read_again(name, tmp_path):
+def test_a_run_gives_a_score_for_each_seed_and_is_read_again(name, tmp_path, monkeypatch):
+  package(tmp_path / 'package', monkeypatch, drawn=100)
   run = JOBS[name]
   found = trained(job(name, run), tmp_path)[run]
-  assert 0 <= found['test']['accuracy'][0] <= 1 and found['beside'].keys() | {1} and found['seeds'] == [0]
+  assert 0 <= found['test']['accuracy'][0] <= 1 and 0 <= found['quality'][0] <= 1 and found['seeds'] == [0]
+  labels = {'transfer_digits': lambda y: y[y >= 5], 'edges_digits': lambda y: np.concatenate([y, DATA['train'][1]])}
+  counts = np.bincount(labels.get(name, lambda y: y)(DATA['test'][1]))
+  counts = np.maximum(counts - 5, 0) if name == 'edges_digits' else counts  # five of each class are known
+  expected = counts.max() / counts.sum()
+  if name.endswith('films'):  # the constant list of what is liked most, and the area under the diagonal
+    parts = movielens.last_left_out(movielens.ratings())
+    told, liked_most = parts.truth.any(1), np.broadcast_to(parts.seen.sum(0), (12, 16))
+    expected = 0.5 if name == 'comet_films' else metrics.recall_at(*(
+        jnp.asarray(each[told]) for each in (1.0 * liked_most, parts.seen, parts.truth)), 5)
+  assert found['labels']['chance'] == pytest.approx(float(expected))
   file = tmp_path / run / 'seed_0.json'
   record = json.loads(file.read_text())
   file.write_text(json.dumps({**record, 'found': {**record['found'], 'score': 0.125}}))
@@ -52,3 +78,41 @@ def test_unknown_names_and_keys_are_refused(tmp_path):
                      ({'runs': {'a': {'oder': 1}}}, "'oder'")):
     with pytest.raises(ValueError, match=why):
       trained(job('edges_digits', 'TEDDY-80', **wrong), tmp_path)
+  for wrong, why in (({'data': 'madlon'}, "unknown data 'madlon'"), ({'features': 65}, 'features=65 of .* has 64'),
+                     ({'runs': {'all': {'chosen': 'best'}}}, "unknown chosen 'best'")):
+    with pytest.raises(ValueError, match=f'protocols.features: .*{why}'):
+      trained(job('features_digits', 'all', **wrong), tmp_path)
+
+
+def test_slots_for_the_fullest_expert_are_as_good_as_all():
+  sizes = liked.SIZES | {'experts': 4, 'width': 3, 'hidden': 5, 'gamma': 0.1}
+  batch = jnp.arange(12), jnp.arange(12)[::-1], jnp.ones(12)
+  shift = jnp.eye(4)[jnp.array([2, 0, 3, 1])]
+  for gate in ('comet', 'top_k', 'hashed'):
+    model = liked.Mixture(gate, sizes)
+    params = model.start(jax.random.key(0), (12, 12))
+    params['gate']['kernel'] *= 1000  # Trees are sure.
+    weights = model.gated(params, batch, None, 0)[0] @ shift
+    slots = int((weights != 0).sum(0).max())
+    assert slots < 12 and weights.shape == (12, 4)
+    np.testing.assert_allclose(model.logits(params, batch, shift, slots=slots), model.logits(params, batch, shift),
+                               atol=1e-6)
+
+
+def test_useful_features_of_madelon_come_first_and_need_each_other():
+  train, test = features.madelon(None)
+  right = lambda columns: features._judged(train, test, np.asarray(columns), 30, 0)
+  assert right(range(20)) > 0.7 and max(right([i]) for i in range(5)) < 0.65 and right(range(20, 40)) < 0.6
+
+
+def test_a_network_without_the_units_that_no_input_opens_is_the_gated_one():
+  net, x = perceptron.start(0, 6), jax.random.normal(jax.random.key(1), (5, 64))
+  sure = jnp.array([5.0, -5, 5, -5, 5, 5])  # the same for each input
+  modules = {name: {'kernel': jnp.zeros((size, 6)), 'bias': sure} for name, size in (('layer_0', 64), ('layer_1', 6))}
+  logits, opened = consensus.gated_forward(net, x, modules)
+  small = consensus._removed(net, [jnp.mean(each, 0) for each in opened], x)
+  assert small.params['layer_0']['kernel'].shape == (64, 4) and small.params['layer_2']['kernel'].shape == (4, 10)
+  np.testing.assert_allclose(small.apply(small.params, x), logits, atol=1e-5)
+  np.testing.assert_array_equal(consensus.gated_forward(net, x, {})[0], perceptron.forward(net, x))
+  closed = consensus._removed(net, [jnp.zeros(6), jnp.arange(6) / 100], x)
+  assert closed.params['layer_1']['kernel'].shape == (1, 1), 'each layer keeps a unit'

@@ -19,6 +19,7 @@ class Scores(NamedTuple):
 
   `unit` is that of the test scores, and `chance` is the score of the best constant prediction, `None` where unknown.
   `labels` is the number of test labels where the score is the percentage of them that is right, and else `None`.
+  `quality` is the accuracy of a run's models where the test score is another number, such as a calibration.
   """
 
   unit: str
@@ -26,12 +27,13 @@ class Scores(NamedTuple):
   empty: Mapping[str, Sequence[int]]
   chance: float | None = None
   labels: int | None = None
+  quality: Mapping[str, Sequence[float]] = {}
 
 
 class Comparison(NamedTuple):
   """A `Comparison` claims that `more` is larger than `less` by more than `bar`; both sides hold a number for each seed.
 
-  `trained` names the runs whose test scores the sides are, where these must be above chance level.
+  `trained` names the runs whose test scores the sides are, whose quality must be above chance level.
   """
 
   what: str
@@ -64,6 +66,12 @@ def better(more: str, less: str, bar: float = 0.0, trains: bool = True) -> Calla
   """
   return lambda scores: Comparison(f'{more} > {less}', scores.unit, scores.test[more], scores.test[less], bar,
                                    (more, less) if trains else ())
+
+
+def at_share(more: str, less: str, share: float) -> Callable[[Scores], Comparison]:
+  """Returns the function that compares one run's test scores with a share of another's, seed by seed."""
+  return lambda scores: Comparison(f'{more} > {share:.0%} of {less}', scores.unit, scores.test[more],
+                                   [share * score for score in scores.test[less]])
 
 
 def at_least(run: str, score: float) -> Callable[[Scores], str | None]:

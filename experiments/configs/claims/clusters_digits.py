@@ -1,12 +1,13 @@
 r"""Tests Turbo-VBI: zeros at 90 % with a Markov prior and without, accuracy and runs of zeros, digits.
 
-    python -m experiments.protocols --config experiments/configs/claims/clusters_digits.py \
-        --workdir runs/clusters_digits
+    python -m experiments.claims --workdir runs/claims --only clusters_digits
 
 Xia et al. 2023 prune with a prior under which zeros cluster, for more regular structure at equal accuracy. A score of
 runs is 1 minus the number of runs of zeros over the number of weights. The control has the same sparsity by magnitude.
 
-Not yet run at size.
+Measured on one of two shared CPU cores (AMD EPYC), jax 0.10.2, 5 seeds. Differences in points, with 95 % intervals,
+and verdicts: Turbo-VBI-runs > magnitude-runs: +5.92 +- 0.09, reproduced; Turbo-VBI > magnitude -1: -2.72 +- 2.55, not
+reproduced. `docs/claims_of_systems.md` has the rest.
 """
 
 from experiments.configs import claims
@@ -23,9 +24,13 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
+
+
 CLAIM = claims.Claim(
     title='Turbo-VBI',
     sentence='A Markov prior leaves fewer runs of zeros than magnitude, at most one point of accuracy below.',
     reference='Xia et al. 2023, Structured Bayesian Compression by Turbo-VBI',
-    comparisons=[claims.better('Turbo-VBI-runs', 'magnitude-runs', trains=False),
-                 claims.better('Turbo-VBI', 'magnitude', bar=-1.0, trains=False)])
+    comparisons=[claims.better('Turbo-VBI-runs', 'magnitude-runs'),
+                 claims.better('Turbo-VBI', 'magnitude', bar=-1.0)])

@@ -1,6 +1,6 @@
 r"""Tests TEDDY: edges of the neighbour graph of the digits by degree score, at random, and reversed; 80 % of weights.
 
-    python -m experiments.protocols --config experiments/configs/claims/edges_digits.py --workdir runs/edges_digits
+    python -m experiments.claims --workdir runs/claims --only edges_digits
 
 Seo et al. 2024 (2402.01261) prune edges between nodes of high degree first, and weights by thresholding after each
 step, with a distillation from the full graph. First trials without distillation showed no gain of the score over random
@@ -23,11 +23,15 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(3e-3, 1e-2)
+
+
 CLAIM = claims.Claim(
     title='TEDDY',
     sentence='Pruning edges by degree alone is better than at random and than in the opposite order, and thresholding '
     'all weights is better than pruning them once.',
     reference='Seo et al. 2024, TEDDY, 2402.01261',
-    comparisons=[claims.better('lowest-50', 'random-50', trains=False),
-                 claims.better('lowest-50', 'highest-50', trains=False),
-                 claims.better('TEDDY-80', 'once-80', trains=False)])
+    comparisons=[claims.better('lowest-50', 'random-50'),
+                 claims.better('lowest-50', 'highest-50'),
+                 claims.better('TEDDY-80', 'once-80')])

@@ -1,9 +1,9 @@
 r"""Tests experts: rectified routing against dropped tokens, and a gate that begins dense, eight experts, digits.
 
-    python -m experiments.protocols --config experiments/configs/claims/experts_digits.py --workdir runs/experts_digits
+    python -m experiments.claims --workdir runs/claims --only experts_digits
 
 Zeng et al. 2024 (2402.12399, Rectify-Router) fill vacant slots and compute dropped tokens; Nie et al. 2021 (2112.14397)
-begin with all experts. COMET's claim needs recommendation data and is not tested here.
+begin with all experts. COMET's claim needs recommendation data, see `comet_films.py`.
 
 Not yet run at size.
 """
@@ -21,10 +21,14 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
+
+
 CLAIM = claims.Claim(
     title='Experts',
     sentence='With slots for the even load alone, rectified routing is better than dropping, and a gate that begins '
     'dense is better than top-1 from the start.',
     reference='Zeng et al. 2024, Rectify-Router, 2402.12399; Nie et al. 2021, Dense-to-Sparse Gate, 2112.14397',
-    comparisons=[claims.better('rectified', 'top-1', trains=False),
-                 claims.better('dense-to-sparse', 'top-1', trains=False)])
+    comparisons=[claims.better('rectified', 'top-1'),
+                 claims.better('dense-to-sparse', 'top-1')])

@@ -1,11 +1,12 @@
 r"""Tests decay of irrelevant weights: 95 % of the weights of a perceptron pruned in rounds, digits.
 
-    python -m experiments.train --config experiments/configs/claims/irrelevant_mlp_digits.py --workdir runs/irrelevant
+    python -m experiments.claims --workdir runs/claims --only irrelevant_mlp_digits
 
 Bonetta et al. 2022 decay a weight only where the loss has no slope. In the paper this is at least as accurate, at
 a higher sparsity, as decay of all weights. Both runs prune a tenth of the remaining weights in each round.
 
-Not yet run at size.
+Measured on one of two shared CPU cores (AMD EPYC), jax 0.10.2, 5 seeds. Differences in points, with 95 % intervals,
+and verdicts: irrelevant > plain-l2: -0.11 +- 1.63, not reproduced. `docs/claims_of_systems.md` has the rest.
 """
 
 from experiments.configs import claims

@@ -1,7 +1,6 @@
 r"""Tests connected tickets: midpoints of retrainings of one ticket, and of independent tickets, at 80 %, digits.
 
-    python -m experiments.protocols --config experiments/configs/claims/midpoints_digits.py \
-        --workdir runs/midpoints_digits
+    python -m experiments.claims --workdir runs/claims --only midpoints_digits
 
 Sparse solutions that share a ticket lie in one basin, and independent ones do not (Frankle et al. 2020, 1912.05671).
 The barriers and the sharpness of layers stand beside the scores (Adilova et al. 2024).
@@ -20,8 +19,12 @@ def get_config():
   return config
 
 
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
+
+
 CLAIM = claims.Claim(
     title='Connected tickets',
     sentence='The midpoint of two retrainings of one ticket is better than that of two independent tickets.',
     reference='Frankle et al. 2020, Linear Mode Connectivity and the Lottery Ticket Hypothesis, 1912.05671',
-    comparisons=[claims.better('soup', 'independent', trains=False)])
+    comparisons=[claims.better('soup', 'independent')])

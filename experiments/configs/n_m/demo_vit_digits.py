@@ -1,28 +1,36 @@
-r"""Runs the main job: dense, SR-STE and MdGf-Linear at 1:8 on the feed-forward layers of a small ViT, digits, 8 seeds.
+r"""Runs the main job: dense, SR-STE and MdGf at 1:32 on all matrices of the blocks of a small ViT, digits, 10 seeds.
 
     python -m experiments.train --config experiments/configs/n_m/demo_vit_digits.py --workdir runs/demo
 
 `make demo` runs the same command. The digits are scikit-learn's, written as a TFDS data set at the first use; nothing
 is downloaded.
 
-Measured on two shared CPU cores, jax 0.10.2, in about five minutes of a busy machine. Test accuracy: 97.81 +- 0.50 %
-dense, 97.47 +- 0.57 % SR-STE, 97.57 +- 0.65 % MdGf-Linear. Paired differences to dense: -0.35 +- 0.60, -0.24 +- 0.40.
+The setting is the one of docs/progressive_gradient_flow.md in which SR-STE and MdGf differ most. Each run has the best
+of four learning rates, 0.003, 0.01, 0.03 and 0.1, by the validation loss at 1:32, of two seeds of their own. Neither
+those seeds nor the ten of the demo chose the setting.
 """
 
 from experiments.configs import default
 
+BLOCKS = ['mlp/*/kernel', 'attention/*/kernel']
+
 
 def get_config():
   config = default.get_config()
-  config.seeds = tuple(range(8))
-  config.steps = 400
-  config.validate_every = 25
-  config.model = {'name': 'vit', 'patch': 2, 'width': 48, 'depth': 2, 'heads': 4}
-  config.optimizer.learning_rate = 2e-3
-  sparse = {'pattern': '1:8', 'where': ['mlp/*/kernel']}
+  config.seeds = tuple(range(200, 210))
+  config.steps = 120
+  config.batch_size = 32
+  config.validate_every = 10
+  config.checkpoint_every = 60
+  config.model = {'name': 'vit', 'patch': 2, 'width': 64, 'depth': 2, 'heads': 4}
+  config.optimizer.weight_decay = 0.01
+  config.optimizer.warmup = 0.05
+  config.optimizer.learning_rate = 3e-2
+  config.optimizers = {'dense': {'learning_rate': 1e-2}}
+  sparse = {'pattern': '1:32', 'where': BLOCKS}
   config.recipes = {
       'dense': {'name': 'dense'},
       'SR-STE': {'name': 'sr_ste', **sparse},
-      'MdGf-Linear': {'name': 'mdgf', **sparse, 'decay': {'name': 'linear', 'begin': 0.0, 'end': 0.75}},
+      'MdGf': {'name': 'mdgf', **sparse, 'decay': {'name': 'exponential', 'half_life': 0.05}, 'fine_tune_steps': 0.25},
   }
   return config

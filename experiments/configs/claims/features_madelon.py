@@ -1,0 +1,33 @@
+r"""Tests QuickSelection: 20 of 500 features are selected without labels.
+
+    python -m experiments.claims --workdir runs/claims --only features_madelon
+
+Atashgahi et al. 2022 (2012.00560) rank features by the strengths of a denoising autoencoder that SET trains. Trees that
+read the selected features alone judge them. Beside them stand random features, features of the largest variance, all
+features, and those of a dense autoencoder. Width and steps are smaller than in the paper, with its rates.
+
+Not yet run at size.
+"""
+
+from experiments.configs import claims
+
+
+def get_config():
+  config = claims.digits(steps=2000, batch_size=100)
+  config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'learning_rate': 0.01, 'clip': None,
+                      'options': {'momentum': 0.9}}
+  config.recipes['QuickSelection'] = {'name': 'quick_selection', 'sparsity': 0.9, 'every': 20}
+  for run in ('random', 'variance', 'all'):
+    config.recipes[run] = {'name': 'dense'}
+  config.protocol = {'name': 'features', 'data': 'madelon', 'features': 20, 'runs': {
+      run: {'chosen': run} for run in ('random', 'variance', 'all')}}
+  return config
+
+
+CLAIM = claims.Claim(
+    title='QuickSelection on madelon',
+    sentence='Features of the largest strength are better than random ones, at least as good as those of the largest '
+    'variance, and as those of a dense autoencoder.',
+    reference='Atashgahi et al. 2022, Quick and Robust Feature Selection, 2012.00560',
+    comparisons=[claims.better('QuickSelection', 'random'), claims.better('QuickSelection', 'variance', bar=-1.0),
+                 claims.better('QuickSelection', 'dense', bar=-1.0)])
