@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures('standard_promotion')
 DEMO = pathlib.Path(__file__).parents[2] / 'experiments/configs/n_m/demo_vit_digits.py'
 TOY = ('mesh.data=1', 'steps=8', 'seeds=(0, 7)', 'batch_size=8', 'model.width=32', 'model.depth=1', 'model.heads=2',
        'model.patch=4', 'measure_every=2', 'validate_every=4', 'checkpoint_every=2',
-       'recipes.MdGf.decay.half_life=1')
+       'recipes.MdGf.decay.half_life=1', 'optimizers={}')
 MLP = "model={'name': 'mlp', 'widths': (32, 32)}"  # compiles soonest, where a test is about the job
 
 
