@@ -44,8 +44,8 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   params, _ = optimised(loss, optimizer(config, recipe, {'key': key}), first, pairs, config, key)
   told = parts.truth.any(1)
   asked = jnp.asarray(parts.seen[told]), jnp.asarray(parts.truth[told])
-  judge = lambda table: {'recall': metrics.recall_at(table, *asked, sizes['k']),
-                         'ndcg': metrics.ndcg_at(table, *asked, sizes['k'])}
+  measures = {'recall': metrics.recall_at, 'ndcg': metrics.ndcg_at}
+  judge = lambda table: {name: measure(table, *asked, sizes['k']) for name, measure in measures.items()}
   found = judge(params['users']['embedding'][told] @ params['items']['embedding'].T)
   often = jnp.broadcast_to(jnp.sum(seen, 0, dtype=jnp.float32), (int(told.sum()), seen.shape[1]))
   return {'score': found[own['measure']], 'chance': judge(often)[own['measure']], **found, 'kept': _kept(params)}

@@ -161,13 +161,13 @@ def test_each_seed_is_scored_by_its_own_weights_batches_and_key(folder):
 def test_every_run_has_its_own_model_and_its_own_sparse_leaves(folder):
   sparse = {'name': 'asp', 'pattern': '1:4', 'where': ['mlp/*/kernel']}
   config = configs.load(DEMO, [
-      f'data.data_dir={folder / "data"}', *TOY, "models={'wide': {'width': 32}, 'deep': {'depth': 2}}",
+      f'data.data_dir={folder / "data"}', *TOY, "models={'wide': {'width': 64}, 'deep': {'depth': 2}}",
       f"recipes={{'wide': {sparse}, 'dense': {{'name': 'dense'}}, 'deep': {sparse}}}"])
   built = runs.build(runs.prepare(config), dict.fromkeys(configs.runs(config), folder))
   shapes = lambda run: [
       leaf['mlp']['fc1']['kernel'].shape for name, leaf in run.state.params.items() if name.startswith('block_')]
   assert {name: shapes(run) for name, run in built.items()} == {
-      'wide': [(2, 32, 128)], 'dense': [(2, 16, 64)], 'deep': [(2, 16, 64)] * 2}
+      'wide': [(2, 64, 256)], 'dense': [(2, 32, 128)], 'deep': [(2, 32, 128)] * 2}
   block = lambda i: [f'block_{i}/mlp/{matrix}/kernel' for matrix in ('fc1', 'fc2')]
   assert {name: run.sparse for name, run in built.items()} == {  # dense: where the others prune and it has a leaf
       'wide': block(0), 'dense': block(0), 'deep': block(0) + block(1)}
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fold
   assert call(folder, unfinished, f'recipes={dict([("SR-STE", recipe)])}',
               'optimizer.learning_rate=1e38', 'resume_changed=True') == 2
   captured = capsys.readouterr()
-  assert 'SR-STE: went on from step 6 with another config: optimizer.learning_rate: 0.002 -> 1e+38.' in captured.out
+  assert 'SR-STE: went on from step 6 with another config: optimizer.learning_rate: 0.03 -> 1e+38.' in captured.out
   assert re.match('error: SR-STE: loss or parameters of seed [07] are not finite at step [78];', captured.err)
   assert captured.err.count('\n') == 1 and 'of step 6, is kept' in captured.err
   assert [path.name for path in (unfinished / 'SR-STE/checkpoints').iterdir()] == ['6']

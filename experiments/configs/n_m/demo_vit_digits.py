@@ -1,4 +1,4 @@
-r"""Runs the main job: dense, SR-STE and MdGf at 1:32 on all matrices of the blocks of a small ViT, digits, 10 seeds.
+r"""Runs the main job: dense, SR-STE and MdGf at 1:32 on all matrices of the blocks of a small ViT, digits, 16 seeds.
 
     python -m experiments.train --config experiments/configs/n_m/demo_vit_digits.py --workdir runs/demo
 
@@ -6,8 +6,9 @@ r"""Runs the main job: dense, SR-STE and MdGf at 1:32 on all matrices of the blo
 is downloaded.
 
 The setting is the one of docs/progressive_gradient_flow.md in which SR-STE and MdGf differ most. Each run has the best
-of four learning rates, 0.003, 0.01, 0.03 and 0.1, by the validation loss at 1:32, of two seeds of their own. Neither
-those seeds nor the ten of the demo chose the setting.
+of four learning rates, 0.003, 0.01, 0.03 and 0.1, by the validation loss at 1:32, of two seeds of their own. Two runs
+of ten other seeds each gave MdGf minus SR-STE +1.58 +- 0.94 and +1.31 +- 1.50 points. Therefore the demo has 16 seeds.
+The seeds are fresh: neither the setting nor the number of seeds was chosen by them.
 """
 
 from experiments.configs import default
@@ -17,7 +18,7 @@ BLOCKS = ['mlp/*/kernel', 'attention/*/kernel']
 
 def get_config():
   config = default.get_config()
-  config.seeds = tuple(range(200, 210))
+  config.seeds = tuple(range(300, 316))
   config.steps = 120
   config.batch_size = 32
   config.validate_every = 10
