@@ -48,7 +48,7 @@ def smaller(path, text, directory):
   return [
       f'data.name={names.get(config.model.name, "digits")}', f'data.data_dir={directory}',
       'steps=10', 'seeds=(0,)', 'batch_size=4', 'measure_every=5', 'validate_every=10', 'checkpoint_every=10',
-      'mesh.data=1', *SMALLER[config.model.name], f'recipes={dict([last])}', 'models={}']
+      'mesh.data=1', *SMALLER[config.model.name], f'recipes={dict([last])}', 'models={}', 'optimizers={}']
 
 
 # A model that no other test trains. All: `--cells all`. `test_train` trains demo_vit_digits, `test_frontier` text.

@@ -82,7 +82,7 @@ OTHER = {
               'unstructured'),
     'sparsity of a mask that is chosen once': (
         recipes.magnitude_at_init(SGD, 0.5), recipes.magnitude_at_init(SGD, 0.9), 'at 0.5', 'at 0.9'),
-    'flow': (recipes.mdgf(SGD, gradient='scaled'), recipes.mdgf(SGD), 'decayed_gradient', 'whole_gradient'),
+    'flow': (recipes.mdgf(SGD), recipes.mdgf(SGD, gradient='straight_through'), 'decayed_gradient', 'whole_gradient'),
     'settling': (recipes.sr_ste(SGD), recipes.sr_ste(SGD, decoupled=True), 'refined', 'shrink_pruned'),
     'where': (recipes.ste(SGD), recipes.ste(SGD, where=trees.named('fc/kernel')), '2 leaves', '1 leaf'),
     'score of a sentence of one\'s own': (

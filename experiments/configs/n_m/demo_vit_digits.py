@@ -9,6 +9,9 @@ The setting is the one of docs/progressive_gradient_flow.md in which SR-STE and 
 of four learning rates, 0.003, 0.01, 0.03 and 0.1, by the validation loss at 1:32, of two seeds of their own. Two runs
 of ten other seeds each gave MdGf minus SR-STE +1.58 +- 0.94 and +1.31 +- 1.50 points. Therefore the demo has 16 seeds.
 The seeds are fresh: neither the setting nor the number of seeds was chosen by them.
+
+Measured on one of two shared CPU cores, jax 0.10.2, in four and a half minutes. Test accuracy: 93.02 +- 1.22 % dense,
+90.95 +- 1.00 % SR-STE, 92.53 +- 0.66 % MdGf. MdGf minus SR-STE, paired by seed: +1.58 +- 1.26 points.
 """
 
 from experiments.configs import default
@@ -32,6 +35,6 @@ def get_config():
   config.recipes = {
       'dense': {'name': 'dense'},
       'SR-STE': {'name': 'sr_ste', **sparse},
-      'MdGf': {'name': 'mdgf', **sparse, 'decay': {'name': 'exponential', 'half_life': 0.05}, 'fine_tune_steps': 0.25},
+      'MdGf': {'name': 'mdgf', **sparse, 'decay': {'name': 'exponential', 'half_life': 6}, 'fine_tune_steps': 0.25},
   }
   return config
