@@ -225,7 +225,8 @@ def global_threshold(sparsity: Schedule, target: float, *, scaled: bool = False)
     units = [sum(leaf.layer_shape) ** -0.5 if scaled else 1.0 for leaf in leaves]
     share, sizes = sparsity(signals[0].step), [jnp.abs(w).astype(jnp.float32) for w in weights]
     common = ranking.quantile([size / unit for size, unit in zip(sizes, units)], share)
-    thresholds = [jnp.where(share > 0, common * unit, jnp.float32(-1)) for unit in units]
+    of_unit = {unit: jnp.where(share > 0, common * unit, jnp.float32(-1)) for unit in units}  # once for equal units
+    thresholds = [of_unit[unit] for unit in units]
     return [size > th for size, th in zip(sizes, thresholds)], thresholds
 
   plan = Bound(_all_alike, (patterns.Unstructured(), Asked(target, together=True)))
