@@ -26,9 +26,10 @@ def first_two_of_four(inner: optax.GradientTransformation) -> Step:
 
 def first_calls(inner: optax.GradientTransformation) -> Step:
   """Returns SR-STE with 2:4 for calls outside of `jit`: three programs, and `inner` as its user calls it."""
-  zeroed = jax.jit(lambda master: jax.tree.map(lambda w: jnp.where(two_of_four(jnp.abs(w)), w, 0), master))
-  refined = jax.jit(lambda grads, master, params: jax.tree.map(
-      lambda g, w, p: g + jnp.where(p == 0, DECAY * w, 0), grads, master, params))
+  sparse = lambda w: jnp.where(two_of_four(jnp.abs(w)), w, 0) if w.ndim == 2 else w
+  pulled = lambda g, w, p: g + jnp.where(p == 0, DECAY * w, 0) if w.ndim == 2 else g
+  zeroed = jax.jit(lambda master: jax.tree.map(sparse, master))
+  refined = jax.jit(lambda *trees: jax.tree.map(pulled, *trees))
   moved = jax.jit(lambda master, moves: jax.tree.map(jnp.add, master, moves))
 
   def init(params):

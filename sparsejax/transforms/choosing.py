@@ -96,8 +96,9 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]] | None =
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
     new = new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
   elif isinstance(due := method.due(call.step), jax.core.Tracer):
-    anew = weights and functools.partial(_computed, call, point, weights, slots, old)
-    new = jax.lax.cond(due, anew or choose, lambda: old)
+    stay = functools.partial(_stay, method, old)
+    anew = weights and functools.partial(_computed, call, point, weights, slots, stay, old.weights)
+    new = jax.lax.cond(due, anew or choose, stay)
   else:  # outside of `jit`, where a `cond` would be compiled at each call
     new = choose() if due else old
   for i, slot in zip(slots, new.slots):
@@ -106,16 +107,24 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]] | None =
   return Point(new.weights if ordered else point.weights, new.masks, stats, jax.tree.unflatten(structure, inner))
 
 
-def _computed(call: Call, point: Point, weights: Callable[[], list[Array]], slots: Mapping[int, int], old: Refreshed
-              ) -> Refreshed:
-  """Returns the choice by weights that the branch computes by itself; `old` is what the other branch returns."""
+def _stay(method: Method, old: Refreshed) -> Refreshed:
+  """Returns what leaves the branch that chooses nothing: `old`, or anything where that branch is never taken.
+
+  Masks that no branch hands on need no memory beside the new ones: one byte less for each weight.
+  """
+  return old._replace(masks=list(map(jnp.zeros_like, old.masks))) if method.always else old
+
+
+def _computed(call: Call, point: Point, weights: Callable[[], list[Array]], slots: Mapping[int, int],
+              stay: Callable[[], Refreshed], old: list[Array]) -> Refreshed:
+  """Returns the choice by weights that the branch computes by itself. `stay`: the other branch; `old`: its weights."""
   point = point._replace(weights=weights())
   if _reads_once(call, point):
-    return _choice(call, point, slots, old.weights)
+    return _choice(call, point, slots, old)
   # A second branch has the weights as an operand. XLA would compute them anew in each pass over the scores, rounded in
   # different ways, so that the passes would not rank the same scores.
-  pick = lambda w: _choice(call, point._replace(weights=w), slots, old.weights)
-  return jax.lax.cond(call.method.due(call.step), pick, lambda _: old, point.weights)
+  pick = lambda w: _choice(call, point._replace(weights=w), slots, old)
+  return jax.lax.cond(call.method.due(call.step), pick, lambda _: stay(), point.weights)
 
 
 def _reads_once(call: Call, point: Point) -> bool:
