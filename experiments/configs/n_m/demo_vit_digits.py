@@ -1,4 +1,4 @@
-r"""Runs the main job: dense, SR-STE and MdGf at 1:32 on all matrices of the blocks of a small ViT, digits, 16 seeds.
+r"""Runs the main job: dense, SR-STE and MdGf at 1:32 on all matrices of the blocks of a small ViT, digits, 24 seeds.
 
     python -m experiments.train --config experiments/configs/n_m/demo_vit_digits.py --workdir runs/demo
 
@@ -21,10 +21,10 @@ BLOCKS = ['mlp/*/kernel', 'attention/*/kernel']
 
 def get_config():
   config = default.get_config()
-  config.seeds = tuple(range(300, 316))
+  config.seeds = tuple(range(300, 324))
   config.steps = 120
   config.batch_size = 32
-  config.validate_every = 10
+  config.validate_every = 20
   config.checkpoint_every = 60
   config.model = {'name': 'vit', 'patch': 2, 'width': 64, 'depth': 2, 'heads': 4}
   config.optimizer.weight_decay = 0.01
