@@ -15,8 +15,8 @@ PAGES = [ROOT / 'docs' / f'{name}.md' for name in (
     'post_training', 'activation', 'training', 'recipes', 'packed', 'experiments', 'measured', 'words', 'scale',
     'structured',
     'interoperability', 'quick_start', 'your_own_method', 'concepts', 'which_method', 'troubleshooting', 'index',
-    'gates_and_tasks', 'experts', 'after_training', 'claims', 'claims_of_systems', 'progressive_gradient_flow', 'conformance',
-    'decoding', 'attention')]
+    'gates_and_tasks', 'experts', 'after_training', 'claims', 'claims_of_systems', 'conformance',
+    'progressive_gradient_flow', 'decoding', 'attention')]
 # Commands write these pages, and have laws of their own.
 WRITTEN = [ROOT / 'docs' / f'{name}.md' for name in ('claims', 'claims_of_systems', 'conformance')]
 RAISING = ROOT / 'docs' / 'troubleshooting.md'  # `test_docs` runs its blocks.
