@@ -110,7 +110,7 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]] | None =
 def _stay(method: Method, old: Refreshed) -> Refreshed:
   """Returns what leaves the branch that chooses nothing: `old`, or anything where that branch is never taken.
 
-  Masks that no branch hands on need no memory beside the new ones: one byte less for each weight.
+  Masks that no branch hands on need no memory beside the new masks, which saves a byte for each weight.
   """
   return old._replace(masks=list(map(jnp.zeros_like, old.masks))) if method.always else old
 
