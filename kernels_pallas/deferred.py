@@ -73,7 +73,7 @@ class Deferred:
     return y[..., self.kept[0]:self.kept[1]].astype(self.dtype)
 
   def _whole(self, mask: Array) -> Array:
-    """Returns the mask for all N outputs."""
+    """Returns the mask over all rows of the weight: rows outside of those kept are `False`."""
     before, after = self.kept[0], len(self.w) - self.kept[1]
     return jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(before, after)])
 

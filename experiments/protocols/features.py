@@ -53,7 +53,7 @@ DATA = {'digits': images, 'madelon': madelon}
 
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
-  """Returns the accuracy of the trees, and of `madelon` the share of useful features among the selected ones."""
+  """Returns the accuracy of trees on the selected features; with `madelon`, also the share of these that is useful."""
   if sizes['data'] not in DATA:
     raise errors.unknown('protocols.features', 'data', sizes['data'], DATA)
   if own['chosen'] not in RANKS:

@@ -21,7 +21,7 @@ RUN = {'members': 'soup'}
 
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
-  """Returns the accuracy of the midpoint, the lower one of its ends, the barriers and the sharpness."""
+  """Returns the accuracies of the midpoint and of the worse end of the line, the barriers and the sharpness."""
   (train, test), key = both_splits(config), jax.random.key(seed)
   fit = lambda tx, params, salt: optimised(cross_entropy, tx, params, train, config, jax.random.fold_in(key, salt))[0]
   dense = lambda seed, salt: fit(optimizer(config, {'name': 'dense'}), start(seed, sizes['width']), salt)

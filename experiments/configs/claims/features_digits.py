@@ -12,22 +12,32 @@ Not yet run at size.
 from experiments.configs import claims
 
 
-def get_config():
+def selecting(data, features, sparsity):
+  """Returns the config in which so many features of `data` are selected, by an autoencoder of this sparsity."""
   config = claims.digits(steps=2000, batch_size=100)
   config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'learning_rate': 0.01, 'clip': None,
                       'options': {'momentum': 0.9}}
-  config.recipes['QuickSelection'] = {'name': 'quick_selection', 'sparsity': 0.8, 'every': 20}
+  config.recipes['QuickSelection'] = {'name': 'quick_selection', 'sparsity': sparsity, 'every': 20}
   for run in ('random', 'variance', 'all'):
     config.recipes[run] = {'name': 'dense'}
-  config.protocol = {'name': 'features', 'data': 'digits', 'features': 12, 'runs': {
+  config.protocol = {'name': 'features', 'data': data, 'features': features, 'runs': {
       run: {'chosen': run} for run in ('random', 'variance', 'all')}}
   return config
 
 
-CLAIM = claims.Claim(
-    title='QuickSelection on digits',
-    sentence='Features of the largest strength are better than random ones, at least as good as those of the largest '
-    'variance, and as those of a dense autoencoder.',
-    reference='Atashgahi et al. 2022, Quick and Robust Feature Selection, 2012.00560',
-    comparisons=[claims.better('QuickSelection', 'random'), claims.better('QuickSelection', 'variance', bar=-1.0),
-                 claims.better('QuickSelection', 'dense', bar=-1.0)])
+def claim(data):
+  """Returns the claim on the selected features of `data`."""
+  return claims.Claim(
+      title=f'QuickSelection on {data}',
+      sentence='Features of the largest strength are better than random ones, at least as good as those of the largest '
+      'variance, and as those of a dense autoencoder.',
+      reference='Atashgahi et al. 2022, Quick and Robust Feature Selection, 2012.00560',
+      comparisons=[claims.better('QuickSelection', 'random'), claims.better('QuickSelection', 'variance', bar=-1.0),
+                   claims.better('QuickSelection', 'dense', bar=-1.0)])
+
+
+def get_config():
+  return selecting('digits', 12, 0.8)
+
+
+CLAIM = claim('digits')

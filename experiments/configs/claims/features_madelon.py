@@ -9,25 +9,11 @@ features, and those of a dense autoencoder. Width and steps are smaller than in 
 Not yet run at size.
 """
 
-from experiments.configs import claims
+from experiments.configs.claims import features_digits
 
 
 def get_config():
-  config = claims.digits(steps=2000, batch_size=100)
-  config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'learning_rate': 0.01, 'clip': None,
-                      'options': {'momentum': 0.9}}
-  config.recipes['QuickSelection'] = {'name': 'quick_selection', 'sparsity': 0.9, 'every': 20}
-  for run in ('random', 'variance', 'all'):
-    config.recipes[run] = {'name': 'dense'}
-  config.protocol = {'name': 'features', 'data': 'madelon', 'features': 20, 'runs': {
-      run: {'chosen': run} for run in ('random', 'variance', 'all')}}
-  return config
+  return features_digits.selecting('madelon', 20, 0.9)
 
 
-CLAIM = claims.Claim(
-    title='QuickSelection on madelon',
-    sentence='Features of the largest strength are better than random ones, at least as good as those of the largest '
-    'variance, and as those of a dense autoencoder.',
-    reference='Atashgahi et al. 2022, Quick and Robust Feature Selection, 2012.00560',
-    comparisons=[claims.better('QuickSelection', 'random'), claims.better('QuickSelection', 'variance', bar=-1.0),
-                 claims.better('QuickSelection', 'dense', bar=-1.0)])
+CLAIM = features_digits.claim('madelon')
