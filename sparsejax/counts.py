@@ -59,8 +59,9 @@ class Rising(NamedTuple):
 
   def __call__(self, progress: Any) -> ranking.Count:
     progress = jnp.asarray(progress, jnp.float32)
-    kept = _all_but(self.size, progress * self.pruned)
-    return ranking.Count(*(jnp.where(progress < 1, word, last) for word, last in zip(kept, self.last)))
+    pruned = progress * self.pruned
+    kept = _all_but(self.size, pruned)
+    return ranking.Count(*(jnp.where(pruned < self.pruned, word, last) for word, last in zip(kept, self.last)))
 
 
 def fewer(kept: ranking.Count, drop: Any) -> ranking.Count:

@@ -138,6 +138,11 @@ def _top_n_of_leaves(leaves: list[Array], n: Any) -> list[Array]:
   return _of_leaves(leaves, groups, masks)
 
 
+def stacks(leaves: Sequence[Array]) -> bool:
+  """Returns whether `top_n_of_leaves` reads each leaf once, to copy the leaf into a stack with others."""
+  return _small(leaves) and all(len(places) > 1 for places in _alike(leaves))
+
+
 def _small(leaves: Sequence[Array]) -> bool:
   return sum(leaf.size for leaf in leaves) < min(LARGE, most())
 
@@ -203,20 +208,26 @@ def _rows(leaves: Sequence[Array]) -> tuple[list[list[int]], list[Array]]:
   The key behind the last entry of a row is below that of NaN. A leaf that cannot be stacked stays as it is, and a leaf
   on a mesh is stacked with leaves of its own type alone: another shape would be moved between the devices.
   """
-  stacks: dict[Any, list[int]] = {}
-  widths = rows.widths([leaf.size for leaf in leaves])
-  for i, (leaf, width) in enumerate(zip(leaves, widths)):
-    alike: Any = width if jax.typeof(leaf).sharding.mesh.size < 2 else jax.typeof(leaf)
-    stacks.setdefault(alike if kinds.stackable(leaf) else (i,), []).append(i)
-  dtype = keyed(leaves)
+  groups, widths, dtype = _alike(leaves), rows.widths([leaf.size for leaf in leaves]), keyed(leaves)
 
   def stack(places: list[int]) -> Array:
-    keys = [order_keys(leaves[i], dtype) for i in places]
-    if len({key.shape for key in keys}) > 1:
-      keys = [rows.as_row(key, key.shape, widths[i], jnp.iinfo(key.dtype).min) for i, key in zip(places, keys)]
-    return kinds.together(keys)
+    scores = [leaves[i].astype(dtype) for i in places]
+    if len({x.shape for x in scores}) == 1:
+      return order_keys(kinds.together(scores), dtype)
+    keys = order_keys(kinds.together([rows.as_row(x, x.shape, widths[i]) for i, x in zip(places, scores)]), dtype)
+    sizes = np.array([[leaves[i].size] for i in places], np.int32)
+    return jnp.where(along(1, keys.shape) < sizes, keys, jnp.iinfo(keys.dtype).min)
 
-  return list(stacks.values()), list(map(stack, stacks.values()))
+  return groups, list(map(stack, groups))
+
+
+def _alike(leaves: Sequence[Array]) -> list[list[int]]:
+  """Returns the places of the leaves of each stack of `_rows`."""
+  found: dict[Any, list[int]] = {}
+  for i, (leaf, width) in enumerate(zip(leaves, rows.widths([leaf.size for leaf in leaves]))):
+    alike: Any = width if jax.typeof(leaf).sharding.mesh.size < 2 else jax.typeof(leaf)
+    found.setdefault(alike if kinds.stackable(leaf) else (i,), []).append(i)
+  return list(found.values())
 
 
 def _of_rows(masks: Sequence[Array], wide: bool) -> list[Any]:

@@ -4,9 +4,8 @@
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -15,17 +14,7 @@ from sparsejax.keys import varying
 from sparsejax.types import Array
 from sparsejax.wholes import along, totals
 
-
-class _Search(NamedTuple):
-  """A `_Search` is where the search of `top_n_of_rows` stands after `turn` bits.
-
-  `number`: how many entries are above `least`, or equal to it and before the place `stop`.
-  """
-
-  turn: Any
-  least: Any
-  stop: Any
-  number: Any
+_TURN, _LEAST, _STOP, _NUMBER = range(4)  # the entries of a search
 
 
 def top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> list[Array]:
@@ -33,33 +22,47 @@ def top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> li
 
   A single loop settles the bits of the least key that is kept, and then those of the place before which equal keys are
   kept. The loop ends as soon as the number is right: without ties, after about as many bits as tell the keys apart.
+
+  A search is `int32[4]`: how many bits are settled, the least key, the place, and how many entries are above the key,
+  or equal to the key and before the place. XLA:CPU compiles a kernel for each number, and one for an array of numbers.
   """
   info, size = jnp.iinfo(keys[0].dtype), sum(key.size for key in keys)
   turns = info.bits + size.bit_length()
-  places = [index_along(range(1, key.ndim), key.shape) + lax.expand_dims(start, range(1, key.ndim))
-            for key, start in zip(keys, starts)]
 
-  def kept(least: Array, stop: Array) -> list[list[Array]]:
-    least = least.astype(info.dtype)
-    return [[key > least, (key == least) & (place < stop)] for key, place in zip(keys, places)]
+  def kept(now: Array) -> list[list[Array]]:
+    turn, least, stop = (lax.index_in_dim(now, i, keepdims=False) for i in (_TURN, _LEAST, _STOP))
+    stop = jnp.where(turn > info.bits, stop, size)  # all equal keys count until their places are settled
+    # An iota is made anew in each turn. XLA would make its sum with the starts an array, an operand of the loop.
+    places = [index_along(range(1, key.ndim), key.shape) for key in keys]
+    stops = [stop - lax.expand_dims(start, range(1, key.ndim)) for key, start in zip(keys, starts)]
+    return [[key > least.astype(key.dtype), (key == least.astype(key.dtype)) & (place < end)]
+            for key, place, end in zip(keys, places, stops)]
 
-  def settle(now: _Search) -> _Search:
-    tied, stop = now.turn >= info.bits, jnp.where(now.turn == info.bits, 0, now.stop)
-    step = jnp.left_shift(np.int32(1), jnp.where(tied, turns - 1, info.bits - 1) - now.turn)
-    tried = jnp.where(tied, now.least, now.least + step), jnp.where(tied, stop + step, size)
-    number = sum(totals(kept(*tried)))
-    fits = jnp.where(tied, number <= n, number >= n)
-    old = now.least, stop, now.number
-    return _Search(now.turn + 1, *(jnp.where(fits, a, b) for a, b in zip((*tried, number), old)))
+  number = lambda now: sum(totals(kept(now)))
 
-  start = _Search(*map(np.int32, (0, info.min, size, size)))
-  start = jax.tree.map(lambda x: varying(jnp.asarray(x), lambda _: totals(kept(start.least, start.stop))), start)
-  found = lax.while_loop(lambda now: (now.number != n) & (now.turn < turns), settle, start)
-  return [larger | equal for larger, equal in kept(found.least, found.stop)]
+  def settle(now: Array) -> Array:
+    turn = lax.index_in_dim(now, _TURN, keepdims=False)
+    tied = turn >= info.bits
+    # XLA would compute what does not depend on the turn before the loop, by kernels of their own.
+    entry = lambda which: lax.iota(jnp.int32, 4) + turn == which + turn
+    step = lax.shift_left(np.int32(1), jnp.where(tied, turns - 1, info.bits - 1) - turn)
+    tried = now + jnp.where(entry(_TURN), 1, jnp.where(entry(jnp.where(tied, _STOP, _LEAST)), step, 0))
+    found = number(tried)
+    fits = (found <= n) & tied | (found >= n) & ~tied | entry(_TURN)
+    return jnp.where(fits, jnp.where(entry(_NUMBER), found, tried), now)
+
+  def goes_on(now: Array) -> Array:
+    turn, found = (lax.index_in_dim(now, i, keepdims=False) for i in (_TURN, _NUMBER))
+    return (found != n) & (turn < turns)
+
+  start = varying(jnp.array([0, info.min, 0, size], jnp.int32), lambda ts: [number(ts[0])])
+  return [larger | equal for larger, equal in kept(lax.while_loop(goes_on, settle, start))]
 
 
 def index_along(axes: Sequence[int], shape: tuple[int, ...]) -> Array:
   """Returns the index that merges `axes`, row-major, of each entry: `int32`, of length 1 along all other axes."""
+  if len(axes) == 1:
+    return along(axes[0], shape)
   place, stride = jnp.zeros([1] * len(shape), jnp.int32), 1
   for axis in reversed(axes):
     place, stride = place + along(axis, shape) * np.int32(stride), stride * shape[axis]

@@ -150,7 +150,11 @@ class _Leafwise:
 
   def once(self, leaves: Leaves, weights: list[Array], masks: Masks, signals: list[Signals]) -> bool:
     rows, own = list(zip(masks, weights, _arrays(signals, *self.words))), self.of([leaf.path for leaf in leaves])
-    return not self.ranked and choices.stacks(leaves, own, rows)
+    if not self.ranked:
+      return choices.stacks(leaves, own, rows)
+    each = all(isinstance(pattern, patterns.Unstructured) for pattern in own)  # each weight is a unit
+    each &= all(says(word, types.ELEMENTWISE) for word in self.words)
+    return self._race_decides() and each and ranking.stacks(weights)
 
   def whole(self, step: int) -> bool:
     """Returns whether the ramp has not begun, where an update takes the best of all: the count is that of all units."""

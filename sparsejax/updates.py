@@ -12,10 +12,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from sparsejax import counts, ranking
 from sparsejax.arguments import checked
+from sparsejax.neighbours import where_kept
 from sparsejax.types import (
   ELEMENTWISE,
   GRADIENT_FREE,
@@ -61,13 +63,13 @@ def below_zero(mask: Array, scores: Array, select: Callable[..., Array], w: Arra
 
 def kept_first(mask: Array, scores: Array) -> Array:
   """Returns scores that rank every pruned weight last; a kept NaN or -inf still ranks before all pruned weights."""
-  return jnp.where(mask, bounded(scores), -jnp.inf)
+  return where_kept(mask, bounded(scores), -jnp.inf)
 
 
 def bounded(scores: Array) -> Array:
   """Returns the scores in `float32`, NaN as the least, clipped so that the sum over any unit is finite."""
-  most = jnp.finfo(jnp.float32).max / (2 * max(scores.size, 1))
-  return jnp.clip(jnp.nan_to_num(scores.astype(jnp.float32), nan=-most), -most, most)
+  most, scores = jnp.finfo(jnp.float32).max / (2 * max(scores.size, 1)), scores.astype(jnp.float32)
+  return where_kept(scores == scores, lax.clamp(-most, scores, most), -most)
 
 
 def ranked_by(update: Update, mask: Array, scores: Array, w: Array, signals: Signals) -> Array:

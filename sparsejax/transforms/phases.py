@@ -186,8 +186,7 @@ def _to_point(flow: Flow, p: Array, m: Array, w: Array, s: Signals) -> Array:
 
 
 def _kept_moves(flow: Flow, p: Array, m: Array, old: Array, u: Array, s: Signals) -> Array:
-  only = neighbours.where_kept
-  return only(m, only(old, u.astype(p.dtype)), flow.project(p, m, s) - p)
+  return neighbours.where_kept(m & old, u.astype(p.dtype), flow.project(p, m, s) - p)  # both are 0 where m has grown
 
 
 def recorded(method: Method, leaves: Leaves, point: Point, state: SparseState) -> SparseState:

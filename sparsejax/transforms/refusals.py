@@ -6,6 +6,7 @@
 
 import functools
 import math
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from sparsejax import counts, errors, neighbours, plans, trees
 from sparsejax.plans import Plan
@@ -165,16 +167,17 @@ def refuse_other_memory(memory: Memory | None, leaves: Leaves, state: SparseStat
 def marked(updates: PyTree, leaves: Leaves, state: SparseState) -> PyTree:
   """Returns the updates, with NaN for the first sparse leaf if the state, under `jit`, is of another identity.
 
-  The identity of a restored state is not known while JAX traces, so the program compares the arrays. The comparison
-  reads the bytes of the hash, so few that XLA:CPU compiles one kernel for it. A callback of the host, which could
-  raise, would keep the program out of JAX's cache.
+  The identity of a restored state is not known while JAX traces, so the program compares the arrays. The bytes of the
+  hash are compared one by one, which is a part of the kernel of the leaf. A sum would be a kernel of its own. A callback
+  of the host, which could raise, would keep the program out of JAX's cache.
   """
   if plans.values_of(state.plan.identity) is not None or not leaves.index:
     return updates  # compared already
-  theirs = jnp.asarray(state.plan.identity, jnp.uint8)[:plans.HASHED]
-  ours = jnp.all(theirs == jnp.asarray(leaves.plan.fingerprint[:plans.HASHED]))
+  theirs = jnp.asarray(state.plan.identity, jnp.uint8)
+  ours = enumerate(leaves.plan.fingerprint[:plans.HASHED])
+  same = functools.reduce(operator.and_, [lax.index_in_dim(theirs, i, keepdims=False) == byte for i, byte in ours])
   first, *rest = leaves.pick(updates)
-  return leaves.put([jnp.where(ours, first, jnp.asarray(jnp.nan, first.dtype)), *rest], updates)
+  return leaves.put([jnp.where(same, first, jnp.asarray(jnp.nan, first.dtype)), *rest], updates)
 
 
 def refuse_line_search(inner_state: Any) -> None:
