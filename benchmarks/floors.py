@@ -114,7 +114,7 @@ def gradual(inner: optax.GradientTransformation, again: bool = False, together: 
 
   The branch gets the updates, which every step then writes to memory: at 60 matrices a step takes 1.2 times as long.
   With `again` the branch computes the updates of AdamW out of the slots, as the recipe does. With `together`, too, and
-  all matrices are ranked together.
+  all matrices are ranked together. Pruned weights rank last, since the moments of AdamW still move them.
   """
   def init(params):
     return jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
@@ -126,7 +126,7 @@ def gradual(inner: optax.GradientTransformation, again: bool = False, together: 
     chosen_of = lambda size: size - jnp.round(share * size)
     chosen = lambda w, size: largest(w, chosen_of(size))
     after = lambda: _adamw_moves(own, params) if again or together else moves
-    sizes = lambda: jax.tree.map(lambda w, u: jnp.abs(w + u), params, after())
+    sizes = lambda: jax.tree.map(lambda w, u, m: jnp.where(m, jnp.abs(w + u), -1), params, after(), masks)
     total = sum(w.size for w in jax.tree.leaves(params))
     choose = lambda: over_all(sizes(), chosen_of(total)) if together else by_rows(chosen, sizes())
     masks = lax.cond(step % EVERY == 0, choose, lambda: masks)
