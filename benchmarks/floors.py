@@ -219,13 +219,15 @@ def snfs(inner: optax.GradientTransformation) -> Step:
 def soft(inner: optax.GradientTransformation) -> Step:
   """Returns ST-3: soft thresholding of a master by one threshold over all matrices, which is found at every step.
 
-  Each output channel is rescaled by the magnitude that the mask takes from the channel.
+  Each output channel is rescaled by the magnitude that the mask takes from the channel. The state holds the masks, as
+  all other steps do: a report and a packed file read them.
   """
   def init(params):
-    return jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params), inner.init(params)
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    return jnp.zeros((), jnp.int32), masks, jax.tree.map(jnp.array, params), inner.init(params)
 
   def update(grads, state, params, **extra):
-    step, master, own = state
+    step, _, master, own = state
     moves, own = inner.update(grads, own, master)
     master = optax.apply_updates(master, moves)
     flat = jnp.concatenate([jnp.abs(w).reshape(-1) for w in jax.tree.leaves(master)])
@@ -241,7 +243,8 @@ def soft(inner: optax.GradientTransformation) -> Step:
       left = (jnp.mean(jnp.where(size > level, size, 0), 0) + 1e-6) / (jnp.mean(size, 0) + 1e-6)
       return 1.01 / (left + 0.01) * jnp.sign(w) * jnp.maximum(size - level, 0) - p
 
-    return jax.tree.map(shrunk, master, params), (step + 1, master, own)
+    masks = jax.tree.map(lambda w: jnp.abs(w) > level, master)
+    return jax.tree.map(shrunk, master, params), (step + 1, masks, master, own)
 
   return Step(init, update)
 

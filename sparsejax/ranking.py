@@ -309,6 +309,7 @@ def quantile(leaves: Sequence[Array], q: Any) -> Array:
   order. `q` may be traced. NaN counts as the least value. The place is a `float32`, and is off by up to 2^-24 of the
   size.
   """
+  leaves = [leaf.astype(jnp.float32) for leaf in leaves]  # keys of two bytes are no scores
   keys = _rows(leaves)[1] if _small(leaves) else [order_keys(stack) for stack in _stacks(leaves)[1]]
   size = sum(leaf.size for leaf in leaves)
   whole = lambda n: counted(count(n), size)
@@ -318,9 +319,19 @@ def quantile(leaves: Sequence[Array], q: Any) -> Array:
   rank = minus(whole(size), below)  # of the lower neighbour; the largest value has rank 1
   low = largest_key(lambda ts: [at_least(c, rank) for c in totals([[k >= t for t in ts] for k in keys])], jnp.int32(0))
   # `high` is the next key in increasing order: `low` again if the key occurs there as well, else the least key above.
-  most = jnp.int32(jnp.iinfo(jnp.int32).max)
-  above = functools.reduce(jnp.minimum, [jnp.min(k, initial=most, where=k > low) for k in keys])
-  larger, _ = totals([[k > low, k == low] for k in keys])
+  larger, above = _above(keys, low)
   high = jnp.where(at_least(larger, minus(rank, whole(1))) & ~last, above, low)
   low, high = key_scores(low), key_scores(high)
   return low + (place - jnp.floor(place)) * (high - low)
+
+
+def _above(keys: Sequence[Array], low: Array) -> tuple[Any, Array]:
+  """Returns how many keys are above `low`, and the least of them, or the largest integer if there is none."""
+  most = np.int32(jnp.iinfo(jnp.int32).max)
+  if wholes.one_cpu() and sum(key.size for key in keys) < LARGE:  # one kernel, where each sum and minimum has several
+    both = lambda a, b: (a[0] + b[0], jnp.minimum(a[1], b[1]))
+    found = [lax.reduce(((k > low).astype(jnp.int32), jnp.where(k > low, k, most)), (np.int32(0), most), both,
+                        range(k.ndim)) for k in keys]
+    return functools.reduce(both, found)
+  larger, _ = totals([[k > low, k == low] for k in keys])
+  return larger, functools.reduce(jnp.minimum, [jnp.min(k, initial=most, where=k > low) for k in keys])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import flows, neighbours, trees
+from sparsejax import flows, neighbours, ranking, trees
 from sparsejax.states import SparseState
 from sparsejax.transforms import refusals, tying
 from sparsejax.transforms.leaves import Leaves, master_of, plain_key
@@ -96,7 +96,8 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]] | None =
     # JAX drops an argument that is never read, and its donation with it. XLA removes this reading again.
     new = new._replace(masks=[jax.lax.select(old, mask, mask) for mask, old in zip(new.masks, point.masks)])
   elif isinstance(due := method.due(call.step), jax.core.Tracer):
-    stay = functools.partial(_stay, method, old)
+    spare = method.always and sum(mask.size for mask in point.masks) >= ranking.LARGE
+    stay = functools.partial(_stay, old, spare)
     anew = weights and functools.partial(_computed, call, point, weights, slots, stay, old.weights)
     new = jax.lax.cond(due, anew or choose, stay)
   else:  # outside of `jit`, where a `cond` would be compiled at each call
@@ -107,12 +108,13 @@ def chosen(call: Call, point: Point, weights: Callable[[], list[Array]] | None =
   return Point(new.weights if ordered else point.weights, new.masks, stats, jax.tree.unflatten(structure, inner))
 
 
-def _stay(method: Method, old: Refreshed) -> Refreshed:
-  """Returns what leaves the branch that chooses nothing: `old`, or anything where that branch is never taken.
+def _stay(old: Refreshed, spare: bool) -> Refreshed:
+  """Returns what leaves the branch that chooses nothing: `old`, or masks of zeros where that branch is never taken.
 
-  Masks that no branch hands on need no memory beside the new masks, which saves a byte for each weight.
+  Masks that no branch hands on need no memory beside the new masks, which saves a byte for each weight. The zeros of
+  each shape are a kernel of their own, which small leaves are not worth.
   """
-  return old._replace(masks=list(map(jnp.zeros_like, old.masks))) if method.always else old
+  return old._replace(masks=list(map(jnp.zeros_like, old.masks))) if spare else old
 
 
 def _computed(call: Call, point: Point, weights: Callable[[], list[Array]], slots: Mapping[int, int],

@@ -325,6 +325,14 @@ def test_sharded_leaves_sum_counts_and_gather_nothing(kind, word, monkeypatch):
     np.testing.assert_array_equal(mask, right)
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_quantile_of_narrow_leaves_is_that_of_their_numbers(dtype):
+  leaves = [jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate([(8, 9), (30, 4)])]
+  together = jnp.concatenate([leaf.reshape(-1).astype(jnp.float32) for leaf in leaves])
+  for q in np.float32([0, 0.1, 0.5, 0.99, 1]):
+    np.testing.assert_allclose(quantile(leaves, q), jnp.quantile(together, q), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
 def test_the_quantile_of_sharded_leaves_is_the_same_bits(kind):
   mesh = jax.make_mesh((8,), ('devices',), axis_types=(kind,))
