@@ -226,7 +226,8 @@ def distilled(statistics: Callable[[Any], PyTree], recorded: PyTree, start: PyTr
   nothing.
 
   Deviation: the authors' code pairs convolutions with batch norms by their order, and here `statistics` says what is
-  compared. Raises `ValueError` for trees that differ, and where the first loss is not finite.
+  compared. Raises `ValueError` for trees that differ, and where the first loss, or the loss after the first step, is
+  not finite.
   """
   found = jax.eval_shape(lambda each: statistics(generate(each)), start)
   own, wanted = (str(jax.tree.structure(tree)) for tree in (found, recorded))
@@ -241,7 +242,7 @@ def distilled(statistics: Callable[[Any], PyTree], recorded: PyTree, start: PyTr
     value, slope = jax.value_and_grad(loss)(now)
     best = jax.tree.map(lambda new, old: jnp.where(value < least, new, old), now, best)
     update, state = tx.update(slope, state, now, value=value)
-    return optax.apply_updates(now, update), state, best, jnp.minimum(value, least)
+    return optax.apply_updates(now, update), state, best, jnp.fmin(value, least), value
 
   first = jax.jit(loss)(start)
   if not bool(jnp.isfinite(first)):
@@ -249,8 +250,11 @@ def distilled(statistics: Callable[[Any], PyTree], recorded: PyTree, start: PyTr
   now, best, least = start, start, first
   with jax.numpy_dtype_promotion('standard'):  # Adam counts its steps in int32
     state = tx.init(start)
-    for _ in range(steps):
-      now, state, best, least = step(now, state, best, least)
+    for i in range(steps):
+      now, state, best, least, value = step(now, state, best, least)
+      if i == 1 and not bool(jnp.isfinite(value)):
+        raise ValueError('calibration.distilled: the first step makes the loss infinite or NaN. A standard deviation of '
+                         'zero has no slope: add a small number under its root, or lower learning_rate=.')
   return generate(best)
 
 

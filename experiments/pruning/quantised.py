@@ -149,7 +149,8 @@ def _norms(params: PyTree, tokens: Any, mask: Any) -> dict[str, Any]:
   found = {}
   for path, x in zip(*trees.flatten(state['intermediates'])[:2]):
     mean = jnp.sum(x * weight, (0, 1))
-    found[path] = mean, jnp.sqrt(jnp.sum(jnp.square(x - mean) * weight, (0, 1)))
+    # A feature whose scale is zero varies nowhere, and the root of zero has no slope.
+    found[path] = mean, jnp.sqrt(jnp.sum(jnp.square(x - mean) * weight, (0, 1)) + 1e-12)
   return found
 
 

@@ -93,3 +93,5 @@ def test_distilled_inputs_have_the_recorded_statistics_and_best_inputs_are_kept(
   assert scaled.shape == start.shape
   with pytest.raises(ValueError, match='Return the same tree'):
     calibration.distilled(statistics, [0], start)
+  with pytest.raises(ValueError, match='zero has no slope'):  # and not the start, in silence
+    calibration.distilled(lambda x: jnp.sqrt(jnp.var(0 * x, 0)), jnp.ones(2), start, steps=2)
