@@ -6,6 +6,7 @@
 Each start has the masks of its method, by hand, for float32 matrices `[in, out]`, and the state of the optimizer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from benchmarks.floor_masks import two_of_four
+from benchmarks.floor_masks import by_rows, largest, two_of_four
 from benchmarks.floors import DECAY, SPARSITY, Step
 
 
@@ -42,6 +43,45 @@ def first_calls(inner: optax.GradientTransformation) -> Step:
     return zeroed(master), (held, master, own)
 
   return Step(init, update)
+
+
+def first_asp(inner: optax.GradientTransformation) -> Step:
+  """Returns ASP with 2:4 for calls outside of `jit`: three programs, and `inner` as its user calls it."""
+  return _kept(inner, lambda matrices: [two_of_four(jnp.abs(w)) for w in matrices])
+
+
+def first_rigl(inner: optax.GradientTransformation) -> Step:
+  """Returns RigL for calls outside of `jit` up to its first choice, with random masks of an exact count.
+
+  The `init` draws a random number for each weight, for all matrices at once, and ranks the numbers.
+  """
+  def chosen(matrices):
+    sizes = [w.size for w in matrices]
+    drawn = jnp.split(jax.random.uniform(jax.random.key(0), (sum(sizes),)), np.cumsum(sizes)[:-1])
+    drawn = [scores.reshape(w.shape) for scores, w in zip(drawn, matrices)]
+    return by_rows(lambda scores, size: largest(scores, jnp.round((1 - SPARSITY) * size)), drawn)
+
+  return _kept(inner, chosen)
+
+
+def _kept(inner: optax.GradientTransformation, chosen: Callable[[list[jax.Array]], list[jax.Array]]) -> Step:
+  """Returns a method whose masks are `chosen` in `init` alone, for calls outside of `jit`."""
+  matrices = lambda tree: [w for w in jax.tree.leaves(tree) if w.ndim == 2]
+
+  def with_masks(function, tree, masks, *more):
+    masks = iter(masks)
+    return jax.tree.map(lambda x, *rest: function(next(masks), x, *rest) if x.ndim == 2 else x, tree, *more)
+
+  made = jax.jit(lambda params: chosen(matrices(params)))
+  pulled = jax.jit(lambda grads, masks: with_masks(lambda m, g: jnp.where(m, g, 0), grads, masks))
+  moved = jax.jit(lambda moves, masks, params: with_masks(lambda m, u, w: jnp.where(m, u, -w), moves, masks, params))
+
+  def update(grads, state, params, **extra):
+    masks, own = state
+    moves, own = inner.update(pulled(grads, masks), own, params)
+    return moved(moves, masks, params), (masks, own)
+
+  return Step(lambda params: (made(params), inner.init(params)), update)
 
 
 def first_random(inner: optax.GradientTransformation) -> Step:
@@ -85,5 +125,5 @@ def _no_update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
   raise NotImplementedError('benchmarks.beginnings: only the `init` of this method is by hand.')
 
 
-FIRST_CALLS = {'sr_ste, by hand': first_calls}
+FIRST_CALLS = {'sr_ste, by hand': first_calls, 'asp, by hand': first_asp, 'rigl, by hand': first_rigl}
 STARTS = {'a master and 2:4 masks, by hand': first_two_of_four, 'random masks, by hand': first_random}

@@ -64,5 +64,6 @@ def byte_of(keys: Array, prefix: Array, shift: Array) -> Array:
 
   A key below all keys with this prefix gets the least byte, and one above all of them the largest.
   """
-  last = prefix + (jnp.left_shift(prefix.dtype.type(1), shift + 8) - 1)  # wraps around for the first byte
+  last = prefix + (jnp.left_shift(prefix.dtype.type(1), shift + 8) - 1)  # the shift leaves 0 for the first byte
+  last = jnp.where(last < prefix, prefix.dtype.type(jnp.iinfo(prefix.dtype).max), last)
   return (lax.shift_right_logical(lax.clamp(prefix, keys, last) - prefix, shift) ^ 128).astype(jnp.int8)

@@ -50,9 +50,7 @@ def top_n_in_groups(scores: Array, n: Any, m: int, axis: int) -> Array:
   `n` may be traced. The caller must make sure that `m` divides the length of the axis.
   """
   axis, shape = axis % scores.ndim, scores.shape
-  # Two-byte keys halve the work, but along the minor axis XLA:CPU does not vectorize them.
-  keys = order_keys(scores, keyed([scores]) if axis < scores.ndim - 1 else jnp.float32)
-  keys = keys.reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
+  keys = order_keys(scores, keyed([scores])).reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1:])
   if m in _NETWORK and isinstance(n, (int, np.integer)) and 0 < n < m and axis < scores.ndim - 1 and _on_one_cpu(keys):
     return top_n_by_network(keys, int(n), axis + 1).reshape(shape)
   pick = _count_in_groups if m <= _COUNT_MOST else _bisect_groups

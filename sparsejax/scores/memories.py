@@ -54,7 +54,8 @@ def accumulated_movement(
   def observe(stat: Movement, w: Array, signals: Signals) -> Movement:
     grad = weight_times_gradient('movement', w, signals)
     if penalty is not None:
-      gate = jax.nn.sigmoid(stat.score)
+      # A gate that needs no gradient would be computed before the backward pass, and be held during all of it.
+      gate = jax.nn.sigmoid(stat.score + 0 * grad)
       grad += penalty(signals.step) * gate * (1 - gate) / w.size
     moves, state = optimizer.update(grad, stat.state, stat.score)
     return Movement(stat.score + moves, state)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend import core
 
 import sparsejax as sj
 from sparsejax import allocation, flows, ranking, recipes, schedules, scores, starts, updates
@@ -235,6 +236,19 @@ def test_soft_movement_pruning():
   memory = scores.accumulated_movement(optax.sgd(1.0), schedules.constant(0.5))
   moved = memory.observe(memory.start(MW)._replace(score=MS), MW, Signals(grad=jnp.zeros_like(MW), step=0)).score
   np.testing.assert_allclose((MS - moved)[0, 0], .01528, atol=1e-5)
+
+
+def test_the_gates_of_soft_movement_wait_for_the_gradient():
+  """XLA computes gates that need no gradient before the backward pass, and holds those of all layers during it."""
+  memory = scores.accumulated_movement(optax.sgd(1.0), schedules.constant(0.5))
+  moved = lambda grad, stat: memory.observe(stat, MW, Signals(grad=grad, step=0)).score
+  program = jax.make_jaxpr(moved)(MW, memory.start(MW)).jaxpr
+  late, gates = {program.invars[0]}, []
+  for eqn in program.eqns:
+    waits = bool(late & {v for v in eqn.invars if not isinstance(v, core.Literal)})
+    late |= set(eqn.outvars) if waits else set()
+    gates += [waits] if eqn.primitive.name == 'logistic' else []
+  assert gates == [True]
 
 
 @pytest.mark.parametrize('t, sparsity', [

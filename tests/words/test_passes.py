@@ -50,7 +50,7 @@ def test_a_large_leaf_is_ranked_as_a_sort_ranks_it(way):
 @pytest.mark.parametrize('low, bits', [(1 << 29, 9), (-1 << 30, 12)])
 def test_a_sample_that_misses_changes_no_bit(low, bits, way, monkeypatch):
   """The counts show that the last kept key is above or below the bracket, and all bits are settled."""
-  monkeypatch.setattr(passes, '_bracket', lambda leaf, n: (jnp.int32(low), jnp.int32(bits)))
+  monkeypatch.setattr(passes, '_bracket', lambda leaf, n: (jnp.int32(low), jnp.int32(2**bits - 1)))
   scores = tiny((41,))
   masks = jax.jit(jax.vmap(functools.partial(passes.top_n_of_large, scores)))(jnp.arange(0, 42, 3))
   for n, mask in zip(range(0, 42, 3), np.asarray(masks)):
@@ -64,8 +64,20 @@ def test_a_bracket_of_a_sample_holds_the_key(way, monkeypatch):
   scores = jnp.abs(jax.random.normal(jax.random.key(0), (512, 20))) * jnp.where(jnp.arange(20) % 10 == 0, 100, 1)[None]
   keys = np.sort(np.asarray(passes.order_keys(scores)).reshape(-1))[::-1]
   for n in (1, 1024, 5000, 10_000):
-    low, bits = passes._bracket(scores, jnp.int32(n))
-    assert int(low) <= keys[n - 1] < int(low) + 2 ** int(bits)
+    low, span = passes._bracket(scores, jnp.int32(n))
+    assert int(low) <= keys[n - 1] <= int(low) + int(np.uint32(span))
+
+
+@pytest.mark.parametrize('way', ['as on one CPU'], indirect=True)
+def test_few_runs_are_ranked_by_themselves(way):
+  """Each score is there four times, in neighbours, so that a single run holds all scores at the cut."""
+  values = jax.random.normal(jax.random.key(0), (64, 32))
+  scores = jnp.repeat(values.at[0, :3].set(jnp.asarray([np.inf, -np.inf, np.nan])), 4, axis=1)
+  counts = jnp.asarray([-1, 0, 1, 4, 5, 819, 820, 821, 5001, 8187, 8191, 8192])
+  masks = jax.jit(jax.vmap(functools.partial(passes.top_n_of_large, scores)))(counts)
+  for n, mask in zip(counts.tolist(), np.asarray(masks)):
+    expected = oracle.best(np.ravel(scores), max(n, 0)).reshape(scores.shape)
+    np.testing.assert_array_equal(mask, expected, err_msg=str(n))
 
 
 @pytest.mark.parametrize('way', ['as on one CPU'], indirect=True)
