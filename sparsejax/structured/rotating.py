@@ -39,7 +39,7 @@ def slice_gpt(groups: Groups, params: PyTree, batches: Iterable[Any], sparsity: 
 
   The stream is rotated to the principal directions of what its norms hand on over `batches`, and the last directions
   are cut. `int((1 - sparsity) * width)`, rounded down to a multiple of `multiple_of`, stay. `stream`: the name of the
-  group, by default the group with the most weights a unit. In `batches` a tuple is several inputs.
+  group, by default the group with the most members. In `batches` a tuple is several inputs.
 
   LayerNorms become RMS norms first, see `centered`; the function of the result is then another one than the user's, and
   `load` takes `without_means(apply, stream)`. The paper rotates each block on its own, with matrices on the shortcuts. In
@@ -49,7 +49,7 @@ def slice_gpt(groups: Groups, params: PyTree, batches: Iterable[Any], sparsity: 
   Raises `ValueError` for a stream that cannot be rotated, see `rotate`, and if the rotated model differs on the first
   batch, by more than the square root of the machine epsilon, before anything is cut.
   """
-  stream = stream or max(groups, key=lambda name: groups[name].weights)
+  stream = stream or max(groups, key=lambda name: (len(groups[name].members), groups[name].weights))
   own, given, inputs = groups.apply, params, [_inputs(batch) for batch in batches]
   groups, params = centered(groups, params, stream)
   folded = fold(groups, params, stream)
