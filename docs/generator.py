@@ -29,7 +29,7 @@ CONFIGS = {
     'lottery_jackpot': {'pattern': 'unstructured 0.5'}, 'static_sparse': {'sparsity': 0.9},
     **dict.fromkeys(('set_', 'rigl', 'snfs'), {'sparsity': 0.9, 'every': 10}),
     **dict.fromkeys(('gradual_magnitude', 'turbo_vbi'), {'every': 5}),
-    'soft_movement_pruning': {'score_optimizer': {'learning_rate': 0.1}}, 'dass': {'sparsity': 0.9}, 'mdgf': {'pattern': '1:4'},
+    'soft_movement_pruning': {'score_optimizer': {'learning_rate': 0.1}}, 'mdgf': {'pattern': '1:4'},
     'sdgf_stepwise': {'pattern': '1:8'}, 'sdgf_geometric': {'pattern': '1:4', 'k': 4},
 }
 # Says what arguments mean that many recipes share. A docstring that speaks of an argument wins.

@@ -118,6 +118,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('inner', 'score_optimizer', 'alpha_optimizer', 'optimizer'), OPTIMIZER),
     **dict.fromkeys(('selection', 'first'), SELECTION),
     **dict.fromkeys(('half_space.epsilon', 'oto.epsilon'), PART),
+    **dict.fromkeys(('below_zero.until', 'half_space.until', 'since'), UPDATES),
     'alone': FLAG, **dict.fromkeys(('multiple_of', 'samples', 'wgsef.kept', 'sparse_envelope.kept'), TIMES),
     **dict.fromkeys(('scales', 'matching.glob'), NAME), 'cost': FUNCTION,
     **dict.fromkeys((f'{name}.groups' for name in _OVER_GROUPS), GROUPS),
@@ -161,8 +162,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('knapsack.costs', 'sizes'), LISTS), 'knapsack.budget': NUMBER, 'tolerance': RATE,
     'effective_sizes.groups': GROUPS,
     **dict.fromkeys((f'{name}.groups' for name in (
-        'centered', 'choose_in_rounds', 'clustered', 'erasable', 'implanted', 'is_rotated', 'permuted', 'rotate', 'search',
-        'weights')), UNITS),
+        'centered', 'choose_in_rounds', 'clustered', 'erasable', 'implanted', 'is_rotated', 'permuted', 'rotate',
+        'search', 'weights')), UNITS),
     **dict.fromkeys(('erase', 'order', 'stages', 'computed.widths'), SERIES), 'array': PAIR, 'seed': WHOLE,
     **dict.fromkeys(('among', 'orders', 'gate'), BY_NAME), 'rotated': PARAMS, 'implants': PART, 'mass.fraction': PART,
     **dict.fromkeys(('stream', 'widths', 'heads', 'clustered.name'), NAME), 'gate_of.key': DRAWN,

@@ -141,7 +141,7 @@ def _half_space(units: Units, epsilon: float, until: int | None) -> Array:
   before = own.sum(lambda w, signals: jnp.square(signals.stats))
   after = own.sum(lambda w, signals: w * signals.stats)
   left = jnp.where(before > 0, after / jnp.maximum(before, jnp.finfo(jnp.float32).tiny), 0) - epsilon
-  return left if until is None else jnp.where(units.signals[0].step < until, left, redundancy(units))
+  return left if until is None else jnp.where(jnp.asarray(units.signals[0].step) < until, left, redundancy(units))
 
 
 def _square(w: Array, signals: Signals) -> Array:

@@ -31,7 +31,7 @@ from sparsejax import errors, recipes
 ENCODER = RunSizes(batch=16, steps=60, tuned=24, rate=1e-4, tests=512, samples=2)
 SIZES = {'resnet': RunSizes(), 'vit': RunSizes(), 'encoder': ENCODER, 'detector': Canvases(), 'wide': Replacements(),
          'gated': Replacements()}
-# Tables of one cell a seed: what trains all models of a seed, and how they are shown.
+# Some tables have one cell a seed. The first function trains all models of the seed, and the second makes the page.
 BY_SEED: dict[str, tuple[Callable[[Any, int], Any], Callable[[Sequence[Line]], pages.Page]]] = {
   'detector': (detection.detected, cuts.detector_page), 'wide': (replacing.wide, cuts.replaced_page),
   'gated': (replacing.gated, cuts.replaced_page)}

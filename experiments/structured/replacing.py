@@ -69,8 +69,8 @@ def trained(loss: Callable[[PyTree, Array, Array], Array], params: PyTree, tx: A
 
 def wide(sizes: Replacements, seed: int) -> dict[str, Any]:
   """Returns a perceptron and its Sparse Wide replacements, trained by RigL at equal multiply-adds by count."""
-  shapes = {name: _perceptron(width) for name, width in (
-    ('dense', sizes.width), *((f'wide, {100 * s:.0f} % zeros', iso_flop.wide_width(sizes.width, s)) for s in SPARSITIES))}
+  larger = {f'wide, {100 * s:.0f} % zeros': iso_flop.wide_width(sizes.width, s) for s in SPARSITIES}
+  shapes = {name: _perceptron(width) for name, width in {'dense': sizes.width, **larger}.items()}
   count = lambda params: sparsejax.contractions(_apply, params, digits().images[:1])
   line: dict[str, Any] = {}
   for name, shape in shapes.items():
@@ -78,8 +78,8 @@ def wide(sizes: Replacements, seed: int) -> dict[str, Any]:
     own, dense = count(start), count(shapes['dense'])
     asked = {} if name == 'dense' else iso_flop.equal_flops(dense, own)
     tx = inner if not asked else recipes.rigl(
-      inner, allocation=allocation.custom(asked), every=max(sizes.steps // 30, 1), total_steps=sizes.steps, key=jax.random.key(seed),
-      where=trees.named(*asked), axes=own)
+      inner, allocation=allocation.custom(asked), every=max(sizes.steps // 30, 1), total_steps=sizes.steps,
+      key=jax.random.key(seed), where=trees.named(*asked), axes=own)
     params = trained(lambda p, x, y: _entropy(_apply(p, x), y), start, tx, sizes, seed)
     left = {path: float(np.mean(np.asarray(w) != 0)) for path, w in params.items()}
     line[name] = {'accuracy': _accuracy(_apply(params, digits().tests)),
@@ -112,9 +112,9 @@ def gated(sizes: Replacements, seed: int) -> dict[str, Any]:
   first, second = (jnp.mean(logits > 0, -1) for logits, _ in seen)
   active = macs('first') * first + macs('second') * first * second + macs('head') * second
   of_gates = sum(int(gate['kernel'].size) for gate in params['gates'])
-  return {'dense': {'accuracy': _accuracy(plain(dense, digits().tests)), 'multiply-adds': float(sum(map(macs, shapes)))},
-          f'gates, {100 * sizes.mass:.0f} % of the response': {
-            'accuracy': _accuracy(found), 'multiply-adds': float(jnp.mean(active)) + of_gates}}
+  name = f'gates, {100 * sizes.mass:.0f} % of the response'
+  return {'dense': {'accuracy': _accuracy(plain(dense, digits().tests)), 'multiply-adds': sum(map(macs, shapes))},
+          name: {'accuracy': _accuracy(found), 'multiply-adds': float(jnp.mean(active)) + of_gates}}
 
 
 def _perceptron(width: int) -> dict[str, jax.ShapeDtypeStruct]:

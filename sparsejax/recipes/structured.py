@@ -135,6 +135,8 @@ def wgsef(inner: Inner, groups: Groups, kept: int, learning_rate: float | Schedu
   units have the weight one. `learning_rate` is that of `inner`, whose proximal steps are as long.
   """
   sizes, where = sum(group.size for group in groups.values()), belongs(groups)
+  if not len(groups) <= kept <= sizes:
+    raise ValueError(f'recipes.wgsef: kept={kept} of {sizes} units in {len(groups)} groups; keep one of each at least.')
   near = transforms.proximal(inner, penalties.sparse_envelope(penalty, groups, kept), learning_rate, where=where)
   selection = structured.grouped(groups, 1 - kept / sizes, budget=budget)
   return transforms.sparsify(near, flows.hard(), selection, where=where, dense_steps=begin, refresh=schedules.once(0),

@@ -64,7 +64,7 @@ def accumulated_movement(
       return moved
     size = jnp.abs(w.astype(jnp.float32))
     begun = Movement(size / jnp.maximum(jnp.max(size), jnp.finfo(jnp.float32).tiny), stat.state)
-    return jax.tree.map(lambda a, b: jnp.where(signals.step < since, a, b), begun, moved)
+    return jax.tree.map(lambda a, b: jnp.where(jnp.asarray(signals.step) < since, a, b), begun, moved)
 
   return Memory(start, observe)
 

@@ -20,11 +20,12 @@ from sparsejax.arguments import checked
 from sparsejax.programs.arrangements import arrangement_of
 from sparsejax.programs.contractions import read
 from sparsejax.programs.evaluate import evaluate, rules_at
+from sparsejax.programs.jaxprs import Address
 from sparsejax.programs.operands import Site, operands
 from sparsejax.programs.tracing import Program, trace
 from sparsejax.structured.groups import Groups, Member, UnitGroup
 from sparsejax.structured.groups import groups as read_groups
-from sparsejax.structured.removal import Cut, cut
+from sparsejax.structured.removal import Cut, cut, leaves_of
 from sparsejax.structured.streams import Norm, Turning, turning
 from sparsejax.types import PyTree
 from sparsejax.units import CONTRACTED
@@ -41,14 +42,17 @@ def slice_gpt(groups: Groups, params: PyTree, batches: Iterable[Any], sparsity: 
   are cut. `int((1 - sparsity) * width)`, rounded down to a multiple of `multiple_of`, stay. `stream`: the name of the
   group, by default the group with the most members. In `batches` a tuple is several inputs.
 
-  LayerNorms become RMS norms first, see `centered`; the function of the result is then another one than the user's, and
-  `load` takes `without_means(apply, stream)`. The paper rotates each block on its own, with matrices on the shortcuts. In
-  this function a single rotation serves all blocks, so that no matrix is added. The paper reads the stream before a norm,
-  and this function behind it, where each token counts alike. The norm divides by the old width, as in the authors' code.
+  LayerNorms become RMS norms first, see `centered`. The function of the result is then another one than the user's, and
+  `load` takes `without_means(apply, stream)`. The paper rotates each block on its own, with matrices on the shortcuts.
+  In this function a single rotation serves all blocks, so that no matrix is added. The paper reads the stream before a
+  norm, and this function behind it, where each token counts alike. The norm divides by the old width, as in the
+  authors' code.
 
-  Raises `ValueError` for a stream that cannot be rotated, see `rotate`, and if the rotated model differs on the first
-  batch, by more than the square root of the machine epsilon, before anything is cut.
+  Raises `ValueError` for a stream that cannot be rotated, see `rotate`. Raises `ValueError` if the rotated model
+  differs on the first batch before anything is cut, by more than the square root of the machine epsilon.
   """
+  if not groups:
+    raise ValueError('structured.slice_gpt: there is no group; structured.groups prints what is pinned, and why.')
   stream = stream or max(groups, key=lambda name: (len(groups[name].members), groups[name].weights))
   own, given, inputs = groups.apply, params, [_inputs(batch) for batch in batches]
   groups, params = centered(groups, params, stream)
@@ -69,9 +73,11 @@ def rotate(groups: Groups, params: PyTree, stream: str, matrix: Any) -> PyTree:
   """Returns parameters of the same function whose stream is `x @ matrix`; `matrix` is orthogonal, `[width, width]`.
 
   `stream` names a group whose units are the whole of each axis that they lie on. Scales of norms are ones afterwards,
-  as `fold` makes them. The sums are in float64. Raises `ValueError` if a norm subtracts a mean (see `centered`), if a
-  tied embedding would have to take in a scale, and for a stream that goes through another operation than sums, products
-  with weights, and norms before such products. `is_rotated` compares both models on inputs.
+  as `fold` makes them. The sums are in float64. `is_rotated` compares both models on inputs.
+
+  Raises `ValueError` if a norm subtracts a mean, see `centered`, and if a tied embedding would have to take in a scale.
+  The stream may go through sums, through products with weights, and through norms before such products. Any other
+  operation is refused with its place, and so is a norm whose result goes back to the stream (a post-norm).
   """
   group, matrix = _whole(groups, stream), np.asarray(matrix, np.float64)
   if matrix.shape != (group.size,) * 2 or not np.allclose(matrix @ matrix.T, np.eye(group.size), atol=1e-5):
@@ -89,16 +95,16 @@ def rotate(groups: Groups, params: PyTree, stream: str, matrix: Any) -> PyTree:
 def fold(groups: Groups, params: PyTree, stream: str) -> PyTree:
   """Returns parameters of the same function in which the scales of the stream's norms are ones.
 
-  The rows of each weight behind a norm are multiplied by the scale of the norm, and the shift of the norm is divided by
-  it. Raises `ValueError` as `rotate` does.
+  The scale of a norm multiplies the rows of each weight behind the norm, and divides the shift of the norm.
+  Raises `ValueError` as `rotate` does.
   """
+  held = leaves_of('structured.rotate', groups, params)
   group, seen = _whole(groups, stream), _turning(groups, stream)
-  paths, leaves, _ = trees.flatten(params)
-  held, norms = dict(zip(paths, leaves)), [norm for path, norm in seen.norms.items() if path]
+  norms = [norm for path, norm in seen.norms.items() if path]
   looked_up = read(_traced(groups)).lookups
   if lost := seen.multiplied - {norm.scale for norm in norms}:
-    raise errors.at_leaf('structured.rotate', min(lost), (group.size,), 'it multiplies the stream, and no weight behind it '
-                         'takes it in.')
+    raise errors.at_leaf('structured.rotate', min(lost), (group.size,), 'it multiplies the stream, and no weight takes '
+                         'it in.')
   changes: dict[Member, Any] = {}
   for member in group.members:
     norm = seen.norms.get(member.path, Norm()) if member.side == CONTRACTED else Norm()
@@ -120,18 +126,19 @@ def fold(groups: Groups, params: PyTree, stream: str) -> PyTree:
 def centered(groups: Groups, params: PyTree, stream: str) -> tuple[Groups, PyTree]:
   """Returns groups and parameters of the same function with RMS norms in the place of the stream's LayerNorms.
 
-  What is added to the stream loses its mean over the units. The mean that a LayerNorm subtracts is then zero, and the
-  function of the new groups, `without_means(groups.apply, stream)`, does not compute it (SliceGPT, section 3.2).
-  `stream` is the name of a group, or the 'path:axis' of an axis that is pinned because of a variance of two passes. The
-  name of the stream stays. Without a LayerNorm both come back as they are. Raises `ValueError` for a stream that is
-  also read as it is, or through an RMS norm, and as `rotate` does.
+  Each weight that adds to the stream loses its mean over the units. The mean that a LayerNorm subtracts is then zero,
+  and the function of the new groups, `without_means(groups.apply, stream)`, does not compute it (SliceGPT, section
+  3.2). `stream` is the name of a group, or the 'path:axis' of an axis that is pinned because of a variance of two
+  passes. The name of the stream stays. Without a LayerNorm both come back as they are. Raises `ValueError` for a stream
+  that is also read as it is, or through an RMS norm, and as `rotate` does.
   """
+  leaves_of('structured.centered', groups, params)
   seen = _turning(groups, stream)
   if not seen.means:
     return groups, params
-  if whole := [path for path, norm in seen.norms.items() if not norm.centred]:
-    raise ValueError(f'structured.centered: {errors.some([path or "a product without a weight" for path in whole])} of '
-                     f'the stream {stream!r} keeps the mean that other norms subtract; give each the same kind of norm.')
+  if whole := [path or 'a product without a weight' for path, norm in seen.norms.items() if not norm.centred]:
+    raise ValueError(f'structured.centered: {errors.some(whole)} of the stream {stream!r} keeps the mean that other '
+                     'norms subtract; give each the same kind of norm.')
   found = read_groups(without_means(groups.apply, stream), groups.shapes, *groups.inputs)
   shifts = {norm.shift for norm in seen.norms.values()} | seen.multiplied
   written = [member for member in _whole(found, stream).members
@@ -149,10 +156,10 @@ def without_means(apply: Callable[..., Any], stream: str) -> Callable[..., Any]:
   @functools.wraps(apply)
   def call(*args: Any, **kwargs: Any) -> Any:
     program = trace(apply, args, kwargs)
-    means = dict.fromkeys(turning(program, stream).means, {})
+    means: dict[Address, dict[str, Any]] = {address: {'a mean': None} for address in turning(program, stream).means}
     zeros = lambda eqn, values, here: [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
-    return program.unflatten(evaluate(program, program.arrays, rules_at('structured.without_means', program, means, zeros)
-                                      ))
+    rules = rules_at('structured.without_means', program, means, zeros)
+    return program.unflatten(evaluate(program, program.arrays, rules))
 
   return call
 
@@ -160,6 +167,8 @@ def without_means(apply: Callable[..., Any], stream: str) -> Callable[..., Any]:
 @checked
 def is_rotated(groups: Groups, params: PyTree, rotated: PyTree, *inputs: Any) -> float:
   """Returns the largest difference of the results of both parameters, over the largest result."""
+  for each in (params, rotated):
+    leaves_of('structured.is_rotated', groups, each)
   return _difference(groups.apply(params, *inputs), groups.apply(rotated, *inputs))
 
 
@@ -172,11 +181,12 @@ def _refuse_others(apply: Callable[..., Any], params: PyTree, turned: Callable[.
                    inputs: tuple[Any, ...]) -> None:
   """Raises `ValueError` if the rotated model computes something else, before anything is cut."""
   before, after = apply(params, *inputs), turned(rotated, *inputs)
-  eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(before) if jnp.issubdtype(leaf.dtype, np.inexact))
+  dtypes = [leaf.dtype for leaf in jax.tree.leaves(before) if jnp.issubdtype(leaf.dtype, np.inexact)]
+  eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
   if not (off := _difference(before, after)) <= np.sqrt(eps):
-    raise ValueError(f'structured.slice_gpt: the rotated model differs by {off:.2g} of the largest result before anything '
-                     f'is cut, and may by {np.sqrt(eps):.2g}. Norms with very different scales may round so much; '
-                     'otherwise please report the model.')
+    raise ValueError(f'structured.slice_gpt: the rotated model differs by {off:.2g} of the largest result before '
+                     f'anything is cut, and may by {np.sqrt(eps):.2g}. Norms with very different scales may round so '
+                     'much; otherwise please report the model.')
 
 
 def _inputs(batch: Any) -> tuple[Any, ...]:
@@ -200,9 +210,8 @@ def _over(shift: Member, scale: np.ndarray) -> Callable[[np.ndarray, int], np.nd
   """Returns the division of a shift by its scale; raises `ValueError` where only the scale is zero."""
   def divided(w: np.ndarray, axis: int) -> np.ndarray:
     if np.any((scale == 0) & (w != 0)):
-      raise errors.at_leaf('structured.rotate', shift.path, shift.shape, 'it shifts units whose scale is zero, which no '
-                           'weight behind the norm can take in. Set the shift to zero there, or the scale to another '
-                           'number.')
+      raise errors.at_leaf('structured.rotate', shift.path, shift.shape, 'it shifts units whose scale is zero, which '
+                           'no weight can take in. Set the shift to zero there, or the scale to another number.')
     return w / np.where(scale == 0, 1, scale)
   return divided
 

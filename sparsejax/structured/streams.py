@@ -24,8 +24,8 @@ from sparsejax.structured.reading import Reading
 from sparsejax.structured.rules import RULES
 
 # Operations that hand a value on as it is.
-MOVES = {'broadcast_in_dim', 'reshape', 'convert_element_type', 'transpose', 'squeeze', 'copy', 'slice', 'name', 'gather',
-         'dynamic_slice', 'optimization_barrier', 'reduce_precision', 'stop_gradient'}
+MOVES = {'broadcast_in_dim', 'reshape', 'convert_element_type', 'transpose', 'squeeze', 'copy', 'slice', 'name',
+         'gather', 'dynamic_slice', 'optimization_barrier', 'reduce_precision', 'stop_gradient'}
 ZERO, SQUARE, NORM, OTHER = 'zero', 'square', 'norm', 'other'
 
 
@@ -90,8 +90,8 @@ class _Following:
         f'{path}:{axis}' for path, dims in parameters.items() for axis in range(len(dims))])
     own = list(self.reading.variables.leaves(parameters[path][int(axis)]))
     if len(own) != 1:
-      raise ValueError(f'structured.rotate: the axis {self.member!r} is made of {len(own)} parts, so that nothing can be '
-                       'rotated along it.')
+      raise ValueError(f'structured.rotate: the axis {self.member!r} is made of {len(own)} parts, so that nothing can '
+                       'be rotated along it.')
     self.v, uses = own[0], read(self.program)
     self.vectors = {path for path, dims in parameters.items() if path not in uses and path not in uses.lookups
                     and any(map(self._along, dims))}
@@ -109,7 +109,7 @@ class _Following:
     return self.v in self.reading.variables.leaves(dim)
 
   def _constant(self, v: Any, here: Position) -> str | None:
-    shape = jaxprs.shapes([v])[0]
+    shape = jaxprs.shapes([v])[0] or ()
     if isinstance(v, core.Literal) and not shape:
       return ZERO if v.val == 0 else None
     dims = self.reading.fresh(('constant', here.address, id(v)), shape).dims
@@ -123,8 +123,8 @@ class _Following:
 
   def _refuse(self, eqn: Any, why: str = '') -> NoReturn:
     raise ValueError(f'structured.rotate: {why or "the stream cannot be turned through this operation"}: '
-                     f'{jaxprs.place(eqn)}. The stream is {self.member!r}; a rotation needs sums, products with weights, '
-                     'and norms.')
+                     f'{jaxprs.place(eqn)}. The stream is {self.member!r}; a rotation needs sums, products with '
+                     'weights, and norms.')
 
   def _operation(self, eqn: Any, facts: Sequence[Any], here: Position) -> list[Any]:
     name, count = eqn.primitive.name, len(eqn.outvars)

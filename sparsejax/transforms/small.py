@@ -113,7 +113,10 @@ def protected(inner: Inner, used: PyTree) -> Optimizer:
 
 @checked
 def resting(inner: Inner, begin: int, end: int) -> Optimizer:
-  """Returns `inner`, whose updates are zero from update `begin` to update `end - 1`, and which does not see these."""
+  """Returns `inner`, whose updates are zero from update `begin` to update `end - 1`, and which does not see these.
+
+  With an `end` that is not after `begin`, no update is zero.
+  """
   inner = optax.with_extra_args_support(inner)
 
   def update(grads: PyTree, state: 'RestingState', params: PyTree | None = None, **extra: Any):
@@ -128,7 +131,7 @@ def resting(inner: Inner, begin: int, end: int) -> Optimizer:
 
 
 class RestingState(NamedTuple):
-  """A `RestingState` is the number of updates, `int32[]`, and the state of the optimizer that rests for some of them."""
+  """A `RestingState` is the number of updates, `int32[]`, and the state of the optimizer, which rests for some."""
 
   count: Array
   inner: Any

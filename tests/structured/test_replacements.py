@@ -48,10 +48,12 @@ def test_a_mixture_is_the_weighted_sum_and_channels_pass_by():
 
 
 def searched(steps, begin, end):
-  """The parameters after each update of DASS on two operations, one of which is sparse and right."""
+  """Returns the parameters after each update of DASS on two operations, of which the sparse one is right, and the loss.
+  """
   x = jax.random.normal(KEY, (64, 6))
   y = x[:, :2].sum(1, keepdims=True) * 2  # two inputs of six count
-  p = {'sparse': {'kernel': 0.1 * jax.random.normal(KEY, (6, 1))}, 'skip': {'scale': jnp.zeros((1,))}, 'alpha': jnp.zeros(2)}
+  p = {'sparse': {'kernel': 0.1 * jax.random.normal(KEY, (6, 1))}, 'skip': {'scale': jnp.zeros((1,))},
+       'alpha': jnp.zeros(2)}
 
   def loss(p, batch):
     first, second = batch
@@ -215,6 +217,7 @@ def test_no_entry_is_read_more_often_than_the_mean_rounded_up(size):
    'recipes.dass: `alphas` picks no leaf'),
   (lambda: architecture.without_worst(jnp.ones((2, 2), bool), jnp.ones((2, 2))), 'not of shape'),
   (lambda: iso_flop.branches(1.0), 'below 1'),
+  (lambda: iso_flop.wide_width(-4, 0.5), 'at least 1, not -4'),
   (lambda: iso_flop.equal_flops(*[sj.contractions(dense, {'a': jnp.ones((24, n)), 'b': jnp.ones((n, 10))}, jnp.ones(
     (2, 24))) for n in (32, 16)]), 'make the replacement larger'),
   (lambda: sharing.fold({'a': jnp.ones(3)}, 4, KEY), 'from 1 to 3'),

@@ -258,6 +258,8 @@ def test_proximal_training_holds_exact_zeros_that_report_counts():
   (lambda: recipes.oto(optax.sgd(0.1), found(), budget=structured.flops(0.01), end=9), 'budget of 0.01 is .* costs'),
   (lambda: trained(recipes.norm_scale(optax.sgd(0.1), found(), scales='bias', begin=1), params(), 2), 'mid/kernel:1'),
   (lambda: recipes.oto(optax.sgd(0.1), found(), epsilons=1), 'epsilon'),
+  (lambda: recipes.wgsef(optax.sgd(0.1), found(), 99, 0.1), 'kept=99 of 14 units in 2 groups'),
+  (lambda: updates.below_zero(until='last'), 'until'),
 ])
 def test_bad_input_is_refused_in_words(call, said):
   with pytest.raises(ValueError, match=said):

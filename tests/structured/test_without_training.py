@@ -82,7 +82,7 @@ def test_the_principal_directions_lose_less_than_axes_do():
   assert error(whole) < 1e-8
 
 
-# Layer norms, by the variance of one pass and of two.
+# The variance of a LayerNorm takes one pass or two.
 
 
 def layer_norm(x, scale, shift, fast):
@@ -92,7 +92,7 @@ def layer_norm(x, scale, shift, fast):
 
 
 def with_layer_norms(fast, scanned=False):
-  """A model of two blocks with LayerNorms, scanned or not, and its parameters."""
+  """Returns a model of two blocks with LayerNorms, scanned or not, and its parameters."""
   def block(h, w):
     n = layer_norm(h, w['scale'], w['shift'], fast)
     return h + jax.nn.relu(n @ w['up'] + w['bias']) @ w['down'] + w['end'], None
@@ -178,9 +178,13 @@ def test_what_cannot_be_rotated_is_refused_with_the_reason(function, shapes, x, 
   (lambda: structured.rotate(found(), params(), stream(), np.ones((WIDTH, WIDTH))), 'must be orthogonal'),
   (lambda: structured.rotate(found(), params(), 'none', np.eye(WIDTH)), "group 'none'"),
   (lambda: structured.slice_gpt(found(), params(), [TOKENS], 0.5), 'leaves less than 8 of 8'),
+  (lambda: structured.slice_gpt(found().only('key:1'), {}, [TOKENS], stream='key:1'), 'another structure'),
+  (lambda: structured.rotate(found(), params(), 'head:1', np.eye(12)), "'head:1' may not go: .* axis of the result"),
   (lambda: structured.slice_gpt(found(), params(), [], 0.5, multiple_of=1), 'there is no batch'),
   (lambda: structured.multi_pruner(found(), params(), loss, 0.2, widths='up/*', heads='x*'), "'up/\\*'"),
   (lambda: structured.multi_pruner(found(), params(), loss, 0.9, widths='up:1', heads='key:1'), 'nothing more can go'),
+  (lambda: structured.tyr(found(), params(), [], loss), 'there is no batch'),
+  (lambda: structured.is_rotated(found(), params(), {}, TOKENS), 'another structure'),
   (lambda: structured.tyr(found().only('key:2'), params(), [TOKENS], loss), 'no group has one product'),
 ])
 def test_bad_input_is_refused_in_words(call, said):
