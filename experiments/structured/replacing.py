@@ -33,8 +33,8 @@ class Replacements(NamedTuple):
   mass: float = 0.9
 
 
-class Digits(NamedTuple):
-  """The `Digits` are images, `float32[n, 8, 8, 1]`, and labels; every fifth image is for the test."""
+class DigitSplit(NamedTuple):
+  """A `DigitSplit` holds images, `float32[n, 8, 8, 1]`, and labels; every fifth image is for the test."""
 
   images: Array
   labels: Array
@@ -43,17 +43,17 @@ class Digits(NamedTuple):
 
 
 @functools.cache
-def digits() -> Digits:
+def digits() -> DigitSplit:
   """Returns the digits of scikit-learn, with values from 0 to 1."""
   from sklearn import datasets  # The import takes a second.
   found = datasets.load_digits()
   last = np.arange(len(found.target)) % 5 == 4
   images, labels = (found.images[..., None] / 16).astype(np.float32), found.target.astype(np.int32)
-  return Digits(*map(jnp.asarray, (images[~last], labels[~last], images[last], labels[last])))
+  return DigitSplit(*map(jnp.asarray, (images[~last], labels[~last], images[last], labels[last])))
 
 
-def trained(loss: Callable[[PyTree, Array, Array], Array], params: PyTree, tx: Any, sizes: Replacements, seed: int
-            ) -> PyTree:
+def after_training(loss: Callable[[PyTree, Array, Array], Array], params: PyTree, tx: Any, sizes: Replacements,
+                   seed: int) -> PyTree:
   """Returns the parameters after `sizes.steps` updates, on batches that are drawn with the seed."""
   data = digits()
   rows = jax.random.randint(jax.random.key(seed), (sizes.steps, sizes.batch), 0, len(data.labels))
@@ -80,7 +80,7 @@ def wide(sizes: Replacements, seed: int) -> dict[str, Any]:
     tx = inner if not asked else recipes.rigl(
       inner, allocation=allocation.custom(asked), every=max(sizes.steps // 30, 1), total_steps=sizes.steps,
       key=jax.random.key(seed), where=trees.named(*asked), axes=own)
-    params = trained(lambda p, x, y: _entropy(_apply(p, x), y), start, tx, sizes, seed)
+    params = after_training(lambda p, x, y: _entropy(_apply(p, x), y), start, tx, sizes, seed)
     left = {path: float(np.mean(np.asarray(w) != 0)) for path, w in params.items()}
     line[name] = {'accuracy': _accuracy(_apply(params, digits().tests)),
                   'multiply-adds': sum(macs * left[path] for path, macs in own.macs.items())}
@@ -96,7 +96,7 @@ def gated(sizes: Replacements, seed: int) -> dict[str, Any]:
   shapes = {'first': (3, 3, 1, 2 * sizes.width), 'second': (3, 3, 2 * sizes.width, 4 * sizes.width),
             'head': (4 * sizes.width, 10)}
   plain = lambda p, x: _convolved(p, x)[0]
-  dense = trained(lambda p, x, y: _entropy(plain(p, x), y), _started(shapes, seed), _adam(sizes), sizes, seed)
+  dense = after_training(lambda p, x, y: _entropy(plain(p, x), y), _started(shapes, seed), _adam(sizes), sizes, seed)
   keys = jax.random.split(jax.random.key(seed + 1))
   both = {**_started(shapes, seed), 'gates': [gates.gate_of(key, *shapes[name][2:]) for key, name in zip(keys, (
     'first', 'second'))]}
@@ -106,7 +106,7 @@ def gated(sizes: Replacements, seed: int) -> dict[str, Any]:
     foreseen = [gates.foresight(logits, gates.mass(gates.response(h), sizes.mass)) for logits, h in seen]
     return _entropy(found, y) + sum(foreseen) / len(foreseen)
 
-  params = trained(loss, both, _adam(sizes), sizes, seed)
+  params = after_training(loss, both, _adam(sizes), sizes, seed)
   found, seen = _convolved(params, digits().tests)
   macs = lambda path: sparsejax.contractions(plain, dense, digits().images[:1]).macs[path]
   first, second = (jnp.mean(logits > 0, -1) for logits, _ in seen)

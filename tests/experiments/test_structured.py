@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import structured
-from experiments.structured import detection
+from experiments.structured import detection, replacing
 from experiments.structured.replacing import Replacements
 from experiments.structured.subjects import SUBJECTS, Cuttable, RunSizes
 from experiments.tables import cuts
@@ -40,7 +40,8 @@ def test_cells_run_once_and_the_table_has_a_row_for_each_method(tmp_path, monkey
 
 
 @pytest.mark.parametrize('table, width', [('wide', 4), ('gated', 1)])
-def test_replacements_cost_what_the_dense_network_costs_or_less(table, width, tmp_path):
+def test_replacements_cost_what_the_dense_network_costs_or_less(table, width, tmp_path, monkeypatch):
+  monkeypatch.setattr(replacing, 'SPARSITIES', (0.5,))
   sizes = Replacements(batch=4, steps=2, width=width)
   (line,) = structured.run(table, str(tmp_path), sizes=sizes, seeds=[0])
   dense, *others = (own for own in line.values() if 'multiply-adds' in own)
