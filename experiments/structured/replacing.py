@@ -58,13 +58,15 @@ def after_training(loss: Callable[[PyTree, Array, Array], Array], params: PyTree
   data = digits()
   rows = jax.random.randint(jax.random.key(seed), (sizes.steps, sizes.batch), 0, len(data.labels))
 
-  def step(carry: Any, own: Array) -> Any:
-    params, state = carry
+  @jax.jit
+  def step(params: PyTree, state: Any, own: Array) -> Any:
     moves, state = tx.update(jax.grad(loss)(params, data.images[own], data.labels[own]), state, params)
-    return (optax.apply_updates(params, moves), state), None
+    return optax.apply_updates(params, moves), state
 
-  run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), rows)[0][0])
-  return run(params)
+  state = tx.init(params)
+  for own in rows:  # XLA runs the convolutions of a `scan` many times slower on a CPU.
+    params, state = step(params, state, own)
+  return params
 
 
 def wide(sizes: Replacements, seed: int) -> dict[str, Any]:
