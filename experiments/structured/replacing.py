@@ -71,7 +71,7 @@ def after_training(loss: Callable[[PyTree, Array, Array], Array], params: PyTree
 
 def wide(sizes: Replacements, seed: int) -> dict[str, Any]:
   """Returns a perceptron and its Sparse Wide replacements, trained by RigL at equal multiply-adds by count."""
-  larger = {f'wide, {100 * s:.0f} % zeros': iso_flop.wide_width(sizes.width, s) for s in SPARSITIES}
+  larger = {f'wide for {100 * s:.0f} % zeros': iso_flop.wide_width(sizes.width, s) for s in SPARSITIES}
   shapes = {name: _perceptron(width) for name, width in {'dense': sizes.width, **larger}.items()}
   count = lambda params: sparsejax.contractions(_apply, params, digits().images[:1])
   line: dict[str, Any] = {}
