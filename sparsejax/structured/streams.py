@@ -229,7 +229,16 @@ class _Following:
     cases = set(facts[1:])
     if cases <= {None, ZERO, NORM}:
       return NORM if NORM in cases else ZERO if cases == {ZERO} else None
-    found = self._joined(list(facts[1:]))
+    return self._either(eqn, facts[1:])
+
+  def _concatenated(self, eqn: Any, facts: Sequence[Any], operands: Any, along: bool, here: Position) -> Any:
+    if any(self._along(operand.dims[eqn.params['dimension']]) for operand in operands):
+      self._refuse(eqn)
+    return self._either(eqn, facts)
+
+  def _either(self, eqn: Any, facts: Sequence[Any]) -> Any:
+    """Returns the fact of a value whose entries are those of several values; zeros turn with everything."""
+    found = self._joined([_part(fact) for fact in facts if fact != ZERO] or [ZERO])
     return self._refuse(eqn) if found == OTHER else found
 
 
@@ -241,4 +250,5 @@ def _part(fact: Any) -> Any:
 RULED: dict[str, Callable[..., Any]] = {
   'reduce_sum': _Following._sum, **dict.fromkeys(('add', 'add_any', 'sub'), _Following._add),
   **dict.fromkeys(('mul', 'div'), _Following._product), 'dot_general': _Following._dot,
-  **dict.fromkeys(('square', 'integer_pow'), _Following._square), 'select_n': _Following._chosen}
+  **dict.fromkeys(('square', 'integer_pow'), _Following._square), 'select_n': _Following._chosen,
+  'concatenate': _Following._concatenated}

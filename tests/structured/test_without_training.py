@@ -98,7 +98,8 @@ def with_layer_norms(fast, scanned=False):
     return h + jax.nn.relu(n @ w['up'] + w['bias']) @ w['down'] + w['end'], None
 
   def apply(p, tokens):
-    h = p['embed'][tokens] * 2.0 + p['position']
+    first = jnp.broadcast_to(p['first'], (len(tokens), 1, WIDTH))  # a class token
+    h = jnp.concatenate([first, jnp.where(tokens[..., None] > 3, p['embed'][tokens] * 2.0, 0.0)], 1) + p['position']
     if scanned:
       h = jax.lax.scan(block, h, p['blocks'])[0]
     else:
@@ -106,7 +107,8 @@ def with_layer_norms(fast, scanned=False):
         h = block(h, jax.tree.map(lambda w, i=i: w[i], p['blocks']))[0]
     return layer_norm(h, p['scale'], p['shift'], fast) @ p['head']
 
-  shapes = {'embed': (12, WIDTH), 'position': (5, WIDTH), 'scale': (WIDTH,), 'shift': (WIDTH,), 'head': (WIDTH, 12),
+  shapes = {'embed': (12, WIDTH), 'first': (WIDTH,), 'position': (6, WIDTH), 'scale': (WIDTH,), 'shift': (WIDTH,),
+            'head': (WIDTH, 12),
             'blocks': {'scale': (2, WIDTH), 'shift': (2, WIDTH), 'up': (2, WIDTH, 16), 'bias': (2, 16),
                        'down': (2, 16, WIDTH), 'end': (2, WIDTH)}}
   rng = np.random.default_rng(3)
