@@ -47,6 +47,8 @@ MEANINGS = {
     'lam': 'the factor of the magnitude of the gradient in the score',
     'candidates': 'how many masks are compared',
     'score_optimizer': 'the optimizer of the scores, which are trained like weights',
+    'alphas': 'a predicate of the parameters that weigh the operations of a mixture, by default those named `alpha`',
+    'alpha_optimizer': 'the optimizer of the alphas',
     'block': 'how many columns are pruned together before the others are corrected',
     'damping': 'the fraction of the mean diagonal that is added to the diagonal of the Gram matrix',
     'rows': 'how many rows are solved at once, which bounds the memory',

@@ -125,21 +125,23 @@ def hessian_trace(units: Units) -> Array:
 
 
 @checked
-def half_space(epsilon: float = 0.0) -> Salience:
+def half_space(epsilon: float = 0.0, until: int | None = None) -> Salience:
   """Returns the salience <x', x> / ||x||^2 - `epsilon` of HSPG (Chen et al. 2021, Only Train Once, algorithm 2).
 
   x is the unit before the step, which the memory `scores.previous` keeps, and x' after it. A unit below zero left its
   half-space, and `updates.below_zero` makes it zero. x and x' are of what produces the unit alone: a zero-invariant
-  group of the paper has no consumer.
+  group of the paper has no consumer. From step `until` on the salience is `redundancy`: a single step of one minibatch
+  says which units leave the half-space, and not which of the others can be missed.
   """
-  return Bound(_half_space, (epsilon,))
+  return Bound(_half_space, (epsilon, until))
 
 
-def _half_space(units: Units, epsilon: float) -> Array:
+def _half_space(units: Units, epsilon: float, until: int | None) -> Array:
   own = dataclasses.replace(units, sides=(PRODUCED, BESIDE))
   before = own.sum(lambda w, signals: jnp.square(signals.stats))
   after = own.sum(lambda w, signals: w * signals.stats)
-  return jnp.where(before > 0, after / jnp.maximum(before, jnp.finfo(jnp.float32).tiny), 0) - epsilon
+  left = jnp.where(before > 0, after / jnp.maximum(before, jnp.finfo(jnp.float32).tiny), 0) - epsilon
+  return left if until is None else jnp.where(jnp.asarray(units.signals[0].step) < until, left, redundancy(units))
 
 
 def _square(w: Array, signals: Signals) -> Array:

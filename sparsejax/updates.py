@@ -22,6 +22,7 @@ from sparsejax.types import (
   ELEMENTWISE,
   GRADIENT_FREE,
   Array,
+  Bound,
   Schedule,
   Score,
   Signals,
@@ -51,14 +52,20 @@ def prune_to(mask: Array, scores: Array, select: Callable[..., Array], w: Array,
   return select(kept_first(mask, scores))
 
 
-@gradient_free
-@elementwise
-def below_zero(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals) -> Array:
-  """Returns the mask without the entries whose score is below zero. A pruned entry stays pruned.
+@checked
+def below_zero(until: int | None = None) -> Update:
+  """Returns the update that prunes the entries whose score is below zero. A pruned entry stays pruned.
 
-  The best of the count are kept whatever their scores, so that the count is the least that is kept. NaN is kept.
+  The best of the count are kept whatever their scores, so that the count is the least that is kept. NaN is kept. From
+  step `until` on all others are pruned whatever their scores, so that the count is reached.
   """
-  return select(kept_first(mask, scores)) | mask & ~(scores < 0)
+  return Bound(_below_zero, (until,), (GRADIENT_FREE, ELEMENTWISE))
+
+
+def _below_zero(mask: Array, scores: Array, select: Callable[..., Array], w: Array, signals: Signals,
+                until: int | None) -> Array:
+  spared = ~(scores < 0) if until is None else ~(scores < 0) & (signals.step < until)
+  return mask & (spared | select(kept_first(mask, scores)))
 
 
 def kept_first(mask: Array, scores: Array) -> Array:

@@ -100,7 +100,8 @@ def _optimizer(dense: Trained, cell: CutCell) -> Any:
   sizes, budget = dense.sizes, structured.flops(cell.left)
   inner, middle = optax.adam(optax.cosine_decay_schedule(sizes.rate / 3, sizes.tuned)), sizes.tuned // 2
   if cell.method == 'oto':
-    return recipes.oto(inner, dense.groups, penalty=1e-2, epsilon=0.995, begin=sizes.tuned // 4, budget=budget)
+    return recipes.oto(inner, dense.groups, penalty=1e-2, epsilon=0.995, begin=sizes.tuned // 4, end=middle,
+                       budget=budget)
   if cell.method == 'group_taylor':
     return recipes.group_taylor(inner, dense.groups, begin=1, end=middle, every=max(middle // 8, 1), budget=budget)
   if cell.method == 'hap':
@@ -112,7 +113,7 @@ def _optimizer(dense: Trained, cell: CutCell) -> Any:
   if cell.method == 'wgsef':
     keep = structured.choose(dense.groups, dense.variables, budget=budget)
     return recipes.wgsef(inner, dense.groups, int(sum(mask.sum() for mask in keep.values())), sizes.rate / 3,
-                         begin=middle)
+                         begin=middle, budget=budget)
   return getattr(recipes, cell.method)(inner, dense.groups, begin=1, budget=budget)
 
 

@@ -44,14 +44,30 @@ def detector_page(lines: Sequence[Line]) -> pages.Page:
   facts = dict.fromkeys(', '.join(f'{key}: {value}' for key, value in line['config'].items() if key != 'seed') + '.'
                         for line in lines)
   return pages.Page('cuts', [pages.table(columns, rows)], [*facts, *machines],
-                    {'cells': [dict(line) for line in lines]}, lambda path: _draw_detectors(lines, path))
+                    {'cells': [dict(line) for line in lines]}, lambda path: _draw_bars(lines, DETECTORS, 'AP50', path))
 
 
-def _draw_detectors(lines: Sequence[Line], path: pathlib.Path) -> None:
+def replaced_page(lines: Sequence[Line]) -> pages.Page:
+  """Returns the page of networks that replace a dense one: `cuts.{md,json,png}`, a row for each network."""
+  names = [name for name, own in lines[0].items() if isinstance(own, Mapping) and 'multiply-adds' in own]
+  gain = lambda name: [{'accuracy': line[name]['accuracy'] - line['dense']['accuracy']} for line in lines]
+  columns: dict[str, Callable[[Any], str]] = {
+      'network': str, 'accuracy, %': lambda name: _spread([line[name] for line in lines], 'accuracy', 100, 1),
+      'over dense, points': lambda name: '0' if name == 'dense' else _spread(gain(name), 'accuracy', 100, 1),
+      'multiply-adds': lambda name: _count([line[name] for line in lines], 'multiply-adds'),
+      'seeds': lambda name: str(len(lines))}
+  machines = dict.fromkeys(f'Ran on {pages.machine(line["environment"])}.' for line in lines)
+  facts = dict.fromkeys(', '.join(f'{key}: {value}' for key, value in line['config'].items() if key != 'seed') + '.'
+                        for line in lines)
+  return pages.Page('cuts', [pages.table(columns, names)], [*facts, *machines],
+                    {'cells': [dict(line) for line in lines]}, lambda path: _draw_bars(lines, names, 'accuracy', path))
+
+
+def _draw_bars(lines: Sequence[Line], names: Sequence[str], score: str, path: pathlib.Path) -> None:
   with plot.saved(path, 1, 1, figsize=(5, 4)) as axes:
     (axis,) = axes.flat
-    axis.bar(DETECTORS, [100 * float(np.mean([line[name]['AP50'] for line in lines])) for name in DETECTORS])
-    axis.set_ylabel('AP50, %')
+    axis.bar(names, [100 * float(np.mean([line[name][score] for line in lines])) for name in names])
+    axis.set_ylabel(f'{score}, %')
 
 
 def draw(rows: Sequence[Sequence[Line]], path: pathlib.Path) -> None:

@@ -51,6 +51,7 @@ from sparsejax.recipes.post_training import (
   wanda,
 )
 from sparsejax.recipes.regularized import irrelevant_weights
+from sparsejax.recipes.searched import dass
 from sparsejax.recipes.sentence import parameters, without_effect
 from sparsejax.recipes.structured import (
   dhspg,
@@ -73,7 +74,7 @@ TABLE = {f.__name__: f for f in (
     gradual_magnitude, movement_pruning, soft_movement_pruning, global_sparse_momentum, iterative_soft_shrinkage,
     irrelevant_weights,
     static_sparse, set_, rigl, snfs, sparcl, dsl, quick_selection, g2gnet, cl_dst,
-    iterative_magnitude, lottery_jackpot, l1_sparse,
+    iterative_magnitude, lottery_jackpot, l1_sparse, dass,
     teddy, turbo_vbi)}
 # Each kind of sentence has a table. A family adds the table of its kind.
 POST_TRAINING = {f.__name__: f for f in (
@@ -86,11 +87,11 @@ __all__ = [
     'POST_TRAINING', 'STRUCTURED', 'TABLE', 'TABLES', 'arguments', 'fixed', 'from_config',
     'armor', 'dsnot', 'ecoflap', 'exact_obs', 'gqsa', 'magnitude', 'net_trim', 'obc', 'sparsegpt', 'wanda',
     'dhspg', 'group_magnitude', 'group_taylor', 'hap', 'hesso', 'latency_aware', 'norm_scale', 'oto', 'wgsef',
-    'asp', 'bdwp', 'cl_dst', 'dense', 'dsl', 'freeze_net', 'g2gnet', 'global_sparse_momentum', 'gradual_magnitude',
-    'grasp', 'irrelevant_weights', 'iterative_magnitude', 'iterative_soft_shrinkage', 'l1_sparse', 'lottery_jackpot',
-    'magnitude_at_init', 'mdgf', 'movement_pruning', 'quick_selection', 'random_pruning', 'random_search', 'rigl',
-    'robust_at_init', 'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip', 'soft_movement_pruning', 'sparcl',
-    'sr_ste', 'ssvi', 'st3', 'static_sparse', 'ste', 'synflow', 'teddy', 'turbo_vbi',
+    'asp', 'bdwp', 'cl_dst', 'dass', 'dense', 'dsl', 'freeze_net', 'g2gnet', 'global_sparse_momentum',
+    'gradual_magnitude', 'grasp', 'irrelevant_weights', 'iterative_magnitude', 'iterative_soft_shrinkage', 'l1_sparse',
+    'lottery_jackpot', 'magnitude_at_init', 'mdgf', 'movement_pruning', 'quick_selection', 'random_pruning',
+    'random_search', 'rigl', 'robust_at_init', 'sdgf_geometric', 'sdgf_stepwise', 'set_', 'snfs', 'snip',
+    'soft_movement_pruning', 'sparcl', 'sr_ste', 'ssvi', 'st3', 'static_sparse', 'ste', 'synflow', 'teddy', 'turbo_vbi',
 ]
 moved(__name__, {
     'bdwp_backward': (states.bdwp_backward, 'states.bdwp_backward'),
@@ -158,7 +159,8 @@ def _adam(value: Any) -> Any:
   return optax.adam(**value)
 
 
-_READERS = {'pattern': patterns.parse, 'allocation': allocation.named, 'where': _globs, 'score_optimizer': _adam}
+_READERS = {'pattern': patterns.parse, 'allocation': allocation.named, 'where': _globs, 'alphas': _globs,
+            'score_optimizer': _adam, 'alpha_optimizer': _adam}
 
 
 def _read(key: str, value: Any, total_steps: int) -> Any:

@@ -72,20 +72,26 @@ def group_taylor(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: 
 
 @sentence(*SETS)
 def oto(inner: Inner, groups: Groups, sparsity: float = 0.5, *, penalty: float = 1e-3, epsilon: float = 0.0,
-        begin: int = 1, multiple_of: int = 1, budget: Allowance | None = None, **options: Any) -> Optimizer:
+        begin: int = 1, end: int | None = None, multiple_of: int = 1, budget: Allowance | None = None,
+        total_steps: int | None = None, **options: Any) -> Optimizer:
   """Trains once, towards units that are exactly zero: OTO by HSPG (Chen et al. 2021, Only Train Once, algorithm 2).
 
   The gradient of `penalty` times the group norm is added from the first step on. From `begin` on, a unit whose step
   leaves the half-space of `epsilon` becomes zero and stays zero. At most `sparsity` of all units become zero. The
   units that have gone farthest go first. The authors' code draws the last units at random, and goes beyond the cap.
   `inner` is SGD in the paper, whose buffer the code empties at `begin`. Consumers of a zero unit are zero, too.
+
+  The half-space promises no number of zero units. At `end`, by default half of `total_steps`, as many of the others
+  become zero as are missing to `sparsity`, or to the budget. The redundancy of DHSPG, the successor of HSPG, says which
+  (Chen et al. 2023, OTOv2).
   """
-  selection = structured.grouped(groups, sparsity, score=saliences.half_space(epsilon), update=updates.below_zero,
-                                 multiple_of=multiple_of, budget=budget)
-  where = belongs(groups)
+  end = _end('oto', end, total_steps, begin)
+  selection = structured.grouped(groups, sparsity, score=saliences.half_space(epsilon, end),
+                                 update=updates.below_zero(until=end), multiple_of=multiple_of, budget=budget)
+  where, due = belongs(groups), schedules.every(1, end=end - begin) if end > begin else schedules.once(0)
   pulled = transforms.penalised(penalties.group_norm(penalty, groups), where=where)
   return transforms.sparsify(optax.chain(pulled, inner), flows.hard(), selection, where=where, dense_steps=begin,
-                             refresh=schedules.every(1), memory=scores.previous(), **options)
+                             refresh=due, memory=scores.previous(), total_steps=total_steps, **options)
 
 
 @sentence(*SETS)
@@ -122,15 +128,17 @@ def dhspg(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1
 
 @sentence(*SETS)
 def wgsef(inner: Inner, groups: Groups, kept: int, learning_rate: float | Schedule, *, penalty: float = 1e-2,
-          begin: int = 1, **options: Any) -> Optimizer:
+          begin: int = 1, budget: Allowance | None = None, **options: Any) -> Optimizer:
   """Trains towards `kept` units by the proximal step of the group sparse envelope (WGSEF, 2023); exact from `begin` on.
 
-  At `begin` the `kept` units of the largest norm stay, and all others are zero. All units have the weight one.
-  `learning_rate` is that of `inner`, whose proximal steps are as long.
+  At `begin` the `kept` units of the largest norm stay, or as many as a `budget` allows, and all others are zero. All
+  units have the weight one. `learning_rate` is that of `inner`, whose proximal steps are as long.
   """
   sizes, where = sum(group.size for group in groups.values()), belongs(groups)
+  if not len(groups) <= kept <= sizes:
+    raise ValueError(f'recipes.wgsef: kept={kept} of {sizes} units in {len(groups)} groups; keep one of each at least.')
   near = transforms.proximal(inner, penalties.sparse_envelope(penalty, groups, kept), learning_rate, where=where)
-  selection = structured.grouped(groups, 1 - kept / sizes)
+  selection = structured.grouped(groups, 1 - kept / sizes, budget=budget)
   return transforms.sparsify(near, flows.hard(), selection, where=where, dense_steps=begin, refresh=schedules.once(0),
                              **options)
 

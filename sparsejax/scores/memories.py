@@ -40,12 +40,14 @@ class Movement(NamedTuple):
 
 @checked
 def accumulated_movement(
-    optimizer: optax.GradientTransformation = optax.sgd(1.0), penalty: Schedule | None = None) -> Memory:
+    optimizer: optax.GradientTransformation = optax.sgd(1.0), penalty: Schedule | None = None, *,
+    since: int | None = None) -> Memory:
   """Returns the memory of a score S that starts at 0 and that `optimizer` trains by the gradient dL/dS = w dL/dw'.
 
   The gradient is equation 2 of Sanh et al. 2020, section 4.1, where w' is the sparse weight. `penalty(step)` is the
   factor lambda of the penalty `lambda mean(sigmoid(S))` of soft movement pruning (section 4.2). The mean is taken over
-  the leaf. Without `penalty` there is none.
+  the leaf. Without `penalty` there is none. With `since`, the score is |w| over the largest |w| of the leaf before
+  step `since`, and is trained from there.
   """
   def start(w: Array) -> Movement:
     score = _zeros(w)
@@ -58,7 +60,12 @@ def accumulated_movement(
       gate = jax.nn.sigmoid(stat.score + 0 * grad)
       grad += penalty(signals.step) * gate * (1 - gate) / w.size
     moves, state = optimizer.update(grad, stat.state, stat.score)
-    return Movement(stat.score + moves, state)
+    moved = Movement(stat.score + moves, state)
+    if since is None:
+      return moved
+    size = jnp.abs(w.astype(jnp.float32))
+    begun = Movement(size / jnp.maximum(jnp.max(size), jnp.finfo(jnp.float32).tiny), stat.state)
+    return jax.tree.map(lambda a, b: jnp.where(jnp.asarray(signals.step) < since, a, b), begun, moved)
 
   return Memory(start, observe)
 

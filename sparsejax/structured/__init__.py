@@ -20,15 +20,15 @@ from sparsejax.structured.least_squares import tyr
 from sparsejax.structured.ordering import clustered, permuted
 from sparsejax.structured.proof import Proof, prove
 from sparsejax.structured.removal import Cut, cut, masks
-from sparsejax.structured.rotating import is_rotated, rotate, slice_gpt
+from sparsejax.structured.rotating import centered, is_rotated, rotate, slice_gpt, without_means
 from sparsejax.structured.searching import Stage, multi_pruner, search
 from sparsejax.structured.selecting import choose, choose_in_rounds, grouped, kept
 from sparsejax.structured.training import cut_state
 
 __all__ = [
-  'Allowance', 'Cut', 'Groups', 'Implanted', 'Member', 'Proof', 'Stage', 'UnitGroup', 'architecture', 'choose',
-  'choose_in_rounds', 'clustered', 'cut', 'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'implanted',
+  'Allowance', 'Cut', 'Groups', 'Implanted', 'Member', 'Proof', 'Stage', 'UnitGroup', 'architecture', 'centered',
+  'choose', 'choose_in_rounds', 'clustered', 'cut', 'cut_state', 'erasable', 'flops', 'grouped', 'groups', 'implanted',
   'is_rotated', 'iso_flop', 'kept', 'latency', 'load', 'masks', 'multi_pruner', 'multiply_adds', 'parameters',
-  'permuted', 'prove', 'rotate', 'save', 'search', 'seconds', 'sharing', 'slice_gpt', 'split_centers', 'tyr',
-  'weights',
+  'permuted', 'prove', 'rotate', 'save', 'search', 'seconds', 'sharing', 'slice_gpt', 'split_centers', 'tyr', 'weights',
+  'without_means',
 ]

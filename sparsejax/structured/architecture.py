@@ -4,8 +4,8 @@
     grads = bilevel(loss, params, train_batch, valid_batch, trees.named('alpha'))
     best = sharpest(alpha)                                     # the number of the operation that stays
 
-A search space over sparse operations is the same mixture, whose operations have leaves that a recipe makes sparse
-(Mousavi et al. 2023, DASS): `optax.partition` trains these by the recipe and the alphas by an optimizer of their own.
+A search space over sparse operations is the same mixture, whose operations have leaves that a recipe makes sparse:
+`recipes.dass` (Mousavi et al. 2023) trains weights, masks and alphas.
 """
 
 from collections.abc import Callable, Sequence

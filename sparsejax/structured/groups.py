@@ -108,6 +108,8 @@ class Groups(Mapping[str, UnitGroup]):
   unread: tuple[str, ...]
 
   def __getitem__(self, name: str) -> UnitGroup:
+    if name in self.pinned:
+      raise ValueError(f'structured.Groups: the units of {name!r} may not go: {self.pinned[name]}.')
     if name not in self.groups:
       raise errors.unknown('structured.Groups', 'group', name, self.groups)
     return self.groups[name]

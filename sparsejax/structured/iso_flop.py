@@ -25,12 +25,13 @@ def wide_width(width: int, sparsity: float) -> int:
 
   The authors' code rounds down, by which 64 at 50 % has 98.9 % of the FLOPs.
   """
-  return round(width * math.sqrt(branches(sparsity)))
+  return round(_size('wide_width', width) * math.sqrt(branches(sparsity)))
 
 
 def factor_rank(inputs: int, outputs: int, sparsity: float) -> int:
   """Returns the inner width d of U [in, d] and V [d, out], both sparse, that cost one dense layer (Sparse Factorized).
   """
+  inputs, outputs = (_size('factor_rank', n) for n in (inputs, outputs))
   return round(inputs * outputs / ((1 - _part('factor_rank', sparsity)) * (inputs + outputs)))
 
 
@@ -39,6 +40,7 @@ def doped_rank(inputs: int, outputs: int, sparsity: float, taps: int = 1) -> int
 
   `taps`: the positions of a convolution kernel. The rank is rounded down, as in the authors' code.
   """
+  inputs, outputs, taps = (_size('doped_rank', n) for n in (inputs, outputs, taps))
   return int(_part('doped_rank', sparsity) * taps * inputs * outputs / (taps * inputs + outputs))
 
 
@@ -72,3 +74,9 @@ def _part(function: str, sparsity: float) -> float:
   if not 0 <= sparsity < 1:
     raise ValueError(f'structured.{function}: `sparsity` must be a number from 0 to below 1, not {sparsity!r}.')
   return float(sparsity)
+
+
+def _size(function: str, n: int) -> int:
+  if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    raise ValueError(f'structured.{function}: a size must be a whole number, at least 1, not {n!r}.')
+  return n

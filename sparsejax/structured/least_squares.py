@@ -17,7 +17,7 @@ from sparsejax.arguments import checked
 from sparsejax.programs.arrangements import Arrangement, arrangement_of
 from sparsejax.programs.operands import Site, operands
 from sparsejax.structured.groups import Groups, Member
-from sparsejax.structured.removal import Cut, cut
+from sparsejax.structured.removal import Cut, cut, leaves_of
 from sparsejax.structured.searching import evolved
 from sparsejax.types import Array, PyTree
 from sparsejax.units import CONTRACTED
@@ -40,6 +40,10 @@ def tyr(groups: Groups, params: PyTree, batches: Iterable[Any], loss: Callable[[
   times with smaller steps. In this function all layers see the dense inputs, and the search runs once. Raises
   `ValueError` if no group takes part.
   """
+  leaves_of('structured.tyr', groups, params)
+  batches = list(batches)
+  if not batches:
+    raise ValueError('structured.tyr: there is no batch; give at least one.')
   own = _consumers(groups)
   grams = _grams(groups, params, {name: member.path for name, member in own.items()}, batches)
   table = {name: _levels(groups[name].size, grams[name], own[name], params, sparsity, levels, rounds) for name in grams}

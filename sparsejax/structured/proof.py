@@ -94,7 +94,7 @@ def _compared(a: Any, b: Any, tolerance: float) -> Proof:
   a, b = (np.asarray(x, np.float64 if not jnp.iscomplexobj(x) else np.complex128) for x in (a, b))
   same = np.array_equal(a, b, equal_nan=True)
   difference = 0.0 if same else float(np.max(np.abs(a - b), initial=0.0))
-  return Proof(difference, tolerance * float(np.max(np.abs(a), initial=0.0)))
+  return Proof(difference, tolerance * float(np.max(np.nan_to_num(np.abs(a), posinf=0.0), initial=0.0)))
 
 
 def _sums(program: Any) -> Iterator[int]:

@@ -52,7 +52,7 @@ def cut(groups: Groups, params: PyTree, keep: Mapping[str, Any] | None = None) -
   `ValueError` for parameters of other shapes (groups are those of one model: read them again after a cut), for unknown
   groups, masks of another size, and for groups without which a result depends on no input.
   """
-  leaves = _leaves_of('structured.cut', groups, params)
+  leaves = leaves_of('structured.cut', groups, params)
   units = _unneeded(groups, leaves) if keep is None else _checked(groups, keep)
   kept = positions(groups, units)
   small = _sliced(params, kept)
@@ -109,7 +109,7 @@ def _places(mask: np.ndarray, axis: int, rank: int) -> np.ndarray:
   return places.reshape([len(mask) if a == 0 else places.shape[1] if a == axis else 1 for a in range(rank)])
 
 
-def _leaves_of(function: str, groups: Groups, params: PyTree) -> dict[str, Any]:
+def leaves_of(function: str, groups: Groups, params: PyTree) -> dict[str, Any]:
   """Returns the arrays of `params` by path; raises `ValueError` if they are not those of the groups."""
   paths, leaves, treedef = trees.flatten(params)
   of, shapes, tree = trees.flatten(groups.shapes)

@@ -8,12 +8,12 @@
 from sparsejax.transforms.leaves import Leaves
 from sparsejax.transforms.method import Method
 from sparsejax.transforms.penalised import penalised, proximal
-from sparsejax.transforms.small import identity, only, protected, updating
+from sparsejax.transforms.small import identity, only, protected, resting, updating
 from sparsejax.transforms.sparsify import placeholders, sparsify, under_name
 from sparsejax.types import moved
 
 __all__ = [
   'Leaves', 'Method', 'identity', 'only', 'penalised', 'placeholders', 'protected',
-  'proximal', 'sparsify', 'under_name', 'updating',
+  'proximal', 'resting', 'sparsify', 'under_name', 'updating',
 ]
 moved(__name__, {'gated': (updating, 'transforms.updating')})

@@ -111,6 +111,32 @@ def protected(inner: Inner, used: PyTree) -> Optimizer:
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+@checked
+def resting(inner: Inner, begin: int, end: int) -> Optimizer:
+  """Returns `inner`, whose updates are zero from update `begin` to update `end - 1`, and which does not see these.
+
+  With an `end` that is not after `begin`, no update is zero.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def update(grads: PyTree, state: 'RestingState', params: PyTree | None = None, **extra: Any):
+    rests = (state.count >= begin) & (state.count < end)
+    moves, after = jax.lax.cond(
+        rests, lambda: (jax.tree.map(jnp.zeros_like, grads), state.inner),
+        lambda: inner.update(grads, state.inner, params, **extra))
+    return moves, RestingState(optax.safe_increment(state.count), after)
+
+  return optax.GradientTransformationExtraArgs(
+      lambda params: RestingState(jnp.zeros((), jnp.int32), inner.init(params)), update)
+
+
+class RestingState(NamedTuple):
+  """A `RestingState` is the number of updates, `int32[]`, and the state of the optimizer, which rests for some."""
+
+  count: Array
+  inner: Any
+
+
 class UpdatingState(NamedTuple):
   """An `UpdatingState` is the number of updates, `int32[]`, and the masks of the weights that are picked for now."""
 

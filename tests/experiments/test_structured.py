@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from experiments import structured
-from experiments.structured import detection
+from experiments.structured import detection, replacing
+from experiments.structured.replacing import Replacements
 from experiments.structured.subjects import SUBJECTS, Cuttable, RunSizes
 from experiments.tables import cuts
 
@@ -36,6 +37,19 @@ def test_cells_run_once_and_the_table_has_a_row_for_each_method(tmp_path, monkey
   monkeypatch.setitem(SUBJECTS, 'vit', lambda *given: pytest.fail('made again'))
   assert structured.run('vit', str(tmp_path), **options) == lines
   assert '| group_taylor | 50 |' in (tmp_path / 'cuts.md').read_text()
+
+
+@pytest.mark.parametrize('table, width', [('wide', 4), ('gated', 1)])
+def test_replacements_cost_what_the_dense_network_costs_or_less(table, width, tmp_path, monkeypatch):
+  monkeypatch.setattr(replacing, 'SPARSITIES', (0.5,))
+  sizes = Replacements(batch=4, steps=2, width=width)
+  (line,) = structured.run(table, str(tmp_path), sizes=sizes, seeds=[0])
+  dense, *others = (own for own in line.values() if 'multiply-adds' in own)
+  of_gates = {'wide': 0, 'gated': 1 * 2 + 2 * 4}[table]
+  for own in others:
+    assert 0 <= own['accuracy'] <= 1 and 0 < own['multiply-adds'] <= 1.02 * dense['multiply-adds'] + of_gates
+    assert table == 'gated' or own['multiply-adds'] >= 0.98 * dense['multiply-adds']
+  assert '| dense |' in (tmp_path / 'cuts.md').read_text()
 
 
 def test_the_table_has_intervals_over_seeds():

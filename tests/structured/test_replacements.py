@@ -47,32 +47,48 @@ def test_a_mixture_is_the_weighted_sum_and_channels_pass_by():
   assert int(architecture.sharpest(jnp.array([1.0, 3, 3]))) == 1
 
 
-def test_a_search_over_sparse_operations_finds_the_sparse_one():
-  """As in DASS, a recipe learns the masks, the training batch the weights, and the validation batch the alphas."""
+def searched(steps, begin, end):
+  """Returns the parameters after each update of DASS on two operations, of which the sparse one is right, and the loss.
+  """
   x = jax.random.normal(KEY, (64, 6))
   y = x[:, :2].sum(1, keepdims=True) * 2  # two inputs of six count
-  p = {'sparse': {'kernel': jax.random.normal(KEY, (6, 1))}, 'skip': {'kernel': jnp.zeros((1,))}, 'alpha': jnp.zeros(2)}
+  p = {'sparse': {'kernel': 0.1 * jax.random.normal(KEY, (6, 1))}, 'skip': {'scale': jnp.zeros((1,))},
+       'alpha': jnp.zeros(2)}
 
   def loss(p, batch):
     first, second = batch
-    operations = [lambda h: h @ p['sparse']['kernel'], lambda h: h[:, 3:4] * p['skip']['kernel']]
+    operations = [lambda h: h @ p['sparse']['kernel'], lambda h: h[:, 3:4] * p['skip']['scale']]
     return jnp.mean((architecture.mixed(operations, p['alpha'], first, weighting=architecture.max_w) - second) ** 2)
 
-  labels = {'sparse': {'kernel': 'sparse'}, 'skip': {'kernel': 'weights'}, 'alpha': 'alpha'}
-  sparse = sj.recipes.gradual_magnitude(optax.adam(0.1), sparsity=2 / 3, begin=5, end=20, every=5)
-  tx = optax.partition({'sparse': sparse, 'weights': optax.sgd(0.1), 'alpha': optax.adam(0.05)}, labels)
+  tx = sj.recipes.dass(optax.adam(0.1), 2 / 3, alpha_optimizer=optax.adam(0.05), score_optimizer=optax.sgd(0.01),
+                       dense_steps=begin, fine_tune_steps=steps - end, total_steps=steps)
 
-  @jax.jit
-  def step(p, state):
-    grads = architecture.bilevel(loss, p, (x[:32], y[:32]), (x[32:], y[32:]), trees.named('alpha'))
-    moves, state = tx.update(grads, state, p)
-    return optax.apply_updates(p, moves), state
+  def step(carry, _):
+    grads = architecture.bilevel(loss, carry[0], (x[:32], y[:32]), (x[32:], y[32:]), trees.named('alpha'))
+    moves, state = tx.update(grads, carry[1], carry[0])
+    after = optax.apply_updates(carry[0], moves)
+    return (after, state), after
 
-  state = tx.init(p)
-  for _ in range(80):
-    p, state = step(p, state)
-  assert int(architecture.sharpest(p['alpha'])) == 0
-  assert np.flatnonzero(p['sparse']['kernel']).tolist() == [0, 1] and loss(p, (x[32:], y[32:])) < 0.05
+  seen = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), None, steps)[1])(p)
+  return seen, loss(jax.tree.map(lambda w: w[-1], seen), (x[32:], y[32:]))
+
+
+def test_dass_finds_the_sparse_operation_and_trains_weights_masks_and_weights_again():
+  begin, end = 30, 50
+  seen, value = searched(80, begin, end)
+  assert int(architecture.sharpest(seen['alpha'][-1])) == 0 and value < 0.05
+  weights = np.asarray(seen['sparse']['kernel'])[..., 0]
+  kept = weights != 0
+  assert kept[:begin - 1].all() and (kept[begin - 1:].sum(1) == 2).all() and np.flatnonzero(kept[-1]).tolist() == [0, 1]
+  moved = np.where(kept[1:] & kept[:-1], np.diff(weights, axis=0), 0).any(1)  # by the updates from the second on
+  assert moved[:begin - 1].all() and not moved[begin - 1:end - 1].any() and moved[end - 1:].all()
+  scale, alpha = np.asarray(seen['skip']['scale']), np.asarray(seen['alpha'])
+  assert (scale[begin:end] == scale[begin - 1]).all() and np.diff(alpha, axis=0).any(1).all()
+  memory, w = sj.scores.accumulated_movement(optax.sgd(0.5), since=2), jnp.array([2.0, -4.0])
+  stat = memory.start(w)
+  for step, score in enumerate(([.5, 1], [.5, 1], [-.5, 3], [-1.5, 5])):  # S - 0.5 w dL/dw'
+    stat = memory.observe(stat, w, Signals(step=step, grad=jnp.ones(2)))
+    np.testing.assert_allclose(stat.score, score)
 
 
 def test_binary_weights_are_signs_times_the_mean_of_each_output():
@@ -197,8 +213,11 @@ def test_no_entry_is_read_more_often_than_the_mean_rounded_up(size):
   (lambda: architecture.mixed([jnp.sin], jnp.zeros(2), jnp.ones(3)), 'need alpha of shape'),
   (lambda: architecture.mixed([jnp.sin], jnp.zeros(1), jnp.ones(3), channels=2), 'does not divide'),
   (lambda: architecture.bilevel(lambda p, b: 0.0, {'a': jnp.ones(1)}, 0, 0, lambda *_: False), 'picks no leaf'),
+  (lambda: sj.recipes.dass(optax.sgd(0.1), total_steps=9, alphas=lambda *_: False).init({'kernel': jnp.ones((4, 4))}),
+   'recipes.dass: `alphas` picks no leaf'),
   (lambda: architecture.without_worst(jnp.ones((2, 2), bool), jnp.ones((2, 2))), 'not of shape'),
   (lambda: iso_flop.branches(1.0), 'below 1'),
+  (lambda: iso_flop.wide_width(-4, 0.5), 'at least 1, not -4'),
   (lambda: iso_flop.equal_flops(*[sj.contractions(dense, {'a': jnp.ones((24, n)), 'b': jnp.ones((n, 10))}, jnp.ones(
     (2, 24))) for n in (32, 16)]), 'make the replacement larger'),
   (lambda: sharing.fold({'a': jnp.ones(3)}, 4, KEY), 'from 1 to 3'),

@@ -56,7 +56,7 @@ def loss(p):
 # Arguments that a recipe needs beside the groups, and the fraction of units that then is zero.
 GIVEN = {
   'group_magnitude': {'total_steps': STEPS, 'every': 2}, 'group_taylor': {'total_steps': STEPS, 'every': 2},
-  'oto': {'penalty': 1.0, 'epsilon': 0.99, 'begin': 2}, 'hesso': {'begin': 2, 'steps': 4},
+  'oto': {'penalty': 1.0, 'epsilon': 0.99, 'begin': 2, 'end': 6}, 'hesso': {'begin': 2, 'steps': 4},
   'dhspg': {'begin': 2, 'steps': 4}, 'wgsef': {'kept': 7, 'learning_rate': 0.05, 'begin': 8},
   'norm_scale': {'begin': 6}, 'latency_aware': {'penalty': 1e-3, 'begin': 6},
   'hap': {'loss': loss, 'samples': 4, 'key': KEY},
@@ -87,6 +87,16 @@ def test_every_recipe_trains_half_of_the_units_to_zero_and_cut_removes_exactly_t
   assert {name: len(mask) for name, mask in keep.items()} == {name: g.size for name, g in found().items()}
   assert small.params['in']['kernel'].shape[1] == keep['in/kernel:1'].sum()
   assert all(row.achieved > 0 for row in sj.report(p, state).rows)
+
+
+@pytest.mark.parametrize('name, options', [
+  ('oto', {'penalty': 0.0, 'begin': 2, 'end': 4}),
+  ('wgsef', {'penalty': 0.0, 'begin': 2, 'kept': 13, 'learning_rate': 0.05})])
+def test_a_budget_is_reached_though_no_unit_comes_near_zero(name, options):
+  recipe = recipes.STRUCTURED[name](optax.sgd(0.05), found(), budget=structured.flops(0.5), **options)
+  left = {name: int(mask.sum()) for name, mask in structured.kept(found(), trained(recipe, params())[0]).items()}
+  cost = structured.multiply_adds(found())
+  assert cost(left) <= cost({}) / 2 < max(cost({**left, name: size + 1}) for name, size in left.items())
 
 
 @pytest.mark.parametrize('options, counts', [
@@ -153,7 +163,7 @@ def test_half_space_projects_what_the_paper_projects():
   for epsilon, left in ((0.0, [0, 1]), (0.5, [0, 1]), (0.9, [0])):
     _, _, own = seen(trial, stats=x)
     scores = saliences.half_space(epsilon)(own)
-    keep = updates.below_zero(alive, scores, lambda scores: jnp.zeros(scores.shape, bool), scores, None)
+    keep = updates.below_zero()(alive, scores, lambda scores: jnp.zeros(scores.shape, bool), scores, None)
     assert np.flatnonzero(keep).tolist() == left
   near = penalties.group_norm(0.5, groups).prox({**leaves, 'w': (jnp.asarray(x) - 0.1 * jnp.asarray(grad)).T}, 0.1)
   assert np.asarray(near['w']).any(0).all()  # the proximal step zeroes none of them
@@ -245,8 +255,11 @@ def test_proximal_training_holds_exact_zeros_that_report_counts():
   (lambda: structured.grouped('in/kernel:1', 0.5), 'groups of a program'),
   (lambda: recipes.hesso(optax.sgd(0.1), found()).init({'in': params()['in']}), "'mid/kernel'|'out/kernel'"),
   (lambda: recipes.group_magnitude(optax.sgd(0.1), found(), 0.5), 'pass total_steps='),
+  (lambda: recipes.oto(optax.sgd(0.1), found(), budget=structured.flops(0.01), end=9), 'budget of 0.01 is .* costs'),
   (lambda: trained(recipes.norm_scale(optax.sgd(0.1), found(), scales='bias', begin=1), params(), 2), 'mid/kernel:1'),
   (lambda: recipes.oto(optax.sgd(0.1), found(), epsilons=1), 'epsilon'),
+  (lambda: recipes.wgsef(optax.sgd(0.1), found(), 99, 0.1), 'kept=99 of 14 units in 2 groups'),
+  (lambda: updates.below_zero(until='last'), 'until'),
 ])
 def test_bad_input_is_refused_in_words(call, said):
   with pytest.raises(ValueError, match=said):

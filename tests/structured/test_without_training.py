@@ -82,33 +82,111 @@ def test_the_principal_directions_lose_less_than_axes_do():
   assert error(whole) < 1e-8
 
 
-def shifted(p, x):
-  n = (x @ p['in']) * p['scale'] + p['shift']
-  return n @ p['out']
+# The variance of a LayerNorm takes one pass or two.
+
+
+def layer_norm(x, scale, shift, fast):
+  mean = jnp.mean(x, -1, keepdims=True)
+  variance = jnp.mean(x * x, -1, keepdims=True) - mean ** 2 if fast else jnp.var(x, -1, keepdims=True)
+  return (x - mean) * (jax.lax.rsqrt(variance + 1e-6) * scale) + shift
+
+
+def with_layer_norms(fast, scanned=False):
+  """Returns a model of two blocks with LayerNorms, scanned or not, and its parameters."""
+  def block(h, w):
+    n = layer_norm(h, w['scale'], w['shift'], fast)
+    return h + jax.nn.relu(n @ w['up'] + w['bias']) @ w['down'] + w['end'], None
+
+  def apply(p, tokens):
+    first = jnp.broadcast_to(p['first'], (len(tokens), 1, WIDTH))  # a class token
+    h = jnp.concatenate([first, jnp.where(tokens[..., None] > 3, p['embed'][tokens] * 2.0, 0.0)], 1) + p['position']
+    if scanned:
+      h = jax.lax.scan(block, h, p['blocks'])[0]
+    else:
+      for i in range(2):
+        h = block(h, jax.tree.map(lambda w, i=i: w[i], p['blocks']))[0]
+    return layer_norm(h, p['scale'], p['shift'], fast) @ p['head']
+
+  shapes = {'embed': (12, WIDTH), 'first': (WIDTH,), 'position': (6, WIDTH), 'scale': (WIDTH,), 'shift': (WIDTH,),
+            'head': (WIDTH, 12),
+            'blocks': {'scale': (2, WIDTH), 'shift': (2, WIDTH), 'up': (2, WIDTH, 16), 'bias': (2, 16),
+                       'down': (2, 16, WIDTH), 'end': (2, WIDTH)}}
+  rng = np.random.default_rng(3)
+  own = jax.tree.map(lambda shape: rng.normal(size=shape) * 0.3 + 0.5, shapes, is_leaf=lambda x: isinstance(x, tuple))
+  return apply, jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), own)
+
+
+@pytest.mark.parametrize('fast, scanned', [(True, False), (True, True), (False, True)])
+def test_layer_norms_are_rotated_as_rms_norms_and_the_function_stays(fast, scanned, tmp_path):
+  function, own = with_layer_norms(fast, scanned)
+  groups = structured.groups(function, own, TOKENS)
+  assert ('embed:1' in groups.pinned) != fast
+  centred, moved = structured.centered(groups, own, 'embed:1')
+  result = function(own, TOKENS)
+  apart = lambda turned, f=centred.apply: float(jnp.max(jnp.abs(f(turned, TOKENS) - result)) / jnp.max(jnp.abs(result)))
+  matrix = np.linalg.qr(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)))[0]
+  assert apart(moved) < 1e-5 and apart(structured.rotate(centred, moved, 'embed:1', matrix)) < 1e-5
+  assert abs(jnp.mean(moved['embed'], -1)).max() < 1e-6 and apart(own) > 1e-3
+  whole = structured.slice_gpt(groups, own, [TOKENS], 0.0, stream='embed:1', multiple_of=1)
+  assert apart(whole.params, whole.apply) < 1e-5
+  small = structured.slice_gpt(groups, own, [TOKENS], 0.25, stream='embed:1', multiple_of=2)
+  assert small.params['blocks']['up'].shape == (2, 6, 16)
+  structured.save(tmp_path / 'small', small)
+  again = structured.load(tmp_path / 'small', structured.without_means(function, 'embed:1'))
+  np.testing.assert_allclose(again.apply(again.params, TOKENS), small.apply(small.params, TOKENS), atol=1e-5)
 
 
 def tied(p, tokens):
   return norm(p['embed'][tokens] + p['position'], p['scale']) @ p['embed'].T
 
 
+def bent(p, x):
+  return norm(jax.nn.relu(x @ p['in']), p['scale']) @ p['out']
+
+
+def post_norm(p, x):
+  h = norm(x @ p['in'], p['scale'])
+  return (h + h @ p['mid']) @ p['out']
+
+
+def mixed(p, x):
+  h = x @ p['in']
+  return norm(h, p['scale']) @ p['other'] + layer_norm(h, p['scale'], p['shift'], True) @ p['out']
+
+
+def shifted(p, x):
+  return layer_norm(x @ p['in'], p['scale'], p['shift'], True) @ p['out']
+
+
+IN_OUT = {'in': (3, 4), 'scale': (4,), 'out': (4, 2)}
+
+
 @pytest.mark.parametrize('function, shapes, x, said', [
-  (shifted, {'in': (3, 4), 'scale': (4,), 'shift': (4,), 'out': (4, 2)}, jnp.ones((2, 3)), 'as a LayerNorm does'),
   (tied, {'embed': (5, 4), 'position': (3, 4), 'scale': (4,)}, jnp.zeros((2, 3), int), 'untie the two'),
+  (bent, IN_OUT, jnp.ones((2, 3)), 'through this operation: max'),
+  (post_norm, IN_OUT | {'mid': (4, 4)}, jnp.ones((2, 3)), 'as in a post-norm'),
+  (shifted, IN_OUT | {'shift': (4,)}, jnp.ones((2, 3)), 'structured.centered'),
+  (mixed, IN_OUT | {'other': (4, 2), 'shift': (4,)}, jnp.ones((2, 3)), "'other'.* keeps the mean"),
 ])
 def test_what_cannot_be_rotated_is_refused_with_the_reason(function, shapes, x, said):
   own = {name: jnp.full(shape, 2.0) for name, shape in shapes.items()}
   groups = structured.groups(function, own, x)
   with pytest.raises(ValueError, match=said):
-    structured.rotate(groups, own, next(iter(groups)), np.eye(4))
+    change = structured.centered if function is mixed else lambda *each: structured.rotate(*each, np.eye(4))
+    change(groups, own, next(iter(groups)))
 
 
 @pytest.mark.parametrize('call, said', [
   (lambda: structured.rotate(found(), params(), stream(), np.ones((WIDTH, WIDTH))), 'must be orthogonal'),
   (lambda: structured.rotate(found(), params(), 'none', np.eye(WIDTH)), "group 'none'"),
   (lambda: structured.slice_gpt(found(), params(), [TOKENS], 0.5), 'leaves less than 8 of 8'),
+  (lambda: structured.slice_gpt(found().only('key:1'), {}, [TOKENS], stream='key:1'), 'another structure'),
+  (lambda: structured.rotate(found(), params(), 'head:1', np.eye(12)), "'head:1' may not go: .* axis of the result"),
   (lambda: structured.slice_gpt(found(), params(), [], 0.5, multiple_of=1), 'there is no batch'),
   (lambda: structured.multi_pruner(found(), params(), loss, 0.2, widths='up/*', heads='x*'), "'up/\\*'"),
   (lambda: structured.multi_pruner(found(), params(), loss, 0.9, widths='up:1', heads='key:1'), 'nothing more can go'),
+  (lambda: structured.tyr(found(), params(), [], loss), 'there is no batch'),
+  (lambda: structured.is_rotated(found(), params(), {}, TOKENS), 'another structure'),
   (lambda: structured.tyr(found().only('key:2'), params(), [TOKENS], loss), 'no group has one product'),
 ])
 def test_bad_input_is_refused_in_words(call, said):

@@ -102,6 +102,7 @@ PROMISES = {
     'global_sparse_momentum': Promise(memory=1),
     'iterative_soft_shrinkage': Promise(zeros_from=None),
     'lottery_jackpot': Promise(counts=True, memory=9, trained=False),
+    'dass': Promise(memory=9, trained=False),  # the weights rest while the masks are trained
 }
 # The options that a recipe needs, or without which it would do nothing within a dozen updates.
 OPTIONS = {
@@ -110,6 +111,7 @@ OPTIONS = {
     'irrelevant_weights': {'every': 2, 'removed': 0.5},
     **dict.fromkeys(('gradual_magnitude', 'turbo_vbi'), {'every': 2}),
     'soft_movement_pruning': {'score_optimizer': optax.sgd(5.0)},
+    'dass': {'score_optimizer': optax.sgd(5.0), 'alpha_optimizer': optax.sgd(1.0)},
     'iterative_soft_shrinkage': {'fine_tune_steps': TUNED}, 'synflow': {'rounds': 5},
     'random_search': {'candidates': 3},
     'global_sparse_momentum': {'sparsity': 0.7},

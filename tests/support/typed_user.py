@@ -109,7 +109,7 @@ def pruned(params: Params, batches: list[Array]) -> Params:
 
 def cut(params: Params, x: Array, keep: dict[str, Array]) -> sj.structured.Cut:
   groups: sj.structured.Groups = sj.structured.groups(apply, params, x)
-  tx: Optimizer = sj.recipes.oto(optax.sgd(0.1), groups, 0.5)
+  tx: Optimizer = sj.recipes.oto(optax.sgd(0.1), groups, 0.5, total_steps=10)
   small = sj.structured.cut(groups, params, keep)
   print(tx, [group.size for group in groups.values()], small.apply(small.params, x))
   print(sj.structured.prove(groups, params, small, x))

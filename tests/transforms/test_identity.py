@@ -57,7 +57,7 @@ def test_every_other_recipe_refuses_a_state_and_names_both(name):
       for tool in (sj.masks, sj.project, sj.report, sj.check) if state is not old else ():
         with pytest.raises(ValueError, match=f'made by {name} .*This optimizer is {other} '):
           tool(PARAMS, state)
-  unlike_all_others = ('dense', 'movement_pruning', 'snfs', 'soft_movement_pruning', 'sparcl', 'st3')
+  unlike_all_others = ('dass', 'dense', 'movement_pruning', 'snfs', 'soft_movement_pruning', 'sparcl', 'st3')
   assert seen or name in unlike_all_others
 
 
