@@ -171,6 +171,8 @@ def test_a_token_reads_the_gate_once_and_of_up_and_down_what_its_neurons_need(na
               down=formats.ActiveArray.of(w['down'].at[128:].set(jnp.nan)))
   run = jax.jit(kernels_pallas.packed(small.apply, implementation='xla'), keep_unused=True)
   np.testing.assert_allclose(run(lost, x), apply(w, x), rtol=1e-4)
+  with pytest.raises(ValueError, match="active_outputs: implementation 'mosaic_tpu' cannot run this"):
+    kernels_pallas.packed(small.apply, implementation='mosaic_tpu')(lost, x)
   text, leaves = run.lower(lost, x).compile().as_text(), jax.tree.leaves(lost)
   rows = {}
   for path, leaf in lost.items():

@@ -73,6 +73,10 @@ REFUSED = {
     'active: dtype': (lambda: active_matmul(HALF.astype(int), ONES), 'x has dtype int32'),
     'active: elsewhere': (lambda: active_matmul(HALF, ONES, implementation='mosaic_tpu'), 'it is for tpu.*can; None'),
     'outputs: shapes': (lambda: active_outputs(HALF, ONES, HALF > 0), r'must be \[..., K\], \[N, K\] and bool'),
+    'outputs: capacity': (lambda: active_outputs(HALF, HALF, jnp.ones((4, 4), bool), capacity=0.5),
+                          'active_outputs: capacity 0.5 must be a number of blocks'),
+    'outputs: elsewhere': (lambda: active_outputs(HALF, HALF, jnp.ones((4, 4), bool), implementation='mosaic_gpu'),
+                           'active_outputs: .*it is for cuda.*can; None'),
     'active: name': (lambda: active_matmul(HALF, ONES, implementation='mosaic'), 'active_matmul: unknown impl'),
 }
 
