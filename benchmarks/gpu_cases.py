@@ -169,7 +169,7 @@ def _listed_tokens(length: int, keep: int) -> GpuCase:
                       jnp.int32)
   attend = lambda how, q, k, v, index: gathered_attention(q, k, v, index, implementation=how)
   whole = _best_attention(q[:, None], k, v)
-  return GpuCase(functools.partial(attend, 'mosaic_gpu'), (q, k, v, index), lambda q, k, v: whole(q[:, None], k, v)[:, 0],
+  return GpuCase(functools.partial(attend, 'mosaic_gpu'), (q, k, v, index), lambda q, *kv: whole(q[:, None], *kv)[:, 0],
                  (q, k, v), lambda: attend('xla', q, k, v, index), length / keep, 0.5 * length / keep)
 
 
