@@ -227,12 +227,21 @@ def once(apply: Callable[..., Any], builder: Builder, after: int, *, implementat
     return Reused(jnp.zeros((), jnp.int32), {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items()})
 
   def step(state: Reused, *args: Any) -> tuple[Any, Reused]:
-    masks = jax.lax.cond(state.step == after, lambda args: choose(*args), lambda args: state.masks, args)
+    choice = lambda args: _alike(choose(*args), state.masks)
+    masks = jax.lax.cond(state.step == after, choice, lambda args: state.masks, args)
     sparse = lambda args: sparse_attention(apply, _given(state.masks, builder), implementation=implementation)(*args)
     result = jax.lax.cond(state.step <= after, lambda args: apply(*args), sparse, args)
     return result, Reused(state.step + 1, masks)
 
   return init, step
+
+
+def _alike(masks: dict[str, Array], before: dict[str, Array]) -> dict[str, Array]:
+  shapes = lambda of: {name: mask.shape for name, mask in of.items()}
+  if shapes(masks) != shapes(before):
+    raise ValueError(f'once: the state is for masks of shapes {shapes(before)}, and this step has {shapes(masks)}: its '
+                     'inputs have another shape, or it is of another program. Call init for these inputs.')
+  return masks
 
 
 def _given(masks: dict[str, Array], builder: Builder) -> Builder:

@@ -43,7 +43,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   `explain=True` returns the choice of each platform and its reason instead of the product. Under `vmap` over `x`, 'xla'
   computes both the sparse and the dense product; pass all tokens in one call instead.
   """
-  _check(x, w, mask, block, capacity)
+  _check(x, w, threshold, mask, block, capacity)
   kept = passed(x, threshold, mask).reshape(-1, x.shape[-1])
   blocks = x.shape[-1] // block
   capacity = int(CAPACITY * blocks) if capacity is None else capacity
@@ -73,7 +73,10 @@ def active_outputs(x: Array, w: Array, mask: Array, *, block: int = 16, capacity
   if w.ndim != 2 or x.shape[-1:] != w.shape[1:] or mask.shape != (*x.shape[:-1], w.shape[0]) or mask.dtype != bool:
     raise ValueError(f'active_outputs: x {x.shape}, w {w.shape} and mask {mask.dtype}{mask.shape} must be [..., K], '
                      '[N, K] and bool[..., N].')
-  _check_capacity('active_outputs', capacity)
+  if reason := products.refused_dtype(x):
+    raise ValueError(f'active_outputs: {reason}.')
+  _check_whole('active_outputs', 'capacity', capacity, 0)
+  _check_whole('active_outputs', 'block', block, 1)
   n, k = w.shape
   block = math.gcd(block, n)
   args = mask.reshape(-1, n).astype(x.dtype), w.astype(x.dtype), x.reshape(-1, k)
@@ -109,7 +112,7 @@ def prefer(x: Array, w: Array, *others: Array) -> Choice:
   return Choice('xla', f'{x.shape[0]} tokens: reads the active blocks only, all if there are more than the capacity')
 
 
-def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | None) -> None:
+def _check(x: Array, w: Array, threshold: Any, mask: Array | None, block: int, capacity: int | None) -> None:
   if reason := refusal(x, w):
     raise ValueError(f'active_matmul: {reason}.')
   if not isinstance(block, int) or block < 1 or x.shape[-1] % block:
@@ -118,12 +121,16 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
   if mask is not None and (mask.dtype != bool or tuple(mask.shape) not in (tuple(x.shape), x.shape[-1:])):
     raise ValueError(f'active_matmul: mask of shape {mask.shape} and dtype {mask.dtype} must be bool and like x, '
                      f'{x.shape}, or [K], {x.shape[-1:]}; True is kept.')
-  _check_capacity('active_matmul', capacity)
+  if threshold is not None and jnp.shape(threshold) not in ((), (1,), x.shape[-1:]):
+    raise ValueError(f'active_matmul: threshold of shape {jnp.shape(threshold)} must be a number, or one for each of '
+                     f'the {x.shape[-1]} inputs.')
+  _check_whole('active_matmul', 'capacity', capacity, 0)
 
 
-def _check_capacity(op: str, capacity: int | None) -> None:
-  if capacity is not None and not (isinstance(capacity, int) and 0 <= capacity):
-    raise ValueError(f'{op}: capacity {capacity!r} must be a number of blocks that is known at trace time.')
+def _check_whole(op: str, name: str, value: int | None, least: int) -> None:
+  if value is not None and not (isinstance(value, int) and least <= value):
+    of = 'blocks' if least == 0 else 'rows'
+    raise ValueError(f'{op}: {name} {value!r} must be a number of {of} that is known at trace time.')
 
 
 def passed(x: Array, threshold: Any, mask: Array | None = None) -> Array:

@@ -143,8 +143,8 @@ def _loss(calls: Calls, rule: PerplexityRule, results: list[list[Any]]) -> float
   found = [rule.loss(program.unflatten(each), *args, **kwargs)
            for program, each, (args, kwargs) in zip(calls.programs, results, calls.given)]
   if wrong := [np.shape(each) for each in found if np.shape(each)]:
-    raise ValueError(f'{FUNCTION}: the loss of ppl returned an array of shape {wrong[0]}; `loss(results, *inputs)` must '
-                     'return one number, the mean over the tokens of a batch, in nats.')
+    raise ValueError(f'{FUNCTION}: the loss of ppl returned an array of shape {wrong[0]}; `loss(results, *inputs)` '
+                     'must return one number, the mean over the tokens of a batch, in nats.')
   losses = [float(each) for each in found]
   if not np.all(np.isfinite(losses)):
     raise ValueError(f'{FUNCTION}: the loss of ppl is not finite in batch {int(np.argmin(np.isfinite(losses)))}. Look '

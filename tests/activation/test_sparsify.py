@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import kernels_pallas
-from sparsejax import activation, allocation, formats, io
+from sparsejax import activation, formats, io
+from sparsejax.allocation import erk
 from sparsejax.programs import hlo
 
 D, F, T = 8, 16, 12
@@ -260,7 +261,7 @@ REFUSED = {
     'packed': (lambda: refused(params=weights() | {'up': formats.ActiveArray.of(weights()['up'])}),
                'up is packed already'),
     'rank': (lambda: refused(rule=activation.r_sparse(0.5), allocation=activation.greedy()), 'not those of r_sparse'),
-    'an allocation of weights': (lambda: refused(allocation=allocation.erk), 'as in activation.greedy'),
+    'an allocation of weights': (lambda: refused(allocation=erk), 'as in activation.greedy'),
     'a loss of each token': (lambda: refused(rule=activation.ppl(5, lambda y, x: y)),
                              r'the loss of ppl returned an array of shape \(.*must return one number'),
     'traced': (lambda: jax.eval_shape(lambda x: refused([x]).params, BATCHES[0]),
