@@ -247,4 +247,4 @@ def _few_outputs(x: Array, w: Array, order: Array, count: Array, block: int, pla
   found = hopper.kernel(body, out, (place, listed, turned, w), blocks=plan.blocks, scratch=scratch,
                         interpret=interpret)
   found = found.sum(0)[:, :tokens].T.reshape(tokens, -1, block)
-  return reference.placed(found.astype(x.dtype), order, count)
+  return reference.scattered_blocks(found.astype(x.dtype), order, count)

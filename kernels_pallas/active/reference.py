@@ -71,7 +71,7 @@ def dense_transposed(x: Array, w: Array) -> Array:
   return products.dot(x, w, 1, 1).astype(x.dtype)
 
 
-def placed(found: Array, order: Array, count: Array) -> Array:
+def scattered_blocks(found: Array, order: Array, count: Array) -> Array:
   """Returns the first `count` blocks of `found [M, listed, block]` at their places in `order`, and zeros elsewhere.
 
   The result is `[M, N]`. Blocks from `count` on may hold anything.

@@ -135,7 +135,7 @@ def _few_outputs(x: Array, w: Array, order: Array, count: Array, block: int, int
       out_shape=mosaic_tpu.result((steps, *size), x.dtype, parts, w, place), name='active_outputs')
   found = call(place, -(-count // together)[None], parts, w)
   found = found.reshape(steps, -1, together, block).swapaxes(0, 1)[:tokens]
-  return reference.placed(found.reshape(tokens, -1, block), order, count)
+  return reference.scattered_blocks(found.reshape(tokens, -1, block), order, count)
 
 
 def _outputs_kernel(place, steps, x_ref, w_ref, y_ref, tile_ref, sum_ref, arrived, *, block: int, together: int):
