@@ -130,6 +130,15 @@ def test_calibration_data_skip_what_was_asked_and_greedy_gives_the_same_mean():
   assert rows['down'].asked > rows['gate'].asked  # activations after the gate are heavy-tailed
 
 
+def test_greedy_spares_the_product_that_moves_the_results():
+  """Both products of one input have equal errors, and the results have a hundredth of the second."""
+  small = activation.sparsify(lambda w, x: x @ w['gate'] + 0.01 * (x @ w['up']), {'gate': weights()['gate'], 'up':
+                              weights()['gate']}, BATCHES, activation.wina(0.4), allocation=activation.greedy(0.1),
+                              where=lambda path, leaf: True)
+  gate, up = (row.asked for row in small.report.rows)
+  assert up > gate + 0.5 and small.report.asked == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize('rule', [activation.cats(0.5), activation.chess(0.5), activation.top_k(6)],
                          ids=['cats', 'chess', 'top_k'])
 def test_neurons_of_a_scan_are_switched_off_in_every_implementation_on_disk_and_in_derivatives(rule, tmp_path):
