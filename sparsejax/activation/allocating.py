@@ -15,8 +15,8 @@ from sparsejax.activation.measuring import (
   Observed,
   Thresholds,
   below,
-  moved,
   over_batches,
+  results_moved,
   runs,
   skipping,
   tested,
@@ -61,8 +61,8 @@ class Greedy(NamedTuple):
 def greedy(step: float = 0.025) -> Greedy:
   """Returns the allocation of TEAL (Liu et al. 2024, 2408.14690, algorithm 1): equal steps where they cost least.
 
-  Deviation: the error of a step is the relative squared error of the weight's own product, times by how much such an
-  error moves the results of the program. The errors are measured once, at 20 sparsities and with dense inputs. The move
+  Deviation: the error of a step is the relative squared error of the weight's own product, times how far such an error
+  moves the results. The errors are measured once, at 20 sparsities and with dense inputs. The move
   is measured once for each weight, at a sparsity of 0.5 of this weight alone, and results of padding count. The errors
   of weights add. The authors measure the output of the block anew for each step.
   """
@@ -76,8 +76,10 @@ def shared(calls: Calls, places: Weights, rule: Rule, own: Mapping[Unit, Any],
     raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of '
                      f'{rule.name}; leave `allocation` out.')
   histograms = {unit: over_batches(each) for unit, each in found.items()}
-  limits_at = lambda level: {unit: rule.thresholds(each.quantile(rule.level(level)), own[unit])
-                             for unit, each in histograms.items()}
+
+  def limits_at(level: float) -> Thresholds:
+    return {unit: rule.thresholds(each.quantile(rule.level(level)), own[unit]) for unit, each in histograms.items()}
+
   levels = [_errors(calls, places, limits_at(level)) for level in LEVELS[1:]]
   dense, limits = runs(calls, places, lambda seen: None), limits_at(LEVELS[MIDDLE])
   errors = {}
@@ -97,7 +99,7 @@ def _moved_by(calls: Calls, places: Weights, limits: Thresholds, unit: Unit, den
     seen = observed.product
     return skipping(seen, skips(seen), {})[1] if seen.unit == unit else None
 
-  return moved(dense, runs(calls, places, visit))
+  return results_moved(dense, runs(calls, places, visit))
 
 
 def _errors(calls: Calls, places: Weights, limits: Thresholds) -> dict[Unit, float]:

@@ -181,7 +181,7 @@ def tested(calls: Calls, places: Weights, skips: Callable[[Seen], Array], rests:
   return sums, runs(calls, places, visit)
 
 
-def moved(dense: list[list[Any]], sparse: list[list[Any]]) -> float:
+def results_moved(dense: list[list[Any]], sparse: list[list[Any]]) -> float:
   """Returns the squared difference of the results of all batches over the squared norm of the dense results."""
   error, whole = 0.0, 0.0
   for a, b in [pair for each in zip(dense, sparse) for pair in zip(*each)]:

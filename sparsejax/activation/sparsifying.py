@@ -29,8 +29,8 @@ from sparsejax.activation.measuring import (
   below,
   magnitudes_of,
   mean_of_up,
-  moved,
   over_batches,
+  results_moved,
   scale_of,
   scales,
   statistics,
@@ -238,7 +238,7 @@ def _apart(apply: Callable[..., Any], params: PyTree, calls: Calls, results: lis
   """Returns the note on how far the results of the sparse model are from those of the dense model."""
   dense = [[leaf for leaf in jax.tree.leaves(apply(params, *args, **kwargs)) if isinstance(leaf, jax.Array)]
            for args, kwargs in calls.given]
-  return f'the results move by {np.sqrt(moved(dense, results)):.3g} of their norm'
+  return f'the results move by {np.sqrt(results_moved(dense, results)):.3g} of their norm'
 
 
 def _mean_asked(rows: tuple[SkipReport, ...]) -> float | None:
