@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import block_sparse_matmul, sampled_matmul
+from kernels_pallas import active_matmul, active_outputs, block_sparse_matmul, gathered_attention, sampled_matmul
 from kernels_pallas.attention import block_sparse_attention
 from kernels_pallas.sparse24 import sparse24_matmul
 from sparsejax.formats import BlockSparseArray, Sparse24Array
 from sparsejax.types import Array
 
 LAYERS = 4  # weights that a decoded token passes: a single weight would stay in the L2 cache in part
+ACTIVE = 16  # inputs or outputs that a token skips together
 
 
 class GpuCase(NamedTuple):
@@ -66,7 +67,16 @@ def cases() -> Iterator[tuple[str, str, float, Callable[[], GpuCase]]]:
     yield '2:4, decode', label, 0.5, functools.partial(_halved, tokens, 8192, LAYERS, 16 / 9, 1.4)
   for n in (8192, 16384):
     for sparsity in (0.75, 0.9):
-      yield 'attention', f'{n} x {n}, 8 heads of 128', sparsity, functools.partial(_attention, n, sparsity)
+      label = f'{n} x {n}, 8 heads of 128'
+      yield 'attention', label, sparsity, functools.partial(_attention, n, sparsity)
+      yield 'attention, gradients', label, sparsity, functools.partial(_attention_gradients, n, sparsity)
+  for sparsity in (0.5, 0.75, 0.9):
+    label = f'1 x 8192 x 8192, {LAYERS} times, blocks of {ACTIVE}'
+    yield 'active inputs', label, sparsity, functools.partial(_few_inputs, 1, 8192, sparsity)
+    yield 'active outputs', label, sparsity, functools.partial(_few_outputs, 1, 8192, sparsity)
+  for length, keep in ((16384, 1024), (65536, 4096)):
+    label = f'1 query, {keep} of {length} tokens, 8 heads of 128'
+    yield 'listed tokens', label, 1 - keep / length, functools.partial(_listed_tokens, length, keep)
 
 
 def _random(seed: int, *shape: int) -> Array:
@@ -128,6 +138,52 @@ def _through(op: Callable[..., Any], x: Array, packed: list[Any], ideal: float, 
   kernel, dense = functools.partial(op, implementation='mosaic_gpu'), [w.to_dense() for w in packed]
   through = lambda product: lambda x, weights: functools.reduce(product, weights, x)
   return GpuCase(through(kernel), (x, packed), through(dot), (x, dense), lambda: through(dot)(x, dense), ideal, bar)
+
+
+def _few_inputs(tokens: int, n: int, sparsity: float) -> GpuCase:
+  product = lambda how, x, w, mask: active_matmul(x, w, mask=mask, block=ACTIVE, implementation=how)
+  return _few(product, lambda x, w, mask: dot(jnp.where(mask, x, 0), w), tokens, n, sparsity)
+
+
+def _few_outputs(tokens: int, n: int, sparsity: float) -> GpuCase:
+  def product(how, x, w, mask):
+    return active_outputs(x, w, jnp.broadcast_to(mask, x.shape), block=ACTIVE, implementation=how)
+
+  return _few(product, lambda x, w, mask: jnp.where(mask, dot(x, w, 1, 1), 0), tokens, n, sparsity)
+
+
+def _few(product: Callable[..., Any], dense: Callable[..., Array], tokens: int, n: int, sparsity: float) -> GpuCase:
+  """Returns the case that passes one layer after the other, each a square weight and a mask of what is active."""
+  layers = [(_random(seed, n, n) / jnp.bfloat16(n) ** 0.5,
+             jnp.asarray(np.repeat(_listed(n // ACTIVE, 1, sparsity, seed)[:, 0], ACTIVE))) for seed in range(LAYERS)]
+  through = lambda one: lambda x, layers: functools.reduce(lambda x, layer: one(x, *layer), layers, x)
+  x, ideal = _random(LAYERS, tokens, n), 1 / (1 - sparsity)
+  return GpuCase(through(functools.partial(product, 'mosaic_gpu')), (x, layers), through(dense), (x, layers),
+                 lambda: through(functools.partial(product, 'xla'))(x, layers), ideal, 0.75 * ideal)
+
+
+def _listed_tokens(length: int, keep: int) -> GpuCase:
+  heads, d = 8, 128
+  q, (k, v) = _random(0, 1, heads, d), (_random(seed, 1, length, heads, d) for seed in (1, 2))
+  index = jnp.asarray([[np.flatnonzero(_listed(length, 1, 1 - keep / length, head)) for head in range(heads)]],
+                      jnp.int32)
+  attend = lambda how, q, k, v, index: gathered_attention(q, k, v, index, implementation=how)
+  whole = _best_attention(q[:, None], k, v)
+  return GpuCase(functools.partial(attend, 'mosaic_gpu'), (q, k, v, index), lambda q, *kv: whole(q[:, None], *kv)[:, 0],
+                 (q, k, v), lambda: attend('xla', q, k, v, index), length / keep, 0.5 * length / keep)
+
+
+def _attention_gradients(length: int, sparsity: float) -> GpuCase:
+  """Returns the case of all three gradients, `[3, length, heads, d]`."""
+  case = _attention(length, sparsity)
+
+  def gradients(attend):
+    summed = lambda q, k, v, *index: jnp.sum(attend(q, k, v, *index).astype(jnp.float32))
+    return lambda *args: jnp.stack(jax.grad(summed, (0, 1, 2))(*args))
+
+  by_xla = lambda q, k, v, index: block_sparse_attention(q, k, v, index, implementation='xla')
+  return GpuCase(gradients(case.sparse), case.args, gradients(case.dense), case.others,
+                 lambda: gradients(by_xla)(*case.args), case.ideal, 1.0)
 
 
 def _attention(length: int, sparsity: float) -> GpuCase:

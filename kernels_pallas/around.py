@@ -163,6 +163,8 @@ def bytes_read(x: Array, w: ActiveArray, *, implementation: str | None = None) -
   The text of the compiled program tells which operations read the weight, and what a round of the loop over active
   blocks reads. The tokens tell the number of rounds, and whether there are too many active blocks for the loop.
   """
+  if reason := threshold_refusal(x, w):
+    raise ValueError(f'bytes_read: {reason}.')
   leaves, structure = jax.tree.flatten((x, w))
   number = [i for i, leaf in enumerate(leaves) if leaf is w.values][0]
   found = _reads(structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves), number, implementation)

@@ -96,7 +96,8 @@ HEAD = ('attention', 'shape', 'edits', 'achieved', 'runs', 'dense because')
 def _report(rows: list[Any]) -> tables.Report:
   whole = [row if isinstance(row, AttentionRow) else AttentionRow(
     row.scope, row.place, row.shape, 0.0, '', '', row.why) for row in rows]
-  return tables.Report(tuple(whole), head=HEAD)
+  notes = () if whole else ('the program has no softmax attention',)
+  return tables.Report(tuple(whole), notes, head=HEAD)
 
 
 @dataclasses.dataclass
@@ -142,6 +143,11 @@ def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
     raise ValueError(f'sparse_attention: the builder returned a mask of shape {mask.shape} at {site.place}; '
                      f'{site.q.shape[1]} queries and {site.k.shape[1]} keys in blocks of {blocks.block_q} and '
                      f'{blocks.block_k} need [..., {seen.shape[-2]}, {seen.shape[-1]}].')
+  shared = (1, site.heads), (1, site.q.shape[0])  # heads, and examples
+  if mask.dtype != bool or any(n not in fit for n, fit in zip(mask.shape[-3::-1], shared)):
+    raise ValueError(f'sparse_attention: the builder returned a mask {mask.dtype}{list(mask.shape)} at {site.place}; '
+                     f'give bool[1 or {site.heads}, nq, nk], or one such mask for each of the {site.q.shape[0]} '
+                     'examples.')
   ranked: Callable[[Any], Any] = lambda a: a.reshape((1,) * (mask.ndim - a.ndim) + a.shape)
   rows, columns = seen.shape[-2:]
   own, mask = ranked(diagonal(rows, columns, blocks.block_q, blocks.block_k)), mask & ranked(seen)
@@ -221,12 +227,21 @@ def once(apply: Callable[..., Any], builder: Builder, after: int, *, implementat
     return Reused(jnp.zeros((), jnp.int32), {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items()})
 
   def step(state: Reused, *args: Any) -> tuple[Any, Reused]:
-    masks = jax.lax.cond(state.step == after, lambda args: choose(*args), lambda args: state.masks, args)
+    choice = lambda args: _alike(choose(*args), state.masks)
+    masks = jax.lax.cond(state.step == after, choice, lambda args: state.masks, args)
     sparse = lambda args: sparse_attention(apply, _given(state.masks, builder), implementation=implementation)(*args)
     result = jax.lax.cond(state.step <= after, lambda args: apply(*args), sparse, args)
     return result, Reused(state.step + 1, masks)
 
   return init, step
+
+
+def _alike(masks: dict[str, Array], before: dict[str, Array]) -> dict[str, Array]:
+  shapes = lambda of: {name: mask.shape for name, mask in of.items()}
+  if shapes(masks) != shapes(before):
+    raise ValueError(f'once: the state is for masks of shapes {shapes(before)}, and this step has {shapes(masks)}: its '
+                     'inputs have another shape, or it is of another program. Call init for these inputs.')
+  return masks
 
 
 def _given(masks: dict[str, Array], builder: Builder) -> Builder:

@@ -68,8 +68,7 @@ class Deferred:
 
   def _outputs(self, mask: Array, **options: Any) -> Array:
     """Returns the outputs of a mask `bool[..., kept]`. Two parts of one dense product are one product after XLA."""
-    named = self.implementation if self.implementation in ('xla', 'dense') else None
-    y: Any = active.active_outputs(self.x, self.w, self._whole(mask), implementation=named, **options)
+    y: Any = active.active_outputs(self.x, self.w, self._whole(mask), implementation=self.implementation, **options)
     return y[..., self.kept[0]:self.kept[1]].astype(self.dtype)
 
   def _whole(self, mask: Array) -> Array:

@@ -78,17 +78,17 @@ def chosen(args: tuple[Any, ...], table: Table, prefer: Callable[..., Choice]) -
   return choices
 
 
-def folding(function: Callable[[jax.Array, Any], jax.Array]) -> Callable[[jax.Array, Any], jax.Array]:
-  """Returns `function(x, w)`, x `[M, ...]`, with a batching rule: `vmap` over x alone makes M longer.
+def folding(function: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], jax.Array]:
+  """Returns `function(x, w)` with a batching rule: `vmap` over x alone makes M longer.
 
-  A batched kernel would read `w` again for each x of the batch.
+  `x` is a pytree of arrays `[M, ...]`. A batched kernel would read `w` again for each x of the batch.
   """
   folded = jax.custom_batching.custom_vmap(function)
 
   @folded.def_vmap
   def rule(size, batched, x, w):
-    if batched[0] and not any(jax.tree.leaves(batched[1])):
-      y = folded(x.reshape(size * x.shape[1], *x.shape[2:]), w)
+    if all(jax.tree.leaves(batched[0])) and not any(jax.tree.leaves(batched[1])):
+      y = folded(jax.tree.map(lambda a: a.reshape(size * a.shape[1], *a.shape[2:]), x), w)
       return y.reshape(size, -1, *y.shape[1:]), True
     axes = [jax.tree.map(lambda b: 0 if b else None, part) for part in batched]
     return jax.vmap(function, axes, 0, axis_size=size)(x, w), True

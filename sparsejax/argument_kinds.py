@@ -163,5 +163,7 @@ WHOLE = Kind('a whole number, at least 0', whole(0))
 PAIR = Kind('two whole numbers from 1 on, as in (128, 128)',
             lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(TIMES.fits, value)))
 ADAPTIVE = Kind('an activation.AdaptiveWeight', having('weight', 'aim', 'before'))
+SKIPS = Kind('an allocation of what is skipped, as in activation.greedy()',
+             lambda value: callable(value) and having('step')(value))
 RULE = Kind('a rule, as in activation.wina(0.5)', having('neurons'))
 NUMBERS = Kind('a number or a sequence of numbers', lambda value: is_number(value) or is_series(value))

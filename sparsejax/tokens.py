@@ -89,6 +89,9 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
       few = Remaining(*(_taken(a, at) for a in now))
       made = block(*few)
       y, signal = made if isinstance(made, tuple) else (made, None)
+      if y.shape[:2] != few.x.shape[:2]:
+        raise ValueError(f'tokens.stack: block {i} returned x of shape {y.shape} for {few.x.shape}; a block must '
+                         'return all tokens that it is given, since `keep` says how many there are.')
       now = Remaining(_put_back(now.x, few.x, y, at, scores), *now[1:]) if skip else few._replace(x=y)
     return now
 
@@ -164,6 +167,9 @@ def shared_neurons(h: Array, query: int) -> Array:
 
   `h`, `[B, T, F]`, are the hidden units of a feed-forward block; a positive one is active.
   """
+  if h.ndim != 3 or not -h.shape[1] <= query < h.shape[1]:
+    raise ValueError(f'tokens.shared_neurons: h of shape {h.shape} must be [B, T, F], and `query`, {query}, one of '
+                     'the T tokens.')
   active = (h > 0).astype(jnp.float32)
   return jnp.einsum('btf,bf->bt', active, active[:, query])
 
@@ -195,6 +201,8 @@ def router_of(key: Array, factors: int, hidden: int = 16) -> dict[str, Array]:
 @checked
 def routed_scores(router: Mapping[str, Array], factors: Array) -> Array:
   """Returns the score of each token, `[B, T]`, of its `factors [B, T, n]`: FTP's router, for `stack` with `skip`."""
+  if missing := [name for name in ('into', 'bias', 'out') if name not in router]:
+    raise ValueError(f'tokens.routed_scores: the router has no {missing[0]!r}; router_of makes one.')
   hidden = jax.nn.relu(factors @ router['into'] + router['bias'][None, None])
   return (hidden @ router['out'])[..., 0]
 

@@ -36,10 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   def work() -> Any:
     with StopRequest() as request:
-      return run(given.table, given.workdir, given.data_dir, rules=given.rules and given.rules.split(','),
-                 sparsities=given.sparsities and [float(part) for part in given.sparsities.split(',')],
-                 steps=given.steps, seed=given.seed,
-                 sizes=engine.FrontierSizes(length=given.length), request=request)
+      return run(given.table, given.workdir, given.data_dir, rules=given.rules, sparsities=given.sparsities,
+                 steps=given.steps, seed=given.seed, sizes=engine.FrontierSizes(length=given.length), request=request)
 
   return commands.attempt(work, given.workdir, commands.command('frontier', arguments), given.traceback).status
 
@@ -57,8 +55,8 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequenc
   if table not in RULES:
     raise errors.unknown('frontier', 'table', table, RULES)
   sparsities = SPARSITIES[table] if sparsities is None else sparsities
-  names, sizes = list(RULES[table]) if rules is None else rules, sizes or engine.FrontierSizes()
-  for name in names:
+  rules, sizes = list(RULES[table]) if rules is None else rules, sizes or engine.FrontierSizes()
+  for name in rules:
     if name not in RULES[table]:
       raise errors.unknown('frontier', 'rule', name, RULES[table])
   if wrong := [sparsity for sparsity in sparsities if not 0 <= sparsity < 1]:
@@ -70,7 +68,7 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequenc
   found: list[Line] = []
   bench = None
   with locked(place) as ledger:
-    for rule, sparsity in engine.cells(names, sparsities):
+    for rule, sparsity in engine.cells(rules, sparsities):
       cell = f'{rule}/{sparsity:g}'
       line = ledger.get(cell, facts)
       if line is None:
@@ -85,14 +83,25 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequenc
   return found
 
 
+def names(text: str) -> list[str]:
+  """Returns the names that commas separate."""
+  return [part.strip() for part in text.split(',')]
+
+
+def fractions(text: str) -> list[float]:
+  """Returns the numbers that commas separate."""
+  return [float(part) for part in text.split(',')]
+
+
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog='python -m experiments.frontier', allow_abbrev=False,
                                    description='Measures sparse attention and activations: any rule over sparsities.')
   parser.add_argument('table', choices=list(RULES), help='which model')
   parser.add_argument('--workdir', required=True, help='where finished cells and the table go, and what resumes')
   parser.add_argument('--data_dir', help='where the data sets are; by default, the standard library is the data')
-  parser.add_argument('--rules', help='names with commas; default: all of the table')
-  parser.add_argument('--sparsities', help='fractions that are not read, with commas; default: those of the table')
+  parser.add_argument('--rules', type=names, help='names with commas; default: all of the table')
+  parser.add_argument('--sparsities', type=fractions,
+                      help='fractions that are not read, with commas; default: those of the table')
   parser.add_argument('--seed', type=int, default=0, help='draws the data')
   parser.add_argument('--steps', type=int, default=decoder.CONFIG['steps'], help='of the training of the decoder')
   parser.add_argument('--length', type=int, default=engine.FrontierSizes().length, help='bytes of a window')

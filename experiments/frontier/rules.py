@@ -69,7 +69,7 @@ RULES: dict[str, dict[str, Callable[..., Any]]] = {
                 'quest': functools.partial(_routed, builder=attention.quest)},
     'decoder': {'newest': _alike(decode.newest, PAGE), 'quest': _alike(decode.quest, PAGE),
                 'double_sparsity': functools.partial(_double_sparsity, page=1),
-                'double_sparsity, pages': functools.partial(_double_sparsity, page=PAGE)},
+                'double_sparsity in pages': functools.partial(_double_sparsity, page=PAGE)},
     'activation': {'teal': _calibrated(activation.teal, **_ALL), 'wina': _calibrated(activation.wina, **_ALL),
                    'wina in sequence': _calibrated(activation.wina, sequential='weight', **_ALL),
                    'wina greedily': _calibrated(activation.wina, allocation=activation.greedy(), **_ALL),

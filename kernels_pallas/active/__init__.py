@@ -43,7 +43,7 @@ def active_matmul(x: Array, w: Array, *, threshold: Any = None, mask: Array | No
   `explain=True` returns the choice of each platform and its reason instead of the product. Under `vmap` over `x`, 'xla'
   computes both the sparse and the dense product; pass all tokens in one call instead.
   """
-  _check(x, w, mask, block, capacity)
+  _check(x, w, threshold, mask, block, capacity)
   kept = passed(x, threshold, mask).reshape(-1, x.shape[-1])
   blocks = x.shape[-1] // block
   capacity = int(CAPACITY * blocks) if capacity is None else capacity
@@ -62,24 +62,33 @@ def active_outputs(x: Array, w: Array, mask: Array, *, block: int = 16, capacity
                    implementation: str | None = None, explain: bool = False) -> Array | dispatch.Choices:
   """Returns `x [..., K]` times the transpose of `w [N, K]` at the outputs of `mask`, and zeros elsewhere: `[..., N]`.
 
-  `mask` is `bool[..., N]`. A block of `block` rows of `w` is read if any token has an output in the block. If more than
-  `capacity` blocks are active, by default three quarters, all are read. Differentiable in `x` and `w`, in both modes,
-  by dense products. `implementation` is 'xla' or 'dense'; `None` takes the choice of `prefer` on each platform. Raises
-  `ValueError` for other shapes.
+  `mask` is `bool[..., N]`. A block of `block` rows of `w` is read if any token has an output in the block. Where
+  `block` does not divide N, blocks are as large as both allow. If more than `capacity` blocks are active, by default
+  three quarters, all are read. Differentiable in `x` and `w`, in both modes, by dense products.
+
+  `implementation` is 'xla', 'dense', 'mosaic_gpu' or 'mosaic_tpu', and raises `ValueError` if it cannot run. Neither
+  kernel has run on its device yet. `None` and `explain=True` are as in `active_matmul`. Raises `ValueError` for other
+  shapes, and for a capacity that is no number of blocks.
   """
   if w.ndim != 2 or x.shape[-1:] != w.shape[1:] or mask.shape != (*x.shape[:-1], w.shape[0]) or mask.dtype != bool:
     raise ValueError(f'active_outputs: x {x.shape}, w {w.shape} and mask {mask.dtype}{mask.shape} must be [..., K], '
                      '[N, K] and bool[..., N].')
-  blocks, (n, k) = w.shape[0] // math.gcd(block, w.shape[0]), w.shape
+  if reason := products.refused_dtype(x):
+    raise ValueError(f'active_outputs: {reason}.')
+  _check_whole('active_outputs', 'capacity', capacity, 0)
+  _check_whole('active_outputs', 'block', block, 1)
+  n, k = w.shape
   block = math.gcd(block, n)
-  wanted = mask.reshape(-1, n).astype(x.dtype)
-  table = {name: Implementation(lambda *args: None) for name in ('xla', 'dense')}
+  args = mask.reshape(-1, n).astype(x.dtype), w.astype(x.dtype), x.reshape(-1, k)
+  options = _Options(block, int(CAPACITY * (n // block)) if capacity is None else capacity, implementation)
+  table = _outputs_table(block, options.capacity)
   if explain:
-    return dispatch.chosen((wanted, w), table, prefer)
+    return dispatch.chosen(args, table, prefer)
   if implementation is not None:
-    dispatch.runnable('active_outputs', (wanted, w), table, implementation)
-  options = _Options(block, int(CAPACITY * blocks) if capacity is None else capacity, implementation)
-  y = _transposed(options, *dispatch.varying_alike(wanted, x.reshape(-1, k), w.astype(x.dtype)))
+    dispatch.runnable('active_outputs', args, table, implementation)
+  if 0 in mask.shape or not k:
+    return jnp.zeros(mask.shape, x.dtype)
+  y = _outputs(options, *dispatch.varying_alike(*args))
   return jnp.where(mask, y.reshape(mask.shape), jnp.zeros((), x.dtype))
 
 
@@ -93,8 +102,9 @@ def refusal(x: Array | jax.ShapeDtypeStruct, w: Array | jax.ShapeDtypeStruct) ->
   return None
 
 
-def prefer(x: Array, w: Array) -> Choice:
+def prefer(x: Array, w: Array, *others: Array) -> Choice:
   """Returns the choice between 'xla' and 'dense' that was faster on a CPU."""
+  del others
   if x.shape[0] > _MOST_TOKENS:
     return Choice('dense', f'{x.shape[0]} tokens: nearly every block is active for one of them; up to {_MOST_TOKENS}')
   if w.nbytes < _LEAST_BYTES:
@@ -102,7 +112,7 @@ def prefer(x: Array, w: Array) -> Choice:
   return Choice('xla', f'{x.shape[0]} tokens: reads the active blocks only, all if there are more than the capacity')
 
 
-def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | None) -> None:
+def _check(x: Array, w: Array, threshold: Any, mask: Array | None, block: int, capacity: int | None) -> None:
   if reason := refusal(x, w):
     raise ValueError(f'active_matmul: {reason}.')
   if not isinstance(block, int) or block < 1 or x.shape[-1] % block:
@@ -111,8 +121,16 @@ def _check(x: Array, w: Array, mask: Array | None, block: int, capacity: int | N
   if mask is not None and (mask.dtype != bool or tuple(mask.shape) not in (tuple(x.shape), x.shape[-1:])):
     raise ValueError(f'active_matmul: mask of shape {mask.shape} and dtype {mask.dtype} must be bool and like x, '
                      f'{x.shape}, or [K], {x.shape[-1:]}; True is kept.')
-  if capacity is not None and not (isinstance(capacity, int) and 0 <= capacity):
-    raise ValueError(f'active_matmul: capacity {capacity!r} must be a number of blocks that is known at trace time.')
+  if threshold is not None and jnp.shape(threshold) not in ((), (1,), x.shape[-1:]):
+    raise ValueError(f'active_matmul: threshold of shape {jnp.shape(threshold)} must be a number, or one for each of '
+                     f'the {x.shape[-1]} inputs.')
+  _check_whole('active_matmul', 'capacity', capacity, 0)
+
+
+def _check_whole(op: str, name: str, value: int | None, least: int) -> None:
+  if value is not None and not (isinstance(value, int) and least <= value):
+    of = 'blocks' if least == 0 else 'rows'
+    raise ValueError(f'{op}: {name} {value!r} must be a number of {of} that is known at trace time.')
 
 
 def passed(x: Array, threshold: Any, mask: Array | None = None) -> Array:
@@ -125,17 +143,32 @@ def passed(x: Array, threshold: Any, mask: Array | None = None) -> Array:
   return jnp.where(skipped, jnp.zeros((), x.dtype), x)
 
 
+def _loaded(name: str) -> Any:
+  """Returns the module of a platform. The module is imported at its first use: importing Pallas takes a second."""
+  return importlib.import_module(f'kernels_pallas.active.{name}')
+
+
 def _table(block: int, capacity: int) -> products.Table:
   run = functools.partial(reference.matmul, block=block, capacity=capacity)
-  # The module is imported at its first use, because importing Pallas takes a second.
-  load = lambda name: importlib.import_module(f'kernels_pallas.active.{name}')
 
   def kernel(name: str) -> Implementation:
-    multiply = dispatch.folding(lambda x, w: load(name).matmul(x, w, block, capacity))
-    return Implementation(multiply, lambda x, w: load(name).refusal(x, w, block))
+    multiply = dispatch.folding(lambda x, w: _loaded(name).matmul(x, w, block, capacity))
+    return Implementation(multiply, lambda x, w: _loaded(name).refusal(x, w, block))
 
   return {'xla': Implementation(lambda x, w: run(x, w.astype(x.dtype))),
           'dense': Implementation(lambda x, w: reference.dense(x, w.astype(x.dtype))),
+          'mosaic_gpu': kernel('gpu'), 'mosaic_tpu': kernel('tpu')}
+
+
+def _outputs_table(block: int, capacity: int) -> products.Table:
+  """Returns the implementations of `active_outputs`, functions of the outputs that are wanted, the weight, and x."""
+  def kernel(name: str) -> Implementation:
+    multiply = dispatch.folding(lambda pair, w: _loaded(name).outputs(pair[1], pair[0], w, block, capacity))
+    return Implementation(lambda wanted, w, x: multiply((wanted, x), w),
+                          lambda wanted, w, x: _loaded(name).outputs_refusal(x, w, block))
+
+  return {'xla': Implementation(lambda wanted, w, x: reference.matmul_transposed(x, wanted, w, block, capacity)),
+          'dense': Implementation(lambda wanted, w, x: reference.dense_transposed(x, w)),
           'mosaic_gpu': kernel('gpu'), 'mosaic_tpu': kernel('tpu')}
 
 
@@ -169,7 +202,7 @@ def _gradient(options: _Options, args: Sequence[Array], dy: Array) -> tuple[Arra
 def _transposed(options: _Options, x: Array, dy: Array, w: Array) -> Array:
   """Returns `dy` times the transpose of `w` at the entries of `x` that have a derivative; reads only these rows."""
   if options.entries(x, w) is None:
-    return products.dot(dy, w, 1, 1).astype(dy.dtype)
+    return reference.dense_transposed(dy, w)
   return reference.matmul_transposed(dy, x, w, options.block, options.capacity)
 
 
@@ -178,10 +211,24 @@ def _(options, primals, tangents):
   entries = options.entries(primals[0], primals[2])
 
   def plain(dy, w):
-    dx = products.dot(dy, w, 1, 1).astype(dy.dtype)
+    dx = reference.dense_transposed(dy, w)
     return dx if entries is None else jnp.where(entries, dx, jnp.zeros((), dx.dtype))
 
   return _transposed(options, *primals), jax.jvp(plain, primals[1:], tangents[1:])[1]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(options: _Options, wanted: Array, w: Array, x: Array) -> Array:
+  """Returns `x` times the transpose of `w` where `wanted` is not zero; other entries may be zeros, or the product."""
+  table = _outputs_table(options.block, options.capacity)
+  return dispatch.run('active_outputs', (wanted, w, x), table, options.implementation, prefer)
+
+
+@_outputs.defjvp
+def _(options, primals, tangents):
+  plain = lambda w, x: reference.dense_transposed(x, w)
+  return _outputs(options, *primals), jax.jvp(plain, primals[1:], tangents[1:])[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)  # Calls outside of `jit` run as one program too.

@@ -66,6 +66,21 @@ def dense(x: Array, w: Array) -> Array:
   return products.dot(x, w, 1, 0).astype(x.dtype)
 
 
+def dense_transposed(x: Array, w: Array) -> Array:
+  """Returns the dense product of `x [M, K]` and the transpose of `w [N, K]`, `[M, N]` in x's dtype."""
+  return products.dot(x, w, 1, 1).astype(x.dtype)
+
+
+def scattered_blocks(found: Array, order: Array, count: Array) -> Array:
+  """Returns the first `count` blocks of `found [M, listed, block]` at their places in `order`, and zeros elsewhere.
+
+  The result is `[M, N]`. Blocks from `count` on may hold anything.
+  """
+  at = jnp.argsort(order)
+  blocks = jnp.where((at < count)[:, None], found[:, at], jnp.zeros((), found.dtype))
+  return blocks.reshape(len(found), -1)
+
+
 def blocks_of_step(block: int, blocks: int) -> int:
   """Returns how many blocks a step of the loop takes."""
   return min(max(_ROWS // block, 1), blocks)

@@ -208,8 +208,9 @@ def _kernel(module: str, options: Options) -> Implementation:
 
   def refusal(*args):
     if options.kinds:
-      kinds = list(dict.fromkeys(kind for kind, _ in options.kinds))
-      return f'it has no {errors.some(kinds)} of scores'
+      kinds = list(dict.fromkeys('segments' if kind in ('segment', 'same') else kind for kind, _ in options.kinds))
+      return (f'it has no {errors.some(kinds)} of scores; XLA computes them, and lists without the hidden blocks need '
+              'none')
     hidden = options.causal and options.queries <= options.keys  # Padding keys come after every query.
     if options.keys % options.block_k and not hidden:
       return f'{options.keys} keys do not divide into blocks of {options.block_k}; take blocks that divide them'

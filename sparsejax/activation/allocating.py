@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.activation.in_order import in_order
-from sparsejax.activation.measuring import FUNCTION, Observed, Thresholds, below, over_batches, runs, tested
+from sparsejax.activation.measuring import (
+  FUNCTION,
+  Observed,
+  Thresholds,
+  below,
+  over_batches,
+  results_moved,
+  runs,
+  skipping,
+  tested,
+)
 from sparsejax.activation.places import Unit, Weights
 from sparsejax.activation.rules import PerplexityRule, Rule, error_bound
 from sparsejax.arguments import checked
@@ -18,6 +28,7 @@ from sparsejax.programs.calls import Calls
 from sparsejax.types import Array
 
 LEVELS = np.linspace(0.0, 0.95, 20)  # sparsities at which the errors of a product are measured
+MIDDLE = 10  # the number of the level, 0.5, at which the move of the results is measured
 
 
 class Greedy(NamedTuple):
@@ -50,9 +61,10 @@ class Greedy(NamedTuple):
 def greedy(step: float = 0.025) -> Greedy:
   """Returns the allocation of TEAL (Liu et al. 2024, 2408.14690, algorithm 1): equal steps where they cost least.
 
-  Deviation: the error of a step is the relative squared error of the weight's own product. The errors are measured
-  once, at 20 sparsities and with dense inputs, and the errors of weights add. The authors measure the output of the
-  block anew for each step.
+  Deviation: the error of a step is the relative squared error of the weight's own product, times how far such an error
+  moves the results. The errors are measured once, at 20 sparsities and with dense inputs. The move
+  is measured once for each weight, at a sparsity of 0.5 of this weight alone, and results of padding count. The errors
+  of weights add. The authors measure the output of the block anew for each step.
   """
   return Greedy(step)
 
@@ -63,15 +75,31 @@ def shared(calls: Calls, places: Weights, rule: Rule, own: Mapping[Unit, Any],
   if rule.neurons or rule.rest is not None:
     raise ValueError(f'{FUNCTION}: an allocation divides the skipped inputs of teal and wina, not those of '
                      f'{rule.name}; leave `allocation` out.')
-  errors = {unit: [0.0] for unit in found}
   histograms = {unit: over_batches(each) for unit, each in found.items()}
-  for level in LEVELS[1:]:
-    limits = {unit: rule.thresholds(each.quantile(rule.level(level)), own[unit]) for unit, each in histograms.items()}
-    sums = _errors(calls, places, limits)
-    for unit in errors:
-      errors[unit].append(sums[unit])
+
+  def limits_at(level: float) -> Thresholds:
+    return {unit: rule.thresholds(each.quantile(rule.level(level)), own[unit]) for unit, each in histograms.items()}
+
+  levels = [_errors(calls, places, limits_at(level)) for level in LEVELS[1:]]
+  dense, limits = runs(calls, places, lambda seen: None), limits_at(LEVELS[MIDDLE])
+  errors = {}
+  for unit in found:
+    error = levels[MIDDLE - 1][unit]
+    reach = _moved_by(calls, places, limits, unit, dense) / error if error else 0.0
+    errors[unit] = reach * np.asarray([0.0, *(sums[unit] for sums in levels)])
   sizes = {unit: int(np.prod(places[unit[0]].first.shape)) for unit in found}
-  return allocation({unit: np.asarray(each) for unit, each in errors.items()}, sizes, rule.sparsity)
+  return allocation(errors, sizes, rule.sparsity)
+
+
+def _moved_by(calls: Calls, places: Weights, limits: Thresholds, unit: Unit, dense: list[list[Any]]) -> float:
+  """Returns the squared move of the results over their squared norm if `unit` alone skips inputs."""
+  skips = below(limits)
+
+  def visit(observed: Observed) -> list[Any] | None:
+    seen = observed.product
+    return skipping(seen, skips(seen), {})[1] if seen.unit == unit else None
+
+  return results_moved(dense, runs(calls, places, visit))
 
 
 def _errors(calls: Calls, places: Weights, limits: Thresholds) -> dict[Unit, float]:
@@ -140,8 +168,12 @@ def _bounded_limit(stack: Array, rows: np.ndarray | None, bound: float) -> np.nd
 
 def _loss(calls: Calls, rule: PerplexityRule, results: list[list[Any]]) -> float:
   """Returns the mean over batches of the user's loss; refuses a loss that is not finite."""
-  losses = [float(rule.loss(program.unflatten(each), *args, **kwargs))
-            for program, each, (args, kwargs) in zip(calls.programs, results, calls.given)]
+  found = [rule.loss(program.unflatten(each), *args, **kwargs)
+           for program, each, (args, kwargs) in zip(calls.programs, results, calls.given)]
+  if wrong := [np.shape(each) for each in found if np.shape(each)]:
+    raise ValueError(f'{FUNCTION}: the loss of ppl returned an array of shape {wrong[0]}; `loss(results, *inputs)` '
+                     'must return one number, the mean over the tokens of a batch, in nats.')
+  losses = [float(each) for each in found]
   if not np.all(np.isfinite(losses)):
     raise ValueError(f'{FUNCTION}: the loss of ppl is not finite in batch {int(np.argmin(np.isfinite(losses)))}. Look '
                      'at the batch, and at `loss(results, *inputs)`.')

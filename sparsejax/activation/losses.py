@@ -70,6 +70,9 @@ def locality_loss(raw: Array, sharpness: float = 100.0, segments: Array | None =
   binary cross entropy of the logits `sharpness * raw` of a token and of the sigmoid of those of the next token. Both
   sides have gradients, as in the authors' code. `segments`, `int[..., T]`: only pairs of one segment count.
   """
+  if raw.ndim < 2 or raw.shape[-2] < 2:
+    raise ValueError(f'activation.locality_loss: raw of shape {raw.shape} must be [..., T, E] with two tokens or more, '
+                     'since neighbours are compared.')
   left, right = raw[..., :-1, :] * sharpness, raw[..., 1:, :] * sharpness
   target = jax.nn.sigmoid(right)
   each = jnp.maximum(left, 0) - left * target + jnp.log1p(jnp.exp(-jnp.abs(left)))

@@ -181,6 +181,16 @@ def tested(calls: Calls, places: Weights, skips: Callable[[Seen], Array], rests:
   return sums, runs(calls, places, visit)
 
 
+def results_moved(dense: list[list[Any]], sparse: list[list[Any]]) -> float:
+  """Returns the squared difference of the results of all batches over the squared norm of the dense results."""
+  error, whole = 0.0, 0.0
+  for a, b in [pair for each in zip(dense, sparse) for pair in zip(*each)]:
+    if jnp.issubdtype(a.dtype, jnp.floating):
+      error += float(jnp.sum(jnp.square((a - b).astype(jnp.float32))))
+      whole += float(jnp.sum(jnp.square(a.astype(jnp.float32))))
+  return error / whole if whole else 0.0
+
+
 def skipping(seen: Seen, skipped: Array, rests: Mapping[Unit, Rest]) -> tuple[Array, list[Any]]:
   """Returns the operand without what is skipped, and the results of the sparse operation."""
   kept = jnp.where(skipped, jnp.zeros((), seen.x.dtype), seen.x)

@@ -30,6 +30,7 @@ from sparsejax.activation.measuring import (
   magnitudes_of,
   mean_of_up,
   over_batches,
+  results_moved,
   scale_of,
   scales,
   statistics,
@@ -235,14 +236,9 @@ def _rows(apply: Callable[..., Any], params: PyTree, calls: Calls, places: Weigh
 
 def _apart(apply: Callable[..., Any], params: PyTree, calls: Calls, results: list[list[Any]]) -> str:
   """Returns the note on how far the results of the sparse model are from those of the dense model."""
-  error, whole = 0.0, 0.0
-  for (args, kwargs), sparse in zip(calls.given, results):
-    dense = [leaf for leaf in jax.tree.leaves(apply(params, *args, **kwargs)) if isinstance(leaf, jax.Array)]
-    for a, b in zip(dense, sparse):
-      if jnp.issubdtype(a.dtype, jnp.floating):
-        error += float(jnp.sum(jnp.square((a - b).astype(jnp.float32))))
-        whole += float(jnp.sum(jnp.square(a.astype(jnp.float32))))
-  return f'the results move by {np.sqrt(error / whole) if whole else 0.0:.3g} of their norm'
+  dense = [[leaf for leaf in jax.tree.leaves(apply(params, *args, **kwargs)) if isinstance(leaf, jax.Array)]
+           for args, kwargs in calls.given]
+  return f'the results move by {np.sqrt(results_moved(dense, results)):.3g} of their norm'
 
 
 def _mean_asked(rows: tuple[SkipReport, ...]) -> float | None:

@@ -112,7 +112,7 @@ def kept_of_ratio(ratio: float, blocks: int) -> int:
 
 def _gated(site: AttentionSite, gates: Any, keep: int | None, threshold: float | None, capacity: int | None,
            block: int) -> BlockMask:
-  logits = gate_logits(gates[site.name], site, block)
+  logits = gate_logits(site.own('attention.gated_blocks', 'gate', gates), site, block)
   if threshold is None:
     return best_blocks(site, logits, keep or 1, block)
   chosen = jax.lax.stop_gradient(jax.nn.softmax(logits)) > threshold

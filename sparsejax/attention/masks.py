@@ -198,6 +198,8 @@ def _union(site: AttentionSite, builders: tuple[Builder, ...]) -> BlockMask:
 @checked
 def union(*builders: Builder) -> Builder:
   """Returns the builder of the blocks that any of the builders keeps, as in `union(columns(1), sliding(256))`."""
+  if not builders:
+    raise ValueError('attention.union: there is no builder; give at least one, as in union(columns(1), sliding(256)).')
   return Bound(_union, (builders,))
 
 

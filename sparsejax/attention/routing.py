@@ -157,7 +157,7 @@ def predicted_scores(q: Array, k: Array, predictor: Mapping[str, Array], scale: 
 
 
 def _predicted(site: AttentionSite, predictors: Any, keep: int, block: int) -> BlockMask:
-  predictor = predictors[site.name] if site.name in predictors else predictors
+  predictor = predictors if 'query' in predictors else site.own('attention.predicted', 'predictor', predictors)
   scores = predicted_scores(site.q, shared_heads(site, site.k), predictor)
   tall, wide = (-n % block for n in scores.shape[2:])
   padded = jnp.pad(scores, ((0, 0), (0, 0), (0, tall), (0, wide)))

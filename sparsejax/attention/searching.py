@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import errors
 from sparsejax.arguments import checked
 from sparsejax.attention.masks import BlockMask, Builder, diagonal
 from sparsejax.attention.routing import best_blocks
@@ -52,7 +53,9 @@ def search(apply: Callable[..., Any], params: Any, batches: Iterable[Any], patte
   a budget over all heads chooses the weight. Raises `ValueError` if no choice keeps the budget, for an attention inside
   of a loop, and for patterns that read queries and keys.
   """
-  errors: dict[str, np.ndarray] = {}
+  if not patterns:
+    raise ValueError("attention.search: there are no patterns to choose from; give some by name, as {'full': full()}.")
+  found: dict[str, np.ndarray] = {}
   costs: dict[str, np.ndarray] = {}
   totals: dict[str, int] = {}
 
@@ -61,13 +64,13 @@ def search(apply: Callable[..., Any], params: Any, batches: Iterable[Any], patte
       raise ValueError(f'attention.search: {site.place} is inside of a loop or remat; unroll it.')
     dense = np.asarray(site.attend())
     rows = [_measured(site, builder, dense) for builder in patterns.values()]
-    errors[site.name] = errors.get(site.name, 0) + np.stack([error for error, _, _ in rows], 1)
+    found[site.name] = found.get(site.name, 0) + np.stack([error for error, _, _ in rows], 1)
     costs[site.name], totals[site.name] = np.stack([cost for _, cost, _ in rows], 1), rows[0][2]
 
   run = attended(apply, answer)
   for batch in batches:
     run(params, batch)
-  names, picks = list(patterns), _greedy(errors, costs, budget * sum(totals.values()))
+  names, picks = list(patterns), _greedy(found, costs, budget * sum(totals.values()))
   return {site: tuple(names[i] for i in row) for site, row in picks.items()}
 
 
@@ -80,13 +83,13 @@ def _measured(site: AttentionSite, builder: Builder, dense: np.ndarray) -> tuple
   return error, kept.sum((1, 2)), int(whole.sum())
 
 
-def _greedy(errors: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], budget: float
+def _greedy(gaps: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], budget: float
             ) -> dict[str, np.ndarray]:
   """Returns the pattern of each head: the cheapest error per block saved first, until the budget is kept."""
   picks = {site: cost.argmax(1) for site, cost in costs.items()}
   spent = lambda: sum(float(np.take_along_axis(costs[s], p[:, None], 1).sum()) for s, p in picks.items())
   while spent() > budget:
-    best = min(((_rate(errors[s][h], costs[s][h], p[h], i), s, h, i) for s, p in picks.items() for h in range(len(p))
+    best = min(((_rate(gaps[s][h], costs[s][h], p[h], i), s, h, i) for s, p in picks.items() for h in range(len(p))
                 for i in range(costs[s].shape[1]) if costs[s][h, i] < costs[s][h, p[h]]), default=None)
     if best is None:
       raise ValueError(f'attention.search: no choice has at most {budget:.0f} blocks, the least is {spent():.0f}; '
@@ -100,10 +103,14 @@ def _rate(error: np.ndarray, cost: np.ndarray, now: int, then: int) -> float:
 
 
 def _chosen(site: AttentionSite, choice: Any, patterns: Any) -> BlockMask:
-  made = {name: patterns[name](site) for name in dict.fromkeys(choice[site.name])}
+  own = site.own('attention.of_choice', 'choice', choice)
+  for name in own:
+    if name not in patterns:
+      raise errors.unknown('attention.of_choice', 'pattern', name, patterns)
+  made = {name: patterns[name](site) for name in dict.fromkeys(own)}
   wide = {name: np.broadcast_to(m.mask, (site.heads, *m.mask.shape[-2:])) for name, m in made.items()}
   first = next(iter(made.values()))
-  return first._replace(mask=np.stack([wide[name][h] for h, name in enumerate(choice[site.name])]))
+  return first._replace(mask=np.stack([wide[name][h] for h, name in enumerate(own)]))
 
 
 @checked
@@ -172,9 +179,7 @@ def found(apply: Callable[..., Any], builder: Builder) -> Callable[..., dict[str
 def given(masks: Mapping[str, Array], capacity: int, block: int = 64) -> Builder:
   """Returns the builder of masks that were found before, by `site.name`; a list has room for `capacity` blocks."""
   def build(site: AttentionSite) -> BlockMask:
-    if site.name not in masks:
-      raise ValueError(f'attention.given: {site.place} has no mask {site.name!r}; the masks are {sorted(masks)}.')
-    mask = masks[site.name]
+    mask = site.own('attention.given', 'mask', masks)
     return BlockMask(mask[0] if mask.shape[0] == 1 else mask, block, block, capacity)
 
   return build

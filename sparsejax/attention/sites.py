@@ -9,7 +9,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -74,6 +74,13 @@ class AttentionSite:
   def name(self) -> str:
     """A name by which gates, choices and masks of this attention are kept: the address as a text."""
     return '.'.join(map(str, self.address))
+
+  def own(self, function: str, what: str, by_name: Mapping[str, Any]) -> Any:
+    """Returns the entry of this attention in `by_name`; `what` says in a refusal what the entries are."""
+    if self.name not in by_name:
+      raise ValueError(f'{function}: {self.place} has no {what} {self.name!r}; those that are given are for '
+                       f'{sorted(by_name)}. Names are those of one program: find them anew for another one.')
+    return by_name[self.name]
 
   def stopped(self) -> 'AttentionSite':
     """Returns the site without gradients to queries, keys and values."""

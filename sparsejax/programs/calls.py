@@ -72,6 +72,9 @@ def calls_of(function: str, apply: Callable[..., Any], params: PyTree, batches: 
   if not given:
     without = ', or prune without data by sj.prune_weights' if function == 'prune' else ''
     raise ValueError(f'{function}: there are no batches. Give at least one{without}.')
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, given, valid))):
+    raise ValueError(f'{function}: parameters or batches are traced, and calibration reads their numbers. Call '
+                     f'{function} outside of jit, grad, vmap and eval_shape.')
   masks = _masks(function, valid, len(given))
   traced: dict[Any, Program] = {}
   programs, arrays = [], []

@@ -55,5 +55,7 @@ def test_the_weight_waits_then_follows_the_loss_on_ramps_up_to_four_times_the_fi
 
 @pytest.mark.parametrize('call', [lambda: activation.chunk_loss(RAW, 3), lambda: activation.chunk_sparsity(RAW > 0, 3)])
 def test_chunks_that_do_not_divide_the_tokens_are_refused(call):
+  with pytest.raises(ValueError, match=r'locality_loss: raw of shape \(1, 4\) .* two tokens or more'):
+    activation.locality_loss(jnp.ones((1, 4)))
   with pytest.raises(ValueError, match='chunks of 3 tokens do not divide 4 tokens'):
     call()

@@ -12,6 +12,7 @@ from flax import nnx
 
 import kernels_pallas
 from sparsejax import activation, formats, io
+from sparsejax.allocation import erk
 from sparsejax.programs import hlo
 
 D, F, T = 8, 16, 12
@@ -129,6 +130,15 @@ def test_calibration_data_skip_what_was_asked_and_greedy_gives_the_same_mean():
   assert rows['down'].asked > rows['gate'].asked  # activations after the gate are heavy-tailed
 
 
+def test_greedy_spares_the_product_that_moves_the_results():
+  """Both products of one input have equal errors, and the results have a hundredth of the second."""
+  small = activation.sparsify(lambda w, x: x @ w['gate'] + 0.01 * (x @ w['up']), {'gate': weights()['gate'], 'up':
+                              weights()['gate']}, BATCHES, activation.wina(0.4), allocation=activation.greedy(0.1),
+                              where=lambda path, leaf: True)
+  gate, up = (row.asked for row in small.report.rows)
+  assert up > gate + 0.5 and small.report.asked == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize('rule', [activation.cats(0.5), activation.chess(0.5), activation.top_k(6)],
                          ids=['cats', 'chess', 'top_k'])
 def test_neurons_of_a_scan_are_switched_off_in_every_implementation_on_disk_and_in_derivatives(rule, tmp_path):
@@ -171,6 +181,8 @@ def test_a_token_reads_the_gate_once_and_of_up_and_down_what_its_neurons_need(na
               down=formats.ActiveArray.of(w['down'].at[128:].set(jnp.nan)))
   run = jax.jit(kernels_pallas.packed(small.apply, implementation='xla'), keep_unused=True)
   np.testing.assert_allclose(run(lost, x), apply(w, x), rtol=1e-4)
+  with pytest.raises(ValueError, match="active_outputs: implementation 'mosaic_tpu' cannot run this"):
+    kernels_pallas.packed(small.apply, implementation='mosaic_tpu')(lost, x)
   text, leaves = run.lower(lost, x).compile().as_text(), jax.tree.leaves(lost)
   rows = {}
   for path, leaf in lost.items():
@@ -258,6 +270,11 @@ REFUSED = {
     'packed': (lambda: refused(params=weights() | {'up': formats.ActiveArray.of(weights()['up'])}),
                'up is packed already'),
     'rank': (lambda: refused(rule=activation.r_sparse(0.5), allocation=activation.greedy()), 'not those of r_sparse'),
+    'an allocation of weights': (lambda: refused(allocation=erk), 'as in activation.greedy'),
+    'a loss of each token': (lambda: refused(rule=activation.ppl(5, lambda y, x: y)),
+                             r'the loss of ppl returned an array of shape \(.*must return one number'),
+    'traced': (lambda: jax.eval_shape(lambda x: refused([x]).params, BATCHES[0]),
+               'batches are traced, .* Call activation.sparsify outside of jit'),
     'where': (lambda: refused(where=lambda path, leaf: path == 'b', params=weights() | {'b': jnp.ones((2, 2))}),
               "'b'.*no product of the program has inputs to skip"),
     'another model': (lambda: activation.ruled(plain, activation.cats(0.5), {'down': np.zeros(F + 1)})(

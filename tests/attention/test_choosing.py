@@ -95,6 +95,16 @@ def test_heads_get_the_patterns_that_cost_least_error():
     attention.search(program, PARAMS, batches, {'full': attention.full(4)}, 0.5)
   with pytest.raises(ValueError, match='a pattern reads queries and keys'):
     attention.search(program, PARAMS, batches, {'routed': attention.routed(1, block=4)}, 0.5)
+  with pytest.raises(ValueError, match='no patterns to choose from'):
+    attention.search(program, PARAMS, batches, {}, 0.5)
+  for choice, message in (({}, 'has no choice '), ({'*': ('fool',) * H}, "pattern 'fool'. Did you mean 'full'")):
+    named = dict.fromkeys(errors[1.0], *choice.values()) if choice else {}
+    with pytest.raises(ValueError, match=f'attention.of_choice: .*{message}'):
+      kernels_pallas.sparse_attention(program, attention.of_choice(named, patterns))(PARAMS, X)
+  with pytest.raises(ValueError, match='attention.union: there is no builder'):
+    attention.union()
+  with pytest.raises(ValueError, match="attention.predicted: .* has no predictor '"):
+    kernels_pallas.sparse_attention(program, attention.predicted({}, 1, block=4))(PARAMS, X)
 
 
 def test_patterns_found_once_are_reused_in_later_steps():
@@ -111,5 +121,7 @@ def test_patterns_found_once_are_reused_in_later_steps():
   again = kernels_pallas.sparse_attention(program, attention.given(masks, capacity=4, block=4))(PARAMS, X)
   np.testing.assert_allclose(results[2], again, atol=2e-5)
   assert np.abs(results[2] - DENSE()).max() > 1e-3 and int(state.step) == 3
+  with pytest.raises(ValueError, match='once: the state is for masks of shapes .* Call init for these inputs'):
+    jax.eval_shape(step, state, PARAMS, jnp.concatenate([X, X], 1))
   with pytest.raises(ValueError, match='has no mask'):
     kernels_pallas.sparse_attention(program, attention.given({}, 4, block=4))(PARAMS, X)

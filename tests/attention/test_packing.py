@@ -101,6 +101,12 @@ REFUSED = {
 }
 
 
+def test_platforms_without_segments_say_who_computes_them():
+  choices = block_sparse_attention(Q, Q, Q, jnp.zeros((1, 1, 1), jnp.int32), segments=IDS, explain=True)
+  assert all("it has no 'segments' of scores; XLA computes them, and lists without" in choices[name].reason
+             for name in ('cuda', 'tpu'))
+
+
 @pytest.mark.parametrize('case', REFUSED)
 def test_refusals_say_what_to_give(case):
   call, message = REFUSED[case]

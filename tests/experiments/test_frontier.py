@@ -8,6 +8,7 @@ import pytest
 from experiments import frontier
 from experiments.frontier import activating, engine
 from experiments.frontier.costs import Request
+from experiments.frontier.rules import RULES
 from experiments.models import encoders
 from experiments.pruning import decoder, encoder
 
@@ -66,6 +67,12 @@ def test_lines_of_activation_rules_of_a_tiny_encoder(monkeypatch):
   whole = 4 * (4 * 16 * 16 + 2 * 16 * 64)
   assert lines['dense']['bytes'] == whole and 0 < lines['wina in sequence']['bytes'] <= whole
   assert lines['top_k']['achieved'] == 0.5 and whole - 4 * 16 * 64 <= lines['top_k']['bytes'] <= whole
+
+
+def test_the_command_can_name_each_rule():
+  given = {table: frontier._parsed([table, '--workdir', '', '--rules', ','.join(rules)])
+           for table, rules in RULES.items()}
+  assert {table: each.rules for table, each in given.items()} == {table: list(each) for table, each in RULES.items()}
 
 
 REFUSED = {

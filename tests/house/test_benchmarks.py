@@ -167,6 +167,12 @@ def test_a_kernel_that_fails_is_a_row_with_its_error_and_the_rest_is_measured(ti
   assert [row['failure'] for row in late] == ['left out: 450 seconds had passed'] * 3
 
 
+@pytest.mark.parametrize('make', [gpu_cases._few_inputs, gpu_cases._few_outputs])
+def test_cases_of_active_products_compare_what_is_equal(make):
+  case = make(2, 64, 0.5)
+  assert gpu._error(case.expected(), case.dense(*case.others)) < 0.01 and case.ideal == 2
+
+
 def test_the_table_of_a_gpu_is_what_advise_reads(timed, monkeypatch, tmp_path, capsys):
   some = (block_sparse_matmul, (64, 64)), (sparse24_matmul, (4, 1))
   monkeypatch.setattr(gpu, 'entries', lambda: (gpu_cases.Entry(op, 8, 128, 64, block, 0.5) for op, block in some))

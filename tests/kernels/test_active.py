@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from products import TOKENS, WAYS, close, inputs, normal, value_and_gradients
 
+from kernels_pallas import bytes_read
 from kernels_pallas.active import active_matmul, active_outputs
 
 
@@ -70,9 +71,17 @@ REFUSED = {
     'active: block': (lambda: active_matmul(HALF, ONES, block=6), 'block 6 must be a whole number that divides K = 16'),
     'active: mask': (lambda: active_matmul(HALF, ONES, mask=jnp.ones((4,), bool)), r'mask of shape \(4,\).*\(16,\)'),
     'active: capacity': (lambda: active_matmul(HALF, ONES, capacity=0.5), 'capacity 0.5 must be a number of blocks'),
+    'active: threshold': (lambda: active_matmul(HALF, ONES, threshold=jnp.ones(3)), r'shape \(3,\) must be a'),
+    'outputs: block': (lambda: active_outputs(HALF, HALF, jnp.ones((4, 4), bool), block=0), 'block 0 must be'),
+    'outputs: dtype': (lambda: active_outputs(HALF.astype(int), HALF, jnp.ones((4, 4), bool)), 'x has dtype int32'),
+    'bytes: weight': (lambda: bytes_read(HALF, ONES), 'bytes_read: the weight must be a formats.ActiveArray'),
     'active: dtype': (lambda: active_matmul(HALF.astype(int), ONES), 'x has dtype int32'),
     'active: elsewhere': (lambda: active_matmul(HALF, ONES, implementation='mosaic_tpu'), 'it is for tpu.*can; None'),
     'outputs: shapes': (lambda: active_outputs(HALF, ONES, HALF > 0), r'must be \[..., K\], \[N, K\] and bool'),
+    'outputs: capacity': (lambda: active_outputs(HALF, HALF, jnp.ones((4, 4), bool), capacity=0.5),
+                          'active_outputs: capacity 0.5 must be a number of blocks'),
+    'outputs: elsewhere': (lambda: active_outputs(HALF, HALF, jnp.ones((4, 4), bool), implementation='mosaic_gpu'),
+                           'active_outputs: .*it is for cuda.*can; None'),
     'active: name': (lambda: active_matmul(HALF, ONES, implementation='mosaic'), 'active_matmul: unknown impl'),
 }
 

@@ -12,7 +12,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from products import blocks, equations, f32, normal, rounded_once
 
-from kernels_pallas import active_matmul, block_sparse_attention, block_sparse_matmul, hopper, nm_matmul
+from kernels_pallas import (
+  active_matmul,
+  active_outputs,
+  block_sparse_attention,
+  block_sparse_matmul,
+  hopper,
+  nm_matmul,
+)
 from kernels_pallas.active import gpu as active
 from kernels_pallas.attention import gpu as attention
 from kernels_pallas.attention import gpu_backward
@@ -302,6 +309,33 @@ def test_active_products_lower_for_cuda(block):
   assert kernels(functools.partial(active_matmul, block=block), x, w) == 1
   assert active_matmul(x, w, block=block, explain=True)['cuda'].implementation == 'mosaic_gpu'
   assert active.refusal(x, w.astype(F32), 16).startswith('x and w must have one dtype')
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('count', [0, 3, 11])
+def test_active_outputs(count):
+  """Rows of outputs that are not active are NaN. Of 12 blocks, none, a part of a tile, and two tiles are active."""
+  x, w = normal((3, 192), BF16), normal((192, 192), BF16, 1)
+  there = np.repeat(np.isin(np.arange(12), np.random.default_rng(0).permutation(12)[:count]), 16)
+  wanted = jnp.broadcast_to(there, (3, 192)).astype(BF16)
+  y = active.outputs(x, wanted, jnp.where(there[:, None], w, jnp.nan), 16, 12, interpret=True)
+  rounded_once(y, np.where(there, f32(x) @ f32(w).T, 0), 192)
+
+
+def test_parts_of_active_outputs_cover_the_sum_and_none_is_empty():
+  for k, n, cores in ((640, 128, 6), (4096, 4096, 132), (64, 8, 132), (11008, 4096, 132), (4096, 2**17, 132)):
+    plan = active.outputs_plan(jnp.zeros((1, k), BF16), jax.ShapeDtypeStruct((n, k), BF16), 8, n // 8, cores)
+    steps = [int(plan.trips(jnp.int32(part))) for part in range(plan.parts)]
+    assert sum(steps) == k // 64 and min(steps) > 0 and plan.blocks <= cores
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('block', [8, 16, 64])
+def test_active_outputs_lower_for_cuda(block):
+  x, w, mask = jnp.zeros((1, 4096), BF16), jnp.zeros((4096, 4096), BF16), jnp.ones((1, 4096), bool)
+  assert kernels(functools.partial(active_outputs, block=block), x, w, mask) == 1
+  assert active_outputs(x, w, mask, block=block, explain=True)['cuda'].implementation == 'mosaic_gpu'
+  assert re.search('multiple of 64 inputs; pad', active.outputs_refusal(x[:, 8:], w[:, 8:], 16))
 
 
 # Attention to listed tokens.

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from products import blocks, f32, normal, rounded_once
 
 from kernels_pallas import block_sparse_attention, mosaic_tpu
-from kernels_pallas.active import active_matmul
+from kernels_pallas.active import active_matmul, active_outputs
 from kernels_pallas.active import tpu as active
 from kernels_pallas.attention import tpu as attention
 from kernels_pallas.block_sparse import tpu as block_sparse
@@ -160,9 +160,23 @@ def test_active_products_read_the_active_rows_alone(case):
   rounded_once(y, f32(x) @ np.nan_to_num(f32(w.astype(x.dtype))), len(w))
 
 
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize('case', ACTIVE)
+def test_active_outputs_read_the_rows_of_active_outputs_alone(case):
+  """The weight of the table is `[N, K]` here: its rows are outputs, and the same blocks of them are active."""
+  wanted, w, block, listed = inputs_of(case)
+  x, w = normal((len(wanted), w.shape[1]), wanted.dtype, 3), w.astype(wanted.dtype)
+  y = active.outputs(x, wanted, w, block, listed, interpret=INTERPRET)
+  assert y.dtype == x.dtype and y.shape == wanted.shape
+  rounded_once(y, f32(x) @ np.nan_to_num(f32(w)).T, w.shape[1])
+
+
 def test_active_products_above_the_capacity_are_dense():
   x, w, block, listed = inputs_of('some')
   assert np.isnan(active.matmul(x, w, block, listed - 1, interpret=INTERPRET)).all()
+  ones = jnp.ones((len(x), w.shape[1]))
+  y = active.outputs(ones, x, w, block, listed - 1, interpret=INTERPRET)
+  assert (np.isnan(y) == np.isnan(w).any(1)).all()
 
 
 @pytest.mark.sampled
@@ -174,6 +188,9 @@ def test_active_products_lower(block, dtype):
     x = jax.ShapeDtypeStruct((tokens, 4096), dtype)
     assert active.refusal(x, w, block) is None
     assert calls(lambda x, w: active_matmul(x, w, block=block), x, w) == 1
+    few, mask = jax.ShapeDtypeStruct((tokens, 2048), dtype), jax.ShapeDtypeStruct((tokens, 4096), bool)
+    assert active.outputs_refusal(few, w, block) is None
+    assert calls(lambda x, w, mask: active_outputs(x, w, mask, block=block), few, w, mask) == 1
 
 
 def test_vmap_over_x_is_more_tokens_for_active_products():
@@ -319,6 +336,10 @@ def of_active(tokens=1, k=4096, n=1024, block=128, dtype=BF16, stored=BF16):
   return active.refusal(jax.ShapeDtypeStruct((tokens, k), dtype), jax.ShapeDtypeStruct((k, n), stored), block)
 
 
+def of_outputs(tokens=1, n=4096, k=1024):
+  return active.outputs_refusal(jax.ShapeDtypeStruct((tokens, k), BF16), jax.ShapeDtypeStruct((n, k), BF16), 128)
+
+
 def of_listed(lists=8, most=64, dtype=F32, d=64, heads=8):
   q, k = jax.ShapeDtypeStruct((1, heads, d), dtype), jax.ShapeDtypeStruct((1, 2**17, heads, d), dtype)
   index = jax.ShapeDtypeStruct((1, lists, most), jnp.int32)
@@ -348,6 +369,8 @@ REFUSALS = {
     'active, small blocks': (lambda: of_active(block=8), 'blocks of 8 rows do not fit .*; take a multiple of 16'),
     'active, undivided': (lambda: of_active(n=200), r'\(4096, 200\) must have a multiple of 128 outputs; pad'),
     'active, large': (lambda: of_active(100, 2**16), '100 tokens of 65536 .* do not fit into .*; take fewer'),
+    'outputs, undivided': (lambda: of_outputs(k=200), r'\(4096, 200\) must have a multiple of 128 inputs; pad'),
+    'outputs, many': (lambda: of_outputs(100, 2**15), '100 tokens of 1024 .* do not fit into .*; take fewer'),
     'attention of float16': (lambda: of_attention((F16, F16, F16)), 'not float16; cast to bfloat16'),
     'attention of two dtypes': (lambda: of_attention((F32, F32, BF16)), 'not bfloat16 and float32; cast them to one'),
     'attention, small blocks': (lambda: of_attention(block=(64, 128)), 'multiples of 128, not 64 and 128; list larger'),
@@ -362,8 +385,8 @@ REFUSALS = {
 def test_what_cannot_run_is_refused_with_the_remedy(case):
   why, wanted = REFUSALS[case]
   assert re.search(wanted, why() or 'None')
-  assert (of_blocks(), of_n_m(), of_attention(), of_active(), of_active(block=8, stored=F32), of_listed()) == (
-      None,) * 6
+  assert (of_blocks(), of_n_m(), of_attention(), of_active(), of_active(block=8, stored=F32), of_outputs(),
+          of_listed()) == (None,) * 7
 
 
 @pytest.mark.parametrize('length, most, multiple, wanted', [
@@ -392,14 +415,15 @@ def test_products_say_over_which_axes_of_a_mesh_they_vary():
                                    (block_sparse.sampled, (x, x, w), (along, along, P()), along),
                                    (n_m.matmul, (x, packed_w), (along, P()), along),
                                    (n_m.matmul, (x, packed_w), (P(), across), across),
-                                   (active_matmul, (x, jnp.ones((256, 256))), (along, P()), along)):
+                                   (active_matmul, (x, jnp.ones((256, 256))), (along, P()), along),
+                                   (active_outputs, (x, jnp.ones((256, 256)), x > 0), (along, P(), along), along)):
     def noted(*args, kernel=kernel):
       y = kernel(*args)
       said.append(set(jax.typeof(y).manual_axis_type.varying))
       return y
 
     jax.eval_shape(jax.shard_map(noted, mesh=mesh, in_specs=specs, out_specs=out), *args)
-  assert said == [{'data'}] * 6
+  assert said == [{'data'}] * 7
 
 
 @pytest.mark.parametrize('check_vma, wanted', [(True, 'check_vma=False'), (False, 'None')])

@@ -82,6 +82,10 @@ REFUSED = {
     'no token': (lambda: tokens.stack([doubled([])], NOTHING, [0]), 'at least 1, not .0.'),
     'many tokens': (lambda: tokens.stack([doubled([])], NOTHING, [7])(X), 'with at least the 7 tokens'),
     'other scores': (lambda: tokens.stack([doubled([])], lambda *_: X, [2])(X), r'must be \[B, T\], a number for each'),
+    'fewer tokens than given': (lambda: tokens.stack([lambda x, *_: x[:, :1]], NOTHING, [2])(X),
+                                'block 0 returned x of shape .* must return all tokens'),
+    'a token beyond': (lambda: tokens.shared_neurons(X, X.shape[1]), 'one of the T tokens'),
+    'no router': (lambda: tokens.routed_scores({}, X), "the router has no 'into'; router_of makes one"),
     'attention': (lambda: tokens.page_rank(X), r'must be \[..., T, T\]'),
 }
 
