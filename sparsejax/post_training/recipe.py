@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sparsejax import allocation as allocations
 from sparsejax import calibration, counts, scores
-from sparsejax.types import Allocation, Array, Axes, Pattern, Score, Signals
+from sparsejax.types import Allocation, Array, Axes, Bound, Pattern, Score, Signals
 
 STACKED = Axes(contracted=(2,), output=(1,), layer=(0,), source='traced')  # the axes of a `Stack`
 
@@ -114,8 +114,23 @@ def _best(choose: Chooser, part: tuple[int, int], scores: Array, among: Array) -
 # (stack, choose, statistic) -> stack. A repair changes weights inside of the mask, or exchanges its entries. The
 # first repair of a recipe without a score chooses the mask as well, among `stack.mask`, by `choose`. A repair runs on
 # concrete arrays, and compiles what it needs by itself. A repair must keep the zeros outside of the mask, unless it
-# gives `factors`.
+# gives `factors`. `held(shape)` is an optional attribute, see `Measured`.
 Repair = Callable[[Stack, Chooser, Any], Stack]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Measured(Bound):
+  """A `Measured` is a repair that says how much memory it works in.
+
+  `numbers(shape, *arguments)` returns how many numbers exist at the peak, besides the stack and its statistic, for a
+  stack of this shape, `(L, R, K)`. `prune` estimates its memory by `held`.
+  """
+
+  numbers: Callable[..., int] | None = None
+
+  def held(self, shape: tuple[int, int, int]) -> int:
+    """Returns how many numbers exist at the peak besides the stack and its statistic."""
+    return self.numbers(shape, *self.arguments) if self.numbers else 0
 
 
 @dataclasses.dataclass(frozen=True)
