@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sparsejax import allocation as allocations
 from sparsejax import calibration, counts, scores
-from sparsejax.types import Allocation, Array, Axes, Bound, Pattern, Score, Signals
+from sparsejax.types import Allocation, Array, Axes, Bound, Pattern, Score, Signals, hashes
 
 STACKED = Axes(contracted=(2,), output=(1,), layer=(0,), source='traced')  # the axes of a `Stack`
 
@@ -68,7 +68,7 @@ def stack_of(dense: Array, kept: Array | None = None) -> Stack:
 
 @dataclasses.dataclass(frozen=True)
 class Chooser:
-  """A `Chooser` is a pattern with the sparsity that is asked of one stack; it hashes, so that `jit` takes it static.
+  """A `Chooser` is a pattern with the sparsity that is asked of one stack; it hashes if the pattern does.
 
   `groups`: the number of consecutive matrices of the stack that share one count, as feature groups of a convolution do.
   """
@@ -85,7 +85,8 @@ class Chooser:
     inputs less that of the first `start`. Parts from 0 to K thus add up to the count of the whole. A part must not
     divide a group of the pattern. Ties keep the lower index, NaN is pruned first.
     """
-    return _best(self, (0, scores.shape[2]) if part is None else (part.start, part.stop), scores, among)
+    best = _best if hashes(self) else _best.__wrapped__  # a pattern of the user may have no hash
+    return best(self, (0, scores.shape[2]) if part is None else (part.start, part.stop), scores, among)
 
   @property
   def asked(self) -> float | None:

@@ -24,7 +24,7 @@ from sparsejax.post_training.exchanges import InputMoments, exchanged
 from sparsejax.post_training.net_trim import trimmed
 from sparsejax.post_training.recipe import STACKED, Chooser, Factors, Measured, Repair, Stack
 from sparsejax.post_training.wrapped import factorised, product
-from sparsejax.types import Array, Bound, Signals
+from sparsejax.types import Array, Bound, Signals, hashes
 
 
 class Grid(NamedTuple):
@@ -75,7 +75,8 @@ def _columns(stack: Stack, choose: Chooser, statistic: Any, block: int, damping:
   else:
     told = parts.shares(stack.mask, choose, min(block, length))
   static = None if settled else choose, min(block, length), quantize
-  return _repaired(stack, gram, damping, functools.partial(swept_layer, stack.dense, stack.mask, told, static))
+  sweep = swept_layer if hashes(static) else swept_layer.__wrapped__
+  return _repaired(stack, gram, damping, functools.partial(sweep, stack.dense, stack.mask, told, static))
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -1,4 +1,4 @@
-"""Checks what the branch that chooses masks is given: no gradients that no word reads, and no masks that nobody reads."""
+"""Checks what the branch that chooses masks is given: no gradients that no word reads, and no masks of no use."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ import pytest
 import sparsejax as sj
 from sparsejax import flows, schedules, scores, selections
 from sparsejax.programs import jaxprs
-from sparsejax.transforms import choosing
-from sparsejax.transforms import sparsify
+from sparsejax.transforms import choosing, sparsify
 from sparsejax.types import gradient_free
 
 SHAPE = 256, 64
