@@ -30,8 +30,8 @@ def estimate(programs: Sequence[Program], targets: Mapping[str, Target], cohorts
   """Returns the bytes that are expected at the peak, besides the parameters and batches that exist already.
 
   The estimate adds up the live values of all batches, the statistics of the largest cohort, the arrays of the largest
-  unit, what the `repairs` hold besides, and the results. Cohorts, units and repairs come one by one, so that only the
-  largest of each counts. A repair without `held` counts as holding nothing.
+  unit, and the results. The arrays of a unit include those that the `repairs` hold at their peak, see `recipe.Weighed`.
+  Cohorts, units and repairs come one by one, so that only the largest of each counts.
   """
   known: dict[int, int] = {}
   frontier = 0

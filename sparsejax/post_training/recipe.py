@@ -115,13 +115,13 @@ def _best(choose: Chooser, part: tuple[int, int], scores: Array, among: Array) -
 # (stack, choose, statistic) -> stack. A repair changes weights inside of the mask, or exchanges its entries. The
 # first repair of a recipe without a score chooses the mask as well, among `stack.mask`, by `choose`. A repair runs on
 # concrete arrays, and compiles what it needs by itself. A repair must keep the zeros outside of the mask, unless it
-# gives `factors`. `held(shape)` is an optional attribute, see `Measured`.
+# gives `factors`. `held(shape)` is an optional attribute, see `Weighed`.
 Repair = Callable[[Stack, Chooser, Any], Stack]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Measured(Bound):
-  """A `Measured` is a repair that says how much memory it works in.
+class Weighed(Bound):
+  """A `Weighed` is a repair that says how much memory it works in.
 
   `numbers(shape, *arguments)` returns how many numbers exist at the peak, besides the stack and its statistic, for a
   stack of this shape, `(L, R, K)`. `prune` estimates its memory by `held`.

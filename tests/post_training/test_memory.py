@@ -13,7 +13,7 @@ import sparsejax as sj
 from sparsejax import recipes
 
 STATUS, CLEAR = pathlib.Path('/proc/self/status'), pathlib.Path('/proc/self/clear_refs')
-ROWS = {'exact_obs': 32, 'obc': 32}  # so many outputs hold inverses at a time; of others, the arrays have to be large
+ROWS = {'exact_obs': 32, 'obc': 32}  # outputs, each with an inverse of its own
 OPTIONS = {'armor': {'iterations': 4}, 'net_trim': {'iterations': 4}, 'ecoflap': {'sensitivity': {'w': 1.0}}}
 
 
@@ -29,7 +29,7 @@ def told(name):
 def peak(call):
   """Returns by how many bytes the process grows at most while `call` runs a second time, and the result."""
   libc = ctypes.CDLL(None)
-  libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD as it is at first: what is freed above it goes back to the system
+  libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD as at first: larger arrays go back to the system when freed
   call()
   gc.collect()
   libc.malloc_trim(0)
