@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import ranking
-from sparsejax.types import Array, Axes, Pattern
+from sparsejax.types import Array, Axes, Pattern, hashes
 
 MATRIX = Axes((0,), (1,))  # the axes of a matrix `[in, out]`
 
@@ -120,9 +120,9 @@ def competes(pattern: Pattern, shape: tuple[int, ...], axes: Axes) -> bool:
 def _pooled(pattern: Pattern, shape: tuple[int, ...], axes: Axes | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Returns the shape of the pooled scores of a leaf and their layers, without computing them.
 
-  Leaves of one shape are looked up once. A pattern with a traced number does not hash.
+  Leaves of one shape are looked up once. A pattern with a traced number does not hash, nor may a user's.
   """
-  return (_pooled_once if pattern.static else _pooled_once.__wrapped__)(pattern, shape, axes)
+  return (_pooled_once if hashes(pattern) else _pooled_once.__wrapped__)(pattern, shape, axes)
 
 
 @functools.lru_cache(maxsize=4096)

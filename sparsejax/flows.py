@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sparsejax import errors, neighbours
 from sparsejax.arguments import checked
-from sparsejax.types import Array, Bound, Flow, Schedule, Signals
+from sparsejax.types import Array, Bound, Flow, Schedule, Signals, hashes
 
 __all__ = [
   'bidirectional', 'decayed', 'forgotten', 'frozen', 'hard', 'is_forgotten', 'lasso', 'on_the_edge', 'relevance',
@@ -169,15 +169,6 @@ def until(flow: Flow, at: int) -> Flow:
 def recorded(flow: Flow) -> Flow:
   """Returns the flow as a treedef can hold it: without its functions if their coefficients are arrays."""
   return Flow(*(_unknown if callable(word) and not hashes(word) else word for word in flow))
-
-
-def hashes(word: Any) -> bool:
-  """Returns whether a word hashes, as an argument of `jit` that is no array has to."""
-  try:
-    hash(word)
-  except TypeError:
-    return False
-  return True
 
 
 def at(flow: Flow, step: Any) -> Flow:

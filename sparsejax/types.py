@@ -20,7 +20,7 @@ import optax
 
 __all__ = [
   'ALWAYS', 'AT_ZERO', 'ELEMENTWISE', 'ENDLESS', 'GRADIENT_FREE', 'TAKES_BEST', 'Asked', 'Axes', 'Bound', 'Flow',
-  'Pattern', 'Pooled', 'Signals', 'elementwise', 'gradient_free', 'says', 'takes_best',
+  'Pattern', 'Pooled', 'Signals', 'elementwise', 'gradient_free', 'hashes', 'says', 'takes_best',
 ]
 
 Array = jax.Array
@@ -66,6 +66,15 @@ def says(word: Any, fact: str) -> bool:
   user's own function carry one.
   """
   return fact in getattr(word, 'facts', ())
+
+
+def hashes(word: Any) -> bool:
+  """Returns whether a word hashes, as an argument of `jit` that is no array has to."""
+  try:
+    hash(word)
+  except TypeError:
+    return False
+  return True
 
 
 def elementwise(word: Word) -> Word:

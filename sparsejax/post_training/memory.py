@@ -1,6 +1,6 @@
 """Estimates the memory that a call of `prune` needs, from shapes alone, and refuses what does not fit.
 
-    need = estimate(programs, targets, cohorts, calibration.gram)
+    need = estimate(programs, targets, cohorts, calibration.gram, recipe.repairs)
     refuse_if_too_large(need, limit=8 << 30)
 """
 
@@ -16,6 +16,7 @@ from jax.extend import core
 
 from sparsejax import calibration
 from sparsejax.post_training.cohorts import Cohort
+from sparsejax.post_training.recipe import Repair
 from sparsejax.post_training.targets import Target
 from sparsejax.programs import jaxprs
 from sparsejax.programs.tracing import Program
@@ -25,11 +26,12 @@ FACTORS = 3  # arrays like a Gram matrix: the sum, its factor and a workspace
 
 
 def estimate(programs: Sequence[Program], targets: Mapping[str, Target], cohorts: Mapping[str, Cohort],
-             statistic: calibration.Statistic) -> int:
+             statistic: calibration.Statistic, repairs: Sequence[Repair] = ()) -> int:
   """Returns the bytes that are expected at the peak, besides the parameters and batches that exist already.
 
   The estimate adds up the live values of all batches, the statistics of the largest cohort, the arrays of the largest
-  unit, and the results. Cohorts and units come one by one, so that only the largest of each counts.
+  unit, and the results. The arrays of a unit include those that the `repairs` hold at their peak, see `recipe.Weighed`.
+  Cohorts, units and repairs come one by one, so that only the largest of each counts.
   """
   known: dict[int, int] = {}
   frontier = 0
@@ -41,7 +43,8 @@ def estimate(programs: Sequence[Program], targets: Mapping[str, Target], cohorts
   statistics = {path: _bytes(jax.eval_shape(statistic, _rows(target))) for path, target in targets.items()}
   together = {id(cohort): sum(statistics[path] * _at_once(targets[path], cohort) for path in cohort.paths)
               for cohort in cohorts.values()}
-  units = [STACKS * 4 * math.prod(_shape(target)) + (FACTORS - 1) * statistics[path]
+  held = lambda target: max((repair.held(_shape(target)) for repair in repairs if hasattr(repair, 'held')), default=0)
+  units = [_itemsize(target) * (STACKS * math.prod(_shape(target)) + held(target)) + (FACTORS - 1) * statistics[path]
            for path, target in targets.items()]
   results = sum(target.array.size * (target.array.dtype.itemsize + 1) for target in targets.values())
   return frontier * copies + max(together.values()) + max(units) + results
@@ -53,8 +56,8 @@ def refuse_if_too_large(need: int, limit: int | None) -> None:
   if room is not None and need > room:
     which = 'are free' if limit is None else 'are allowed by `memory_limit`'
     raise ValueError(f'prune: about {_shown(need)} are needed and {_shown(room)} {which}. Give fewer or smaller '
-                     "batches, sequential='weight', or a recipe without a Gram matrix (wanda); a larger "
-                     '`memory_limit` overrules this estimate.')
+                     "batches, sequential='weight', fewer `rows` at a time (exact_obs, obc), or a recipe without a "
+                     'Gram matrix (wanda); a larger `memory_limit` overrules this estimate.')
 
 
 def free() -> int | None:
@@ -88,7 +91,13 @@ def _at_once(target: Target, cohort: Cohort) -> int:
 
 def _rows(target: Target) -> calibration.Rows:
   matrices, _, inputs = _shape(target)
-  return calibration.Rows(jax.ShapeDtypeStruct((matrices, 1, inputs), jnp.float32))  # type: ignore[arg-type]
+  dtype = np.dtype(f'float{8 * _itemsize(target)}')
+  return calibration.Rows(jax.ShapeDtypeStruct((matrices, 1, inputs), dtype))  # type: ignore[arg-type]
+
+
+def _itemsize(target: Target) -> int:
+  """Returns the bytes of a number in the arrays of a unit, which are `float64` for such parameters only."""
+  return 8 if target.array.dtype == np.float64 else 4
 
 
 def _bytes(tree: Any) -> int:

@@ -10,6 +10,7 @@ inverse, a product of matrices: until then, only the rows that the steps read ar
     w = best_weights(w, mask, hessian)                # the weights of a mask, by least squares
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ _BLOCK = 32  # steps that share one update of the inverse
 _STAGES = 4  # how often what is removed is cut out of the arrays of a row, in equal numbers of steps
 _SMALL = 64  # rows with fewer units than this are not cut
 _MOST = 1 << 26  # entries of the inverses that exist at a time: fewer rows are then computed at a time
+_COPIES = 3.5  # of the inverses that exist at a time: XLA's programs on CPUs hold 2.1 to 3.4, the most for `roundings`
 
 
 class Removals(NamedTuple):
@@ -58,9 +60,19 @@ def removals(w: Array, kept: Array, inverse: Array, *, width: int = 1, group: tu
 def _by_rows(function: Callable[[Any], Any], rows: int, *arrays: Array) -> Any:
   """Returns what `function` gives for at most `rows` rows of the arrays at a time; the first is `[R, K]`."""
   count, length = arrays[0].shape
-  rows = min(rows, count, max(1, _MOST // length**2))
+  rows = _at_a_time(rows, count, length)
   parts = [jnp.pad(x, [(0, -count % rows), *[(0, 0)] * (x.ndim - 1)]).reshape(-1, rows, *x.shape[1:]) for x in arrays]
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], lax.map(function, tuple(parts)))
+
+
+def _at_a_time(rows: int, count: int, length: int) -> int:
+  return min(rows, count, max(1, _MOST // length**2))
+
+
+def held(rows: int, shape: tuple[int, ...]) -> int:
+  """Returns how many numbers `removals`, `best_weights` and `roundings` hold at most for weights `[..., R, K]`."""
+  *_, count, length = shape
+  return math.ceil(_COPIES * _at_a_time(rows, count, length) * length**2)
 
 
 def _removed(rest: '_Remainder', there: Array, least: int, size: int) -> Removals:

@@ -77,7 +77,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   calls.refuse_other_programs('prune', {path: [(use.address, use.operand) for use in target.uses.values()]
                                         for path, target in made.items()})
   statistic, cohorts = recipe.statistic or calibration.moments, cohorts_of(calls.programs[0], made, sequential)
-  need = memory.estimate(calls.programs, made, cohorts, statistic)
+  need = memory.estimate(calls.programs, made, cohorts, statistic, recipe.repairs)
   memory.refuse_if_too_large(need, memory_limit)
   units = [(path, unit) for path, target in made.items() for unit in target.units]
   tell = _Told(replaced(progress) or (lambda text: None), len(units))

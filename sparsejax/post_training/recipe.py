@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sparsejax import allocation as allocations
 from sparsejax import calibration, counts, scores
-from sparsejax.types import Allocation, Array, Axes, Pattern, Score, Signals
+from sparsejax.types import Allocation, Array, Axes, Bound, Pattern, Score, Signals, hashes
 
 STACKED = Axes(contracted=(2,), output=(1,), layer=(0,), source='traced')  # the axes of a `Stack`
 
@@ -68,7 +68,7 @@ def stack_of(dense: Array, kept: Array | None = None) -> Stack:
 
 @dataclasses.dataclass(frozen=True)
 class Chooser:
-  """A `Chooser` is a pattern with the sparsity that is asked of one stack; it hashes, so that `jit` takes it static.
+  """A `Chooser` is a pattern with the sparsity that is asked of one stack; it hashes if the pattern does.
 
   `groups`: the number of consecutive matrices of the stack that share one count, as feature groups of a convolution do.
   """
@@ -85,7 +85,8 @@ class Chooser:
     inputs less that of the first `start`. Parts from 0 to K thus add up to the count of the whole. A part must not
     divide a group of the pattern. Ties keep the lower index, NaN is pruned first.
     """
-    return _best(self, (0, scores.shape[2]) if part is None else (part.start, part.stop), scores, among)
+    best = _best if hashes(self) else _best.__wrapped__  # a pattern of the user may have no hash
+    return best(self, (0, scores.shape[2]) if part is None else (part.start, part.stop), scores, among)
 
   @property
   def asked(self) -> float | None:
@@ -114,8 +115,23 @@ def _best(choose: Chooser, part: tuple[int, int], scores: Array, among: Array) -
 # (stack, choose, statistic) -> stack. A repair changes weights inside of the mask, or exchanges its entries. The
 # first repair of a recipe without a score chooses the mask as well, among `stack.mask`, by `choose`. A repair runs on
 # concrete arrays, and compiles what it needs by itself. A repair must keep the zeros outside of the mask, unless it
-# gives `factors`.
+# gives `factors`. `held(shape)` is an optional attribute, see `Weighed`.
 Repair = Callable[[Stack, Chooser, Any], Stack]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Weighed(Bound):
+  """A `Weighed` is a repair that says how much memory it works in.
+
+  `numbers(shape, *arguments)` returns how many numbers exist at the peak, besides the stack and its statistic, for a
+  stack of this shape, `(L, R, K)`. `prune` estimates its memory by `held`.
+  """
+
+  numbers: Callable[..., int] | None = None
+
+  def held(self, shape: tuple[int, int, int]) -> int:
+    """Returns how many numbers exist at the peak besides the stack and its statistic."""
+    return self.numbers(shape, *self.arguments) if self.numbers else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,13 @@ from jax import lax
 
 from sparsejax import counts, hessians, patterns, scores
 from sparsejax.arguments import checked
-from sparsejax.post_training import one_by_one, parts
+from sparsejax.post_training import held, one_by_one, parts
 from sparsejax.post_training.columns import Sweep, swept
 from sparsejax.post_training.exchanges import InputMoments, exchanged
 from sparsejax.post_training.net_trim import trimmed
-from sparsejax.post_training.recipe import STACKED, Chooser, Factors, Repair, Stack
+from sparsejax.post_training.recipe import STACKED, Chooser, Factors, Repair, Stack, Weighed
 from sparsejax.post_training.wrapped import factorised, product
-from sparsejax.types import Array, Bound, Signals
+from sparsejax.types import Array, Bound, Signals, hashes
 
 
 class Grid(NamedTuple):
@@ -75,7 +75,8 @@ def _columns(stack: Stack, choose: Chooser, statistic: Any, block: int, damping:
   else:
     told = parts.shares(stack.mask, choose, min(block, length))
   static = None if settled else choose, min(block, length), quantize
-  return _repaired(stack, gram, damping, functools.partial(swept_layer, stack.dense, stack.mask, told, static))
+  sweep = swept_layer if hashes(static) else swept_layer.__wrapped__
+  return _repaired(stack, gram, damping, functools.partial(sweep, stack.dense, stack.mask, told, static))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -117,7 +118,7 @@ def greedy(damping: float = 0.01, rows: int = 32) -> Repair:
   Hessian without a factor is damped in steps, relative to its diagonal, where the code adds 1. A mask that is chosen
   already is refined: its zeros are removed first.
   """
-  return Bound(_greedy, (damping, rows))
+  return Weighed(_greedy, (damping, rows), numbers=held.of_rows)
 
 
 def _greedy(stack: Stack, choose: Chooser, statistic: Any, damping: float, rows: int) -> Stack:
@@ -164,7 +165,7 @@ def least_squares(damping: float = 0.01, rows: int = 32) -> Repair:
   The optimum of Optimal Brain Surgeon for a given mask (Hassibi and Stork 1993), one solution a row. `damping` keeps
   the weights near their dense values, as a fraction of the mean diagonal of the Hessian; 0 minimises the error itself.
   """
-  return Bound(_least_squares, (damping, rows))
+  return Weighed(_least_squares, (damping, rows), numbers=held.of_rows)
 
 
 def _least_squares(stack: Stack, choose: Chooser, statistic: Any, damping: float, rows: int) -> Stack:
@@ -193,7 +194,7 @@ def rounding(quantize: Grid, damping: float = 0.01, rows: int = 32) -> Repair:
   The half of Optimal Brain Compression (Frantar et al. 2022, section 5) that quantises a pruned layer: its zeros stay.
   The grid is that of the present weights.
   """
-  return Bound(_rounding, (quantize, damping, rows))
+  return Weighed(_rounding, (quantize, damping, rows), numbers=held.of_rows)
 
 
 def _rounding(stack: Stack, choose: Chooser, statistic: Any, quantize: Grid, damping: float, rows: int) -> Stack:
@@ -222,7 +223,7 @@ def swaps(cycles: int = 50, threshold: float = 4.9e-5, guard: bool = True, power
   Deviations from the authors' code: means are those of a token, and so is `threshold` (0.1 for a sequence of 2048). An
   output is done where the code would take a weight of the wrong sign, a kept weight twice, or an index out of bounds.
   """
-  return Bound(_swaps, (cycles, threshold, guard, power))
+  return Weighed(_swaps, (cycles, threshold, guard, power), numbers=held.of_swaps)
 
 
 def _swaps(stack: Stack, choose: Chooser, statistic: Any, cycles: int, threshold: float, guard: bool,
@@ -257,7 +258,7 @@ def convex(epsilon: float = 0.1, rho: float = 10.0, iterations: int = 2000) -> R
   solution has no exact count, so that what is pruned beyond its zeros adds to the error. `net_trim.trimmed` solves the
   program of layers that a ReLU follows, which needs all rows.
   """
-  return Bound(_convex, (epsilon, rho, iterations))
+  return Weighed(_convex, (epsilon, rho, iterations), numbers=held.of_convex)
 
 
 def _convex(stack: Stack, choose: Chooser, statistic: Any, epsilon: float, rho: float, iterations: int) -> Stack:
@@ -284,7 +285,7 @@ def wrapped(block: int = 32, iterations: int = 3000, learning_rate: float = 1e-4
   squares of the inputs. The products are dense, so that `prune` returns these parameters as `formats.Wrapped`. Raises
   `ValueError` for another pattern, for weights that are pruned already, and for sizes that `block` does not divide.
   """
-  return Bound(_wrapped, (block, iterations, learning_rate, seed))
+  return Weighed(_wrapped, (block, iterations, learning_rate, seed), numbers=held.of_wrapped)
 
 
 def _wrapped(stack: Stack, choose: Chooser, statistic: Any, block: int, iterations: int, rate: float,

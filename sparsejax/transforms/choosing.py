@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import flows, neighbours, ranking, trees
+from sparsejax import neighbours, ranking, trees
 from sparsejax.states import SparseState
 from sparsejax.transforms import refusals, tying
 from sparsejax.transforms.leaves import Leaves, master_of, plain_key
 from sparsejax.transforms.method import Method
-from sparsejax.types import Array, PyTree, Signals
+from sparsejax.types import Array, PyTree, Signals, hashes
 
 
 class Point(NamedTuple):
@@ -158,7 +158,7 @@ def _selected(selection: Any, leaves: Leaves, point: Point, signals: list[Signal
   arrays = [(None if selection.gradient_free else s.grad, s.key, s.stats) for s in signals]
   told = leaves.tied(selection.select), leaves.plan.leaves
   traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((point, signals[0].step)))
-  select = _select if traced or not flows.hashes(told) else _select_at_once
+  select = _select if traced or not hashes(told) else _select_at_once
   masks, thresholds = select(*told, point.weights, point.masks, arrays, signals[0].step)
   masks = [neighbours.alike(mask, w) for mask, w in zip(masks, point.weights)]
   return point._replace(masks=masks, stats=point.stats if thresholds is None else thresholds)

@@ -22,7 +22,7 @@ from sparsejax.transforms import choosing, refusals
 from sparsejax.transforms.choosing import Call, Point, signals_of
 from sparsejax.transforms.leaves import Leaves
 from sparsejax.transforms.method import Method
-from sparsejax.types import Array, Flow, PyTree, Signals
+from sparsejax.types import Array, Flow, PyTree, Signals, hashes
 
 
 def opened(method: Method, updates: PyTree, state: SparseState, params: PyTree | None, extra: Any) -> Call:
@@ -131,7 +131,7 @@ def _each(function: Callable[..., Array], flow: Flow, rows: Iterable[tuple[Array
     return []
   told = [(*row, own._replace(step=None, axes=None)) for row, own in zip(rows, signals)]
   if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((rows, signals))):
-    at_once = _at_once if flows.hashes((flow, axes)) else _of_all
+    at_once = _at_once if hashes((flow, axes)) else _of_all
     return at_once(function, flow, axes, told, signals[0].step)
   now = flows.at(flow, signals[0].step)
   one = lambda axes, row: function(now, *row[:-2], row[-2]._replace(step=row[-1], axes=axes))

@@ -23,7 +23,7 @@ from experiments.loop import commands
 from sparsejax import io
 
 RUN, STEPS = 'MdGf', 36
-KILLS = 3  # of each run, or more until one hit a checkpoint that was being written
+KILLS = 2  # of each run, or more until one hit a checkpoint that was being written
 CONFIG = jobs.config(RUN, STEPS, validate_every=18)
 
 

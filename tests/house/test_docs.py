@@ -10,6 +10,7 @@ import pathlib
 import re
 import types
 
+import conformance_page
 import jax
 import pytest
 
@@ -155,3 +156,12 @@ def test_an_error_of_the_page_is_raised_with_its_message(shared, title, code, tm
   with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
     with pytest.raises(ValueError, match=re.escape(title)):
       exec(code, dict(shared))
+
+
+def test_the_page_of_conformance_has_every_recipe_or_says_that_it_has_no_cell():
+  text = (DOCS / 'conformance.md').read_text()
+  columns = re.search(r'^\| \| (dense .*)\|$', text, re.MULTILINE)[1].split('|')
+  measured = {name.strip().removesuffix('-phases') for name in columns}
+  left = re.search(rf'^{re.escape(conformance_page.NOT_YET)}(.*)\.$', text, re.MULTILINE)
+  left = {*left[1].split(', ')} if left else set()
+  assert measured | left == {*recipes.TABLE} and not measured & left

@@ -86,7 +86,7 @@ INSIDE = {
     'sparsejax.metrics': (('models', 'predictions'), ('landscapes',)),
     'sparsejax.post_training': (('recipe', 'results', 'columns', 'one_by_one', 'exchanges', 'net_trim', 'wrapped',
                                  'essential', 'quantized'),
-                                ('parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'memory'),
+                                ('held', 'parts', 'targets'), ('repairs',), ('cohorts',), ('lockstep', 'memory'),
                                 ('solving', 'finished'), ('pruning',)),
     'sparsejax.structured': (('dimensions', 'architecture', 'iso_flop', 'sharing'), ('reading', 'same'),
                              ('elementwise',), ('moving', 'picking', 'layers'),

@@ -345,3 +345,29 @@ def test_without_data_weights_are_pruned_by_magnitude():
   apply, where = lambda p, x: x @ p['mlp']['kernel'], sj.trees.named('mlp/kernel')
   by_recipe = sj.prune(apply, params, [X[0]], Recipe(HALF), where=where)
   np.testing.assert_array_equal(by_recipe.masks['mlp']['kernel'], expected)
+
+
+class Unhashable:
+  """An `Unhashable` is a pattern of a user's own type that compares by value and has no hash."""
+
+  def __init__(self, like):
+    self.like = like
+
+  def __getattr__(self, name):
+    return getattr(vars(self)['like'], name)
+
+  def __call__(self, *args):
+    return self.like(*args)
+
+  def __eq__(self, other):
+    return isinstance(other, Unhashable) and other.like == self.like
+
+
+@pytest.mark.parametrize('recipe, pattern', [(sj.recipes.wanda, sj.Unstructured(0.5)), (sj.recipes.sparsegpt, HALF)])
+def test_a_pattern_without_a_hash_prunes_like_the_pattern_that_it_is(recipe, pattern):
+  with pytest.raises(TypeError, match='unhashable'):
+    hash(Unhashable(pattern))
+  params, batches = {'w': normal(8, 4), 'head': normal(4, 2)}, [normal(16, 8)]
+  own, known = (sj.prune(lambda p, x: jnp.tanh(x @ p['w']) @ p['head'], params, batches, recipe(pattern=each),
+                         where=sj.trees.named('w')).masks['w'] for each in (Unhashable(pattern), pattern))
+  np.testing.assert_array_equal(own, known)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax import schedules
-from sparsejax.types import Bound
+import sparsejax as sj
+from sparsejax import schedules, scores, selections, updates
+from sparsejax.types import Axes, Bound, Signals
 
 
 def share(step, begin, end):
@@ -165,3 +166,26 @@ REFUSED = [
 def test_refusals_name_the_argument(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_a_ramp_has_not_begun_exactly_where_it_is_zero(name):
+  ramp, formula = FORMULAS[name]
+  whole = selections.leafwise(sj.Unstructured(0.5), ramp=ramp).whole
+  assert [whole(step) for step in STEPS] == [np.float32(formula(step)) == 0 for step in STEPS]
+
+
+def test_where_a_ramp_has_not_begun_every_weight_is_kept():
+  """A choice of which `whole` says so is left out. An update that moves weights about may prune before the ramp."""
+  ramp, arrays = schedules.linear(0.0, 1.0, begin=10, end=20), {'w': jnp.arange(96.).reshape(8, 12) % 7}
+  axes = {'w': Axes((0,), (1,))}
+  for pattern in (sj.Unstructured(0.5), sj.Block((4, 3), 0.5), sj.Channel(0.5)):
+    selection = selections.leafwise(pattern, ramp=ramp)
+    leaves = selection.plan(arrays, axes).leaves
+    masks = jax.jit(lambda step, leaves=leaves, selection=selection: selection.select(
+        leaves, [arrays['w']], [arrays['w'] < 0], [Signals(step=step, axes=axes['w'])])[0][0])
+    for step in (0, 10, 13, 20):
+      assert selection.whole(step) == bool(masks(step).all()) == (step <= 10), (pattern, step)
+  moving = updates.drop_and_grow(scores.magnitude, schedules.constant(0.3))
+  assert not selections.leafwise(sj.Unstructured(0.5), ramp=ramp, update=moving).whole(0)
+  assert not selections.leafwise(sj.Unstructured(0.5)).whole(0)

@@ -1,0 +1,50 @@
+"""Compares the memory that `prune` states before it starts with the memory that the process takes, recipe by recipe."""
+
+import ctypes
+import gc
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import sparsejax as sj
+from sparsejax import recipes
+
+STATUS, CLEAR = pathlib.Path('/proc/self/status'), pathlib.Path('/proc/self/clear_refs')
+ROWS = {'exact_obs': 32, 'obc': 32}  # outputs, each with an inverse of its own
+OPTIONS = {'armor': {'iterations': 4}, 'net_trim': {'iterations': 4}, 'ecoflap': {'sensitivity': {'w': 1.0}}}
+
+
+def drawn(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def told(name):
+  """Returns a number of bytes that Linux keeps about this process."""
+  return int(re.search(rf'{name}:\s+(\d+) kB', STATUS.read_text())[1]) * 1024
+
+
+def peak(call):
+  """Returns by how many bytes the process grows at most while `call` runs a second time, and the result."""
+  libc = ctypes.CDLL(None)
+  libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD as at first: larger arrays go back to the system when freed
+  call()
+  gc.collect()
+  libc.malloc_trim(0)
+  CLEAR.write_text('5')  # the peak is counted anew
+  before = told('VmRSS')
+  result = call()
+  return told('VmHWM') - before, result
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason='only Linux tells the peak of a process')
+@pytest.mark.parametrize('name', recipes.POST_TRAINING)
+def test_the_estimate_is_not_below_the_peak_and_not_far_above_it(name):
+  outputs, inputs = ROWS.get(name, 512), 256
+  params = jax.tree.map(jax.numpy.asarray, {'w': drawn(0, inputs, outputs), 'head': drawn(1, outputs, 2)})
+  recipe, x = recipes.POST_TRAINING[name](**OPTIONS.get(name, {})), jax.numpy.asarray(drawn(2, 2 * inputs, inputs))
+  measured, result = peak(lambda: sj.prune(lambda p, x: jax.nn.relu(x @ p['w']) @ p['head'], params, [x], recipe,
+                                           where=sj.trees.named('w')))
+  assert measured <= result.report.memory <= 3 * measured, (measured, result.report.memory)
