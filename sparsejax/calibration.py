@@ -253,8 +253,8 @@ def distilled(statistics: Callable[[Any], PyTree], recorded: PyTree, start: PyTr
     for i in range(steps):
       now, state, best, least, value = step(now, state, best, least)
       if i == 1 and not bool(jnp.isfinite(value)):
-        raise ValueError('calibration.distilled: the first step makes the loss infinite or NaN. A standard deviation of '
-                         'zero has no slope: add a small number under its root, or lower learning_rate=.')
+        raise ValueError('calibration.distilled: the first step makes the loss infinite or NaN. A standard deviation '
+                         'of zero has no slope: add a small number under its root, or lower learning_rate=.')
   return generate(best)
 
 

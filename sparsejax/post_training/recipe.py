@@ -11,6 +11,7 @@ The layers of a scan come one after the other. The taps of a convolution are inp
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ class Chooser:
     inputs less that of the first `start`. Parts from 0 to K thus add up to the count of the whole. A part must not
     divide a group of the pattern. Ties keep the lower index, NaN is pruned first.
     """
-    best = _best if hashes(self) else _best.__wrapped__  # a pattern of the user may have no hash
+    best = _best if hashes(self) else inspect.unwrap(_best)  # a pattern of the user may have no hash
     return best(self, (0, scores.shape[2]) if part is None else (part.start, part.stop), scores, among)
 
   @property

@@ -8,6 +8,7 @@ The first repair of a recipe without a score chooses the mask as well.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def _columns(stack: Stack, choose: Chooser, statistic: Any, block: int, damping:
   else:
     told = parts.shares(stack.mask, choose, min(block, length))
   static = None if settled else choose, min(block, length), quantize
-  sweep = swept_layer if hashes(static) else swept_layer.__wrapped__
+  sweep = swept_layer if hashes(static) else inspect.unwrap(swept_layer)
   return _repaired(stack, gram, damping, functools.partial(sweep, stack.dense, stack.mask, told, static))
 
 

@@ -168,8 +168,8 @@ def marked(updates: PyTree, leaves: Leaves, state: SparseState) -> PyTree:
   """Returns the updates, with NaN for the first sparse leaf if the state, under `jit`, is of another identity.
 
   The identity of a restored state is not known while JAX traces, so the program compares the arrays. The bytes of the
-  hash are compared one by one, which is a part of the kernel of the leaf. A sum would be a kernel of its own. A callback
-  of the host, which could raise, would keep the program out of JAX's cache.
+  hash are compared one by one, as a part of the kernel of the leaf. A sum would be a kernel of its own. A callback of
+  the host, which could raise, would keep the program out of JAX's cache.
   """
   if plans.values_of(state.plan.identity) is not None or not leaves.index:
     return updates  # compared already
