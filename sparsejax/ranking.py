@@ -326,7 +326,8 @@ def quantile(leaves: Sequence[Array], q: Any) -> Array:
 def _above(keys: Sequence[Array], low: Array) -> tuple[Any, Array]:
   """Returns how many keys are above `low`, and the least of them, or the largest integer if there is none."""
   most = np.int32(jnp.iinfo(jnp.int32).max)
-  if wholes.one_cpu() and sum(key.size for key in keys) < LARGE:  # one kernel, where each sum and minimum has several
+  if wholes.one_cpu() and sum(key.size for key in keys) < LARGE:
+    # XLA:CPU compiles one kernel of this, and several of each sum and each minimum.
     both = lambda a, b: (a[0] + b[0], jnp.minimum(a[1], b[1]))
     found = [lax.reduce(((k > low).astype(jnp.int32), jnp.where(k > low, k, most)), (np.int32(0), most), both,
                         range(k.ndim)) for k in keys]
