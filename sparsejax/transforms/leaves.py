@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -119,10 +120,8 @@ class Leaves:
 
   def _keys(self, step: Array, key: Array) -> list[Array]:
     """Returns the key of each leaf at `step`. A key depends on the path, so that other leaves do not change a draw."""
-    now = jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEYS), step)
     names = np.array([zlib.crc32(leaf.path.encode()) for leaf in self.plan.leaves], np.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(now, names)
-    return [jax.random.wrap_key_data(data, impl=KEYS) for data in kinds.apart(jax.random.key_data(keys))]
+    return _folded(key, step, names)
 
 
 def refuse_complex(paths: Sequence[str], leaves: Sequence[Any], treedef: Any) -> None:
@@ -149,9 +148,23 @@ def unoriented(flow: Flow, axes: Axes) -> str | None:
       f'mean. {conventions.REMEDY}')
 
 
+# A single program outside of `jit`, where each operation would be compiled by itself.
+@functools.partial(jax.jit, inline=True)
+def _folded(key: Array, step: Array, names: np.ndarray) -> list[Array]:
+  """Returns a key for each name, of the key `uint32[2]` at `step`."""
+  now = jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEYS), step)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(now, names)
+  return [jax.random.wrap_key_data(data, impl=KEYS) for data in kinds.apart(jax.random.key_data(keys))]
+
+
 def plain_key(key: Array | None) -> Array | None:
   """Returns a new key as `uint32[2]`, whatever the kind of `key`: NumPy and checkpoints do not know typed keys."""
-  return None if key is None else jax.random.key_data(jax.random.key(jax.random.bits(key), impl=KEYS))
+  return None if key is None else _plain(key)
+
+
+@functools.partial(jax.jit, inline=True)
+def _plain(key: Array) -> Array:
+  return jax.random.key_data(jax.random.key(jax.random.bits(key), impl=KEYS))
 
 
 def master_of(w: Array) -> Array:

@@ -74,6 +74,9 @@ class Method:
 
     The step `freeze` chooses the last mask, unless the schedule is `False` at all steps from 1 to `freeze`.
     """
+    return self._due(step) if isinstance(step, jax.core.Tracer) else _due_at_once(self, step)
+
+  def _due(self, step: Array) -> Array:
     in_time, due = step >= self.dense_steps, self.refresh(step - self.dense_steps)
     if self.freeze is None:
       return in_time & due
@@ -94,3 +97,7 @@ class Method:
   def filled(self, values: Mapping[str, Any]) -> 'Method':
     """Returns the method with the placeholders replaced by their values."""
     return dataclasses.replace(self, start=starts.fill(self.start, values), key=starts.fill(self.key, values))
+
+
+# A single program outside of `jit`, where each operation would be compiled by itself.
+_due_at_once = jax.jit(Method._due, static_argnums=0)

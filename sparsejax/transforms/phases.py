@@ -102,7 +102,10 @@ def advanced(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> 
 def _paused(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> tuple[Point, PyTree]:
   """Returns what `advanced` does, after the choice: a step that chose masks leaves weights and state as they are."""
   step, due = stepped(call, point, gradients), call.method.due(call.step)
-  still = lambda old, new: jax.tree.map(lambda a, b: jnp.where(due, a, b), old, new)
+  if not isinstance(due, jax.core.Tracer):  # outside of `jit`, where a selection would be compiled for each shape
+    still = lambda old, new: old if due else new
+  else:
+    still = lambda old, new: jax.tree.map(lambda a, b: jnp.where(due, a, b), old, new)
   inner = still(point.inner, step.second)
   moves = step.again(inner) if step.again else step.first
   moves = still(jax.tree.map(jnp.zeros_like, moves), moves)
@@ -118,9 +121,18 @@ def stepped(call: Call, point: Point, gradients: Callable[[], list[Array]]) -> a
 
 def _moved(call: Call, point: Point, moves: PyTree) -> list[Array]:
   """Returns the weights of the point after the optimizer's updates."""
+  told = point.weights, call.leaves.pick(moves)
+  traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(told))
+  return _sums(*told) if traced else _sums_at_once(*told)
+
+
+def _sums(weights: list[Array], updates: list[Array]) -> list[Array]:
   # An operation of `lax` takes a third of the time of an operator to trace, and a step has one for each leaf.
   moved = lambda w, u: lax.add(w, u) if jax.typeof(w) == jax.typeof(u) else (w + u).astype(w.dtype)
-  return [moved(w, u) for w, u in zip(point.weights, call.leaves.pick(moves))]
+  return [moved(w, u) for w, u in zip(weights, updates)]
+
+
+_sums_at_once = jax.jit(_sums)
 
 
 def _each(function: Callable[..., Array], flow: Flow, rows: Iterable[tuple[Array, ...]], signals: list[Signals]
