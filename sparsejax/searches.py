@@ -24,7 +24,8 @@ def top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> li
   kept. The loop ends as soon as the number is right: without ties, after about as many bits as tell the keys apart.
 
   A search is `int32[4]`: how many bits are settled, the least key, the place, and the number of entries that are kept.
-  An entry is kept above the key, or equal to the key and before the place. XLA:CPU compiles a kernel for each number, and one for an array of numbers.
+  An entry is kept above the key, or equal to the key and before the place. XLA:CPU compiles a kernel for each number,
+  and one for an array of numbers.
   """
   info, size = jnp.iinfo(keys[0].dtype), sum(key.size for key in keys)
   turns = info.bits + size.bit_length()
