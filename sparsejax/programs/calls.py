@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors
+from sparsejax import errors, trees
 from sparsejax.programs.contractions import read
 from sparsejax.programs.evaluate import Walk
 from sparsejax.programs.operands import Site
@@ -72,8 +72,12 @@ def calls_of(function: str, apply: Callable[..., Any], params: PyTree, batches: 
   if not given:
     without = ', or prune without data by sj.prune_weights' if function == 'prune' else ''
     raise ValueError(f'{function}: there are no batches. Give at least one{without}.')
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, given, valid))):
-    raise ValueError(f'{function}: parameters or batches are traced, and calibration reads their numbers. Call '
+  for path, leaf in zip(*trees.flatten(params)[:2]):
+    if isinstance(leaf, jax.core.Tracer):
+      raise errors.at_leaf(function, path, leaf.shape, 'it is traced, and calibration reads the numbers. Call '
+                           f'{function} outside of jit, grad, vmap and eval_shape.')
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((given, valid))):
+    raise ValueError(f'{function}: batches are traced, and calibration reads their numbers. Call '
                      f'{function} outside of jit, grad, vmap and eval_shape.')
   masks = _masks(function, valid, len(given))
   traced: dict[Any, Program] = {}

@@ -108,7 +108,7 @@ class Groups(Mapping[str, UnitGroup]):
   unread: tuple[str, ...]
 
   def __getitem__(self, name: str) -> UnitGroup:
-    if name in self.pinned:
+    if name in self.pinned and name not in self.groups:  # of an axis of a group some positions may be pinned
       raise ValueError(f'structured.Groups: the units of {name!r} may not go: {self.pinned[name]}.')
     if name not in self.groups:
       raise errors.unknown('structured.Groups', 'group', name, self.groups)

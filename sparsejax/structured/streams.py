@@ -146,7 +146,7 @@ class _Following:
   # Rules of single operations.
 
   def _sum(self, eqn: Any, facts: Sequence[Any], operands: Any, along: bool, here: Position) -> Any:
-    (fact,), axes = facts, eqn.params['axes']
+    (fact,), axes = facts, dict(jaxprs.options(eqn))['axes']
     if not any(self._along(operands[0].dims[axis]) for axis in axes):
       return _part(fact)
     if isinstance(fact, _Turns):
@@ -198,14 +198,13 @@ class _Following:
     fact = facts[0]
     if not isinstance(fact, _Turns):
       return fact if fact in (NORM, ZERO) else self._refuse(eqn)
-    if eqn.params.get('y', 2) != 2 or fact.norm.scale or fact.norm.shift:
+    if dict(jaxprs.options(eqn)).get('y', 2) != 2 or fact.norm.scale or fact.norm.shift:
       self._refuse(eqn)
     return SQUARE
 
   def _dot(self, eqn: Any, facts: Sequence[Any], operands: Any, along: bool, here: Position) -> Any:
-    contracted, batched = eqn.params['dimension_numbers']
     summed, beside = ([any(self._along(operand.dims[axis]) for axis in axes) for operand, axes in zip(operands, pair)]
-                      for pair in (contracted, batched))
+                      for pair in zip(*jaxprs.dot_numbers(eqn)))
     turns = [isinstance(fact, _Turns) for fact in facts]
     if any(beside) or SQUARE in facts or any(summed) and not all(turns):
       self._refuse(eqn)
@@ -232,7 +231,7 @@ class _Following:
     return self._either(eqn, facts[1:])
 
   def _concatenated(self, eqn: Any, facts: Sequence[Any], operands: Any, along: bool, here: Position) -> Any:
-    if any(self._along(operand.dims[eqn.params['dimension']]) for operand in operands):
+    if any(self._along(operand.dims[jaxprs.dimensions(eqn)]) for operand in operands):
       self._refuse(eqn)
     return self._either(eqn, facts)
 

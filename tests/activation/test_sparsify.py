@@ -274,7 +274,7 @@ REFUSED = {
     'a loss of each token': (lambda: refused(rule=activation.ppl(5, lambda y, x: y)),
                              r'the loss of ppl returned an array of shape \(.*must return one number'),
     'traced': (lambda: jax.eval_shape(lambda x: refused([x]).params, BATCHES[0]),
-               'batches are traced, .* Call activation.sparsify outside of jit'),
+               'is traced, .* Call activation.sparsify outside of jit'),
     'where': (lambda: refused(where=lambda path, leaf: path == 'b', params=weights() | {'b': jnp.ones((2, 2))}),
               "'b'.*no product of the program has inputs to skip"),
     'another model': (lambda: activation.ruled(plain, activation.cats(0.5), {'down': np.zeros(F + 1)})(

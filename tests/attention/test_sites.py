@@ -251,7 +251,7 @@ REFUSED = {
     'a mask of other heads': (lambda: kernels_pallas.sparse_attention(
         jnn, lambda site: attention.BlockMask(np.ones((3, 4, 4), bool), 2, 2))(*EQUAL), r'bool\[3, 4, 4\] at '),
     'gates of another program': (lambda: kernels_pallas.sparse_attention(
-        jnn, attention.gated_blocks({'a': 1}, keep=1, block=2))(*EQUAL), r"no gate '.*the gates are \['a'\]"),
+        jnn, attention.gated_blocks({'a': 1}, keep=1, block=2))(*EQUAL), r"no gate '.*are for \['a'\]"),
     'no function': (lambda: kernels_pallas.sparse_attention(jnn, 3), '`builder` must be a function'),
     'an unknown edit': (lambda: kernels_pallas.block_sparse_attention(
         *EQUAL, jnp.zeros((4, 4, 1), jnp.int32), block_q=2, block_k=2,

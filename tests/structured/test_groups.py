@@ -55,8 +55,10 @@ def test_the_table_has_groups_weights_members_and_reasons():
     'pinned, it is an axis of input 0: a:0', 'pinned, it is an axis of the result: c:1']
   assert found['a:1'].units[2] == {'a:1': (2,), 'b:0': (2,), 'c:0': (2,)} and found['a:1'].weights == 4 + 1 + 3
   assert [member.side for member in found['a:1'].members] == ['produced', 'beside', 'contracted']
-  with pytest.raises(ValueError, match="unknown group 'a:0'.*Valid: a:1"):
+  with pytest.raises(ValueError, match="the units of 'a:0' may not go: it is an axis of input 0"):
     found['a:0']
+  with pytest.raises(ValueError, match="unknown group 'a:2'.*Valid: a:1"):
+    found['a:2']
 
 
 def test_weights_of_a_unit_count_a_leaf_with_two_axes_once():

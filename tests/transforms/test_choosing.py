@@ -55,6 +55,7 @@ def test_a_choice_outside_of_jit_compiles_once_for_init_and_update_where_no_word
   """The first masks are chosen without a gradient, and later ones beside a gradient that nobody reads."""
   own = lambda w, signals: jnp.abs(w)
   for score, programs in ((scores.magnitude, 1), (own, 2)):
+    jax.clear_caches()  # other tests may have compiled the program
     tx, before = made(flows.hard(), score, every=1), programs_so_far()
     tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     assert programs_so_far() - before == programs
