@@ -49,8 +49,9 @@ def cells(claim: Measurement) -> tuple[str, ...]:
   """Returns the row of a claim, as text, under `HEAD`."""
   low, high = claim.spread
   bar = f'{"at least" if claim.at_least else "at most"} {claim.bar:g}'
-  return (claim.what, f'{claim.measured:.4g}', f'{low:.4g} to {high:.4g}', bar, 'yes' if claim.holds else 'NO',
-          str(claim.rounds))
+  told = (f'{claim.measured:.{digits}g}' for digits in range(4, 18))  # a number just behind the bar has more digits
+  measured = next(text for text in told if claim._replace(measured=float(text)).holds == claim.holds)
+  return (claim.what, measured, f'{low:.4g} to {high:.4g}', bar, 'yes' if claim.holds else 'NO', str(claim.rounds))
 
 
 def read(text: str) -> dict[str, Section]:
