@@ -78,23 +78,16 @@ def outputs(x: Array, wanted: Array, w: Array, block: int, capacity: int, *, int
 
 def refusal(x: Array, w: Array, block: int) -> str | None:
   """Returns why the product of `x` and `w` cannot run on Hopper, with the remedy, or `None`."""
-  if why := _refused(x, w, block):
-    return why
-  if w.shape[1] % WIDTH:
-    return f'a weight of shape {w.shape} must have a multiple of {WIDTH} outputs; pad with zeros'
-  return None
+  return _refused(x, w, block, WIDTH, 'outputs')
 
 
 def outputs_refusal(x: Array, w: Array, block: int) -> str | None:
   """Returns why `x` times outputs of the transpose of `w` cannot run on Hopper, with the remedy, or `None`."""
-  if why := _refused(x, w, block):
-    return why
-  if w.shape[1] % DEPTH:
-    return f'a weight of shape {w.shape} must have a multiple of {DEPTH} inputs; pad with zeros'
-  return None
+  return _refused(x, w, block, DEPTH, 'inputs')
 
 
-def _refused(x: Array, w: Array, block: int) -> str | None:
+def _refused(x: Array, w: Array, block: int, multiple: int, what: str) -> str | None:
+  """Returns why a product cannot run on Hopper, or `None`; the second axis of `w` needs a `multiple`."""
   if why := hopper.refused_dtype(x.dtype):
     return why
   if w.dtype != x.dtype:
@@ -103,6 +96,8 @@ def _refused(x: Array, w: Array, block: int) -> str | None:
     return f'it is for few tokens, up to {TOKENS}, not {x.shape[0]}; split them, or multiply dense'
   if block % 8 or DEPTH % block:
     return f'blocks of {block} rows do not fit its steps of {DEPTH}; take 8, 16, 32 or 64'
+  if w.shape[1] % multiple:
+    return f'a weight of shape {w.shape} must have a multiple of {multiple} {what}; pad with zeros'
   return None
 
 

@@ -9,23 +9,23 @@ from sparsejax.post_training import one_by_one
 
 
 def of_rows(shape: tuple[int, int, int], *arguments: Any) -> int:
-  """Returns the numbers of a repair that solves row by row. The last argument says how many rows at a time."""
+  """Returns how many numbers a repair holds that solves row by row. The last argument says how many rows at a time."""
   return one_by_one.held(arguments[-1], shape)
 
 
 def of_swaps(shape: tuple[int, int, int], *arguments: Any) -> int:
-  """Returns the numbers of DSnoT: four sorts of one matrix, each with its places."""
+  """Returns how many numbers DSnoT holds: four sorts of one matrix, each with its places."""
   del arguments
   return 15 * shape[1] * shape[2]
 
 
 def of_convex(shape: tuple[int, int, int], *arguments: Any) -> int:
-  """Returns the numbers of Net-Trim: the variables of ADMM, and a root of the Gram matrix."""
+  """Returns how many numbers Net-Trim holds: the variables of ADMM, and a root of the Gram matrix."""
   del arguments
   return 11 * shape[1] * shape[2] + shape[2]**2
 
 
 def of_wrapped(shape: tuple[int, int, int], *arguments: Any) -> int:
-  """Returns the numbers of ARMOR: the factors, the best of them, Adam's moments, and the gradient."""
+  """Returns how many numbers ARMOR holds: the factors, the best of them, Adam's moments, and the gradient."""
   del arguments
   return 12 * shape[1] * shape[2]

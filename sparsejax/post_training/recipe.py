@@ -69,7 +69,9 @@ def stack_of(dense: Array, kept: Array | None = None) -> Stack:
 
 @dataclasses.dataclass(frozen=True)
 class Chooser:
-  """A `Chooser` is a pattern with the sparsity that is asked of one stack; it hashes if the pattern does.
+  """A `Chooser` is a pattern with the sparsity that is asked of one stack.
+
+  A `Chooser` has a hash if its pattern has one.
 
   `groups`: the number of consecutive matrices of the stack that share one count, as feature groups of a convolution do.
   """

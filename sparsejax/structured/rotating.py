@@ -207,7 +207,7 @@ def _times(scale: np.ndarray) -> Callable[[np.ndarray, int], np.ndarray]:
 
 
 def _over(shift: Member, scale: np.ndarray) -> Callable[[np.ndarray, int], np.ndarray]:
-  """Returns the division of a shift by its scale; raises `ValueError` where only the scale is zero."""
+  """Returns the shift of a norm divided by the scale of the norm. Raises `ValueError` where only the scale is zero."""
   def divided(w: np.ndarray, axis: int) -> np.ndarray:
     if np.any((scale == 0) & (w != 0)):
       raise errors.at_leaf('structured.rotate', shift.path, shift.shape, 'it shifts units whose scale is zero, which '

@@ -74,7 +74,12 @@ class Method:
 
     The step `freeze` chooses the last mask, unless the schedule is `False` at all steps from 1 to `freeze`.
     """
-    return self._due(step) if isinstance(step, jax.core.Tracer) else _due_at_once(self, step)
+    if isinstance(step, jax.core.Tracer):
+      return self._due(step)
+    try:
+      return _due_at_once(self, step)
+    except jax.errors.ConcretizationTypeError:  # a schedule of the user may branch in Python, outside of `jit`
+      return self._due(step)
 
   def _due(self, step: Array) -> Array:
     in_time, due = step >= self.dense_steps, self.refresh(step - self.dense_steps)

@@ -63,3 +63,12 @@ def test_a_choice_outside_of_jit_compiles_once_for_init_and_update_where_no_word
 
 def programs_so_far():
   return choosing._select_at_once._cache_size()
+
+
+def test_a_schedule_may_branch_in_python_outside_of_jit():
+  tx = sparsify(optax.sgd(0.1), flows.hard(), selections.leafwise(sj.Unstructured(0.5)), where=sj.trees.matrices,
+                refresh=lambda step: bool(step % 2 == 0))
+  state = tx.init(PARAMS)
+  for _ in range(2):
+    _, state = tx.update(PARAMS, state, PARAMS)
+  assert state.step == 2
