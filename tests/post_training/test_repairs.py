@@ -228,10 +228,10 @@ def test_least_squares_is_the_optimum_of_its_mask_and_repairs_never_do_worse_tha
 
 
 def layers():
-  """Returns eight layers [8, 24, 16] with unequal inputs, calibration rows [8, 128, 16] and held-out rows."""
+  """Returns eight layers [8, 24, 16] with unequal inputs, calibration rows [8, 4096, 16] and held-out rows."""
   mix = drawn(7, 8, 16, 16) * 0.3 + np.exp(1.2 * drawn(8, 8, 16))[:, None] * np.eye(16, dtype=np.float32)
   rows = lambda seed, tokens: np.maximum(drawn(seed, 8, tokens, 16) @ mix + np.abs(drawn(9, 8, 1, 16)), 0)
-  return drawn(10, 8, 24, 16), rows(11, 128), rows(12, 256)
+  return drawn(10, 8, 24, 16), rows(11, 4096), rows(12, 256)
 
 
 @pytest.mark.parametrize('sparsity', [0.5, 0.7])
