@@ -12,7 +12,7 @@ import jax
 from sparsejax.hub.layers import attended, layer_norm, plus, refuse_others, rooted
 from sparsejax.types import Array
 
-MATRICES = ('*encoder.layer.*.attention.*.weight', '*encoder.layer.*.dense.weight')
+MATRICES = ('*encoder.layer.*.attention.self.*.weight', '*encoder.layer.*.dense.weight')
 
 
 def forward(config: Mapping[str, Any]) -> Callable[..., Array]:

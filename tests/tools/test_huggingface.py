@@ -258,3 +258,38 @@ def test_a_model_of_any_type_enters_as_a_function_and_a_stop_leaves_nothing_behi
   assert all(np.array_equal(packed[name], new[name]) for name in new)
   capsys.readouterr()
   assert call('aply') == 2 and "there is no function 'aply'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('config, made', [
+    (GPT2 | {'vocab_size': 13, 'n_positions': 6, 'architectures': ['GPT2LMHeadModel']}, gpt2),
+    (LLAMA | {'vocab_size': 13, 'intermediate_size': 16, 'max_position_embeddings': 64,
+              'architectures': ['LlamaForCausalLM']}, llama)], ids=['gpt2', 'llama'])
+def test_transformers_loads_a_pruned_folder_and_gives_the_same_logits(config, made, tmp_path):
+  """Runs where `transformers` and PyTorch are installed, which the tests do not ask for: PyTorch takes 5 GB."""
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  folder, out = stored(tmp_path / 'dense', config, made(), parts=2), tmp_path / 'sparse'
+  huggingface.prune_folder(folder, out, sj.recipes.sparsegpt(pattern=sj.NM(2, 4)), TOKENS)
+  model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+  parts = [safetensors.numpy.load_file(part) for part in out.glob('*.safetensors')]
+  params = {name: value for part in parts for name, value in part.items()}
+  loaded = [value for name, value in model.state_dict().items() if name.endswith(('c_fc.weight', 'up_proj.weight'))]
+  assert loaded and all(float((value == 0).float().mean()) >= 0.5 for value in loaded)
+  with torch.no_grad():
+    theirs = model(torch.tensor(np.asarray(TOKENS))).logits.numpy()
+  ours = jax.jit(hub.forward(config))(params, jnp.asarray(TOKENS, jnp.int32), jnp.ones(np.shape(TOKENS), bool))
+  np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+def test_transformers_loads_a_pruned_encoder_and_gives_the_same_hidden_states(tmp_path):
+  folder, out = encoders.folder(), tmp_path / 'sparse'
+  tokens = np.array([[101, 2023, 2003, 2307, 102], [101, 2307, 3185, 999, 102]])
+  report = huggingface.prune_folder(folder, out, sj.recipes.magnitude(pattern=sj.NM(2, 4)), tokens)
+  assert len(report.rows) == 6 * 6 and report.achieved == 0.5  # and no norm, whose name has `attention` in it
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  model = transformers.AutoModel.from_pretrained(out, dtype=torch.float32).eval()
+  with torch.no_grad():
+    theirs = model(torch.tensor(tokens)).last_hidden_state.numpy()
+  params = safetensors.numpy.load_file(out / 'model.safetensors')
+  config = json.loads((out / 'config.json').read_text())
+  ours = jax.jit(hub.forward(config))(params, jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
+  np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
