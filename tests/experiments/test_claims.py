@@ -176,13 +176,13 @@ def test_what_cannot_be_tested_is_said_and_the_rest_goes_on(tmp_path, monkeypatc
 
 
 def test_data_are_looked_for_where_they_are_said_to_be():
-  assert claims.overrides(CONFIGS['freeze_cnn_mnist'], '/x', ['steps=3']) == ['data.data_dir=/x', 'steps=3']
+  assert claims.overrides(CONFIGS['freeze_mlp_mnist'], '/x', ['steps=3']) == ['data.data_dir=/x', 'steps=3']
   assert claims.overrides(CONFIGS['dynamic_vit_digits'], '/x', []) == []
 
 
 def test_a_name_that_no_claim_has(tmp_path, capsys):
   with pytest.raises(SystemExit):
-    claims.main(['--workdir', str(tmp_path), '--only', 'freeze_cnn'])
+    claims.main(['--workdir', str(tmp_path), '--only', 'freeze_mlp'])
   assert 'choose from' in capsys.readouterr().err
 
 
@@ -190,10 +190,10 @@ def test_one_claim_from_its_config_to_its_table_and_not_twice(tmp_path, monkeypa
   toy = ['data.name=digits', f'data.data_dir={tmp_path / "data"}', 'steps=2', 'seeds=(0, 1)', 'batch_size=8',
          'model.widths=(4, 4)', 'mesh.data=1']
   changes = [part for change in toy for part in ('--set', change)]
-  arguments = ['--workdir', str(tmp_path), '--only', 'freeze_cnn_mnist', *changes]
+  arguments = ['--workdir', str(tmp_path), '--only', 'freeze_mlp_mnist', *changes]
   assert claims.main(arguments) == 0
   before = (tmp_path / 'claims.json').read_text()
-  assert json.loads(before)['freeze_cnn_mnist'][0]['what'] == 'FreezeNet > SNIP'
+  assert json.loads(before)['freeze_mlp_mnist'][0]['what'] == 'FreezeNet > SNIP'
   assert 'FreezeNet > SNIP' in capsys.readouterr().out
   monkeypatch.setattr(runs, 'prepare', None)  # Nothing is left to prepare for.
   assert claims.main(arguments) == 0 and (tmp_path / 'claims.json').read_text() == before

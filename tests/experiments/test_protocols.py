@@ -73,7 +73,7 @@ def test_a_run_gives_a_score_for_each_seed_and_is_read_again(name, tmp_path, mon
 
 def test_unknown_names_and_keys_are_refused(tmp_path):
   with pytest.raises(ValueError, match='protocol is None'):
-    trained(configs.load(claims.CONFIGS / 'freeze_cnn_mnist.py'), tmp_path)
+    trained(configs.load(claims.CONFIGS / 'freeze_mlp_mnist.py'), tmp_path)
   for wrong, why in (({'name': 'edgs'}, "unknown protocol 'edgs'"), ({'widht': 3}, "unknown key of edges: 'widht'"),
                      ({'runs': {'a': {'oder': 1}}}, "'oder'")):
     with pytest.raises(ValueError, match=why):

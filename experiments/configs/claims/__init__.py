@@ -117,3 +117,11 @@ def vit_digits(seeds: int, steps: int, width: int = 32) -> ConfigDict:
   config = digits(steps, learning_rate=2e-3, batch_size=32, seeds=seeds)
   config.model = {'name': 'vit', 'patch': 2, 'width': width, 'depth': 2, 'heads': 4}
   return config
+
+
+def mlp_mnist(seeds: int, steps: int) -> ConfigDict:
+  """Returns the config of LeNet-300-100 on MNIST, on which claims about perceptrons are tested, with a dense run."""
+  config = digits(steps, seeds=seeds)
+  config.data.name = 'mnist'
+  config.model = {'name': 'mlp', 'widths': (300, 100)}
+  return config

@@ -1,0 +1,32 @@
+r"""Tests robust pruning at initialisation against SNIP in a perceptron of 30 layers at 90 %, SGD with momentum, MNIST.
+
+    python -m experiments.claims --only robust_deep_mlp_mnist --data_dir DIRECTORY --workdir runs/claims
+
+The claim (Hayou et al. 2021, 2002.08797) is that a pruned deep model leaves the edge of chaos and trains badly, and that
+rescaling its layers to the edge mends that. The dense model starts on the edge: `E[fan_in w^2]` is 2. Adam makes up for
+the scale of a layer's gradient, so the optimizer is SGD. Gradients are clipped: in a pilot without clipping, training
+diverged at the second step after the rescaling.
+"""
+
+from experiments.configs import claims
+
+
+def get_config():
+  config = claims.mlp_mnist(seeds=5, steps=1500)
+  config.model = {'name': 'mlp', 'widths': (100,) * 30, 'gain': 2.0}
+  config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'options': {'momentum': 0.9}}
+  for name, recipe in (('SNIP', 'snip'), ('robust', 'robust_at_init')):
+    config.recipes[name] = {'name': recipe, 'sparsity': 0.9, 'allow_empty': True}
+  return config
+
+
+def get_sweep():
+  return claims.tuned(0.003, 0.01, 0.03)
+
+
+CLAIM = claims.Claim(
+    title='Robust pruning at initialisation',
+    sentence='In a perceptron of 30 layers, robust pruning at initialisation trains better than SNIP.',
+    reference='Hayou et al. 2021, Robust Pruning at Initialization, 2002.08797',
+    comparisons=[claims.better('robust', 'SNIP')],
+    needs=[claims.at_least('dense', 90.0)])
