@@ -1,6 +1,6 @@
 """Runs rounds of pruning and retraining: iterative magnitude pruning, with its rewindings, and sparse model soups.
 
-  python -m experiments.tickets --config experiments/configs/claims/soup_vit_digits.py --workdir runs/soup [--set k=v]
+  python -m experiments.tickets --config experiments/configs/claims/soup_mlp_mnist.py --workdir runs/soup [--set k=v]
 
 First the model is trained dense. Each round then prunes an equal share of the weights that are left, so that the last
 round reaches `sparsity`. The smallest weights of all leaves together are pruned, and the model is retrained (Frankle

@@ -119,7 +119,7 @@ def test_results_have_each_seed_of_dense_members_and_soup(whole, capsys):
   np.testing.assert_allclose(ends, [found[name]['test']['loss'] for name in each[:2]], rtol=1e-5)
   assert '| soup | 2 |' in (whole / 'results.md').read_text()
   assert (whole / 'results.png').read_bytes()[:4] == b'\x89PNG'
-  compare, = configs.module(claims.collected()['soup_vit_digits']).CLAIM.comparisons
+  compare, = configs.module(claims.collected()['soup_mlp_mnist']).CLAIM.comparisons
   comparison = compare(tables.scored(found))
   mean = np.mean([found[name]['test']['accuracy'] for name in each[:2]], axis=0)
   np.testing.assert_allclose(np.subtract(comparison.more, comparison.less),
@@ -212,7 +212,7 @@ def test_each_program_refuses_the_configs_of_the_other(folder, tmp_path, capsys)
 
 
 def test_the_learning_rate_of_a_retraining():
-  optimizer = configs.load(claims.collected()['soup_vit_digits']).optimizer
+  optimizer = configs.load(claims.collected()['soup_mlp_mnist']).optimizer
   assert tickets.rates(optimizer, 'weights') == tickets.rates(optimizer, 'learning_rate') == optimizer
   fine = tickets.rates(optimizer, None)
   assert (fine.learning_rate, fine.decay, fine.warmup) == (0.01 * optimizer.learning_rate, 'constant', 0)
