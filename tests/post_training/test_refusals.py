@@ -117,6 +117,9 @@ def failing(stack, choose, statistic):
 REFUSED = {
   'no data': (two(batches=[]), 'there are no batches.*prune_weights'),
   'rows of padding only': (two(valid=[jnp.zeros(6, bool)]), '`valid` leaves no row of any batch'),
+  'a batch of another shape': (two(batches=[ROWS, ROWS[:, :7]]),
+                               r'batch 1, of the shapes .\(6, 7\).*, does not run, and batch 0 does.*\(7,\) and'),
+  'no function': (lambda: sj.prune(TWO, sj.NM(2, 4)), r'without data, sj.prune_weights\(params, pattern\)'),
   'valid of other batches': (two(valid=[]), '`valid` has 0 arrays and there are 1 batches'),
   'valid that is no mask': (two(valid=[jnp.ones(6)]), 'entry 0 of `valid` must be a bool array'),
   'valid of no input': (two(valid=[jnp.ones(7, bool)]), r'no input of the program has a shape that begins with \(7,\)'),
