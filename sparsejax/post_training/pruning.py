@@ -84,7 +84,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   tell.began(len(calls.programs), need)
   folder = _folder(workdir, params, calls, made, (recipe, sequential, unseen))
   solver = Solver(recipe, made, unseen, _competed(recipe, made), functools.partial(_done, tell, folder))
-  walks = [BatchWalk(i, walk(program, arrays), validity('prune', program, valid))
+  walks = [BatchWalk(i, walk(program, arrays, function='prune', paths=made), validity('prune', program, valid))
            for i, (program, arrays, valid) in enumerate(zip(calls.programs, calls.arrays, calls.valid))]
   steps = Lockstep(walks, made, cohorts, statistic, solver)
   for unit, (solved, row) in (folder.read(units) if folder else {}).items():

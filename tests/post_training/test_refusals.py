@@ -110,6 +110,12 @@ def two(params=TWO, batches=(ROWS,), recipe=WANDA, apply=FLOATS, where=ALL, **op
   return lambda: sj.prune(apply, params, batches, recipe, where=where, **options)
 
 
+def sharded(p, x):
+  product = jax.shard_map(lambda x, w: x @ w, mesh=jax.make_mesh((1,), ('d',)), in_specs=(jax.P(), jax.P()),
+                          out_specs=jax.P(), check_vma=False)
+  return product(jnp.tanh(x @ p['w']), p['v'])
+
+
 def failing(stack, choose, statistic):
   return stack._replace(damping=stack.damping * np.nan)
 
@@ -150,6 +156,11 @@ REFUSED = {
   'a statistic for all at once': (
       two(recipe=Recipe(sj.Unstructured(0.5), score=scores.wanda, statistic=calibration.gram,
                         allocation=sj.allocation.global_())), 'needs all scores at once'),
+  'weights that the dtype cannot hold': (
+      two(params={'w': jnp.clip(TWO['w'] * 4e4, -65504, 65504).astype(jnp.float16), 'v': TWO['v']},
+          batches=[ROWS + 9 * ROWS[:, :1]], recipe=sj.recipes.exact_obs(0.75), where=sj.trees.named('w'),
+          apply=lambda p, x: x @ p['w'].astype(jnp.float32) @ p['v']), 'a repaired weight is too large for float16'),
+  'a product in a shard': (two(apply=sharded), "prune: the program uses 'v' inside of a shard_map.*out of `where`"),
   'memory': (two(memory_limit=1000), r'about [\d,]+ bytes are needed and 1,000 bytes are allowed'),
 }
 
@@ -181,7 +192,20 @@ def test_what_is_not_picked_is_the_same_object_and_a_pruned_model_comes_back_fro
   packed = sj.formats.pack(result.params, sj.NM(2, 4), where=sj.trees.named('w'))
   sj.io.save(tmp_path / 'model.safetensors', packed)
   again = sj.formats.unpack(sj.io.load(tmp_path / 'model.safetensors'))
+  assert two(apply=sharded, where=sj.trees.named('w'))().report.achieved == 0.5  # a shard that is not picked
   assert same(again, result.params) and not jax.tree.leaves(again)[1][~np.asarray(result.masks['w'])].any()
+
+
+def test_the_report_says_why_a_parameter_stays_dense_and_measures_weights_as_they_are_stored():
+  params = {**TWO, 'w': TWO['w'].astype(jnp.float8_e4m3fn), 'q': jnp.asarray(RNG.integers(-3, 4, (8, 8)), jnp.int8), 's': jnp.ones(8)}
+  apply = lambda p, x: (x @ p['q'].astype(x.dtype)) * (x @ p['s'])[:, None] @ p['w'].astype(x.dtype) @ p['v']
+  rows = jnp.tile(ROWS, (3, 1)) + normal(18, 8)
+  result = two(params, [rows], sj.recipes.sparsegpt(0.5), apply, None)()
+  assert result.report.dense == {'q': 'of dtype int8', 's': 'a vector', 'v': 'the last product of the program'}
+  x = np.float64(rows) @ np.float64(params['q']) * np.float64(rows).sum(1, keepdims=True)
+  w, new = (np.float64(np.asarray(each['w'], np.float32)) for each in (params, result.params))
+  error = np.square(x @ (new - w)).sum() / np.square(x @ w).sum()
+  np.testing.assert_allclose(result.report.rows[0].after, error, rtol=1e-3)
 
 
 def test_few_rows_are_in_the_notes_and_a_query_of_several_heads_is_one_matrix():
