@@ -197,7 +197,8 @@ def test_what_is_not_picked_is_the_same_object_and_a_pruned_model_comes_back_fro
 
 
 def test_the_report_says_why_a_parameter_stays_dense_and_measures_weights_as_they_are_stored():
-  params = {**TWO, 'w': TWO['w'].astype(jnp.float8_e4m3fn), 'q': jnp.asarray(RNG.integers(-3, 4, (8, 8)), jnp.int8), 's': jnp.ones(8)}
+  params = {**TWO, 'w': TWO['w'].astype(jnp.float8_e4m3fn), 's': jnp.ones(8),
+            'q': jnp.asarray(RNG.integers(-3, 4, (8, 8)), jnp.int8)}
   apply = lambda p, x: (x @ p['q'].astype(x.dtype)) * (x @ p['s'])[:, None] @ p['w'].astype(x.dtype) @ p['v']
   rows = jnp.tile(ROWS, (3, 1)) + normal(18, 8)
   result = two(params, [rows], sj.recipes.sparsegpt(0.5), apply, None)()
