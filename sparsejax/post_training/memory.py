@@ -31,9 +31,10 @@ def estimate(programs: Sequence[Program], targets: Mapping[str, Target], cohorts
              statistic: calibration.Statistic, repairs: Sequence[Repair] = ()) -> int:
   """Returns the bytes that are expected at the peak, besides the parameters and batches that exist already.
 
-  The estimate adds up the live values of all batches, the statistics of the largest cohort, the arrays of the largest
-  unit, the copies of the rows of the largest product, and the results. The arrays of a unit include those that the `repairs` hold at their peak, see `recipe.Weighed`.
-  Cohorts, units and repairs come one by one, so that only the largest of each counts.
+  The estimate adds up the live values of all batches, the statistics of the largest cohort, the results, and the larger
+  of two: the arrays of the largest unit, and the copies of the rows of the largest product. The arrays of a unit
+  include those that the `repairs` hold at their peak, see `recipe.Weighed`. Cohorts, units and repairs come one by one,
+  so that only the largest of each counts.
   """
   distinct = {id(program): program for program in programs}
   known = {key: _peak(jaxprs.opened(program)) for key, program in distinct.items()}
