@@ -33,7 +33,7 @@ from sparsejax.types import FACTORS, Pattern, says
 __all__ = ['prune_folder']
 
 BATCH = 16
-# Files and folders beside config.json that hold the dense weights once more, in other forms.
+# Files and folders of these names are the dense weights once more, in other forms.
 _WEIGHTS = ('*.safetensors', 'pytorch_model*', 'tf_model*', 'flax_model*', 'rust_model*', '*.pth', '*.gguf', '*.onnx',
             'onnx', 'openvino', 'coreml', 'original')
 
@@ -52,8 +52,8 @@ def prune_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str], re
   which a packed copy is written too, to the file `out` with the ending `.packed.safetensors`. `options` are those of
   `sj.prune`. The report names files that are not copied, as they hold the dense weights in another form.
 
-  Raises `ValueError` for a model of another type without `apply`, for tokens that the model does not have, for recipes
-  that write factors, and if `out` exists.
+  Raises `ValueError` for a model of another type without `apply`, and for tokens that the model does not have. Raises
+  `ValueError` for recipes that write factors, and if `out` exists.
   """
   folder, out = pathlib.Path(folder), pathlib.Path(out)
   copy = out.with_name(out.name + '.packed.safetensors')

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from sparsejax.hub.layers import attended, heads_of, layer_norm, plus, positions, refuse_others, rooted
+from sparsejax.hub.layers import attended, first_positions, heads_of, layer_norm, plus, refuse_others, rooted
 from sparsejax.types import Array
 
 MATRICES = ('*encoder.layer.*.attention.self.*.weight', '*encoder.layer.*.dense.weight')
@@ -25,7 +25,7 @@ def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
     p = rooted({_present(name): value for name, value in params.items()}, 'bert.')
     norm = lambda name, x: layer_norm(x, p[f'{name}.weight'], p[f'{name}.bias'], epsilon)
     table = lambda name: p[f'embeddings.{name}_embeddings.weight']
-    x = table('word')[tokens] + positions(table('position'), tokens.shape[1]) + table('token_type')[0][None, None]
+    x = table('word')[tokens] + first_positions(table('position'), tokens.shape[1]) + table('token_type')[0][None, None]
     x = norm('embeddings.LayerNorm', x)
     for i in range(config['num_hidden_layers']):
       x = _layer(p, f'encoder.layer.{i}.', x, valid[:, None, None], heads, norm)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.hub.layers import attended, causal, heads_of, layer_norm, plus, positions, refuse_others, rooted
+from sparsejax.hub.layers import attended, causal, first_positions, heads_of, layer_norm, plus, refuse_others, rooted
 from sparsejax.types import Array
 
 MATRICES = ('*h.*.attn.c_*.weight', '*h.*.mlp.c_*.weight')
@@ -25,7 +25,7 @@ def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
   def apply(params: Mapping[str, Any], tokens: Array, valid: Array) -> Array:
     p = rooted(params, 'transformer.')
     norm = lambda name, x: layer_norm(x, p[f'{name}.weight'], p[f'{name}.bias'], epsilon)
-    x, mask = p['wte.weight'][tokens] + positions(p['wpe.weight'], tokens.shape[1]), causal(valid)
+    x, mask = p['wte.weight'][tokens] + first_positions(p['wpe.weight'], tokens.shape[1]), causal(valid)
     for i in range(config['n_layer']):
       x = _layer(p, f'h.{i}.', x, mask, heads, norm)
     return norm('ln_f', x) @ p.get('lm_head.weight', p['wte.weight']).T  # tied heads are left out of files

@@ -1,7 +1,7 @@
 """Computes the layers that the readers share, and finds the names of a model that is part of a larger one.
 
     rooted({'bert.pooler.weight': w}, 'bert.')['pooler.weight']             # with or without the prefix
-    positions(p['wpe.weight'], length=128)                                  # `[1, T, D]`
+    first_positions(p['wpe.weight'], length=128)                            # `[1, T, D]`
     attended(q, k, v, mask)                                                 # `[B, T, heads, D]`
 """
 
@@ -30,7 +30,7 @@ def rooted(params: Mapping[str, Any], prefix: str) -> Required:
   return Required('the model', {name.removeprefix(prefix): value for name, value in params.items()})
 
 
-def positions(table: Array, length: int) -> Array:
+def first_positions(table: Array, length: int) -> Array:
   """Returns the first `length` rows of a table of positions, `[1, T, D]`; raises `ValueError` if there are fewer."""
   if length > len(table):
     raise ValueError(f'hub: a row has {length} tokens, and the model has {len(table)} positions. Give shorter rows, '

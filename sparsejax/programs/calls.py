@@ -81,7 +81,8 @@ def calls_of(function: str, apply: Callable[..., Any], params: PyTree, batches: 
                      f'{function} outside of jit, grad, vmap and eval_shape.')
   masks = _masks(function, valid, len(given))
   traced: dict[Any, Program] = {}
-  programs, arrays = [], []
+  programs: list[Program] = []
+  arrays: list[list[Any]] = []
   for args, kwargs in given:
     leaves, structure = jax.tree.flatten(((params, *args), kwargs))
     key = structure, tuple((x.shape, x.dtype) if _is_array(x) else repr(x) for x in leaves)
