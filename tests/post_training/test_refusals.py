@@ -177,7 +177,8 @@ def test_is_refused(case):
 
 def test_weights_that_are_pruned_already_stay_so_and_masks_are_not_guessed_from_zeros():
   first = two()()
-  for again in (two(first.params)(), two(first.params, keep='zeros')(), two(TWO, keep=first.masks)()):
+  for again in (two(first.params)(), two(first.params, keep='zeros')(), two(TWO, keep=first.masks)(),
+                sj.prune_weights(first.params, sj.Unstructured(0.25))):
     for name in 'wv':
       assert not np.any(np.asarray(again.masks[name]) & ~np.asarray(first.masks[name]))
       assert np.all(np.asarray(again.params[name])[~np.asarray(again.masks[name])] == 0)
