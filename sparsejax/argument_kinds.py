@@ -107,6 +107,8 @@ MESH_AXES = Kind('the name of a mesh axis, or a tuple of names', lambda value: i
 SCHEDULE = Kind(_AS_IN, callable)
 BOOLS = Kind(f'{_SCHEDULE} that returns a bool, as in schedules.every(100)', callable)
 FUNCTION = Kind('a function', callable)
+APPLY = Kind('the function that runs the model, whose first argument holds the parameters (without data, '
+             'sj.prune_weights(params, pattern) prunes by magnitude)', callable)
 # `patterns.parse` answers what is no pattern, with the spellings that it knows.
 PATTERN = Kind("a pattern, as in sj.NM(2, 4), or its spelling, as in '2:4', or a dict of patterns by glob",
                lambda value: having('validate')(value) or isinstance(value, (str, Mapping, tuple, list)))

@@ -127,6 +127,9 @@ def prune(args: argparse.Namespace) -> int:
   """Writes the folder of the pruned model, prints each matrix as it is pruned, and then the table of the report."""
   if args.recipe not in recipes.POST_TRAINING:
     raise errors.unknown('--recipe', 'recipe', args.recipe, recipes.POST_TRAINING)
+  if needs := spellings.required(recipes.POST_TRAINING[args.recipe]):
+    raise ValueError(f'--recipe {args.recipe}: {errors.some(needs)} is measured in Python; make the recipe there, and '
+                     'call sparsejax.huggingface.prune_folder with it.')
   told = {'sparsity': args.sparsity, 'pattern': args.pattern and patterns.parse(args.pattern)}
   recipe = recipes.POST_TRAINING[args.recipe](**{name: value for name, value in told.items() if value is not None})
   with jax.enable_x64(False):

@@ -6,6 +6,7 @@
 
 import argparse
 import ast
+import inspect
 import json
 import os
 import runpy
@@ -49,6 +50,11 @@ def option(text: str) -> tuple[str, object]:
 def data(path: str) -> np.ndarray | str:
   """Returns the token ids of a file of NumPy, or the path itself of a text."""
   return np.load(path, allow_pickle=False) if path.endswith('.npy') else path
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+  """Returns the names of the arguments that a function has no default of."""
+  return [name for name, each in inspect.signature(function).parameters.items() if each.default is each.empty]
 
 
 def function(text: str) -> Callable[..., Any]:

@@ -19,8 +19,8 @@ import jax
 import optax
 
 __all__ = [
-  'ALWAYS', 'AT_ZERO', 'ELEMENTWISE', 'ENDLESS', 'GRADIENT_FREE', 'TAKES_BEST', 'Asked', 'Axes', 'Bound', 'Flow',
-  'Pattern', 'Pooled', 'Signals', 'elementwise', 'gradient_free', 'hashes', 'says', 'takes_best',
+  'ALWAYS', 'AT_ZERO', 'ELEMENTWISE', 'ENDLESS', 'FACTORS', 'GRADIENT_FREE', 'TAKES_BEST', 'Asked', 'Axes', 'Bound',
+  'Flow', 'Pattern', 'Pooled', 'Signals', 'elementwise', 'gradient_free', 'hashes', 'says', 'takes_best',
 ]
 
 Array = jax.Array
@@ -35,6 +35,7 @@ ELEMENTWISE = 'elementwise'  # a score or an update with this fact gives the ent
 TAKES_BEST = 'takes the best'  # an update with this fact returns `select` of its scores, by rank alone
 GRADIENT_FREE = 'gradient-free'  # a score or an update with this fact does not read `signals.grad`
 ENDLESS = 'endless'  # a schedule with this fact is meant to go on after training
+FACTORS = 'factors'  # a repair with this fact writes matrices as factors, whose products have no zeros
 AT_ZERO = 'at zero'  # a schedule with this fact is `True` at step 0 and at no other step
 
 

@@ -12,15 +12,18 @@ from typing import Any
 
 from sparsejax import errors
 from sparsejax.hub import bert, gpt2, llama
+from sparsejax.hub.layers import Required
 from sparsejax.types import Array
 
-__all__ = ['MATRICES', 'TABLE', 'forward', 'reader']
+__all__ = ['MATRICES', 'TABLE', 'WORDS', 'forward', 'reader']
 
 # A reader returns (params, tokens `int[B, T]`, valid `bool[B, T]`) -> hidden states or logits `[B, T, ...]`.
 TABLE: dict[str, Callable[[Mapping[str, Any]], Callable[..., Array]]] = {
   'bert': bert.forward, 'gpt2': gpt2.forward, 'llama': llama.forward}
 # The names of the matrices in the transformer layers, as globs.
 MATRICES: dict[str, tuple[str, ...]] = {'bert': bert.MATRICES, 'gpt2': gpt2.MATRICES, 'llama': llama.MATRICES}
+# How the name of the table of tokens ends, `[vocab_size, D]`.
+WORDS: dict[str, str] = {'bert': bert.WORDS, 'gpt2': gpt2.WORDS, 'llama': llama.WORDS}
 
 
 def reader(config: Mapping[str, Any]) -> str:
@@ -33,4 +36,4 @@ def reader(config: Mapping[str, Any]) -> str:
 
 def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
   """Returns the forward pass `apply(params, tokens, valid)` of a configuration, or raises `ValueError`."""
-  return TABLE[reader(config)](config)
+  return TABLE[reader(config)](Required('config.json', config))

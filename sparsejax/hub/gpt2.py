@@ -1,6 +1,6 @@
 """Runs models of GPT-2 type (Radford et al. 2019): pre-norm layers, learned positions, fused projections `[in, out]`.
 
-    logits = forward(config)(params, tokens, valid)     # float[B, T, vocab_size]; the head is the token table
+    logits = forward(config)(params, tokens, valid)     # float[B, T, vocab_size]
 """
 
 from collections.abc import Callable, Mapping
@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.hub.layers import attended, causal, layer_norm, plus, refuse_others, rooted
+from sparsejax.hub.layers import attended, causal, first_positions, heads_of, layer_norm, plus, refuse_others, rooted
 from sparsejax.types import Array
 
 MATRICES = ('*h.*.attn.c_*.weight', '*h.*.mlp.c_*.weight')
+WORDS = 'wte.weight'
 
 
 def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
@@ -24,17 +25,16 @@ def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
   def apply(params: Mapping[str, Any], tokens: Array, valid: Array) -> Array:
     p = rooted(params, 'transformer.')
     norm = lambda name, x: layer_norm(x, p[f'{name}.weight'], p[f'{name}.bias'], epsilon)
-    x, mask = p['wte.weight'][tokens] + p['wpe.weight'][:tokens.shape[1]][None], causal(valid)
+    x, mask = p['wte.weight'][tokens] + first_positions(p['wpe.weight'], tokens.shape[1]), causal(valid)
     for i in range(config['n_layer']):
       x = _layer(p, f'h.{i}.', x, mask, heads, norm)
-    return norm('ln_f', x) @ p['wte.weight'].T
+    return norm('ln_f', x) @ p.get('lm_head.weight', p['wte.weight']).T  # tied heads are left out of files
 
   return apply
 
 
 def _layer(p: Mapping[str, Any], at: str, x: Array, mask: Array, heads: int, norm: Callable[..., Array]) -> Array:
   dense = lambda name, x: plus(x @ p[f'{at}{name}.weight'], p[f'{at}{name}.bias'])
-  q, k, v = (part.reshape(*x.shape[:2], heads, -1)
-             for part in jnp.split(dense('attn.c_attn', norm(f'{at}ln_1', x)), 3, -1))
+  q, k, v = (heads_of(part, heads) for part in jnp.split(dense('attn.c_attn', norm(f'{at}ln_1', x)), 3, -1))
   x = x + dense('attn.c_proj', attended(q, k, v, mask).reshape(x.shape))
   return x + dense('mlp.c_proj', jax.nn.gelu(dense('mlp.c_fc', norm(f'{at}ln_2', x)), approximate=True))

@@ -1,6 +1,7 @@
 """Computes the layers that the readers share, and finds the names of a model that is part of a larger one.
 
     rooted({'bert.pooler.weight': w}, 'bert.')['pooler.weight']             # with or without the prefix
+    first_positions(p['wpe.weight'], length=128)                            # `[1, T, D]`
     attended(q, k, v, mask)                                                 # `[B, T, heads, D]`
 """
 
@@ -13,11 +14,36 @@ import jax.numpy as jnp
 from sparsejax.types import Array
 
 
-def rooted(params: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+class Required(dict[str, Any]):
+  """A `Required` is a dict that raises `ValueError` for a missing key, and says in `what` the key is missing."""
+
+  def __init__(self, what: str, entries: Mapping[str, Any]):
+    super().__init__(entries)
+    self.what = what
+
+  def __missing__(self, name: str) -> Any:
+    raise ValueError(f'hub: {self.what} has no {name!r}. Give a folder that is complete, as the model was saved.')
+
+
+def rooted(params: Mapping[str, Any], prefix: str) -> Required:
   """Returns the parameters under their names without `prefix`, which files of larger models have."""
-  if not any(name.startswith(prefix) for name in params):
-    return params
-  return {name.removeprefix(prefix): value for name, value in params.items()}
+  return Required('the model', {name.removeprefix(prefix): value for name, value in params.items()})
+
+
+def first_positions(table: Array, length: int) -> Array:
+  """Returns the first `length` rows of a table of positions, `[1, T, D]`; raises `ValueError` if there are fewer."""
+  if length > len(table):
+    raise ValueError(f'hub: a row has {length} tokens, and the model has {len(table)} positions. Give shorter rows, '
+                     'for texts by --length.')
+  return table[:length][None]
+
+
+def heads_of(x: Array, number: int) -> Array:
+  """Returns `x` `[B, T, D]` in heads, `[B, T, heads, D / heads]`; raises `ValueError` if `number` divides no D."""
+  if x.shape[-1] % number:
+    raise ValueError(f'hub: config.json has {number} heads, which do not divide the {x.shape[-1]} outputs of a '
+                     'projection. Give the configuration of this model.')
+  return x.reshape(*x.shape[:2], number, -1)
 
 
 def refuse_others(function: str, config: Mapping[str, Any], **wanted: Any) -> None:

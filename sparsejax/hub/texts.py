@@ -54,6 +54,9 @@ def _tokenizer(path: pathlib.Path):
     raise ValueError("hub.texts: a text needs the package 'tokenizers': pip install 'sparsejax[hub]'. Or give token "
                      'ids as .npy.') from error
   try:
-    return tokenizers.Tokenizer.from_str(path.read_text(encoding='utf-8'))
+    made = tokenizers.Tokenizer.from_str(path.read_text(encoding='utf-8'))
+    made.no_truncation()  # the file may hold the lengths of its training, and a long text would lose its end
+    made.no_padding()
+    return made
   except Exception as error:  # the package raises nothing narrower
     raise ValueError(f'hub.texts: {path} cannot be read as a tokenizer ({error}). Give token ids as .npy.') from error

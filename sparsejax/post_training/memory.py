@@ -4,6 +4,7 @@
     refuse_if_too_large(need, limit=8 << 30)
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,22 +24,22 @@ from sparsejax.programs.tracing import Program
 
 STACKS = 5  # arrays like a stack: dense, present, mask and scores, and what a repair changes
 FACTORS = 3  # arrays like a Gram matrix: the sum, its factor and a workspace
+ROWS = 2  # arrays like the rows of a product, besides the patches of a convolution, of which the statistic is taken
 
 
 def estimate(programs: Sequence[Program], targets: Mapping[str, Target], cohorts: Mapping[str, Cohort],
              statistic: calibration.Statistic, repairs: Sequence[Repair] = ()) -> int:
   """Returns the bytes that are expected at the peak, besides the parameters and batches that exist already.
 
-  The estimate adds up the live values of all batches, the statistics of the largest cohort, the arrays of the largest
-  unit, and the results. The arrays of a unit include those that the `repairs` hold at their peak, see `recipe.Weighed`.
-  Cohorts, units and repairs come one by one, so that only the largest of each counts.
+  The estimate adds up the live values of all batches, the statistics of the largest cohort, the results, and the larger
+  of two: the arrays of the largest unit, and the copies of the rows of the largest product. The arrays of a unit
+  include those that the `repairs` hold at their peak, see `recipe.Weighed`. Cohorts, units and repairs come one by one,
+  so that only the largest of each counts.
   """
-  known: dict[int, int] = {}
-  frontier = 0
-  for program in programs:
-    if id(program) not in known:
-      known[id(program)] = _peak(jaxprs.opened(program))
-    frontier += known[id(program)]
+  distinct = {id(program): program for program in programs}
+  known = {key: _peak(jaxprs.opened(program)) for key, program in distinct.items()}
+  frontier = sum(known[id(program)] for program in programs)
+  rows = max(_of_rows(program, targets) for program in distinct.values())
   copies = 1 if all(cohort.once for cohort in cohorts.values()) else 2  # a copy of a walk waits while the other goes on
   statistics = {path: _bytes(jax.eval_shape(statistic, _rows(target))) for path, target in targets.items()}
   together = {id(cohort): sum(statistics[path] * _at_once(targets[path], cohort) for path in cohort.paths)
@@ -47,7 +48,7 @@ def estimate(programs: Sequence[Program], targets: Mapping[str, Target], cohorts
   units = [_itemsize(target) * (STACKS * math.prod(_shape(target)) + held(target)) + (FACTORS - 1) * statistics[path]
            for path, target in targets.items()]
   results = sum(target.array.size * (target.array.dtype.itemsize + 1) for target in targets.values())
-  return frontier * copies + max(together.values()) + max(units) + results
+  return frontier * copies + max(together.values()) + max(rows, max(units)) + results
 
 
 def refuse_if_too_large(need: int, limit: int | None) -> None:
@@ -93,6 +94,23 @@ def _rows(target: Target) -> calibration.Rows:
   matrices, _, inputs = _shape(target)
   dtype = np.dtype(f'float{8 * _itemsize(target)}')
   return calibration.Rows(jax.ShapeDtypeStruct((matrices, 1, inputs), dtype))  # type: ignore[arg-type]
+
+
+def _of_rows(program: Program, targets: Mapping[str, Target]) -> int:
+  """Returns the bytes of the copies of rows that the statistic of the largest product of a program works in."""
+  at = dict(jaxprs.equations(program))
+  known: dict[Any, int] = {}
+  for target in targets.values():
+    for number, use in target.uses.items():
+      own = dataclasses.replace(target.arrangements[number], eqn=at[use.address])
+      avals = [v.aval for v in own.eqn.invars]
+      x, others = avals[1 - use.operand], avals[2:]
+      key = own.row_key, x.shape, x.dtype
+      if key not in known:
+        shape = jax.eval_shape(own.rows, x, others)[0].shape
+        patches = math.prod(shape) != math.prod(x.shape)
+        known[key] = (ROWS + patches) * math.prod(shape) * (8 if x.dtype == np.float64 else 4)
+  return max(known.values(), default=0)
 
 
 def _itemsize(target: Target) -> int:

@@ -84,7 +84,7 @@ def prune(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], rec
   tell.began(len(calls.programs), need)
   folder = _folder(workdir, params, calls, made, (recipe, sequential, unseen))
   solver = Solver(recipe, made, unseen, _competed(recipe, made), functools.partial(_done, tell, folder))
-  walks = [BatchWalk(i, walk(program, arrays), validity('prune', program, valid))
+  walks = [BatchWalk(i, walk(program, arrays, function='prune', paths=made), validity('prune', program, valid))
            for i, (program, arrays, valid) in enumerate(zip(calls.programs, calls.arrays, calls.valid))]
   steps = Lockstep(walks, made, cohorts, statistic, solver)
   for unit, (solved, row) in (folder.read(units) if folder else {}).items():
@@ -106,7 +106,8 @@ def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str
 
   `pattern` has the sparsity; a dict has a pattern by glob. `where` picks the parameters to prune, by default those of
   training recipes. `axes`: `sj.contractions(...)`, or axes by path; by default, the conventions. Exact counts, ties
-  keep the lower index, NaN is pruned first. Raises `ValueError` as training recipes do.
+  keep the lower index, NaN is pruned first. Zeros that are there already count, and their masks are `False`. Raises
+  `ValueError` as training recipes do.
   """
   began = time.perf_counter()
   paths, leaves, structure = trees.flatten(params)
@@ -118,7 +119,8 @@ def prune_weights(params: PyTree, pattern: Pattern | Mapping[str, Pattern] | str
   own = trees.axes_by_path('prune_weights', axes, params, arrays)
   selection = selections.leafwise(pattern)  # type: ignore[arg-type]
   plan = selection.plan(arrays, own).leaves
-  masks = dict(zip(arrays, _selected(selection, plan, list(arrays.values()))))
+  chosen = dict(zip(arrays, _selected(selection, plan, list(arrays.values()))))
+  masks = {path: mask & (arrays[path] != 0) for path, mask in chosen.items()}  # zeros are pruned already, as in `prune`
   each = dict(zip(arrays, trees.per_leaf('prune_weights', 'pattern', pattern, list(arrays))))
   rows = tuple(StackReport(leaf.path, (), _sizes(leaf), each[leaf.path], leaf.sparsity,
                            1 - float(jnp.mean(masks[leaf.path]))) for leaf in plan)

@@ -25,7 +25,7 @@ from sparsejax.post_training.exchanges import InputMoments, exchanged
 from sparsejax.post_training.net_trim import trimmed
 from sparsejax.post_training.recipe import STACKED, Chooser, Factors, Repair, Stack, Weighed
 from sparsejax.post_training.wrapped import factorised, product
-from sparsejax.types import Array, Bound, Signals, hashes
+from sparsejax.types import FACTORS, Array, Bound, Signals, hashes
 
 
 class Grid(NamedTuple):
@@ -286,7 +286,7 @@ def wrapped(block: int = 32, iterations: int = 3000, learning_rate: float = 1e-4
   squares of the inputs. The products are dense, so that `prune` returns these parameters as `formats.Wrapped`. Raises
   `ValueError` for another pattern, for weights that are pruned already, and for sizes that `block` does not divide.
   """
-  return Weighed(_wrapped, (block, iterations, learning_rate, seed), numbers=held.of_wrapped)
+  return Weighed(_wrapped, (block, iterations, learning_rate, seed), (FACTORS,), numbers=held.of_wrapped)
 
 
 def _wrapped(stack: Stack, choose: Chooser, statistic: Any, block: int, iterations: int, rate: float,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparsejax import errors
+from sparsejax import calibration, errors
 from sparsejax.post_training.lockstep import Solved, Unit
 from sparsejax.post_training.recipe import Chooser, Recipe, Stack, stack_of
 from sparsejax.post_training.results import StackReport
@@ -94,6 +94,7 @@ class Solver:
     weights = jnp.where(w == part.astype(w.dtype), part, w.astype(part.dtype)) if changed else part
     if made.factors is None:
       weights = jnp.where(mask, weights, jnp.zeros((), part.dtype))
+      made = _as_stored(target, unit, weights, made) if changed and w.dtype != part.dtype else made
     else:
       _refuse_inner_layers(target)
     first = started if self.recipe.score is not None else stack.kept(made.mask)
@@ -139,6 +140,16 @@ def _refuse_failed(target: Target, unit: Unit, made: Stack) -> None:
   if not bool(_sound(made)):
     raise errors.at_leaf('prune', names_of(target, unit[1]), target.array.shape,
                          'a repair returned weights outside of its mask, or NaN. Leave the repair out.')
+
+
+def _as_stored(target: Target, unit: Unit, weights: Array, made: Stack) -> Stack:
+  """Returns the stack with the weights in the dtype of the parameter; raises `ValueError` for one that is too large."""
+  stored = calibration.wide(next(iter(target.arrangements.values())).stack(weights))
+  if not bool(jnp.all(jnp.isfinite(stored))):
+    raise errors.at_leaf('prune', names_of(target, unit[1]), target.array.shape,
+                         f'a repaired weight is too large for {weights.dtype}. Store the parameter in a wider dtype, '
+                         'raise the damping, or take a recipe that repairs no weight (wanda).')
+  return made._replace(w=stored)
 
 
 @jax.jit

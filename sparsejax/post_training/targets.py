@@ -10,7 +10,7 @@ layer of a scan, or the whole parameter.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -97,7 +97,7 @@ def targets(function: str, program: Program, params: PyTree, recipe: Recipe, whe
   uses = {path: {i: use for i, use in enumerate(found.uses[path]) if use.data} for path in arrays}
   return ({leaf.path: Target(leaf.path, arrays[leaf.path], leaf, by_path[leaf.path], kept[leaf.path],
                              uses[leaf.path], made[leaf.path]) for leaf in chosen.leaves},
-          _left_dense(found, head, paths, arrays, where))
+          _left_dense(found, head, params, arrays, where))
 
 
 def words_of(recipe: Recipe) -> selections.Selection:
@@ -114,8 +114,8 @@ def _picked(function: str, found: Contractions, head: str | None, params: PyTree
   rest = [pick and path != head and any(use.data for use in found.uses.get(path, ()))
           for path, pick in zip(trees.flatten(params)[0], picked)]
   if not any(rest):
-    raise ValueError(f'{function}: the program has one product with a parameter, {head!r}, which is its last: the head '
-                     f"stays dense by default. Pass where=sj.trees.named({head!r}) to prune it.")
+    raise ValueError(f'{function}: the one product with a parameter that can be pruned takes {head!r}, and is the last '
+                     f"one, the head, which stays dense by default. Pass where=sj.trees.named({head!r}) to prune it.")
   return rest
 
 
@@ -126,14 +126,16 @@ def _head(program: Program, found: Contractions) -> str | None:
   return path if address in ends(program) else None
 
 
-def _left_dense(found: Contractions, head: str | None, paths: Sequence[str], arrays: Mapping[str, Array], where: Any
+def _left_dense(found: Contractions, head: str | None, params: PyTree, arrays: Mapping[str, Array], where: Any
                 ) -> dict[str, str]:
   """Returns why each contracted parameter, and each look-up, that is not pruned is left dense."""
   reasons = {}
-  for path in paths:
+  for path, leaf in zip(*trees.flatten(params)[:2]):
+    dtype = jnp.result_type(leaf)
     if path not in arrays and (path in found or path in found.lookups):
       reasons[path] = ('left out by `where`' if where is not None else 'looked up by data' if path in found.lookups
                        else 'the last product of the program' if path == head else
+                       f'of dtype {dtype}' if not jnp.issubdtype(dtype, jnp.floating) else
                        'a vector' if any(use.data for use in found.uses[path]) else 'no product takes it with data')
   return reasons
 

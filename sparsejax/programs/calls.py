@@ -81,15 +81,28 @@ def calls_of(function: str, apply: Callable[..., Any], params: PyTree, batches: 
                      f'{function} outside of jit, grad, vmap and eval_shape.')
   masks = _masks(function, valid, len(given))
   traced: dict[Any, Program] = {}
-  programs, arrays = [], []
+  programs: list[Program] = []
+  arrays: list[list[Any]] = []
   for args, kwargs in given:
     leaves, structure = jax.tree.flatten(((params, *args), kwargs))
     key = structure, tuple((x.shape, x.dtype) if _is_array(x) else repr(x) for x in leaves)
     if key not in traced:
-      traced[key] = trace(apply, (params, *args), kwargs)
+      traced[key] = _traced(function, len(programs), apply, (params, *args), kwargs)
     programs.append(traced[key])
     arrays.append([x for x in leaves if _is_array(x)])
   return Calls(programs, arrays, masks, given)
+
+
+def _traced(function: str, number: int, apply: Callable[..., Any], args: Any, kwargs: Any) -> Program:
+  """Returns the program of a batch; raises `ValueError` for a batch that does not run although the first one does."""
+  try:
+    return trace(apply, args, kwargs)
+  except (TypeError, ValueError) as error:
+    if not number:
+      raise
+    shapes = [x.shape if _is_array(x) else x for x in jax.tree.leaves((args[1:], kwargs))]
+    raise ValueError(f'{function}: batch {number}, of the shapes {errors.some(map(str, shapes))}, does not run, and '
+                     f'batch 0 does: {error} Give batches that the function takes.') from error
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

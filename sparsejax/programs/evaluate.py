@@ -253,7 +253,8 @@ def rules_at(function: str, program: Any, sites: Mapping[jaxprs.Address, Mapping
   missed = [name for address, names in sites.items() if address not in reached for name in names]
   if missed:
     raise ValueError(f'{function}: the program uses {errors.some(missed)} inside of a shard_map, or of an operation '
-                     'that runs as a whole, where no value can be taken out; trace a function without this operation.')
+                     'that runs as a whole, where no value can be taken out. Leave the parameter out of `where`, or '
+                     'trace a function without this operation.')
   return rules
 
 

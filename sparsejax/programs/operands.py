@@ -15,7 +15,7 @@ return. Loops are walked layer by layer: each layer is a site. Values are droppe
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from sparsejax import errors
@@ -94,15 +94,19 @@ def operands(apply: Callable[..., Any], callback: Callable[[Site], Array | None]
   return call
 
 
-def walk(program: Program, arrays: Iterable[Any] | None = None) -> Walk:
+def walk(program: Program, arrays: Iterable[Any] | None = None, *, function: str = 'operands',
+         paths: Container[str] | None = None) -> Walk:
   """Returns a walk through a traced program that stops at each `Site`; an answer is `None` or the product's result.
 
   The first argument of the traced function holds the parameters. `arrays` are the inputs of the program, in the order
   of `program.arrays`; by default, the inputs that the function was traced with.
+  `paths`: the parameters whose products are sites, by default all. `function` is the caller's name for messages.
   """
-  uses = uses_by_address(program)
-  stops = lambda eqn, values, here: _stops(eqn, values, here, list(uses[here.address].items()))
-  rules = rules_at('operands', program, uses, stops, keeps=lambda eqn: False)
+  uses = {address: [(name, use) for name, use in each.items() if paths is None or name[0] in paths]
+          for address, each in uses_by_address(program).items()}
+  stops = lambda eqn, values, here: _stops(eqn, values, here, uses[here.address])
+  sites = {address: {path: use for (path, _), use in each} for address, each in uses.items() if each}
+  rules = rules_at(function, program, sites, stops, keeps=lambda eqn: False)
   return Walk(program, program.arrays if arrays is None else arrays, rules)
 
 

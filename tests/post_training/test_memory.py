@@ -49,3 +49,19 @@ def test_the_estimate_is_not_below_the_peak_and_not_far_above_it(name):
                                            where=sj.trees.named('w')))
   # The allocator keeps some more: up to 0.1 MB of 8 were seen.
   assert 0.95 * measured <= result.report.memory <= 3 * measured, (measured, result.report.memory)
+
+
+def convolved(p, x):
+  y = jax.lax.conv_general_dilated(x, p['w'], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  return y.mean((1, 2)) @ p['head']
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason='only Linux tells the peak of a process')
+@pytest.mark.parametrize('name', ['wanda', 'sparsegpt'])
+def test_the_estimate_counts_the_patches_of_a_convolution(name):
+  """The patches of a kernel of nine taps are nine times the input, and most of what is needed."""
+  params = jax.tree.map(jax.numpy.asarray, {'w': drawn(0, 3, 3, 16, 16), 'head': drawn(1, 16, 2)})
+  x = jax.numpy.asarray(drawn(2, 8, 32, 32, 16))
+  measured, result = peak(lambda: sj.prune(convolved, params, [x], recipes.POST_TRAINING[name](0.5),
+                                           where=sj.trees.named('w')))
+  assert 0.95 * measured <= result.report.memory <= 3 * measured, (measured, result.report.memory)

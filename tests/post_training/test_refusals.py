@@ -110,6 +110,12 @@ def two(params=TWO, batches=(ROWS,), recipe=WANDA, apply=FLOATS, where=ALL, **op
   return lambda: sj.prune(apply, params, batches, recipe, where=where, **options)
 
 
+def sharded(p, x):
+  product = jax.shard_map(lambda x, w: x @ w, mesh=jax.make_mesh((1,), ('d',)), in_specs=(jax.P(), jax.P()),
+                          out_specs=jax.P(), check_vma=False)
+  return product(jnp.tanh(x @ p['w']), p['v'])
+
+
 def failing(stack, choose, statistic):
   return stack._replace(damping=stack.damping * np.nan)
 
@@ -117,6 +123,9 @@ def failing(stack, choose, statistic):
 REFUSED = {
   'no data': (two(batches=[]), 'there are no batches.*prune_weights'),
   'rows of padding only': (two(valid=[jnp.zeros(6, bool)]), '`valid` leaves no row of any batch'),
+  'a batch of another shape': (two(batches=[ROWS, ROWS[:, :7]]),
+                               r'batch 1, of the shapes .\(6, 7\).*, does not run, and batch 0 does.*\(7,\) and'),
+  'no function': (lambda: sj.prune(TWO, sj.NM(2, 4)), r'without data, sj.prune_weights\(params, pattern\)'),
   'valid of other batches': (two(valid=[]), '`valid` has 0 arrays and there are 1 batches'),
   'valid that is no mask': (two(valid=[jnp.ones(6)]), 'entry 0 of `valid` must be a bool array'),
   'valid of no input': (two(valid=[jnp.ones(7, bool)]), r'no input of the program has a shape that begins with \(7,\)'),
@@ -147,6 +156,11 @@ REFUSED = {
   'a statistic for all at once': (
       two(recipe=Recipe(sj.Unstructured(0.5), score=scores.wanda, statistic=calibration.gram,
                         allocation=sj.allocation.global_())), 'needs all scores at once'),
+  'weights that the dtype cannot hold': (
+      two(params={'w': jnp.clip(TWO['w'] * 4e4, -65504, 65504).astype(jnp.float16), 'v': TWO['v']},
+          batches=[ROWS + 9 * ROWS[:, :1]], recipe=sj.recipes.exact_obs(0.75), where=sj.trees.named('w'),
+          apply=lambda p, x: x @ p['w'].astype(jnp.float32) @ p['v']), 'a repaired weight is too large for float16'),
+  'a product in a shard': (two(apply=sharded), "prune: the program uses 'v' inside of a shard_map.*out of `where`"),
   'memory': (two(memory_limit=1000), r'about [\d,]+ bytes are needed and 1,000 bytes are allowed'),
 }
 
@@ -163,7 +177,8 @@ def test_is_refused(case):
 
 def test_weights_that_are_pruned_already_stay_so_and_masks_are_not_guessed_from_zeros():
   first = two()()
-  for again in (two(first.params)(), two(first.params, keep='zeros')(), two(TWO, keep=first.masks)()):
+  for again in (two(first.params)(), two(first.params, keep='zeros')(), two(TWO, keep=first.masks)(),
+                sj.prune_weights(first.params, sj.Unstructured(0.25))):
     for name in 'wv':
       assert not np.any(np.asarray(again.masks[name]) & ~np.asarray(first.masks[name]))
       assert np.all(np.asarray(again.params[name])[~np.asarray(again.masks[name])] == 0)
@@ -178,7 +193,21 @@ def test_what_is_not_picked_is_the_same_object_and_a_pruned_model_comes_back_fro
   packed = sj.formats.pack(result.params, sj.NM(2, 4), where=sj.trees.named('w'))
   sj.io.save(tmp_path / 'model.safetensors', packed)
   again = sj.formats.unpack(sj.io.load(tmp_path / 'model.safetensors'))
+  assert two(apply=sharded, where=sj.trees.named('w'))().report.achieved == 0.5  # a shard that is not picked
   assert same(again, result.params) and not jax.tree.leaves(again)[1][~np.asarray(result.masks['w'])].any()
+
+
+def test_the_report_says_why_a_parameter_stays_dense_and_measures_weights_as_they_are_stored():
+  params = {**TWO, 'w': TWO['w'].astype(jnp.float8_e4m3fn), 's': jnp.ones(8),
+            'q': jnp.asarray(RNG.integers(-3, 4, (8, 8)), jnp.int8)}
+  apply = lambda p, x: (x @ p['q'].astype(x.dtype)) * (x @ p['s'])[:, None] @ p['w'].astype(x.dtype) @ p['v']
+  rows = jnp.tile(ROWS, (3, 1)) + normal(18, 8)
+  result = two(params, [rows], sj.recipes.sparsegpt(0.5), apply, None)()
+  assert result.report.dense == {'q': 'of dtype int8', 's': 'a vector', 'v': 'the last product of the program'}
+  x = np.float64(rows) @ np.float64(params['q']) * np.float64(rows).sum(1, keepdims=True)
+  w, new = (np.float64(np.asarray(each['w'], np.float32)) for each in (params, result.params))
+  error = np.square(x @ (new - w)).sum() / np.square(x @ w).sum()
+  np.testing.assert_allclose(result.report.rows[0].after, error, rtol=1e-3)
 
 
 def test_few_rows_are_in_the_notes_and_a_query_of_several_heads_is_one_matrix():

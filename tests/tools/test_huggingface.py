@@ -1,6 +1,8 @@
 """Tests the readers of Hugging Face models against NumPy, and folders that are pruned and written back."""
 
 import json
+import re
+import resource
 import shutil
 
 import jax
@@ -13,6 +15,7 @@ import safetensors.numpy
 import sparsejax as sj
 from experiments.models import encoders
 from sparsejax import cli, hub, huggingface
+from sparsejax.hub import llama as llama_reader
 from sparsejax.hub import texts
 
 RNG = np.random.default_rng(0)
@@ -23,9 +26,12 @@ LLAMA = {'model_type': 'llama', 'num_attention_heads': 4, 'num_key_value_heads':
 
 
 WORDS = {'[PAD]': 0, 'the': 1, 'film': 2, 'is': 3, 'good': 4, 'bad': 5, '[UNK]': 6}
-TOKENIZER = json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
-                        'pre_tokenizer': {'type': 'Whitespace'}, 'post_processor': None, 'decoder': None,
-                        'model': {'type': 'WordLevel', 'vocab': WORDS, 'unk_token': '[UNK]'}})
+SHORT = {'max_length': 3, 'direction': 'Right', 'strategy': 'LongestFirst', 'stride': 0}  # of training, not of the data
+FILLED = {'strategy': {'Fixed': 12}, 'direction': 'Right', 'pad_id': 6, 'pad_type_id': 0, 'pad_token': '[UNK]',
+          'pad_to_multiple_of': None}
+TOKENIZER = json.dumps({'version': '1.0', 'truncation': SHORT, 'padding': FILLED, 'added_tokens': [],
+                        'normalizer': None, 'pre_tokenizer': {'type': 'Whitespace'}, 'post_processor': None,
+                        'decoder': None, 'model': {'type': 'WordLevel', 'vocab': WORDS, 'unk_token': '[UNK]'}})
 
 
 def tensors(shapes, dtype=np.float32):
@@ -50,6 +56,12 @@ def llama(dtype=np.float32, layers=2):
                f'{at}mlp.down_proj.weight': (8, 16), f'{at}input_layernorm.weight': (8,),
                f'{at}post_attention_layernorm.weight': (8,)}
   return tensors(shapes, dtype)
+
+
+def renamed(params, pairs):
+  for old, new in pairs.items():
+    params = {name.replace(old, new): value for name, value in params.items()}
+  return params
 
 
 # The oracles compute the same models in NumPy, position by position.
@@ -293,3 +305,134 @@ def test_transformers_loads_a_pruned_encoder_and_gives_the_same_hidden_states(tm
   config = json.loads((out / 'config.json').read_text())
   ours = jax.jit(hub.forward(config))(params, jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
   np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+# What is in the folders of other versions of `transformers`, and in folders that are not as they should be.
+
+
+LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 1e4, 'factor': 4.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 16}
+KEPT = (16 / (2 * np.pi) - 1) / (4 - 1)  # of the first frequency, 1, which turns 2.5 times in 16 positions
+
+
+@pytest.mark.parametrize('rope, scales', [
+    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4}}, (1, 1)),
+    ({'rope_scaling': {'type': 'linear', 'factor': 4.0}, 'rope_theta': 1e4}, (1 / 4, 1 / 4)),
+    ({'rope_parameters': LLAMA3}, (KEPT + (1 - KEPT) / 4, 1 / 4))], ids=['transformers 5', 'linear', 'llama3'])
+def test_positions_turn_as_the_configuration_says(rope, scales):
+  place = np.arange(5)[:, None]
+  np.testing.assert_allclose(llama_reader.angles_of(rope)(5, 2), place * np.array([1, 1e-2]) * scales, rtol=1e-5)
+  with pytest.raises(ValueError, match="hub.llama: unknown `rope_type` 'yarn'"):
+    llama_reader.angles_of({'rope_scaling': {'rope_type': 'yarn'}})
+
+
+def bert():
+  shapes = {f'embeddings.{name}_embeddings.weight': (n, 8) for name, n in
+            (('word', 13), ('position', 6), ('token_type', 2))}
+  for at, sizes in {'attention.self.query': (8, 8), 'attention.self.key': (8, 8), 'attention.self.value': (8, 8),
+                    'attention.output.dense': (8, 8), 'intermediate.dense': (16, 8), 'output.dense': (8, 16)}.items():
+    shapes |= {f'encoder.layer.0.{at}.weight': sizes, f'encoder.layer.0.{at}.bias': sizes[:1]}
+  for at in ('embeddings.LayerNorm', 'encoder.layer.0.attention.output.LayerNorm', 'encoder.layer.0.output.LayerNorm'):
+    shapes |= {f'{at}.weight': (8,), f'{at}.bias': (8,)}
+  return tensors(shapes)
+
+
+BERT = {'model_type': 'bert', 'num_attention_heads': 2, 'num_hidden_layers': 1}
+
+
+@pytest.mark.parametrize('config, params, pairs', [
+    (BERT, bert(), {'LayerNorm.weight': 'LayerNorm.gamma', 'LayerNorm.bias': 'LayerNorm.beta'}),
+    (LLAMA | {'num_hidden_layers': 1}, renamed(llama(layers=1), {'lm_head': 'score'}), {'model.': ''}),
+    (GPT2 | {'n_layer': 1}, gpt2(1), {'wte': 'transformer.wte', 'wpe': 'transformer.wpe', 'h.0': 'transformer.h.0',
+                                      'ln_f': 'transformer.ln_f'})], ids=['bert', 'llama', 'gpt2'])
+def test_a_model_is_the_same_under_the_names_of_other_files(config, params, pairs, tmp_path):
+  """Files converted from TensorFlow, and files of the body alone or of a larger model, name tensors otherwise."""
+  run, valid = jax.jit(hub.forward(config)), jnp.ones(TOKENS.shape, bool)
+  first, other = (run(each, jnp.asarray(TOKENS), valid) for each in (params, renamed(params, pairs)))
+  np.testing.assert_array_equal(first, other)
+  picked = sj.trees.select('test', sj.trees.named(*hub.MATRICES[config['model_type']]), renamed(params, pairs))
+  assert sum(picked) == {'bert': 6, 'llama': 7, 'gpt2': 4}[config['model_type']]
+
+
+def test_a_head_of_its_own_is_not_the_table_of_tokens():
+  params, valid = gpt2(1), jnp.ones((6, 5), bool)
+  run = jax.jit(hub.forward(GPT2 | {'n_layer': 1}))
+  tied, own = (run({**params, 'lm_head.weight': factor * params['wte.weight']}, jnp.asarray(TOKENS), valid)
+               for factor in (1, 2))
+  np.testing.assert_allclose(own, 2 * tied, rtol=1e-5)
+
+
+def test_everything_beside_the_weights_is_copied_and_dense_weights_of_other_forms_are_not(tmp_path):
+  """The zeros of a folder must not come undone by a second file of dense weights that another tool prefers."""
+  params = {name: np.float64(value) / 3 for name, value in gpt2(1).items()}  # with bits that float32 has not
+  folder, out = stored(tmp_path / 'dense', GPT2 | {'n_layer': 1}, params), tmp_path / 'sparse'
+  for name in ('2_Dense/model.safetensors', '1_Pooling/config.json', 'onnx/model.onnx', 'pytorch_model.bin'):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b'abc')
+  (folder / 'lost').symlink_to('nowhere')
+  (tmp_path / 'blob').write_bytes(b'abc')
+  (folder / 'vocab.txt').symlink_to('../blob')  # as in the cache of huggingface_hub
+  report = huggingface.prune_folder(folder, out, sj.recipes.magnitude(pattern='2:4'), TOKENS)
+  assert {str(path.relative_to(out)) for path in out.rglob('*') if path.is_file()} == {
+      'config.json', 'tokenizer.json', 'model.safetensors', '2_Dense/model.safetensors', '1_Pooling/config.json',
+      'vocab.txt'}
+  assert 'not copied, dense weights in another form: onnx, pytorch_model.bin' in str(report)
+  for name, new in safetensors.numpy.load_file(out / 'model.safetensors').items():
+    assert new.dtype == params[name].dtype
+    np.testing.assert_array_equal(new[new != 0], params[name][new != 0])
+
+
+def lacking(name):
+  params = gpt2(1)
+  params.pop(name)
+  return params
+
+
+WRONG = {
+  'a tensor that is missing': ({'params': lacking('h.0.ln_2.bias')}, "the model has no 'h.0.ln_2.bias'"),
+  'more layers than weights': ({'config': {'n_layer': 2}}, "the model has no 'h.1.ln_1.weight'"),
+  'heads of another model': ({'config': {'n_head': 3}}, '3 heads, which do not divide the 8 outputs'),
+  'a configuration without a key': ({'config': {'n_head': None}}, "config.json has no 'n_head'"),
+  'a configuration that is a list': ({'config': []}, 'config.json holds a list'),
+  'tokens of another model': ({'tokens': TOKENS + 9}, 'the model has the tokens 0 to 12'),
+  'tokens below zero': ({'tokens': -TOKENS}, 'the model has the tokens 0 to 12'),
+  'rows that are too long': ({'tokens': np.tile(TOKENS, 2)}, 'a row has 10 tokens, and the model has 6 positions'),
+  'a recipe of factors': ({'more': ('--recipe', 'armor')}, 'has no place for factors'),
+  'a recipe that is measured': ({'more': ('--recipe', 'ecoflap')}, "'sensitivity' is measured in Python"),
+  'a packed copy that is there': ({'packed': True}, 'out.packed.safetensors is there already'),
+  'a pattern that does not pack': ({'more': ('--pattern', '4:8', '--packed', '2:4')}, 'more than 2 nonzeros'),
+  'a full disk': ({'room': 1000}, 'cannot be written'),
+}
+
+
+def with_room(room, write):
+  """Returns `write` on a disk of which each file may have `room` bytes; JAX's own files are written before."""
+  def written(*args):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+      return write(*args)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+  return written
+
+
+@pytest.mark.parametrize('case', WRONG)
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left_behind(case, tmp_path, capsys, monkeypatch):
+  what, why = WRONG[case]
+  config = what.get('config', {})
+  own = config if isinstance(config, list) else {
+      key: value for key, value in (GPT2 | {'n_layer': 1} | config).items() if value is not None}
+  folder, out = stored(tmp_path / 'dense', own, what.get('params') or gpt2(1)), tmp_path / 'out'
+  np.save(tmp_path / 'ids.npy', what.get('tokens', TOKENS))
+  if what.get('packed'):
+    (tmp_path / 'out.packed.safetensors').write_text('of another run')
+  before, there = contents(folder), sorted(tmp_path.iterdir())
+  if 'room' in what:
+    monkeypatch.setattr(huggingface, '_write', with_room(what['room'], huggingface._write))
+  status = cli.main(['prune', str(out), '--model', f'hf:{folder}', '--data', str(tmp_path / 'ids.npy'), '--recipe',
+                     'magnitude', '--packed', 'bitmask', *what.get('more', ())])
+  said = capsys.readouterr().err.splitlines()
+  assert status == 2 and re.search(why, said[-1]) and said[-1].startswith('sparsejax: ')
+  assert contents(folder) == before and sorted(tmp_path.iterdir()) == there
