@@ -55,6 +55,8 @@ def sparse_attention(apply: Callable[..., Any], builder: Builder, *, implementat
   Without `counted`, blocks that do not fit
   raise a warning when the program runs. Counts cannot leave a loop or `remat`: `counted=True` refuses such sites.
   """
+  dispatch.refuse_unknown('sparse_attention', implementation)
+
   @functools.wraps(apply)
   def call(*args: Any, **kwargs: Any) -> Any:
     replaced = Replaced(builder, implementation, explain, counted)
@@ -96,7 +98,8 @@ HEAD = ('attention', 'shape', 'edits', 'achieved', 'runs', 'dense because')
 def _report(rows: list[Any]) -> tables.Report:
   whole = [row if isinstance(row, AttentionRow) else AttentionRow(
     row.scope, row.place, row.shape, 0.0, '', '', row.why) for row in rows]
-  notes = () if whole else ('the program has no softmax attention',)
+  notes = tuple(f'nothing is left out of {row.place}: the lists have all of its blocks' for row in whole
+                if not row.problem and row.achieved == 0) if whole else ('the program has no softmax attention',)
   return tables.Report(tuple(whole), notes, head=HEAD)
 
 
@@ -220,6 +223,7 @@ def once(apply: Callable[..., Any], builder: Builder, after: int, *, implementat
   whose inputs have another shape is refused. Denoisers reuse patterns of 20 % of their steps (SparseD, Wang et al.
   2025, 2509.24014), whose blocks `attention.measured` finds.
   """
+  dispatch.refuse_unknown('once', implementation)
   choose = found(apply, builder)
 
   def init(*args: Any) -> Reused:

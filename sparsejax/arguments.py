@@ -170,7 +170,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('stream', 'widths', 'heads', 'clustered.name'), NAME), 'gate_of.key': DRAWN,
     **dict.fromkeys(('tune', 'activation', 'choose_in_rounds.grads'), FUNCTION), 'weight': RATE,
     **dict.fromkeys(('width', 'gate_of.inputs', 'gate_of.units', 'tile_share.inputs', 'tile_share.outputs'), TIMES),
-    'rule': RULE, 'r_sparse.alpha': PART, 'greedy.step': POSITIVE, 'percent': POSITIVE, 'rank': TIMES,
+    'rule': RULE, 'r_sparse.alpha': PART, 'percent': POSITIVE, 'rank': TIMES,
     'thresholds': BY_NAME,
     **dict.fromkeys(('p', 'raw', 'segments', 'relu_router.scale', 'used.raw', 'chunk_sparsity.used', 'chunk_loss.valid',
                      'adapted.loss'), ARRAY),
@@ -181,7 +181,7 @@ KINDS: dict[str, Kind] = {
     # Attention.
     **dict.fromkeys(('band.width', 'strided.width', 'columns.count', 'sharded.offset', 'measured.prompt',
                      'once.after'), WHOLE),
-    **dict.fromkeys(('local', 'period', 'capacity', 'hashes', 'orthogonal.d', 'orthogonal.features', 'shift.parts',
+    **dict.fromkeys(('local', 'period', 'capacity', 'orthogonal.d', 'orthogonal.features', 'shift.parts',
                      'kronecker_by_powers.degree', 'windows.height', 'windows.size', 'init_gates.size',
                      *(f'{name}.keep' for name in ('routed', 'quest', 'lsh', 'predicted', 'gated_blocks'))), TIMES),
     **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG, 'per_head': FLAG,
@@ -283,10 +283,13 @@ def refuse_unknown(function: str, arrays: Mapping[str, Any], traced: bool = Fals
 
 # Messages call these functions by their own names, as users do.
 _TOP = ('advise', 'check', 'contractions', 'pack', 'prune', 'prune_weights', 'report')
+# Modules inside of a family that users import by themselves.
+_INSIDE = ('decode',)
 
 
 def public_name(function: Callable[..., Any]) -> str:
   """Returns how users call a function: 'recipes.mdgf' for `mdgf` of `sparsejax.recipes.n_m`."""
   package, *module = function.__module__.split('.')
-  alone = function.__name__ in _TOP or package != 'sparsejax'
-  return function.__name__ if alone else '.'.join([*module[:1], function.__name__])
+  space = [name for name in module if name in _INSIDE] or module[:1]
+  alone = package != 'sparsejax' or function.__name__ in _TOP and space == module[:1]
+  return function.__name__ if alone else '.'.join([*space, function.__name__])

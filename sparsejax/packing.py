@@ -142,7 +142,7 @@ def unpadded(function: Callable[[Array], Array], mask: Array, most: int) -> Call
   if known and int(mask.sum()) > most:
     raise ValueError(f'packing.unpadded: {int(mask.sum())} tokens are valid, and `most` is {most}; give a larger one.')
   flat = jnp.asarray(mask).reshape(-1)
-  place = jnp.nonzero(flat, size=most, fill_value=flat.size)[0]
+  place = jnp.nonzero(flat, size=min(most, flat.size), fill_value=flat.size)[0]
 
   def run(x: Array) -> Array:
     if x.shape[:2] != mask.shape:

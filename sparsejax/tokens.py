@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparsejax import arguments
 from sparsejax.argument_kinds import (
@@ -69,7 +68,7 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
   that an ordinary loss trains a router. Kept tokens see only kept tokens; in FTP, skipped ones still write
   keys and values. Raises `ValueError` for numbers of tokens that rise, unless `skip`, or exceed the tokens.
   """
-  if len(keep) != len(blocks) or not all(isinstance(n, (int, np.integer)) and n >= max(always, 1) for n in keep):
+  if len(keep) != len(blocks) or not all(TIMES.fits(n) and n >= always for n in keep):
     raise ValueError(f'tokens.stack: `keep` must be a number of tokens for each of the {len(blocks)} blocks, at least '
                      f'{max(always, 1)}, not {list(keep)!r:.60}.')
   if not skip and any(b > a for a, b in zip(keep, keep[1:])):
@@ -101,9 +100,12 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
 @checked
 def kept_places(scores: Array, mask: Array, n: int, always: int = 0) -> Array:
   """Returns the places of the `n` highest of `scores [B, T]`, rising, `int32[B, n]`, as `stack` chooses them."""
-  if scores.shape != mask.shape:
+  if scores.shape != mask.shape or mask.ndim != 2:
     raise ValueError(f'tokens.kept_places: scores of shape {scores.shape} must be [B, T], a number for each token, '
                      f'{mask.shape}.')
+  if not always <= n <= scores.shape[1]:
+    raise ValueError(f'tokens.kept_places: `n`, {n}, must be from `always`, {always}, to the {scores.shape[1]} tokens '
+                     f'of scores {scores.shape}.')
   scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
   scores = jnp.where(jnp.isnan(scores), jnp.finfo(jnp.float32).min, scores)
   scores = jnp.where(mask, scores, -jnp.inf)

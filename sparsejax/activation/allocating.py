@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
 from sparsejax.activation.in_order import in_order
 from sparsejax.activation.measuring import (
   FUNCTION,
@@ -23,9 +24,12 @@ from sparsejax.activation.measuring import (
 )
 from sparsejax.activation.places import Unit, Weights
 from sparsejax.activation.rules import PerplexityRule, Rule, error_bound
+from sparsejax.argument_kinds import RAISED
 from sparsejax.arguments import checked
 from sparsejax.programs.calls import Calls
 from sparsejax.types import Array
+
+arguments.declare('greedy', step=RAISED)
 
 LEVELS = np.linspace(0.0, 0.95, 20)  # sparsities at which the errors of a product are measured
 MIDDLE = 10  # the number of the level, 0.5, at which the move of the results is measured

@@ -133,6 +133,14 @@ def places_of(function: str, program: Program, params: PyTree, where: Any, neuro
   return places, dense
 
 
+def refuse_unfit(function: str, rule: Any, places: Weights) -> None:
+  """Raises `ValueError` for all weights that are too small for a number of the rule."""
+  problems = [errors.Problem(path, place.array.shape, why) for path, place in places.items()
+              if (why := rule.unfit(place.first.shape))]
+  if problems:
+    raise errors.at_leaves(function, problems)
+
+
 def _refuse(function: str, made: Mapping[str, Any], picked: Mapping[str, bool], leaves: Mapping[str, Any]) -> None:
   absent = 'no product of the program has inputs to skip in it. Leave it out of `where`.'
   reasons = {path: made.get(path, absent) for path, pick in picked.items() if pick}

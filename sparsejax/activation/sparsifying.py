@@ -36,7 +36,7 @@ from sparsejax.activation.measuring import (
   statistics,
   tested,
 )
-from sparsejax.activation.places import Seen, Unit, Weights, places_of
+from sparsejax.activation.places import Seen, Unit, Weights, places_of, refuse_unfit
 from sparsejax.activation.rules import PerplexityRule, Rest, Rule, TopNeurons
 from sparsejax.activation.ruling import ruled, switched
 from sparsejax.programs.calls import Calls, calls_of
@@ -81,13 +81,15 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
 
   Raises `ValueError` without batches or valid rows, for NaN, for packed parameters, and for parameters that `where`
   picks and no product can skip. Raises `ValueError` for another `sequential`, and for `top_k` in sequence. Raises
-  `ValueError` for a gated layer whose activation is not zero at zero. The report lists what stays dense, and why.
+  `ValueError` for a gated layer whose activation is not zero at zero, and for a `top_k` or a rank that a weight is too
+  small for. The report lists what stays dense, and why.
   """
   began = time.perf_counter()
   _refuse_packed(params)
   calls = calls_of(FUNCTION, apply, params, batches, valid)
   places, dense = places_of(FUNCTION, calls.programs[0], params, where, rule.neurons)
   _refuse_not_finite(places)
+  refuse_unfit(FUNCTION, rule, places)
   calls.refuse_other_programs(FUNCTION, {path: [(use.address, use.operand) for use in place.uses.values()]
                                          for path, place in places.items()})
   neurons = rule.neurons and not isinstance(rule, PerplexityRule)
@@ -163,7 +165,7 @@ def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None, 
   """Returns what a rule finds for all units on the calibration batches."""
   units = [unit for place in places.values() for unit in place.units]
   if isinstance(rule, TopNeurons):
-    share = lambda unit: max(1 - rule.k / places[unit[0]].first.shape[2], 0.0)
+    share = lambda unit: 1 - rule.k / places[unit[0]].first.shape[2]
     return Calibrated({}, {}, {unit: share(unit) for unit in units}, lambda seen: switched(seen.x, rule) == 0)
   if isinstance(rule, PerplexityRule):
     if allocation is not None:

@@ -124,6 +124,8 @@ def of_choice(choice: Mapping[str, Any], patterns: Mapping[str, Builder]) -> Bui
 
 def _measured_blocks(site: AttentionSite, select: float, block: int, prompt: int) -> BlockMask:
   weights = site.weights()
+  if prompt > weights.shape[3]:
+    raise site.refused('attention.measured', f'`prompt` of {prompt} tokens is longer than the keys.')
   queries, keys = (-(-n // block) for n in weights.shape[2:])
   pad = [(0, n * block - m) for n, m in zip((queries, keys), weights.shape[2:])]
   split = jnp.pad(weights, [(0, 0), (0, 0), *pad]).reshape(*weights.shape[:2], queries, block, keys, block)

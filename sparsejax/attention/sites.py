@@ -82,6 +82,10 @@ class AttentionSite:
                        f'{sorted(by_name)}. Names are those of one program: find them anew for another one.')
     return by_name[self.name]
 
+  def refused(self, function: str, problem: str) -> ValueError:
+    """Returns the error of a number or an array that does not fit this attention, with its place and lengths."""
+    return ValueError(f'{function}: {self.place}, with queries {self.q.shape} and keys {self.k.shape}: {problem}')
+
   def stopped(self) -> 'AttentionSite':
     """Returns the site without gradients to queries, keys and values."""
     return dataclasses.replace(self, **{name: jax.lax.stop_gradient(getattr(self, name)) for name in 'qkv'})

@@ -107,6 +107,7 @@ def test_attention_is_read(name):
   apply, args = made()
   report = kernels_pallas.sparse_attention(apply, attention.full(block=4), explain=True)(*args)
   assert [(row.edits, row.shape, row.problem, row.achieved) for row in report.rows] == [(edits, shape, '', 0.0)]
+  assert 'the lists have all of its blocks' in str(report)
   last = edits.split(', ')[-1]
   assert ('of scores' in report.rows[0].runs) == (last not in ('', 'causal'))  # no kernel computes edits, which is said
   assert last in ('', 'causal') or 'cuda: xla (it has no ' in (runs := report.rows[0].runs) and repr(last) in runs
@@ -252,6 +253,15 @@ REFUSED = {
         jnn, lambda site: attention.BlockMask(np.ones((3, 4, 4), bool), 2, 2))(*EQUAL), r'bool\[3, 4, 4\] at '),
     'gates of another program': (lambda: kernels_pallas.sparse_attention(
         jnn, attention.gated_blocks({'a': 1}, keep=1, block=2))(*EQUAL), r"no gate '.*are for \['a'\]"),
+    'gates of other heads': (lambda: kernels_pallas.sparse_attention(jnn, lambda site: attention.gated_blocks(
+        {site.name: {'key': jnp.ones((2, 16, 8))}}, keep=1, block=2)(site))(*EQUAL), r'query \[4, 8, size\] and key'),
+    'a predictor of other lengths': (lambda: kernels_pallas.sparse_attention(jnn, attention.predicted(
+        {'query': jnp.ones((8, 4))}, keep=1, block=2))(*EQUAL),
+        r"pool and basis \[8, n\].*'query': \(8, 4\), 'key': None"),
+    'a long prompt': (lambda: kernels_pallas.sparse_attention(jnn, attention.measured(0.5, 2, prompt=9))(*EQUAL),
+                      r'keys \(2, 8, 4, 8\): `prompt` of 9 tokens is longer'),
+    'an unknown implementation': (lambda: kernels_pallas.sparse_attention(jnn, attention.full(), implementation='x'),
+                                  "implementation 'x'.* Valid: None, dense, "),
     'no function': (lambda: kernels_pallas.sparse_attention(jnn, 3), '`builder` must be a function'),
     'an unknown edit': (lambda: kernels_pallas.block_sparse_attention(
         *EQUAL, jnp.zeros((4, 4, 1), jnp.int32), block_q=2, block_k=2,
