@@ -21,6 +21,7 @@ import numpy as np
 from kernels_pallas import dispatch
 from kernels_pallas.attention import block_sparse_attention
 from sparsejax import tables
+from sparsejax.argument_kinds import ARRAY, TIMES
 from sparsejax.arguments import checked
 from sparsejax.attention import (
   AttentionSite,
@@ -117,9 +118,16 @@ class Replaced:
   def answer(self, site: AttentionSite) -> Array:
     """Returns the attention of a site to the builder's blocks."""
     blocks = self.builder(site)
-    if not isinstance(blocks, BlockMask):
+    if not isinstance(blocks, BlockMask) or not ARRAY.fits(blocks.mask):
       raise ValueError(f'sparse_attention: the builder returned a {type(blocks).__name__} at {site.place}; it must '
-                       'return an attention.BlockMask.')
+                       'return an attention.BlockMask, whose mask is an array.')
+    numbers = blocks.block_q, blocks.block_k, 1 if blocks.capacity is None else blocks.capacity
+    if not all(map(TIMES.fits, numbers)):
+      raise ValueError(f'sparse_attention: the builder returned block_q, block_k and capacity {numbers} at {site.place}; '
+                       f'each must be {TIMES.says}.')
+    if blocks.capacity is None and isinstance(blocks.mask, jax.core.Tracer):
+      raise ValueError(f'sparse_attention: the builder returned a traced mask at {site.place}; give BlockMask capacity=, '
+                       'the most blocks of keys in a list.')
     index = lists(site, blocks)
     if self.explain:
       self.rows.append(_row(site, blocks, index, self.implementation))

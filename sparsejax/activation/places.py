@@ -108,13 +108,16 @@ def places_of(function: str, program: Program, params: PyTree, where: Any, neuro
   if neurons and not layers:
     raise ValueError(f'{function}: the program has no gated layer, down(act(gate(x)) * up(x)) or down(act(gate(x))), '
                      'with three parameters of their own. Take a rule for inputs, as activation.teal(0.5).')
-  picked = dict(zip(trees.flatten(params)[0], trees.select(function, trees.default_where(found)
-                                                           if where is None else where, params)))
-  leaves = dict(zip(*trees.flatten(params)[:2]))
+  leaves, default = dict(zip(*trees.flatten(params)[:2])), trees.default_where(found)
+  if where is None and not any(default(path, leaf) for path, leaf in leaves.items() if hasattr(leaf, 'dtype')):
+    raise ValueError(f'{function}: the program multiplies no matrix of floats among its parameters with data as it is. '
+                     'Weights that are computed first, from integers for example, have no inputs to skip.')
+  picked = dict(zip(leaves, trees.select(function, default if where is None else where, params)))
   eqns = dict(jaxprs.equations(program))
   made: dict[str, Any] = {}
+  left_out = 'left out by `where`' if where is not None else 'looked up too, or no matrix of floats'
   for path in [path for path in found if not neurons or path in layers]:
-    made[path] = _place(found, eqns, path, leaves[path], layers.get(path)) if picked[path] else 'left out by `where`'
+    made[path] = _place(found, eqns, path, leaves[path], layers.get(path)) if picked[path] else left_out
   if where is None and not neurons:
     head = _head(program, found)
     made |= {head: 'the last product of the program'} if head in made and len(made) > 1 else {}

@@ -56,10 +56,17 @@ class Rule:
 
   def thresholds(self, tau: Any, scale: Any) -> np.ndarray:
     """Returns the thresholds `float32[L, K]` of `tau`, `[L]`. A threshold is infinite where the scale is zero."""
-    own = np.asarray(scale, np.float32)
-    found = np.divide(np.asarray(tau, np.float32)[:, None], own, out=np.full(own.shape, np.inf, np.float32),
-                      where=own > 0)
+    found = over_scale(np.asarray(tau, np.float32)[:, None], np.asarray(scale, np.float32))
     return np.nextafter(found, np.float32(np.inf)) if self.strict else found
+
+
+def over_scale(tau: Any, scale: np.ndarray) -> np.ndarray:
+  """Returns `tau` over `scale`: infinite where the scale is zero, and never so small that a zero would be kept.
+
+  Devices compare denormal numbers as zeros, so that the least threshold is the least normal number.
+  """
+  found = np.divide(tau, scale, out=np.full(scale.shape, np.inf, np.float32), where=scale > 0)
+  return np.maximum(found, np.finfo(np.float32).tiny)
 
 
 class TopNeurons(NamedTuple):

@@ -97,6 +97,9 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
     places = {path: dataclasses.replace(place, layer=None) for path, place in places.items()}
   used, kept_out = _split(calls)
   solved = _solved(used, places, rule, allocation, _is_sequential(sequential, rule))
+  if not solved.asked and not isinstance(rule, PerplexityRule):
+    raise ValueError(f'{FUNCTION}: no row of the {len(used.given)} batches reaches a product of {errors.some(places)}. '
+                     'Give batches with rows that count.')
   rows, notes = _rows(apply, params, kept_out or calls, places, solved, reads)
   measured_on = (f'measured on {len(kept_out.given)} of {len(calls.given)} batches, which were held out' if kept_out
                  else 'measured on the calibration batch, as there is no other')

@@ -35,8 +35,10 @@ def pool(x: Array, block: int, kinds: tuple[str, ...] = ('mean',)) -> Array:
   """Returns the features of each block of tokens of `x [batch, T, heads, d]`: `[batch, n, heads, len(kinds) d]`.
 
   `kinds` are names in `POOLS`, whose features follow each other. A last block that is shorter is pooled over its own
-  tokens. Raises `ValueError` for an unknown name.
+  tokens. Raises `ValueError` for an unknown name, and for x of another rank.
   """
+  if x.ndim != 4:
+    raise ValueError(f'attention.pool: x of shape {x.shape} must be [batch, T, heads, d].')
   if unknown := [kind for kind in kinds if kind not in POOLS]:
     raise ValueError(f'attention.pool: unknown kind {unknown[0]!r}. Valid: {", ".join(sorted(POOLS))}.')
   padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)), constant_values=jnp.nan)

@@ -71,6 +71,21 @@ class AttentionSite:
     return seen.reshape(len(seen), seen.shape[1] // block_q, block_q, -1, block_k).any((2, 4))
 
   @property
+  def offset(self) -> int | None:
+    """The key at which query 0 stands: 0 for equal lengths, otherwise read from a known causal mask, or `None`.
+
+    The last key that a query may see is then its own.
+    """
+    if self.q.shape[1] == self.k.shape[1]:
+      return 0
+    for known in self.masks:
+      if known.shape[1:3] == (1, self.q.shape[1]) and known.shape[3] == self.k.shape[1] and known.any(-1).all():
+        begins = known.shape[3] - 1 - known[0, 0, :, ::-1].argmax(-1) - np.arange(self.q.shape[1])
+        if (begins == begins[0]).all():
+          return int(begins[0])
+    return None
+
+  @property
   def name(self) -> str:
     """A name by which gates, choices and masks of this attention are kept: the address as a text."""
     return '.'.join(map(str, self.address))

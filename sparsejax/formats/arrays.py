@@ -61,6 +61,10 @@ class PackedArray:
   roles: Axes | None = None  # The axes count from the end, so that leading axes may come and go.
   axes: tuple[int, ...] = ()  # The contracted axes, counted from the end; empty where the format does not know them.
 
+  def __jax_array__(self) -> Array:
+    raise ValueError(f'{type(self).__name__} of shape {self.shape} is packed, and no operation of JAX takes it. Run '
+                     'the model by kernels_pallas.packed(apply), or give it formats.unpack(params).')
+
   @property
   def ndim(self) -> int:
     return len(self.shape)

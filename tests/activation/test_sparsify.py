@@ -161,6 +161,29 @@ def test_neurons_of_a_scan_are_switched_off_in_every_implementation_on_disk_and_
   np.testing.assert_allclose(slope['gate'], dense['gate'], atol=1e-4)
 
 
+@pytest.mark.parametrize('rule', [activation.teal(0.5), activation.wina(0.5), activation.cats(0.5),
+                                  activation.chess(0.5)], ids=lambda rule: rule.name)
+def test_zeros_are_skipped_whatever_the_threshold(rule):
+  """Three quarters of the neurons are off for every token, so that the quantile is zero, or the number after it."""
+  w = weights() | {'gate': jnp.where(jnp.arange(F) < F // 4, 1.0, -1.0) * jnp.ones((D, 1))}
+  apply = functools.partial(glu, act=jax.nn.relu)
+  x = jnp.abs(BATCHES[0])
+  row = {row.path: row for row in activation.sparsify(apply, w, [x], rule, where=lambda path, leaf: path == 'down'
+                                                      ).report.rows}['down']
+  assert row.achieved >= 0.75
+
+
+def test_dropout_may_follow_an_activation():
+  def dropped(w, x, key):
+    h = jax.nn.relu(x @ w['gate'])
+    return jnp.where(jax.random.bernoulli(key, 0.5, h.shape), h / 0.5, 0.0) @ w['down']
+
+  key = jax.random.key(0)
+  y = activation.ruled(dropped, activation.top_k(1))(weights(), BATCHES[0], key)
+  h = jnp.where(jax.random.bernoulli(key, 0.5, (T, F)), jax.nn.relu(BATCHES[0] @ weights()['gate']) * 2, 0.0)
+  np.testing.assert_allclose(y, jnp.where(h == h.max(1, keepdims=True), h, 0) @ weights()['down'], atol=1e-5)
+
+
 def in_one(w, x):
   gate, up = jnp.split(x @ w['up'], 2, -1)
   return x + (jax.nn.relu(gate) * up) @ w['down']
@@ -258,6 +281,13 @@ REFUSED = {
     'sequence': (lambda: refused(sequential='dens'), "Did you mean 'dense'"),
     'top_k in sequence': (lambda: refused(rule=activation.top_k(4), sequential='weight'), 'finds no thresholds'),
     'no batch': (lambda: refused([]), 'there are no batches'),
+    'an array as batches': (lambda: refused(BATCHES[0]), r'`batches` must be .* as in the list \[x\]; an array is one'),
+    'batches without rows': (lambda: refused([BATCHES[0][:0]]), "no row of the 1 batches reaches a product of 'gate'"),
+    'integers': (lambda: refused(params={'a': jnp.ones((D, D), int)}, apply=lambda p, x: x @ p['a'].astype('float32')),
+                 'multiplies no matrix of floats'),
+    'a loss of text': (lambda: refused(rule=activation.ppl(5, lambda y, x: 'low')), "the loss of ppl returned 'low'"),
+    'parameters that stay packed': (lambda: plain(refused().params, BATCHES[0]),
+                                    r'ActiveArray of shape \(8, 16\) is packed.* by kernels_pallas.packed'),
     'padding only': (lambda: refused(valid=[jnp.zeros(T, bool)] * 3), '`valid` leaves no row'),
     'padding in one part': (lambda: refused(valid=[jnp.arange(T) < 0, jnp.arange(T) < 0, jnp.arange(T) < 5]),
                             'no row in the first 2 batches'),

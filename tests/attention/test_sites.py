@@ -222,6 +222,26 @@ def test_weights_that_are_used_elsewhere_are_listed():
   assert 'replaced, and computed densely too, because its weights are a result' in report.rows[1].problem
 
 
+@pytest.mark.parametrize('builder', [attention.band(0, 2), attention.sliding(2, 2), attention.strided(4, block=2),
+                                     attention.sharded(1, 2, block=2)], ids=['band', 'sliding', 'strided', 'sharded'])
+def test_distances_count_from_the_keys_at_which_queries_stand(builder):
+  """The last four queries alone see the blocks that they see among all, and queries without a place are refused."""
+  def of(length, causal=True):
+    masks = []
+    mask = jnp.tril(jnp.ones((length, T), bool), T - length)
+    apply = lambda q, k, v: jnn(q, k, v, mask=mask[None, None] if causal else None)
+    attention.attended(apply, lambda site: masks.append(builder(site).mask & site.blocks(2, 2)))(
+        EQUAL[0][:, T - length:], *EQUAL[1:])
+    return masks[0]
+
+  if builder != attention.sharded(1, 2, block=2):  # which differs without `causal`
+    np.testing.assert_array_equal(of(4), of(T)[:, 2:])
+  with pytest.raises(ValueError, match=r'queries \(2, 4, 4, 8\) and keys .* does not know at which keys'):
+    of(4, causal=False)
+  with pytest.raises(ValueError, match='its queries begin at key 3, which is not whole blocks of 2'):
+    of(5)
+
+
 def test_other_products_are_no_attention():
   program = lambda p, x: jax.nn.softmax(jax.nn.silu(jax.nn.gelu(x @ p) @ p.T) @ p)
   report = kernels_pallas.sparse_attention(program, attention.full(), explain=True)(normal((16, 5)), X)
