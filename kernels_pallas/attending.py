@@ -123,11 +123,11 @@ class Replaced:
                        'return an attention.BlockMask, whose mask is an array.')
     numbers = blocks.block_q, blocks.block_k, 1 if blocks.capacity is None else blocks.capacity
     if not all(map(TIMES.fits, numbers)):
-      raise ValueError(f'sparse_attention: the builder returned block_q, block_k and capacity {numbers} at {site.place}; '
-                       f'each must be {TIMES.says}.')
+      raise ValueError(f'sparse_attention: the builder returned block_q, block_k and capacity {numbers} at '
+                       f'{site.place}; each must be {TIMES.says}.')
     if blocks.capacity is None and isinstance(blocks.mask, jax.core.Tracer):
-      raise ValueError(f'sparse_attention: the builder returned a traced mask at {site.place}; give BlockMask capacity=, '
-                       'the most blocks of keys in a list.')
+      raise ValueError(f'sparse_attention: the builder returned a traced mask at {site.place}; give BlockMask '
+                       'capacity=, the most blocks of keys in a list.')
     index = lists(site, blocks)
     if self.explain:
       self.rows.append(_row(site, blocks, index, self.implementation))

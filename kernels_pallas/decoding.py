@@ -43,9 +43,6 @@ def decoder(rule: decode.DecodeRule, *, scale: float | None = None, implementati
   dispatch.refuse_unknown('decoder', implementation)
 
   def step(q: Array, cache: decode.Cache) -> Array:
-    if q.ndim != 3 or len(q) != len(cache.k) or q.shape[2] != cache.k.shape[3] or q.shape[1] % cache.k.shape[2]:
-      raise ValueError(f'decoder: q of shape {q.shape} must be [B, heads, d], one query for each example of the cache '
-                       f'{cache.k.shape}, whose heads divide those of q.')
     return gathered_attention(q, cache.k, cache.v, *decode.listed(rule, cache, q), scale=scale,
                               implementation=implementation)
 

@@ -165,6 +165,16 @@ BY_NAME = Kind('a mapping, as in a dict', one_of(Mapping))
 KEEP = Kind("a mapping from names of groups to bool[units], as in {'up/kernel:1': norms > 0.1}", one_of(Mapping))
 PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
 ARRAY = Kind('an array', having('shape', 'dtype'))
+
+
+def shaped(text: str) -> Kind:
+  """Returns the kind of arrays with the dimensions of `text`: '[B, T]', or '[..., T]' where others may come first."""
+  names = text[1:-1].split(', ')
+  least, more = len(names) - (names[0] == '...'), names[0] == '...'
+  return Kind(f'an array {text}', lambda value: ARRAY.fits(value) and (
+      len(value.shape) >= least if more else len(value.shape) == least))
+
+
 PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
 SCALARS = Kind('a number or an array', lambda value: is_number(value) or ARRAY.fits(value))
 BANK = Kind('a continual.Bank', having('params', 'masks', 'own'))

@@ -232,7 +232,9 @@ _NUMBERS = {kind.fits for kind in KINDS.values() if kind.coefficient} | {
 
 
 def shown(value: Any) -> str:
-  """Returns a value as messages show it: functions by name, other objects without a repr by type, 60 characters."""
+  """Returns a value as messages show it: functions by name, arrays by shape, objects without a repr by type."""
+  if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+    return f'{value.dtype}{list(value.shape)}'
   text = repr(value)
   if ' at 0x' in text:
     text = f'the function {value.__name__}' if inspect.isfunction(value) else f'a {type(value).__name__}'

@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments
-from sparsejax.argument_kinds import ARRAY, BY_NAME, CACHE, CHANNELS, DECODING, DTYPE, FLAG, TIMES
+from sparsejax.argument_kinds import ARRAY, BY_NAME, CACHE, CHANNELS, DECODING, DTYPE, FLAG, TIMES, shaped
 from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 arguments.declare('every newest double_sparsity quest seer', capacity=TIMES, keep=TIMES, page=TIMES, shared=FLAG,
                   channels=CHANNELS, gate=BY_NAME)
-arguments.declare('empty_cache extended check listed read_share', rule=DECODING, cache=CACHE, dtype=DTYPE, k=ARRAY,
-                  v=ARRAY, q=ARRAY, labels=ARRAY, batch=TIMES, capacity=TIMES, heads=TIMES, d=TIMES, values=TIMES,
-                  tokens=TIMES)
-arguments.declare('heavy_channels', k=ARRAY, r=TIMES, q=ARRAY)
+arguments.declare('empty_cache extended check listed read_share', rule=DECODING, cache=CACHE, dtype=DTYPE, labels=ARRAY,
+                  batch=TIMES, capacity=TIMES, heads=TIMES, d=TIMES, values=TIMES, tokens=TIMES)
+arguments.declare('extended', k=shaped('[B, n, kv_heads, d]'), v=shaped('[B, n, kv_heads, d]'))
+arguments.declare('listed', q=shaped('[B, heads, d]'))
+arguments.declare('heavy_channels', k=shaped('[..., T, kv_heads, d]'), q=shaped('[..., T, heads, d]'), r=TIMES)
 
 
 class Cache(NamedTuple):
@@ -95,6 +96,7 @@ def extended(rule: DecodeRule, cache: Cache, k: Array, v: Array) -> Cache:
     raise ValueError(f'decode.extended: k and v of dtypes {k.dtype} and {v.dtype} must be {cache.k.dtype} and '
                      f'{cache.v.dtype} like the cache; cast them, or make the cache with their dtype.')
   begin, n = cache.length, k.shape[1]
+  _refuse_other_labels('extended', rule, cache)
   _refuse_full(cache, n)
   place = jnp.arange(len(k))[:, None], begin[:, None] + jnp.arange(n, dtype=jnp.int32)[None]
   keys, values = (old.at[place].set(new, mode='drop') for old, new in ((cache.k, k), (cache.v, v)))
@@ -116,9 +118,16 @@ def check(cache: Cache) -> Cache:
 def listed(rule: DecodeRule, cache: Cache, q: Array) -> tuple[Array, Array]:
   """Returns the tokens that `q [B, heads, d]` reads, `int32[B, lists, keep]` in increasing order, and their numbers.
 
+  Raises `ValueError` for a cache of another rule, and, unless its length is traced, for one without tokens.
   The numbers are `int32[B, lists]`. Equal scores keep the earlier page, and NaN ranks last. A page beyond the length of
   the cache is never read.
   """
+  if len(q) != len(cache.k) or q.shape[2] != cache.k.shape[3] or q.shape[1] % cache.k.shape[2]:
+    raise ValueError(f'decode.listed: q of shape {q.shape} must be [B, heads, d], one query for each example of the '
+                     f'cache {cache.k.shape}, whose heads divide those of q.')
+  _refuse_other_labels('listed', rule, cache)
+  if not isinstance(cache.length, jax.core.Tracer) and not int(jnp.max(cache.length)):
+    raise ValueError('decode.listed: the cache holds no token; store the keys and values of a token before its query.')
   scores = rule.scores(cache.labels, q).astype(jnp.float32)
   pages, most = scores.shape[-1], rule.keep // rule.page
   begin = jnp.arange(pages, dtype=jnp.int32) * rule.page
@@ -139,8 +148,14 @@ def listed(rule: DecodeRule, cache: Cache, q: Array) -> tuple[Array, Array]:
 def every(capacity: int) -> DecodeRule:
   """Returns the rule that reads all tokens of a cache of this capacity: exact attention."""
   scores = lambda labels, q: jnp.zeros((q.shape[0], 1, 1), jnp.float32)
-  return DecodeRule(capacity, capacity, False, lambda k: jnp.zeros((len(k), 0), k.dtype), lambda labels, *_: labels,
-                    scores)
+
+  def labels(k: Array) -> Array:
+    if k.shape[1] != capacity:
+      raise ValueError(f'decode.every: a cache of {k.shape[1]} tokens needs decode.every({k.shape[1]}), not '
+                       f'{capacity}, to read them all.')
+    return jnp.zeros((len(k), 0), k.dtype)
+
+  return DecodeRule(capacity, capacity, False, labels, lambda labels, *_: labels, scores)
 
 
 @checked
@@ -195,7 +210,7 @@ def heavy_channels(k: Array, r: int, q: Array | None = None) -> Array:
   `k` is `[..., T, kv_heads, d]` and `q` `[..., T, heads, d]`, of the same tokens, as the program multiplies them. The
   heads of q that share a head of k are summed. Equal channels keep the lower number. Channels come heaviest first.
   """
-  if k.ndim < 3 or r > k.shape[-1]:
+  if r > k.shape[-1]:
     raise ValueError(f'decode.heavy_channels: keys of shape {k.shape} must be [..., T, kv_heads, d] with at least the '
                      f'{r} channels of `r`.')
   if q is not None and (q.ndim != k.ndim or q.shape[-1] != k.shape[-1] or q.shape[-2] % k.shape[-2]
@@ -279,6 +294,9 @@ def seer(gate: Mapping[str, Array], keep: int, page: int = 64) -> DecodeRule:
     return labels.at[jnp.arange(len(k))[:, None], jnp.where(closed, number, pages)].set(features, mode='drop')
 
   def scores(labels: Array, q: Array) -> Array:
+    if q.shape[1] != query.shape[0] * query.shape[1]:
+      raise ValueError(f'decode.seer: a gate for {query.shape[0]} times {query.shape[1]} heads does not fit queries of '
+                       f'{q.shape[1]} heads; train one for this layer.')
     grouped = q.reshape(len(q), *query.shape[:3])
     return jnp.einsum('bgnd,gndf,bpgf->bgp', grouped, query.astype(q.dtype), labels,
                       preferred_element_type=jnp.float32)
@@ -300,6 +318,13 @@ def _largest(scores: Array, n: int) -> Array:
   """Returns the places of the `n` largest scores of each row `[B, L, P]`, rising, `int32[B, L, n]`."""
   # Sorting few places takes less than counting the chosen ones among all, as `ranking` would have to.
   return jnp.sort(jax.lax.top_k(scores, min(n, scores.shape[-1]))[1], -1).astype(jnp.int32)
+
+
+def _refuse_other_labels(name: str, rule: DecodeRule, cache: Cache) -> None:
+  own, wanted = cache.labels, jax.eval_shape(rule.labels, cache.k)
+  if (own.shape, own.dtype) != (wanted.shape, wanted.dtype):
+    raise ValueError(f'decode.{name}: the cache has labels {own.dtype}{list(own.shape)}, and those of the rule are '
+                     f'{wanted.dtype}{list(wanted.shape)}; make the cache by decode.empty_cache with this rule.')
 
 
 def _refuse_full(cache: Cache, n: int) -> None:

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments
-from sparsejax.argument_kinds import FUNCTION
+from sparsejax.argument_kinds import FUNCTION, shaped
 from sparsejax.arguments import checked
 from sparsejax.attention.sites import AttentionSite
 from sparsejax.types import Bound
 
 arguments.declare('union', builders=FUNCTION)
+arguments.declare('of_mask', mask=shaped('[..., nq, nk]'))
 
 
 class BlockMask(NamedTuple):
@@ -63,7 +64,7 @@ def of_mask(mask: Any, capacity: int | None = None) -> BlockIndex:
   the later first, and counted in `overflow`. Raises `ValueError` for a traced mask without a capacity, since a list
   needs a length.
   """
-  if mask.ndim < 2 or mask.dtype != bool:
+  if mask.dtype != bool:
     raise ValueError(f'attention.of_mask: the mask is {mask.dtype}{list(mask.shape)}; give bool[..., nq, nk].')
   if isinstance(mask, jax.core.Tracer):
     if capacity is None:

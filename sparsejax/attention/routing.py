@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments, ranking
-from sparsejax.argument_kinds import ARRAY, BY_NAME, POSITIVE, SERIES, SIGNS, TIMES
+from sparsejax.argument_kinds import BY_NAME, POSITIVE, SERIES, SIGNS, TIMES, shaped
 from sparsejax.arguments import checked
 from sparsejax.attention.masks import BlockMask, Builder
 from sparsejax.attention.sites import AttentionSite
 from sparsejax.types import Array, Bound
 
 arguments.declare('lsh', hashes=SIGNS)
-arguments.declare('pool', x=ARRAY, block=TIMES, kinds=SERIES)
-arguments.declare('predicted_scores', q=ARRAY, k=ARRAY, predictor=BY_NAME, scale=POSITIVE)
+arguments.declare('pool', x=shaped('[batch, T, heads, d]'), block=TIMES, kinds=SERIES)
+arguments.declare('page_scores predicted_scores', q=shaped('[batch, T, heads, d]'), k=shaped('[batch, T, heads, d]'))
+arguments.declare('predicted_scores', predictor=BY_NAME, scale=POSITIVE)
 
 # The last block may be shorter: NaN is padding.
 POOLS: dict[str, Any] = {'mean': jnp.nanmean, 'max': jnp.nanmax, 'min': jnp.nanmin}
@@ -35,10 +36,8 @@ def pool(x: Array, block: int, kinds: tuple[str, ...] = ('mean',)) -> Array:
   """Returns the features of each block of tokens of `x [batch, T, heads, d]`: `[batch, n, heads, len(kinds) d]`.
 
   `kinds` are names in `POOLS`, whose features follow each other. A last block that is shorter is pooled over its own
-  tokens. Raises `ValueError` for an unknown name, and for x of another rank.
+  tokens. Raises `ValueError` for an unknown name.
   """
-  if x.ndim != 4:
-    raise ValueError(f'attention.pool: x of shape {x.shape} must be [batch, T, heads, d].')
   if unknown := [kind for kind in kinds if kind not in POOLS]:
     raise ValueError(f'attention.pool: unknown kind {unknown[0]!r}. Valid: {", ".join(sorted(POOLS))}.')
   padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)), constant_values=jnp.nan)
@@ -104,6 +103,9 @@ def page_scores(q: Array, k: Array, block: int) -> Array:
   The bound is the sum over channels of `max(q least, q largest)` of the page (Quest, Tang et al. 2024, 2406.10774).
   `q` is `[batch, Tq, heads, d]`, `k [batch, Tk, heads, d]`.
   """
+  if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+    raise ValueError(f'attention.page_scores: q {q.shape} and k {k.shape} must be [batch, Tq, heads, d] and '
+                     '[batch, Tk, heads, d]; repeat shared heads.')
   largest, least = (jnp.einsum('bqhd,bkhd->bhqk', a, pool(k, block, (kind,)), precision='highest')
                     for a, kind in ((jnp.maximum(q, 0), 'max'), (jnp.minimum(q, 0), 'min')))
   return largest + least

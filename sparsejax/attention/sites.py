@@ -78,9 +78,9 @@ class AttentionSite:
     """
     if self.q.shape[1] == self.k.shape[1]:
       return 0
-    for known in self.masks:
-      if known.shape[1:3] == (1, self.q.shape[1]) and known.shape[3] == self.k.shape[1] and known.any(-1).all():
-        begins = known.shape[3] - 1 - known[0, 0, :, ::-1].argmax(-1) - np.arange(self.q.shape[1])
+    for hidden in self.masks:
+      if hidden.shape[1:3] == (1, self.q.shape[1]) and hidden.shape[3] == self.k.shape[1] and hidden.any(-1).all():
+        begins = hidden.shape[3] - 1 - hidden[0, 0, :, ::-1].argmax(-1) - np.arange(self.q.shape[1])
         if (begins == begins[0]).all():
           return int(begins[0])
     return None

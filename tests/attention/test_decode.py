@@ -136,7 +136,17 @@ REFUSED = {
     'a gate of another layer': (lambda: decode.empty_cache(decode.seer(GATE, 4, 2), 1, 8, 2, 2), 'train one for this'),
     'many channels': (lambda: decode.heavy_channels(K[0], 5), r'shape \(6, 1, 4\) must be .* at least the 5 channels'),
     'no rule': (lambda: decoder('quest'), r'must be a DecodeRule, as in decode.quest\(keep=1024\), not .quest'),
-    'queries': (lambda: decoder(decode.quest(2, 2)).step(Q[0], filled(decode.quest(2, 2), K)), 'one query for each'),
+    'a cache of another rule': (lambda: decoder(decode.every(8)).step(Q, filled(decode.quest(2, 2), K)),
+                                r'has labels float32\[1, 2, 1, 4, 4\], and those of the rule are float32\[1, 0\]'),
+    'every token of a larger cache': (lambda: decode.empty_cache(decode.every(4), 1, 8, 1, 4),
+                                      r'needs decode.every\(8\)'),
+    'pages of another rule': (lambda: decode.extended(decode.quest(4, 4), filled(decode.quest(2, 2), K), K, V),
+                              'make the cache by decode.empty_cache with this rule'),
+    'no token': (lambda: decoder(decode.quest(2, 2)).step(Q, decode.empty_cache(decode.quest(2, 2), 1, 8, 1, 4)),
+                 'the cache holds no token; store'),
+    'a gate of other heads': (lambda: decoder(decode.seer(GATE, 2, 2)).step(
+        PAIRS[:, :2, 0], filled(decode.seer(GATE, 2, 2), PAIRS)), '1 times 1 heads does not fit queries of 2 heads'),
+    'queries': (lambda: decoder(decode.quest(2, 2)).step(Q[0], filled(decode.quest(2, 2), K)), r'`q` must be an array \[B, heads, d\]'),
 }
 
 
