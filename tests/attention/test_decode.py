@@ -146,7 +146,8 @@ REFUSED = {
                  'the cache holds no token; store'),
     'a gate of other heads': (lambda: decoder(decode.seer(GATE, 2, 2)).step(
         PAIRS[:, :2, 0], filled(decode.seer(GATE, 2, 2), PAIRS)), '1 times 1 heads does not fit queries of 2 heads'),
-    'queries': (lambda: decoder(decode.quest(2, 2)).step(Q[0], filled(decode.quest(2, 2), K)), r'`q` must be an array \[B, heads, d\]'),
+    'queries': (lambda: decoder(decode.quest(2, 2)).step(Q[0], filled(decode.quest(2, 2), K)),
+                r'`q` must be an array \[B, heads, d\]'),
 }
 
 
