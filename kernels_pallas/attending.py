@@ -45,9 +45,10 @@ def sparse_attention(apply: Callable[..., Any], builder: Builder, *, implementat
 
   `builder(site)` returns the `BlockMask` of an `AttentionSite`; `sparsejax.attention` has builders, such as `sliding`,
   `sharded` and `routed`. Blocks that a causal mask, or another mask known at trace time, hides as a whole are not
-  computed. All other masks, bias, soft caps and dropout have their effect within the blocks. A query block without a
-  block keeps its diagonal, and so does every query block if a traced mask may hide keys: no query is left without a
-  key. Derivatives are those of the sparse attention. `implementation` is that of `block_sparse_attention`.
+  computed. All other masks, bias, soft caps and dropout have their effect within the blocks. A query block of
+  which a query would see no key keeps its diagonal, and so does every query block if a traced mask may hide keys: no
+  query is left without a key. Derivatives are those of the sparse attention. `implementation` is that of
+  `block_sparse_attention`.
 
   All that looks like attention and cannot be read stays dense, and `explain=True` lists it with the reason. The
   function then returns a `tables.Report` and computes nothing: each attention, its fraction of blocks left out, what
@@ -161,13 +162,21 @@ def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
                      'examples.')
   ranked: Callable[[Any], Any] = lambda a: a.reshape((1,) * (mask.ndim - a.ndim) + a.shape)
   rows, columns = seen.shape[-2:]
-  own, mask = ranked(diagonal(rows, columns, blocks.block_q, blocks.block_k)), mask & ranked(seen)
-  kept = mask | own if site.traced_masks else mask | (own & ~mask.any(-1, keepdims=True))
+  own, mask = ranked(diagonal(rows, columns, blocks.block_q, blocks.block_k, site.offset or 0)), mask & ranked(seen)
+  kept = mask | (own if site.traced_masks else own & _left_alone(site, blocks, mask))
   wide, least = (*kept.shape[:-3], site.heads, *kept.shape[-2:]), int(own.sum(-1).max())
   kept = (jnp if isinstance(kept, jax.Array) else np).broadcast_to(kept, wide)
   if blocks.capacity is None:
     return of_mask(kept)
-  return of_mask(kept, blocks.capacity + least if site.traced_masks else max(blocks.capacity, least))
+  more = site.traced_masks or site.masks or blocks.block_q != blocks.block_k
+  return of_mask(kept, blocks.capacity + least if more else max(blocks.capacity, least))
+
+
+def _left_alone(site: AttentionSite, blocks: BlockMask, mask: Any) -> Any:
+  """Returns which blocks of queries have a query that sees no key of the blocks of `mask`: `bool[..., nq, 1]`."""
+  queries = site.blocks_of_queries(blocks.block_q, blocks.block_k)
+  sees = (mask[..., None, :] & queries.reshape((1,) * (mask.ndim - 3) + queries.shape)).any(-1)
+  return (~sees & queries.any(-1)).any(-1)[..., None] | ~mask.any(-1)[..., None]
 
 
 def attend(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementation: str | None = None) -> Array:

@@ -217,8 +217,11 @@ def union(*builders: Builder) -> Builder:
   return Bound(_union, (builders,))
 
 
-def diagonal(rows: int, columns: int, block_q: int, block_k: int) -> np.ndarray:
-  """Returns the blocks that have a query's own key, `bool[nq, nk]`; of queries beyond the keys, the last block."""
-  i, j = np.arange(rows)[:, None], np.arange(columns)[None]
-  first, last = i * block_q // block_k, ((i + 1) * block_q - 1) // block_k
+def diagonal(rows: int, columns: int, block_q: int, block_k: int, offset: int = 0) -> np.ndarray:
+  """Returns the blocks that have a query's own key, `bool[nq, nk]`; of queries beyond the keys, the last block.
+
+  Query 0 stands at the key `offset`.
+  """
+  i, j = np.arange(rows)[:, None] * block_q + offset, np.arange(columns)[None]
+  first, last = i // block_k, (i + block_q - 1) // block_k
   return (j >= np.minimum(first, columns - 1)) & (j <= np.minimum(last, columns - 1))

@@ -62,13 +62,17 @@ class AttentionSite:
 
   def blocks(self, block_q: int, block_k: int) -> np.ndarray:
     """Returns which blocks have a key that a query may see, by `causal` and `masks`: `bool[1 or heads, nq, nk]`."""
+    return self.blocks_of_queries(block_q, block_k).any(2)
+
+  def blocks_of_queries(self, block_q: int, block_k: int) -> np.ndarray:
+    """Returns which blocks have a key that each query may see: `bool[1 or heads, nq, block_q, nk]`."""
     seen: Any = np.ones((1, 1, self.q.shape[1], self.k.shape[1]), bool)
     for part in self.masks:
       seen = seen & part
     seen = np.tril(seen[0]) if self.causal else seen[0]
     tall, wide = (-seen.shape[i] % block for i, block in ((1, block_q), (2, block_k)))
     seen = np.pad(seen, ((0, 0), (0, tall), (0, wide)))
-    return seen.reshape(len(seen), seen.shape[1] // block_q, block_q, -1, block_k).any((2, 4))
+    return seen.reshape(len(seen), seen.shape[1] // block_q, block_q, -1, block_k).any(4)
 
   @property
   def offset(self) -> int | None:

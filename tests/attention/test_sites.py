@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 from products import normal
 
 import kernels_pallas
@@ -146,6 +147,22 @@ def test_a_query_whose_blocks_are_hidden_keeps_its_own_key(implementation):
   np.testing.assert_allclose(found, exact, atol=1e-5)
 
 
+WINDOW = CAUSAL[0, 0] & ~jnp.tril(jnp.ones((T, T), bool), -2)
+
+
+@pytest.mark.parametrize('mask, blocks', [(WINDOW, (2, 2)), (CAUSAL[0, 0], (4, 2)), (WINDOW[4:], (2, 2))],
+                         ids=['window', 'tall', 'last'])
+def test_no_query_is_left_without_a_key(mask, blocks):
+  """One block of keys is asked for, in which some queries of a block see keys and others none."""
+  q = EQUAL[0][:, -len(mask):]
+  program = lambda q, k, v: jnn(q, k, v, mask=mask[None, None])
+  for column in range(T // blocks[1]):
+    pick = lambda site, n=column: attention.BlockMask(np.broadcast_to(
+        np.arange(T // blocks[1])[None, None] == n, (1, len(mask) // blocks[0], T // blocks[1])), *blocks)
+    seen = np.asarray(kernels_pallas.sparse_attention(program, pick)(q, EQUAL[1], jnp.ones_like(EQUAL[2])))
+    np.testing.assert_allclose(seen, 1, rtol=1e-5)  # weights that sum to 1
+
+
 @jax.custom_vjp
 def flash(q, k, v):
   return by_hand(q, k, v)
@@ -199,6 +216,10 @@ UNREAD = {
     'shard_map': (sharded_program, 'inside of a shard_map'), 'late': (late, 'before they are divided by their sum'),
     'sorted': (sorted_scores, 'scores go through sort'), 'halves': (of_halves, 'softmax|reduce_max'),
     'no softmax': (unnormalised, 'before they are divided by their sum'),
+    'a Pallas kernel': (lambda q, k, v: pl.pallas_call(lambda q, k, v, y: None, jax.ShapeDtypeStruct(q.shape, q.dtype))(
+        q, k, v), 'pallas_call is a kernel that cannot be read'),
+    'a library': (lambda q, k, v: jax.ffi.ffi_call('flash', jax.ShapeDtypeStruct(q.shape, q.dtype))(q, k, v),
+                  'ffi_call is a kernel that cannot be read'),
     'parameters': (lambda p, x: jax.nn.softmax(x @ p) @ p.T, 'keys and values are parameters'),
 }
 
