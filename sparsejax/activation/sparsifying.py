@@ -31,6 +31,7 @@ from sparsejax.activation.measuring import (
   mean_of_up,
   over_batches,
   results_moved,
+  runs,
   scale_of,
   scales,
   statistics,
@@ -112,6 +113,30 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
   if isinstance(rule, PerplexityRule) or not neurons:
     return Rewritten(small, apply, report)
   return Rewritten(small, ruled(apply, rule, limits or None, where=where), report)
+
+
+@arguments.checked
+def sparsity(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], *,
+             where: Predicate | PyTree | None = None, valid: Iterable[Array] | None = None) -> dict[str, np.ndarray]:
+  """Returns the fraction of neurons that are zero in each gated layer, `float32[*layers]`, by the path of `down`.
+
+  The arguments are those of `sparsify`, and all tokens that count weigh the same. Lazy Neuron (Li et al. 2022,
+  2210.06313) reports 1 minus this number, for ReLU. A smooth activation, such as GELU, is hardly ever zero.
+  """
+  calls = calls_of('activation.sparsity', apply, params, batches, valid)
+  places, _ = places_of('activation.sparsity', calls.programs[0], params, where, neurons=True)
+  found: dict[Unit, list[Any]] = {}
+
+  def visit(observed: Observed) -> None:
+    seen = observed.product
+    off, counted = seen.rows(jnp.where(seen.x == 0, 1.0, 0.0), observed.valid)
+    there = jnp.ones(off.shape[:2], bool) if counted is None else jnp.broadcast_to(counted, off.shape[:2])
+    found.setdefault(seen.unit, []).append([jnp.sum(jnp.where(there, off.mean(-1), 0), 1), jnp.sum(there, 1)])
+
+  runs(calls, places, visit)
+  share = lambda each: np.divide(*(sum(np.asarray(part, np.float32) for part in parts) for parts in zip(*each)))
+  return {path: place.joined({unit: share(found[unit]) for unit in place.units}) for path, place in places.items()
+          if all(unit in found for unit in place.units)}
 
 
 def _is_sequential(sequential: str, rule: Any) -> bool:

@@ -173,6 +173,17 @@ def test_zeros_are_skipped_whatever_the_threshold(rule):
   assert row.achieved >= 0.75
 
 
+def test_the_sparsity_of_activations_is_the_share_of_zeros_of_tokens_that_count():
+  params, act = weights(2), jax.nn.relu
+  apply = lambda w, x: jax.lax.scan(lambda h, w: (glu(w, h, act), None), x, w)[0]
+  valid, first = jnp.arange(T) < 5, jax.tree.map(lambda a: a[0], params)
+  second = [jax.tree.map(lambda a: a[1], params), glu(first, BATCHES[0], act)]
+  found = activation.sparsity(apply, params, BATCHES[:1], valid=[valid])
+  wanted = [np.mean(np.asarray(x[:5] @ w['gate']) <= 0) for w, x in ((first, BATCHES[0]), second)]
+  np.testing.assert_allclose(found['down'], wanted, atol=1e-6)
+  assert list(found) == ['down'] and 0.3 < found['down'].min()
+
+
 def test_dropout_may_follow_an_activation():
   def dropped(w, x, key):
     h = jax.nn.relu(x @ w['gate'])
