@@ -45,9 +45,9 @@ def sparse_attention(apply: Callable[..., Any], builder: Builder, *, implementat
 
   `builder(site)` returns the `BlockMask` of an `AttentionSite`; `sparsejax.attention` has builders, such as `sliding`,
   `sharded` and `routed`. Blocks that a causal mask, or another mask known at trace time, hides as a whole are not
-  computed. All other masks, bias, soft caps and dropout have their effect within the blocks. A query block of
-  which a query would see no key keeps its diagonal, and so does every query block if a traced mask may hide keys: no
-  query is left without a key. Derivatives are those of the sparse attention. `implementation` is that of
+  computed. All other masks, bias, soft caps and dropout have their effect within the blocks. No query is
+  left without a key: a query block of which a query would see none keeps its diagonal. If a traced mask may hide keys,
+  every query block does. Derivatives are those of the sparse attention. `implementation` is that of
   `block_sparse_attention`.
 
   All that looks like attention and cannot be read stays dense, and `explain=True` lists it with the reason. The
@@ -57,7 +57,7 @@ def sparse_attention(apply: Callable[..., Any], builder: Builder, *, implementat
   Without `counted`, blocks that do not fit
   raise a warning when the program runs. Counts cannot leave a loop or `remat`: `counted=True` refuses such sites.
   """
-  dispatch.refuse_unknown('sparse_attention', implementation)
+  dispatch.refuse_other_names('sparse_attention', implementation)
 
   @functools.wraps(apply)
   def call(*args: Any, **kwargs: Any) -> Any:
@@ -175,7 +175,8 @@ def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
 def _left_alone(site: AttentionSite, blocks: BlockMask, mask: Any) -> Any:
   """Returns which blocks of queries have a query that sees no key of the blocks of `mask`: `bool[..., nq, 1]`."""
   queries = site.blocks_of_queries(blocks.block_q, blocks.block_k)
-  sees = (mask[..., None, :] & queries.reshape((1,) * (mask.ndim - 3) + queries.shape)).any(-1)
+  queries = queries.reshape((1,) * (mask.ndim - 3) + queries.shape)
+  sees = (mask[..., None, :] & queries).any(-1)
   return (~sees & queries.any(-1)).any(-1)[..., None] | ~mask.any(-1)[..., None]
 
 
@@ -240,7 +241,7 @@ def once(apply: Callable[..., Any], builder: Builder, after: int, *, implementat
   whose inputs have another shape is refused. Denoisers reuse patterns of 20 % of their steps (SparseD, Wang et al.
   2025, 2509.24014), whose blocks `attention.measured` finds.
   """
-  dispatch.refuse_unknown('once', implementation)
+  dispatch.refuse_other_names('once', implementation)
   choose = found(apply, builder)
 
   def init(*args: Any) -> Reused:

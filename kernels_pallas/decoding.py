@@ -40,7 +40,7 @@ def decoder(rule: decode.DecodeRule, *, scale: float | None = None, implementati
   `decode.extended`. `step` returns the attention of `q [B, heads, d]` to the tokens that the rule lists, through
   `gathered_attention`, which `scale` and `implementation` go to. Call `extend` for a token before its `step`.
   """
-  dispatch.refuse_unknown('decoder', implementation)
+  dispatch.refuse_other_names('decoder', implementation)
 
   def step(q: Array, cache: decode.Cache) -> Array:
     return gathered_attention(q, cache.k, cache.v, *decode.listed(rule, cache, q), scale=scale,

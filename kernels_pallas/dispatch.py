@@ -107,7 +107,7 @@ def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(jax.lax.pcast(a, tuple(axes), to='varying') if axes else a for a, axes in zip(arrays, missing))
 
 
-def refuse_unknown(function: str, implementation: str | None) -> None:
+def refuse_other_names(function: str, implementation: str | None) -> None:
   """Raises `ValueError` for a name that no implementation of attention has, before any program is there."""
   if implementation is not None and implementation not in NAMES:
     raise errors.unknown(function, 'implementation', implementation, ['None', *NAMES])

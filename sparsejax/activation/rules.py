@@ -77,7 +77,8 @@ class TopNeurons(NamedTuple):
 
   def unfit(self, shape: tuple[int, ...]) -> str:
     """Returns why layers whose `down` has this shape `(L, N, F)` are too small, or an empty string."""
-    return f'top_k({self.k}) keeps more than its {shape[2]} neurons; give at most {shape[2]}.' * (self.k > shape[2])
+    few = self.k <= shape[2]
+    return '' if few else f'top_k({self.k}) keeps more than its {shape[2]} neurons; give at most {shape[2]}.'
 
 
 class PerplexityRule(NamedTuple):

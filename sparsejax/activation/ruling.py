@@ -44,8 +44,8 @@ def ruled(apply: Callable[..., Any], rule: Rule | TopNeurons, thresholds: Mappin
 
   `thresholds` has an array `[*layers, F]` for the path of `down` of each layer; `top_k` needs none. `where` picks
   layers by the path of `down`. The mask has no gradient, so that gradients flow through kept activations alone.
-  Raises `ValueError` where the program has no gated layer, for an activation that is not zero at zero, for a `top_k`
-  of more neurons than a layer has, and for thresholds of another model.
+  Raises `ValueError` where the program has no gated layer, and for an activation that is not zero at zero. Raises
+  `ValueError` for a `top_k` of more neurons than a layer has, and for thresholds of another model.
   """
   if not isinstance(rule, (Rule, TopNeurons)) or isinstance(rule, Rule) and not rule.neurons:
     raise ValueError(f'{FUNCTION}: the rule must be one for neurons, as in activation.top_k(16) or activation.cats(0.5)'

@@ -82,8 +82,8 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
 
   Raises `ValueError` without batches or valid rows, for NaN, for packed parameters, and for parameters that `where`
   picks and no product can skip. Raises `ValueError` for another `sequential`, and for `top_k` in sequence. Raises
-  `ValueError` for a gated layer whose activation is not zero at zero, and for a `top_k` or a rank that a weight is too
-  small for. The report lists what stays dense, and why.
+  `ValueError` for a gated layer whose activation is not zero at zero. Raises `ValueError` for a `top_k` or a rank above
+  the size of a weight. The report lists what stays dense, and why.
   """
   began = time.perf_counter()
   _refuse_packed(params)
@@ -134,7 +134,7 @@ def sparsity(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], 
     found.setdefault(seen.unit, []).append([jnp.sum(jnp.where(there, off.mean(-1), 0), 1), jnp.sum(there, 1)])
 
   runs(calls, places, visit)
-  share = lambda each: np.divide(*(sum(np.asarray(part, np.float32) for part in parts) for parts in zip(*each)))
+  share = lambda each: np.divide(*(np.sum(np.asarray(parts, np.float32), 0) for parts in zip(*each)))
   return {path: place.joined({unit: share(found[unit]) for unit in place.units}) for path, place in places.items()
           if all(unit in found for unit in place.units)}
 

@@ -1,8 +1,8 @@
 """Says which blocks of keys each block of queries sees, and lists the blocks: `of_mask` is the only place that does.
 
 A *builder* is a function of an `AttentionSite` that returns a `BlockMask`. The builders of this module do not read
-queries and keys, so that their lists are known at trace time. Those that compare places refuse an attention of other
-lengths, unless a known mask says at which keys its queries stand.
+queries and keys, so that their lists are known at trace time. Builders that compare places refuse an attention of
+other lengths, unless a known mask says at which keys its queries stand.
 
     builder = sliding(window=256, block=64)
     index = of_mask(builder(site).mask)          # a BlockIndex for kernels_pallas.block_sparse_attention

@@ -48,8 +48,8 @@ def search(apply: Callable[..., Any], params: Any, batches: Iterable[Any], patte
   difference to the head's dense output, summed over all batches. All heads begin with the pattern of most blocks. The
   change with the least additional error per block saved is made until the budget is kept. `apply(params, batch)` runs
   operation by operation. Sparse-vDiT (Chen et al. 2025, 2506.03065) minimises error plus a weighted cost for each head;
-  a budget over all heads chooses the weight. Raises `ValueError` if no choice keeps the budget, for an attention inside
-  of a loop, and for patterns that read queries and keys or whose blocks differ.
+  a budget over all heads chooses the weight. Raises `ValueError` if no choice keeps the budget, and for an attention
+  inside of a loop. Raises `ValueError` for patterns that read queries and keys, or whose blocks differ.
   """
   if not patterns:
     raise ValueError("attention.search: there are no patterns to choose from; give some by name, as {'full': full()}.")

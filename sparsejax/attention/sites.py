@@ -62,7 +62,7 @@ class AttentionSite:
 
   def blocks(self, block_q: int, block_k: int) -> np.ndarray:
     """Returns which blocks have a key that a query may see, by `causal` and `masks`: `bool[1 or heads, nq, nk]`."""
-    return self.blocks_of_queries(block_q, block_k).any(2)
+    return np.any(self.blocks_of_queries(block_q, block_k), 2)
 
   def blocks_of_queries(self, block_q: int, block_k: int) -> np.ndarray:
     """Returns which blocks have a key that each query may see: `bool[1 or heads, nq, block_q, nk]`."""
@@ -72,15 +72,15 @@ class AttentionSite:
     seen = np.tril(seen[0]) if self.causal else seen[0]
     tall, wide = (-seen.shape[i] % block for i, block in ((1, block_q), (2, block_k)))
     seen = np.pad(seen, ((0, 0), (0, tall), (0, wide)))
-    return seen.reshape(len(seen), seen.shape[1] // block_q, block_q, -1, block_k).any(4)
+    return np.asarray(seen.reshape(len(seen), seen.shape[1] // block_q, block_q, -1, block_k).any(4))
 
   @property
   def offset(self) -> int | None:
-    """The key at which query 0 stands: 0 for equal lengths, otherwise read from a known causal mask, or `None`.
+    """The key at which query 0 stands: 0 if causal or of equal lengths, otherwise read from a known mask, or `None`.
 
     The last key that a query may see is then its own.
     """
-    if self.q.shape[1] == self.k.shape[1]:
+    if self.causal or self.q.shape[1] == self.k.shape[1]:
       return 0
     for hidden in self.masks:
       if hidden.shape[1:3] == (1, self.q.shape[1]) and hidden.shape[3] == self.k.shape[1] and hidden.any(-1).all():

@@ -257,6 +257,7 @@ def test_distances_count_from_the_keys_at_which_queries_stand(builder):
 
   if builder != attention.sharded(1, 2, block=2):  # which differs without `causal`
     np.testing.assert_array_equal(of(4), of(T)[:, 2:])
+  attention.attended(lambda q, k, v: jnn(q, k, v, is_causal=True), builder)(EQUAL[0][:, :4], *EQUAL[1:])
   with pytest.raises(ValueError, match=r'queries \(2, 4, 4, 8\) and keys .* does not know at which keys'):
     of(4, causal=False)
   with pytest.raises(ValueError, match='its queries begin at key 3, which is not whole blocks of 2'):
