@@ -285,7 +285,7 @@ def refuse_unknown(function: str, arrays: Mapping[str, Any], traced: bool = Fals
 
 # Messages call these functions by their own names, as users do.
 _TOP = ('advise', 'check', 'contractions', 'pack', 'prune', 'prune_weights', 'report')
-# Users import these modules of a family by themselves.
+# The modules of families that are imported by themselves.
 _INSIDE = ('decode',)
 
 
