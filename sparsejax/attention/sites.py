@@ -265,6 +265,10 @@ class AttentionReader:
     y = self.answer(dataclasses.replace(site, enclosed=self.looks.inside(address)))
     if y is None:
       return None
+    wanted = (*site.q.shape[:3], site.v.shape[3])
+    if getattr(y, 'shape', None) != wanted:
+      raise site.refused('attention.attended', f'the answer is no array {wanted}, but a {type(y).__name__} '
+                         f'{getattr(y, "shape", "")}.')
     free = [n for dim in dims[0] for n in [f.size for f in dim if f.axes[0] >= len(found.pair.shape)]]
     return found.result(y, dims[1], tuple(free)).astype(eqn.outvars[0].aval.dtype).reshape(eqn.outvars[0].aval.shape)
 

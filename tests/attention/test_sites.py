@@ -257,7 +257,7 @@ def test_distances_count_from_the_keys_at_which_queries_stand(builder):
 
   if builder != attention.sharded(1, 2, block=2):  # which differs without `causal`
     np.testing.assert_array_equal(of(4), of(T)[:, 2:])
-  attention.attended(lambda q, k, v: jnn(q, k, v, is_causal=True), builder)(EQUAL[0][:, :4], *EQUAL[1:])
+  kernels_pallas.sparse_attention(lambda *qkv: jnn(*qkv, is_causal=True), builder)(EQUAL[0][:, :4], *EQUAL[1:])
   with pytest.raises(ValueError, match=r'queries \(2, 4, 4, 8\) and keys .* does not know at which keys'):
     of(4, causal=False)
   with pytest.raises(ValueError, match='its queries begin at key 3, which is not whole blocks of 2'):
@@ -300,6 +300,8 @@ REFUSED = {
     'a predictor of other lengths': (lambda: kernels_pallas.sparse_attention(jnn, attention.predicted(
         {'query': jnp.ones((8, 4))}, keep=1, block=2))(*EQUAL),
         r"pool and basis \[8, n\].*'query': \(8, 4\), 'key': None"),
+    'an answer that is none': (lambda: attention.attended(jnn, attention.full(2))(*EQUAL),
+                               r'the answer is no array .2, 8, 4, 8., but a BlockMask'),
     'a long prompt': (lambda: kernels_pallas.sparse_attention(jnn, attention.measured(0.5, 2, prompt=9))(*EQUAL),
                       r'keys \(2, 8, 4, 8\): `prompt` of 9 tokens is longer'),
     'an unknown implementation': (lambda: kernels_pallas.sparse_attention(jnn, attention.full(), implementation='x'),
