@@ -21,6 +21,7 @@ import numpy as np
 from kernels_pallas import dispatch
 from kernels_pallas.attention import block_sparse_attention
 from sparsejax import tables
+from sparsejax.argument_kinds import ARRAY, TIMES
 from sparsejax.arguments import checked
 from sparsejax.attention import (
   AttentionSite,
@@ -44,9 +45,10 @@ def sparse_attention(apply: Callable[..., Any], builder: Builder, *, implementat
 
   `builder(site)` returns the `BlockMask` of an `AttentionSite`; `sparsejax.attention` has builders, such as `sliding`,
   `sharded` and `routed`. Blocks that a causal mask, or another mask known at trace time, hides as a whole are not
-  computed. All other masks, bias, soft caps and dropout have their effect within the blocks. A query block without a
-  block keeps its diagonal, and so does every query block if a traced mask may hide keys: no query is left without a
-  key. Derivatives are those of the sparse attention. `implementation` is that of `block_sparse_attention`.
+  computed. All other masks, bias, soft caps and dropout have their effect within the blocks. No query is
+  left without a key: a query block of which a query would see none keeps its diagonal. If a traced mask may hide keys,
+  every query block does. Derivatives are those of the sparse attention. `implementation` is that of
+  `block_sparse_attention`.
 
   All that looks like attention and cannot be read stays dense, and `explain=True` lists it with the reason. The
   function then returns a `tables.Report` and computes nothing: each attention, its fraction of blocks left out, what
@@ -55,6 +57,8 @@ def sparse_attention(apply: Callable[..., Any], builder: Builder, *, implementat
   Without `counted`, blocks that do not fit
   raise a warning when the program runs. Counts cannot leave a loop or `remat`: `counted=True` refuses such sites.
   """
+  dispatch.refuse_other_names('sparse_attention', implementation)
+
   @functools.wraps(apply)
   def call(*args: Any, **kwargs: Any) -> Any:
     replaced = Replaced(builder, implementation, explain, counted)
@@ -96,7 +100,8 @@ HEAD = ('attention', 'shape', 'edits', 'achieved', 'runs', 'dense because')
 def _report(rows: list[Any]) -> tables.Report:
   whole = [row if isinstance(row, AttentionRow) else AttentionRow(
     row.scope, row.place, row.shape, 0.0, '', '', row.why) for row in rows]
-  notes = () if whole else ('the program has no softmax attention',)
+  notes = tuple(f'nothing is left out of {row.place}: the lists have all of its blocks' for row in whole
+                if not row.problem and row.achieved == 0) if whole else ('the program has no softmax attention',)
   return tables.Report(tuple(whole), notes, head=HEAD)
 
 
@@ -114,9 +119,16 @@ class Replaced:
   def answer(self, site: AttentionSite) -> Array:
     """Returns the attention of a site to the builder's blocks."""
     blocks = self.builder(site)
-    if not isinstance(blocks, BlockMask):
+    if not isinstance(blocks, BlockMask) or not ARRAY.fits(blocks.mask):
       raise ValueError(f'sparse_attention: the builder returned a {type(blocks).__name__} at {site.place}; it must '
-                       'return an attention.BlockMask.')
+                       'return an attention.BlockMask, whose mask is an array.')
+    numbers = blocks.block_q, blocks.block_k, 1 if blocks.capacity is None else blocks.capacity
+    if not all(map(TIMES.fits, numbers)):
+      raise ValueError(f'sparse_attention: the builder returned block_q, block_k and capacity {numbers} at '
+                       f'{site.place}; each must be {TIMES.says}.')
+    if blocks.capacity is None and isinstance(blocks.mask, jax.core.Tracer):
+      raise ValueError(f'sparse_attention: the builder returned a traced mask at {site.place}; give BlockMask '
+                       'capacity=, the most blocks of keys in a list.')
     index = lists(site, blocks)
     if self.explain:
       self.rows.append(_row(site, blocks, index, self.implementation))
@@ -150,13 +162,22 @@ def lists(site: AttentionSite, blocks: BlockMask) -> BlockIndex:
                      'examples.')
   ranked: Callable[[Any], Any] = lambda a: a.reshape((1,) * (mask.ndim - a.ndim) + a.shape)
   rows, columns = seen.shape[-2:]
-  own, mask = ranked(diagonal(rows, columns, blocks.block_q, blocks.block_k)), mask & ranked(seen)
-  kept = mask | own if site.traced_masks else mask | (own & ~mask.any(-1, keepdims=True))
+  own, mask = ranked(diagonal(rows, columns, blocks.block_q, blocks.block_k, site.offset or 0)), mask & ranked(seen)
+  kept = mask | (own if site.traced_masks else own & _left_alone(site, blocks, mask))
   wide, least = (*kept.shape[:-3], site.heads, *kept.shape[-2:]), int(own.sum(-1).max())
   kept = (jnp if isinstance(kept, jax.Array) else np).broadcast_to(kept, wide)
   if blocks.capacity is None:
     return of_mask(kept)
-  return of_mask(kept, blocks.capacity + least if site.traced_masks else max(blocks.capacity, least))
+  more = site.traced_masks or site.masks or blocks.block_q != blocks.block_k
+  return of_mask(kept, blocks.capacity + least if more else max(blocks.capacity, least))
+
+
+def _left_alone(site: AttentionSite, blocks: BlockMask, mask: Any) -> Any:
+  """Returns which blocks of queries have a query that sees no key of the blocks of `mask`: `bool[..., nq, 1]`."""
+  queries = site.blocks_of_queries(blocks.block_q, blocks.block_k)
+  queries = queries.reshape((1,) * (mask.ndim - 3) + queries.shape)
+  sees = (mask[..., None, :] & queries).any(-1)
+  return (~sees & queries.any(-1)).any(-1)[..., None] | ~mask.any(-1)[..., None]
 
 
 def attend(site: AttentionSite, blocks: BlockMask, index: BlockIndex, implementation: str | None = None) -> Array:
@@ -220,6 +241,7 @@ def once(apply: Callable[..., Any], builder: Builder, after: int, *, implementat
   whose inputs have another shape is refused. Denoisers reuse patterns of 20 % of their steps (SparseD, Wang et al.
   2025, 2509.24014), whose blocks `attention.measured` finds.
   """
+  dispatch.refuse_other_names('once', implementation)
   choose = found(apply, builder)
 
   def init(*args: Any) -> Reused:

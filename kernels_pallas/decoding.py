@@ -10,9 +10,14 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kernels_pallas import dispatch
 from kernels_pallas.gathered import gathered_attention
+from sparsejax import arguments
+from sparsejax.argument_kinds import DECODING, POSITIVE
 from sparsejax.attention import decode
 from sparsejax.types import Array
+
+arguments.declare('decoder', rule=DECODING, scale=POSITIVE)
 
 
 class Decoder(NamedTuple):
@@ -26,6 +31,7 @@ class Decoder(NamedTuple):
   step: Callable[[Array, decode.Cache], Array]
 
 
+@arguments.checked
 def decoder(rule: decode.DecodeRule, *, scale: float | None = None, implementation: str | None = None) -> Decoder:
   """Returns the functions that decode with `rule`, such as `decode.double_sparsity`, `decode.quest` or `decode.seer`.
 
@@ -34,13 +40,9 @@ def decoder(rule: decode.DecodeRule, *, scale: float | None = None, implementati
   `decode.extended`. `step` returns the attention of `q [B, heads, d]` to the tokens that the rule lists, through
   `gathered_attention`, which `scale` and `implementation` go to. Call `extend` for a token before its `step`.
   """
-  if not isinstance(rule, decode.DecodeRule):
-    raise ValueError(f'decoder: `rule` must be a DecodeRule, as in decode.quest(keep=1024), not {type(rule).__name__}.')
+  dispatch.refuse_other_names('decoder', implementation)
 
   def step(q: Array, cache: decode.Cache) -> Array:
-    if q.ndim != 3 or len(q) != len(cache.k) or q.shape[2] != cache.k.shape[3] or q.shape[1] % cache.k.shape[2]:
-      raise ValueError(f'decoder: q of shape {q.shape} must be [B, heads, d], one query for each example of the cache '
-                       f'{cache.k.shape}, whose heads divide those of q.')
     return gathered_attention(q, cache.k, cache.v, *decode.listed(rule, cache, q), scale=scale,
                               implementation=implementation)
 

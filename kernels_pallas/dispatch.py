@@ -17,6 +17,7 @@ import jax
 from sparsejax import errors, tables
 
 PLATFORMS = {'cuda': 'mosaic_gpu', 'tpu': 'mosaic_tpu'}  # the kernel that only this platform can run; CPUs have none
+NAMES = ('xla', 'dense', *PLATFORMS.values())  # the implementations of attention
 
 
 class Implementation(NamedTuple):
@@ -104,6 +105,12 @@ def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   own = [jax.typeof(a).manual_axis_type.varying for a in arrays]
   missing = [frozenset().union(*own) - axes for axes in own]
   return tuple(jax.lax.pcast(a, tuple(axes), to='varying') if axes else a for a, axes in zip(arrays, missing))
+
+
+def refuse_other_names(function: str, implementation: str | None) -> None:
+  """Raises `ValueError` for a name that no implementation of attention has, before any program is there."""
+  if implementation is not None and implementation not in NAMES:
+    raise errors.unknown(function, 'implementation', implementation, ['None', *NAMES])
 
 
 def runnable(op: str, args: tuple[Any, ...], table: Table, implementation: str) -> str:

@@ -74,6 +74,28 @@ def is_path(value: Any) -> bool:
   return isinstance(value, (str, os.PathLike)) and os.fspath(value) not in ('', b'')
 
 
+def is_floating(value: Any) -> bool:
+  """Returns whether `value` is a dtype of real numbers with a floating point, or its name. An array is none."""
+  try:
+    return isinstance(value, (str, type, np.dtype)) and bool(jax.numpy.issubdtype(value, np.floating))
+  except TypeError:  # of an unknown name
+    return False
+
+
+def is_channels(value: Any) -> bool:
+  """Returns whether `value` is a matrix of whole numbers from 0 on whose rows have no number twice."""
+  if isinstance(value, jax.core.Tracer) or not is_series(value):
+    return False
+  try:
+    rows = np.asarray(value)
+  except (TypeError, ValueError):  # of rows that differ in length
+    return False
+  if rows.ndim != 2 or not rows.size or not np.issubdtype(rows.dtype, np.integer):
+    return False
+  ordered = np.sort(rows, -1)
+  return bool(ordered.min() >= 0 and (ordered[:, 1:] != ordered[:, :-1]).all())
+
+
 def is_key(value: Any) -> bool:
   """Returns whether `value` is a PRNG key, typed or `uint32`, or an array of keys."""
   dtype = getattr(value, 'dtype', None)
@@ -139,11 +161,22 @@ PARAMS = Kind("a tree of arrays, as in model.init(key, x)['params']", is_tree)
 MEMBERS = Kind('a list of trees of arrays', lambda value: isinstance(value, Sequence) and all(map(is_tree, value)))
 SERIES = Kind('a sequence, as in a list', is_series)
 LISTS = Kind('a list of lists of numbers', lambda value: is_series(value) and all(map(is_series, value)))
-BATCHES = Kind('an iterable of batches, as in a list', is_series)
+BATCHES = Kind('an iterable of batches, as in the list [x]; an array is one batch',
+               lambda value: is_series(value) and not hasattr(value, 'dtype'))
 BY_NAME = Kind('a mapping, as in a dict', one_of(Mapping))
 KEEP = Kind("a mapping from names of groups to bool[units], as in {'up/kernel:1': norms > 0.1}", one_of(Mapping))
 PATH = Kind('the path of a file or folder, a string or os.PathLike', is_path)
 ARRAY = Kind('an array', having('shape', 'dtype'))
+
+
+def shaped(text: str) -> Kind:
+  """Returns the kind of arrays with the dimensions of `text`: '[B, T]', or '[..., T]' where others may come first."""
+  names = text[1:-1].split(', ')
+  least, more = len(names) - (names[0] == '...'), names[0] == '...'
+  return Kind(f'an array {text}', lambda value: ARRAY.fits(value) and (
+      len(value.shape) >= least if more else len(value.shape) == least))
+
+
 PACKED = Kind("a packed array, as in sparsejax.formats.pack(params, '2:4')", having('to_dense', 'shape', 'dtype'))
 SCALARS = Kind('a number or an array', lambda value: is_number(value) or ARRAY.fits(value))
 BANK = Kind('a continual.Bank', having('params', 'masks', 'own'))
@@ -169,3 +202,14 @@ SKIPS = Kind('an allocation of what is skipped, as in activation.greedy()',
              lambda value: callable(value) and having('step')(value))
 RULE = Kind('a rule, as in activation.wina(0.5)', having('neurons'))
 NUMBERS = Kind('a number or a sequence of numbers', lambda value: is_number(value) or is_series(value))
+# Decoding.
+DTYPE = Kind('a dtype of floating point, as in jnp.bfloat16', lambda value: is_floating(value))
+CACHE = Kind('a cache, as in decode.empty_cache(rule, 1, 4096, 8, 64)', having('k', 'v', 'labels', 'length', 'lost'))
+DECODING = Kind('a DecodeRule, as in decode.quest(keep=1024)', having('page', 'keep', 'labels', 'written', 'scores'))
+CHANNELS = Kind('numbers of channels, from 0 on and none twice, untraced, int[kv_heads, r], as decode.heavy_channels '
+                'returns them', lambda value: is_channels(value))
+# A hash has a bucket for each combination of its signs, and a bisection ends at the spacing of its numbers.
+SIGNS = Kind('a whole number from 1 to 16', whole(1, 16))
+WIDTH = Kind('a number from 1e-6 to 1', between(1e-6, 1))
+RAISED = Kind('a number from 0.001 to 1', between(0.001, 1))
+

@@ -172,7 +172,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('stream', 'widths', 'heads', 'clustered.name'), NAME), 'gate_of.key': DRAWN,
     **dict.fromkeys(('tune', 'activation', 'choose_in_rounds.grads'), FUNCTION), 'weight': RATE,
     **dict.fromkeys(('width', 'gate_of.inputs', 'gate_of.units', 'tile_share.inputs', 'tile_share.outputs'), TIMES),
-    'rule': RULE, 'r_sparse.alpha': PART, 'greedy.step': POSITIVE, 'percent': POSITIVE, 'rank': TIMES,
+    'rule': RULE, 'r_sparse.alpha': PART, 'percent': POSITIVE, 'rank': TIMES,
     'thresholds': BY_NAME,
     **dict.fromkeys(('p', 'raw', 'segments', 'relu_router.scale', 'used.raw', 'chunk_sparsity.used', 'chunk_loss.valid',
                      'adapted.loss'), ARRAY),
@@ -183,7 +183,7 @@ KINDS: dict[str, Kind] = {
     # Attention.
     **dict.fromkeys(('band.width', 'strided.width', 'columns.count', 'sharded.offset', 'measured.prompt',
                      'once.after'), WHOLE),
-    **dict.fromkeys(('local', 'period', 'capacity', 'hashes', 'orthogonal.d', 'orthogonal.features', 'shift.parts',
+    **dict.fromkeys(('local', 'period', 'capacity', 'orthogonal.d', 'orthogonal.features', 'shift.parts',
                      'kronecker_by_powers.degree', 'windows.height', 'windows.size', 'init_gates.size',
                      *(f'{name}.keep' for name in ('routed', 'quest', 'lsh', 'predicted', 'gated_blocks'))), TIMES),
     **dict.fromkeys(('builder', 'answer', 'unread'), FUNCTION), 'counted': FLAG, 'per_head': FLAG,
@@ -234,7 +234,9 @@ _NUMBERS = {kind.fits for kind in KINDS.values() if kind.coefficient} | {
 
 
 def shown(value: Any) -> str:
-  """Returns a value as messages show it: functions by name, other objects without a repr by type, 60 characters."""
+  """Returns a value as messages show it: functions by name, arrays by shape, objects without a repr by type."""
+  if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+    return f'{value.dtype}{list(value.shape)}'
   text = repr(value)
   if ' at 0x' in text:
     text = f'the function {value.__name__}' if inspect.isfunction(value) else f'a {type(value).__name__}'
@@ -285,10 +287,13 @@ def refuse_unknown(function: str, arrays: Mapping[str, Any], traced: bool = Fals
 
 # Messages call these functions by their own names, as users do.
 _TOP = ('advise', 'check', 'contractions', 'pack', 'prune', 'prune_weights', 'report')
+# The modules of families that are imported by themselves.
+_INSIDE = ('decode',)
 
 
 def public_name(function: Callable[..., Any]) -> str:
   """Returns how users call a function: 'recipes.mdgf' for `mdgf` of `sparsejax.recipes.n_m`."""
   package, *module = function.__module__.split('.')
-  alone = function.__name__ in _TOP or package != 'sparsejax'
-  return function.__name__ if alone else '.'.join([*module[:1], function.__name__])
+  space = [name for name in module if name in _INSIDE] or module[:1]
+  alone = package != 'sparsejax' or function.__name__ in _TOP and space == module[:1]
+  return function.__name__ if alone else '.'.join([*space, function.__name__])

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments
-from sparsejax.argument_kinds import ARRAY, FLAG, FUNCTION, SERIES, TIMES
+from sparsejax.argument_kinds import FLAG, FUNCTION, SERIES, TIMES, shaped
 from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 arguments.declare('first_fit', lengths=SERIES, capacity=TIMES)
-arguments.declare('blocks', segments=ARRAY, block=TIMES, causal=FLAG)
-arguments.declare('unpadded', function=FUNCTION, mask=ARRAY, most=TIMES)
+arguments.declare('blocks', segments=shaped('[rows, capacity]'), block=TIMES, causal=FLAG)
+arguments.declare('unpadded', function=FUNCTION, mask=shaped('[B, T]'), most=TIMES)
 
 
 class Packs(NamedTuple):
@@ -136,13 +136,13 @@ def unpadded(function: Callable[[Array], Array], mask: Array, most: int) -> Call
   are static. Padding has zeros in the result. Raises `ValueError` where more than `most` tokens are valid, unless the
   mask is traced: then the result is NaN for the valid tokens that did not fit, the last ones.
   """
-  if mask.ndim != 2 or mask.dtype != bool:
+  if mask.dtype != bool:
     raise ValueError(f'packing.unpadded: mask {mask.dtype}{list(mask.shape)} must be bool[B, T]; True is a token.')
   known = isinstance(mask, np.ndarray)
   if known and int(mask.sum()) > most:
     raise ValueError(f'packing.unpadded: {int(mask.sum())} tokens are valid, and `most` is {most}; give a larger one.')
   flat = jnp.asarray(mask).reshape(-1)
-  place = jnp.nonzero(flat, size=most, fill_value=flat.size)[0]
+  place = jnp.nonzero(flat, size=min(most, flat.size), fill_value=flat.size)[0]
 
   def run(x: Array) -> Array:
     if x.shape[:2] != mask.shape:

@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparsejax import arguments
 from sparsejax.argument_kinds import (
-  ARRAY,
   BY_NAME,
   DRAWN,
   FLAG,
@@ -28,17 +26,20 @@ from sparsejax.argument_kinds import (
   SERIES,
   TIMES,
   WHOLE,
+  shaped,
 )
 from sparsejax.arguments import checked
 from sparsejax.types import Array
 
 arguments.declare('stack', blocks=SERIES, score=FUNCTION, keep=SERIES, skip=FLAG, always=WHOLE)
-arguments.declare('kept_places', scores=ARRAY, mask=ARRAY, n=TIMES, always=WHOLE)
-arguments.declare('page_rank factors_of', attention=ARRAY, steps=TIMES, share=PART)
-arguments.declare('combined dissimilar', importance=ARRAY, keys=ARRAY, least=RATE, most=RATE)
-arguments.declare('shared_neurons above_elbow', h=ARRAY, query=PLACE, counts=ARRAY)
+arguments.declare('kept_places', scores=shaped('[B, T]'), mask=shaped('[B, T]'), n=TIMES, always=WHOLE)
+arguments.declare('page_rank', attention=shaped('[..., T, T]'), steps=TIMES)
+arguments.declare('factors_of', attention=shaped('[B, heads, T, T]'), share=PART)
+arguments.declare('combined', importance=shaped('[..., heads, T]'), least=RATE, most=RATE)
+arguments.declare('dissimilar', importance=shaped('[B, T]'), keys=shaped('[B, T, d]'))
+arguments.declare('shared_neurons above_elbow', h=shaped('[B, T, F]'), query=PLACE, counts=shaped('[B, T]'))
 arguments.declare('router_of routed_scores', key=DRAWN, factors=TIMES, hidden=TIMES, router=BY_NAME)
-arguments.declare('routed_scores', factors=ARRAY)
+arguments.declare('routed_scores', factors=shaped('[B, T, n]'))
 
 BlockOfTokens = Callable[[Array, Array, Array], Any]
 
@@ -69,7 +70,7 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
   that an ordinary loss trains a router. Kept tokens see only kept tokens; in FTP, skipped ones still write
   keys and values. Raises `ValueError` for numbers of tokens that rise, unless `skip`, or exceed the tokens.
   """
-  if len(keep) != len(blocks) or not all(isinstance(n, (int, np.integer)) and n >= max(always, 1) for n in keep):
+  if len(keep) != len(blocks) or not all(TIMES.fits(n) and n >= always for n in keep):
     raise ValueError(f'tokens.stack: `keep` must be a number of tokens for each of the {len(blocks)} blocks, at least '
                      f'{max(always, 1)}, not {list(keep)!r:.60}.')
   if not skip and any(b > a for a, b in zip(keep, keep[1:])):
@@ -81,6 +82,9 @@ def stack(blocks: Sequence[BlockOfTokens], score: Callable[[int, Array, Any], Ar
       raise ValueError(f'tokens.stack: x of shape {x.shape} must be [B, T, width] with at least the {max(keep)} tokens '
                        'that a block keeps.')
     mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+    if mask.shape != x.shape[:2] or mask.dtype != bool:
+      raise ValueError(f'tokens.stack: mask {mask.dtype}{list(mask.shape)} must be bool{list(x.shape[:2])}, True for '
+                       f'tokens and False for padding, for x of shape {x.shape}.')
     place, signal = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]), None
     now = Remaining(x, mask, place)
     for i, (block, n) in enumerate(zip(blocks, keep)):
@@ -104,6 +108,9 @@ def kept_places(scores: Array, mask: Array, n: int, always: int = 0) -> Array:
   if scores.shape != mask.shape:
     raise ValueError(f'tokens.kept_places: scores of shape {scores.shape} must be [B, T], a number for each token, '
                      f'{mask.shape}.')
+  if not always <= n <= scores.shape[1]:
+    raise ValueError(f'tokens.kept_places: `n`, {n}, must be from `always`, {always}, to the {scores.shape[1]} tokens '
+                     f'of scores {scores.shape}.')
   scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
   scores = jnp.where(jnp.isnan(scores), jnp.finfo(jnp.float32).min, scores)
   scores = jnp.where(mask, scores, -jnp.inf)
@@ -118,7 +125,7 @@ def page_rank(attention: Array, steps: int = 30) -> Array:
   `attention`, `[..., T, T]`, has rows of queries that sum to 1. Importance begins equal, and each of `steps` moves it
   along attention, from queries to keys (Wang et al. 2024, arXiv 2305.17328, algorithm 1). Sums to 1.
   """
-  if attention.ndim < 2 or attention.shape[-1] != attention.shape[-2]:
+  if attention.shape[-1] != attention.shape[-2]:
     raise ValueError(f'tokens.page_rank: attention of shape {attention.shape} must be [..., T, T].')
   matrix = attention.astype(jnp.float32)
 
@@ -152,6 +159,8 @@ def dissimilar(keys: Array, importance: Array) -> Array:
   this half has a score of 1 minus its largest cosine, and a token of the other half has 2. Among equals the
   earlier token is more important.
   """
+  if keys.shape[:2] != importance.shape:
+    raise ValueError(f'tokens.dissimilar: keys {keys.shape} and importance {importance.shape} must be of equal tokens.')
   unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
   order = jnp.argsort(-importance, -1, stable=True)
   rank = jnp.argsort(order, -1, stable=True)
@@ -167,9 +176,8 @@ def shared_neurons(h: Array, query: int) -> Array:
 
   `h`, `[B, T, F]`, are the hidden units of a feed-forward block; a positive one is active.
   """
-  if h.ndim != 3 or not -h.shape[1] <= query < h.shape[1]:
-    raise ValueError(f'tokens.shared_neurons: h of shape {h.shape} must be [B, T, F], and `query`, {query}, one of '
-                     'the T tokens.')
+  if not -h.shape[1] <= query < h.shape[1]:
+    raise ValueError(f'tokens.shared_neurons: `query`, {query}, must be one of the {h.shape[1]} tokens of h {h.shape}.')
   active = (h > 0).astype(jnp.float32)
   return jnp.einsum('btf,bf->bt', active, active[:, query])
 
@@ -203,6 +211,9 @@ def routed_scores(router: Mapping[str, Array], factors: Array) -> Array:
   """Returns the score of each token, `[B, T]`, of its `factors [B, T, n]`: FTP's router, for `stack` with `skip`."""
   if missing := [name for name in ('into', 'bias', 'out') if name not in router]:
     raise ValueError(f'tokens.routed_scores: the router has no {missing[0]!r}; router_of makes one.')
+  if router['into'].shape[0] != factors.shape[-1]:
+    raise ValueError(f'tokens.routed_scores: factors {factors.shape} do not fit a router of {router["into"].shape[0]} '
+                     'numbers a token; make one by router_of.')
   hidden = jax.nn.relu(factors @ router['into'] + router['bias'][None, None])
   return (hidden @ router['out'])[..., 0]
 

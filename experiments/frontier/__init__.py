@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.frontier import activating, engine
-from experiments.frontier.rules import RULES
+from experiments.frontier.rules import PAGE, RULES
 from experiments.loop import commands, outcomes, training
 from experiments.loop.stopping import StopRequest
 from experiments.pruning import decoder
@@ -30,6 +30,11 @@ from sparsejax import errors
 SPARSITIES = {'activation': (0.25, 0.4, 0.5, 0.65), **dict.fromkeys(('encoder', 'decoder'), (0.25, 0.5, 0.75, 0.9))}
 
 
+SIZES = {'windows': 'how many held-out windows', 'length': 'bytes of a window, in training too',
+         'needles': 'how many windows of the needle task', 'haystack': 'bytes of such a window',
+         'needle': 'bytes of the passage at both of its ends'}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command with `arguments`, by default those of the process. Returns the exit status."""
   given = _parsed(arguments)
@@ -37,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   def work() -> Any:
     with StopRequest() as request:
       return run(given.table, given.workdir, given.data_dir, rules=given.rules, sparsities=given.sparsities,
-                 steps=given.steps, seed=given.seed, sizes=engine.FrontierSizes(length=given.length), request=request)
+                 steps=given.steps, seed=given.seed, request=request,
+                 sizes=engine.FrontierSizes(*(getattr(given, name) for name in engine.FrontierSizes._fields)))
 
   return commands.attempt(work, given.workdir, commands.command('frontier', arguments), given.traceback).status
 
@@ -61,6 +67,11 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequenc
       raise errors.unknown('frontier', 'rule', name, RULES[table])
   if wrong := [sparsity for sparsity in sparsities if not 0 <= sparsity < 1]:
     raise ValueError(f'frontier: a sparsity is from 0 to below 1, not {wrong[0]}.')
+  if wrong := [name for name, size in sizes._asdict().items() if size < 1]:
+    raise ValueError(f'frontier: `{wrong[0]}` must be at least 1, not {getattr(sizes, wrong[0])}.')
+  if sizes.haystack < 2 * sizes.needle or sizes.haystack % PAGE or sizes.length % PAGE:
+    raise ValueError(f'frontier: windows of {sizes.length} bytes and of {sizes.haystack} with a needle of '
+                     f'{sizes.needle} at both ends must be whole pages of {PAGE}, and have room for both needles.')
   place, console, request = pathlib.Path(workdir), training.console(), request or StopRequest()
   facts = {'table': table, 'data': 'given' if data_dir else 'the standard library', 'seed': seed,
            **({**sizes._asdict(), 'steps': steps} if table == 'decoder' else {}),
@@ -104,6 +115,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
                       help='fractions that are not read, with commas; default: those of the table')
   parser.add_argument('--seed', type=int, default=0, help='draws the data')
   parser.add_argument('--steps', type=int, default=decoder.CONFIG['steps'], help='of the training of the decoder')
-  parser.add_argument('--length', type=int, default=engine.FrontierSizes().length, help='bytes of a window')
+  for name, size in engine.FrontierSizes()._asdict().items():
+    parser.add_argument(f'--{name}', type=int, default=size, help=f'of the decoder: {SIZES[name]}')
   parser.add_argument('--traceback', action='store_true', help='show where in the code a refusal comes from')
   return parser.parse_args(arguments)

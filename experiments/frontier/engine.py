@@ -32,7 +32,11 @@ from sparsejax.types import Array
 
 
 class FrontierSizes(NamedTuple):
-  """`FrontierSizes` are the numbers of held-out windows and their bytes, and those of the needle task."""
+  """`FrontierSizes` are the numbers of held-out windows and their bytes, and those of the needle task.
+
+  `length`: bytes of a window, in training too. `haystack`: bytes of a window of the needle task, with the passage of
+  `needle` bytes at both ends.
+  """
 
   windows: int = 16
   length: int = 128

@@ -38,7 +38,8 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
 
   `edits` change the scores, after `scale`, and the weights, in their order. Their arrays broadcast to `[batch, heads,
   Tq, Tk]`, with all examples of a batch in one axis. With edits, a query whose listed keys are all hidden sees its own
-  key, if that key is listed. The result is differentiable in arrays of numbers, and only XLA computes edits.
+  key, if that key is listed. The result is differentiable in arrays of numbers. XLA computes edits, but for
+  segments and masks of keys, `[batch, 1, 1, Tk]`, which the kernel for TPUs computes too.
   `segments` are the numbers of the segments of queries and of keys, `int[batch, Tq]` and `int[batch, Tk]`, or one array
   for both: a query sees only keys of its own segment, as in packs of several texts (`sparsejax.packing`).
 
@@ -92,6 +93,25 @@ class Options(NamedTuple):
     """Returns the edits in their order, from their arrays: numbers first, then masks."""
     numbers, masks = iter(arrays[:self.numbers]), iter(arrays[self.numbers:])
     return [ScoreEdit(kind, None if mask is None else next(masks if mask else numbers)) for kind, mask in self.kinds]
+
+  def segmented(self, arrays: Sequence[Array]) -> bool:
+    """Returns whether there are edits, and all number segments or hide keys from all heads and queries."""
+    edits, single = self.edits(arrays), {'segment': (1, 3), 'same': (1, 2), 'mask': (1, 2)}
+    return bool(edits) and [kind for kind, _ in self.kinds].count('segment') < 2 and all(
+        edit.kind in single and all(edit.array.shape[axis] == 1 for axis in single[edit.kind]) for edit in edits)
+
+  def ids(self, q: Array, k: Array, arrays: Sequence[Array]) -> tuple[Array, Array]:
+    """Returns numbers of segments that hide what the edits hide, `int32[batch, T]` of queries and of keys.
+
+    A mask of keys, such as padding, gives hidden keys a number that no query has.
+    """
+    edits = self.edits(arrays)
+    whole = lambda a, like: jnp.broadcast_to(a.reshape(len(a), -1).astype(jnp.int32), (len(q), like.shape[1]))
+    own = {edit.kind: edit.array for edit in edits}
+    queries, keys = (whole(own.get(kind, jnp.zeros((1, 1))), like) for kind, like in (('segment', q), ('same', k)))
+    for edit in edits:
+      keys = jnp.where(whole(edit.array, k) > 0, keys, jnp.iinfo(jnp.int32).min) if edit.kind == 'mask' else keys
+    return queries, keys
 
   @property
   def plain(self) -> dict[str, Any]:
@@ -206,17 +226,24 @@ def _kernel(module: str, options: Options) -> Implementation:
   """Returns the implementation of a module, which is imported at its first use: importing Pallas takes a second."""
   load = lambda: importlib.import_module(f'kernels_pallas.attention.{module}')
 
+  end = 3 + options.arrays
+  segmented = lambda args: module == 'tpu' and options.segmented(args[3:end])
+
+  def run(*args: Array) -> Array:
+    more = {'segments': options.ids(*args[:2], args[3:end])} if segmented(args) else {}
+    return load().attention(*args[:3], *args[end:], **options.plain, **more)
+
   def refusal(*args):
-    if options.kinds:
+    if options.kinds and not segmented(args):
       kinds = list(dict.fromkeys('segments' if kind in ('segment', 'same') else kind for kind, _ in options.kinds))
       return (f'it has no {errors.some(kinds)} of scores; XLA computes them, and lists without the hidden blocks need '
               'none')
     hidden = options.causal and options.queries <= options.keys  # Padding keys come after every query.
     if options.keys % options.block_k and not hidden:
       return f'{options.keys} keys do not divide into blocks of {options.block_k}; take blocks that divide them'
-    return load().refusal(*args, **options.plain)
+    return load().refusal(*args[:3], *args[end:], **options.plain, **({'segmented': True} if options.kinds else {}))
 
-  return Implementation(lambda *args: load().attention(*args, **options.plain), refusal)
+  return Implementation(run, refusal)
 
 
 def _table(options: Options) -> dict[str, Implementation]:
@@ -237,11 +264,12 @@ def _tangent(options: tuple[Options, str | None], args: Sequence[Array], tangent
 
 
 def _gradient(options: tuple[Options, str | None], args: Sequence[Array], dy: Array) -> Sequence[Array]:
-  (q, k, v, *lists), (known, implementation) = args, options
-  if implementation == 'dense' or known.kinds:
+  known, implementation = options
+  if implementation == 'dense' or known.kinds and not known.segmented(args[3:][:known.arrays]):
     plain, count = _plain(*options), 3 + known.numbers
     return jax.vjp(lambda *a: plain(*a, *args[count:]), *args[:count])[1](dy)
-  return _backward(known, implementation)(dy, q, k, v, *lists)
+  numbers = args[3:][:known.numbers]  # of segments, which have no derivatives
+  return (*_backward(known, implementation)(dy, *args), *map(jnp.zeros_like, numbers))
 
 
 def _backward(options: Options, implementation: str | None) -> Callable[..., Any]:
@@ -261,6 +289,8 @@ def _backward(options: Options, implementation: str | None) -> Callable[..., Any
 
 
 def _plain_backward(options: Options, dy: Array, q: Array, k: Array, v: Array, *lists: Array) -> tuple[Array, ...]:
+  if options.kinds:
+    return jax.vjp(lambda *qkv: _plain(options, None)(*qkv, *lists), q, k, v)[1](dy)
   gradients = reference.gradients(*map(heads.heads_first, (dy, q, k, v)), *heads.lists(len(q), *lists),
                                   **options.plain, length=options.keys)
   return tuple(heads.heads_last(d, a.shape[2]) for d, a in zip(gradients, (q, k, v)))

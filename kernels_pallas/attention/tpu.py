@@ -3,9 +3,10 @@
 For each block of queries, splash attention visits the blocks of keys that a list in scalar memory names. The builders
 of splash attention make the list from a dense mask that is known at trace time. This module passes the index itself as
 the list. The index may therefore be traced, no mask is made, and the grid is as wide as the longest list. The causal
-mask is computed in the kernel.
+mask, and segments, are computed in the kernel.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ _COMPUTED = 512  # keys that are computed at a time, at most
 
 
 def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
-              causal: bool, scale: float, interpret: Any = False) -> Array:
+              causal: bool, scale: float, segments: tuple[Array, Array] | None = None, interpret: Any = False) -> Array:
   """Returns the attention of `q [batch, Tq, heads, d]` to the blocks of `k` and `v` that `index` lists, shaped like
   `q`.
 
@@ -31,31 +32,45 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
   `counts`, `int32[heads, Tq / block_q]`, blocks of a list are used, or all. If `causal`, query i sees only listed keys
   from 0 to i. The result of a query that sees no key is zero. The result is differentiable in q, k and v, by the
   kernels of splash attention.
+
+  `segments`, `int32[batch, Tq]` and `int32[batch, Tk]`: a query sees the keys of its own number alone. If none of its
+  listed keys has this number, the query sees its own key, if that key is listed. Examples run one after the other.
   """
   fixed = dict(block_sizes=_sizes(block_q, block_k), is_mqa=False, save_residuals=False, attn_logits_soft_cap=None,
                mask_value=splash.DEFAULT_MASK_VALUE, residual_checkpoint_name=None,
                mask_function=_causal if causal else None, interpret=interpret)
 
-  def part(args):
+  def part(args, ids=None):
     q, k, v, index, counts = args
     keys, queries = _infos(index, counts, k.shape[1] // block_k, block_q, block_k, causal)
-    return splash.SplashAttentionKernel(keys, keys, queries, **fixed)(q, k, v)
+    return splash.SplashAttentionKernel(keys, keys, queries, **fixed)(q, k, v, ids)
 
-  def of_heads(q, k, v, index, counts):
+  def of_heads(q, k, v, index, counts, ids=None):
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     parts = q.shape[0] // _together(q.shape[0] // k.shape[0], k.shape[1], index, block_k)
     if parts == 1:
-      y = part((scaled, k, v, index, counts))
+      y = part((scaled, k, v, index, counts), ids)
     else:
       split = lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
-      y = jax.lax.map(part, tuple(map(split, (scaled, k, v, index, counts)))).reshape(*q.shape[:2], v.shape[2])
-    return jnp.where(_sees(index, counts, block_q, block_k, causal)[..., None], y, jnp.zeros((), y.dtype))
+      y = jax.lax.map(functools.partial(part, ids=ids), tuple(map(split, (scaled, k, v, index, counts))))
+      y = y.reshape(*q.shape[:2], v.shape[2])
+    if ids is None:
+      return jnp.where(_sees(index, counts, block_q, block_k, causal)[..., None], y, jnp.zeros((), y.dtype))
+    return jnp.where(_sees_segment(index, counts, ids, block_q, block_k, causal)[..., None], y,
+                     _own_values(v, index, counts, q.shape[1], block_q, block_k).astype(y.dtype))
 
-  return heads.first(of_heads)(q, k, v, index, counts)
+  if segments is None:
+    return heads.first(of_heads)(q, k, v, index, counts)
+
+  def of_example(args):
+    run = heads.first(functools.partial(of_heads, ids=splash.SegmentIds(*args[3:])))
+    return run(*(a[None] for a in args[:3]), index, counts)[0]
+
+  return jax.lax.map(of_example, (q, k, v, *segments))
 
 
 def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
-            causal: bool, scale: float) -> str | None:
+            causal: bool, scale: float, segmented: bool = False) -> str | None:
   """Returns why attention to these blocks cannot run on a TPU, with the remedy, or `None`."""
   if why := mosaic_tpu.refused_dtypes(q, k, v):
     return why
@@ -70,7 +85,8 @@ def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = N
     return f'{q.shape[2]} heads of q cannot share {k.shape[2]} heads of k evenly; repeat the heads of k and v'
   if any(jax.typeof(a).manual_axis_type.varying for a in (q, k, v)):
     return 'splash attention does not say over which axes of a mesh it varies; use shard_map with check_vma=False'
-  if _tiles(q, v, block_q, block_k) > mosaic_tpu.TILES:
+  ids = 8 * (mosaic_tpu.LANES * block_q + mosaic_tpu.SUBLANES * block_k) * segmented  # 32-bit numbers, twice
+  if _tiles(q, v, block_q, block_k) + ids > mosaic_tpu.TILES:
     return f'blocks of {block_q} and {block_k} do not fit into the memory of a TPU core; list blocks of 512 or smaller'
   if _together(q.shape[2] // k.shape[2], k.shape[1], index, block_k) == 0:
     return (f'an index of shape {index.shape} does not fit into scalar memory, not even for one head of k; list blocks '
@@ -114,6 +130,28 @@ def _sees(index: Array, counts: Array, block_q: int, block_k: int, causal: bool)
     return jnp.repeat(listed, block_q, 1)
   first = jnp.repeat(jnp.where(listed, index[..., 0] * block_k, jnp.iinfo(jnp.int32).max), block_q, 1)
   return first <= jax.lax.broadcasted_iota(jnp.int32, first.shape, 1)
+
+
+def _sees_segment(index: Array, counts: Array, ids: Any, block_q: int, block_k: int, causal: bool) -> Array:
+  """Returns whether each query has a listed key of its own number, `bool[heads, Tq]`."""
+  keys, queries = ids.kv.reshape(-1, block_k), ids.q.reshape(1, -1, block_q, 1, 1)
+  same = queries == jnp.take(keys, index, 0, mode='clip')[:, :, None]  # [heads, blocks, block_q, R, block_k]
+  slot = jax.lax.broadcasted_iota(jnp.int32, same.shape, 3)
+  same &= slot < counts[..., None, None, None]
+  if causal:
+    row, of_row, of_key = (jax.lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2, 4))
+    same &= index[:, :, None, :, None] * block_k + of_key <= row * block_q + of_row
+  return jnp.any(same, (3, 4)).reshape(len(index), -1)
+
+
+def _own_values(v: Array, index: Array, counts: Array, queries: int, block_q: int, block_k: int) -> Array:
+  """Returns the value of each query's own key, `[heads, Tq, d]`, or zeros where the key is not listed."""
+  own = jnp.minimum(jnp.arange(queries, dtype=jnp.int32), v.shape[1] - 1)
+  used = jax.lax.broadcasted_iota(jnp.int32, index.shape, 2) < counts[..., None]
+  lists = (jnp.repeat(a, block_q, 1) for a in (index, used))
+  listed = jnp.any((next(lists) == own[None, :, None] // block_k) & next(lists), -1)
+  values = jnp.repeat(v[:, own], len(index) // len(v), 0)
+  return jnp.where(listed[..., None], values, jnp.zeros((), v.dtype))
 
 
 def _causal(query: Array, key: Array) -> Array:

@@ -32,12 +32,12 @@ from sparsejax.activation.rules import (
                                          wina,
 )
 from sparsejax.activation.ruling import ruled
-from sparsejax.activation.sparsifying import Rewritten, sparsify
+from sparsejax.activation.sparsifying import Rewritten, sparsify, sparsity
 from sparsejax.activation.temporal import Sent, delta, temporal_l1
 
 __all__ = [
   'AdaptiveWeight', 'CorrectedTokens', 'Greedy', 'PerplexityRule', 'Rest', 'Rewritten', 'RouterScores', 'Rule', 'Sent',
   'SkipReport', 'TopNeurons', 'adapted', 'cats', 'chess', 'chunk_loss', 'chunk_sparsity', 'corrected', 'delta',
-  'error_bound', 'greedy', 'locality_loss', 'ppl', 'r_sparse', 'relu_router', 'ruled', 'sparsify', 'teal',
-  'temporal_l1', 'top_k', 'used', 'wina',
+  'error_bound', 'greedy', 'locality_loss', 'ppl', 'r_sparse', 'relu_router', 'ruled', 'sparsify', 'sparsity',
+  'teal', 'temporal_l1', 'top_k', 'used', 'wina',
 ]

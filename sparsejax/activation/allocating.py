@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
 from sparsejax.activation.in_order import in_order
 from sparsejax.activation.measuring import (
   FUNCTION,
@@ -22,10 +23,13 @@ from sparsejax.activation.measuring import (
   tested,
 )
 from sparsejax.activation.places import Unit, Weights
-from sparsejax.activation.rules import PerplexityRule, Rule, error_bound
+from sparsejax.activation.rules import PerplexityRule, Rule, error_bound, over_scale
+from sparsejax.argument_kinds import RAISED
 from sparsejax.arguments import checked
 from sparsejax.programs.calls import Calls
 from sparsejax.types import Array
+
+arguments.declare('greedy', step=RAISED)
 
 LEVELS = np.linspace(0.0, 0.95, 20)  # sparsities at which the errors of a product are measured
 MIDDLE = 10  # the number of the level, 0.5, at which the move of the results is measured
@@ -163,16 +167,17 @@ def _bounded_limit(stack: Array, rows: np.ndarray | None, bound: float) -> np.nd
   w = np.asarray(stack[0], np.float32)
   tau = 0.0 if rows is None or not len(rows) else error_bound(rows, w, bound, np.ones(len(rows), bool))[0]
   sizes = np.sqrt(np.sum(np.square(w), 0))
-  return np.divide(tau, sizes, out=np.full(sizes.shape, np.inf, np.float32), where=sizes > 0)[None]
+  return over_scale(tau, sizes)[None]
 
 
 def _loss(calls: Calls, rule: PerplexityRule, results: list[list[Any]]) -> float:
   """Returns the mean over batches of the user's loss; refuses a loss that is not finite."""
   found = [rule.loss(program.unflatten(each), *args, **kwargs)
            for program, each, (args, kwargs) in zip(calls.programs, results, calls.given)]
-  if wrong := [np.shape(each) for each in found if np.shape(each)]:
-    raise ValueError(f'{FUNCTION}: the loss of ppl returned an array of shape {wrong[0]}; `loss(results, *inputs)` '
-                     'must return one number, the mean over the tokens of a batch, in nats.')
+  if wrong := [each for each in found if np.shape(each) or np.asarray(each).dtype.kind not in 'fiuV']:
+    what = f'an array of shape {np.shape(wrong[0])}' if np.shape(wrong[0]) else arguments.shown(wrong[0])
+    raise ValueError(f'{FUNCTION}: the loss of ppl returned {what}; `loss(results, *inputs)` must return one number, '
+                     'the mean over the tokens of a batch, in nats.')
   losses = [float(each) for each in found]
   if not np.all(np.isfinite(losses)):
     raise ValueError(f'{FUNCTION}: the loss of ppl is not finite in batch {int(np.argmin(np.isfinite(losses)))}. Look '

@@ -31,6 +31,9 @@ class CorrectedTokens(NamedTuple):
 
 
 def _shorter(cache: Any, by: Array) -> Any:
+  if not hasattr(cache, '_replace') or not hasattr(cache, 'length'):
+    raise ValueError(f'activation.corrected: a cache of type {type(cache).__name__} has no `length` to subtract from; '
+                     'give back=, a function (cache, by) -> cache that takes tokens back.')
   return cache._replace(length=cache.length - by)
 
 

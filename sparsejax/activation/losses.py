@@ -10,8 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import shaped
 from sparsejax.arguments import checked
 from sparsejax.types import Array
+
+_TOKENS = shaped('[..., T, E]')
+arguments.declare('relu_router', x=shaped('[..., D]'), w=shaped('[D, E]'), scale=shaped('[E]'))
+arguments.declare('used', raw=shaped('[..., E]'))
+arguments.declare('chunk_loss locality_loss chunk_sparsity', p=_TOKENS, raw=_TOKENS, used=_TOKENS)
 
 _EPS = 1e-5  # the authors' constant in the share and in the logarithm
 
@@ -30,6 +37,9 @@ def relu_router(x: Array, w: Array, scale: Array, eps: float = 1e-6) -> RouterSc
   `x`: `[..., D]`, `w`: `[D, E]`, `scale`: `[E]`, the learned weight of the norm. The norm runs over experts, so that
   ReLU alone decides which experts a token uses, and the norm how much.
   """
+  if x.shape[-1] != w.shape[0] or scale.shape != w.shape[1:]:
+    raise ValueError(f'activation.relu_router: x {x.shape}, w {w.shape} and scale {scale.shape} must be [..., D], '
+                     '[D, E] and [E].')
   raw = x @ w
   return RouterScores(_normed(jax.nn.relu(raw), eps) * jnp.broadcast_to(scale, raw.shape), raw)
 
@@ -70,7 +80,7 @@ def locality_loss(raw: Array, sharpness: float = 100.0, segments: Array | None =
   binary cross entropy of the logits `sharpness * raw` of a token and of the sigmoid of those of the next token. Both
   sides have gradients, as in the authors' code. `segments`, `int[..., T]`: only pairs of one segment count.
   """
-  if raw.ndim < 2 or raw.shape[-2] < 2:
+  if raw.shape[-2] < 2:
     raise ValueError(f'activation.locality_loss: raw of shape {raw.shape} must be [..., T, E] with two tokens or more, '
                      'since neighbours are compared.')
   left, right = raw[..., :-1, :] * sharpness, raw[..., 1:, :] * sharpness

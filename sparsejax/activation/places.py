@@ -108,13 +108,16 @@ def places_of(function: str, program: Program, params: PyTree, where: Any, neuro
   if neurons and not layers:
     raise ValueError(f'{function}: the program has no gated layer, down(act(gate(x)) * up(x)) or down(act(gate(x))), '
                      'with three parameters of their own. Take a rule for inputs, as activation.teal(0.5).')
-  picked = dict(zip(trees.flatten(params)[0], trees.select(function, trees.default_where(found)
-                                                           if where is None else where, params)))
-  leaves = dict(zip(*trees.flatten(params)[:2]))
+  leaves, default = dict(zip(*trees.flatten(params)[:2])), trees.default_where(found)
+  if where is None and not any(default(path, leaf) for path, leaf in leaves.items() if hasattr(leaf, 'dtype')):
+    raise ValueError(f'{function}: the program multiplies no matrix of floats among its parameters with data as it is. '
+                     'Weights that are computed first, from integers for example, have no inputs to skip.')
+  picked = dict(zip(leaves, trees.select(function, default if where is None else where, params)))
   eqns = dict(jaxprs.equations(program))
   made: dict[str, Any] = {}
+  left_out = 'left out by `where`' if where is not None else 'looked up too, or no matrix of floats'
   for path in [path for path in found if not neurons or path in layers]:
-    made[path] = _place(found, eqns, path, leaves[path], layers.get(path)) if picked[path] else 'left out by `where`'
+    made[path] = _place(found, eqns, path, leaves[path], layers.get(path)) if picked[path] else left_out
   if where is None and not neurons:
     head = _head(program, found)
     made |= {head: 'the last product of the program'} if head in made and len(made) > 1 else {}
@@ -131,6 +134,14 @@ def places_of(function: str, program: Program, params: PyTree, where: Any, neuro
                            f'{place.layer.at_zero} at zero, not 0, at {place.layer.place}: a neuron that is switched '
                            'off is not zero there. Leave the layer out of `where`, or take a rule for inputs.')
   return places, dense
+
+
+def refuse_unfit(function: str, rule: Any, places: Weights) -> None:
+  """Raises `ValueError` for all weights that are too small for a number of the rule."""
+  problems = [errors.Problem(path, place.array.shape, why) for path, place in places.items()
+              if (why := rule.unfit(place.first.shape))]
+  if problems:
+    raise errors.at_leaves(function, problems)
 
 
 def _refuse(function: str, made: Mapping[str, Any], picked: Mapping[str, bool], leaves: Mapping[str, Any]) -> None:

@@ -17,8 +17,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import WIDTH
 from sparsejax.arguments import checked
 from sparsejax.types import Array
+
+arguments.declare('ppl', tolerance=WIDTH)
 
 
 class Rest(NamedTuple):
@@ -36,7 +40,8 @@ class Rule:
   the weights `[L, N, K]`, or, in a rule for `neurons`, from the mean magnitudes of the outputs of `up`, `[L, K]`.
   `level(sparsity)` is the quantile of scaled magnitudes at which the threshold lies. `rest(w, sparsity)` returns the
   `Rest`, or `None`. `strict`: an entry at the threshold is skipped too. `each_batch`: tau is the mean of the quantiles
-  of the batches, and not the quantile of all.
+  of the batches, and not the quantile of all. `unfit(shape)` says why weights of this shape `(L, N, K)` are too small
+  for a number of the rule, or returns an empty string.
   """
 
   name: str
@@ -47,13 +52,21 @@ class Rule:
   neurons: bool = False
   strict: bool = True
   each_batch: bool = False
+  unfit: Callable[[tuple[int, ...]], str] = lambda shape: ''
 
   def thresholds(self, tau: Any, scale: Any) -> np.ndarray:
     """Returns the thresholds `float32[L, K]` of `tau`, `[L]`. A threshold is infinite where the scale is zero."""
-    own = np.asarray(scale, np.float32)
-    found = np.divide(np.asarray(tau, np.float32)[:, None], own, out=np.full(own.shape, np.inf, np.float32),
-                      where=own > 0)
+    found = over_scale(np.asarray(tau, np.float32)[:, None], np.asarray(scale, np.float32))
     return np.nextafter(found, np.float32(np.inf)) if self.strict else found
+
+
+def over_scale(tau: Any, scale: np.ndarray) -> np.ndarray:
+  """Returns `tau` over `scale`: infinite where the scale is zero, and never so small that a zero would be kept.
+
+  Devices compare denormal numbers as zeros, so that the least threshold is the least normal number.
+  """
+  found = np.divide(tau, scale, out=np.full(scale.shape, np.inf, np.float32), where=scale > 0)
+  return np.maximum(found, np.finfo(np.float32).tiny)
 
 
 class TopNeurons(NamedTuple):
@@ -61,6 +74,11 @@ class TopNeurons(NamedTuple):
 
   k: int
   neurons: bool = True
+
+  def unfit(self, shape: tuple[int, ...]) -> str:
+    """Returns why layers whose `down` has this shape `(L, N, F)` are too small, or an empty string."""
+    few = self.k <= shape[2]
+    return '' if few else f'top_k({self.k}) keeps more than its {shape[2]} neurons; give at most {shape[2]}.'
 
 
 class PerplexityRule(NamedTuple):
@@ -74,6 +92,9 @@ class PerplexityRule(NamedTuple):
   loss: Callable[..., Any]
   tolerance: float
   neurons: bool = True  # the layers are gated; what is compared are the inputs of `down`
+
+  def unfit(self, shape: tuple[int, ...]) -> str:
+    return ''
 
 
 def norms(w: Array) -> Array:
@@ -112,13 +133,19 @@ def r_sparse(sparsity: float, alpha: float = 0.9, rank: int | None = None) -> Ru
   `alpha` is the part of the kept budget that goes to channels; the rest pays for `rank`, by default `int((K N (1 - s) -
   int(K (1 - s) alpha) N) / (K + N))`. The low-rank weight is the truncated singular value decomposition of the weight.
   Of the inputs, `1 - (1 - s) alpha` are skipped. With `alpha=1` the rule is `wina`. Deviation: all weights have one
-  `alpha`, and the authors search one for each layer.
+  `alpha`, and the authors search one for each layer. A `rank` above that of a full matrix is refused.
   """
   sparsity = _below_one('r_sparse', sparsity)
   if rank is None and alpha == 1.0:
     return dataclasses.replace(wina(sparsity), name='r_sparse')
   return Rule('r_sparse', sparsity, norms, lambda s: 1 - (1 - s) * alpha,
-              lambda w, s: _low_rank(w, rank_of(w, s, alpha) if rank is None else rank))
+              lambda w, s: _low_rank(w, rank_of(w, s, alpha) if rank is None else rank),
+              unfit=lambda shape: _above(rank, min(shape[1:])))
+
+
+def _above(rank: int | None, most: int) -> str:
+  fits = rank is None or rank <= most
+  return '' if fits else f'r_sparse has `rank` {rank}, above the rank of its matrices; give at most {most}.'
 
 
 def rank_of(w: Array, sparsity: float, alpha: float) -> int:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsejax import ranking
-from sparsejax.activation.places import Weights, places_of
+from sparsejax.activation.places import Weights, places_of, refuse_unfit
 from sparsejax.activation.rules import Rule, TopNeurons
 from sparsejax.arguments import checked
 from sparsejax.programs import jaxprs
@@ -44,8 +44,8 @@ def ruled(apply: Callable[..., Any], rule: Rule | TopNeurons, thresholds: Mappin
 
   `thresholds` has an array `[*layers, F]` for the path of `down` of each layer; `top_k` needs none. `where` picks
   layers by the path of `down`. The mask has no gradient, so that gradients flow through kept activations alone.
-  Raises `ValueError` where the program has no gated layer, for an activation that is not zero at zero, and for
-  thresholds of another model.
+  Raises `ValueError` where the program has no gated layer, and for an activation that is not zero at zero. Raises
+  `ValueError` for a `top_k` of more neurons than a layer has, and for thresholds of another model.
   """
   if not isinstance(rule, (Rule, TopNeurons)) or isinstance(rule, Rule) and not rule.neurons:
     raise ValueError(f'{FUNCTION}: the rule must be one for neurons, as in activation.top_k(16) or activation.cats(0.5)'
@@ -58,6 +58,7 @@ def ruled(apply: Callable[..., Any], rule: Rule | TopNeurons, thresholds: Mappin
   def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
     program = trace(apply, (params, *args), kwargs)
     places, _ = places_of(FUNCTION, program, _abstract(params), where, neurons=True)
+    refuse_unfit(FUNCTION, rule, places)
     if thresholds is not None:
       _refuse_others(places, thresholds)
     values = [_marked(places, thresholds or {}, path, array) if argument == 0 else array
@@ -132,7 +133,7 @@ def switched(z: Array, rule: Any, thresholds: Array | None = None) -> Array:
   """Returns the activation `z [..., F]` with zeros for the neurons that a rule, with its thresholds `[F]`, skips."""
   if isinstance(rule, TopNeurons):
     sizes = lax.stop_gradient(jnp.abs(z.astype(jnp.float32)))
-    kept = ranking.top_n_in_groups(sizes, min(rule.k, z.shape[-1]), z.shape[-1], z.ndim - 1)
+    kept = ranking.top_n_in_groups(sizes, rule.k, z.shape[-1], z.ndim - 1)
   else:
     limit = jnp.broadcast_to(thresholds, z.shape)  # type: ignore[arg-type]
     kept = ~(lax.stop_gradient(jnp.abs(z.astype(jnp.float32))) < limit)

@@ -31,12 +31,13 @@ from sparsejax.activation.measuring import (
   mean_of_up,
   over_batches,
   results_moved,
+  runs,
   scale_of,
   scales,
   statistics,
   tested,
 )
-from sparsejax.activation.places import Seen, Unit, Weights, places_of
+from sparsejax.activation.places import Seen, Unit, Weights, places_of, refuse_unfit
 from sparsejax.activation.rules import PerplexityRule, Rest, Rule, TopNeurons
 from sparsejax.activation.ruling import ruled, switched
 from sparsejax.programs.calls import Calls, calls_of
@@ -81,13 +82,15 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
 
   Raises `ValueError` without batches or valid rows, for NaN, for packed parameters, and for parameters that `where`
   picks and no product can skip. Raises `ValueError` for another `sequential`, and for `top_k` in sequence. Raises
-  `ValueError` for a gated layer whose activation is not zero at zero. The report lists what stays dense, and why.
+  `ValueError` for a gated layer whose activation is not zero at zero. Raises `ValueError` for a `top_k` or a rank above
+  the size of a weight. The report lists what stays dense, and why.
   """
   began = time.perf_counter()
   _refuse_packed(params)
   calls = calls_of(FUNCTION, apply, params, batches, valid)
   places, dense = places_of(FUNCTION, calls.programs[0], params, where, rule.neurons)
   _refuse_not_finite(places)
+  refuse_unfit(FUNCTION, rule, places)
   calls.refuse_other_programs(FUNCTION, {path: [(use.address, use.operand) for use in place.uses.values()]
                                          for path, place in places.items()})
   neurons = rule.neurons and not isinstance(rule, PerplexityRule)
@@ -95,6 +98,9 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
     places = {path: dataclasses.replace(place, layer=None) for path, place in places.items()}
   used, kept_out = _split(calls)
   solved = _solved(used, places, rule, allocation, _is_sequential(sequential, rule))
+  if not solved.asked and not isinstance(rule, PerplexityRule):
+    raise ValueError(f'{FUNCTION}: no row of the {len(used.given)} batches reaches a product of {errors.some(places)}. '
+                     'Give batches with rows that count.')
   rows, notes = _rows(apply, params, kept_out or calls, places, solved, reads)
   measured_on = (f'measured on {len(kept_out.given)} of {len(calls.given)} batches, which were held out' if kept_out
                  else 'measured on the calibration batch, as there is no other')
@@ -107,6 +113,30 @@ def sparsify(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any],
   if isinstance(rule, PerplexityRule) or not neurons:
     return Rewritten(small, apply, report)
   return Rewritten(small, ruled(apply, rule, limits or None, where=where), report)
+
+
+@arguments.checked
+def sparsity(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any], *,
+             where: Predicate | PyTree | None = None, valid: Iterable[Array] | None = None) -> dict[str, np.ndarray]:
+  """Returns the fraction of neurons that are zero in each gated layer, `float32[*layers]`, by the path of `down`.
+
+  The arguments are those of `sparsify`, and all tokens that count weigh the same. Lazy Neuron (Li et al. 2022,
+  2210.06313) reports 1 minus this number, for ReLU. A smooth activation, such as GELU, is hardly ever zero.
+  """
+  calls = calls_of('activation.sparsity', apply, params, batches, valid)
+  places, _ = places_of('activation.sparsity', calls.programs[0], params, where, neurons=True)
+  found: dict[Unit, list[Any]] = {}
+
+  def visit(observed: Observed) -> None:
+    seen = observed.product
+    off, counted = seen.rows(jnp.where(seen.x == 0, 1.0, 0.0), observed.valid)
+    there = jnp.ones(off.shape[:2], bool) if counted is None else jnp.broadcast_to(counted, off.shape[:2])
+    found.setdefault(seen.unit, []).append([jnp.sum(jnp.where(there, off.mean(-1), 0), 1), jnp.sum(there, 1)])
+
+  runs(calls, places, visit)
+  share = lambda each: np.divide(*(np.sum(np.asarray(parts, np.float32), 0) for parts in zip(*each)))
+  return {path: place.joined({unit: share(found[unit]) for unit in place.units}) for path, place in places.items()
+          if all(unit in found for unit in place.units)}
 
 
 def _is_sequential(sequential: str, rule: Any) -> bool:
@@ -163,7 +193,7 @@ def _solved(used: Calls, places: Weights, rule: Any, allocation: Greedy | None, 
   """Returns what a rule finds for all units on the calibration batches."""
   units = [unit for place in places.values() for unit in place.units]
   if isinstance(rule, TopNeurons):
-    share = lambda unit: max(1 - rule.k / places[unit[0]].first.shape[2], 0.0)
+    share = lambda unit: 1 - rule.k / places[unit[0]].first.shape[2]
     return Calibrated({}, {}, {unit: share(unit) for unit in units}, lambda seen: switched(seen.x, rule) == 0)
   if isinstance(rule, PerplexityRule):
     if allocation is not None:

@@ -16,7 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
+from sparsejax.argument_kinds import ARRAY, BY_NAME, CACHE, CHANNELS, DECODING, DTYPE, FLAG, TIMES, shaped
+from sparsejax.arguments import checked
 from sparsejax.types import Array
+
+arguments.declare('every newest double_sparsity quest seer', capacity=TIMES, keep=TIMES, page=TIMES, shared=FLAG,
+                  channels=CHANNELS, gate=BY_NAME)
+arguments.declare('empty_cache extended check listed read_share', rule=DECODING, cache=CACHE, dtype=DTYPE, labels=ARRAY,
+                  batch=TIMES, capacity=TIMES, heads=TIMES, d=TIMES, values=TIMES, tokens=TIMES)
+arguments.declare('extended', k=shaped('[B, n, kv_heads, d]'), v=shaped('[B, n, kv_heads, d]'))
+arguments.declare('listed', q=shaped('[B, heads, d]'))
+arguments.declare('heavy_channels', k=shaped('[..., T, kv_heads, d]'), q=shaped('[..., T, heads, d]'), r=TIMES)
 
 
 class Cache(NamedTuple):
@@ -53,25 +64,24 @@ class DecodeRule(NamedTuple):
   scores: Callable[[Array, Array], Array]
 
 
+@checked
 def empty_cache(rule: DecodeRule, batch: int, capacity: int, heads: int, d: int,
                 dtype: jax.typing.DTypeLike = jnp.float32, values: int | None = None) -> Cache:
   """Returns a cache for `capacity` tokens of `heads` heads, with keys of `d` numbers and values of `values`, or of `d`.
 
   Raises `ValueError` for sizes below 1, and where the page of the rule does not divide the capacity.
   """
-  sizes = dict(batch=batch, capacity=capacity, heads=heads, d=d, values=d if values is None else values)
-  for name, size in sizes.items():
-    if not isinstance(size, (int, np.integer)) or size < 1:
-      raise ValueError(f'decode.empty_cache: `{name}` must be a whole number, at least 1, not {size!r}.')
   if capacity % rule.page or rule.keep > capacity:
     raise ValueError(f'decode.empty_cache: a capacity of {capacity} tokens must be whole pages of {rule.page}, and at '
                      f'least the {rule.keep} tokens that the rule keeps; give '
                      f'{max(rule.keep, -(-capacity // rule.page) * rule.page)}.')
   k = jnp.zeros((batch, capacity, heads, d), dtype)
   none = jnp.zeros((batch,), jnp.int32)
-  return Cache(k, jnp.zeros((batch, capacity, heads, sizes['values']), dtype), rule.labels(k), none, none)
+  v = jnp.zeros((batch, capacity, heads, d if values is None else values), dtype)
+  return Cache(k, v, rule.labels(k), none, none)
 
 
+@checked
 def extended(rule: DecodeRule, cache: Cache, k: Array, v: Array) -> Cache:
   """Returns the cache with `n` more tokens, `k` and `v [B, n, kv_heads, d]`.
 
@@ -86,6 +96,7 @@ def extended(rule: DecodeRule, cache: Cache, k: Array, v: Array) -> Cache:
     raise ValueError(f'decode.extended: k and v of dtypes {k.dtype} and {v.dtype} must be {cache.k.dtype} and '
                      f'{cache.v.dtype} like the cache; cast them, or make the cache with their dtype.')
   begin, n = cache.length, k.shape[1]
+  _refuse_other_labels('extended', rule, cache)
   _refuse_full(cache, n)
   place = jnp.arange(len(k))[:, None], begin[:, None] + jnp.arange(n, dtype=jnp.int32)[None]
   keys, values = (old.at[place].set(new, mode='drop') for old, new in ((cache.k, k), (cache.v, v)))
@@ -93,6 +104,7 @@ def extended(rule: DecodeRule, cache: Cache, k: Array, v: Array) -> Cache:
   return Cache(keys, values, rule.written(cache.labels, keys, begin, n), length, cache.lost + (begin + n - length))
 
 
+@checked
 def check(cache: Cache) -> Cache:
   """Returns the cache; raises `ValueError` if tokens came when it was full, with their number. Call it outside `jit`.
   """
@@ -102,12 +114,20 @@ def check(cache: Cache) -> Cache:
   return cache
 
 
+@checked
 def listed(rule: DecodeRule, cache: Cache, q: Array) -> tuple[Array, Array]:
   """Returns the tokens that `q [B, heads, d]` reads, `int32[B, lists, keep]` in increasing order, and their numbers.
 
+  Raises `ValueError` for a cache of another rule, and, unless its length is traced, for one without tokens.
   The numbers are `int32[B, lists]`. Equal scores keep the earlier page, and NaN ranks last. A page beyond the length of
   the cache is never read.
   """
+  if len(q) != len(cache.k) or q.shape[2] != cache.k.shape[3] or q.shape[1] % cache.k.shape[2]:
+    raise ValueError(f'decode.listed: q of shape {q.shape} must be [B, heads, d], one query for each example of the '
+                     f'cache {cache.k.shape}, whose heads divide those of q.')
+  _refuse_other_labels('listed', rule, cache)
+  if not isinstance(cache.length, jax.core.Tracer) and not int(jnp.max(cache.length)):
+    raise ValueError('decode.listed: the cache holds no token; store the keys and values of a token before its query.')
   scores = rule.scores(cache.labels, q).astype(jnp.float32)
   pages, most = scores.shape[-1], rule.keep // rule.page
   begin = jnp.arange(pages, dtype=jnp.int32) * rule.page
@@ -124,22 +144,31 @@ def listed(rule: DecodeRule, cache: Cache, q: Array) -> tuple[Array, Array]:
   return tokens, jnp.sum(jnp.clip(length - page * rule.page, 0, rule.page), -1, dtype=jnp.int32)
 
 
+@checked
 def every(capacity: int) -> DecodeRule:
   """Returns the rule that reads all tokens of a cache of this capacity: exact attention."""
   scores = lambda labels, q: jnp.zeros((q.shape[0], 1, 1), jnp.float32)
-  return DecodeRule(_whole('every', 'capacity', capacity), capacity, False, lambda k: jnp.zeros((len(k), 0), k.dtype),
-                    lambda labels, *_: labels, scores)
+
+  def labels(k: Array) -> Array:
+    if k.shape[1] != capacity:
+      raise ValueError(f'decode.every: a cache of {k.shape[1]} tokens needs decode.every({k.shape[1]}), not '
+                       f'{capacity}, to read them all.')
+    return jnp.zeros((len(k), 0), k.dtype)
+
+  return DecodeRule(capacity, capacity, False, labels, lambda labels, *_: labels, scores)
 
 
+@checked
 def newest(keep: int, page: int = 1) -> DecodeRule:
   """Returns the rule that reads the newest pages: a sliding window, against which other rules are to be compared."""
-  page, keep = _pages('newest', keep, page)
+  _refuse_parts('newest', keep, page)
   ages = lambda pages: jnp.arange(pages, dtype=jnp.float32)
   scores = lambda labels, q: jnp.broadcast_to(ages(labels.shape[1]), (len(q), 1, labels.shape[1]))
   return DecodeRule(page, keep, True, lambda k: jnp.zeros((len(k), k.shape[1] // page, 0), k.dtype),
                     lambda labels, *_: labels, scores)
 
 
+@checked
 def double_sparsity(channels: Array, keep: int, page: int = 1) -> DecodeRule:
   """Returns Double Sparsity: a token is scored by few channels of its key (Yang et al. 2024, arXiv 2408.07092).
 
@@ -151,11 +180,8 @@ def double_sparsity(channels: Array, keep: int, page: int = 1) -> DecodeRule:
   always read: choosing among pages takes a fifteenth of the time. Channels and labels are of keys as they are
   multiplied, after rotary positions; the authors calibrate before the rotation. Labels are not quantized.
   """
+  _refuse_parts('double_sparsity', keep, page)
   own = np.asarray(channels)
-  if own.ndim != 2 or not np.issubdtype(own.dtype, np.integer) or own.size < 1 or own.min() < 0:
-    raise ValueError(f'decode.double_sparsity: channels {own.dtype}{list(own.shape)} must be numbers from 0 '
-                     'on, int[kv_heads, r], as decode.heavy_channels returns them.')
-  page, keep = _pages('double_sparsity', keep, page)
   heads = np.arange(len(own))[:, None]
 
   def of(k: Array) -> Array:
@@ -177,15 +203,20 @@ def double_sparsity(channels: Array, keep: int, page: int = 1) -> DecodeRule:
   return DecodeRule(page, keep, page > 1, of, written, scores)
 
 
+@checked
 def heavy_channels(k: Array, r: int, q: Array | None = None) -> Array:
   """Returns the `r` channels of each head with the largest mean |k|, or mean |q k| with `q`, `int32[kv_heads, r]`.
 
   `k` is `[..., T, kv_heads, d]` and `q` `[..., T, heads, d]`, of the same tokens, as the program multiplies them. The
   heads of q that share a head of k are summed. Equal channels keep the lower number. Channels come heaviest first.
   """
-  if not isinstance(r, (int, np.integer)) or not 1 <= r <= k.shape[-1]:
-    raise ValueError(f'decode.heavy_channels: `r` must be a whole number from 1 to the {k.shape[-1]} channels, not '
-                     f'{r!r}.')
+  if r > k.shape[-1]:
+    raise ValueError(f'decode.heavy_channels: keys of shape {k.shape} must be [..., T, kv_heads, d] with at least the '
+                     f'{r} channels of `r`.')
+  if q is not None and (q.ndim != k.ndim or q.shape[-1] != k.shape[-1] or q.shape[-2] % k.shape[-2]
+                        or q.shape[:-2] != k.shape[:-2]):
+    raise ValueError(f'decode.heavy_channels: queries of shape {q.shape} must be of the tokens of the keys, {k.shape}, '
+                     'and their heads a multiple.')
   strength = jnp.abs(k.astype(jnp.float32))
   if q is not None:
     grouped = jnp.abs(q.astype(jnp.float32)).reshape(*k.shape[:-1], -1, k.shape[-1])
@@ -194,6 +225,7 @@ def heavy_channels(k: Array, r: int, q: Array | None = None) -> Array:
   return jnp.argsort(-strength, -1, stable=True)[:, :r].astype(jnp.int32)
 
 
+@checked
 def quest(keep: int, page: int = 16, *, shared: bool = False) -> DecodeRule:
   """Returns Quest: a page is scored by an upper bound of its products (Tang et al. 2024, arXiv 2406.10774).
 
@@ -202,7 +234,7 @@ def quest(keep: int, page: int = 16, *, shared: bool = False) -> DecodeRule:
   heads of a head of k share a list, by the sum of their scores. The paper keeps the first two layers dense, which is
   the caller's choice of rules.
   """
-  page, keep = _pages('quest', keep, page)
+  _refuse_parts('quest', keep, page)
   ends = (jnp.inf, -jnp.inf)
 
   def labels(k: Array) -> Array:
@@ -227,6 +259,7 @@ def quest(keep: int, page: int = 16, *, shared: bool = False) -> DecodeRule:
   return DecodeRule(page, keep, True, labels, written, scores)
 
 
+@checked
 def seer(gate: Mapping[str, Array], keep: int, page: int = 64) -> DecodeRule:
   """Returns SeerAttention's gate for decoding: learned features score closed pages (Gao et al. 2024, arXiv 2410.13276).
 
@@ -237,7 +270,7 @@ def seer(gate: Mapping[str, Array], keep: int, page: int = 64) -> DecodeRule:
   The authors pool keys before rotary positions and rotate features; here keys are those of the cache. Their selection
   by a threshold is not offered, because a list has a fixed length.
   """
-  page, keep = _pages('seer', keep, page)
+  _refuse_parts('seer', keep, page)
   query, key = (gate.get(name) for name in ('query', 'key'))
   if query is None or key is None or query.ndim != 4 or key.shape != (
       len(query), 2 * query.shape[2], query.shape[3]):
@@ -261,6 +294,9 @@ def seer(gate: Mapping[str, Array], keep: int, page: int = 64) -> DecodeRule:
     return labels.at[jnp.arange(len(k))[:, None], jnp.where(closed, number, pages)].set(features, mode='drop')
 
   def scores(labels: Array, q: Array) -> Array:
+    if q.shape[1] != query.shape[0] * query.shape[1]:
+      raise ValueError(f'decode.seer: a gate for {query.shape[0]} times {query.shape[1]} heads does not fit queries of '
+                       f'{q.shape[1]} heads; train one for this layer.')
     grouped = q.reshape(len(q), *query.shape[:3])
     return jnp.einsum('bgnd,gndf,bpgf->bgp', grouped, query.astype(q.dtype), labels,
                       preferred_element_type=jnp.float32)
@@ -268,6 +304,7 @@ def seer(gate: Mapping[str, Array], keep: int, page: int = 64) -> DecodeRule:
   return DecodeRule(page, keep, True, labels, written, scores)
 
 
+@checked
 def read_share(rule: DecodeRule, labels: Array, tokens: int, heads: int, d: int) -> float:
   """Returns the numbers that a step reads, labels and listed rows, over the `2 tokens d` of each head of a dense step.
 
@@ -283,22 +320,25 @@ def _largest(scores: Array, n: int) -> Array:
   return jnp.sort(jax.lax.top_k(scores, min(n, scores.shape[-1]))[1], -1).astype(jnp.int32)
 
 
+def _refuse_other_labels(name: str, rule: DecodeRule, cache: Cache) -> None:
+  own, wanted = cache.labels, jax.eval_shape(rule.labels, cache.k)
+  if (own.shape, own.dtype) != (wanted.shape, wanted.dtype):
+    raise ValueError(f'decode.{name}: the cache has labels {own.dtype}{list(own.shape)}, and those of the rule are '
+                     f'{wanted.dtype}{list(wanted.shape)}; make the cache by decode.empty_cache with this rule.')
+
+
 def _refuse_full(cache: Cache, n: int) -> None:
   if not isinstance(cache.length, jax.core.Tracer) and int(jnp.max(cache.length)) + n > cache.capacity:
     raise ValueError(f'decode.extended: {n} more tokens do not fit into a cache of {cache.capacity}, which holds '
                      f'{cache.length.tolist()}; make a cache with a larger capacity.')
 
 
-def _pages(name: str, keep: int, page: int) -> tuple[int, int]:
-  """Returns `page` and `keep`; raises `ValueError` unless `keep` is whole pages."""
-  page, keep = _whole(name, 'page', page), _whole(name, 'keep', keep)
+def _refuse_parts(name: str, keep: int, page: int) -> None:
+  """Raises `ValueError` unless `keep` is whole pages."""
   if keep % page:
     raise ValueError(f'decode.{name}: `keep` of {keep} tokens must be whole pages of {page}; give '
                      f'{-(-keep // page) * page}.')
-  return page, keep
 
 
-def _whole(name: str, argument: str, value: int) -> int:
-  if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-    raise ValueError(f'decode.{name}: `{argument}` must be a number of tokens, whole and at least 1, not {value!r}.')
-  return int(value)
+__all__ = ['Cache', 'DecodeRule', 'check', 'double_sparsity', 'empty_cache', 'every', 'extended', 'heavy_channels',
+           'listed', 'newest', 'quest', 'read_share', 'seer']

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments
-from sparsejax.argument_kinds import ARRAY, BLOCKS, POSITIVE, TIMES
+from sparsejax.argument_kinds import BLOCKS, POSITIVE, TIMES, shaped
 from sparsejax.arguments import checked
 from sparsejax.attention.masks import BlockIndex
 from sparsejax.types import Array
 
-arguments.declare('scatter', q=ARRAY, k=ARRAY, v=ARRAY, index=BLOCKS, projections=ARRAY, block=TIMES, scale=POSITIVE)
+_HEADS = shaped('[batch, T, heads, d]')
+arguments.declare('scatter', q=_HEADS, k=_HEADS, v=_HEADS, index=BLOCKS, block=TIMES, scale=POSITIVE)
+arguments.declare('kernel_features scatter', x=shaped('[..., d]'), projections=shaped('[m, d]'))
 
 
 @checked
@@ -39,6 +41,9 @@ def kernel_features(x: Array, projections: Array) -> Array:
   `exp(+-w x - |x|^2 / 2) / sqrt(2 m)` (Choromanski et al. 2021, 2009.14794, the variant of two signs). Scale q and k by
   `d^-1/4` before.
   """
+  if projections.shape[1] != x.shape[-1]:
+    raise ValueError(f'attention.kernel_features: projections {projections.shape} must be [m, d] for x [..., d] of '
+                     f'shape {x.shape}, as attention.orthogonal makes them.')
   along = x.astype(jnp.float32) @ projections.T
   along = jnp.concatenate([along, -along], -1)
   half = jnp.sum(jnp.square(x.astype(jnp.float32)), -1, keepdims=True) / 2
@@ -57,6 +62,10 @@ def scatter(q: Array, k: Array, v: Array, index: BlockIndex, projections: Array,
   This function takes the row's largest exponent out, and clamps nothing. `block` must divide
   T. Raises `ValueError` for other shapes. There is no causal form.
   """
+  if v.shape[:-1] != k.shape[:-1] or (q.shape[0], *q.shape[2:]) != (
+      k.shape[0], *k.shape[2:]):
+    raise ValueError(f'attention.scatter: q {q.shape}, k {k.shape} and v {v.shape} must be [batch, T, heads, d] and, '
+                     'but for d, like k.')
   batch, length, heads, d = q.shape
   if k.shape[1] % block or length % block or k.shape[2] != heads or index.index.ndim != 3:
     raise ValueError(f'attention.scatter: q {q.shape} and k {k.shape} must have equal heads, blocks of {block} must '

@@ -53,8 +53,14 @@ def gate_logits(gate: Mapping[str, Array], site: AttentionSite, block: int) -> A
   """Returns the gate's score of each two blocks, `float32[batch, heads, nq, nk]`; -inf where masks hide a block.
 
   Queries are pooled by their mean, keys by maximum and minimum, each followed by a linear map of the head. A gate
-  without `query` takes the pooled queries as they are.
+  without `query` takes the pooled queries as they are. Raises `ValueError` for a gate of other shapes.
   """
+  heads, d, wide = site.heads, site.q.shape[-1], len(KINDS) * site.k.shape[-1]
+  shapes = {name: jnp.shape(gate[name]) for name in gate}
+  size = shapes.get('key', (0,))[-1]
+  if shapes not in ({'query': (heads, d, size), 'key': (heads, wide, size)}, {'key': (heads, wide, d)}):
+    raise site.refused('attention.gated_blocks', f'its gate has the shapes {shapes}, and must have query [{heads}, '
+                       f'{d}, size] and key [{heads}, {wide}, size], as attention.init_gates makes it.')
   q, k = pool(site.q, block), shared_heads(site, pool(site.k, block, KINDS))
   q = jnp.einsum('bqhd,hdc->bqhc', q, gate['query']) if 'query' in gate else q
   k = jnp.einsum('bkhd,hdc->bkhc', k, gate['key'])

@@ -1,7 +1,8 @@
 """Says which blocks of keys each block of queries sees, and lists the blocks: `of_mask` is the only place that does.
 
 A *builder* is a function of an `AttentionSite` that returns a `BlockMask`. The builders of this module do not read
-queries and keys, so that their lists are known at trace time.
+queries and keys, so that their lists are known at trace time. Builders that compare places refuse an attention of
+other lengths, unless a known mask says at which keys its queries stand.
 
     builder = sliding(window=256, block=64)
     index = of_mask(builder(site).mask)          # a BlockIndex for kernels_pallas.block_sparse_attention
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments
-from sparsejax.argument_kinds import FUNCTION
+from sparsejax.argument_kinds import FUNCTION, shaped
 from sparsejax.arguments import checked
 from sparsejax.attention.sites import AttentionSite
 from sparsejax.types import Bound
 
 arguments.declare('union', builders=FUNCTION)
+arguments.declare('of_mask', mask=shaped('[..., nq, nk]'))
 
 
 class BlockMask(NamedTuple):
@@ -62,7 +64,7 @@ def of_mask(mask: Any, capacity: int | None = None) -> BlockIndex:
   the later first, and counted in `overflow`. Raises `ValueError` for a traced mask without a capacity, since a list
   needs a length.
   """
-  if mask.ndim < 2 or mask.dtype != bool:
+  if mask.dtype != bool:
     raise ValueError(f'attention.of_mask: the mask is {mask.dtype}{list(mask.shape)}; give bool[..., nq, nk].')
   if isinstance(mask, jax.core.Tracer):
     if capacity is None:
@@ -97,6 +99,18 @@ def _static(site: AttentionSite, rule: Callable[..., Any], block: int, *argument
   return BlockMask(np.broadcast_to(mask, (mask.shape[0] if mask.ndim > 2 else 1, rows, columns)), block, block)
 
 
+def _placed(site: AttentionSite, rule: Callable[..., Any], block: int, *arguments: Any) -> BlockMask:
+  """Returns `_static` of a rule that compares the places of queries and keys; i counts from the block of query 0."""
+  offset = site.offset
+  if offset is None:
+    raise site.refused('attention', 'a builder of distances does not know at which keys the queries stand. Give this '
+                       'attention another builder, as in lambda site: (full if site.offset is None else near)(site).')
+  if offset % block:
+    raise site.refused('attention', f'its queries begin at key {offset}, which is not whole blocks of {block}; take a '
+                       'block that divides it.')
+  return _static(site, lambda i, *rest: rule(i + offset // block, *rest), block, *arguments)
+
+
 def _band(i: Any, j: Any, site: AttentionSite, width: int) -> Any:
   return abs(i - j) <= width
 
@@ -126,7 +140,7 @@ def _sharded(i: Any, j: Any, site: AttentionSite, local: int, period: int, offse
 @checked
 def band(width: int, block: int = 64) -> Builder:
   """Returns the builder of a band: a block of queries sees the blocks of keys at most `width` blocks away."""
-  return Bound(_static, (_band, block, width))
+  return Bound(_placed, (_band, block, width))
 
 
 @checked
@@ -135,13 +149,13 @@ def sliding(window: int, block: int = 64) -> Builder:
 
   All keys of these blocks are seen, a few more than the window. A program that masks the window itself stays exact.
   """
-  return Bound(_static, (_sliding, block, window, block))
+  return Bound(_placed, (_sliding, block, window, block))
 
 
 @checked
 def strided(period: int, width: int = 0, block: int = 64) -> Builder:
   """Returns the builder of diagonals: every `period`-th one, and those at most `width` blocks away."""
-  return Bound(_static, (_strided, block, period, width))
+  return Bound(_placed, (_strided, block, period, width))
 
 
 @checked
@@ -159,7 +173,7 @@ def sharded(local: int = 4, period: int = 4, offset: int = 0, block: int = 64) -
   a multiple of `period`, or divides it. Without a causal mask the stride counts from the end of the window, and is the
   same for all heads. S2-Attention (arXiv 2407.17678), as in the authors' kernels.
   """
-  return Bound(_static, (_sharded, block, local, period, offset))
+  return Bound(_placed, (_sharded, block, local, period, offset))
 
 
 def _full(i: Any, j: Any, site: AttentionSite) -> Any:
@@ -203,8 +217,11 @@ def union(*builders: Builder) -> Builder:
   return Bound(_union, (builders,))
 
 
-def diagonal(rows: int, columns: int, block_q: int, block_k: int) -> np.ndarray:
-  """Returns the blocks that have a query's own key, `bool[nq, nk]`; of queries beyond the keys, the last block."""
-  i, j = np.arange(rows)[:, None], np.arange(columns)[None]
-  first, last = i * block_q // block_k, ((i + 1) * block_q - 1) // block_k
+def diagonal(rows: int, columns: int, block_q: int, block_k: int, offset: int = 0) -> np.ndarray:
+  """Returns the blocks that have a query's own key, `bool[nq, nk]`; of queries beyond the keys, the last block.
+
+  Query 0 stands at the key `offset`.
+  """
+  i, j = np.arange(rows)[:, None] * block_q + offset, np.arange(columns)[None]
+  first, last = i // block_k, (i + block_q - 1) // block_k
   return (j >= np.minimum(first, columns - 1)) & (j <= np.minimum(last, columns - 1))

@@ -6,16 +6,20 @@
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparsejax import arguments
-from sparsejax.argument_kinds import ARRAY, POSITIVE, SERIES, TIMES
+from sparsejax.argument_kinds import POSITIVE, SERIES, TIMES, shaped
 from sparsejax.arguments import checked
 from sparsejax.types import Array
 
-arguments.declare('kronecker kronecker_by_powers', q=ARRAY, keys=SERIES, pairs=SERIES, degree=TIMES, scale=POSITIVE)
+arguments.declare('two_pass_softmax', x=shaped('[..., n]'))
+arguments.declare('shift', x=shaped('[..., height, width, channels]'))
+arguments.declare('kronecker kronecker_by_powers', q=shaped('[n, d]'), keys=SERIES, pairs=SERIES,
+                  degree=TIMES, scale=POSITIVE)
 
 
 @checked
@@ -25,7 +29,7 @@ def kronecker(q: Array, keys: tuple[Array, Array], pairs: tuple[Array, Array], s
   The score of the pair (i, j) is the sum over channels of `q k1[i] k2[j]`, times `scale`, by default 1 / d. Its value
   is `v1[i] v2[j]`. Tensor attention (Alman and Song 2024, 2310.04064, definition 1.1).
   """
-  (k1, k2), (v1, v2) = keys, pairs
+  (k1, k2), (v1, v2) = _two(q, keys, pairs)
   scale = 1 / q.shape[-1] if scale is None else scale
   scores = jnp.einsum('qd,id,jd->qij', q, k1, k2, precision='highest') * scale
   weights = jax.nn.softmax(scores.reshape(len(q), -1)).reshape(scores.shape)
@@ -40,12 +44,22 @@ def kronecker_by_powers(q: Array, keys: tuple[Array, Array], pairs: tuple[Array,
   Features are the monomials of the channels, `C(d + degree, degree)` of them. The sum over pairs is a product of two
   sums. The error is that of the power series (the same paper, theorem 1.3, builds on this).
   """
-  (k1, k2), (v1, v2) = keys, pairs
+  (k1, k2), (v1, v2) = _two(q, keys, pairs)
   scale = 1 / q.shape[-1] if scale is None else scale
   of_q, of_1, of_2 = (_monomials(x, degree) for x in (q * scale, k1, k2))
   shares = jnp.asarray([_shares(q.shape[-1], degree)], jnp.float32)
   sums = (of_1.T @ v1) * (of_2.T @ v2)
   return ((of_q * shares) @ sums) / ((of_q * shares) @ (of_1.sum(0) * of_2.sum(0)))[:, None]
+
+
+def _two(q: Array, keys: tuple[Array, Array], pairs: tuple[Array, Array]) -> tuple[Any, Any]:
+  """Returns both pairs; raises `ValueError` unless they are two arrays of keys and two of values that fit."""
+  shapes = [[jnp.shape(a) for a in each] for each in (keys, pairs)]
+  if any(len(each) != 2 or any(len(shape) != 2 for shape in each) for each in shapes) or any(
+      k[1] != q.shape[1] or k[0] != v[0] or v[1] != shapes[1][0][1] for k, v in zip(*shapes)):
+    raise ValueError(f'attention.kronecker: q {q.shape}, keys {shapes[0]} and values {shapes[1]} must be [n, d], two '
+                     'of [n, d] and two of [n, dv].')
+  return tuple(keys), tuple(pairs)
 
 
 def _powers(d: int, degree: int) -> list[tuple[int, ...]]:

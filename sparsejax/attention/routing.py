@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import arguments, ranking
-from sparsejax.argument_kinds import ARRAY, BY_NAME, POSITIVE, SERIES, TIMES
+from sparsejax.argument_kinds import BY_NAME, POSITIVE, SERIES, SIGNS, TIMES, shaped
 from sparsejax.arguments import checked
 from sparsejax.attention.masks import BlockMask, Builder
 from sparsejax.attention.sites import AttentionSite
 from sparsejax.types import Array, Bound
 
-arguments.declare('pool', x=ARRAY, block=TIMES, kinds=SERIES)
-arguments.declare('predicted_scores', q=ARRAY, k=ARRAY, predictor=BY_NAME, scale=POSITIVE)
+arguments.declare('lsh', hashes=SIGNS)
+arguments.declare('pool', x=shaped('[batch, T, heads, d]'), block=TIMES, kinds=SERIES)
+arguments.declare('page_scores predicted_scores', q=shaped('[batch, T, heads, d]'), k=shaped('[batch, T, heads, d]'))
+arguments.declare('predicted_scores', predictor=BY_NAME, scale=POSITIVE)
 
 # The last block may be shorter: NaN is padding.
 POOLS: dict[str, Any] = {'mean': jnp.nanmean, 'max': jnp.nanmax, 'min': jnp.nanmin}
@@ -41,6 +43,9 @@ def pool(x: Array, block: int, kinds: tuple[str, ...] = ('mean',)) -> Array:
   padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)), constant_values=jnp.nan)
   whole = padded.reshape(x.shape[0], -1, block, *x.shape[2:])
   return jnp.concatenate([POOLS[kind](whole, 2) for kind in kinds], -1)
+
+
+_PREDICTOR = ('query', 'key', 'pool', 'basis', 'least', 'floor')
 
 
 def shared_heads(site: AttentionSite, k: Array) -> Array:
@@ -98,6 +103,9 @@ def page_scores(q: Array, k: Array, block: int) -> Array:
   The bound is the sum over channels of `max(q least, q largest)` of the page (Quest, Tang et al. 2024, 2406.10774).
   `q` is `[batch, Tq, heads, d]`, `k [batch, Tk, heads, d]`.
   """
+  if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+    raise ValueError(f'attention.page_scores: q {q.shape} and k {k.shape} must be [batch, Tq, heads, d] and '
+                     '[batch, Tk, heads, d]; repeat shared heads.')
   largest, least = (jnp.einsum('bqhd,bkhd->bhqk', a, pool(k, block, (kind,)), precision='highest')
                     for a, kind in ((jnp.maximum(q, 0), 'max'), (jnp.minimum(q, 0), 'min')))
   return largest + least
@@ -145,8 +153,9 @@ def predicted_scores(q: Array, k: Array, predictor: Mapping[str, Array], scale: 
   makes n keys of T; and `basis [T, n]`. The coefficients of a query are a softmax over the n pooled keys; those below
   `predictor['least']` are zero. The score is their product with the absolute basis, in which entries below
   `predictor['floor']` are zero (Wei et al. 2023, 2303.13755). `scale` is `1 / sqrt(c)` by default. The authors' code
-  takes `1 / sqrt(heads)`.
+  takes `1 / sqrt(heads)`. Raises `ValueError` for a predictor of other shapes.
   """
+  _refuse_other(q, k, predictor)
   q, k = (jnp.einsum('bthd,dc->bhtc', x, predictor[name]) for x, name in ((q, 'query'), (k, 'key')))
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
   pooled = jnp.einsum('bhtc,tn->bhnc', k, predictor['pool'])
@@ -154,6 +163,18 @@ def predicted_scores(q: Array, k: Array, predictor: Mapping[str, Array], scale: 
   shares = jnp.where(shares < predictor['least'], 0.0, shares)
   basis = jnp.abs(predictor['basis'])
   return shares @ jnp.where(basis < predictor['floor'], 0.0, basis).T
+
+
+def _refuse_other(q: Array, k: Array, predictor: Mapping[str, Any]) -> None:
+  """Raises `ValueError` for a predictor that lacks an entry, or whose entries do not fit the queries and keys."""
+  d, length = q.shape[-1], k.shape[1]
+  found = {name: jnp.shape(predictor[name]) if name in predictor else None for name in _PREDICTOR}
+  c, n = (shape[-1] if shape else 0 for shape in (found['query'], found['pool']))
+  wanted = {'query': (d, c), 'key': (d, c), 'pool': (length, n), 'basis': (length, n), 'least': (), 'floor': ()}
+  if k.shape != q.shape or found != wanted:
+    raise ValueError(f'attention.predicted_scores: q {q.shape} and k {k.shape} must be equal [batch, T, heads, d], and '
+                     f'the predictor query and key [{d}, c], pool and basis [{length}, n], and the numbers least and '
+                     f'floor; its shapes are {found}.')
 
 
 def _predicted(site: AttentionSite, predictors: Any, keep: int, block: int) -> BlockMask:

@@ -26,8 +26,6 @@ from sparsejax.types import Array
 def _visible(site: AttentionSite, builder: Builder) -> tuple[np.ndarray, BlockMask]:
   """Returns the blocks that a builder keeps at a site and masks leave, `bool[heads, nq, nk]`, with the diagonal."""
   blocks = builder(site)
-  if blocks.capacity is not None:
-    raise ValueError('attention.search: a pattern reads queries and keys; give patterns that are known, as band(1).')
   rows, columns = blocks.mask.shape[-2:]
   own = diagonal(rows, columns, blocks.block_q, blocks.block_k)
   kept = np.asarray(blocks.mask) & site.blocks(blocks.block_q, blocks.block_k)
@@ -50,8 +48,8 @@ def search(apply: Callable[..., Any], params: Any, batches: Iterable[Any], patte
   difference to the head's dense output, summed over all batches. All heads begin with the pattern of most blocks. The
   change with the least additional error per block saved is made until the budget is kept. `apply(params, batch)` runs
   operation by operation. Sparse-vDiT (Chen et al. 2025, 2506.03065) minimises error plus a weighted cost for each head;
-  a budget over all heads chooses the weight. Raises `ValueError` if no choice keeps the budget, for an attention inside
-  of a loop, and for patterns that read queries and keys.
+  a budget over all heads chooses the weight. Raises `ValueError` if no choice keeps the budget, and for an attention
+  inside of a loop. Raises `ValueError` for patterns that read queries and keys, or whose blocks differ.
   """
   if not patterns:
     raise ValueError("attention.search: there are no patterns to choose from; give some by name, as {'full': full()}.")
@@ -63,6 +61,7 @@ def search(apply: Callable[..., Any], params: Any, batches: Iterable[Any], patte
     if site.enclosed:
       raise ValueError(f'attention.search: {site.place} is inside of a loop or remat; unroll it.')
     dense = np.asarray(site.attend())
+    _refuse_blocks('attention.search', {name: builder(site) for name, builder in patterns.items()})
     rows = [_measured(site, builder, dense) for builder in patterns.values()]
     found[site.name] = found.get(site.name, 0) + np.stack([error for error, _, _ in rows], 1)
     costs[site.name], totals[site.name] = np.stack([cost for _, cost, _ in rows], 1), rows[0][2]
@@ -102,12 +101,25 @@ def _rate(error: np.ndarray, cost: np.ndarray, now: int, then: int) -> float:
   return float(error[then] - error[now]) / float(cost[now] - cost[then])
 
 
+def _refuse_blocks(function: str, made: Mapping[str, BlockMask]) -> None:
+  """Raises `ValueError` for patterns that read queries and keys, and unless the blocks of all have one size."""
+  if wrong := [name for name, blocks in made.items() if blocks.capacity is not None]:
+    raise ValueError(f'{function}: pattern {wrong[0]!r} reads queries and keys; give patterns that are known, as '
+                     'band(1).')
+  sizes = {name: (blocks.block_q, blocks.block_k) for name, blocks in made.items()}
+  if len({*sizes.values()}) > 1:
+    raise ValueError(f'{function}: the patterns have blocks of {sizes} tokens; give all one block.')
+
+
 def _chosen(site: AttentionSite, choice: Any, patterns: Any) -> BlockMask:
   own = site.own('attention.of_choice', 'choice', choice)
   for name in own:
     if name not in patterns:
       raise errors.unknown('attention.of_choice', 'pattern', name, patterns)
+  if len(own) != site.heads:
+    raise site.refused('attention.of_choice', f'the choice has {len(own)} patterns for {site.heads} heads.')
   made = {name: patterns[name](site) for name in dict.fromkeys(own)}
+  _refuse_blocks('attention.of_choice', made)
   wide = {name: np.broadcast_to(m.mask, (site.heads, *m.mask.shape[-2:])) for name, m in made.items()}
   first = next(iter(made.values()))
   return first._replace(mask=np.stack([wide[name][h] for h, name in enumerate(own)]))
@@ -124,6 +136,8 @@ def of_choice(choice: Mapping[str, Any], patterns: Mapping[str, Builder]) -> Bui
 
 def _measured_blocks(site: AttentionSite, select: float, block: int, prompt: int) -> BlockMask:
   weights = site.weights()
+  if prompt > weights.shape[3]:
+    raise site.refused('attention.measured', f'`prompt` of {prompt} tokens is longer than the keys.')
   queries, keys = (-(-n // block) for n in weights.shape[2:])
   pad = [(0, n * block - m) for n, m in zip((queries, keys), weights.shape[2:])]
   split = jnp.pad(weights, [(0, 0), (0, 0), *pad]).reshape(*weights.shape[:2], queries, block, keys, block)

@@ -62,13 +62,32 @@ class AttentionSite:
 
   def blocks(self, block_q: int, block_k: int) -> np.ndarray:
     """Returns which blocks have a key that a query may see, by `causal` and `masks`: `bool[1 or heads, nq, nk]`."""
+    return np.any(self.blocks_of_queries(block_q, block_k), 2)
+
+  def blocks_of_queries(self, block_q: int, block_k: int) -> np.ndarray:
+    """Returns which blocks have a key that each query may see: `bool[1 or heads, nq, block_q, nk]`."""
     seen: Any = np.ones((1, 1, self.q.shape[1], self.k.shape[1]), bool)
     for part in self.masks:
       seen = seen & part
     seen = np.tril(seen[0]) if self.causal else seen[0]
     tall, wide = (-seen.shape[i] % block for i, block in ((1, block_q), (2, block_k)))
     seen = np.pad(seen, ((0, 0), (0, tall), (0, wide)))
-    return seen.reshape(len(seen), seen.shape[1] // block_q, block_q, -1, block_k).any((2, 4))
+    return np.asarray(seen.reshape(len(seen), seen.shape[1] // block_q, block_q, -1, block_k).any(4))
+
+  @property
+  def offset(self) -> int | None:
+    """The key at which query 0 stands: 0 if causal or of equal lengths, otherwise read from a known mask, or `None`.
+
+    The last key that a query may see is then its own.
+    """
+    if self.causal or self.q.shape[1] == self.k.shape[1]:
+      return 0
+    for hidden in self.masks:
+      if hidden.shape[1:3] == (1, self.q.shape[1]) and hidden.shape[3] == self.k.shape[1] and hidden.any(-1).all():
+        begins = hidden.shape[3] - 1 - hidden[0, 0, :, ::-1].argmax(-1) - np.arange(self.q.shape[1])
+        if (begins == begins[0]).all():
+          return int(begins[0])
+    return None
 
   @property
   def name(self) -> str:
@@ -81,6 +100,10 @@ class AttentionSite:
       raise ValueError(f'{function}: {self.place} has no {what} {self.name!r}; those that are given are for '
                        f'{sorted(by_name)}. Names are those of one program: find them anew for another one.')
     return by_name[self.name]
+
+  def refused(self, function: str, problem: str) -> ValueError:
+    """Returns the error of a number or an array that does not fit this attention, with its place and lengths."""
+    return ValueError(f'{function}: {self.place}, with queries {self.q.shape} and keys {self.k.shape}: {problem}')
 
   def stopped(self) -> 'AttentionSite':
     """Returns the site without gradients to queries, keys and values."""
@@ -242,6 +265,10 @@ class AttentionReader:
     y = self.answer(dataclasses.replace(site, enclosed=self.looks.inside(address)))
     if y is None:
       return None
+    wanted = (*site.q.shape[:3], site.v.shape[3])
+    if getattr(y, 'shape', None) != wanted:
+      raise site.refused('attention.attended', f'the answer is no array {wanted}, but a {type(y).__name__} '
+                         f'{getattr(y, "shape", "")}.')
     free = [n for dim in dims[0] for n in [f.size for f in dim if f.axes[0] >= len(found.pair.shape)]]
     return found.result(y, dims[1], tuple(free)).astype(eqn.outvars[0].aval.dtype).reshape(eqn.outvars[0].aval.shape)
 

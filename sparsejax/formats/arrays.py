@@ -61,6 +61,9 @@ class PackedArray:
   roles: Axes | None = None  # The axes count from the end, so that leading axes may come and go.
   axes: tuple[int, ...] = ()  # The contracted axes, counted from the end; empty where the format does not know them.
 
+  def __jax_array__(self) -> Array:
+    raise ValueError(f'{type(self).__name__} of shape {self.shape} is packed; run kernels_pallas.packed(apply).')
+
   @property
   def ndim(self) -> int:
     return len(self.shape)
@@ -125,12 +128,9 @@ class PackedArray:
   @classmethod
   def expected_nbytes(cls, shape: tuple[int, ...], dtype: Any, pattern: Pattern, axes: Axes | None,
                       sparsity: float) -> int:
-    """Returns the bytes that a packed array will take, before there are values: `sparsity` is the fraction of zeros.
-
-    The default is for formats whose size depends on the pattern alone.
-    """
-    w = jax.ShapeDtypeStruct(shape, dtype)
-    return nbytes(jax.eval_shape(lambda w: cls.from_pattern(w, pattern, axes, check=False), w))
+    """Returns the bytes that a packed array will take, before there are values, for this fraction of zeros."""
+    make = lambda w: cls.from_pattern(w, pattern, axes, check=False)
+    return nbytes(jax.eval_shape(make, jax.ShapeDtypeStruct(shape, dtype)))
 
   def in_files(self) -> dict[str, Array]:
     """Returns the arrays that a file stores, by name. The default is for formats that store `arrays` as they are."""
@@ -160,8 +160,7 @@ class PackedArray:
     return self.to_dense()
 
   def problem(self) -> str | None:
-    """Returns why this concrete packed array is none that packing makes, or `None`. Checks arrays of untrusted files.
-    """
+    """Returns why this concrete packed array, of an untrusted file, is none that packing makes, or `None`."""
     raise NotImplementedError
 
 

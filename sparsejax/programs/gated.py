@@ -78,8 +78,9 @@ def layers_of(program: Program) -> tuple[GatedLayer, ...]:
   """Returns the gated layers of a program whose first argument holds the parameters, in the order of the program.
 
   Products are `dot_general`s with one parameter each. Up to the activation the program may add biases, scale by
-  constants and move dimensions. Branches of `jit`, loops, `remat` and custom derivatives are followed. Of a joined
-  projection of gate and up, a `slice` or `split` of the last dimension must take the two parts.
+  constants and move dimensions, and dropout may follow the activation. Branches of `jit`, loops, `remat` and custom
+  derivatives are followed. Of a joined projection of gate and up, a `slice` or `split` of the last dimension must take
+  the two parts.
   """
   found = _Layers(uses_by_address(program))
   facts = [PARAMETER if argument == 0 else DATA for argument in program.arguments]
@@ -141,7 +142,7 @@ def _entrywise(eqn: Any, facts: list[Trail], here: Position) -> Trail:
   """Returns the trail of a result whose entries depend on the same entries of the operands."""
   kinds, name = {fact.kind for fact in facts}, eqn.primitive.name
   if 'data' in kinds:
-    return DATA
+    return _scaled(name, facts)
   if 'gated' in kinds:
     gated = [fact for fact in facts if fact.kind == 'gated']
     scaled = name in ('mul', 'div', 'neg') and len(gated) == 1 and 'product' not in kinds
@@ -155,6 +156,20 @@ def _entrywise(eqn: Any, facts: list[Trail], here: Position) -> Trail:
   alone = sum(fact.use is not None for fact in facts) == 1
   bent = any(fact.bent for fact in facts) or name not in _LINEAR or not alone or name == 'div' and facts[0].use is None
   return product._replace(bent=bent, zero=_at_zero(eqn, facts))
+
+
+def _scaled(name: str, facts: list[Trail]) -> Trail:
+  """Returns the trail of an activation that data scale or set to zero, as dropout does: zero stays zero."""
+  own = [i for i, fact in enumerate(facts) if fact.bent or fact.kind == 'gated']
+  others = [fact for i, fact in enumerate(facts) if i not in own]
+  if name == 'select_n':
+    fits = facts[0] is others[0] and all(fact.kind == 'constant' and fact.zero == 0 for fact in others[1:])
+  else:
+    fits = name == 'mul' or name == 'div' and own == [0]
+  if len(own) != 1 or not fits:
+    return DATA
+  found = facts[own[0]]
+  return found if found.kind == 'gated' else found._replace(zero=0.0 if found.zero == 0 else None)
 
 
 def _multiplied(eqn: Any, facts: list[Trail], here: Position) -> Trail:

@@ -161,6 +161,40 @@ def test_neurons_of_a_scan_are_switched_off_in_every_implementation_on_disk_and_
   np.testing.assert_allclose(slope['gate'], dense['gate'], atol=1e-4)
 
 
+@pytest.mark.parametrize('rule', [activation.teal(0.5), activation.wina(0.5), activation.cats(0.5),
+                                  activation.chess(0.5)], ids=lambda rule: rule.name)
+def test_zeros_are_skipped_whatever_the_threshold(rule):
+  """Three quarters of the neurons are off for every token, so that the quantile is zero, or the number after it."""
+  w = weights() | {'gate': jnp.where(jnp.arange(F) < F // 4, 1.0, -1.0) * jnp.ones((D, 1))}
+  apply = functools.partial(glu, act=jax.nn.relu)
+  x = jnp.abs(BATCHES[0])
+  row = {row.path: row for row in activation.sparsify(apply, w, [x], rule, where=lambda path, leaf: path == 'down'
+                                                      ).report.rows}['down']
+  assert row.achieved >= 0.75
+
+
+def test_the_sparsity_of_activations_is_the_share_of_zeros_of_tokens_that_count():
+  params, act = weights(2), jax.nn.relu
+  apply = lambda w, x: jax.lax.scan(lambda h, w: (glu(w, h, act), None), x, w)[0]
+  valid, first = jnp.arange(T) < 5, jax.tree.map(lambda a: a[0], params)
+  second = [jax.tree.map(lambda a: a[1], params), glu(first, BATCHES[0], act)]
+  found = activation.sparsity(apply, params, BATCHES[:1], valid=[valid])
+  wanted = [np.mean(np.asarray(x[:5] @ w['gate']) <= 0) for w, x in ((first, BATCHES[0]), second)]
+  np.testing.assert_allclose(found['down'], wanted, atol=1e-6)
+  assert list(found) == ['down'] and 0.3 < found['down'].min()
+
+
+def test_dropout_may_follow_an_activation():
+  def dropped(w, x, key):
+    h = jax.nn.relu(x @ w['gate'])
+    return jnp.where(jax.random.bernoulli(key, 0.5, h.shape), h / 0.5, 0.0) @ w['down']
+
+  key = jax.random.key(0)
+  y = activation.ruled(dropped, activation.top_k(np.int64(1)))(weights(), BATCHES[0], key)
+  h = jnp.where(jax.random.bernoulli(key, 0.5, (T, F)), jax.nn.relu(BATCHES[0] @ weights()['gate']) * 2, 0.0)
+  np.testing.assert_allclose(y, jnp.where(h == h.max(1, keepdims=True), h, 0) @ weights()['down'], atol=1e-5)
+
+
 def in_one(w, x):
   gate, up = jnp.split(x @ w['up'], 2, -1)
   return x + (jax.nn.relu(gate) * up) @ w['down']
@@ -258,6 +292,13 @@ REFUSED = {
     'sequence': (lambda: refused(sequential='dens'), "Did you mean 'dense'"),
     'top_k in sequence': (lambda: refused(rule=activation.top_k(4), sequential='weight'), 'finds no thresholds'),
     'no batch': (lambda: refused([]), 'there are no batches'),
+    'an array as batches': (lambda: refused(BATCHES[0]), r'`batches` must be .* as in the list \[x\]; an array is one'),
+    'batches without rows': (lambda: refused([BATCHES[0][:0]]), "no row of the 1 batches reaches a product of 'gate'"),
+    'integers': (lambda: refused(params={'a': jnp.ones((D, D), int)}, apply=lambda p, x: x @ p['a'].astype('float32')),
+                 'multiplies no matrix of floats'),
+    'a loss of text': (lambda: refused(rule=activation.ppl(5, lambda y, x: 'low')), "the loss of ppl returned 'low'"),
+    'parameters that stay packed': (lambda: plain(refused().params, BATCHES[0]),
+                                    r'ActiveArray of shape \(8, 16\) is packed; run kernels_pallas.packed'),
     'padding only': (lambda: refused(valid=[jnp.zeros(T, bool)] * 3), '`valid` leaves no row'),
     'padding in one part': (lambda: refused(valid=[jnp.arange(T) < 0, jnp.arange(T) < 0, jnp.arange(T) < 5]),
                             'no row in the first 2 batches'),
@@ -270,6 +311,12 @@ REFUSED = {
     'packed': (lambda: refused(params=weights() | {'up': formats.ActiveArray.of(weights()['up'])}),
                'up is packed already'),
     'rank': (lambda: refused(rule=activation.r_sparse(0.5), allocation=activation.greedy()), 'not those of r_sparse'),
+    'many neurons': (lambda: refused(rule=activation.top_k(F + 1)),
+                     r"sparsify: parameter 'down' of shape \(16, 8\): top_k\(17\) keeps more than its 16 neurons"),
+    'many neurons in training': (lambda: activation.ruled(plain, activation.top_k(F + 1))(weights(), BATCHES[0]),
+                                 r"ruled: parameter 'down' of shape \(16, 8\).*give at most 16"),
+    'a high rank': (lambda: refused(rule=activation.r_sparse(0.5, rank=D + 1)),
+                    r"parameters 'gate' of shape \(8, 16\), 'up'.*`rank` 9, above .* give at most 8"),
     'an allocation of weights': (lambda: refused(allocation=erk), 'as in activation.greedy'),
     'a loss of each token': (lambda: refused(rule=activation.ppl(5, lambda y, x: y)),
                              r'the loss of ppl returned an array of shape \(.*must return one number'),

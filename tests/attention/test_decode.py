@@ -119,11 +119,12 @@ def test_a_small_model_generates_with_a_cache():
 
 
 REFUSED = {
-    'channels': (lambda: decode.double_sparsity([[0.5]], 4), 'must be numbers from 0 on, int.kv_heads, r'),
+    'channels': (lambda: decode.double_sparsity([[0.5]], 4), 'must be numbers of channels, .* int.kv_heads, r'),
+    'equal channels': (lambda: decode.double_sparsity([[1, 1]], 4), 'from 0 on and none twice'),
     'channels of another layer': (lambda: decode.empty_cache(decode.double_sparsity([[7]], 4), 1, 8, 1, 4),
                                   'calibrate them'),
     'pages': (lambda: decode.quest(keep=10, page=4), 'must be whole pages of 4; give 12'),
-    'no tokens': (lambda: decode.quest(keep=0), '`keep` must be a number of tokens, whole and at least 1, not 0'),
+    'no tokens': (lambda: decode.quest(keep=0), 'decode.quest: `keep` must be a whole number, at least 1, .* not 0'),
     'a capacity': (lambda: decode.empty_cache(decode.quest(8, 4), 1, 10, 1, 4), 'whole pages of 4, .* give 12'),
     'a small capacity': (lambda: decode.empty_cache(decode.quest(8, 4), 1, 4, 1, 4), 'at least the 8 tokens .* give 8'),
     'a batch': (lambda: decode.empty_cache(decode.quest(8, 4), 0, 8, 1, 4), '`batch` must be a whole number'),
@@ -133,9 +134,20 @@ REFUSED = {
                'dtypes bfloat16 and float32 must be float32'),
     'a gate': (lambda: decode.seer({'query': jnp.ones((1, 1, 2, 2))}, 64), "must have 'query' .* and 'key'"),
     'a gate of another layer': (lambda: decode.empty_cache(decode.seer(GATE, 4, 2), 1, 8, 2, 2), 'train one for this'),
-    'many channels': (lambda: decode.heavy_channels(K[0], 5), 'from 1 to the 4 channels, not 5'),
-    'no rule': (lambda: decoder('quest'), r'must be a DecodeRule, as in decode.quest\(keep=1024\), not str'),
-    'queries': (lambda: decoder(decode.quest(2, 2)).step(Q[0], filled(decode.quest(2, 2), K)), 'one query for each'),
+    'many channels': (lambda: decode.heavy_channels(K[0], 5), r'shape \(6, 1, 4\) must be .* at least the 5 channels'),
+    'no rule': (lambda: decoder('quest'), r'must be a DecodeRule, as in decode.quest\(keep=1024\), not .quest'),
+    'a cache of another rule': (lambda: decoder(decode.every(8)).step(Q, filled(decode.quest(2, 2), K)),
+                                r'has labels float32\[1, 2, 1, 4, 4\], and those of the rule are float32\[1, 0\]'),
+    'every token of a larger cache': (lambda: decode.empty_cache(decode.every(4), 1, 8, 1, 4),
+                                      r'needs decode.every\(8\)'),
+    'pages of another rule': (lambda: decode.extended(decode.quest(4, 4), filled(decode.quest(2, 2), K), K, V),
+                              'make the cache by decode.empty_cache with this rule'),
+    'no token': (lambda: decoder(decode.quest(2, 2)).step(Q, decode.empty_cache(decode.quest(2, 2), 1, 8, 1, 4)),
+                 'the cache holds no token; store'),
+    'a gate of other heads': (lambda: decoder(decode.seer(GATE, 2, 2)).step(
+        PAIRS[:, :2, 0], filled(decode.seer(GATE, 2, 2), PAIRS)), '1 times 1 heads does not fit queries of 2 heads'),
+    'queries': (lambda: decoder(decode.quest(2, 2)).step(Q[0], filled(decode.quest(2, 2), K)),
+                r'`q` must be an array \[B, heads, d\]'),
 }
 
 

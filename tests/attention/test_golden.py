@@ -51,7 +51,7 @@ def test_lists_are_increasing_and_count_what_does_not_fit():
   assert whole.index.shape == (3, 4) and whole.counts.tolist() == [2, 0, 4] and int(whole.overflow) == 0
   with pytest.raises(ValueError, match='a traced mask of shape .* needs capacity='):
     jax.jit(attention.of_mask)(mask)
-  with pytest.raises(ValueError, match=r'the mask is int64\[2\]; give bool'):
+  with pytest.raises(ValueError, match=r'must be an array \[..., nq, nk\], not int64\[2\]'):
     attention.of_mask(np.array([0, 1]))
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 from products import normal
 
 import kernels_pallas
@@ -107,6 +108,7 @@ def test_attention_is_read(name):
   apply, args = made()
   report = kernels_pallas.sparse_attention(apply, attention.full(block=4), explain=True)(*args)
   assert [(row.edits, row.shape, row.problem, row.achieved) for row in report.rows] == [(edits, shape, '', 0.0)]
+  assert 'the lists have all of its blocks' in str(report)
   last = edits.split(', ')[-1]
   assert ('of scores' in report.rows[0].runs) == (last not in ('', 'causal'))  # no kernel computes edits, which is said
   assert last in ('', 'causal') or 'cuda: xla (it has no ' in (runs := report.rows[0].runs) and repr(last) in runs
@@ -143,6 +145,22 @@ def test_a_query_whose_blocks_are_hidden_keeps_its_own_key(implementation):
   assert own.any()
   exact, found = jax.jit(lambda *a: (jnn(*a[:3], mask=left | own), run(*a)))(*SHARED, pad)
   np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
+WINDOW = CAUSAL[0, 0] & ~jnp.tril(jnp.ones((T, T), bool), -2)
+
+
+@pytest.mark.parametrize('mask, blocks', [(WINDOW, (2, 2)), (CAUSAL[0, 0], (4, 2)), (WINDOW[4:], (2, 2))],
+                         ids=['window', 'tall', 'last'])
+def test_no_query_is_left_without_a_key(mask, blocks):
+  """One block of keys is asked for, in which some queries of a block see keys and others none."""
+  q = EQUAL[0][:, -len(mask):]
+  program = lambda q, k, v: jnn(q, k, v, mask=mask[None, None])
+  for column in range(T // blocks[1]):
+    pick = lambda site, n=column: attention.BlockMask(np.broadcast_to(
+        np.arange(T // blocks[1])[None, None] == n, (1, len(mask) // blocks[0], T // blocks[1])), *blocks)
+    seen = np.asarray(kernels_pallas.sparse_attention(program, pick)(q, EQUAL[1], jnp.ones_like(EQUAL[2])))
+    np.testing.assert_allclose(seen, 1, rtol=1e-5)  # weights that sum to 1
 
 
 @jax.custom_vjp
@@ -198,6 +216,10 @@ UNREAD = {
     'shard_map': (sharded_program, 'inside of a shard_map'), 'late': (late, 'before they are divided by their sum'),
     'sorted': (sorted_scores, 'scores go through sort'), 'halves': (of_halves, 'softmax|reduce_max'),
     'no softmax': (unnormalised, 'before they are divided by their sum'),
+    'a Pallas kernel': (lambda q, k, v: pl.pallas_call(lambda q, k, v, y: None, jax.ShapeDtypeStruct(q.shape, q.dtype))(
+        q, k, v), 'pallas_call is a kernel that cannot be read'),
+    'a library': (lambda q, k, v: jax.ffi.ffi_call('flash', jax.ShapeDtypeStruct(q.shape, q.dtype))(q, k, v),
+                  'ffi_call is a kernel that cannot be read'),
     'parameters': (lambda p, x: jax.nn.softmax(x @ p) @ p.T, 'keys and values are parameters'),
 }
 
@@ -219,6 +241,27 @@ def test_weights_that_are_used_elsewhere_are_listed():
   report = kernels_pallas.sparse_attention(with_weights, attention.empty(block=4), explain=True)(*EQUAL)
   assert [bool(row.problem) for row in report.rows] == [False, True]
   assert 'replaced, and computed densely too, because its weights are a result' in report.rows[1].problem
+
+
+@pytest.mark.parametrize('builder', [attention.band(0, 2), attention.sliding(2, 2), attention.strided(4, block=2),
+                                     attention.sharded(1, 2, block=2)], ids=['band', 'sliding', 'strided', 'sharded'])
+def test_distances_count_from_the_keys_at_which_queries_stand(builder):
+  """The last four queries alone see the blocks that they see among all, and queries without a place are refused."""
+  def of(length, causal=True):
+    masks = []
+    mask = jnp.tril(jnp.ones((length, T), bool), T - length)
+    apply = lambda q, k, v: jnn(q, k, v, mask=mask[None, None] if causal else None)
+    attention.attended(apply, lambda site: masks.append(builder(site).mask & site.blocks(2, 2)))(
+        EQUAL[0][:, T - length:], *EQUAL[1:])
+    return masks[0]
+
+  if builder != attention.sharded(1, 2, block=2):  # which differs without `causal`
+    np.testing.assert_array_equal(of(4), of(T)[:, 2:])
+  kernels_pallas.sparse_attention(lambda *qkv: jnn(*qkv, is_causal=True), builder)(EQUAL[0][:, :4], *EQUAL[1:])
+  with pytest.raises(ValueError, match=r'queries \(2, 4, 4, 8\) and keys .* does not know at which keys'):
+    of(4, causal=False)
+  with pytest.raises(ValueError, match='its queries begin at key 3, which is not whole blocks of 2'):
+    of(5)
 
 
 def test_other_products_are_no_attention():
@@ -252,6 +295,17 @@ REFUSED = {
         jnn, lambda site: attention.BlockMask(np.ones((3, 4, 4), bool), 2, 2))(*EQUAL), r'bool\[3, 4, 4\] at '),
     'gates of another program': (lambda: kernels_pallas.sparse_attention(
         jnn, attention.gated_blocks({'a': 1}, keep=1, block=2))(*EQUAL), r"no gate '.*are for \['a'\]"),
+    'gates of other heads': (lambda: kernels_pallas.sparse_attention(jnn, lambda site: attention.gated_blocks(
+        {site.name: {'key': jnp.ones((2, 16, 8))}}, keep=1, block=2)(site))(*EQUAL), r'query \[4, 8, size\] and key'),
+    'a predictor of other lengths': (lambda: kernels_pallas.sparse_attention(jnn, attention.predicted(
+        {'query': jnp.ones((8, 4))}, keep=1, block=2))(*EQUAL),
+        r"pool and basis \[8, n\].*'query': \(8, 4\), 'key': None"),
+    'an answer that is none': (lambda: attention.attended(jnn, attention.full(2))(*EQUAL),
+                               r'the answer is no array .2, 8, 4, 8., but a BlockMask'),
+    'a long prompt': (lambda: kernels_pallas.sparse_attention(jnn, attention.measured(0.5, 2, prompt=9))(*EQUAL),
+                      r'keys \(2, 8, 4, 8\): `prompt` of 9 tokens is longer'),
+    'an unknown implementation': (lambda: kernels_pallas.sparse_attention(jnn, attention.full(), implementation='x'),
+                                  "implementation 'x'.* Valid: None, dense, "),
     'no function': (lambda: kernels_pallas.sparse_attention(jnn, 3), '`builder` must be a function'),
     'an unknown edit': (lambda: kernels_pallas.block_sparse_attention(
         *EQUAL, jnp.zeros((4, 4, 1), jnp.int32), block_q=2, block_k=2,

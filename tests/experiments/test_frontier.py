@@ -72,12 +72,19 @@ def test_lines_of_activation_rules_of_a_tiny_encoder(monkeypatch):
 def test_the_command_can_name_each_rule():
   given = {table: frontier._parsed([table, '--workdir', '', '--rules', ','.join(rules)])
            for table, rules in RULES.items()}
+  sizes = {name: str(number) for number, name in enumerate(engine.FrontierSizes._fields, 3)}
+  given_sizes = frontier._parsed(['decoder', '--workdir', '', *(f'--{name}={n}' for name, n in sizes.items())])
+  assert [getattr(given_sizes, name) for name in sizes] == [3, 4, 5, 6, 7]
   assert {table: each.rules for table, each in given.items()} == {table: list(each) for table, each in RULES.items()}
 
 
 REFUSED = {
     'a table': (lambda folder: frontier.run('encoders', folder), "Did you mean 'encoder'"),
     'a rule': (lambda folder: frontier.run('decoder', folder, rules=['qest']), "Did you mean 'quest'"),
+    'no window': (lambda folder: frontier.run('decoder', folder, sizes=engine.FrontierSizes(windows=0)),
+                  '.windows. must be at least 1'),
+    'a short haystack': (lambda folder: frontier.run('decoder', folder, sizes=engine.FrontierSizes(haystack=96)),
+                         'have room for both needles'),
     'a sparsity': (lambda folder: frontier.run('decoder', folder, sparsities=[1.0]), 'from 0 to below 1, not 1.0'),
 }
 

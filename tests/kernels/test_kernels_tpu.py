@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from products import blocks, f32, normal, rounded_once
 
+from kernels_pallas import attention as ops
 from kernels_pallas import block_sparse_attention, mosaic_tpu
 from kernels_pallas.active import active_matmul, active_outputs
 from kernels_pallas.active import tpu as active
@@ -20,6 +21,7 @@ from kernels_pallas.block_sparse import tpu as block_sparse
 from kernels_pallas.gathered import gathered_attention
 from kernels_pallas.gathered import tpu as gathered
 from kernels_pallas.n_m import tpu as n_m
+from sparsejax.attention.edits import ScoreEdit, segment_edits
 from sparsejax.formats import BlockSparseArray, NMArray
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -268,6 +270,31 @@ def test_attention_lowers(block, dtype, causal):
   assert calls(f, q, q, q, index, counts) == 1
   gradient = jax.grad(lambda *args: jnp.sum(f(*args).astype(F32)), (0, 1, 2))
   assert calls(gradient, q, q, q, index, counts) == 3
+
+
+@pytest.mark.parametrize('case', ['padding', 'hidden'])
+def test_attention_within_segments_and_without_padding(case, monkeypatch):
+  """Numbers of segments, and masks of keys, are those of XLA; a query without a key has its own if it is listed."""
+  random, block = np.random.default_rng(0), 128
+  q, k, v = (normal((2, 256, heads, 8), F32, s) for s, heads in ((0, 2), (1, 1), (2, 1)))
+  index, counts = lists(2, 2, 2, 2)
+  ids = jnp.asarray(np.sort(random.integers(0, 3, (2, 256))), jnp.int32)
+  mask = ScoreEdit('mask', jnp.asarray(random.random((2, 1, 1, 256)) < 0.5 * (case == 'padding')))
+  edits = (mask,) if case == 'hidden' else (mask, *segment_edits(ids, ids))
+  options = ops.Options(block, block, case == 'padding', 8 ** -0.5, 256, 256,
+                        tuple((edit.kind, edit.array.dtype == bool) for edit in edits))
+  arrays = ops._edit_arrays(edits, q, k, options)
+  run = lambda *qkv, **more: block_sparse_attention(*qkv, index, counts, **options.plain, edits=edits, **more)
+  wanted, pull_back_wanted = jax.vjp(lambda *qkv: run(*qkv, implementation='xla'), q, k, v)
+  assert calls(run, q, k, v) == 1
+  assert calls(jax.grad(lambda *qkv: jnp.sum(run(*qkv) ** 2), (0, 1, 2)), q, k, v) == 4  # the result twice
+  monkeypatch.setattr(attention, 'attention', functools.partial(attention.attention, interpret=INTERPRET))
+  kernel = lambda *qkv: ops._table(options)['mosaic_tpu'].function(*qkv, *arrays, index, counts)
+  y, pull_back = jax.vjp(kernel, q, k, v)
+  rounded_once(y, wanted, 1, 1e-5)
+  dy = normal(y.shape, F32, 3)
+  for got, gradient in zip(pull_back(dy), pull_back_wanted(dy)):
+    rounded_once(got, gradient, 256, 1e-5)
 
 
 def test_the_gradient_of_attention_runs_kernels_on_a_tpu():

@@ -9,6 +9,7 @@ import math
 import types
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import kernels_pallas
@@ -16,12 +17,13 @@ import sparsejax
 from sparsejax import arguments
 from sparsejax.argument_kinds import ANYTHING
 
-BAD = (-1, 2.5, math.nan, True, 'x', b'x', None, [1], (), {}, {'a': None}, object(), jnp.ones(3), lambda *_: 1, 10**30)
+BAD = (-1, 0, 2.5, math.nan, True, 'x', b'x', None, [1], (), {}, {'a': None}, object(), jnp.ones(3), lambda *_: 1,
+       10**30)
 # Words are called by the library, and some functions serve authors of words, formats and clients of programs.
 WORDS = ('scores', 'updates', 'saliences', 'ranking', 'types', 'units')
 OF_AUTHORS = {
     # The ops name the format that they take, see `tests/kernels`.
-    'kernels_pallas': tuple({*kernels_pallas.__all__} - {'packed', 'prepared'}),
+    'kernels_pallas': tuple({*kernels_pallas.__all__} - {'packed', 'prepared', 'decoder', 'once', 'sparse_attention'}),
     'activation': ('error_bound',), 'calibration': ('add', 'gram', 'magnitudes', 'moments'),
     'flows': ('bidirectional', 'forgotten', 'is_forgotten'),
     'formats': ('axes_of', 'is_packed', 'packings', 'unfit', 'with_axes'), 'patterns': ('kept_of', 'parse', 'units'),
@@ -33,7 +35,9 @@ OF_AUTHORS = {
               'per_leaf', 'select', 'undecided')}
 # The functions tell these arguments apart themselves: a state or a pattern, inputs of the user's own function.
 TOLD_APART = {'opt_state', 'pack.state', 'prune.recipe', 'inputs', 'kwargs', 'axis', 'style', 'options', 'ticket'}
-GIVEN = {**{name: getattr(sparsejax, name) for name in sparsejax.__all__}, 'kernels_pallas': kernels_pallas}
+GIVEN = {**{name: getattr(sparsejax, name) for name in sparsejax.__all__}, 'kernels_pallas': kernels_pallas,
+         'decode': sparsejax.attention.decode}
+NUMBERS = 0, 1, 3, 0.5
 
 
 def functions():
@@ -60,6 +64,7 @@ def test_every_argument_of_a_public_function_has_a_kind_and_others_are_refused(f
     assert kind, f'{key} of {name} has no kind'
     others = [value for value in BAD if not kind.fits(value) and value is not parameter.default]
     assert others or kind is ANYTHING
+    assert all(kind.fits(np.asarray(value)[()]) for value in NUMBERS if kind.fits(value)), f'{key}: a scalar of NumPy'
     for value in others if not kind.scheduled else ():
       with pytest.raises(ValueError, match=f'^{name}: `{key}` must be '):
         function(value) if parameter.kind is parameter.VAR_POSITIONAL else function(**{key: value})
@@ -73,4 +78,5 @@ def test_a_class_is_not_one_of_its_values():
 
 def test_the_law_sees_the_tools():
   assert {'report', 'check', 'prune', 'io.load', 'structured.cut', 'metrics.barrier', 'plot.saved', 'formats.pack',
-          'kernels_pallas.packed', 'trees.named', 'contractions'} <= {*FUNCTIONS} and len(FUNCTIONS) > 100
+          'kernels_pallas.packed', 'trees.named', 'contractions',
+          'decode.quest', 'kernels_pallas.decoder', 'tokens.stack'} <= {*FUNCTIONS} and len(FUNCTIONS) > 100
