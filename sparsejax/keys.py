@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparsejax.neighbours import where_kept
 from sparsejax.types import Array
 
 
@@ -30,7 +29,7 @@ def order_keys(scores: Array, dtype: Any = jnp.float32) -> Array:
   infinity, most = np.array(np.inf, dtype).view(kind), kind(jnp.iinfo(kind).max)
   bits = lax.bitcast_convert_type(scores.astype(dtype), kind)
   magnitude, sign = bits & most, bits >> (jnp.iinfo(kind).bits - 1)
-  return where_kept(magnitude <= infinity, (magnitude ^ sign) - sign, -infinity - kind(1))
+  return lax.select(magnitude > infinity, lax.full_like(bits, -infinity - kind(1)), (magnitude ^ sign) - sign)
 
 
 def key_scores(keys: Array) -> Array:

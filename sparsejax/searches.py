@@ -11,7 +11,6 @@ import numpy as np
 from jax import lax
 
 from sparsejax.keys import varying
-from sparsejax.neighbours import where_kept
 from sparsejax.types import Array
 from sparsejax.wholes import along, totals
 
@@ -49,10 +48,10 @@ def top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> li
     entry = lambda which: lax.iota(jnp.int32, 4) + turn == which + turn
     step = lax.shift_left(np.int32(1), lax.select(tied, np.int32(turns - 1), np.int32(info.bits - 1)) - turn)
     settled = entry(lax.select(tied, np.int32(_STOP), np.int32(_LEAST)))
-    tried = now + entry(_TURN).astype(jnp.int32) + where_kept(settled, step)
+    tried = now + entry(_TURN).astype(jnp.int32) + step * settled.astype(jnp.int32)
     found = number(tried)
     fits = (found <= n) & tied | (found >= n) & ~tied | entry(_TURN)
-    return lax.select(fits, where_kept(entry(_NUMBER), found, tried), now)
+    return lax.select(fits, lax.select(entry(_NUMBER), lax.full_like(now, found), tried), now)
 
   def goes_on(now: Array) -> Array:
     turn, found = (lax.index_in_dim(now, i, keepdims=False) for i in (_TURN, _NUMBER))

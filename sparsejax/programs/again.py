@@ -53,15 +53,15 @@ def halves(function: Callable[[PyTree], tuple[PyTree, PyTree]], spent: PyTree) -
   called = jax.jit(function)
   program = jax.make_jaxpr(called)(spent)
   first, second = called(spent)  # stages the call that is traced already, and traces nothing
-  (call,), outside = program.eqns, dict(zip(program.jaxpr.constvars, program.consts))
+  (call,), closed_over = program.eqns, dict(zip(program.jaxpr.constvars, program.consts))
   body = jaxprs.body(call)
   jaxpr, number = jaxprs.opened(body), len(jax.tree.leaves(first))
   sliced = _sliced(jaxpr, number)
-  gone = {v for v, given in zip(jaxpr.invars, call.invars) if given not in outside and math.prod(v.aval.shape) > 1}
+  gone = {v for v, given in zip(jaxpr.invars, call.invars) if given not in closed_over and math.prod(v.aval.shape) > 1}
   if not gone.isdisjoint(sliced.invars):
     return Halves(first, second)
-  outside |= zip(program.jaxpr.invars, arrays)
-  known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*jaxprs.constants(body), *map(outside.get, call.invars)]))
+  values = closed_over | dict(zip(program.jaxpr.invars, arrays))
+  known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*jaxprs.constants(body), *map(values.get, call.invars)]))
   again = functools.partial(_again, sliced, known, jaxpr.outvars[number:], jax.tree.structure(first))
   return Halves(first, second, again, all(map(_entrywise, sliced.eqns)))
 

@@ -167,15 +167,15 @@ def marked(updates: PyTree, leaves: Leaves, state: SparseState) -> PyTree:
   """Returns the updates, with NaN for the first sparse leaf if the state, under `jit`, is of another identity.
 
   The identity of a restored state is not known while JAX traces, so the program compares the arrays. The bytes of the
-  hash are compared one by one, as a part of the kernel of the leaf. A sum would be a kernel of its own. The bytes are
-  arrays of one entry: XLA would move a reshape of each by one operation a pass, and repeat all its passes for each. A
+  hash are compared one by one, as a part of the kernel of the leaf. A sum would be a kernel of its own. A byte stays an
+  array of one entry: XLA moves its reshape past one operation at a time, and repeats all of its passes each time. A
   callback of the host, which could raise, would keep the program out of JAX's cache.
   """
   if plans.values_of(state.plan.identity) is not None or not leaves.index:
     return updates  # compared already
   theirs, ours = jnp.asarray(state.plan.identity, jnp.uint8), leaves.plan.fingerprint
-  bytes_ = [lax.ne(lax.slice(theirs, (i,), (i + 1,)), ours[i:i + 1]) for i in range(plans.HASHED)]
-  other = lax.squeeze(functools.reduce(lax.bitwise_or, bytes_), (0,))
+  differ = [lax.ne(lax.slice(theirs, (i,), (i + 1,)), ours[i:i + 1]) for i in range(plans.HASHED)]
+  other = lax.squeeze(functools.reduce(lax.bitwise_or, differ), (0,))
   first, *rest = leaves.pick(updates)
   return leaves.put([lax.select(other, lax.full_like(first, jnp.nan), first), *rest], updates)
 
