@@ -23,10 +23,15 @@ SPARSITY, END, EVERY, FRACTION = 0.9, 3750, 100, 0.3  # of gradual magnitude pru
 Step = optax.GradientTransformationExtraArgs
 
 
+def _copied(params: Any) -> Any:
+  """Returns a copy of the parameters, which a step that donates its arguments can update beside them."""
+  return jax.tree.map(jnp.array, params)
+
+
 def least_master(inner: optax.GradientTransformation) -> Step:
   """Returns the least that a dense master can be: `inner` moves it, and the parameters follow under a fixed mask."""
   def init(params):
-    return params, jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
+    return _copied(params), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), inner.init(params)
 
   def update(grads, state, params, **extra):
     master, masks, own = state
@@ -40,7 +45,7 @@ def least_master(inner: optax.GradientTransformation) -> Step:
 def sr_ste(inner: optax.GradientTransformation) -> Step:
   """Returns SR-STE with 2:4: a master, and no mask in the state, since the pruned weights are the zeros."""
   def init(params):
-    return params, inner.init(params)
+    return _copied(params), inner.init(params)
 
   def update(grads, state, params, **extra):
     master, own = state
@@ -55,7 +60,8 @@ def sr_ste(inner: optax.GradientTransformation) -> Step:
 def mdgf(inner: optax.GradientTransformation) -> Step:
   """Returns MdGf with 2:4 and a linear decay, which scales pruned weights and their gradients: a master, and masks."""
   def init(params):
-    return jnp.zeros((), jnp.int32), params, jax.tree.map(lambda w: two_of_four(jnp.abs(w)), params), inner.init(params)
+    masks = jax.tree.map(lambda w: two_of_four(jnp.abs(w)), params)
+    return jnp.zeros((), jnp.int32), _copied(params), masks, inner.init(params)
 
   def update(grads, state, params, **extra):
     step, master, masks, own = state
@@ -75,7 +81,7 @@ def sdgf_geometric(inner: optax.GradientTransformation) -> Step:
   The groups of all matrices are the columns of a single one, so that the mask of a stage is one program.
   """
   def init(params):
-    return jnp.zeros((), jnp.int32), params, inner.init(params)
+    return jnp.zeros((), jnp.int32), _copied(params), inner.init(params)
 
   def masks(step, master):
     groups = jax.tree.map(lambda w: w.reshape(-1, 32, w.shape[1]), master)
@@ -224,7 +230,7 @@ def soft(inner: optax.GradientTransformation) -> Step:
   """
   def init(params):
     masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
-    return jnp.zeros((), jnp.int32), masks, jax.tree.map(jnp.array, params), inner.init(params)
+    return jnp.zeros((), jnp.int32), masks, _copied(params), inner.init(params)
 
   def update(grads, state, params, **extra):
     step, _, master, own = state
@@ -284,7 +290,7 @@ def soft_movement(inner: optax.GradientTransformation, choosing: bool = False) -
 
   def init(params):
     scores, masks = jax.tree.map(jnp.zeros_like, sparse(params)), jax.tree.map(lambda w: w == w, params)
-    master = jax.tree.map(jnp.array, params)
+    master = _copied(params)
     return jnp.zeros((), jnp.int32), master, scores, masks, adam.init(scores), inner.init(params)
 
   def update(grads, state, params, **extra):

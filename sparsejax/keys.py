@@ -8,6 +8,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,7 +29,7 @@ def order_keys(scores: Array, dtype: Any = jnp.float32) -> Array:
   infinity, most = np.array(np.inf, dtype).view(kind), kind(jnp.iinfo(kind).max)
   bits = lax.bitcast_convert_type(scores.astype(dtype), kind)
   magnitude, sign = bits & most, bits >> (jnp.iinfo(kind).bits - 1)
-  return jnp.where(magnitude > infinity, -infinity - kind(1), (magnitude ^ sign) - sign)
+  return lax.select(magnitude > infinity, lax.full_like(bits, -infinity - kind(1)), (magnitude ^ sign) - sign)
 
 
 def key_scores(keys: Array) -> Array:
@@ -55,6 +56,8 @@ def largest_key(enough: Callable[[list[Array]], list[Array]], like: Array, bits:
 
 def varying(keys: Array, enough: Callable[[list[Array]], list[Array]]) -> Array:
   """Returns `keys`, as an array that varies between the devices of a `shard_map` as the answers of `enough` do."""
+  if not jax.sharding.get_abstract_mesh().manual_axes:
+    return keys
   # The carry of a loop must vary from the start. XLA removes the product with zero, and with it the call.
   return keys + 0 * enough([keys])[0].astype(keys.dtype)
 

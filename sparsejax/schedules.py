@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from sparsejax import arguments, errors
 from sparsejax.arguments import checked
@@ -194,7 +195,7 @@ def _after(name: str, begin: int, end: int) -> int:
 def _progress(step: Step, begin: int, end: int) -> Any:
   step = jnp.asarray(step, jnp.float32)
   # XLA multiplies by the reciprocal of a constant divisor. 41 / 41 is then not 1, but the last value must be exact.
-  return jnp.where(step < end, jnp.clip((step - begin) / (end - begin), 0.0, 1.0), 1.0)
+  return lax.select(step < end, lax.clamp(0.0, (step - begin) / (end - begin), 1.0), lax.full_like(step, 1.0))
 
 
 def _constant(step: Step, value: float) -> Any:
@@ -231,7 +232,8 @@ def _stepwise(step: Step, values: tuple[Any, ...], boundaries: tuple[int, ...]) 
 
 def _every(step: Step, steps: int, begin: int, end: int | None = None) -> Any:
   step = jnp.asarray(step)
-  due = (step >= begin) & ((step - begin) % steps == 0)
+  since = step - begin
+  due = (since >= 0) & (lax.rem(since, lax.full_like(since, steps)) == 0)
   return due if end is None else (due & (step < end)) | (step == end)
 
 

@@ -32,7 +32,7 @@ def top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> li
 
   def kept(now: Array) -> list[list[Array]]:
     turn, least, stop = (lax.index_in_dim(now, i, keepdims=False) for i in (_TURN, _LEAST, _STOP))
-    stop = jnp.where(turn > info.bits, stop, size)  # all equal keys count until their places are settled
+    stop = lax.select(turn > info.bits, stop, np.int32(size))  # all equal keys count until their places are settled
     # An iota is made anew in each turn. XLA would make its sum with the starts an array, an operand of the loop.
     places = [index_along(range(1, key.ndim), key.shape) for key in keys]
     stops = [stop - lax.expand_dims(start, range(1, key.ndim)) for key, start in zip(keys, starts)]
@@ -46,11 +46,12 @@ def top_n_of_rows(keys: list[Array], starts: Sequence[np.ndarray], n: Any) -> li
     tied = turn >= info.bits
     # XLA would compute what does not depend on the turn before the loop, by kernels of their own.
     entry = lambda which: lax.iota(jnp.int32, 4) + turn == which + turn
-    step = lax.shift_left(np.int32(1), jnp.where(tied, turns - 1, info.bits - 1) - turn)
-    tried = now + jnp.where(entry(_TURN), 1, jnp.where(entry(jnp.where(tied, _STOP, _LEAST)), step, 0))
+    step = lax.shift_left(np.int32(1), lax.select(tied, np.int32(turns - 1), np.int32(info.bits - 1)) - turn)
+    settled = entry(lax.select(tied, np.int32(_STOP), np.int32(_LEAST)))
+    tried = now + entry(_TURN).astype(jnp.int32) + step * settled.astype(jnp.int32)
     found = number(tried)
     fits = (found <= n) & tied | (found >= n) & ~tied | entry(_TURN)
-    return jnp.where(fits, jnp.where(entry(_NUMBER), found, tried), now)
+    return lax.select(fits, lax.select(entry(_NUMBER), lax.full_like(now, found), tried), now)
 
   def goes_on(now: Array) -> Array:
     turn, found = (lax.index_in_dim(now, i, keepdims=False) for i in (_TURN, _NUMBER))

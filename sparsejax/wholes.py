@@ -63,8 +63,9 @@ def counted(n: Count, size: int) -> Any:
   """
   if size > most():
     return n
-  where = np.where if isinstance(n.high, (int, np.integer)) else jnp.where
-  return where(n.high < 0, np.int32(-1), where(n.high > 0, np.int32(size), n.low))
+  if isinstance(n.high, (int, np.integer)):  # a number that stays known while JAX traces
+    return np.int32(-1 if n.high < 0 else size if n.high > 0 else n.low)
+  return jnp.where(n.high < 0, np.int32(-1), jnp.where(n.high > 0, np.int32(size), n.low))
 
 
 def one(like: Any) -> Any:

@@ -17,7 +17,6 @@ import jax
 from jax.extend import core
 
 from sparsejax.programs import jaxprs
-from sparsejax.programs.tracing import Program, trace
 from sparsejax.types import PyTree
 
 # Each entry of the results of these operations depends on the same entry of the operands alone.
@@ -51,32 +50,29 @@ def halves(function: Callable[[PyTree], tuple[PyTree, PyTree]], spent: PyTree) -
   traced = any(isinstance(leaf, jax.core.Tracer) for leaf in arrays)
   if not traced or not all(isinstance(leaf, jax.Array) for leaf in arrays):
     return Halves(*function(spent))
-  inlined = jax.jit(function, inline=True)
-  program = trace(inlined, (spent,))
-  if len(program.jaxpr.eqns) > 1:  # this call stages what `trace` has traced, and traces nothing
-    first, second = inlined(spent)
-  else:  # from JAX 0.12 on the program is a call of the function, which hides its operations
-    program = trace(function, (spent,))
-    whole = core.ClosedJaxpr(program.jaxpr, program.consts)
-    first, second = program.unflatten(core.jaxpr_as_fun(whole)(*program.arrays))
-  leaves, structure = jax.tree.flatten(first)
-  number = sum(i not in program.others for i in range(len(leaves)))
-  sliced = _sliced(program.jaxpr, number)
-  given = dict(zip(program.jaxpr.invars, program.arrays))
-  if any(v in given and math.prod(v.aval.shape) > 1 for v in sliced.invars):
+  called = jax.jit(function)
+  program = jax.make_jaxpr(called)(spent)
+  first, second = called(spent)  # stages the call that is traced already, and traces nothing
+  (call,), closed_over = program.eqns, dict(zip(program.jaxpr.constvars, program.consts))
+  body = jaxprs.body(call)
+  jaxpr, number = jaxprs.opened(body), len(jax.tree.leaves(first))
+  sliced = _sliced(jaxpr, number)
+  gone = {v for v, given in zip(jaxpr.invars, call.invars) if given not in closed_over and math.prod(v.aval.shape) > 1}
+  if not gone.isdisjoint(sliced.invars):
     return Halves(first, second)
-  again = functools.partial(_again, program, sliced, leaves, structure)
+  values = closed_over | dict(zip(program.jaxpr.invars, arrays))
+  known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*jaxprs.constants(body), *map(values.get, call.invars)]))
+  again = functools.partial(_again, sliced, known, jaxpr.outvars[number:], jax.tree.structure(first))
   return Halves(first, second, again, all(map(_entrywise, sliced.eqns)))
 
 
-def _again(program: Program, sliced: Any, leaves: list[Any], structure: Any, second: PyTree) -> PyTree:
-  """Returns the first result, with these `leaves`, by the part of the program between the second and the first."""
-  jaxpr, others, number = program.jaxpr, program.others, len(sliced.outvars)
-  arrays = [x for i, x in enumerate(jax.tree.leaves(second), len(leaves)) if i not in others]
-  known = {**dict(zip(jaxpr.constvars, program.consts)), **dict(zip(jaxpr.invars, program.arrays))}
-  known |= {v: x for v, x in zip(jaxpr.outvars[number:], arrays) if not isinstance(v, core.Literal)}
-  results = iter(core.jaxpr_as_fun(core.ClosedJaxpr(sliced, ()))(*(known[v] for v in sliced.invars)))
-  return jax.tree.unflatten(structure, [x if i in others else next(results) for i, x in enumerate(leaves)])
+def _again(sliced: Any, known: dict[Any, Any], outvars: list[Any], structure: Any, second: PyTree) -> PyTree:
+  """Returns the first result, by the part of the program between the second and the first.
+
+  `known`: the values of constants and inputs of the program. `outvars`: the variables of the second result.
+  """
+  known = known | {v: x for v, x in zip(outvars, jax.tree.leaves(second)) if not isinstance(v, core.Literal)}
+  return jax.tree.unflatten(structure, core.jaxpr_as_fun(core.ClosedJaxpr(sliced, ()))(*map(known.get, sliced.invars)))
 
 
 def _sliced(jaxpr: Any, number: int) -> Any:

@@ -6,7 +6,6 @@
 
 import functools
 import math
-import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -168,16 +167,17 @@ def marked(updates: PyTree, leaves: Leaves, state: SparseState) -> PyTree:
   """Returns the updates, with NaN for the first sparse leaf if the state, under `jit`, is of another identity.
 
   The identity of a restored state is not known while JAX traces, so the program compares the arrays. The bytes of the
-  hash are compared one by one, as a part of the kernel of the leaf. A sum would be a kernel of its own. A callback of
-  the host, which could raise, would keep the program out of JAX's cache.
+  hash are compared one by one, as a part of the kernel of the leaf. A sum would be a kernel of its own. A byte stays an
+  array of one entry: XLA moves its reshape past one operation at a time, and repeats all of its passes each time. A
+  callback of the host, which could raise, would keep the program out of JAX's cache.
   """
   if plans.values_of(state.plan.identity) is not None or not leaves.index:
     return updates  # compared already
-  theirs = jnp.asarray(state.plan.identity, jnp.uint8)
-  ours = enumerate(leaves.plan.fingerprint[:plans.HASHED])
-  same = functools.reduce(operator.and_, [lax.index_in_dim(theirs, i, keepdims=False) == byte for i, byte in ours])
+  theirs, ours = jnp.asarray(state.plan.identity, jnp.uint8), leaves.plan.fingerprint
+  differ = [lax.ne(lax.slice(theirs, (i,), (i + 1,)), ours[i:i + 1]) for i in range(plans.HASHED)]
+  other = lax.squeeze(functools.reduce(lax.bitwise_or, differ), (0,))
   first, *rest = leaves.pick(updates)
-  return leaves.put([jnp.where(same, first, jnp.asarray(jnp.nan, first.dtype)), *rest], updates)
+  return leaves.put([lax.select(other, lax.full_like(first, jnp.nan), first), *rest], updates)
 
 
 def refuse_line_search(inner_state: Any) -> None:
