@@ -8,7 +8,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -187,12 +187,13 @@ def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lamb
 
 
 def _later(plan: formats.Packing, leaf: Any, done: Callable[[int, int], None]) -> io.Stored:
-  def load() -> formats.PackedArray:
-    small = plan.packed(leaf)
+  def packing() -> tuple[formats.PackedArray, Iterator[Mapping[str, Any]]]:
+    small, blocks = plan.in_blocks(stored)
     done(leaf.size * leaf.dtype.itemsize, nbytes(small.in_files()))
-    return small
+    return small, blocks
 
-  return io.Stored(tuple(leaf.shape), np.dtype(leaf.dtype), load,
+  stored = leaf if isinstance(leaf, io.Stored) else io.Stored(leaf.shape, leaf.dtype, lambda: leaf)
+  return io.Stored(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: plan.packed(stored.load()), packing=packing,
                    index_bytes=max(each.index_bytes for each in plan.formats))
 
 

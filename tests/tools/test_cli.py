@@ -238,6 +238,7 @@ def test_blocks_of_a_parameter_decide_as_the_whole_parameter_does(run, monkeypat
         io.save('expected', formats.pack({'fc': {name: each}}, pattern))
       except ValueError as refusal:
         assert (status, err) == (2, f'sparsejax: {refusal}\n')
+        assert set(os.listdir()) <= {'F', 'out', 'expected'}  # The refusal of a late block leaves no part of a file.
       else:
         assert same(io.load('out'), io.load('expected'))
 
