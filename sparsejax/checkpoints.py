@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import census, errors, formats, io, patterns, progress, reports, trees
-from sparsejax.formats.arrays import block_rows, nbytes
+from sparsejax.formats.arrays import nbytes
 from sparsejax.io import slots
 from sparsejax.reports import LeafReport, Report
 from sparsejax.types import Axes, Pattern, Predicate, PyTree
@@ -151,7 +151,7 @@ def _row(path: str, leaf: Any, pattern: Pattern | None, axes: Axes) -> LeafRepor
   if not leaf.blocks or not leaf.size or not multiple:
     return row(leaf.load())
   nonzeros, groups = 0, tuple({each.m for each in asked})
-  for block in leaf.blocks(block_rows(leaf.shape, leaf.dtype, multiple)):
+  for block in leaf.in_multiples(multiple):
     more, most = census.taken(block, axes, groups)
     nonzeros += more
     asked = [each for each in asked if most[each.m] <= each.n]

@@ -60,7 +60,7 @@ class BitmaskArray(arrays.PackedArray):
       return super().in_blocks(leaf, pattern, axes, signed_zeros)
     octets = 8 // math.gcd(8, math.prod(leaf.shape[1:]))
     values, count, masks = np.empty(leaf.size, leaf.dtype), 0, []  # Memory is taken only where values are written.
-    for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, octets)):
+    for block in leaf.in_multiples(octets):
       found, mask = pieces.compacted(block.reshape(-1), signed_zeros)
       values[count:count + len(found)] = found
       count += len(found)

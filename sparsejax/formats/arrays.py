@@ -277,12 +277,6 @@ def nbytes(tree: Any) -> int:
   return sum(math.prod(np.shape(x)) * size(x) for x in jax.tree.leaves(tree))
 
 
-def block_rows(shape: tuple[int, ...], dtype: Any, multiple: int) -> int:
-  """Returns how many rows of an array make a block of about 4 MB, a multiple of `multiple`."""
-  row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-  return max((1 << 22) // max(row, 1) // multiple, 1) * multiple
-
-
 def contracted_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> tuple[int, ...]:
   """Returns the contracted axes of `w`, counted from the front. Raises `ValueError` if `w` has no such axes."""
   axes = axes.contracted if isinstance(axes, Axes) else (axes,) if isinstance(axes, int) else tuple(axes)

@@ -102,7 +102,7 @@ class NMArray(arrays.PackedArray):
       return super().in_blocks(leaf, pattern, axes, signed_zeros)
 
     def packed():
-      for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, multiple)):
+      for block in leaf.in_multiples(multiple):
         try:
           yield cls.from_pattern(block, pattern, axes, signed_zeros=signed_zeros).arrays()
         except arrays.Misfit:  # The refusal of the whole leaf counts all of its groups.

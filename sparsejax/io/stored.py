@@ -19,6 +19,8 @@ from sparsejax.formats import pieces
 from sparsejax.io import headers
 from sparsejax.types import Axes, PyTree
 
+_BLOCK = 1 << 22  # bytes that are read at a time
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
@@ -37,6 +39,13 @@ class Stored:
   axes: Axes | None = None
   index_bytes: int = 0
   packing: Callable[[], tuple[formats.PackedArray, Iterator[Mapping[str, Any]]]] | None = None
+
+  def in_multiples(self, multiple: int) -> Iterator[np.ndarray]:
+    """Yields a dense leaf in blocks of about `_BLOCK` bytes, whose rows are a multiple of `multiple` but for the last.
+    """
+    row = math.prod(self.shape[1:]) * self.dtype.itemsize
+    assert self.blocks
+    return self.blocks(max(_BLOCK // max(row, 1) // multiple, 1) * multiple)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.asarray(self.load(), dtype)

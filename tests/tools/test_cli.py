@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import sparsejax as sj
 from sparsejax import checkpoints, cli, formats, io, planning, spellings
-from sparsejax.formats import arrays
 
 
 def sparse(*shape, dtype='float32', axis=-2):
@@ -221,8 +220,7 @@ def test_the_version_is_that_of_the_package(run):
 @pytest.mark.parametrize('axis, dtype', [(0, 'float32'), (1, 'bfloat16')])
 def test_blocks_of_a_parameter_decide_as_the_whole_parameter_does(run, monkeypatch, axis, dtype):
   """Reads a few rows at a time, and compares with the library on whole arrays: reports, refusals and packed files."""
-  monkeypatch.setattr(checkpoints, 'block_rows', lambda shape, dtype, multiple: multiple)
-  monkeypatch.setattr(arrays, 'block_rows', lambda shape, dtype, multiple: multiple)
+  monkeypatch.setattr(io.Stored, 'in_multiples', lambda leaf, multiple: leaf.blocks(multiple))
   name = ('kernel', 'weight')[axis]
   w = sparse(96, 96, dtype=dtype, axis=axis)
   crowded = w.copy()
