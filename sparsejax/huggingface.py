@@ -72,7 +72,10 @@ def prune_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str], re
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads((folder / 'config.json').read_text())
+    config = json.loads((folder / 'config.json').read_text())
+    if not isinstance(config, dict):
+      raise ValueError('it is no JSON object')
+    return config
   except (OSError, ValueError) as error:
     raise ValueError(f'prune: {folder} has no config.json that can be read ({error}).') from error
 

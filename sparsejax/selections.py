@@ -97,7 +97,7 @@ class _Leafwise:
     alone = self.sparsity is not None and not self.ranked
     carried = [pattern.validate(arrays[path].shape, axes[path]) for path, pattern in paths_and_patterns]
     refuse(arrays, carried)
-    shares = self.allocation(arrays, self.sparsity, axes) if alone else {}
+    shares = allocations.shares(self.allocation, arrays, self.sparsity, axes) if alone else {}
     asked = [Asked(self.sparsity if self.ranked else shares.get(path, pattern.sparsity), self.ranked)
              for path, pattern in paths_and_patterns]
     refuse(arrays, [self._unasked(pattern, each) for (_, pattern), each in zip(paths_and_patterns, asked)])

@@ -7,7 +7,8 @@ A reader is a function `config -> apply`. Parameters keep their names and layout
 back name by name. `TABLE` maps `model_type` to the reader; a reader from outside is one line.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sparsejax import errors
@@ -26,11 +27,32 @@ MATRICES: dict[str, tuple[str, ...]] = {'bert': bert.MATRICES, 'gpt2': gpt2.MATR
 def reader(config: Mapping[str, Any]) -> str:
   """Returns the name of the reader of a configuration; raises `ValueError` for a model of another type."""
   kind = config.get('model_type')
-  if kind not in TABLE:
+  if not isinstance(kind, str) or kind not in TABLE:
     raise errors.unknown('hub', '`model_type`', kind, TABLE)
-  return str(kind)
+  return kind
 
 
 def forward(config: Mapping[str, Any]) -> Callable[..., Array]:
-  """Returns the forward pass `apply(params, tokens, valid)` of a configuration, or raises `ValueError`."""
-  return TABLE[reader(config)](config)
+  """Returns the forward pass `apply(params, tokens, valid)` of a configuration.
+
+  Raises `ValueError`, here or when `apply` is called, for an entry of the configuration or a tensor that is missing.
+  """
+  kind = reader(config)
+  with _missing(kind, 'config.json'):
+    run = TABLE[kind](config)
+
+  def apply(params: Mapping[str, Any], tokens: Array, valid: Array) -> Array:
+    with _missing(kind, 'config.json and in the safetensors files'):
+      return run(params, tokens, valid)
+
+  return apply
+
+
+@contextlib.contextmanager
+def _missing(kind: str, where: str) -> Iterator[None]:
+  """Names what a reader looked up in vain."""
+  try:
+    yield
+  except KeyError as name:
+    raise ValueError(f'hub.{kind}: {name} is missing in {where}; the folder holds another model, or not all of '
+                     'it.') from None

@@ -124,6 +124,7 @@ def _update(method: Method, /, updates: PyTree, state: SparseState, params: PyTr
 def _init(method: Method, /, params: PyTree, **values: Any) -> SparseState:
   if small.is_stand_in(params):
     return _stand_in(method, params)
+  refusals.refuse_no_arrays(params)
   refusals.refuse_unfilled(method.placeholders, values)
   method = method.filled(values)
   leaves = Leaves.of(method, params)
