@@ -261,8 +261,8 @@ def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:
 def per_leaf(function: str, what: str, value: Any, paths: list[str]) -> list[Any]:
   """Returns one value for each path: `value` itself, or, if `value` is a dict, the value of the first matching glob.
 
-  `what` names the argument. Raises `ValueError` for a path without a glob, and for a glob without a path of its own,
-  which no earlier glob matches; `**` may be without.
+  `what` names the argument. Raises `ValueError` for a path that no glob matches, and for a glob, other than `**`, to
+  which earlier globs leave no path.
   """
   if not isinstance(value, Mapping):
     return [value] * len(paths)
