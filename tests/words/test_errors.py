@@ -315,6 +315,12 @@ REFUSALS = {
         ["'fc/kernel' of shape (16, 8)", '`allocation` gave it the sparsity 2.0']),
     'several keys': (
         lambda: recipes.random_pruning(SGD, 0.5, key=jax.random.split(jax.random.key(0), 3)), ['one PRNG key']),
+    **{f'a score that is {what}': (
+        lambda score=score: update(recipes.gradual_magnitude(SGD, 0.5, end=9, every=1, score=score)),
+        ['`score`', f'returned {said}', 'for each entry'])
+       for what, score, said in (('complex', lambda w, signals: w.astype(jnp.complex64), 'complex64[16, 8]'),
+                                 ('a number', lambda w, signals: 1.0, '1.0'),
+                                 ('a column', lambda w, signals: w[:, :1], 'float32[16, 1]'))},
     'a state of the optimizer alone': (
         lambda: update(recipes.ste(SGD), SGD.init(PARAMS)), ['the state is a tuple', 'SparseState', 'tx.init(params)']),
     'a state of a recipe without a master': (
