@@ -124,10 +124,10 @@ def _update(method: Method, /, updates: PyTree, state: SparseState, params: PyTr
 def _init(method: Method, /, params: PyTree, **values: Any) -> SparseState:
   if small.is_stand_in(params):
     return _stand_in(method, params)
-  refusals.refuse_no_arrays(params)
   refusals.refuse_unfilled(method.placeholders, values)
   method = method.filled(values)
   leaves = Leaves.of(method, params)
+  refusals.refuse_no_arrays(params)
   point = choosing.began(method, leaves, params)
   point = point._replace(inner=method.inner.init(leaves.put(point.weights, params)))
   if method.flow.dense or not method.never:
