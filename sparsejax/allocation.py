@@ -28,6 +28,24 @@ __all__ = [
 ]
 
 OF_ITS_OWN = 'sparsities of its own'  # an allocation with this fact does not look at the sparsity that is asked
+_ROUNDED = 1e-6  # A formula may leave the range from 0 to 1 by a rounding error.
+
+
+def shares(allocation: Allocation, leaves: Mapping[str, Array], sparsity: Any, axes: Mapping[str, Axes]
+           ) -> Mapping[str, float]:
+  """Returns what an allocation gives. Raises `ValueError` unless that is a number from 0 to 1 for each of the leaves.
+  """
+  given = allocation(leaves, sparsity, axes)
+  if not isinstance(given, Mapping) or given.keys() != leaves.keys():
+    missing = [path for path in leaves if path not in given] if isinstance(given, Mapping) else list(leaves)
+    raise ValueError('sparsejax: `allocation` returned no dict with exactly the paths of the sparse leaves; missing: '
+                     f'{errors.some(missing) or "none"}. Give each of {errors.some(list(leaves))} a sparsity.')
+  for path, own in given.items():
+    number = own.item() if arguments.is_known(own) and getattr(own, 'shape', None) == () else own
+    if not is_number(number) or not -_ROUNDED <= number <= 1 + _ROUNDED:
+      raise errors.at_leaf('sparsejax', path, leaves[path].shape, f'`allocation` gave it the sparsity {own!r}; give '
+                           'a number from 0 to 1.')
+  return given
 
 
 class Ranked(NamedTuple):

@@ -21,13 +21,16 @@ class Kind(NamedTuple):
   """A `Kind` says what a parameter may be: `fits(value)`, and the same in words, which are the remedy.
 
   `coefficient`: the number only enters arithmetic, so that a scalar array will do as well, traced or not. `scheduled`:
-  a function of the step will do as well.
+  a function of the step will do as well. `takes`: a function must take so many arguments. `first`: whether the value of
+  a schedule at step 0 is one that the parameter may have.
   """
 
   says: str
   fits: Test
   coefficient: bool = False
   scheduled: bool = False
+  takes: int | None = None
+  first: Test | None = None
 
 
 def is_number(value: Any) -> bool:
@@ -97,9 +100,11 @@ def is_channels(value: Any) -> bool:
 
 
 def is_key(value: Any) -> bool:
-  """Returns whether `value` is a PRNG key, typed or `uint32`, or an array of keys."""
+  """Returns whether `value` is a PRNG key, typed or `uint32`, or an array of keys. A key has two or four numbers."""
   dtype = getattr(value, 'dtype', None)
-  return dtype is not None and (dtype == np.uint32 or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key))
+  if dtype is None or dtype != np.uint32:
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+  return value.shape[-1:] in ((2,), (4,))
 
 
 _PART, _RATE, _SCHEDULE = 'a number from 0 to 1', 'a finite number, at least 0', 'a schedule, a function of the step'
@@ -113,10 +118,10 @@ PLACE = Kind('a whole number, counted from the end if negative', whole(-math.inf
 UPDATES = Kind('a number of updates, whole and at least 1, below 2^31', whole(1, _MOST))
 TIMES = Kind('a whole number, at least 1, below 2^31', whole(1, _MOST))
 PART = Kind(_PART, between(0, 1), coefficient=True)
-PART_OR_SCHEDULE = Kind(f'{_PART}, or {_SCHEDULE}', between(0, 1), coefficient=True, scheduled=True)
+PART_OR_SCHEDULE = Kind(f'{_PART}, or {_SCHEDULE}', between(0, 1), True, True, 1, between(0, 1))
 AVERAGE = Kind('a number from 0 to below 1', between(0, 1, open_at=(1,)), coefficient=True)
 RATE = Kind(_RATE, between(0, math.inf), coefficient=True)
-RATE_OR_SCHEDULE = Kind(f'{_RATE}, or {_SCHEDULE}', between(0, math.inf), coefficient=True, scheduled=True)
+RATE_OR_SCHEDULE = Kind(f'{_RATE}, or {_SCHEDULE}', between(0, math.inf), True, True, 1, between(0, math.inf))
 CHANCE = Kind('a number between 0 and 1, without both', between(0, 1, open_at=(0, 1)))
 POSITIVE = Kind('positive', between(0, math.inf, open_at=(0,)), coefficient=True)
 NUMBER = Kind('a finite number', between(-math.inf, math.inf), coefficient=True)
@@ -126,24 +131,27 @@ FLAG = Kind('True or False', one_of(bool, np.bool_))
 NAME = Kind('a name, a string', one_of(str))
 MESH_AXES = Kind('the name of a mesh axis, or a tuple of names', lambda value: isinstance(value, str) or (
     isinstance(value, tuple) and bool(value) and all(isinstance(name, str) for name in value)))
-SCHEDULE = Kind(_AS_IN, callable)
-BOOLS = Kind(f'{_SCHEDULE} that returns a bool, as in schedules.every(100)', callable)
+SCHEDULE = Kind(_AS_IN, callable, takes=1)
+PART_SCHEDULE = Kind(f'{_AS_IN}, and return {_PART}', callable, takes=1, first=between(0, 1))
+BOOLS = Kind(f'{_SCHEDULE} that returns a bool, as in schedules.every(100)', callable, takes=1)
 FUNCTION = Kind('a function', callable)
 APPLY = Kind('the function that runs the model, whose first argument holds the parameters (without data, '
              'sj.prune_weights(params, pattern) prunes by magnitude)', callable)
+SCORE = Kind('a score, a function of a weight and its Signals, as in scores.magnitude', callable, takes=2)
 # `patterns.parse` answers what is no pattern, with the spellings that it knows.
 PATTERN = Kind("a pattern, as in sj.NM(2, 4), or its spelling, as in '2:4', or a dict of patterns by glob",
                lambda value: having('validate')(value) or isinstance(value, (str, Mapping, tuple, list)))
 ALLOCATION = Kind("an allocation, as in allocation.erk, allocation.named('erk') or allocation.custom({'**': 0.9})",
-                  lambda value: having('normalise', 'score')(value) or callable(value))
+                  lambda value: having('normalise', 'score')(value) or callable(value), takes=3)
 OPTIMIZER = Kind('an optimizer of optax, as in optax.adamw(1e-3)', having('init', 'update'))
-KEY = Kind("a PRNG key, as in jax.random.key(0), or starts.given('key')",
-           lambda value: callable(value) or is_key(value))
+KEY = Kind("one PRNG key, as in jax.random.key(0), or starts.given('key')",
+           lambda value: callable(value) or is_key(value) and value.ndim == (value.dtype == np.uint32))
 AXES = Kind('a mapping from paths to Axes, as in sparsejax.contractions(model.apply, params, x)',
             lambda value: isinstance(value, Mapping) and all(isinstance(path, str) for path in value))
 DRAWN = Kind('a PRNG key, as in jax.random.key(0)', is_key)
 # `trees.select` answers a glob that stands by itself.
-WHERE = Kind("a predicate, as in trees.named('tail/of/path'), or a pytree of bools", lambda value: not is_number(value))
+WHERE = Kind("a predicate of a path and a leaf, as in trees.named('tail/of/path'), or a pytree of bools",
+             lambda value: not is_number(value), takes=2)
 MEMORY = Kind('a scores.Memory', having('start', 'observe'))
 SELECTION = Kind('a selection, as in selections.leafwise(sj.NM(2, 4))', having('plan', 'select'))
 FOLDER = Kind('the path of a folder', lambda value: one_of(str, os.PathLike)(value) and (
@@ -184,7 +192,7 @@ BLOCKS = Kind('an attention.BlockIndex', having('index', 'counts', 'overflow'))
 BASELINE = Kind('a gates.Baseline', having('total', 'weight'))
 ROUTED = Kind('an array [rows, blocks], or a conditional.Routing', lambda value: ARRAY.fits(value) or having(
     'tokens', 'filled')(value))
-PREDICATE = Kind("a predicate, as in trees.named('tail/of/path')", callable)
+PREDICATE = Kind("a predicate of a path and a leaf, as in trees.named('tail/of/path')", callable, takes=2)
 CONTRACTIONS = Kind('the contractions of a program, as in sparsejax.contractions(apply, params, x)',
                     having('uses', 'macs', 'other_macs'))
 UNITS = Kind('the groups of a program, as in structured.groups(apply, params, x)', having('shapes', 'apply', 'items'))

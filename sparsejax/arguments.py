@@ -56,6 +56,7 @@ from sparsejax.argument_kinds import (
   PARAMS,
   PART,
   PART_OR_SCHEDULE,
+  PART_SCHEDULE,
   PATH,
   PATTERN,
   PENALTY,
@@ -69,6 +70,7 @@ from sparsejax.argument_kinds import (
   RULE,
   SCALARS,
   SCHEDULE,
+  SCORE,
   SELECTION,
   SEQUENTIAL,
   SERIES,
@@ -84,6 +86,7 @@ from sparsejax.argument_kinds import (
   WHERE,
   WHOLE,
   Kind,
+  is_tree,
 )
 
 F = TypeVar('F', bound=Callable[..., Any])
@@ -111,7 +114,11 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(('decoupled', 'sigma', 'scaled', 'allow_empty', 'pause', 'balanced', 'at_first_update',
                      'guard'), FLAG),
     **dict.fromkeys(('gradient', 'slots', 'sparsify.name', 'uniform_plus.first', 'uniform_plus.last'), NAME),
-    **dict.fromkeys(('restriction', 'ramp', 'schedule', 'mdgf.decay', 'accumulated_movement.penalty',
+    **dict.fromkeys(('restriction', 'mdgf.decay'), PART_SCHEDULE),
+    **dict.fromkeys(('gradual_magnitude.score', 'turbo_vbi.score', 'leafwise.score', 'score_threshold.score',
+                     'from_scores.score', 'smoothed.score', 'offset.score', 'drop_and_grow.grow', 'redistributed.grow',
+                     'cl_dst.grow'), SCORE),
+    **dict.fromkeys(('ramp', 'schedule', 'accumulated_movement.penalty',
                      'score_threshold.threshold', 'global_threshold.sparsity', 'drop_and_grow.fraction',
                      'swap.fraction', 'redistributed.fraction'), SCHEDULE),
     'refresh': BOOLS, 'value': VALUE,
@@ -213,8 +220,12 @@ def verified(function: str, name: str, value: Any, default: Any = inspect.Parame
   `default` is always valid. `function` is the name for messages. Raises `ValueError` for a value that does not fit.
   """
   kind = kind_of(function, name)
-  if kind is None or value is default or kind.scheduled and callable(value):
+  if kind is None or value is default:
     return value
+  if callable(value):
+    _refuse_function(function, name, kind, value)
+    if kind.scheduled:
+      return value
   scalar = isinstance(value, (jax.Array, np.ndarray)) and value.ndim == 0 and kind.fits in _NUMBERS
   if scalar and isinstance(value, jax.core.Tracer):
     if kind.coefficient:
@@ -227,6 +238,31 @@ def verified(function: str, name: str, value: Any, default: Any = inspect.Parame
     remedy = ' Numbers by leaf are an allocation.custom; recipes.gradual_magnitude raises it over the steps.' * several
     raise ValueError(f'{function}: `{name}` must be {kind.says}, not {shown(value)}.{remedy}')
   return value if kind.coefficient else number
+
+
+def _refuse_function(function: str, name: str, kind: Kind, value: Callable[..., Any]) -> None:
+  """Raises `ValueError` for a function of other arguments, and for a schedule whose first value does not fit."""
+  wrong = f'{function}: `{name}` must be {kind.says}, and {shown(value)}'
+  if kind.takes and not is_tree(value) and not _takes(value, kind.takes):
+    raise ValueError(f'{wrong} does not take {kind.takes} argument{"s" * (kind.takes > 1)}.')
+  if kind.first:
+    with jax.ensure_compile_time_eval():
+      first = value(np.int32(0))
+    if is_known(first) and (np.shape(first) or not kind.first(np.asarray(first).item())):
+      raise ValueError(f'{wrong} returns {shown(first)} at step 0.')
+
+
+def _takes(function: Callable[..., Any], number: int) -> bool:
+  """Returns whether `function` can be called with so many arguments, or does not say what it takes."""
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):
+    return True
+  try:
+    signature.bind(*[None] * number)
+    return True
+  except TypeError:
+    return False
 
 
 _NUMBERS = {kind.fits for kind in KINDS.values() if kind.coefficient} | {

@@ -8,7 +8,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import census, errors, formats, io, patterns, progress, reports, trees
-from sparsejax.formats.arrays import block_rows, nbytes
+from sparsejax.formats.arrays import nbytes
 from sparsejax.io import slots
 from sparsejax.reports import LeafReport, Report
 from sparsejax.types import Axes, Pattern, Predicate, PyTree
@@ -151,7 +151,7 @@ def _row(path: str, leaf: Any, pattern: Pattern | None, axes: Axes) -> LeafRepor
   if not leaf.blocks or not leaf.size or not multiple:
     return row(leaf.load())
   nonzeros, groups = 0, tuple({each.m for each in asked})
-  for block in leaf.blocks(block_rows(leaf.shape, leaf.dtype, multiple)):
+  for block in leaf.in_multiples(multiple):
     more, most = census.taken(block, axes, groups)
     nonzeros += more
     asked = [each for each in asked if most[each.m] <= each.n]
@@ -187,12 +187,13 @@ def packed(opened: Opened, pattern: Any, done: Callable[[int, int], None] = lamb
 
 
 def _later(plan: formats.Packing, leaf: Any, done: Callable[[int, int], None]) -> io.Stored:
-  def load() -> formats.PackedArray:
-    small = plan.packed(leaf)
+  def packing() -> tuple[formats.PackedArray, Iterator[Mapping[str, Any]]]:
+    small, blocks = plan.in_blocks(stored)
     done(leaf.size * leaf.dtype.itemsize, nbytes(small.in_files()))
-    return small
+    return small, blocks
 
-  return io.Stored(tuple(leaf.shape), np.dtype(leaf.dtype), load,
+  stored = leaf if isinstance(leaf, io.Stored) else io.Stored(leaf.shape, leaf.dtype, lambda: leaf)
+  return io.Stored(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: plan.packed(stored.load()), packing=packing,
                    index_bytes=max(each.index_bytes for each in plan.formats))
 
 

@@ -233,8 +233,8 @@ def _pruning(command: argparse.ArgumentParser) -> None:
                        'pad_token_id of config.json')
   command.add_argument('--batch', type=spellings.positive, default=huggingface.BATCH, metavar='N',
                        help='sentences in a batch')
-  command.add_argument('--where', nargs='+', metavar='GLOB', help='the parameters to prune; default: the matrices of '
-                       'the transformer layers')
+  command.add_argument('--where', action='extend', nargs='+', metavar='GLOB', help='the parameters to prune; default: '
+                       'the matrices of the transformer layers')
   command.add_argument('--sequential', default='weight', help='weight (default) or dense')
   command.add_argument('--packed', metavar='PATTERN', help='write OUT.packed.safetensors too, packed by this pattern '
                        'or format')
@@ -248,11 +248,11 @@ def _selection(command: argparse.ArgumentParser, pattern_required: bool) -> None
                        help='a pattern, as in 2:4, 128x128 or "unstructured 0.9", or the name of a format: '
                        f'{", ".join(_formats())}. bitmask and relative_index (smaller above 88 %% sparsity) store '
                        'zeros anywhere. GLOB=PATTERN for some parameters; repeatable')
-  command.add_argument('--where', nargs='+', metavar='GLOB', help='the parameters to read, as in '
+  command.add_argument('--where', action='extend', nargs='+', metavar='GLOB', help='the parameters to read, as in '
                        'mlp/*/kernel; default: all matrices and convolutions, no embeddings, norms and biases, and '
                        'nothing that an optimizer keeps')
-  command.add_argument('--except', nargs='+', metavar='GLOB', default=[], dest='but', help='leave these '
-                       'parameters out')
+  command.add_argument('--except', action='extend', nargs='+', metavar='GLOB', default=[], dest='but',
+                       help='leave these parameters out')
   command.add_argument('--axis', action='append', default=[], metavar='GLOB=AXIS', help='the contraction axis of some '
                        'parameters (several with commas) to which the conventions do not apply; repeatable')
   command.add_argument('--item', help='the item of a checkpoint with several items, or the key of its tree')

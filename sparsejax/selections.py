@@ -97,7 +97,7 @@ class _Leafwise:
     alone = self.sparsity is not None and not self.ranked
     carried = [pattern.validate(arrays[path].shape, axes[path]) for path, pattern in paths_and_patterns]
     refuse(arrays, carried)
-    shares = self.allocation(arrays, self.sparsity, axes) if alone else {}
+    shares = allocations.shares(self.allocation, arrays, self.sparsity, axes) if alone else {}
     asked = [Asked(self.sparsity if self.ranked else shares.get(path, pattern.sparsity), self.ranked)
              for path, pattern in paths_and_patterns]
     refuse(arrays, [self._unasked(pattern, each) for (_, pattern), each in zip(paths_and_patterns, asked)])
@@ -142,8 +142,8 @@ class _Leafwise:
       if isinstance(count, counts.Rising):
         count = ranking.counted(count(progress), math.prod(alike.leaf.shape))
       best = counts.Selector(choices.at(alike.pattern, step), count, alike.leaf.axes)
-      select = lambda scores, drop=None: best(alike.ranked(scores, size), drop)
-      return self.update(mask, self.score(w, signals), select, w, signals)
+      select = lambda values, drop=None: best(alike.ranked(values, size), drop)
+      return self.update(mask, scores.applied(self.score, w, signals), select, w, signals)
 
     rows = [(*row, count) for row, count in zip(rows, told)]
     return choices.each(chosen, leaves, own, rows, (step, progress), words=self.words)
@@ -186,7 +186,7 @@ class _Leafwise:
     def ranks(alike: choices.Alike, row: Any) -> Array:
       mask, w, arrays, _, step = row
       signals = Signals(*arrays, step, alike.leaf.axes)
-      return updates.ranked_by(self.update, mask, score(w, signals), w, signals)
+      return updates.ranked_by(self.update, mask, scores.applied(score, w, signals), w, signals)
 
     return choices.each(ranks, leaves, now, rows, (step,), loop=False)
 
@@ -246,7 +246,7 @@ def score_threshold(score: Score, threshold: Schedule, *, least: float = 0.005) 
   """
   def chosen(alike, row):
     w, arrays, fewest, size, step = row
-    values = score(w, Signals(*arrays, step, alike.leaf.axes))
+    values = scores.applied(score, w, Signals(*arrays, step, alike.leaf.axes))
     return (values > threshold(step)) | alike.pattern(alike.ranked(values, size), fewest, alike.leaf.axes)
 
   def select(leaves, weights, masks, signals):

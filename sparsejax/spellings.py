@@ -49,7 +49,13 @@ def option(text: str) -> tuple[str, object]:
 
 def data(path: str) -> np.ndarray | str:
   """Returns the token ids of a file of NumPy, or the path itself of a text."""
-  return np.load(path, allow_pickle=False) if path.endswith('.npy') else path
+  if not path.endswith('.npy'):
+    return path
+  try:
+    with open(path, 'rb') as file:
+      return np.lib.format.read_array(file, allow_pickle=False)
+  except ValueError as error:
+    raise ValueError(f'--data {path}: it is no array of numbers that NumPy saved ({error}).') from error
 
 
 def required(function: Callable[..., Any]) -> list[str]:

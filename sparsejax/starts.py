@@ -125,7 +125,19 @@ def gradient(loss: Loss) -> Probe:
 
 
 def _gradient(params: PyTree, loss: Loss) -> PyTree:
-  return jax.grad(functools.partial(called, loss))(params)
+  return jax.grad(_loss_of(loss))(params)
+
+
+def _loss_of(loss: Loss) -> Callable[[PyTree], Array]:
+  """Returns `loss`, whose result must be one number that has a gradient."""
+  def checked_loss(params: PyTree) -> Array:
+    value = called(loss, params)
+    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+      raise ValueError(f'sparsejax: {arguments.shown(loss)}, the `loss` of a first mask, returned '
+                       f'{jnp.result_type(value)}{list(jnp.shape(value))}; return one floating number, as in a mean.')
+    return value
+
+  return checked_loss
 
 
 @checked
@@ -138,7 +150,7 @@ def hessian_gradient(loss: Loss) -> Probe:
 
 
 def _hessian_gradient(params: PyTree, loss: Loss) -> PyTree:
-  loss = functools.partial(called, loss)
+  loss = _loss_of(loss)
   paths, leaves, treedef = trees.flatten(jax.grad(loss)(params))
   sparse = trees.over(trees.matrices, params)
   moving = [g if sparse(path, g) else jnp.zeros_like(g) for path, g in zip(paths, leaves)]

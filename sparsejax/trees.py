@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from sparsejax import conventions, errors
+from sparsejax.argument_kinds import is_tree
 from sparsejax.arguments import checked, shown
 from sparsejax.conventions import path_name
 from sparsejax.globs import matches, tails
@@ -238,7 +239,7 @@ def written(where: Any) -> str:
 def _picked(function: str, where: Any, tree: PyTree) -> list[bool]:
   names, leaves, _ = flatten(tree)
   arrays = [hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') and 0 not in leaf.shape for leaf in leaves]
-  if not callable(where):
+  if not callable(where) or is_tree(where) and not isinstance(where, functools.partial):  # a module that holds bools
     return [pick and array for pick, array in zip(_prefixed(function, where, tree), arrays)]
   where = over(where, tree)
   return [array and bool(where(name, leaf)) for name, leaf, array in zip(names, leaves, arrays)]
@@ -260,19 +261,22 @@ def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:
 def per_leaf(function: str, what: str, value: Any, paths: list[str]) -> list[Any]:
   """Returns one value for each path: `value` itself, or, if `value` is a dict, the value of the first matching glob.
 
-  `what` is the name of the argument, for messages. Raises `ValueError` for a path that no glob of the dict matches, and
-  for a glob that matches no path.
+  `what` names the argument. Raises `ValueError` for a path that no glob matches, and for a glob, other than `**`, to
+  which earlier globs leave no path.
   """
   if not isinstance(value, Mapping):
     return [value] * len(paths)
-  for glob in value:
-    if not any(matches(glob, path) for path in paths):
-      raise errors.unknown(function, f'path in `{what}`', glob, paths)
+  for glob in (glob for glob in value if not any(matches(glob, path) for path in paths)):
+    raise errors.unknown(function, f'path in `{what}`', glob, paths)
   uncovered = [path for path in paths if not any(matches(glob, path) for glob in value)]
   if uncovered:
     raise ValueError(f'{function}: `{what}` says nothing about {errors.some(uncovered)}; '
                      "add a last entry '**' for the rest.")
-  return [next(value[glob] for glob in value if matches(glob, path)) for path in paths]
+  first = [next(glob for glob in value if matches(glob, path)) for path in paths]
+  if idle := [glob for glob in value if glob not in (*first, '**')]:
+    raise ValueError(f'{function}: `{what}` has {errors.some(idle)}, and for every such path an earlier entry decides. '
+                     'The first entry that matches counts: move it up, or leave it out.')
+  return [value[glob] for glob in first]
 
 
 def conventional_axes(path: str, shape: tuple[int, ...]) -> Axes:

@@ -14,9 +14,10 @@ the command line then use it. `AROUND` holds the formats around a packed array: 
 `Wrapped` multiplies it by block-diagonal matrices, and `ActiveArray` skips small inputs.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,15 +78,37 @@ class Packing(NamedTuple):
   axes: Axes | None
   signed_zeros: bool = False
 
-  def packed(self, leaf: Any, check: bool = True) -> PackedArray:
-    """Returns `leaf`, an array or an `io.Stored`, packed. Raises `ValueError` that names the leaf if it cannot be."""
+  def packed(self, leaf: Array, check: bool = True) -> PackedArray:
+    """Returns `leaf` packed. Raises `ValueError` that names the leaf if it cannot be."""
+    with self._named(leaf):
+      return with_axes(self._format(leaf).from_pattern(leaf, self.pattern, self.axes, check, **self._keep), self.axes)
+
+  def in_blocks(self, leaf: Any) -> tuple[PackedArray, Iterator[Mapping[str, Array]]]:
+    """Returns `leaf`, an `io.Stored`, packed, as `PackedArray.in_blocks` does.
+
+    Raises `ValueError` that names the leaf, here or at a later block, if the leaf cannot be packed.
+    """
+    def named():
+      with self._named(leaf):
+        yield from blocks
+
+    with self._named(leaf):
+      packed, blocks = self._format(leaf).in_blocks(leaf, self.pattern, self.axes, **self._keep)
+    return with_axes(packed, self.axes), named()
+
+  def _format(self, leaf: Any) -> type[PackedArray]:
     *others, last = self.formats
-    keep = {'signed_zeros': True} if self.signed_zeros else {}
+    return next((each for each in others if each.pays(leaf, self.pattern, self.axes, **self._keep)), last)
+
+  @property
+  def _keep(self) -> dict[str, bool]:
+    return {'signed_zeros': True} if self.signed_zeros else {}
+
+  @contextlib.contextmanager
+  def _named(self, leaf: Any) -> Iterator[None]:
+    """Names the leaf in refusals."""
     try:
-      format_ = next((each for each in others if each.pays(leaf, self.pattern, self.axes, **keep)), last)
-      if hasattr(leaf, 'load'):
-        return with_axes(format_.from_blocks(leaf, self.pattern, self.axes, **keep), self.axes)
-      return with_axes(format_.from_pattern(leaf, self.pattern, self.axes, check, **keep), self.axes)
+      yield
     except Misfit as misfit:
       raise errors.at_leaves('pack', [errors.Problem(self.path, tuple(leaf.shape), misfit.why)]) from None
 

@@ -55,17 +55,18 @@ class BitmaskArray(arrays.PackedArray):
     return cls.from_dense(w, signed_zeros)
 
   @classmethod
-  def from_blocks(cls, leaf, pattern, axes, signed_zeros=False):
+  def in_blocks(cls, leaf, pattern, axes, signed_zeros=False):
     if not leaf.blocks or not leaf.size or misfits.host_misfit(leaf):
-      return super().from_blocks(leaf, pattern, axes, signed_zeros=signed_zeros)
+      return super().in_blocks(leaf, pattern, axes, signed_zeros)
     octets = 8 // math.gcd(8, math.prod(leaf.shape[1:]))
     values, count, masks = np.empty(leaf.size, leaf.dtype), 0, []  # Memory is taken only where values are written.
-    for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, octets)):
+    for block in leaf.in_multiples(octets):
       found, mask = pieces.compacted(block.reshape(-1), signed_zeros)
       values[count:count + len(found)] = found
       count += len(found)
       masks.append(mask)
-    return cls(values[:count], np.concatenate(masks), tuple(leaf.shape))
+    packed = cls(values[:count], np.concatenate(masks), tuple(leaf.shape))
+    return packed, iter([packed.arrays()])
 
   @classmethod
   def expected_nbytes(cls, shape, dtype, pattern, axes, sparsity):

@@ -13,7 +13,7 @@ With `signed_zeros=True`, `-0.0` is a value, too. Without it, `-0.0` is never st
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -110,7 +110,7 @@ class PackedArray:
     """Packs `w`, whose zeros keep `pattern`; `axes` is `None` if the format takes none.
 
     `check=False` packs traced arrays in formats that can; other formats ignore `check`. `signed_zeros` keeps
-    `-0.0`, here and in `pays` and `from_blocks`, and is passed only if it is asked. Raises `Misfit` if `w` cannot be
+    `-0.0`, here and in `pays` and `in_blocks`, and is passed only if it is asked. Raises `Misfit` if `w` cannot be
     packed.
     """
     raise NotImplementedError
@@ -121,9 +121,15 @@ class PackedArray:
     return True
 
   @classmethod
-  def from_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None, signed_zeros: bool = False) -> Self:
-    """Packs a leaf of a file, an `io.Stored`, with NumPy arrays. Formats that can do so read a block at a time."""
-    return cls.from_pattern(leaf.load(), pattern, axes, **({'signed_zeros': True} if signed_zeros else {}))
+  def in_blocks(cls, leaf: Any, pattern: Pattern, axes: Axes | None, signed_zeros: bool = False
+                ) -> tuple[Self, Iterator[Mapping[str, Array]]]:
+    """Packs a leaf of a file, an `io.Stored`, and returns the packed array, and the arrays of `in_files` in blocks.
+
+    Each block holds the next rows of every array by name. The default is for formats that pack a whole leaf. Other
+    formats read a block of the leaf when a block is asked for, and return a packed array whose arrays are mere shapes.
+    """
+    packed = cls.from_pattern(leaf.load(), pattern, axes, **({'signed_zeros': True} if signed_zeros else {}))
+    return packed, iter([packed.in_files()])
 
   @classmethod
   def expected_nbytes(cls, shape: tuple[int, ...], dtype: Any, pattern: Pattern, axes: Axes | None,
@@ -268,12 +274,6 @@ def nbytes(tree: Any) -> int:
       raise ValueError(f'formats.nbytes: leaf {path!r} is no array and no number, but {type(leaf).__name__}.')
   size = lambda x: (x.dtype if hasattr(x, 'dtype') else jax.dtypes.result_type(x)).itemsize
   return sum(math.prod(np.shape(x)) * size(x) for x in jax.tree.leaves(tree))
-
-
-def block_rows(shape: tuple[int, ...], dtype: Any, multiple: int) -> int:
-  """Returns how many rows of an array make a block of about 4 MB, a multiple of `multiple`."""
-  row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-  return max((1 << 22) // max(row, 1) // multiple, 1) * multiple
 
 
 def contracted_axes(function: str, w: Array, axes: Axes | int | tuple[int, ...]) -> tuple[int, ...]:

@@ -94,23 +94,22 @@ class NMArray(arrays.PackedArray):
     return cls.from_dense(w, pattern.n, pattern.m, axes, check, pattern.width, signed_zeros)
 
   @classmethod
-  def from_blocks(cls, leaf, pattern, axes, signed_zeros=False):
+  def in_blocks(cls, leaf, pattern, axes, signed_zeros=False):
     w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     whole = jax.eval_shape(lambda w: cls.from_pattern(w, pattern, axes, check=False), w)
     multiple = _multiple_of_rows(pattern, leaf.shape, axes.contracted)
     if not leaf.blocks or not leaf.size or not multiple:
-      return super().from_blocks(leaf, pattern, axes, signed_zeros)
-    arrays_ = {name: np.empty(part.shape, part.dtype) for name, part in whole.arrays().items()}
-    filled = dict.fromkeys(arrays_, 0)
-    for block in leaf.blocks(arrays.block_rows(leaf.shape, leaf.dtype, multiple)):
-      try:
-        packed = cls.from_pattern(block, pattern, axes, signed_zeros=signed_zeros)
-      except arrays.Misfit:  # The refusal of the whole leaf counts all of its groups.
-        return super().from_blocks(leaf, pattern, axes, signed_zeros)
-      for name, part in packed.arrays().items():
-        arrays_[name][filled[name]:filled[name] + len(part)] = part
-        filled[name] += len(part)
-    return dataclasses.replace(whole, **arrays_)
+      return super().in_blocks(leaf, pattern, axes, signed_zeros)
+
+    def packed():
+      for block in leaf.in_multiples(multiple):
+        try:
+          yield cls.from_pattern(block, pattern, axes, signed_zeros=signed_zeros).arrays()
+        except arrays.Misfit:  # The refusal of the whole leaf counts all of its groups.
+          cls.from_pattern(leaf.load(), pattern, axes, signed_zeros=signed_zeros)
+          raise
+
+    return whole, packed()
 
   @property
   def pattern(self):

@@ -29,9 +29,9 @@ WORDS: dict[str, str] = {'bert': bert.WORDS, 'gpt2': gpt2.WORDS, 'llama': llama.
 def reader(config: Mapping[str, Any]) -> str:
   """Returns the name of the reader of a configuration; raises `ValueError` for a model of another type."""
   kind = config.get('model_type')
-  if kind not in TABLE:
+  if not isinstance(kind, str) or kind not in TABLE:
     raise errors.unknown('hub', '`model_type`', kind, TABLE)
-  return str(kind)
+  return kind
 
 
 def forward(config: Mapping[str, Any]) -> Callable[..., Array]:

@@ -2,11 +2,13 @@
 
     with bodies.replacing('model.safetensors') as file:
       body = bodies.Body(file, room=4096)             # keeps 4096 bytes free for the header
-      body.add('a/kernel', [w], front=4)
+      body.add({'a/kernel': w}, [{'a/kernel': w[:8]}, {'a/kernel': w[8:]}], front=4)
       body.finish(lambda places, digests: header)     # the header says where the tensors came to be
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import math
 import os
 import secrets
@@ -14,78 +16,103 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparsejax.io.headers import Extent, Hashing
+from sparsejax.io.headers import Behind, Extent
 
 _COPY = 1 << 24  # bytes that are moved at a time
 _FLUSH = 1 << 26  # bytes behind which the disk is told to begin, while the next tensors are made
+
+
+@dataclasses.dataclass
+class _Part:
+  """A `_Part` is a file in which tensors lie one after another, from the byte `start` on; `places` count from there."""
+
+  file: BinaryIO
+  start: int
+  end: int = 0
+  places: dict[str, Extent] = dataclasses.field(default_factory=dict)
+
+  def reserve(self, name: str, like: Any) -> int:
+    """Reserves the place of a tensor of the shape and dtype of `like`, and returns where in the file it begins."""
+    dtype, begin = np.dtype(like.dtype), self.end
+    self.end += math.prod(like.shape) * dtype.itemsize
+    self.places[name] = Extent(dtype, tuple(like.shape), begin, self.end)
+    return self.start + begin
+
+  def append(self, other: '_Part') -> None:
+    """Appends all tensors of a part whose file begins with them."""
+    self.file.seek(self.start + self.end)
+    other.file.seek(0)
+    shutil.copyfileobj(other.file, self.file, _COPY)
+    self.places |= {name: place._replace(begin=self.end + place.begin, end=self.end + place.end)
+                    for name, place in other.places.items()}
+    self.end += other.end
 
 
 class Body:
   """A `Body` collects the tensors of a new file in an order in which every tensor is aligned to its own item size.
 
   Tensors with wide items come first. `add` writes a tensor to the file at once if no wider tensor can follow. Narrower
-  tensors wait in a temporary file for each item size. A thread flushes the file to the disk while the next tensors are
-  made: the disk would otherwise be idle until the file is complete.
+  tensors wait in a temporary file for each item size. Threads write and hash a block while the next block is made, and
+  flush the file to the disk: the disk would otherwise be idle until the file is complete.
   """
 
   def __init__(self, file: BinaryIO, room: int):
-    self.file, self.start, self.end = file, 8 + room, 0
-    self.places: dict[str, Extent] = {}
     self.digests: dict[str, str] = {}
-    self._waiting: dict[int, tuple[BinaryIO, dict[str, Extent]]] = {}
-    self._thread, self._flushing, self._flushed = ThreadPoolExecutor(1), Future[None](), 0
-    self._flushing.set_result(None)
-    file.seek(self.start)
+    self._main, self._waiting = _Part(file, 8 + room), dict[int, _Part]()
+    self._writing, self._hashing, self._flushing = Behind(), Behind(), Behind()
+    self._unflushed = 0
 
-  def add(self, name: str, blocks: Iterable[Any], like: Any, front: int) -> None:
-    """Adds the tensor `name`, whose rows `blocks` yields, of the shape and dtype of `like`.
+  def add(self, tensors: Mapping[str, Any], blocks: Iterable[Mapping[str, Any]], front: int) -> None:
+    """Adds `tensors`, shapes and dtypes by name. Each of `blocks` holds the next rows of each tensor by name.
 
-    `front` is the largest item size, in bytes, of this tensor and of the tensors that follow. Raises `ValueError` if
-    there is a tensor of this name.
+    `front` is the largest item size, in bytes, of these tensors and of those that follow. Raises `ValueError` if there
+    is a tensor of one of the names.
     """
-    if name in self.digests:
-      raise ValueError(f'io.save: two leaves of the tree have the path {name!r}; rename one.')
+    if taken := tensors.keys() & self.digests.keys():
+      raise ValueError(f'io.save: two leaves of the tree have the path {min(taken)!r}; rename one.')
     self._settle(front)
-    dtype = np.dtype(like.dtype)
-    file, places, begin = self.file, self.places, self.end
-    if dtype.itemsize < front:
-      if dtype.itemsize not in self._waiting:
-        self._waiting[dtype.itemsize] = tempfile.TemporaryFile(dir=os.path.dirname(self.file.name)), {}
-      file, places = self._waiting[dtype.itemsize]
-      begin = file.tell()
-    with Hashing() as hashed:
-      for block in blocks:
-        data = raw(block)
-        hashed.update(data)
-        file.write(data)
-      self.digests[name] = hashed.hexdigest()
-    end = begin + math.prod(like.shape) * dtype.itemsize
-    places[name] = Extent(dtype, tuple(like.shape), begin, end)
-    if places is self.places:
-      self.end = end
-      self._flush()
+    parts = {name: self._part(np.dtype(like.dtype).itemsize, front) for name, like in tensors.items()}
+    offsets = {name: part.reserve(name, tensors[name]) for name, part in parts.items()}
+    hashes = {name: hashlib.sha256() for name in tensors}
 
-  def _flush(self) -> None:
+    def write(block: dict[str, memoryview]) -> None:
+      for name, data in block.items():
+        self._hashing.call(hashes[name].update, data)
+        parts[name].file.seek(offsets[name])
+        parts[name].file.write(data)
+        offsets[name] += len(data)
+        self._flush(len(data))
+
+    for block in blocks:
+      self._writing.call(write, {name: raw(rows) for name, rows in block.items()})
+    self._writing.wait()
+    self._hashing.wait()
+    self.digests |= {name: each.hexdigest() for name, each in hashes.items()}
+
+  def _part(self, size: int, front: int) -> _Part:
+    """Returns where a tensor of this item size is written."""
+    if size >= front:
+      return self._main
+    if size not in self._waiting:
+      self._waiting[size] = _Part(tempfile.TemporaryFile(dir=os.path.dirname(self._main.file.name)), 0)
+    return self._waiting[size]
+
+  def _flush(self, written: int) -> None:
     """Begins to flush the file, if much was written since the last time. Raises `OSError` if that time failed."""
-    if self._flushing.done() and self.end - self._flushed >= _FLUSH:
-      self._flushing.result()
-      self._flushing, self._flushed = self._thread.submit(os.fsync, self.file.fileno()), self.end
+    self._unflushed += written
+    if self._unflushed >= _FLUSH and not self._flushing.busy:
+      self._flushing.call(os.fsync, self._main.file.fileno())
+      self._unflushed = 0
 
   def _settle(self, front: int) -> None:
     """Appends the waiting tensors whose items are not narrower than `front`, the widest first."""
     for size in sorted((size for size in self._waiting if size >= front), reverse=True):
-      waiting, places = self._waiting.pop(size)
-      with waiting:
-        waiting.seek(0)
-        shutil.copyfileobj(waiting, self.file, _COPY)
-      self.places |= {name: place._replace(begin=self.end + place.begin, end=self.end + place.end)
-                      for name, place in places.items()}
-      self.end = max((place.end for place in self.places.values()), default=0)
+      with (waiting := self._waiting.pop(size)).file:
+        self._main.append(waiting)
 
   def finish(self, header: Callable[[Mapping[str, Extent], Mapping[str, str], int], bytes]) -> None:
     """Writes what is waiting, and the header, which `header(places, digests, length)` makes.
@@ -94,21 +121,23 @@ class Body:
     leaves much room.
     """
     self._settle(0)
-    self._flushing.result()
-    self.file.truncate(self.start + self.end)
-    text, room = header(self.places, self.digests, 0), self.start - 8
-    if len(text) > room or room - len(text) > self.end // 1024:
-      _move(self.file, self.start, self.end, 8 + len(text))
+    self._flushing.wait()
+    file, start, end, places = self._main.file, self._main.start, self._main.end, self._main.places
+    file.truncate(start + end)
+    text, room = header(places, self.digests, 0), start - 8
+    if len(text) > room or room - len(text) > end // 1024:
+      _move(file, start, end, 8 + len(text))
     else:
-      text = header(self.places, self.digests, room)
-    self.file.seek(0)
-    self.file.write(len(text).to_bytes(8, 'little') + text)
+      text = header(places, self.digests, room)
+    file.seek(0)
+    file.write(len(text).to_bytes(8, 'little') + text)
 
   def close(self) -> None:
-    """Removes the temporary files, and waits for what is being flushed."""
-    self._thread.shutdown()
-    for waiting, _ in self._waiting.values():
-      waiting.close()
+    """Waits for what is being written, hashed and flushed, and removes the temporary files."""
+    for behind in (self._writing, self._hashing, self._flushing):
+      behind.close()
+    for waiting in self._waiting.values():
+      waiting.file.close()
 
 
 def raw(tensor: Any) -> memoryview:

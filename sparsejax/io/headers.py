@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -56,38 +57,43 @@ class Header(NamedTuple):
   places: dict[str, Extent]
 
 
-class Hashing:
-  """A `Hashing` computes a SHA-256 in a thread of its own, while the caller uses the same bytes, one block at a time.
+class Behind:
+  """A `Behind` makes one call at a time in a thread of its own, while its caller goes on.
 
-      with headers.Hashing() as hashed:
+      with headers.Behind() as behind:
         for block in blocks:
-          hashed.update(block)        # waits for the block before
-        hashed.hexdigest()
+          behind.call(hashed.update, block)       # waits for the block before, which must not change until then
+        behind.wait()
   """
 
   def __init__(self) -> None:
-    self._hash, self._thread = hashlib.sha256(), ThreadPoolExecutor(1)
-    self._last: Future[None] | None = None
+    self._thread = ThreadPoolExecutor(1)
+    self._last: Future[Any] | None = None
 
-  def __enter__(self) -> 'Hashing':
+  def __enter__(self) -> 'Behind':
     return self
 
   def __exit__(self, *error: object) -> None:
+    self.close()
+
+  def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+    """Waits for the call before, and begins the call `function(*arguments)`."""
+    self.wait()
+    self._last = self._thread.submit(function, *arguments)
+
+  def wait(self) -> None:
+    """Waits for the last call, and raises what that call raised."""
+    last, self._last = self._last, None
+    if last:
+      last.result()
+
+  @property
+  def busy(self) -> bool:
+    return self._last is not None and not self._last.done()
+
+  def close(self) -> None:
+    """Waits for the last call, whose result nobody wants any more, and ends the thread."""
     self._thread.shutdown()
-
-  def update(self, block: Any) -> None:
-    """Adds the bytes of `block`, which must not change until the next call."""
-    self._wait()
-    self._last = self._thread.submit(self._hash.update, block)
-
-  def hexdigest(self) -> str:
-    self._wait()
-    return self._hash.hexdigest()
-
-  def _wait(self) -> None:
-    if self._last:
-      self._last.result()
-      self._last = None
 
 
 class Unreadable(ValueError):

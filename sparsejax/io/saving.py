@@ -115,18 +115,18 @@ def _planned(params: PyTree) -> list[_Planned]:
 
 def _write(body: bodies.Body, planned: _Planned) -> None:
   """Adds the tensors of a leaf to the file, and completes the leaf's entry of `__metadata__`."""
-  leaf, parts = planned.leaf, planned.parts
+  path, leaf, parts, blocks = planned.path, planned.leaf, planned.parts, iter([planned.parts])
   if isinstance(leaf, Stored) and leaf.blocks:
     rows = max(1, (1 << 24) // max(leaf.dtype.itemsize * leaf.size // max(leaf.shape[0], 1), 1))
-    body.add(planned.path, leaf.blocks(rows), leaf, planned.widest)
-    return
-  if isinstance(leaf, Stored):  # packed, or made dense, now
-    about, parts = _entry(planned.path, leaf.load(), check=False)
+    parts, blocks = {path: leaf}, ({path: block} for block in leaf.blocks(rows))
+  elif isinstance(leaf, Stored):  # packed, or made dense, now
+    made, rows_of_parts = leaf.packing() if leaf.packing else (leaf.load(), None)
+    about, parts = _entry(path, made, check=False)
     planned.entry.update(about)
     if why := claims.problem([planned.entry], {name: formats.nbytes(part) for name, part in parts.items()}, 0):
       raise ValueError(f'io.save: {why}.')
-  for name, part in parts.items():
-    body.add(name, [part], part, planned.widest)
+    blocks = iter([parts]) if rows_of_parts is None else (_named(path, rows) for rows in rows_of_parts)
+  body.add(parts, blocks, planned.widest)
 
 
 def _dense_entry(leaf: Any) -> dict[str, Any]:
@@ -136,24 +136,29 @@ def _dense_entry(leaf: Any) -> dict[str, Any]:
 def _entry(path: str, leaf: Any, check: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the entry of `__metadata__` of one leaf, without its path, and its tensors by name.
 
-  `check=False` is for leaves that were verified or made just now.
+  `check=False` is for leaves that were verified or are made just now; their arrays may be mere shapes.
   """
   if not formats.is_packed(leaf):
     _refuse(path, leaf)
     return _dense_entry(leaf), {path: leaf}
   for part in leaf.arrays().values():
-    _refuse(path, part)
+    _refuse(path, part, check)
   if check and (problem := leaf.problem()):
     raise errors.at_leaf('io.save', path, leaf.shape, problem)
   parts, axes = leaf.in_files(), formats.axes_of(leaf)
   about = {'kind': leaf.kind, 'parts': list(parts), **leaf.described(), **({'roles': axes._asdict()} if axes else {})}
-  return _dense_entry(leaf) | about, {f'{path}.{name}': part for name, part in parts.items()}
+  return _dense_entry(leaf) | about, _named(path, parts)
 
 
-def _refuse(path: str, part: Any) -> None:
+def _named(path: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the arrays of the packed leaf at `path` by the names of their tensors."""
+  return {f'{path}.{name}': part for name, part in parts.items()}
+
+
+def _refuse(path: str, part: Any, check: bool = True) -> None:
   """Raises `ValueError` if `part`, an array of a leaf, has no bytes that can be written."""
   problem = None
-  if not is_known(part):
+  if check and not is_known(part):
     problem = 'it has no values here (traced, or a mere shape); save concrete arrays.'
   elif jax.dtypes.issubdtype(part.dtype, jax.dtypes.prng_key):
     problem = 'it is a typed PRNG key; save jax.random.key_data of it.'

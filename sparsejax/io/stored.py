@@ -6,19 +6,20 @@
     list(leaf.blocks(64))                 # Each array has 64 rows.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from sparsejax import progress, trees
+from sparsejax import formats, progress, trees
 from sparsejax.formats import pieces
 from sparsejax.io import headers
 from sparsejax.types import Axes, PyTree
+
+_BLOCK = 1 << 22  # bytes that are read at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Stored:
   `load()` reads and verifies the leaf, packed or dense. `blocks(rows)` yields a dense leaf as arrays of `rows` rows
   each, along the first axis; a packed leaf has no `blocks`. `axes`: the `Axes` that the file has on record, or `None`.
   `index_bytes`: the item size of the widest index array of the loaded leaf, 0 for a leaf that is dense when loaded.
+  `packing()` returns what `Packing.in_blocks` does, for a leaf that is packed while it is written.
   """
 
   shape: tuple[int, ...]
@@ -36,6 +38,14 @@ class Stored:
   blocks: Callable[[int], Iterator[np.ndarray]] | None = None
   axes: Axes | None = None
   index_bytes: int = 0
+  packing: Callable[[], tuple[formats.PackedArray, Iterator[Mapping[str, Any]]]] | None = None
+
+  def in_multiples(self, multiple: int) -> Iterator[np.ndarray]:
+    """Yields a dense leaf in blocks of about `_BLOCK` bytes, whose rows are a multiple of `multiple` but for the last.
+    """
+    row = math.prod(self.shape[1:]) * self.dtype.itemsize
+    assert self.blocks
+    return self.blocks(max(_BLOCK // max(row, 1) // multiple, 1) * multiple)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.asarray(self.load(), dtype)
@@ -78,15 +88,17 @@ class Tensor:
     """Yields `rows` rows of the tensor at a time; the bytes are verified when the last block has been read."""
     length, *rest = self.place.shape
     step = rows * math.prod(rest) * self.place.dtype.itemsize
-    with headers.Hashing() if self.digest else contextlib.nullcontext() as hashed:
+    hashed = hashlib.sha256()
+    with headers.Behind() as behind:
       for begin in range(self.place.begin, self.place.end, max(step, 1)):
         data = self._bytes(begin, min(begin + step, self.place.end))
-        if hashed:
-          hashed.update(data)
+        if self.digest:
+          behind.call(hashed.update, data)
         yield data.view(self.place.dtype).reshape(-1, *rest)
         del data  # The consumer may let go of this block before the next block is read.
-      if hashed:
-        self._verify(hashed.hexdigest())
+      behind.wait()
+    if self.digest:
+      self._verify(hashed.hexdigest())
 
   def _bytes(self, begin: int, end: int) -> np.ndarray:
     data = pieces.empty(end - begin, np.uint8)

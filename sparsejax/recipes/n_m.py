@@ -74,9 +74,10 @@ def mdgf(inner: Inner, pattern: Patterns = NM(2, 4), *, decay: Schedule = LINEAR
   Shakespeare `'scaled'` has the lower test loss in all nine cells, by 0.055 +- 0.008 nats on average; on digits
   `'straight_through'` by 0.011 +- 0.014.
 
-  The result is N:M only if beta reaches 0 or `fine_tune_steps` is given; `schedules.exponential` never reaches 0. With
-  `total_steps` and no fine-tune phase, any other schedule that is not 0 at the end is refused. Two bugs of the released
-  code are not repeated: a decay that starts a hundredth too late, and a fine-tune phase one epoch short.
+  The result is N:M only if beta reaches 0 or `fine_tune_steps` is given; `schedules.exponential` never reaches 0. Any
+  other schedule that is not 0 at its own end, or at that of `total_steps` without a fine-tune phase, is refused. Two
+  bugs of the released code are not repeated: a decay that starts a hundredth too late, and a fine-tune phase one epoch
+  short.
   """
   decay = _until_the_end(decay, dense_steps, **options)
   flow = flows.decayed(schedules.delayed(decay, dense_steps), gradient)
@@ -87,6 +88,8 @@ def _until_the_end(decay: Schedule, dense_steps: int, *, total_steps: int | None
                    fine_tune_steps: int = 0, **options: Any) -> Schedule:
   """Returns the decay, by default one that fits. Raises `ValueError` if a schedule without an end does not reach 0."""
   if total_steps is None:
+    if (end := schedules.reach(decay)) is not None:
+      _refuse_unless_zero(decay, end)
     return decay
   last = total_steps - dense_steps - fine_tune_steps
   if last < 1:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import hessians
-from sparsejax.arguments import checked
+from sparsejax.arguments import checked, shown
 from sparsejax.scores.memories import (
   GRADIENT,
   Memory,
@@ -36,6 +36,17 @@ __all__ = [
   'importance', 'magnitude', 'modular', 'momentum', 'movement', 'obs', 'previous', 'random', 'smoothed', 'snip', 'snr',
   'soft_movement', 'squared_gradient_average', 'synflow', 'value', 'wanda',
 ]
+
+
+def applied(score: Score, w: Array, signals: Signals) -> Array:
+  """Returns the scores of `w`. Raises `ValueError` unless these are real numbers in the shape of `w`."""
+  scores = score(w, signals)
+  dtype = getattr(scores, 'dtype', None)
+  if getattr(scores, 'shape', None) != w.shape or jnp.issubdtype(dtype, jnp.complexfloating):
+    what = shown(scores) if dtype is None else f'{dtype}{list(scores.shape)}'
+    raise ValueError(f'sparsejax: {shown(score)}, a `score`, returned {what} for a weight {w.dtype}{list(w.shape)}; '
+                     'return a real number for each entry, as in jnp.abs(w).')
+  return scores
 
 
 @gradient_free

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from sparsejax import counts, errors, neighbours, plans, trees
+from sparsejax import arguments, counts, errors, neighbours, plans, trees
 from sparsejax.plans import Plan
 from sparsejax.scores import Memory
 from sparsejax.states import SparseState
@@ -74,6 +74,16 @@ def refuse_no_params(grads: PyTree, params: PyTree | None) -> None:
                    f'updates, opt_state = tx.update(grads, opt_state, {held})')
 
 
+def refuse_no_arrays(params: PyTree) -> None:
+  """Raises `ValueError` for a function, a text or a mere shape among the parameters: no optimizer starts from these."""
+  for path, leaf in zip(*trees.flatten(params)[:2]):
+    if callable(leaf) or isinstance(leaf, (str, bytes)):
+      raise ValueError(f'sparsejax: the parameters hold {arguments.shown(leaf)} at {path!r}, and init takes arrays. Of '
+                       'a model of Equinox, write tx.init(eqx.filter(model, eqx.is_inexact_array)).')
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      raise errors.at_leaf('sparsejax', path, leaf.shape, 'it is a mere shape; write jax.eval_shape(tx.init, params).')
+
+
 def refuse_others(plan: Plan, state: SparseState) -> None:
   """Raises `ValueError` with both identities if another recipe, pattern, flow or choice of leaves made the state.
 
@@ -102,9 +112,10 @@ def _first_difference(made: Plan, asked: Plan) -> str:
 def refuse_other_shapes(leaves: Leaves, state: SparseState, grads: PyTree) -> None:
   """Raises `ValueError` if gradients, masks, master or memory have not the shapes of the sparse leaves."""
   for leaf, grad, *kept in zip(leaves.plan.leaves, *map(leaves.pick, (grads, state.masks, state.master))):
-    if grad.shape != leaf.shape:
-      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its gradient has shape {grad.shape}; take it with '
-                           'respect to these parameters.')
+    if (shape := getattr(grad, 'shape', None)) != leaf.shape:
+      what = 'is None' if grad is None else f'has shape {shape}'
+      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'its gradient {what}; take it with respect to these '
+                           'parameters.')
     for each in kept:
       if not trees.is_dense(each) and each.shape != leaf.shape:
         raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the state holds an array of shape {each.shape} for '

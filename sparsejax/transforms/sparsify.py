@@ -127,6 +127,7 @@ def _init(method: Method, /, params: PyTree, **values: Any) -> SparseState:
   refusals.refuse_unfilled(method.placeholders, values)
   method = method.filled(values)
   leaves = Leaves.of(method, params)
+  refusals.refuse_no_arrays(params)
   point = choosing.began(method, leaves, params)
   point = point._replace(inner=method.inner.init(leaves.put(point.weights, params)))
   if method.flow.dense or not method.never:

@@ -79,6 +79,18 @@ def test_the_law_over_signatures_sees_numbers_and_words():
 
 
 @every_recipe
+def test_functions_take_what_they_are_called_with_and_schedules_begin_in_range(name):
+  recipe, given = recipes.TABLE[name], told(name)
+  for parameter in parameters(recipe):
+    kind, wrong = arguments.kind_of(f'recipes.{name}', parameter), []
+    wrong += [(lambda *, no_place: 0.5, 'does not take')] if kind.takes else []
+    wrong += [(lambda step, x=x: x, 'at step 0') for x in (NAN, -1.0, jnp.ones(3), 1j)] if kind.first else []
+    for function, why in wrong:
+      with pytest.raises(ValueError, match=f'recipes.{name}: `{parameter}` must be .*the function <lambda> .*{why}'):
+        recipe(SGD, **given | {parameter: function})
+
+
+@every_recipe
 def test_numbers_go_in_as_numpy_and_as_arrays_but_are_not_traced_where_they_count(name):
   recipe, given = recipes.TABLE[name], told(name)
   for parameter in {'sparsity', 'fine_tune_steps', 'every', 'total_steps'} & {*parameters(recipe)}:

@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import sparsejax as sj
 from sparsejax import checkpoints, cli, formats, io, planning, spellings
-from sparsejax.formats import arrays
 
 
 def sparse(*shape, dtype='float32', axis=-2):
@@ -221,8 +220,7 @@ def test_the_version_is_that_of_the_package(run):
 @pytest.mark.parametrize('axis, dtype', [(0, 'float32'), (1, 'bfloat16')])
 def test_blocks_of_a_parameter_decide_as_the_whole_parameter_does(run, monkeypatch, axis, dtype):
   """Reads a few rows at a time, and compares with the library on whole arrays: reports, refusals and packed files."""
-  monkeypatch.setattr(checkpoints, 'block_rows', lambda shape, dtype, multiple: multiple)
-  monkeypatch.setattr(arrays, 'block_rows', lambda shape, dtype, multiple: multiple)
+  monkeypatch.setattr(io.Stored, 'in_multiples', lambda leaf, multiple: leaf.blocks(multiple))
   name = ('kernel', 'weight')[axis]
   w = sparse(96, 96, dtype=dtype, axis=axis)
   crowded = w.copy()
@@ -238,6 +236,7 @@ def test_blocks_of_a_parameter_decide_as_the_whole_parameter_does(run, monkeypat
         io.save('expected', formats.pack({'fc': {name: each}}, pattern))
       except ValueError as refusal:
         assert (status, err) == (2, f'sparsejax: {refusal}\n')
+        assert set(os.listdir()) <= {'F', 'out', 'expected'}  # The refusal of a late block leaves no part of a file.
       else:
         assert same(io.load('out'), io.load('expected'))
 
@@ -258,6 +257,9 @@ def altered():
     ('check CKPT --pattern 2/4', "'2/4'"), ('check CKPT --pattern 5:4', '5:4'),
     ('check CKPT --pattern 2:4 --pattern 1:4', 'two'),
     ('check CKPT --pattern 2:4 --where no/such', "picks no parameter.*'mlp/down/kernel'"),
+    ('check CKPT --pattern 2:4 --where down/kernel --where no/such', "names 'no/such'"),
+    ('check CKPT --pattern 2:4 --where no/such --where down/kernel', "names 'no/such'"),
+    ('prune out --model hf:empty --data text.npy', 'text.npy: No such'),
     ('check CKPT --pattern down/*=2:4', "says nothing about 'mlp/up/kernel'"),
     ('check CKPT --pattern 2:4 --axis no/such=1', "'no/such'.*Valid: mlp/down/kernel"),
     ('check CKPT --pattern 2:4 --axis up/kernel=2', r"'mlp/up/kernel' of shape \(8, 16\).*0 to 1"),

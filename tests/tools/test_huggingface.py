@@ -215,7 +215,10 @@ def test_the_command_prunes_a_folder_and_says_in_one_line_what_is_wrong(tmp_path
   assert call() == 2 and 'is there already' in capsys.readouterr().err
   shutil.rmtree(tmp_path / 'out')
   assert call('--recipe', 'wnda') == 2 and "Did you mean 'wanda'" in capsys.readouterr().err
-  for config, why in (({'model_type': 'opt'}, "unknown `model_type` 'opt'"),
+  for config, why in (({'model_type': 'opt'}, "unknown `model_type` 'opt'"), ([], 'holds a list, and no names'),
+                      ({'model_type': ['gpt2']}, 'unknown `model_type`'),
+                      ({'model_type': 'gpt2'}, "config.json has no 'n_head'"),
+                      (small | {'n_layer': 9}, "the model has no 'h.1.ln_1.weight'"),
                       (small | {'activation_function': 'relu'}, "only 'gelu_new' is known")):
     (folder / 'config.json').write_text(json.dumps(config))
     assert call('--recipe', 'wanda') == 2

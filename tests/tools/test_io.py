@@ -363,7 +363,7 @@ def test_metadata_are_strings_under_keys_of_their_own(metadata, tmp_path):
     io.save(tmp_path / 'f', {}, metadata=metadata)
 
 
-@pytest.mark.parametrize('moment', ['first write', 'last write', 'flush', 'sync', 'replace', 'interrupt'])
+@pytest.mark.parametrize('moment', ['first write', 'last write', 'thread', 'flush', 'sync', 'replace', 'interrupt'])
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch, moment):
   """Tests a full disk at any moment, and Ctrl-C."""
   before, calls = path.read_bytes(), []
@@ -376,7 +376,9 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatc
     return real(*args)
 
   tensors = len(jax.tree.leaves(packed()))
+  full_body = type('FullBody', (bodies.Body,), {'_flush': lambda self, written: fail(written)})
   targets = {'first write': ('raw', fail), 'last write': ('raw', lambda t: fail(t, at=tensors)),
+             'thread': ('Body', full_body),
              'flush': ('os', types.SimpleNamespace(**{**vars(os), 'fsync': lambda f: fail(f, real=os.fsync)})),
              'sync': ('os', types.SimpleNamespace(**{**vars(os), 'fsync': fail})),
              'replace': ('os', types.SimpleNamespace(**{**vars(os), 'replace': fail})),

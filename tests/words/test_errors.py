@@ -293,6 +293,34 @@ REFUSALS = {
     'gradients of another shape': (
         lambda: update(recipes.ste(SGD), grads=jax.tree.map(lambda g: g[:1], PARAMS)),
         ["'fc/kernel' of shape (16, 8)", 'its gradient has shape (1, 8)']),
+    'a gradient that is None': (
+        lambda: update(recipes.ste(SGD), grads=PARAMS | {'head': {'kernel': None}}),
+        ["'head/kernel' of shape (24, 4)", 'its gradient is None']),
+    'a function among the parameters': (
+        lambda: recipes.ste(optax.adam(0.1)).init(PARAMS | {'act': jnp.tanh}), ["at 'act'", 'eqx.filter(model']),
+    'shapes for parameters': (
+        lambda: recipes.ste(SGD).init(jax.eval_shape(lambda: PARAMS)), ['jax.eval_shape(tx.init, params)']),
+    'a loss that is no number': (
+        lambda: recipes.snip(SGD, 0.5, loss=lambda params: params['fc']['kernel']).init(PARAMS),
+        ['`loss`', 'returned float32[16, 8]', 'one floating number']),
+    'a decay that ends above zero': (
+        lambda: recipes.mdgf(SGD, decay=schedules.linear(0.0, 1.0, end=9)), ['is still 1', 'no weight would be zero']),
+    'an allocation without a leaf': (
+        lambda: recipes.set_(SGD, 0.5, total_steps=9, every=2, key=jax.random.key(0),
+                             allocation=lambda leaves, sparsity, axes: {'fc/kernel': 0.5}).init(PARAMS),
+        ['`allocation`', "missing: 'head/kernel'"]),
+    'an allocation beyond one': (
+        lambda: recipes.set_(SGD, 0.5, total_steps=9, every=2, key=jax.random.key(0),
+                             allocation=lambda leaves, sparsity, axes: dict.fromkeys(leaves, 2.0)).init(PARAMS),
+        ["'fc/kernel' of shape (16, 8)", '`allocation` gave it the sparsity 2.0']),
+    'several keys': (
+        lambda: recipes.random_pruning(SGD, 0.5, key=jax.random.split(jax.random.key(0), 3)), ['one PRNG key']),
+    **{f'a score that is {what}': (
+        lambda score=score: update(recipes.gradual_magnitude(SGD, 0.5, end=9, every=1, score=score)),
+        ['`score`', f'returned {said}', 'for each entry'])
+       for what, score, said in (('complex', lambda w, signals: w.astype(jnp.complex64), 'complex64[16, 8]'),
+                                 ('a number', lambda w, signals: 1.0, '1.0'),
+                                 ('a column', lambda w, signals: w[:, :1], 'float32[16, 1]'))},
     'a state of the optimizer alone': (
         lambda: update(recipes.ste(SGD), SGD.init(PARAMS)), ['the state is a tuple', 'SparseState', 'tx.init(params)']),
     'a state of a recipe without a master': (

@@ -197,7 +197,7 @@ PATHS = ['block_0/mlp/kernel', 'block_1/mlp/kernel', 'head/kernel']
     (0.5, [0.5, 0.5, 0.5]),
     ({'**': 1}, [1, 1, 1]),
     ({'block_1/**': 1, 'mlp/kernel': 2, '**': 3}, [2, 1, 3]),  # the first that matches, not the tightest
-    ({'**': 3, 'head/*': 1}, [3, 3, 3]),
+    ({'mlp/*': 1, 'head/*': 2, '**': 3}, [1, 1, 2]),  # the rest is empty
     ({'head/kernel': None, 'mlp/*': 'x'}, ['x', 'x', None]),
 ])
 def test_per_leaf_is_one_value_or_the_first_glob_that_matches(value, expected):
@@ -209,6 +209,7 @@ def test_per_leaf_is_one_value_or_the_first_glob_that_matches(value, expected):
     ({'head/kernle': 1, '**': 2},
      r"f: unknown path in `thing` 'head/kernle'. Did you mean 'head/kernel'.* Valid: block_0/mlp/kernel, "),
     ({}, r"says nothing about 'block_0/mlp/kernel', 'block_1/mlp/kernel', 'head/kernel'"),
+    ({'**': 3, 'head/*': 1}, "f: `thing` has 'head/.', and for every such path an earlier entry decides.* move it up"),
 ])
 def test_per_leaf_refuses_gaps_and_typos(value, message):
   with pytest.raises(ValueError, match=message):
