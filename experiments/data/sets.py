@@ -88,9 +88,9 @@ def pixels(name: str, *, data_dir: str | os.PathLike[str] | None = None, valid_f
   """Returns all images, `float32[N, H, W, C]` from 0 to 1, and all labels, `int32[N]`, of `train`, `valid` and `test`.
 
   The arguments are the section `data` of a config. Images of bytes are divided by the largest pixel of the training
-  split, 16 for `digits`. Own images, `inputs` of any shape, are as `arrays.own_splits` gives them. An empty split, as
-  `valid` for a `valid_fraction` of 0, is left out. Raises
-  `ValueError` for text, for a set that is not there, and for arguments without a meaning here.
+  split, 16 for `digits`. Own inputs and labels, of any shape, are as `arrays.own_splits` gives them. An empty split, as
+  `valid` for a `valid_fraction` of 0, is left out. Raises `ValueError` for text, for a set that is not there, and for
+  arguments without a meaning here.
   """
   for argument, value in others.items():
     _refuse(name, 'read whole', argument, value if value != 'classification' else None)
@@ -103,7 +103,9 @@ def pixels(name: str, *, data_dir: str | os.PathLike[str] | None = None, valid_f
         raise ValueError(f'data.pixels: {name!r} is text, which has no pixels; name a set of images.')
       read = {split: getattr(found, split) for split in ('train', 'valid', 'test')}
     whole = {split: reader(rows) for split, (reader, rows) in read.items() if len(rows)}
-  largest = np.float32(max(int(whole['train']['inputs'].max()), 1) if name != OWN else 1)
+  if name == OWN:
+    return {split: (each['inputs'], each['labels']) for split, each in whole.items()}
+  largest = np.float32(max(int(whole['train']['inputs'].max()), 1))
   return {split: (each['inputs'].astype(np.float32) / largest, each['labels']) for split, each in whole.items()}
 
 

@@ -12,15 +12,20 @@ Not yet run at size.
 """
 
 from experiments.configs import claims
+from experiments.data import movielens
 
 
 def get_config():
   config = claims.digits(steps=1500, learning_rate=3e-3, batch_size=256)
-  config.data.name = 'movielens'
+  config.data = movielens.rated
   config.recipes = {name: {'name': 'dense'} for name in ('top-2', 'hash', 'COMET', 'COMET-search')}
   config.protocol = {'name': 'liked', 'runs': {
       'top-2': {'gate': 'top_k'}, 'hash': {'gate': 'hashed'}, 'COMET-search': {'searched': True}}}
   return config
+
+
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
 
 
 CLAIM = claims.Claim(

@@ -12,15 +12,15 @@ Not yet run at size.
 from experiments.configs import claims
 
 
-def selecting(data, features, sparsity):
-  """Returns the config in which so many features of `data` are selected, by an autoencoder of this sparsity."""
+def selecting(features, sparsity, **sizes):
+  """Returns the config in which so many features are selected, by an autoencoder of this sparsity."""
   config = claims.digits(steps=2000, batch_size=100)
   config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'learning_rate': 0.01, 'clip': None,
                       'options': {'momentum': 0.9}}
   config.recipes['QuickSelection'] = {'name': 'quick_selection', 'sparsity': sparsity, 'every': 20}
   for run in ('random', 'variance', 'all'):
     config.recipes[run] = {'name': 'dense'}
-  config.protocol = {'name': 'features', 'data': data, 'features': features, 'runs': {
+  config.protocol = {'name': 'features', 'features': features, **sizes, 'runs': {
       run: {'chosen': run} for run in ('random', 'variance', 'all')}}
   return config
 
@@ -37,7 +37,11 @@ def claim(data):
 
 
 def get_config():
-  return selecting('digits', 12, 0.8)
+  return selecting(12, 0.8)
+
+
+def get_sweep():
+  return claims.tuned(3e-3, 1e-2)
 
 
 CLAIM = claim('digits')

@@ -10,10 +10,14 @@ Not yet run at size.
 """
 
 from experiments.configs.claims import features_digits
+from experiments.data import madelon
 
 
 def get_config():
-  return features_digits.selecting('madelon', 20, 0.9)
+  config = features_digits.selecting(20, 0.9, useful=madelon.USEFUL)
+  config.data = madelon.drawn
+  return config
 
 
+get_sweep = features_digits.get_sweep
 CLAIM = features_digits.claim('madelon')
