@@ -16,7 +16,7 @@ from experiments.data import movielens
 
 
 def get_config():
-  config = claims.digits(steps=1500, learning_rate=3e-3, batch_size=256)
+  config = claims.digits(steps=1000, learning_rate=3e-3, batch_size=256)
   config.data = movielens.rated
   config.recipes = {name: {'name': 'dense'} for name in ('top-2', 'hash', 'COMET', 'COMET-search')}
   config.protocol = {'name': 'liked', 'runs': {
