@@ -62,7 +62,7 @@ def _labels(params: PyTree, alphas: Predicate | None) -> PyTree:
   """Returns the optimizer of each leaf."""
   paths, leaves, treedef = trees.flatten(params)
   picked = [_is_alpha(path, leaf, alphas) for path, leaf in zip(paths, leaves)]
-  if not any(picked):
+  if paths and not any(picked):  # `optax.tree.map_params` asks with a tree without leaves
     none = f'no leaf has the name {ALPHA!r}' if alphas is None else '`alphas` picks no leaf'
     raise ValueError(f'recipes.dass: {none} among {errors.some(paths)}, and so there is no mixture to search; name the '
                      'weights of the mixtures, as in alphas=trees.named("*/mixture").')

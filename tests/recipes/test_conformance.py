@@ -200,7 +200,7 @@ def test_memory_is_what_was_promised(name):
   inner = jax.eval_shape(optax.sgd(0.3, momentum=0.5).init, params)
   held = jax.tree.leaves(state.inner)[-len(jax.tree.leaves(inner)):]  # a recipe may chain a transform in front
   assert size(state) - size(held) <= weights * CASES[name].promise.memory + 28 + plans.BYTES
-  assert [x.shape for x in jax.tree.leaves(inner)] == [x.shape for x in held]
+  assert sorted(x.shape for x in jax.tree.leaves(inner)) == sorted(x.shape for x in held)  # DASS has two optimizers
 
 
 @pytest.mark.sampled(8)

@@ -125,6 +125,7 @@ SIGNALS = {
     'loss': lambda params: sum(jnp.sum(jnp.cos(3 * w.astype(jnp.float32))) for w in jax.tree.leaves(params)),
     'outputs': lambda params: sum(jnp.sum(jnp.square(w.astype(jnp.float32))) for w in jax.tree.leaves(params)),
     'key': jax.random.key(0),
+    'alphas': lambda path, leaf: leaf.ndim < 2 or path.startswith(('head/', 'b/', 'layer_5/')),  # of all trees here
 }
 
 
