@@ -5,8 +5,8 @@ The score is the accuracy of 50 extremely randomised trees, the judge of QuickSe
 trained autoencoder, by `variance`, at `random`, or `all` of them. The labels are read by the trees alone. The last
 three train nothing.
 
-The data are those of the config, each feature by itself. `useful` says how many of the first features carry the classes,
-where that is known. `informative` beside the score is then their share among the selected features.
+The data are those of the config. `useful` says how many of the first features carry the classes, where that is known.
+`informative` beside the score is then their share among the selected features.
 
 Deviations: the trees are judged on the test images, without dropout and tanh in the autoencoder. The noise is drawn
 once for each example, as in the authors' code.
