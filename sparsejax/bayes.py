@@ -105,8 +105,8 @@ def noisy_product(x: Array, weight: PyTree, key: Array | None = None) -> Array:
   key, as at test time, the result is `x @ mean`. Raises `ValueError` for a weight that is no Gaussian leaf.
   """
   if not _is_gaussian(weight):
-    raise ValueError("bayes.noisy_product: `weight` must be a leaf {'mean', 'rho'} of bayes.gaussian; draw other weights "
-                     'by bayes.sample.')
+    raise ValueError("bayes.noisy_product: `weight` must be a leaf {'mean', 'rho'} of bayes.gaussian; multiply others "
+                     'by x @ w.')
   mean = x @ weight['mean']
   if key is None:
     return mean

@@ -46,7 +46,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
     del dl_manager  # The images are part of scikit-learn.
-    images, labels = whole()
+    images, labels = all_images()
     test = np.sort(np.argsort(labels, kind='stable')[::5])
     train = np.setdiff1d(np.arange(len(labels)), test)
     return {'train': self._generate_examples(images, labels, train),
@@ -58,7 +58,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       yield row, {'image': PIL.Image.fromarray(images[row]), 'label': int(labels[row])}
 
 
-def whole() -> tuple[np.ndarray, np.ndarray]:
+def all_images() -> tuple[np.ndarray, np.ndarray]:
   """Returns all images, `uint8[1797, 8, 8]`, and their labels, `int32[1797]`, in the order of scikit-learn."""
   from sklearn import datasets  # An import at the top would cost every later start a second, and is needed once.
 
@@ -71,7 +71,7 @@ def every_fifth() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
   The place decides, and not the label as in the TFDS set: `experiments.structured` was measured on these splits.
   """
-  images, labels = whole()
+  images, labels = all_images()
   images, last = images.astype(np.float32) / 16, np.arange(len(labels)) % 5 == 4
   return {'train': (images[~last], labels[~last]), 'test': (images[last], labels[last])}
 

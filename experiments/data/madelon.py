@@ -1,12 +1,11 @@
 """Draws a set like madelon by scikit-learn: 500 features, of which the first 20 carry the two classes.
 
-    config.data = madelon.drawn
+    config.data.name = 'madelon'
 """
 
 import numpy as np
 
 INFORMATIVE, REDUNDANT, FEATURES, EXAMPLES = 5, 15, 500, 2600  # madelon has these for training and validation
-USEFUL = INFORMATIVE + REDUNDANT
 CLUSTERS = 15  # of each class; with all 16, scikit-learn would hand out classes by one feature alone
 
 

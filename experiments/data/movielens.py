@@ -3,7 +3,7 @@
     found = ratings()
     found.stars                          # float32[100000], 1 to 5
     pairs, stars = rated()['train']      # int32[80000, 2], a user and a film in a row
-    config.data = liked                  # of what each user liked, the last fifth is for the test
+    config.data.name = 'films_liked'     # of what each user liked, the last fifth is for the test
 
 The data are those of Harper and Konstan 2015 (The MovieLens Datasets, 10.1145/2827872). Their own terms hold, whatever
 the licence of the package: research only, with this citation, and no redistribution.

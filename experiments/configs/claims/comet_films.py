@@ -12,12 +12,11 @@ Not yet run at size.
 """
 
 from experiments.configs import claims
-from experiments.data import movielens
 
 
 def get_config():
   config = claims.digits(steps=1000, learning_rate=3e-3, batch_size=256)
-  config.data = movielens.rated
+  config.data.name = 'films_rated'
   config.recipes = {name: {'name': 'dense'} for name in ('top-2', 'hash', 'COMET', 'COMET-search')}
   config.protocol = {'name': 'liked', 'runs': {
       'top-2': {'gate': 'top_k'}, 'hash': {'gate': 'hashed'}, 'COMET-search': {'searched': True}}}

@@ -10,12 +10,11 @@ Not yet run at size.
 """
 
 from experiments.configs.claims import features_digits
-from experiments.data import madelon
 
 
 def get_config():
-  config = features_digits.selecting(20, 0.9, useful=madelon.USEFUL)
-  config.data = madelon.drawn
+  config = features_digits.selecting(20, 0.9, useful=20)
+  config.data.name = 'madelon'
   return config
 
 

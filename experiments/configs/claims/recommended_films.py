@@ -16,12 +16,11 @@ quarter of their weights. Differences are paired by seed, with their 95 % interv
 """
 
 from experiments.configs import claims
-from experiments.data import movielens
 
 
 def get_config():
   config = claims.digits(steps=3000, learning_rate=1e-2, batch_size=1024)
-  config.data = movielens.liked
+  config.data.name = 'films_liked'
   sparse = {'sparsity': 0.75, 'where': ['*/embedding'], 'allocation': 'uniform'}
   config.recipes['dense-16'] = {'name': 'dense'}
   config.recipes['static'] = {'name': 'static_sparse', **sparse}
