@@ -102,8 +102,11 @@ def noisy_product(x: Array, weight: PyTree, key: Array | None = None) -> Array:
   """Returns `x @ w` of a Gaussian leaf `[in, out]` by the local reparametrisation (Kingma et al. 2015), `[..., out]`.
 
   The result is `x @ mean + sqrt(x^2 @ deviation^2 + 1e-8) noise`, with a noise for each output and example. Without a
-  key, as at test time, the result is `x @ mean`.
+  key, as at test time, the result is `x @ mean`. Raises `ValueError` for a weight that is no Gaussian leaf.
   """
+  if not _is_gaussian(weight):
+    raise ValueError("bayes.noisy_product: `weight` must be a leaf {'mean', 'rho'} of bayes.gaussian; multiply others "
+                     'by x @ w.')
   mean = x @ weight['mean']
   if key is None:
     return mean
@@ -116,10 +119,12 @@ def kl(params: PyTree, prior: float = 0.005) -> Array:
   """Returns the sum over kept weights of KL(N(mean, deviation^2) || N(0, `prior`^2)), `float32[]`.
 
   SSVI (Li et al. 2024, 2402.16359) adds `0.01 / N min(2 e / E, 1)` times it to the mean loss of N examples, at epoch e
-  of E.
+  of E. Raises `ValueError` for parameters without a Gaussian leaf, which would have no divergence.
   """
   leaves = [node for node in jax.tree.leaves(params, is_leaf=_is_gaussian) if _is_gaussian(node)]
-  return jnp.sum(jnp.stack([jnp.zeros(()), *(_divergence(node, prior) for node in leaves)]))
+  if not leaves:
+    raise ValueError("bayes.kl: no leaf is {'mean', 'rho'}, so that there is no posterior; make one by bayes.gaussian.")
+  return jnp.sum(jnp.stack([_divergence(node, prior) for node in leaves]))
 
 
 def _divergence(weight: PyTree, prior: float) -> Array:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, trees
+from sparsejax import arguments, errors, trees
 from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
 
@@ -76,11 +76,15 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
   `Routing` of the rows of `x`. `capacity`: the slots of each block, needed for weights. The rows of a block beyond its
   slots are dropped and counted; the first rows come first. A row that opens nothing, and all rows of a
   gate that keeps nothing, get zeros. Gradients flow to parameters, rows and weights; a weight of 0 gets none.
-  Raises `ValueError` for parameters of other numbers of blocks, and for weights of other rows.
+  Raises `ValueError` for parameters of other numbers of blocks, for weights of other rows, and for a known `Routing` of
+  more rows. The same holds for a block that does not return a row for each row.
   """
+  if not x.ndim:
+    raise ValueError('conditional.apply: `x` is a scalar; give rows, [..., inputs].')
   rows = x.reshape(-1, x.shape[-1])
   if isinstance(weights, Routing):
     routing = weights
+    refuse_rows('conditional.apply', routing, len(rows))
   else:
     if capacity is None:
       raise ValueError('conditional.apply: weights need `capacity`, the number of rows that each block computes.')
@@ -90,9 +94,19 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
     routing = routed(weights.reshape(-1, weights.shape[-1]), capacity)
   _refuse_blocks(params, len(routing.tokens))
   computed = jax.vmap(block)(params, rows[routing.tokens])  # an empty slot computes row 0, and no row of zeros
+  if computed.ndim != 3 or computed.shape[:2] != routing.tokens.shape:
+    raise ValueError(f'conditional.apply: `block` maps rows {[*routing.tokens.shape[1:], rows.shape[-1]]} to '
+                     f'{[*computed.shape[1:]]}; return one row of outputs for each row.')
   scaled = jnp.where(routing.filled[..., None], computed * routing.weights[..., None].astype(computed.dtype), 0)
   y = jnp.zeros((len(rows), computed.shape[-1]), computed.dtype).at[routing.tokens].add(scaled)
   return Applied(y.reshape(*x.shape[:-1], -1), routing.dropped)
+
+
+def refuse_rows(function: str, routing: Routing, rows: int) -> None:
+  """Raises `ValueError` if the routing is known and has a row beyond `rows`, which JAX would take for the last one."""
+  if arguments.is_known(routing.tokens) and routing.tokens.size and int(jnp.max(routing.tokens)) >= rows:
+    raise ValueError(f'{function}: the routing has row {int(jnp.max(routing.tokens))}, and there are {rows} rows; give '
+                     'the rows and scores for which the routing was made.')
 
 
 def _refuse_blocks(params: PyTree, blocks: int) -> None:

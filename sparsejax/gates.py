@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors
+from sparsejax import arguments, errors
 from sparsejax.arguments import checked
 from sparsejax.types import Array, Bound, Step
 
@@ -161,12 +161,18 @@ def polarized(weights: Array, target: float, costs: Array | None = None, *, pola
   m (1 - m), plus `activation` times `(sum of c m - target)^2`. c are `costs`, `[units]`, made to sum to 1; the default
   is equal costs. m (1 - m) is 0 only where every input agrees. A gate without a slope would have no gradient, so the
   weights are those of `bernoulli`. The paper's formulas are not public; these follow from its abstract.
-  Raises `ValueError` for costs that are not one for each unit.
+  Raises `ValueError` without an input, and for costs that are not one for each unit, negative, or known to be all 0.
   """
+  if not weights.ndim or not weights.size:
+    raise ValueError(f'gates.polarized: weights of shape {weights.shape}; give a weight for each input and unit, '
+                     '[..., units].')
   units = weights.shape[-1]
-  costs = jnp.ones(units, weights.dtype) if costs is None else costs
+  costs = jnp.ones(units, jnp.float32) if costs is None else costs
   if costs.shape != (units,):
     raise ValueError(f'gates.polarized: costs of shape {costs.shape} for {units} units; give one cost for each unit.')
+  if arguments.is_known(costs) and not (bool(jnp.all(costs >= 0)) and bool(jnp.any(costs > 0))):
+    raise ValueError('gates.polarized: `costs` must be at least 0, and one above 0; give the share of the FLOPs of '
+                     'each unit.')
   mean = jnp.mean(weights, tuple(range(weights.ndim - 1)))
   active = jnp.sum(costs * mean) / jnp.sum(costs)
   return polarization * jnp.mean(mean * (1 - mean)) + activation * jnp.square(active - target)

@@ -63,8 +63,9 @@ def kept_edges(scores: Array, sparsity: float) -> Array:
   Masks of rising sparsities over one score are nested. TEDDY rounds the count down, and rises over levels i by the
   sparsity 1 - (1 - p)^i.
   """
-  if scores.ndim != 1:
-    raise ValueError(f'graphs.kept_edges: scores of shape {scores.shape}; give one score an edge, `[E]`.')
+  if scores.ndim != 1 or not scores.size:
+    raise ValueError(f'graphs.kept_edges: scores of shape {scores.shape}; give one score an edge, `[E]`, of a graph '
+                     'with at least one edge.')
   return patterns.Unstructured(sparsity)(scores, counts.kept_of(sparsity, scores.shape[0]), _EDGES)
 
 
@@ -91,6 +92,9 @@ def propagate(x: Array, senders: Array, receivers: Array, weights: Convolved) ->
   Every edge is computed, a pruned edge with the weight 0. To save the work of pruned edges, drop these edges from all
   three arrays before `jit`: the result is the same.
   """
+  if not x.ndim or (weights.edges.shape, weights.nodes.shape) != (senders.shape, x.shape[:1]):
+    raise ValueError(f'graphs.propagate: `x` has shape {x.shape}, and `weights` are of {weights.edges.shape} edges and '
+                     f'{weights.nodes.shape} nodes; give what graphs.normalised returns for these edges and nodes.')
   _refuse('propagate', senders, receivers, x.shape[0])
   widen = lambda w: w.reshape(*w.shape, *(1,) * (x.ndim - 1)).astype(x.dtype)
   sent = tuple(widen(weights.edges) * x[ends] for ends in (receivers, senders))
@@ -119,3 +123,7 @@ def _refuse(function: str, senders: Array, receivers: Array, nodes: int) -> None
     if np.any(ends[0] == ends[1]):
       raise ValueError(f'graphs.{function}: edge {int(np.argmax(ends[0] == ends[1]))} is a self-loop; leave self-loops '
                        'out, a graph convolution adds one to every node.')
+    more = ends.shape[1] - np.unique(np.sort(ends, 0), axis=1).shape[1]
+    if more:
+      raise ValueError(f'graphs.{function}: {more} edges stand more than once, in the same or in the other direction; '
+                       'give each edge once, as with senders < receivers.')

@@ -35,6 +35,7 @@ def frequency_map(logits: Array, labels: Array, targets: int) -> Array:
   if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < targets:
     raise ValueError(f'transfer.frequency_map: logits of shape {logits.shape} and labels of shape {labels.shape} for '
                      f'{targets} targets; give [n, sources] and [n], with at least as many source classes as targets.')
+  arguments.refuse_labels('transfer.frequency_map', labels, targets)
   votes = jnp.zeros((logits.shape[1], targets), jnp.int32).at[jnp.argmax(logits, 1), labels].add(1)
 
   def match(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -54,12 +55,12 @@ def prompted(x: Array, prompt: Array, squashed: bool = True) -> Array:
   one half, or with `squashed=False` the prompt itself (Bahng et al. 2022). The prompt gets no gradient under the image.
   Normalise the result as the source was. Raises `ValueError` for a prompt without a border.
   """
-  (height, width), outer = x.shape[1:3], prompt.shape
-  if x.ndim != 4 or len(outer) != 3 or outer[2] != x.shape[3] or min(outer[0] - height, outer[1] - width) < 0 or (
-      outer[:2] == (height, width)):
+  inner, outer = x.shape[1:3], prompt.shape
+  if x.ndim != 4 or len(outer) != 3 or outer[2] != x.shape[3] or outer[:2] == inner or any(
+      big < small for big, small in zip(outer, inner)):
     raise ValueError(f'transfer.prompted: images of shape {x.shape} in a prompt of shape {outer}; give [batch, h, w, '
                      'C] and a larger [H, W, C].')
-  room = [((big - small + 1) // 2, (big - small) // 2) for big, small in zip(outer, (height, width))]
-  inside = jnp.pad(jnp.ones((height, width, 1), bool), (*room, (0, 0)))
+  room = [((big - small + 1) // 2, (big - small) // 2) for big, small in zip(outer, inner)]
+  inside = jnp.pad(jnp.ones((*inner, 1), bool), (*room, (0, 0)))
   border = (jax.nn.sigmoid(prompt) if squashed else prompt).astype(x.dtype)
   return jnp.pad(x, ((0, 0), *room, (0, 0))) + jnp.where(inside, jnp.zeros((), x.dtype), border)[None]

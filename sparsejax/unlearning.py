@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, trees
+from sparsejax import arguments, errors, trees
 from sparsejax.argument_kinds import ARRAY, BY_NAME, DRAWN, PARAMS, POSITIVE, RATE, SERIES, TIMES
 from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
@@ -64,9 +64,11 @@ def fisher(apply: Callable[[PyTree, Array], Array], params: PyTree, batches: Ite
   authors' code (`fisher_new`), a mean over examples is squared, and not the mean of squares taken. `apply(params, x)`
   returns logits `[batch, classes]`; `batches` holds inputs `x`. Raises `ValueError` without batches.
   """
+  if isinstance(batches, jax.Array | np.ndarray):
+    raise ValueError('unlearning.fisher: `batches` is one array; give a list of batches, as in [x].')
   batches = list(batches)
-  if not batches:
-    raise ValueError('unlearning.fisher: no batches; give the inputs of the retained examples.')
+  if not all(map(len, batches)) or not batches:
+    raise ValueError('unlearning.fisher: no batches, or an empty one; give the inputs of the retained examples.')
   of_batch = jax.jit(lambda params, x: _fisher(lambda params: apply(params, x), params))
   found = [of_batch(params, x) for x in batches]
   return jax.tree.map(lambda *parts: sum(parts) / len(parts), *found)
@@ -85,17 +87,21 @@ def noised(params: PyTree, information: PyTree, key: Array, alpha: float, most: 
 
   `information`: F, from `fisher`. A weight that is exactly zero stays zero. The authors' code of sparse unlearning
   also averages the variance over the inputs. In the last layer it caps the variance at 100, and takes it tenfold
-  there and for vectors. This function has one rule for every parameter.
+  there and for vectors. This function has one rule for every parameter. Raises `ValueError` for the information of
+  another model.
   """
-  _, leaves, treedef = trees.flatten(params)
+  paths, leaves, treedef = trees.flatten(params)
   keys = jax.random.split(key, len(leaves))
 
-  def move(w: Array, f: Array, key: Array) -> Array:
+  def move(path: str, w: Array, f: Array, key: Array) -> Array:
+    if f.shape != w.shape:
+      raise errors.at_leaf('unlearning.noised', path, w.shape, f'`information` has shape {f.shape} there; give what '
+                           'fisher returns for these parameters.')
     deviation = jnp.sqrt(alpha * jnp.minimum(1 / (f + 1e-8), most))
     noise = deviation * jax.random.normal(key, w.shape, jnp.float32)
     return jnp.where(w == 0, w, w + noise.astype(w.dtype))
 
-  return treedef.unflatten(map(move, leaves, treedef.flatten_up_to(information), keys))
+  return treedef.unflatten(map(move, paths, leaves, treedef.flatten_up_to(information), keys))
 
 
 @checked
@@ -109,6 +115,8 @@ def woodfisher(loss: Callable[[PyTree, PyTree], Array], params: PyTree, examples
   gradient; each gradient g takes (k.g) / (N + o.g) o from k and (o.g) / (N + o.g) o from o, with N = `damping`. Entries
   of weights that are exactly zero are zero, and count in no product.
   """
+  if not all(map(len, jax.tree.leaves(examples))):
+    raise ValueError('unlearning.woodfisher: there are no examples; give those that the model may keep.')
   kept = jax.tree.map(lambda w: w != 0, params)
   masked = lambda tree: jax.tree.map(lambda m, x: jnp.where(m, x.astype(jnp.float32), 0), kept, tree)
   grad = lambda example: masked(jax.grad(loss)(params, example))
@@ -133,8 +141,10 @@ def modified_entropy(probabilities: Array, labels: Array) -> Array:
   """Returns `-(1 - p_y) log p_y - sum_{j != y} p_j log(1 - p_j)` of each example (Song and Mittal 2021, 2003.10595).
 
   `probabilities`: `[n, classes]`. Small where the model is sure and right, as on its own training data. The code of
-  sparse unlearning takes log p where log(1 - p) is meant. Probabilities are clipped at 1e-12.
+  sparse unlearning takes log p where log(1 - p) is meant. Probabilities are clipped at 1e-12. Raises `ValueError` for
+  logits, and for labels of other examples or of no class.
   """
+  arguments.refuse_predictions('unlearning.modified_entropy', probabilities, labels)
   log = lambda p: jnp.log(jnp.maximum(p, 1e-12))
   right = jax.nn.one_hot(labels, probabilities.shape[-1], dtype=bool)
   own, other = -(1 - probabilities) * log(probabilities), -probabilities * log(1 - probabilities)
@@ -148,10 +158,11 @@ def membership(inside: Array, outside: Array, asked: Array) -> Array:
   All three are confidences `[n]`: of training examples, of unseen examples, and of the examples to forget. The attack
   is the threshold that best tells `inside` from `outside`, with both classes weighted equally (Yeom et al. 2018); of
   equal thresholds the lowest. The paper fits a support vector machine with a Gaussian kernel to the same confidences.
-  Raises `ValueError` for empty arrays.
+  Raises `ValueError` for arrays that are empty or no vectors.
   """
-  if not inside.size or not outside.size or not asked.size:
-    raise ValueError('unlearning.membership: an array of confidences is empty; give at least one of each.')
+  if any(x.ndim != 1 or not x.size for x in (inside, outside, asked)):
+    raise ValueError(f'unlearning.membership: confidences of shapes {inside.shape}, {outside.shape} and {asked.shape}; '
+                     'give one number for each example, at least one of each.')
   thresholds = jnp.sort(jnp.concatenate([inside, outside]))
   above = lambda x: 1 - jnp.searchsorted(jnp.sort(x), thresholds) / x.size
   best = thresholds[jnp.argmax(above(inside) - above(outside))]

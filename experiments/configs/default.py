@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
   config.mesh = {'data': -1}  # devices that share each batch; -1: all devices of all processes
   config.shard = 'replicated'  # the state is copied to every device; `fully` splits the state over the devices
   config.data = {
-      'name': 'digits',  # `digits`, `sst2_sentences`, any TFDS data set in `data_dir`, or the path of a UTF-8 text file
+      'name': 'digits',  # `digits`, `sst2_sentences`, a TFDS set in `data_dir`, a text file, or one of `data.sets.MADE`
       'data_dir': None,  # None: the user's cache directory
       'sequence_length': None,  # text: bytes in a window; None: 128. Sentences: tokens; None: 32
       'valid_fraction': 0.1,

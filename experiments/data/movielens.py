@@ -2,7 +2,8 @@
 
     found = ratings()
     found.stars                          # float32[100000], 1 to 5
-    parts = last_left_out(found)         # of each user, the last fifth of what the user liked is the truth
+    pairs, stars = rated()['train']      # int32[80000, 2], a user and a film in a row
+    config.data.name = 'films_liked'     # of what each user liked, the last fifth is for the test
 
 The data are those of Harper and Konstan 2015 (The MovieLens Datasets, 10.1145/2827872). Their own terms hold, whatever
 the licence of the package: research only, with this citation, and no redistribution.
@@ -21,6 +22,8 @@ FILE = pathlib.Path('dataset_example', 'ml-100k', 'ml-100k.inter')
 COLUMNS = 'user_id:token\titem_id:token\trating:float\ttimestamp:float'
 LIKED = 4  # stars from which on a user likes a film
 
+Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # of `train` and `test`: pairs `int32[N, 2]`, and stars `float32[N]`
+
 
 class Ratings(NamedTuple):
   """A `Ratings` holds one rating a row: `users` and `items` `int32[N]`, `stars` `float32[N]`, `times` in seconds.
@@ -32,19 +35,6 @@ class Ratings(NamedTuple):
   items: np.ndarray
   stars: np.ndarray
   times: np.ndarray
-
-
-class LeftOut(NamedTuple):
-  """A `LeftOut` holds what users liked: pairs for training, and tables `bool[users, items]` for the test.
-
-  `users` and `items`, `int32[N]`, are the pairs of training, and `seen` is their table. `truth` is the table of what is
-  to be recommended. A user without any truth has an empty row.
-  """
-
-  users: np.ndarray
-  items: np.ndarray
-  seen: np.ndarray
-  truth: np.ndarray
 
 
 def folder() -> pathlib.Path:
@@ -79,25 +69,40 @@ def _read(path: pathlib.Path) -> Ratings:
   return found
 
 
-def last_left_out(found: Ratings, share: float = 0.2) -> LeftOut:
+def rated(share: float = 0.2) -> Splits:
+  """Returns all pairs of a user and a film with their stars. A random `share` of them, always the same, is the test."""
+  found = ratings()
+  rows = np.random.default_rng(0).permutation(len(found.users))
+  pairs, last = np.stack([found.users, found.items], 1), round(share * len(rows))
+  return {split: (pairs[part], found.stars[part]) for split, part in (('train', rows[last:]), ('test', rows[:last]))}
+
+
+def liked(share: float = 0.2) -> Splits:
   """Returns what each user liked, parted in time: the last `share` of it, rounded up, is the truth of the test.
 
-  A user who liked a single film keeps it for training. Ratings of equal times are in the order of their items.
+  A user who liked a single film keeps it for training. Pairs are in the order of users and times, and of equal times
+  in that of their items.
   """
-  liked = found.stars >= LIKED
-  users, items = found.users[liked], found.items[liked]
-  order = np.lexsort((items, found.times[liked], users))
-  users, items = users[order], items[order]
+  found = ratings()
+  good = found.stars >= LIKED
+  users, items, stars = found.users[good], found.items[good], found.stars[good]
+  order = np.lexsort((items, found.times[good], users))
+  users, items, stars = users[order], items[order], stars[order]
   counts = np.bincount(users, minlength=found.users.max() + 1)
   left = np.array([min(math.ceil(share * count), max(count - 1, 0)) for count in counts])
   place = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
-  last = place >= (counts - left)[users]
-  shape = found.users.max() + 1, found.items.max() + 1
-  return LeftOut(users[~last], items[~last], _table(shape, users[~last], items[~last]),
-                 _table(shape, users[last], items[last]))
+  last, pairs = place >= (counts - left)[users], np.stack([users, items], 1)
+  return {'train': (pairs[~last], stars[~last]), 'test': (pairs[last], stars[last])}
 
 
-def _table(shape: tuple[int, int], users: np.ndarray, items: np.ndarray) -> np.ndarray:
-  table = np.zeros(shape, bool)
-  table[users, items] = True
-  return table
+def counts(*splits: np.ndarray) -> tuple[int, int]:
+  """Returns the numbers of users and of items of pairs `int[N, 2]`: the largest of each, plus one."""
+  users, items = np.max([pairs.max(0) for pairs in splits], 0) + 1
+  return int(users), int(items)
+
+
+def table(pairs: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Returns which items each user has in `pairs`, `bool[users, items]`; a user without any has an empty row."""
+  found = np.zeros(shape, bool)
+  found[pairs[:, 0], pairs[:, 1]] = True
+  return found

@@ -1,4 +1,5 @@
-"""Finds a data set by its name: `digits`, SST-2 by sentences, any prepared TFDS set, or a UTF-8 text file."""
+"""Finds a data set by its name: `digits`, SST-2 by sentences, any prepared TFDS set, a UTF-8 text file, or a made set.
+"""
 
 import contextlib
 import difflib
@@ -12,10 +13,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.configs import OWN, Own
-from experiments.data import arrays, digits, images, sst2, text
+from experiments.data import arrays, digits, images, madelon, movielens, sst2, text
 from experiments.data.batches import Data
 from experiments.data.order import BatchPart
 from sparsejax import errors
+
+# Sets that a function makes, in the form of own data.
+MADE = {'madelon': madelon.drawn, 'films_rated': movielens.rated, 'films_liked': movielens.liked}
 
 
 def cache_directory() -> pathlib.Path:
@@ -42,7 +46,8 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike[s
     are not used.
   - Text is read as bytes: `inputs` and `labels` `int32[B, T]`, `weight` `float32[B, T]`. Each label is the next byte.
     `T` is `sequence_length`, or 128.
-  - `own`: the user's own `splits`, as `arrays.own_batches` takes them, with `num_classes`.
+  - `own`: the user's own `splits`, as `arrays.own_batches` takes them, with `num_classes`. A name in `MADE`, such as
+    `madelon`, stands for the splits that its function returns.
   - `sst2_sentences`: `inputs` `int32[B, T]`, tokens filled up with 0, and `labels` `int32[B]`. `T` is
     `sequence_length`, or 32. The files are `data_dir/sst2_sentences/{train,dev,test}.tsv`; see `sst2.load`.
 
@@ -64,6 +69,7 @@ def load(name: str, *, batch_size: int, seed: int, data_dir: str | os.PathLike[s
   if task not in images.PREPARATIONS:
     raise errors.unknown('data.load', 'task', task, images.PREPARATIONS)
   root, part = pathlib.Path(data_dir or cache_directory()).expanduser(), BatchPart(batch_size, rows)
+  name, splits = _made(name, splits)
   if name == OWN:
     _refuse_for_text(name, 'own data', augment, task)
     _refuse(name, 'own data', 'sequence_length', sequence_length)
@@ -88,12 +94,13 @@ def pixels(name: str, *, data_dir: str | os.PathLike[str] | None = None, valid_f
   """Returns all images, `float32[N, H, W, C]` from 0 to 1, and all labels, `int32[N]`, of `train`, `valid` and `test`.
 
   The arguments are the section `data` of a config. Images of bytes are divided by the largest pixel of the training
-  split, 16 for `digits`. Own images, `inputs` of any shape, are as `arrays.own_splits` gives them. An empty split, as
-  `valid` for a `valid_fraction` of 0, is left out. Raises
-  `ValueError` for text, for a set that is not there, and for arguments without a meaning here.
+  split, 16 for `digits`. Own inputs and labels, of any shape, are as `arrays.own_splits` gives them. An empty split, as
+  `valid` for a `valid_fraction` of 0, is left out. Raises `ValueError` for text, for a set that is not there, and for
+  arguments without a meaning here.
   """
   for argument, value in others.items():
     _refuse(name, 'read whole', argument, value if value != 'classification' else None)
+  name, splits = _made(name, splits)
   with _quiet():
     if name == OWN:
       read = arrays.own_splits(splits.value if isinstance(splits, Own) else splits, valid_fraction)
@@ -103,8 +110,18 @@ def pixels(name: str, *, data_dir: str | os.PathLike[str] | None = None, valid_f
         raise ValueError(f'data.pixels: {name!r} is text, which has no pixels; name a set of images.')
       read = {split: getattr(found, split) for split in ('train', 'valid', 'test')}
     whole = {split: reader(rows) for split, (reader, rows) in read.items() if len(rows)}
-  largest = np.float32(max(int(whole['train']['inputs'].max()), 1) if name != OWN else 1)
+  if name == OWN:
+    return {split: (each['inputs'], each['labels']) for split, each in whole.items()}
+  largest = np.float32(max(int(whole['train']['inputs'].max()), 1))
   return {split: (each['inputs'].astype(np.float32) / largest, each['labels']) for split, each in whole.items()}
+
+
+def _made(name: str, splits: Any) -> tuple[str, Any]:
+  """Returns the name and the splits of own data for a name in `MADE`, and other names as they are."""
+  if name not in MADE:
+    return name, splits
+  _refuse(name, 'a named set', 'splits', splits)
+  return OWN, MADE[name]
 
 
 def _refuse(name: str, kind: str, argument: str, value: Any) -> None:
@@ -154,7 +171,7 @@ def _builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
   except tfds.core.DatasetNotFoundError:
     known = tfds.list_builders(with_community_datasets=False)
     close = difflib.get_close_matches(name.partition('/')[0].partition(':')[0], known, n=3, cutoff=0.5)
-    problem = errors.unknown('data.load', 'data set', name, {'digits', sst2.NAME, *present, *close})
+    problem = errors.unknown('data.load', 'data set', name, {'digits', sst2.NAME, *MADE, *present, *close})
     raise ValueError(f'{problem} Every image set of TFDS and the path of a UTF-8 text file are names too.') from None
   if not (builder.data_path / 'dataset_info.json').exists():
     raise ValueError(f'data.load: {name!r} is not in data_dir {str(root)!r}, which holds '

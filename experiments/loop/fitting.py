@@ -86,13 +86,21 @@ def both_splits(config: ConfigDict) -> tuple[Split, Split]:
   The training split is whole, validation included. Raises `ValueError` for images of another size, and for labels that
   are not the ten digits.
   """
-  section = {**config.data, 'valid_fraction': 0.0}
-  found = _read(section) if config.data.name == configs.OWN else _once(tuple(section.items()))
+  found = splits(config)
   for images, labels in found:
     if images.shape[1:] != (64,) or labels.ndim != 1 or not {*labels.tolist()} <= {*range(10)}:
       raise ValueError(f'config.data: this engine reads images of 64 pixels with labels 0 to 9, not {images.shape[1:]} '
                        f'with labels {labels.dtype}{list(labels.shape)}; leave config.data out for the digits.')
-  return tuple(map(jnp.asarray, found[0])), tuple(map(jnp.asarray, found[1]))
+  return tuple((jnp.asarray(images, jnp.float32), jnp.asarray(labels)) for images, labels in found)
+
+
+def splits(config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Returns inputs `[N, ...]` in one row each, and labels, for training and for test, whatever data the config has.
+
+  The training split is whole, validation included.
+  """
+  section = {**config.data, 'valid_fraction': 0.0}
+  return _read(section) if config.data.name == configs.OWN else _once(tuple(section.items()))
 
 
 def _read(section: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -6,8 +6,8 @@ r"""Tests claims that need a protocol of their own: graphs, unlearning, transfer
 run gives a score from 0 to 1 for each seed, of which a larger one is better. `chance` is the accuracy of the best
 constant answer, and `quality` the accuracy of the run's models, by default the score: a run whose quality is not above
 chance decides no claim. Further numbers stand beside in `outcome.json`. The data are the digits, or own images of their
-size, and MovieLens-100K for `recommended` and `liked`. Finished seeds and runs are read, not computed again. The exit
-statuses are those of `experiments.loop.commands`.
+size; own features for `features`; and films for `recommended` and `liked`. Finished seeds and runs are read, not
+computed again. The exit statuses are those of `experiments.loop.commands`.
 """
 
 import functools

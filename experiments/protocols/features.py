@@ -5,8 +5,8 @@ The score is the accuracy of 50 extremely randomised trees, the judge of QuickSe
 trained autoencoder, by `variance`, at `random`, or `all` of them. The labels are read by the trees alone. The last
 three train nothing.
 
-`data` is `digits`, or `madelon`, which scikit-learn draws by the rule of that set: 500 features, of which 20 carry the
-two classes. `informative` beside the score is the share of these 20 among the selected features.
+The data are those of the config. `useful` says how many of the first features carry the classes, where that is known.
+`informative` beside the score is then their share among the selected features.
 
 Deviations: the trees are judged on the test images, without dropout and tanh in the autoencoder. The noise is drawn
 once for each example, as in the authors' code.
@@ -19,54 +19,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.protocols.fitting import both_splits, chance, optimised, optimizer
+from experiments.protocols.fitting import chance, optimised, optimizer, splits
 from sparsejax import errors, metrics
 from sparsejax.types import Array, PyTree
 
-SIZES = {'data': 'digits', 'width': 200, 'features': 12, 'noise': 0.2, 'trees': 50}
+SIZES = {'width': 200, 'features': 12, 'noise': 0.2, 'trees': 50, 'useful': 0}
 RUN = {'chosen': 'strength'}
-USEFUL, REDUNDANT, FEATURES, EXAMPLES = 5, 15, 500, 2600  # madelon has these for training and validation
-CLUSTERS = 15  # of each class; with all 16, scikit-learn would hand out classes by one feature alone
-
-Splits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-def madelon(config: Any) -> Splits:
-  """Returns features and labels for training and for test, every fifth example; the 20 useful features come first."""
-  from sklearn import datasets  # An import at the top would cost every start of another protocol half a second.
-
-  x, y = datasets.make_classification(
-      EXAMPLES, FEATURES, n_informative=USEFUL, n_redundant=REDUNDANT, n_clusters_per_class=CLUSTERS, flip_y=0.01,
-      scale=None, shift=None, shuffle=False, random_state=0)
-  order = np.random.default_rng(0).permutation(EXAMPLES)
-  test, train = order[::5], np.delete(order, slice(None, None, 5))
-  return (x[train], y[train]), (x[test], y[test])
-
-
-def images(config: Any) -> Splits:
-  """Returns the digits, or the config's own images of their size."""
-  return tuple((np.asarray(x), np.asarray(y)) for x, y in both_splits(config))
-
-
-DATA = {'digits': images, 'madelon': madelon}
 
 
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
-  """Returns the accuracy of trees on the selected features; with `madelon`, also the share of these that is useful."""
-  if sizes['data'] not in DATA:
-    raise errors.unknown('protocols.features', 'data', sizes['data'], DATA)
+  """Returns the accuracy of trees on the selected features, and the share of these that is useful, where known."""
   if own['chosen'] not in RANKS:
     raise errors.unknown('protocols.features', 'chosen', own['chosen'], RANKS)
-  train, test = DATA[sizes['data']](config)
+  train, test = splits(config)
   count = train[0].shape[1]
   if not 1 <= sizes['features'] <= count:
-    raise ValueError(f'protocols.features: features={sizes["features"]} of {sizes["data"]!r}, which has {count}; '
-                     f'select from 1 to {count}.')
+    raise ValueError(f'protocols.features: features={sizes["features"]} of data that have {count}; select from 1 to '
+                     f'{count}.')
   rank = RANKS[own['chosen']](config, sizes, recipe, train[0], seed)
   best = np.arange(count) if rank is None else np.argsort(-rank, kind='stable')[:sizes['features']]
   found = {'score': _judged(train, test, best, sizes['trees'], seed), 'chance': chance(test[1])}
-  return found | ({'informative': float(np.mean(best < USEFUL + REDUNDANT))} if sizes['data'] == 'madelon' else {})
+  return found | ({'informative': float(np.mean(best < sizes['useful']))} if sizes['useful'] else {})
 
 
 def strengths(config: Any, sizes: Mapping[str, Any], recipe: Mapping[str, Any], x: np.ndarray, seed: int) -> np.ndarray:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import optax
 
-from experiments.loop.fitting import both_splits, chance, optimised, optimizer, right
+from experiments.loop.fitting import both_splits, chance, optimised, optimizer, right, splits
 from experiments.models.perceptron import forward
 from sparsejax.types import Array, PyTree
 
-__all__ = ['both_splits', 'chance', 'cross_entropy', 'optimised', 'optimizer', 'right', 'work']
+__all__ = ['both_splits', 'chance', 'cross_entropy', 'optimised', 'optimizer', 'right', 'splits', 'work']
 
 
 def cross_entropy(params: PyTree, batch: Any, key: Array, step: Array) -> Array:

@@ -3,7 +3,7 @@
 `gate` is `comet`, `top_k` or `hashed`, by the number of the film. With `searched` the first part of the updates learns
 a permutation of the experts as well (COMET+, Ibrahim et al. 2023, 2306.02824), which is fixed afterwards.
 
-The score is the area under the ROC curve over a fifth of the ratings, which the seed draws. Beside it stand `active`,
+The score is the area under the ROC curve over a fifth of the ratings, the same for all seeds. Beside it stand `active`,
 the mean number of experts with a weight, and `work`: the FLOPs of the compiled prediction over those of all experts for
 all rows. The prediction has as many slots an expert as its fullest expert needs, so that nothing is dropped.
 
@@ -16,13 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from sklearn import metrics as judges
 
 from experiments import configs
 from experiments.data import movielens
-from experiments.protocols.fitting import optimised, optimizer, work
+from experiments.protocols.fitting import optimised, optimizer, splits, work
 from experiments.protocols.recommended import tables
 from sparsejax import moe
 from sparsejax.types import Array, PyTree
@@ -36,12 +35,10 @@ COLD, HOT = 1e-7, 1e-3  # the temperatures of the search, from hot to cold
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the area under the curve, the mean number of active experts, and the share of work."""
-  found, key = movielens.ratings(), jax.random.key(seed)
-  pairs = found.users, found.items, (found.stars >= movielens.LIKED).astype(np.float32)
-  rows = np.random.default_rng(seed).permutation(len(found.users))
-  train, test = (tuple(jnp.asarray(x[part]) for x in pairs) for part in np.split(rows, [-(len(rows) // 5)]))
+  read, key = splits(config), jax.random.key(seed)
+  train, test = ((*jnp.asarray(pairs).T, jnp.asarray(stars >= movielens.LIKED, jnp.float32)) for pairs, stars in read)
   model = Mixture(own['gate'], sizes)
-  params = model.start(key, (int(found.users.max()) + 1, int(found.items.max()) + 1))
+  params = model.start(key, movielens.counts(*(pairs for pairs, _ in read)))
   permutation, updates = jnp.eye(sizes['experts']), config.steps
   if own['searched']:
     searching = configs.merged(config, {'steps': max(round(sizes['search'] * config.steps), 1)})

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.data import movielens
-from experiments.protocols.fitting import optimised, optimizer
+from experiments.protocols.fitting import optimised, optimizer, splits
 from sparsejax import metrics
 from sparsejax.types import Array, PyTree
 
@@ -29,21 +29,21 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
            ) -> dict[str, float]:
   """Returns the score, chance, recall and ndcg over all users with a truth, and the fraction of weights that are kept.
   """
-  parts, key = movielens.last_left_out(movielens.ratings()), jax.random.key(seed)
-  seen = jnp.asarray(parts.seen)
+  ((train, _), (test, _)), key = splits(config), jax.random.key(seed)
+  shape = movielens.counts(train, test)
+  seen, truth = (jnp.asarray(movielens.table(pairs, shape)) for pairs in (train, test))
   first = tables(key, seen.shape, own['width'] or sizes['width'], sizes['deviation'])
 
   def loss(params: PyTree, batch: Any, key: Array, step: Array) -> Array:
-    users, items = batch
+    users, items = batch.T
     others = jax.random.randint(key, items.shape, 0, seen.shape[1])
     rows = params['users']['embedding'][users]
     of = lambda films: jnp.sum(rows * params['items']['embedding'][films], -1)
     return jnp.mean(jnp.where(seen[users, others], 0, jax.nn.softplus(of(others) - of(items))))
 
-  pairs = jnp.asarray(parts.users), jnp.asarray(parts.items)
-  params, _ = optimised(loss, optimizer(config, recipe, {'key': key}), first, pairs, config, key)
-  told = parts.truth.any(1)
-  asked = jnp.asarray(parts.seen[told]), jnp.asarray(parts.truth[told])
+  params, _ = optimised(loss, optimizer(config, recipe, {'key': key}), first, jnp.asarray(train), config, key)
+  told = truth.any(1)
+  asked = seen[told], truth[told]
   measures = {'recall': metrics.recall_at, 'ndcg': metrics.ndcg_at}
   judge = lambda table: {name: measure(table, *asked, sizes['k']) for name, measure in measures.items()}
   found = judge(params['users']['embedding'][told] @ params['items']['embedding'].T)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.data import digits
 from experiments.models import detector
 from sparsejax import calibration, losses, recipes, structured
 from sparsejax.types import Array, PyTree
@@ -126,11 +127,9 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 def detected(sizes: Canvases, seed: int) -> dict[str, Any]:
   """Returns average precision and parameters of the dense detector, and of the cut one with and without a teacher."""
-  from sklearn import datasets  # The import takes a second.
-  digits = datasets.load_digits()
-  rng, last = np.random.default_rng(seed), np.arange(len(digits.target)) % 5 == 4
-  draw = lambda own, count: canvases(rng, digits.images[own] / 16, digits.target[own], count)
-  train, test = [draw(~last, sizes.batch) for _ in range(64)], draw(last, sizes.tests)
+  rng, split = np.random.default_rng(seed), digits.every_fifth()
+  draw = lambda name, count: canvases(rng, *split[name], count)
+  train, test = [draw('train', sizes.batch) for _ in range(64)], draw('test', sizes.tests)
   model = detector.Detector(width=sizes.width)
   start = flax.core.unfreeze(model.init(jax.random.key(seed), test.images[:2]))
   groups = structured.groups(model.apply, start, test.images[:2])

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 import sparsejax
+from experiments.data import digits as source
 from sparsejax import allocation, gates, recipes, trees
 from sparsejax.structured import iso_flop
 from sparsejax.types import Array, PyTree
@@ -45,11 +46,8 @@ class DigitSplit(NamedTuple):
 @functools.cache
 def digits() -> DigitSplit:
   """Returns the digits of scikit-learn, with values from 0 to 1."""
-  from sklearn import datasets  # The import takes a second.
-  found = datasets.load_digits()
-  last = np.arange(len(found.target)) % 5 == 4
-  images, labels = (found.images[..., None] / 16).astype(np.float32), found.target.astype(np.int32)
-  return DigitSplit(*map(jnp.asarray, (images[~last], labels[~last], images[last], labels[last])))
+  (images, labels), (tests, truth) = map(source.every_fifth().get, ('train', 'test'))
+  return DigitSplit(*map(jnp.asarray, (images[..., None], labels, tests[..., None], truth)))
 
 
 def after_training(loss: Callable[[PyTree, Array, Array], Array], params: PyTree, tx: Any, sizes: Replacements,

@@ -38,14 +38,10 @@ def calibration(probs: Array, labels: Array, bins: int = 15) -> CalibrationError
 
   The confidence of an example is its largest probability; of equal ones the first class is the prediction. Bins have
   equal widths and hold their upper ends. The error is the mean over examples of |accuracy - confidence| of their bin.
-  `labels`: `int[examples]`. Raises `ValueError` for probabilities that are none, logits above all.
+  `labels`: `int[examples]`. Raises `ValueError` for probabilities that are none, logits above all, and for labels of
+  no class.
   """
-  if probs.ndim != 2 or labels.shape != probs.shape[:1] or not len(probs):
-    raise ValueError(f'metrics.calibration: probabilities {probs.shape} and labels {labels.shape}; give [examples, '
-                     'classes] and [examples], at least one example.')
-  if arguments.is_known(probs) and bool(jnp.any((probs < 0) | (probs > 1 + 1e-3)) |
-                                        jnp.any(jnp.abs(jnp.sum(probs, -1) - 1) > 1e-2)):
-    raise ValueError('metrics.calibration: rows of `probs` are no probabilities; give jax.nn.softmax(logits).')
+  arguments.refuse_predictions('metrics.calibration', probs, labels)
   probs = probs.astype(jnp.float32)
   sure, right = jnp.max(probs, -1), (jnp.argmax(probs, -1) == labels).astype(jnp.float32)
   place = jnp.clip(jnp.ceil(sure * bins).astype(jnp.int32) - 1, 0, bins - 1)
@@ -83,9 +79,10 @@ def ndcg_at(scores: Array, seen: Array, truth: Array, k: int) -> Array:
 
 def _hits(function: str, scores: Array, seen: Array, truth: Array, k: int) -> Array:
   """Returns whether the item at each of the first `k` ranks is of the truth, `float32[users, k]`."""
-  if scores.ndim != 2 or not scores.shape == seen.shape == truth.shape or k > scores.shape[1]:
+  if scores.ndim != 2 or not scores.shape == seen.shape == truth.shape or k > scores.shape[1] or (
+      not len(scores)):
     raise ValueError(f'metrics.{function}: scores {scores.shape}, seen {seen.shape}, truth {truth.shape} and k={k}; '
-                     'give three arrays [users, items], and a k of at most the items.')
+                     'give three arrays [users, items] of at least one user, and a k of at most the items.')
   if arguments.is_known(truth) and arguments.is_known(seen):
     empty = np.flatnonzero(~np.any(np.asarray(truth, bool), 1))
     if len(empty):

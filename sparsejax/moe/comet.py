@@ -41,7 +41,7 @@ def comet(k: int, experts: int, gamma: float = 1.0, penalty: float = 1.0) -> Cal
   end; no count is imposed before. In the authors' code every expert is computed all the same.
   Raises `ValueError` where `experts` is no power of two.
   """
-  if experts & (experts - 1):
+  if experts & (experts - 1) or experts < 2:
     raise ValueError(f'moe.comet: {experts} experts; a full binary tree has 2, 4, 8, ... leaves. Add experts.')
   return Bound(_comet, (k, experts, gamma, penalty))
 

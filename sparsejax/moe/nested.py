@@ -63,10 +63,14 @@ def nested(w: Array) -> Nested:
 
   Each expert has its own scale. `b` bits of a code q are `q >> (8 - b)`, so that all widths share one store. Weights
   that are zero stay exactly zero, which an affine code alone cannot hold; the bit for each costs an eighth of a byte.
-  Raises `ValueError` for arrays without an axis of experts.
+  Raises `ValueError` for arrays without an axis of experts or without weights, and for known weights that are not
+  finite.
   """
-  if w.ndim < 2:
+  if w.ndim < 2 or not w.size:
     raise ValueError(f'moe.nested: an array of shape {w.shape}; give [E, ...], with the experts along axis 0.')
+  if arguments.is_known(w) and not bool(jnp.all(jnp.isfinite(w))):
+    raise ValueError('moe.nested: a weight is NaN or infinite, so that its expert would have no scale; give finite '
+                     'weights.')
   flat = w.reshape(len(w), -1).astype(jnp.float32)
   low, high = jnp.min(flat, 1), jnp.max(flat, 1)
   scale = jnp.where(high > low, (high - low) / (2**BITS - 1), 1)

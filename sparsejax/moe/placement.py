@@ -5,6 +5,7 @@
     order = schedule([2, 9, 1, 5], bits=[4, 4, 8, 2])          # of experts that are loaded before they compute
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -41,8 +42,14 @@ def device_loads(loads: Array, owners: Array, devices: int, ids: Array) -> Array
   """Returns the tokens that each device computes, `float32[devices]`; experts in `ids` share theirs evenly.
 
   `loads`: tokens of each expert `[E]`; `owners`: the device of each expert, `int[E]`. An expert that is not in `ids` is
-  computed by its owner.
+  computed by its owner. Raises `ValueError` for owners of other experts, and for a known owner or id that is none.
   """
+  if loads.ndim != 1 or owners.shape != loads.shape:
+    raise ValueError(f'moe.device_loads: loads {loads.shape} and owners {owners.shape}; give one of each an expert.')
+  for name, given, count in (('owners', owners, devices), ('ids', ids, len(loads))):
+    if arguments.is_known(given) and given.size and not 0 <= int(jnp.min(given)) <= int(jnp.max(given)) < count:
+      raise ValueError(f'moe.device_loads: `{name}` run from {jnp.min(given)} to {jnp.max(given)}; count from 0 to '
+                       f'{count - 1}.')
   shared = jnp.zeros(loads.shape, bool).at[ids].set(True)
   loads = loads.astype(jnp.float32)
   own = jax.ops.segment_sum(jnp.where(shared, 0, loads), owners, devices)
@@ -83,3 +90,5 @@ def makespan(loads: Sequence[float], bits: Sequence[float], order: Sequence[int]
 def _refuse(function: str, loads: Sequence[float], bits: Sequence[float]) -> None:
   if len(loads) != len(bits):
     raise ValueError(f'moe.{function}: {len(loads)} loads and {len(bits)} bits; give one of each for every expert.')
+  if not all(0 <= number < math.inf for number in (*loads, *bits)):
+    raise ValueError(f'moe.{function}: loads {list(loads)} and bits {list(bits)}; give finite numbers, at least 0.')

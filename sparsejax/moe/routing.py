@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sparsejax import arguments, conditional
 from sparsejax.argument_kinds import ARRAY, FUNCTION, PARAMS, POSITIVE, TIMES, Kind, having
 from sparsejax.arguments import checked
-from sparsejax.conditional import Routing, placed, routed
+from sparsejax.conditional import Routing, placed, refuse_rows, routed
 from sparsejax.types import Array, PyTree
 
 __all__ = ['Routing', 'capacity_of', 'fill_in', 'local', 'mixture', 'plan', 'renormalised']
@@ -62,6 +62,7 @@ def fill_in(routing: Routing, scores: Array) -> Routing:
   probabilities, which become the weights. Ties go to the lower token; a score of NaN or minus infinity takes no slot.
   """
   _refuse('fill_in', scores, routing)
+  refuse_rows('moe.fill_in', routing, len(scores))
   free = jnp.where(_routed(routing, len(scores)) | jnp.isnan(scores), -jnp.inf, scores)
   most = min(routing.tokens.shape[1], len(scores))
   best, tokens = jax.lax.top_k(free.T, most)
@@ -85,7 +86,10 @@ def local(routing: Routing, weights: Array, scores: Array, owner: Array, of_toke
   slots.
   """
   _refuse('local', scores, routing)
-  _refuse('local', weights, routing)
+  if weights.shape != scores.shape or (*of_token.shape, *owner.shape) != scores.shape:
+    raise ValueError(f'moe.local: scores {scores.shape}, weights {weights.shape}, `of_token` {of_token.shape} and '
+                     f'`owner` {owner.shape}; give [T, E] twice, and the device of each token [T] and expert [E].')
+  refuse_rows('moe.local', routing, len(scores))
   there = _routed(routing, len(scores))
   lost = jnp.any((weights != 0) & ~there, 1, keepdims=True)
   near = (of_token[:, None] == owner[None]) & ~there & ~jnp.isnan(scores)
@@ -105,6 +109,7 @@ def renormalised(routing: Routing, tokens: int) -> Routing:
 
   After a rectification the weights of a token sum to another number, and the paper does not say what then happens.
   """
+  refuse_rows('moe.renormalised', routing, tokens)
   sums = jnp.zeros(tokens, routing.weights.dtype).at[routing.tokens].add(routing.weights)
   return routing._replace(weights=routing.weights / jnp.where(sums == 0, 1, sums)[routing.tokens])
 

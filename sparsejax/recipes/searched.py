@@ -37,7 +37,7 @@ def dass(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstruc
   `alphas(path, leaf)` picks the weights of the mixtures, see `structured.architecture.mixed`, by default each leaf with
   the name `alpha`. `alpha_optimizer` trains them in all phases; the default has the constants of DARTS, without its
   weight decay. Give `update` the gradients of `architecture.bilevel`. The phases are those of the paper, of which no
-  code was found. The constants of the scores are ours. Raises `ValueError` if `alphas` picks no leaf.
+  code was found. The constants of the scores are ours. Raises `ValueError` where there is no such leaf.
   """
   total = end_of('dass', None, total_steps, 1.0, 0, {})
   dense, tuned = (total // 3 if steps is None else steps for steps in (dense_steps, fine_tune_steps))
@@ -62,7 +62,8 @@ def _labels(params: PyTree, alphas: Predicate | None) -> PyTree:
   """Returns the optimizer of each leaf."""
   paths, leaves, treedef = trees.flatten(params)
   picked = [_is_alpha(path, leaf, alphas) for path, leaf in zip(paths, leaves)]
-  if alphas is not None and not any(picked):
-    raise ValueError(f'recipes.dass: `alphas` picks no leaf of {errors.some(paths)}; name the leaves, as in '
-                     'trees.named("alpha").')
+  if paths and not any(picked):  # `optax.tree.map_params` asks with a tree without leaves
+    none = f'no leaf has the name {ALPHA!r}' if alphas is None else '`alphas` picks no leaf'
+    raise ValueError(f'recipes.dass: {none} among {errors.some(paths)}, and so there is no mixture to search; name the '
+                     'weights of the mixtures, as in alphas=trees.named("*/mixture").')
   return jax.tree.unflatten(treedef, [ALPHA if pick else WEIGHTS for pick in picked])

@@ -21,12 +21,22 @@ def test_users_and_items_are_numbered_in_the_order_of_their_names(films):
 
 
 def test_the_last_of_what_each_user_liked_is_the_truth(films):
-  parts = movielens.last_left_out(movielens.ratings(), 0.4)
-  table = lambda pairs: [[(user, item) in pairs for item in range(4)] for user in range(3)]
+  (train, stars), (test, _) = (movielens.liked(0.4)[split] for split in ('train', 'test'))
   # The likes in time are items 3, 1 and 0 of user 1, items 1 and 2 at one time of user 0, and one item of user 2.
-  assert parts.truth.tolist() == table({(1, 1), (1, 0), (0, 2)})
-  assert parts.seen.tolist() == table({(1, 3), (0, 1), (2, 3)})
-  assert sorted(zip(parts.users.tolist(), parts.items.tolist())) == [(0, 1), (1, 3), (2, 3)]
+  assert test.tolist() == [[0, 2], [1, 1], [1, 0]]
+  assert train.tolist() == [[0, 1], [1, 3], [2, 3]] and stars.tolist() == [4, 4, 4]
+  assert movielens.counts(train, test) == (3, 4)
+  assert movielens.table(train, (3, 4)).tolist() == [
+      [(user, item) in {(0, 1), (1, 3), (2, 3)} for item in range(4)] for user in range(3)]
+
+
+def test_a_part_of_all_ratings_is_the_test_and_the_same_each_time(films):
+  found, again = movielens.rated(0.25), movielens.rated(0.25)
+  assert [len(found[split][1]) for split in ('train', 'test')] == [6, 2]
+  rows = [(*pair, stars) for split in found for pair, stars in zip(found[split][0].tolist(), found[split][1].tolist())]
+  every = movielens.ratings()
+  assert sorted(rows) == sorted(zip(every.users.tolist(), every.items.tolist(), every.stars.tolist()))
+  np.testing.assert_array_equal(found['test'][0], again['test'][0])
 
 
 @pytest.mark.parametrize('text, why', [

@@ -10,7 +10,7 @@ import pytest
 from films import package
 
 from experiments import claims, configs, protocols
-from experiments.data import movielens
+from experiments.data import madelon, movielens
 from experiments.loop.stopping import StopRequest
 from experiments.models import perceptron
 from experiments.protocols import consensus, features, liked
@@ -29,7 +29,7 @@ DATA = {'train': pictures.drawn(132, 0), 'test': pictures.drawn(110, 1)}
 
 def job(stem, run, **protocol):
   config = configs.load(claims.CONFIGS / f'{stem}.py', ['steps=6', 'seeds=(0,)', 'batch_size=8'])
-  config = configs.merged(config, {'data': DATA}).unlock()
+  config = configs.merged(config, {} if stem.endswith('films') else {'data': DATA}).unlock()
   smaller = {'every': 2, 'sparsity': 0.5}
   config.recipes = {run: {key: smaller.get(key, value) for key, value in configs.plain(config)['recipes'][run].items()}}
   config.protocol = {**(configs.plain(config)['protocol']), 'width': 8, **SMALLER.get(stem, {}), **protocol}
@@ -53,10 +53,11 @@ def test_a_run_gives_a_score_for_each_seed_and_is_read_again(name, tmp_path, mon
   counts = np.maximum(counts - 5, 0) if name == 'edges_digits' else counts  # five of each class are known
   expected = counts.max() / counts.sum()
   if name.endswith('films'):  # the constant list of what is liked most, and the area under the diagonal
-    parts = movielens.last_left_out(movielens.ratings())
-    told, liked_most = parts.truth.any(1), np.broadcast_to(parts.seen.sum(0), (12, 16))
+    pairs = [movielens.liked()[split][0] for split in ('train', 'test')]
+    seen, truth = (movielens.table(each, movielens.counts(*pairs)) for each in pairs)
+    told, liked_most = truth.any(1), np.broadcast_to(1.0 * seen.sum(0), seen.shape)
     expected = 0.5 if name == 'comet_films' else metrics.recall_at(*(
-        jnp.asarray(each[told]) for each in (1.0 * liked_most, parts.seen, parts.truth)), 5)
+        jnp.asarray(each[told]) for each in (liked_most, seen, truth)), 5)
   assert found['labels']['chance'] == pytest.approx(float(expected))
   file = tmp_path / run / 'seed_0.json'
   record = json.loads(file.read_text())
@@ -78,7 +79,7 @@ def test_unknown_names_and_keys_are_refused(tmp_path):
                      ({'runs': {'a': {'oder': 1}}}, "'oder'")):
     with pytest.raises(ValueError, match=why):
       trained(job('edges_digits', 'TEDDY-80', **wrong), tmp_path)
-  for wrong, why in (({'data': 'madlon'}, "unknown data 'madlon'"), ({'features': 65}, 'features=65 of .* has 64'),
+  for wrong, why in (({'features': 65}, 'features=65 of .* have 64'),
                      ({'runs': {'all': {'chosen': 'best'}}}, "unknown chosen 'best'")):
     with pytest.raises(ValueError, match=f'protocols.features: .*{why}'):
       trained(job('features_digits', 'all', **wrong), tmp_path)
@@ -100,7 +101,7 @@ def test_slots_for_the_fullest_expert_are_as_good_as_all():
 
 
 def test_useful_features_of_madelon_come_first_and_need_each_other():
-  train, test = features.madelon(None)
+  train, test = map(madelon.drawn().get, ('train', 'test'))
   right = lambda columns: features._judged(train, test, np.asarray(columns), 30, 0)
   assert right(range(20)) > 0.7 and max(right([i]) for i in range(5)) < 0.65 and right(range(20, 40)) < 0.6
 

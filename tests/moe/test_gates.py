@@ -101,7 +101,7 @@ def test_sinkhorn_and_the_assignment():
 
 
 @pytest.mark.parametrize('call, why', [
-    (lambda: moe.comet(2, 6), '6 experts; a full binary tree'),
+    (lambda: moe.comet(2, 6), '6 experts; a full binary tree'), (lambda: moe.comet(2, 1), '1 experts; a full binary'),
     (lambda: moe.comet(2, 4)(jnp.ones((3, 13)), None, 0), 'need 14 logits'),
     (lambda: moe.top_k(5)(jnp.ones((2, 4)), None, 0), 'k=5 of 4 experts'),
     (lambda: moe.dense_to_sparse(1.0, 0.3)(jnp.ones((2, 4)), None, 0), 'without any of 4 experts'),

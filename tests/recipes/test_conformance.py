@@ -198,9 +198,10 @@ def test_memory_is_what_was_promised(name):
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   weights = sum(w.size for path, w in cases.by_path(params).items() if path in CONTRACTED)
   inner = jax.eval_shape(optax.sgd(0.3, momentum=0.5).init, params)
-  held = jax.tree.leaves(state.inner)[-len(jax.tree.leaves(inner)):]  # a recipe may chain a transform in front
+  held = [x for x in jax.tree.leaves(state.inner) if x.ndim]
+  held = held[-len(jax.tree.leaves(inner)):]  # a recipe may chain a transform in front
   assert size(state) - size(held) <= weights * CASES[name].promise.memory + 28 + plans.BYTES
-  assert [x.shape for x in jax.tree.leaves(inner)] == [x.shape for x in held]
+  assert sorted(x.shape for x in jax.tree.leaves(inner)) == sorted(x.shape for x in held)  # DASS has two optimizers
 
 
 @pytest.mark.sampled(8)

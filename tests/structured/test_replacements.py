@@ -215,6 +215,8 @@ def test_no_entry_is_read_more_often_than_the_mean_rounded_up(size):
   (lambda: architecture.bilevel(lambda p, b: 0.0, {'a': jnp.ones(1)}, 0, 0, lambda *_: False), 'picks no leaf'),
   (lambda: sj.recipes.dass(optax.sgd(0.1), total_steps=9, alphas=lambda *_: False).init({'kernel': jnp.ones((4, 4))}),
    'recipes.dass: `alphas` picks no leaf'),
+  (lambda: sj.recipes.dass(optax.sgd(0.1), total_steps=9).init({'kernel': jnp.ones((4, 4)), 'mix': jnp.ones(2)}),
+   "recipes.dass: no leaf has the name 'alpha' among 'kernel', 'mix', .*alphas="),
   (lambda: architecture.without_worst(jnp.ones((2, 2), bool), jnp.ones((2, 2))), 'not of shape'),
   (lambda: iso_flop.branches(1.0), 'below 1'),
   (lambda: iso_flop.wide_width(-4, 0.5), 'at least 1, not -4'),

@@ -111,7 +111,7 @@ OPTIONS = {
     'irrelevant_weights': {'every': 2, 'removed': 0.5},
     **dict.fromkeys(('gradual_magnitude', 'turbo_vbi'), {'every': 2}),
     'soft_movement_pruning': {'score_optimizer': optax.sgd(5.0)},
-    'dass': {'score_optimizer': optax.sgd(5.0), 'alpha_optimizer': optax.sgd(1.0)},
+    'dass': {'score_optimizer': optax.sgd(5.0), 'alpha_optimizer': optax.sgd(1.0, momentum=0.5)},
     'iterative_soft_shrinkage': {'fine_tune_steps': TUNED}, 'synflow': {'rounds': 5},
     'random_search': {'candidates': 3},
     'global_sparse_momentum': {'sparsity': 0.7},
@@ -125,6 +125,7 @@ SIGNALS = {
     'loss': lambda params: sum(jnp.sum(jnp.cos(3 * w.astype(jnp.float32))) for w in jax.tree.leaves(params)),
     'outputs': lambda params: sum(jnp.sum(jnp.square(w.astype(jnp.float32))) for w in jax.tree.leaves(params)),
     'key': jax.random.key(0),
+    'alphas': lambda path, leaf: leaf.ndim < 2 or path.startswith(('head/', 'b/', 'layer_5/')),  # of all trees here
 }
 
 

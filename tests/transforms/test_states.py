@@ -183,7 +183,7 @@ SKIPPING = {
         optax.adam(0.1), 1, should_skip_update_fn=optax.skip_not_finite).gradient_transformation()),
 }
 # Every recipe has a case inside, and recipes with a memory have all three cases.
-NAN = [(name, 'inside') for name in recipes.TABLE] + [
+NAN = [(name, 'outside' if name == 'dass' else 'inside') for name in recipes.TABLE] + [  # DASS has two optimizers
     (name, where) for name in ('movement_pruning', 'snfs') for where in [*SKIPPING][1:]]
 
 

@@ -103,3 +103,7 @@ def test_ssvi_refuses_parameters_without_deviations():
   tx = recipes.ssvi(optax.sgd(0.1), 0.5, total_steps=9, key=jax.random.key(0))
   with pytest.raises(ValueError, match='`where` picks no parameter'):
     tx.init({'kernel': jnp.ones((4, 4))})
+  with pytest.raises(ValueError, match='bayes.kl: .*make one by bayes.gaussian'):
+    bayes.kl({'kernel': jnp.ones((4, 4))})
+  with pytest.raises(ValueError, match='bayes.noisy_product: '):
+    bayes.noisy_product(jnp.ones((2, 4)), jnp.ones((4, 4)))

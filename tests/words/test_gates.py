@@ -183,6 +183,11 @@ def test_the_compiled_program_has_the_work_of_the_slots_and_not_of_all_rows():
   (lambda: gates.computed(jnp.ones((1, 2)), jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.ones(3, bool), (2, 4)),
    'must rise'),
   (lambda: gates.mass(jnp.ones(3), 2.0), 'from 0 to 1'),
+  (lambda: gates.polarized(X, 0.5, jnp.zeros(X.shape[1])), 'one above 0'),
+  (lambda: gates.polarized(X[:0], 0.5), 'a weight for each input'),
+  (lambda: conditional.apply(run, BLOCK, X[:4], conditional.routed(jnp.ones((16, 4)), 8)), 'has row 7, .* 4 rows'),
+  (lambda: conditional.apply(lambda own, rows: run(own, rows)[:1], BLOCK, X, jnp.ones((16, 4)), 2), 'for each row'),
+  (lambda: conditional.apply(run, BLOCK, jnp.ones(()), jnp.ones(4), 2), 'is a scalar'),
 ])
 def test_bad_input_is_refused_in_words(call, said):
   with pytest.raises(ValueError, match=said):

@@ -57,7 +57,7 @@ def test_messages_are_the_product_with_the_normalised_matrix_and_a_pruned_edge_i
 @pytest.mark.parametrize('ends, nodes, why', [
     (([], []), 3, 'the graph has no edges'), (([0, 1], [1]), 3, r'shapes \(2,\) and \(1,\)'),
     (([0.5], [1.0]), 3, 'dtype float32'), (([0], [3]), 3, 'ends run from 0 to 3, and the graph has the nodes 0 to 2'),
-    (([0, 2], [1, 2]), 3, 'edge 1 is a self-loop')])
+    (([0, 2], [1, 2]), 3, 'edge 1 is a self-loop'), (([0, 1, 1], [1, 0, 2]), 3, '1 edges stand more than once')])
 def test_other_graphs_are_refused(ends, nodes, why):
   arrays = [jnp.asarray(each, jnp.int32 if all(isinstance(i, int) for i in each) else jnp.float32) for each in ends]
   with pytest.raises(ValueError, match=f'graphs.degree_score: .*{why}'):
@@ -71,3 +71,7 @@ def test_a_mask_of_another_size_is_refused():
     graphs.normalised(*ENDS, 5, jnp.ones(4, bool))
   with pytest.raises(ValueError, match='graphs.kept_edges: scores of shape'):
     graphs.kept_edges(jnp.ones((2, 2)), 0.5)
+  with pytest.raises(ValueError, match='with at least one edge'):
+    graphs.kept_edges(jnp.ones(0), 0.5)
+  with pytest.raises(ValueError, match='graphs.propagate: .*for these edges and nodes'):
+    graphs.propagate(jnp.ones((6, 2)), *ENDS, graphs.normalised(*ENDS, 5))

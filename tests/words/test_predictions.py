@@ -86,6 +86,8 @@ def test_sharpness_is_that_of_a_relative_move_and_zeros_stay():
 @pytest.mark.parametrize('call, said', [
     (lambda: metrics.calibration(PROBS * 3, LABELS), 'give jax.nn.softmax'),
     (lambda: metrics.calibration(PROBS, LABELS[:2]), 'at least one example'),
+    (lambda: metrics.calibration(PROBS, LABELS + 9), 'give integers from 0 to'),
+    (lambda: metrics.recall_at(SCORES[:0], SEEN[:0], TRUTH[:0], 1), 'of at least one user'),
     (lambda: metrics.recall_at(SCORES, SEEN, TRUTH.at[1].set(False), 2), '1 users have no item in `truth`: 1.'),
     (lambda: metrics.ndcg_at(SCORES, TRUTH, TRUTH, 2), 'in `truth` and in `seen`'),
     (lambda: metrics.recall_at(SCORES, SEEN, TRUTH, 6), 'a k of at most the items'),

@@ -34,7 +34,10 @@ def test_a_border_is_around_the_image_and_alone_gets_gradient():
 @pytest.mark.parametrize('call, why', [
     (lambda: transfer.frequency_map(jnp.ones((2, 3)), jnp.zeros(2, jnp.int32), 4), 'at least as many source classes'),
     (lambda: transfer.frequency_map(jnp.ones((2, 3)), jnp.zeros(3, jnp.int32), 2), r'labels of shape \(3,\)'),
+    (lambda: transfer.frequency_map(jnp.ones((2, 3)), jnp.array([0, 2]), 2), 'from 0 to 2; give integers from 0 to 1'),
+    (lambda: transfer.frequency_map(jnp.ones((2, 3)), jnp.ones(2), 2), 'labels of float32'),
     (lambda: transfer.prompted(jnp.ones((1, 4, 4, 1)), jnp.ones((4, 4, 1))), 'a larger'),
+    (lambda: transfer.prompted(jnp.ones((4, 4)), jnp.ones((6, 6, 1))), 'a larger'),
     (lambda: transfer.prompted(jnp.ones((1, 4, 4, 3)), jnp.ones((6, 6, 1))), 'a larger')])
 def test_shapes_that_do_not_fit_are_refused(call, why):
   with pytest.raises(ValueError, match=f'^transfer.*{why}'):

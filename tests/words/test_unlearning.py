@@ -43,8 +43,11 @@ def test_the_fisher_information_is_the_authors_sum_over_classes():
       g = jax.grad(lambda p, x=x, y=y: -jnp.mean(jax.nn.log_softmax(logits(p, x))[:, y]))(W)['a']
       wanted += np.asarray(mean[y] * g**2) / 2
   np.testing.assert_allclose(found['a'], wanted, rtol=1e-5)
-  with pytest.raises(ValueError, match='unlearning.fisher: no batches'):
-    unlearning.fisher(logits, W, [])
+  for none in ([], [X[:0]]):
+    with pytest.raises(ValueError, match='unlearning.fisher: no batches'):
+      unlearning.fisher(logits, W, none)
+  with pytest.raises(ValueError, match='give a list of batches'):
+    unlearning.fisher(logits, W, X)
 
 
 def test_noise_has_the_variance_of_the_rule_and_leaves_zeros():
@@ -53,6 +56,8 @@ def test_noise_has_the_variance_of_the_rule_and_leaves_zeros():
   assert not moved[:100].any() and float(jnp.std(moved[100:])) == pytest.approx(0.2, rel=0.05)
   capped = unlearning.noised(params, {'a': jnp.zeros((200, 100))}, jax.random.key(0), 0.02, 2.0)['a']
   assert float(jnp.std(capped[100:])) == pytest.approx(0.2, rel=0.05)
+  with pytest.raises(ValueError, match="noised: parameter 'a' of shape .*`information` has shape .1, 100."):
+    unlearning.noised(params, {'a': jnp.ones((1, 100))}, jax.random.key(0), 0.02)
 
 
 def test_woodfisher_is_the_recursion_over_the_kept_weights():
@@ -66,6 +71,8 @@ def test_woodfisher_is_the_recursion_over_the_kept_weights():
   found = jax.jit(lambda v: unlearning.woodfisher(loss, W, (X, Y), v, 2.0))(direction)['a']
   np.testing.assert_allclose(found, k, rtol=1e-5)
   assert not found[~mask].any()
+  with pytest.raises(ValueError, match='there are no examples'):
+    unlearning.woodfisher(loss, W, (X[:0], Y[:0]), direction)
 
 
 def test_entropy_and_membership_and_gap():
@@ -77,5 +84,7 @@ def test_entropy_and_membership_and_gap():
   assert unlearning.gap({'RA': 90, 'UA': 10}, {'RA': 92.0, 'UA': 16.0}) == 4
   with pytest.raises(ValueError, match='give the same metrics'):
     unlearning.gap({'RA': 90}, {'UA': 10})
-  with pytest.raises(ValueError, match='is empty'):
+  with pytest.raises(ValueError, match='give integers from 0 to 1'):
+    unlearning.modified_entropy(jnp.full((2, 2), 0.5), jnp.asarray([0, 2]))
+  with pytest.raises(ValueError, match='at least one of each'):
     unlearning.membership(inside, outside, jnp.zeros(0))

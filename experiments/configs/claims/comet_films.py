@@ -15,12 +15,16 @@ from experiments.configs import claims
 
 
 def get_config():
-  config = claims.digits(steps=1500, learning_rate=3e-3, batch_size=256)
-  config.data.name = 'movielens'
+  config = claims.digits(steps=1000, learning_rate=3e-3, batch_size=256)
+  config.data.name = 'films_rated'
   config.recipes = {name: {'name': 'dense'} for name in ('top-2', 'hash', 'COMET', 'COMET-search')}
   config.protocol = {'name': 'liked', 'runs': {
       'top-2': {'gate': 'top_k'}, 'hash': {'gate': 'hashed'}, 'COMET-search': {'searched': True}}}
   return config
+
+
+def get_sweep():
+  return claims.tuned(1e-3, 3e-3)
 
 
 CLAIM = claims.Claim(
