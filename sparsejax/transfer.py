@@ -11,7 +11,7 @@
 import jax
 import jax.numpy as jnp
 
-from sparsejax import arguments
+from sparsejax import arguments, labelled
 from sparsejax.argument_kinds import ARRAY, FLAG, TIMES
 from sparsejax.arguments import checked
 from sparsejax.types import Array
@@ -35,7 +35,7 @@ def frequency_map(logits: Array, labels: Array, targets: int) -> Array:
   if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < targets:
     raise ValueError(f'transfer.frequency_map: logits of shape {logits.shape} and labels of shape {labels.shape} for '
                      f'{targets} targets; give [n, sources] and [n], with at least as many source classes as targets.')
-  arguments.refuse_labels('transfer.frequency_map', labels, targets)
+  labelled.refuse_labels('transfer.frequency_map', labels, targets)
   votes = jnp.zeros((logits.shape[1], targets), jnp.int32).at[jnp.argmax(logits, 1), labels].add(1)
 
   def match(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:

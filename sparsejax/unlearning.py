@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, errors, trees
+from sparsejax import arguments, errors, labelled, trees
 from sparsejax.argument_kinds import ARRAY, BY_NAME, DRAWN, PARAMS, POSITIVE, RATE, SERIES, TIMES
 from sparsejax.arguments import checked
 from sparsejax.types import Array, PyTree
@@ -64,8 +64,6 @@ def fisher(apply: Callable[[PyTree, Array], Array], params: PyTree, batches: Ite
   authors' code (`fisher_new`), a mean over examples is squared, and not the mean of squares taken. `apply(params, x)`
   returns logits `[batch, classes]`; `batches` holds inputs `x`. Raises `ValueError` without batches.
   """
-  if isinstance(batches, jax.Array | np.ndarray):
-    raise ValueError('unlearning.fisher: `batches` is one array; give a list of batches, as in [x].')
   batches = list(batches)
   if not all(map(len, batches)) or not batches:
     raise ValueError('unlearning.fisher: no batches, or an empty one; give the inputs of the retained examples.')
@@ -144,7 +142,7 @@ def modified_entropy(probabilities: Array, labels: Array) -> Array:
   sparse unlearning takes log p where log(1 - p) is meant. Probabilities are clipped at 1e-12. Raises `ValueError` for
   logits, and for labels of other examples or of no class.
   """
-  arguments.refuse_predictions('unlearning.modified_entropy', probabilities, labels)
+  labelled.refuse_predictions('unlearning.modified_entropy', probabilities, labels)
   log = lambda p: jnp.log(jnp.maximum(p, 1e-12))
   right = jax.nn.one_hot(labels, probabilities.shape[-1], dtype=bool)
   own, other = -(1 - probabilities) * log(probabilities), -probabilities * log(1 - probabilities)

@@ -6,6 +6,7 @@ more from one another than two rules differ on one example.
     pages.show(page('decoder', lines), workdir, console)
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,8 +20,8 @@ Line = Mapping[str, Any]  # of one cell, see `experiments.frontier.engine`
 ENCODER = {'cosine': 'cosine', 'accuracy': 'probe'}
 SCORES = {'activation': ENCODER, 'encoder': ENCODER, 'decoder': {'nats': 'nats a byte', 'needle': 'needle'}}
 DENSE = 'dense'
-SPREAD = ('±: half the 95 % interval over the held-out examples (Student t), of one model and one draw of the data. Over '
-          'dense: the difference to the dense model, example by example.')
+SPREAD = ('±: half the 95 % interval over the held-out examples (Student t), of one model and one draw of the data. '
+          'Over dense: the difference to the dense model, example by example.')
 ATTENTION = (f'{SPREAD} Achieved: the fraction of pairs of tokens that are not read. MB and GFLOP: of attention, for '
              'one sequence, by formula. Seconds: of one sequence, on a machine that was not idle. Needle: nats a byte '
              'of a passage that stood at the beginning of the window.')
@@ -45,8 +46,7 @@ def page(table: str, lines: Sequence[Line]) -> pages.Page:
   for name, head in SCORES[table].items():
     columns[head] = lambda line, name=name: '{:.4f} ± {:.4f}'.format(*pages.interval(np.asarray(line['scores'][name])))
     if dense:
-      columns[f'{head} over dense'] = lambda line, name=name: (
-          '-' if line['rule'] == DENSE else '{:+.4f} ± {:.4f}'.format(*_over(line, dense[0], name)))
+      columns[f'{head} over dense'] = functools.partial(_told_over, dense=dense[0], name=name)
   if table == 'decoder':
     columns['perplexity'] = lambda line: f'{np.exp(np.mean(line["scores"]["nats"])):.3f}'
   columns |= {'MB': lambda line: f'{line["bytes"] / 1e6:.2f}', 'GFLOP': lambda line: f'{line["flops"] / 1e9:.3f}'}
@@ -67,6 +67,10 @@ def announced(table: str, line: Line) -> str:
 def _over(line: Line, dense: Line, name: str) -> tuple[float, float]:
   """Returns the mean difference of a score to that of the dense model, and half of its 95 % interval."""
   return pages.interval(np.subtract(line['scores'][name], dense['scores'][name]))
+
+
+def _told_over(line: Line, dense: Line, name: str) -> str:
+  return '-' if line['rule'] == DENSE else '{:+.4f} ± {:.4f}'.format(*_over(line, dense, name))
 
 
 def draw(table: str, lines: Sequence[Line], path: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments
+from sparsejax import arguments, labelled
 from sparsejax.arguments import checked
 from sparsejax.types import Array
 
@@ -41,7 +41,7 @@ def calibration(probs: Array, labels: Array, bins: int = 15) -> CalibrationError
   `labels`: `int[examples]`. Raises `ValueError` for probabilities that are none, logits above all, and for labels of
   no class.
   """
-  arguments.refuse_predictions('metrics.calibration', probs, labels)
+  labelled.refuse_predictions('metrics.calibration', probs, labels)
   probs = probs.astype(jnp.float32)
   sure, right = jnp.max(probs, -1), (jnp.argmax(probs, -1) == labels).astype(jnp.float32)
   place = jnp.clip(jnp.ceil(sure * bins).astype(jnp.int32) - 1, 0, bins - 1)

@@ -88,7 +88,7 @@ def _until_the_end(decay: Schedule, dense_steps: int, *, total_steps: int | None
                    fine_tune_steps: int = 0, **options: Any) -> Schedule:
   """Returns the decay, by default one that fits. Raises `ValueError` if a schedule without an end does not reach 0."""
   if total_steps is None:
-    if (end := schedules.reach(decay)) is not None:
+    if (end := schedules.reach(decay)) is not None and not says(decay, ENDLESS):
       _refuse_unless_zero(decay, end)
     return decay
   last = total_steps - dense_steps - fine_tune_steps

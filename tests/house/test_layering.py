@@ -24,7 +24,7 @@ SPARSEJAX = (
     ('types', 'version'),
     ('errors', 'tables', 'globs', 'conventions', 'keys', 'kinds', 'argument_kinds', 'progress', 'rows', 'wholes'),
     ('arguments',),
-    ('trees',),
+    ('trees', 'labelled'),
     ('programs',),
     ('passes', 'neighbours', 'networks', 'searches'),
     ('census', 'ranking'),

@@ -46,7 +46,7 @@ def test_the_fisher_information_is_the_authors_sum_over_classes():
   for none in ([], [X[:0]]):
     with pytest.raises(ValueError, match='unlearning.fisher: no batches'):
       unlearning.fisher(logits, W, none)
-  with pytest.raises(ValueError, match='give a list of batches'):
+  with pytest.raises(ValueError, match=r'as in the list \[x\]; an array is one batch'):
     unlearning.fisher(logits, W, X)
 
 
