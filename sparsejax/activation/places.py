@@ -137,7 +137,7 @@ def places_of(function: str, program: Program, params: PyTree, where: Any, neuro
 
 
 def refuse_unfit(function: str, rule: Any, places: Weights) -> None:
-  """Raises `ValueError` for all weights that are too small for a number of the rule."""
+  """Raises one `ValueError` that lists the weights which a number of the rule exceeds, such as the k of `top_k`."""
   problems = [errors.Problem(path, place.array.shape, why) for path, place in places.items()
               if (why := rule.unfit(place.first.shape))]
   if problems:

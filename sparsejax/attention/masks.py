@@ -100,7 +100,7 @@ def _static(site: AttentionSite, rule: Callable[..., Any], block: int, *argument
 
 
 def _placed(site: AttentionSite, rule: Callable[..., Any], block: int, *arguments: Any) -> BlockMask:
-  """Returns `_static` of a rule that compares the places of queries and keys; i counts from the block of query 0."""
+  """Returns the mask of a rule that compares places; its i is the block of keys at which these queries stand."""
   offset = site.offset
   if offset is None:
     raise site.refused('attention', 'a builder of distances does not know at which keys the queries stand. Give this '

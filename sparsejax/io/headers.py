@@ -77,7 +77,7 @@ class Behind:
     self.close()
 
   def call(self, function: Callable[..., Any], *arguments: Any) -> None:
-    """Waits for the call before, and begins the call `function(*arguments)`."""
+    """Waits for the previous call, and then begins the call `function(*arguments)`."""
     self.wait()
     self._last = self._thread.submit(function, *arguments)
 

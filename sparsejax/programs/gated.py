@@ -159,7 +159,7 @@ def _entrywise(eqn: Any, facts: list[Trail], here: Position) -> Trail:
 
 
 def _scaled(name: str, facts: list[Trail]) -> Trail:
-  """Returns the trail of an activation that data scale or set to zero, as dropout does: zero stays zero."""
+  """Returns the trail of an activation times data, or where data set it to zero, as dropout does: zero stays zero."""
   own = [i for i, fact in enumerate(facts) if fact.bent or fact.kind == 'gated']
   others = [fact for i, fact in enumerate(facts) if i not in own]
   if name == 'select_n':

@@ -20,6 +20,9 @@ from sparsejax.selections import Selection, refuse
 from sparsejax.transforms import tying
 from sparsejax.types import Array, Axes, Flow, PyTree, Signals
 
+_AS_MADE = 'Make the state by tx.init(params), the gradients of the same params.'
+_LIKE_PARAMETERS = 'Give arrays shaped like the parameters.'
+
 KEYS = 'threefry2x32'
 
 
@@ -71,23 +74,22 @@ class Leaves:
     """Returns `select` of a selection for all leaves, where some of them follow others."""
     return tying.Tied(select, self.leaders) if self.leaders else select
 
-  def pick(self, tree: PyTree) -> list[Any]:
+  def pick(self, tree: PyTree, what: str = 'parameters, gradients and state', remedy: str = _AS_MADE) -> list[Any]:
     """Returns the sparse leaves of a tree. Raises `ValueError` if its structure is not that of the parameters."""
     try:
       leaves = self.treedef.flatten_up_to(tree)
     except ValueError as problem:
       others = trees.flatten(tree, is_leaf=trees.is_dense)[0]
       odd = errors.some(sorted({*self.paths} ^ {*others}))
-      raise ValueError(f'sparsejax: parameters, gradients and state are not of one structure; they differ in '
-                       f'{odd or "the containers, although the paths are the same"}. '
-                       'Make the state by tx.init(params), the gradients of the same params.') from problem
+      raise ValueError(f'sparsejax: {what} are not of one structure; they differ in '
+                       f'{odd or "the containers, although the paths are the same"}. {remedy}') from problem
     return [leaves[i] for i in self.index]
 
   def probed(self, tree: PyTree) -> list[Array]:
     """Returns the sparse leaves of the result of a probe. Raises `ValueError` for a leaf of another shape."""
-    found = self.pick(tree)
+    found = self.pick(tree, 'parameters and the `ticket`, or the result of the probe,', _LIKE_PARAMETERS)
     refuse(self.arrays, (None if jnp.shape(x) == w.shape else (
-        f'the probe returns shape {jnp.shape(x)} for it. Let it return arrays shaped like the parameters.')
+        f'the `ticket`, or the result of the probe, has shape {jnp.shape(x)} for it. {_LIKE_PARAMETERS}')
         for x, w in zip(found, self.arrays.values())))
     return found
 

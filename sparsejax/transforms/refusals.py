@@ -43,7 +43,8 @@ def refuse_empty(plan: Plan, masks: Sequence[Array] = ()) -> None:
   passes = map(_passes_on, layers, masks) if here else _pass_on(layers, list(masks))
   for leaf, one in zip(plan.leaves, passes):
     if not one:
-      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, f'the first mask keeps nothing of it. {_WAY_OUT}')
+      raise errors.at_leaf('sparsejax', leaf.path, leaf.shape, 'the first mask keeps nothing of it, as where its '
+                           f'scores or the loss are NaN. {_WAY_OUT}')
 
 
 def _passes_on(layers: tuple[int, ...], mask: Array) -> bool:

@@ -39,7 +39,11 @@ def test_the_frontier_of_a_tiny_decoder(tmp_path, monkeypatch):
   assert len(quest['scores']['nats']) == len(quest['scores']['needle']) == 2
   assert quest['scores']['nats'] != dense['scores']['nats']
   assert (tmp_path / 'frontier.png').read_bytes()[:4] == b'\x89PNG'
-  assert 'quest' in (tmp_path / 'frontier.md').read_text()
+  page = (tmp_path / 'frontier.md').read_text()
+  for name, head in (('nats', 'nats a byte'), ('needle', 'needle')):  # The two examples of both rules are paired.
+    more = np.subtract(quest['scores'][name], dense['scores'][name])
+    half = 12.7062047 * more.std(ddof=1) / 2 ** 0.5
+    assert f'| {head} over dense |' in page and f'| {more.mean():+.4f} ± {half:.4f} |' in page
   monkeypatch.setattr(engine, 'bench', None)
   assert run(['quest']) == [dense, quest]
 

@@ -27,9 +27,9 @@ def told(name):
 
 
 def peak(call):
-  """Returns by how many bytes the process grows at most while `call` runs, the least of three runs, and the result.
+  """Returns the growth of the process to its peak while `call` runs, in bytes: least and most of three; and the result.
 
-  Whatever else the process does can only add to the growth.
+  Other threads add to the growth, or hide a part of it where they free late what an earlier call has used.
   """
   libc = ctypes.CDLL(None)
   libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD as at first: larger arrays go back to the system when freed
@@ -43,7 +43,7 @@ def peak(call):
     before = told('VmRSS')
     result = call()
     grown.append(told('VmHWM') - before)
-  return min(grown), result
+  return min(grown), max(grown), result
 
 
 @pytest.mark.skipif(not CLEAR.exists(), reason='only Linux tells the peak of a process')
@@ -52,10 +52,10 @@ def test_the_estimate_is_not_below_the_peak_and_not_far_above_it(name):
   outputs, inputs = ROWS.get(name, 512), 256
   params = jax.tree.map(jax.numpy.asarray, {'w': drawn(0, inputs, outputs), 'head': drawn(1, outputs, 2)})
   recipe, x = recipes.POST_TRAINING[name](**OPTIONS.get(name, {})), jax.numpy.asarray(drawn(2, 2 * inputs, inputs))
-  measured, result = peak(lambda: sj.prune(lambda p, x: jax.nn.relu(x @ p['w']) @ p['head'], params, [x], recipe,
-                                           where=sj.trees.named('w')))
+  least, most, result = peak(lambda: sj.prune(lambda p, x: jax.nn.relu(x @ p['w']) @ p['head'], params, [x], recipe,
+                                              where=sj.trees.named('w')))
   # The allocator keeps some more: up to 0.1 MB of 8 were seen.
-  assert 0.95 * measured <= result.report.memory <= 3 * measured, (measured, result.report.memory)
+  assert 0.95 * least <= result.report.memory <= 3 * most, (least, most, result.report.memory)
 
 
 def convolved(p, x):
@@ -69,6 +69,6 @@ def test_the_estimate_counts_the_patches_of_a_convolution(name):
   """The patches of a kernel of nine taps are nine times the input, and most of what is needed."""
   params = jax.tree.map(jax.numpy.asarray, {'w': drawn(0, 3, 3, 16, 16), 'head': drawn(1, 16, 2)})
   x = jax.numpy.asarray(drawn(2, 8, 32, 32, 16))
-  measured, result = peak(lambda: sj.prune(convolved, params, [x], recipes.POST_TRAINING[name](0.5),
-                                           where=sj.trees.named('w')))
-  assert 0.95 * measured <= result.report.memory <= 3 * measured, (measured, result.report.memory)
+  least, most, result = peak(lambda: sj.prune(convolved, params, [x], recipes.POST_TRAINING[name](0.5),
+                                              where=sj.trees.named('w')))
+  assert 0.95 * least <= result.report.memory <= 3 * most, (least, most, result.report.memory)

@@ -119,9 +119,27 @@ def vit_digits(seeds: int, steps: int, width: int = 32) -> ConfigDict:
   return config
 
 
-def mlp_mnist(seeds: int, steps: int) -> ConfigDict:
-  """Returns the config of LeNet-300-100 on MNIST, on which claims about perceptrons are tested, with a dense run."""
+def mlp_mnist(seeds: int, steps: int, momentum: float | None = None) -> ConfigDict:
+  """Returns the config of LeNet-300-100 on MNIST, on which claims about perceptrons are tested, with a dense run.
+
+  With `momentum`, the optimizer is SGD.
+  """
   config = digits(steps, seeds=seeds)
   config.data.name = 'mnist'
   config.model = {'name': 'mlp', 'widths': (300, 100)}
+  if momentum is not None:
+    config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'options': {'momentum': momentum}}
   return config
+
+
+def moving(percents: Sequence[int], where: Sequence[str]) -> dict[str, dict[str, Any]]:
+  """Returns the recipes of a fixed random mask, of SET and of RigL, with the same sparsity in each layer (ERK)."""
+  methods = {'static': {'name': 'static_sparse'}, 'SET': {'name': 'set_', 'every': 0.02},
+             'RigL': {'name': 'rigl', 'every': 0.02}}
+  return at_sparsities(percents, methods, where=where, allocation='erk')
+
+
+def moving_is_better(percents: Sequence[int]) -> list[Callable[[Scores], Comparison]]:
+  """Returns the comparisons of the recipes of `moving`: RigL above SET, and SET above the fixed mask."""
+  return [better(f'{more}-{percent}', f'{less}-{percent}')
+          for percent in percents for more, less in (('RigL', 'SET'), ('SET', 'static'))]

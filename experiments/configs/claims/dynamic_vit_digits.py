@@ -21,13 +21,7 @@ from experiments.configs import claims
 
 def get_config():
   config = claims.vit_digits(seeds=10, steps=1000)
-  methods = {
-      'static': {'name': 'static_sparse'},
-      'SET': {'name': 'set_', 'every': 0.02},
-      'RigL': {'name': 'rigl', 'every': 0.02},
-  }
-  where = ['attention/*/kernel', 'mlp/*/kernel']
-  config.recipes.update(claims.at_sparsities((90, 95), methods, where=where, allocation='erk'))
+  config.recipes.update(claims.moving((90, 95), where=['attention/*/kernel', 'mlp/*/kernel']))
   return config
 
 
@@ -39,5 +33,4 @@ CLAIM = claims.Claim(
     title='Dynamic sparse training',
     sentence='At 90 and 95 % RigL is better than SET, and SET than a fixed random mask.',
     reference='Evci et al. 2020, Rigging the Lottery, 1911.11134, figure 2',
-    comparisons=[claims.better(f'{more}-{percent}', f'{less}-{percent}')
-                 for percent in (90, 95) for more, less in (('RigL', 'SET'), ('SET', 'static'))])
+    comparisons=claims.moving_is_better((90, 95)))

@@ -13,9 +13,8 @@ from experiments.configs import claims
 
 
 def get_config():
-  config = claims.mlp_mnist(seeds=5, steps=1500)
+  config = claims.mlp_mnist(seeds=5, steps=1500, momentum=0.9)
   config.model = {'name': 'mlp', 'widths': (100,) * 30, 'gain': 2.0}
-  config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'options': {'momentum': 0.9}}
   for name, recipe in (('SNIP', 'snip'), ('robust', 'robust_at_init')):
     config.recipes[name] = {'name': recipe, 'sparsity': 0.9, 'allow_empty': True}
   return config

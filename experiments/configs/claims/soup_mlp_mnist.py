@@ -8,7 +8,8 @@ batches in different orders: the average of the models is better than the models
 
 The first test had a small ViT on digits and Adam. Its members hardly differed: the barrier of the test loss from one
 to another was 0.0000, and the soup was 0.04 +- 0.16 points better at 90 %. Members of this test are retrained by SGD
-with momentum at a large rate, and differ. In a pilot of two seeds the soup was 0.17 points better.
+with momentum at a large rate, and differ. In a pilot of one round to 97 %, the soup was 0.17 +- 0.49 points better
+(two seeds, one CPU core, jax 0.10.2, dense 97.52 %).
 
 Not yet run at this size.
 """
@@ -19,8 +20,8 @@ from experiments.configs import claims
 
 
 def get_config():
-  config = claims.mlp_mnist(seeds=10, steps=1000)
-  config.optimizer = {**config.optimizer.to_dict(), 'name': 'sgd', 'learning_rate': 0.1, 'options': {'momentum': 0.9}}
+  config = claims.mlp_mnist(seeds=10, steps=1000, momentum=0.9)
+  config.optimizer.learning_rate = 0.1
   config.tickets = {'rounds': 2, 'sparsity': 0.95, 'rewind': 'learning_rate', 'members': 3, 'retrain_steps': 1000,
                     'recipe': {'where': ['fc*/kernel']}}
   return config
