@@ -3,16 +3,20 @@
     params = prepared(io.load('model.safetensors'), tokens=1)        # before a loop that decodes token by token
     logits = packed(model.apply)({'params': params}, x)
     print(prepared(packed_params, tokens=1, explain=True))           # the form of each leaf, and why
+    params = prepared(packed_params, tokens=1, measure=True)         # by measurements on this machine, not by a table
 
-The choice is that of `sparsejax.advise`: both read the tables of measured products (`sparsejax.advice`).
+Without `measure` the choice is that of `sparsejax.advise`: both read the tables of measured products
+(`sparsejax.advice`).
 """
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
+from kernels_pallas import measuring
 from kernels_pallas.around import OPS
 from sparsejax import advice, arguments, formats, tables, trees
 from sparsejax.advice import measured
@@ -24,6 +28,10 @@ from sparsejax.types import Axes, PyTree
 # Times dense. Two measurements of one product in one run were 1.10 and 0.84 (`benchmarks/results.md`, few_tokens), and
 # an unpacked leaf costs no more than a dense one.
 TAKEN = 1.2
+
+
+# The speed of a form of a leaf, or why there is none of any form.
+Known = Callable[[PackedArray, PackedArray], measured.Speed] | str
 
 
 class PreparedLeaf(NamedTuple):
@@ -51,7 +59,7 @@ class Preparation(tuple):
 
 
 @checked
-def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain: bool = False,
+def prepared(params: PyTree, *, tokens: int, device: str | None = None, measure: bool = False, explain: bool = False,
              folder: str | pathlib.Path = advice.TABLES) -> PyTree:
   """Returns `params` with each packed leaf in the form whose product with `tokens` rows runs fastest on `device`.
 
@@ -62,21 +70,26 @@ def prepared(params: PyTree, *, tokens: int, device: str | None = None, explain:
   leaf becomes dense. Without a table of the device, every leaf stays as it is. Leaves that are not packed stay as
   they are.
 
+  A table is of one machine, and another one may be faster by another form. With `measure=True` each form takes turns
+  with the dense product on the default device of JAX, and no table is read. Leaves of one form and shape are measured
+  once, one layer of a stack. This takes about as long as 150 calls of both products, and their compilation.
+
   With `explain=True` the function returns, instead of the tree, the `Preparation`: the form of each packed leaf, and
   why. A `formats.ActiveArray` stays as it is. Every form has the same values and the same products, up to the order of
   sums. A stored zero may be dropped, so train before leaves are prepared. Raises `ValueError` if `tokens` is below 1,
-  or for a leaf that is traced.
+  for a leaf that is traced, or for `measure` together with a `device` or a `folder`.
   """
   tokens = arguments.verified('prepared', 'tokens', tokens)
-  device = device or _default_device(folder)
-  table = measured.read_table(device, folder)
-  near = measured.near_tokens(table, tokens) if table else None
+  if measure and (device is not None or folder != advice.TABLES):
+    raise ValueError('prepared: measure=True measures on the default device of JAX and reads no table. Leave `device` '
+                     'and `folder` out, or `measure`.')
+  known = _measurements(tokens) if measure else _table(tokens, device or _default_device(folder), folder)
   names, leaves, treedef = trees.flatten(params, is_leaf=formats.is_packed)
   once: dict[int, tuple[Any, PreparedLeaf]] = {}  # A leaf in several places is prepared once.
   found = []
   for name, leaf in zip(names, leaves):
     if formats.is_packed(leaf) and id(leaf) not in once:
-      once[id(leaf)] = _prepared(name, leaf, tokens, device, near)
+      once[id(leaf)] = _prepared(name, leaf, known)
     form, row = once.get(id(leaf), (leaf, None))
     found.append((form, row and row._replace(path=name)))
   if explain:
@@ -91,8 +104,7 @@ def _default_device(folder: str | pathlib.Path) -> str:
   return next((name for name in known if name in device.device_kind.lower()), device.platform)
 
 
-def _prepared(name: str, leaf: PackedArray, tokens: int, device: str, table: list[measured.Measured] | None
-              ) -> tuple[Any, PreparedLeaf]:
+def _prepared(name: str, leaf: PackedArray, known: Known) -> tuple[Any, PreparedLeaf]:
   """Returns the leaf in its fastest form, and why."""
   if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(leaf)):
     raise ValueError(f'prepared: {name!r} of shape {leaf.shape} is traced; prepare parameters outside of jit, vmap and '
@@ -100,11 +112,11 @@ def _prepared(name: str, leaf: PackedArray, tokens: int, device: str, table: lis
   row = PreparedLeaf(name, leaf.shape, leaf.kind, leaf.kind, 1.0, '')
   if isinstance(leaf, formats.ActiveArray):
     return leaf, row._replace(why='it has thresholds, which no other form keeps')
-  if table is None:
-    return leaf, row._replace(why=f'nothing was measured on {device}')
+  if isinstance(known, str):
+    return leaf, row._replace(why=known)
   best, slower = (None, row), []
   for form in _forms(leaf):
-    speed = _speed(form, leaf, tokens, table)
+    speed = known(form, leaf)
     if speed.forward is None or speed.forward < TAKEN:
       slower.append(f'{form.kind}: {speed.note}' if speed.forward is None else f'{form.kind}: {speed.forward:.2f}')
     elif best[0] is None or speed.forward > best[1].speed:
@@ -116,7 +128,7 @@ def _prepared(name: str, leaf: PackedArray, tokens: int, device: str, table: lis
 
 def _forms(leaf: PackedArray) -> list[PackedArray]:
   """Returns the leaf in each format that stores its zeros and has a product, if the leaf is a matrix or a stack."""
-  axes = formats.axes_of(leaf) or _axes(leaf)
+  axes = _roles(leaf)
   if axes is None or axes.source == 'unknown' or any(leaf.shape[a] > 1 for a in axes.spatial):
     return []
   others = [each for each in formats.fitting(leaf.pattern) if each is not type(leaf)] if leaf.pattern else []
@@ -131,19 +143,41 @@ def _forms(leaf: PackedArray) -> list[PackedArray]:
   return forms
 
 
-def _axes(leaf: PackedArray) -> Axes | None:
-  """Returns the axes of a leaf without roles, as far as its format knows them."""
+def _roles(leaf: PackedArray) -> Axes | None:
+  """Returns the axes of a leaf; those of a leaf without roles, as far as its format knows them."""
+  if axes := formats.axes_of(leaf):
+    return axes
   contracted = tuple(a + leaf.ndim for a in leaf.axes)
   layer = tuple(range(leaf.leading))
   outputs = tuple(a for a in range(leaf.ndim) if a not in (*contracted, *layer))
   return Axes(contracted, outputs, layer=layer) if contracted else None
 
 
-def _speed(form: PackedArray, leaf: PackedArray, tokens: int, table: list[measured.Measured]) -> measured.Speed:
-  """Returns the speed to expect of the product with `form`, whose stored weights count, fillers among them."""
-  axes = formats.axes_of(leaf) or _axes(leaf)
-  sparsity = max(0.0, 1 - form.values.size / max(math.prod(form.shape), 1))
-  group = leaf.pattern.group if leaf.pattern else (1, 1)
-  if not table:
-    return measured.Speed(note=f'not measured near {tokens} tokens')
-  return measured.speed(table, (form.product,), group, matrix_sizes(form.shape, axes)[1:], tokens, sparsity)
+def _table(tokens: int, device: str, folder: str | pathlib.Path) -> Known:
+  """Returns what the table of `device` says of the product with a form, whose stored weights count, fillers too."""
+  table = measured.read_table(device, folder)
+  near = measured.near_tokens(table, tokens)
+
+  def speed(form: PackedArray, leaf: PackedArray) -> measured.Speed:
+    sparsity = max(0.0, 1 - form.values.size / max(math.prod(form.shape), 1))
+    group = leaf.pattern.group if leaf.pattern else (1, 1)
+    if not near:
+      return measured.Speed(note=f'not measured near {tokens} tokens')
+    shape = matrix_sizes(form.shape, _roles(leaf))[1:]
+    return measured.speed(near, (form.product,), group, shape, tokens, sparsity)
+
+  return speed if table else f'nothing was measured on {device}'
+
+
+def _measurements(tokens: int) -> Known:
+  """Returns what is measured now of the product with a form; forms that differ in their numbers alone share it."""
+  once: dict[Any, measured.Speed] = {}
+
+  def speed(form: PackedArray, leaf: PackedArray) -> measured.Speed:
+    leaves, structure = jax.tree.flatten(form)
+    kind = structure, *((a.shape, a.dtype) for a in leaves)
+    if kind not in once:
+      once[kind] = measuring.speed(form, tokens)
+    return once[kind]
+
+  return speed

@@ -53,7 +53,7 @@ KERNELS = (
     ('products', 'linear'),
     ('active', 'attention', 'block_sparse', 'ell', 'n_m', 'sparse24', 'unstructured'),
     ('held', 'around', 'submanifold', 'gathered'),
-    ('deferred',),
+    ('deferred', 'measuring'),
     ('models', 'decoding', 'attending'),
     ('preparing',),
     ('__init__', 'bench', 'nn'),  # and former names

@@ -1,6 +1,6 @@
 """Tests products of few tokens, which read packed weights as they are stored: the numbers and gradients are dense ones.
 
-`prepared` chooses the form of each leaf by a table of measured speeds, here a table that the test writes.
+`prepared` chooses the form of each leaf by a table of measured speeds, here a table that the test writes, or measures.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from products import MATRIX, UNSTRUCTURED, close, normal, value_and_gradients
 import kernels_pallas
 import sparsejax as sj
 from kernels_pallas import packed, prepared
+from kernels_pallas.preparing import TAKEN
 from sparsejax import formats
 from sparsejax.formats import ELLArray
 from sparsejax.types import Axes
@@ -165,6 +166,18 @@ def test_each_leaf_takes_the_fastest_form_and_keeps_its_weights(tokens, folder):
   jax.tree.map(np.testing.assert_array_equal, formats.unpack(found), formats.unpack(params))
 
 
+def test_forms_can_be_measured_here():
+  """One token times 1 % of a million weights is faster than dense on every machine; times half of them, on none."""
+  w = np.random.default_rng(0).random((1024, 1024), np.float32)
+  few, half = (np.where(w < kept, w, 0) for kept in (0.01, 0.5))
+  axes = {'few': MATRIX, 'half': MATRIX, 'stack': Axes((1,), (2,), layer=(0,))}
+  params = formats.pack({'few': few, 'half': half, 'stack': np.stack([few, few.T])}, 'csc', axes=axes)
+  found, rows = (prepared(params, tokens=1, measure=True, explain=explain) for explain in (False, True))
+  assert [row.form in ('ell', 'csc') for row in rows] == [True, False, True] and rows[1].form == 'dense'
+  assert all(row.speed > TAKEN and 'measured here' in row.why for row in (rows[0], rows[2]))
+  jax.tree.map(np.testing.assert_array_equal, formats.unpack(found), formats.unpack(params))
+
+
 def test_a_program_runs_on_prepared_leaves(folder):
   params = {name: leaf for name, leaf in tree().items() if name in ('1:8', 'csc', '2:4')}
   apply = lambda params, x: jnp.concatenate([x[:, :w.shape[0]] @ w for w in params.values()], 1)
@@ -180,5 +193,7 @@ def test_what_cannot_be_prepared_says_why(folder):
   assert 'nothing was measured on tpu' in str(prepared(params, tokens=1, device='tpu', folder=folder, explain=True))
   with pytest.raises(ValueError, match='prepared: `tokens` must be a whole number, at least 1, below 2.31, not 0'):
     prepared(params, tokens=0)
+  with pytest.raises(ValueError, match='prepared: measure=True measures on the default device .* Leave `device`'):
+    prepared(params, tokens=1, measure=True, device='cpu')
   with pytest.raises(ValueError, match="prepared: 'csc' of shape .* is traced; prepare parameters outside of jit"):
     jax.jit(lambda params: prepared(params, tokens=1))(params)
