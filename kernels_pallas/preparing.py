@@ -72,7 +72,7 @@ def prepared(params: PyTree, *, tokens: int, device: str | None = None, measure:
 
   A table is of one machine, and another one may be faster by another form. With `measure=True` each form takes turns
   with the dense product on the default device of JAX, and no table is read. Leaves of one form and shape are measured
-  once, one layer of a stack. This takes about as long as 150 calls of both products, and their compilation.
+  once, one layer of a stack. A measurement takes as long as 75 calls of both products, and their compilation.
 
   With `explain=True` the function returns, instead of the tree, the `Preparation`: the form of each packed leaf, and
   why. A `formats.ActiveArray` stays as it is. Every form has the same values and the same products, up to the order of

@@ -323,7 +323,7 @@ def refuse_unknown(function: str, arrays: Mapping[str, Any], traced: bool = Fals
 
 # Messages call these functions by their own names, as users do.
 _TOP = ('advise', 'check', 'contractions', 'pack', 'prune', 'prune_weights', 'report')
-# Users write the name of such a module and not that of its package: `decode.every`, not `attention.every`.
+# A message names such a module and not its package: `decode.every` is what users call, not `attention.every`.
 _INSIDE = ('decode',)
 
 
