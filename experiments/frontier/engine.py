@@ -35,7 +35,9 @@ class FrontierSizes(NamedTuple):
   """`FrontierSizes` are the numbers of held-out windows and their bytes, and those of the needle task.
 
   `length`: bytes of a window, in training too. `haystack`: bytes of a window of the needle task, with the passage of
-  `needle` bytes at both ends.
+  `needle` bytes at both ends. `reach`: bytes
+  over which windows of the training reach, because they leave a part out (`experiments.data.text.Reaching`), or 0 for
+  plain windows.
   """
 
   windows: int = 16
@@ -43,6 +45,7 @@ class FrontierSizes(NamedTuple):
   needles: int = 4
   haystack: int = 4096
   needle: int = 64
+  reach: int = 0
 
 
 class EncoderBench:
@@ -141,7 +144,7 @@ def bench(table: str, data_dir: str | None, workdir: Any, request: Any, steps: i
     return ActivationBench(data_dir, seed)
   if table == 'encoder':
     return EncoderBench(data_dir, seed)
-  subject = trained.subject(data_dir, workdir, request, steps, seed, config, sizes.length)
+  subject = trained.subject(data_dir, workdir, request, steps, seed, config, sizes.length, sizes.reach)
   return DecoderBench(subject.params, trained.split_texts(data_dir)[0]['test'], sizes, seed)
 
 

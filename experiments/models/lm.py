@@ -17,8 +17,9 @@ from sparsejax.types import Array
 class LM(nn.Module):
   """An `LM` maps tokens `int[B, T]` to logits of each next token, `float32[B, T, vocabulary]`.
 
-  The decoder has causal pre-norm blocks, rotary positions and an untied head, and accepts any length. `scan` stacks the
-  blocks and recomputes each in the backward pass. Raises `ValueError` if the width is no multiple of twice `heads`.
+  The decoder has causal pre-norm blocks, rotary positions and an untied head, and accepts any length. The positions are
+  0 to T - 1, unless tokens are `int[B, T, 2]`, each with its position; positions increase. `scan` stacks the blocks and
+  recomputes each in the backward pass. Raises `ValueError` if the width is no multiple of twice `heads`.
   """
 
   vocabulary: int
@@ -31,6 +32,7 @@ class LM(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Array) -> Array:
+    tokens, positions = (tokens, None) if tokens.ndim == 2 else (tokens[..., 0], tokens[..., 1])
     x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name='embed')(tokens)
-    x = transformer.stack(x, self, causal=True)
+    x = transformer.stack(x, self, causal=True, positions=positions)
     return nn.Dense(self.vocabulary, dtype=self.dtype, name='head')(x).astype(jnp.float32)

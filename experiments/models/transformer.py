@@ -8,6 +8,7 @@ Parameters are named so that `trees.named('mlp/*/kernel')` selects every feed-fo
 among them. With `scan=True` the blocks are one stack, `blocks/mlp/fc1/kernel`, whose leading axis is the layer.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,17 +18,12 @@ import jax.numpy as jnp
 from sparsejax.types import Array
 
 
-def rotated(x: Array) -> Array:
-  """Returns `x` `[B, T, heads, D]` with the rotary position embedding applied.
+def rotated_at(x: Array, positions: Array) -> Array:
+  """Returns `x` `[B, T, heads, D]` with the rotary position embedding of `positions`, `int[B, T]` or `int[1, T]`.
 
   The pair `(i, i + D/2)` of features at position `t` is rotated by `t / 10000^(2i/D)` radians. Reference: Su et al.
   2021, arXiv:2104.09864. The two halves of the features are paired, as in GPT-NeoX, while the paper pairs neighbours.
   """
-  return rotated_at(x, jnp.arange(x.shape[1], dtype=jnp.int32)[None])
-
-
-def rotated_at(x: Array, positions: Array) -> Array:
-  """Returns `x` `[B, T, heads, D]` rotated as by `rotated`, for tokens at `positions`, `int[B, T]` or `int[1, T]`."""
   half = x.shape[-1] // 2
   frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
@@ -36,9 +32,14 @@ def rotated_at(x: Array, positions: Array) -> Array:
   return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
-def causal_attention(query: Array, key: Array, value: Array) -> Array:
-  """Returns causal dot-product attention, `[B, T, heads, D]`, with queries and keys rotated by `rotated`."""
-  return jax.nn.dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
+def causal_attention(query: Array, key: Array, value: Array, positions: Array | None = None) -> Array:
+  """Returns causal dot-product attention, `[B, T, heads, D]`, with queries and keys rotated by `rotated_at`.
+
+  The default positions are 0 to T - 1. Positions must increase: a token attends to the tokens that stand before it.
+  """
+  positions = jnp.arange(query.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+  query, key = (rotated_at(each, positions) for each in (query, key))
+  return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
 class MLP(nn.Module):
@@ -60,7 +61,7 @@ class MLP(nn.Module):
 class PreNormBlock(nn.Module):
   """A `PreNormBlock` is a transformer layer with a layer norm before attention and one before the `MLP`.
 
-  `__call__` maps `x` `[B, T, width]` to `(x, None)`, the form that `nn.scan` requires.
+  `__call__` maps `x` `[B, T, width]` to `(x, None)`, the form that `nn.scan` requires. A causal layer takes positions.
   """
 
   heads: int
@@ -69,9 +70,10 @@ class PreNormBlock(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Array, _: None = None) -> tuple[Array, None]:
+  def __call__(self, x: Array, positions: Array | None = None) -> tuple[Array, None]:
     norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
-    attend = causal_attention if self.causal else jax.nn.dot_product_attention
+    causal = functools.partial(causal_attention, positions=positions)
+    attend = causal if self.causal else jax.nn.dot_product_attention
     attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, attention_fn=attend, name='attention')
     x = x + attention(norm('norm1')(x))
     return x + MLP(self.ratio, self.dtype, name='mlp')(norm('norm2')(x)), None
@@ -97,8 +99,10 @@ class PostNormBlock(nn.Module):
     return norm('norm2')(x + MLP(self.ratio, self.dtype, exact=True, name='mlp')(x))
 
 
-def stack(x: Array, model: nn.Module, causal: bool) -> Array:
+def stack(x: Array, model: nn.Module, causal: bool, positions: Array | None = None) -> Array:
   """Returns `x` `[B, T, width]` after `model.depth` blocks and a last layer norm, inside the model's `__call__`.
+
+  Causal blocks rotate queries and keys by `positions`, `int[B, T]`, by default 0 to T - 1.
 
   `model` has the fields of `ViT` and `LM`. If `model.scan`, the blocks are one `nn.scan`, and the backward pass
   recomputes each block. Raises `ValueError` if the width is no multiple of the heads, or, if `causal`, of twice the
@@ -110,9 +114,9 @@ def stack(x: Array, model: nn.Module, causal: bool) -> Array:
   arguments = (model.heads, model.mlp_ratio, causal, model.dtype)
   if model.scan:
     scanned = nn.scan(nn.remat(PreNormBlock), variable_axes={'params': 0}, split_rngs={'params': True},
-                      length=model.depth)
-    x, _ = scanned(*arguments, name='blocks')(x, None)
+                      in_axes=nn.broadcast, length=model.depth)
+    x, _ = scanned(*arguments, name='blocks')(x, positions)
   else:
     for layer in range(model.depth):
-      x, _ = PreNormBlock(*arguments, name=f'block_{layer}')(x)
+      x, _ = PreNormBlock(*arguments, name=f'block_{layer}')(x, positions)
   return nn.LayerNorm(dtype=model.dtype, name='norm')(x)

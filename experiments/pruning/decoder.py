@@ -38,16 +38,18 @@ SIZES = {'calibration': f'{CALIBRATED} windows', 'held out': f'{HELD_OUT} window
 
 
 def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, steps: int, seed: int,
-            config: Mapping[str, Any] = CONFIG, length: int = LENGTH) -> Subject:
+            config: Mapping[str, Any] = CONFIG, length: int = LENGTH, reach: int | None = None) -> Subject:
   """Returns the decoder, trained for `steps` in `workdir / 'training'`, with the windows that `seed` draws.
 
-  A training that is there already goes on, up to `steps`. `length`: bytes of a window, of the training too.
+  A training that is there already goes on, up to `steps`. `length`: bytes of a window, of the training too. With
+  `reach`, windows of the training are those of `text.Reaching`, so that the decoder knows distances up to `reach`.
 
   Raises `training.Stopped` where a signal stops the training.
   """
   texts, names = split_texts(data_dir)
   windows = {split: _windows(content, length) for split, content in texts.items()}
-  whole = configs.complete({**config, 'steps': steps, 'data': _file(workdir / 'text.txt', texts, length)})
+  data = _reaching(texts, length, reach) if reach else _file(workdir / 'text.txt', texts, length)
+  whole = configs.complete({**config, 'steps': steps, 'data': data})
   outcome = training.run(whole, workdir / 'training', request)
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.tested_parameters(outcome['dense']))
   model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
@@ -81,6 +83,13 @@ def _file(path: pathlib.Path, texts: Mapping[str, bytes], length: int) -> dict[s
   records.write_whole(path, b''.join(texts[split] for split in ('train', 'test')).decode())
   held_out = min(len(texts['test']), TESTED)
   return {'name': str(path), 'sequence_length': length, 'valid_fraction': held_out / sum(map(len, texts.values()))}
+
+
+def _reaching(texts: Mapping[str, bytes], length: int, reach: int) -> dict[str, Any]:
+  """Returns the section `data` of a config with windows that reach over `reach` bytes."""
+  splits = {'train': texts['train'], 'test': texts['test'][:TESTED + reach]}
+  return {'name': configs.OWN, 'num_classes': text.BYTES, 'splits': configs.Own({
+      split: text.Reaching(content, length, reach, seed) for seed, (split, content) in enumerate(splits.items())})}
 
 
 def _windows(content: bytes, length: int) -> tuple[np.ndarray, np.ndarray]:

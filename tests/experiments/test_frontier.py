@@ -48,6 +48,12 @@ def test_the_frontier_of_a_tiny_decoder(tmp_path, monkeypatch):
   assert run(['quest']) == [dense, quest]
 
 
+def test_a_decoder_trains_on_windows_that_reach(tmp_path):
+  sizes = engine.FrontierSizes(windows=2, length=64, needles=2, haystack=128, needle=16, reach=128)
+  line, = frontier.run('decoder', tmp_path, rules=[], steps=1, sizes=sizes, config=TINY)
+  assert np.isfinite(line['scores']['needle']).all() and line['config']['reach'] == 128
+
+
 def test_lines_of_activation_rules_of_a_tiny_encoder(monkeypatch):
   """A rule for inputs and one for neurons have true lines, and a token never reads more than there is."""
   tiny = encoders.MiniLM(None, vocabulary=50, width=16, depth=1, heads=2, positions=16)
@@ -78,7 +84,7 @@ def test_the_command_can_name_each_rule():
            for table, rules in RULES.items()}
   sizes = {name: str(number) for number, name in enumerate(engine.FrontierSizes._fields, 3)}
   given_sizes = frontier._parsed(['decoder', '--workdir', '', *(f'--{name}={n}' for name, n in sizes.items())])
-  assert [getattr(given_sizes, name) for name in sizes] == [3, 4, 5, 6, 7]
+  assert [getattr(given_sizes, name) for name in sizes] == [3, 4, 5, 6, 7, 8]
   assert {table: each.rules for table, each in given.items()} == {table: list(each) for table, each in RULES.items()}
 
 
@@ -89,6 +95,8 @@ REFUSED = {
                   '.windows. must be at least 1'),
     'a short haystack': (lambda folder: frontier.run('decoder', folder, sizes=engine.FrontierSizes(haystack=96)),
                          'have room for both needles'),
+    'a short reach': (lambda folder: frontier.run('decoder', folder, sizes=engine.FrontierSizes(reach=64)),
+                      'windows of 128 bytes .* a reach .64. that is not shorter'),
     'a sparsity': (lambda folder: frontier.run('decoder', folder, sparsities=[1.0]), 'from 0 to below 1, not 1.0'),
 }
 

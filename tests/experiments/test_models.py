@@ -153,9 +153,17 @@ def test_any_length(lm):
   np.testing.assert_allclose(lm(TOKENS[:, :5]), lm(TOKENS)[:, :5], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('scan', [False, True])
+def test_only_distances_of_positions_count(scan):
+  model, params = made('lm', 11, TOKENS, scan=scan)
+  run = lambda *positions: applied(model)(params, np.stack([TOKENS, np.broadcast_to(positions, TOKENS.shape)], -1))
+  np.testing.assert_allclose(run(*range(30, 42)), applied(model)(params, TOKENS), rtol=1e-4, atol=1e-4)
+  assert not np.allclose(run(*range(6), *range(9, 15))[:, 6:], applied(model)(params, TOKENS)[:, 6:], atol=1e-3)
+
+
 def test_rotation_keeps_lengths_and_sees_only_distances():
   query, key = np.random.default_rng(2).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
-  rotate = lambda x: transformer.rotated(jnp.broadcast_to(x, (1, 20, 2, 8)))
+  rotate = lambda x: transformer.rotated_at(jnp.broadcast_to(x, (1, 20, 2, 8)), jnp.arange(20)[None])
   products = jnp.einsum('bthd,bshd->hts', rotate(query), rotate(key))
   np.testing.assert_allclose(products[:, 3:15, 1:13], products[:, 5:17, 3:15], rtol=1e-4, atol=1e-4)
   assert not np.allclose(products[:, 3, 3:10], products[:, 3, 4:11], atol=1e-2)
