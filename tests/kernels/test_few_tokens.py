@@ -167,15 +167,16 @@ def test_each_leaf_takes_the_fastest_form_and_keeps_its_weights(tokens, folder):
 
 
 def test_forms_can_be_measured_here():
-  """One token times 0.5 % of 4M weights is faster than dense on every machine; times half of them, on none."""
+  """One token times 0.5 % of 4M weights is faster than dense on every machine; times half of some weights, on none."""
   w = np.random.default_rng(0).random((2048, 2048), np.float32)
-  few, half = (np.where(w < kept, w, 0) for kept in (0.005, 0.5))
-  axes = {'few': MATRIX, 'half': MATRIX, 'stack': Axes((1,), (2,), layer=(0,))}
-  params = formats.pack({'few': few, 'half': half, 'stack': np.stack([few, few.T])}, 'csc', axes=axes)
-  found, rows = (prepared(params, tokens=1, measure=True, explain=explain) for explain in (False, True))
-  assert [row.form in ('ell', 'csc') for row in rows] == [True, False, True] and rows[1].form == 'dense'
-  assert all(row.speed > TAKEN and 'measured here' in row.why for row in (rows[0], rows[2]))
-  jax.tree.map(np.testing.assert_array_equal, formats.unpack(found), formats.unpack(params))
+  few, half = np.where(w < 0.005, w, 0), np.where(w < 0.5, w, 0)[:256, :256]
+  axes = {'half': MATRIX, 'stack': Axes((1,), (2,), layer=(0,))}
+  params = formats.pack({'half': half, 'stack': np.stack([few, few.T])}, 'csc', axes=axes)
+  none, stack = prepared(params, tokens=1, measure=True, explain=True)
+  assert none.form == 'dense' and none.speed == 1 and 'csc: 0' in none.why
+  assert stack.form in ('ell', 'csc') and stack.speed > TAKEN and 'measured here' in stack.why
+  found = prepared({'half': params['half']}, tokens=1, measure=True)
+  np.testing.assert_array_equal(found['half'], half)
 
 
 def test_a_program_runs_on_prepared_leaves(folder):
