@@ -31,13 +31,15 @@ from experiments.protocols import (
   midpoints,
   posteriors,
   recommended,
+  searched,
   starts,
   transferred,
 )
 from sparsejax import errors
 
 PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
-    consensus, edges, experts, features, forgetting, liked, midpoints, posteriors, recommended, starts, transferred)}
+    consensus, edges, experts, features, forgetting, liked, midpoints, posteriors, recommended, searched, starts,
+    transferred)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

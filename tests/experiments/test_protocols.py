@@ -13,16 +13,17 @@ from experiments import claims, configs, protocols
 from experiments.data import madelon, movielens
 from experiments.loop.stopping import StopRequest
 from experiments.models import perceptron
-from experiments.protocols import consensus, features, liked
-from sparsejax import metrics
+from experiments.protocols import consensus, features, liked, searched
+from sparsejax import metrics, trees
+from sparsejax.structured import architecture
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 JOBS = {'edges_digits': 'TEDDY-80', 'unlearning_digits': 'l1', 'transfer_digits': 'ticket-prompt',
         'posterior_digits': 'SSVI', 'clusters_digits': 'Turbo-VBI-runs', 'experts_digits': 'rectified',
         'zero_start_digits': 'ZerO-90', 'midpoints_digits': 'independent', 'recommended_films': 'DSL',
         'comet_films': 'COMET-search', 'features_digits': 'QuickSelection',
-        'consensus_digits': 'consensus'}
-SMALLER = {'recommended_films': {'k': 5}, 'comet_films': {'experts': 4},
+        'consensus_digits': 'consensus', 'dass_digits': 'DASS'}
+SMALLER = {'recommended_films': {'k': 5}, 'comet_films': {'experts': 4}, 'dass_digits': {'cells': 1, 'tuned': 2},
            'features_digits': {'trees': 2}}  # and a width of 8
 DATA = {'train': pictures.drawn(132, 0), 'test': pictures.drawn(110, 1)}
 
@@ -117,3 +118,18 @@ def test_a_network_without_the_units_that_no_input_opens_is_the_gated_one():
   np.testing.assert_array_equal(consensus.gated_forward(net, x, {})[0], perceptron.forward(net, x))
   closed = consensus._removed(net, [jnp.zeros(6), jnp.arange(6) / 100], x)
   assert closed.params['layer_1']['kernel'].shape == (1, 1), 'each layer keeps a unit'
+
+
+def test_a_search_learns_by_halves_and_leaves_the_sharpest_operations():
+  params, key = searched.start(jax.random.key(0), width=4, cells=2), jax.random.key(1)
+  x, y = jax.random.uniform(key, (6, 64)), jnp.arange(6)
+  loss = lambda params, batch: searched._cross_entropy(searched.forward, params, batch, key, 0)
+  asked = architecture.bilevel(loss, params, (x[:3], y[:3]), (x[3:], y[3:]), trees.named('alpha'))
+  found = jax.grad(lambda params: searched._halves(params, (x, y), key, 0))(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, asked)
+  chosen = {'cell_0': 'narrow', 'cell_1': 'maximum'}
+  for cell, name in chosen.items():
+    params[cell]['alpha'] = 1e3 * jax.nn.one_hot([*searched.OPERATIONS].index(name), 4)
+  left = searched._only(params, chosen)
+  assert [*left['cell_0']] == ['narrow'] and left['cell_1'] == {}
+  np.testing.assert_allclose(searched.forward(left, x, chosen), searched.forward(params, x), rtol=1e-5, atol=1e-5)
