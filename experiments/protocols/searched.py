@@ -1,13 +1,13 @@
-"""Searches the operations of a small convolutional network, among sparse ones, or among dense ones that are pruned then.
+"""Searches the operations of a small convolutional network: sparse ones, or dense ones that are pruned afterwards.
 
 Each cell is a mixture of four operations: a 3 x 3 and a 1 x 1 convolution, the maximum of 3 x 3 places, and its input.
 The weights of the mixtures learn from one half of each batch, and all else from the other half. After `config.steps`
-steps each cell keeps its sharpest operation. What is left trains for `tuned` more steps under one mask of `sparsity`.
-With `sparse` the recipe of the run has made the mask while it searched. Otherwise the mask is that of the largest
-magnitudes after a dense search.
+steps each cell keeps its sharpest operation. The remaining network trains for `tuned` more steps under one mask of
+`sparsity`. With `sparse` the recipe of the run has made the mask while it searched. Otherwise the mask is that of the
+largest magnitudes after a dense search.
 
-The score is the accuracy of what is left. Beside it stand `convolutions`, the number of cells that kept one, `kept`, the
-number of kept weights of all cells, and `searched`, the accuracy of the mixtures.
+The score is the accuracy of the remaining network. Beside the score stand `convolutions`, the number of cells that kept
+one, and `kept`, the number of kept weights of all cells. `searched` is the accuracy of the mixtures.
 
 No code of DASS (Mousavi et al. 2023) was found. The network and the sizes are ours.
 """
@@ -38,8 +38,8 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   """Returns the accuracy of the network of sharpest operations, and what it is made of."""
   (train, test), key = both_splits(config), jax.random.key(seed)
   tx = _search(config, recipe, own['sparse'], sizes['sparsity'], key)
-  params, state = optimised(_halves, tx, start(key, sizes['width'], sizes['cells']), train, config, key)
-  mixtures = right(forward(params, test[0]), test[1])
+  params, state = optimised(_halves, tx, network_start(key, sizes['width'], sizes['cells']), train, config, key)
+  mixtures = right(network(params, test[0]), test[1])
   masks = sj.masks(params, state) if own['sparse'] else jax.tree.map(lambda _: jnp.ones((), bool), params)
   chosen = {name: [*OPERATIONS][int(architecture.sharpest(cell['alpha']))] for name, cell in _cells(params).items()}
   params, masks = (_only(each, chosen) for each in (params, masks))
@@ -47,7 +47,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
     masks = sj.prune_weights(params, sj.Unstructured(sizes['sparsity']), where=trees.named(CELLS)).masks
   longer = configs.merged(config, {'steps': sizes['tuned']})
   tuned = sj.recipes.fixed(optimizer(longer, {'name': 'dense'}), masks)
-  run = functools.partial(forward, chosen=chosen)
+  run = functools.partial(network, chosen=chosen)
   params, _ = optimised(functools.partial(_cross_entropy, run), tuned, params, train, longer, key)
   counted = [mask for path, mask in zip(*trees.flatten(masks)[:2]) if trees.named(CELLS)(path, mask)]
   return {'score': right(run(params, test[0]), test[1]), 'chance': chance(test[1]), 'searched': mixtures,
@@ -55,7 +55,7 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
           'kept': sum(int(jnp.sum(mask)) for mask in counted)}
 
 
-def start(key: Array, width: int, cells: int) -> PyTree:
+def network_start(key: Array, width: int, cells: int) -> PyTree:
   """Returns the initial parameters of a convolution, of the cells, and of the head."""
   init = jax.nn.initializers.he_normal()
   kernel = lambda number, *shape: {'kernel': init(jax.random.fold_in(key, number), shape)}
@@ -65,7 +65,7 @@ def start(key: Array, width: int, cells: int) -> PyTree:
   return {'stem': kernel(1001, 3, 3, 1, width), **made, 'head': kernel(1002, width, 10)}
 
 
-def forward(params: PyTree, x: Array, chosen: Mapping[str, str] | None = None) -> Array:
+def network(params: PyTree, x: Array, chosen: Mapping[str, str] | None = None) -> Array:
   """Returns the logits of images `[N, 64]`, of the mixtures, or with the `chosen` operation of each cell alone."""
   x = jax.nn.relu(_convolved(x.reshape(-1, 8, 8, 1), params['stem']['kernel']))
   for name, cell in _cells(params).items():
@@ -126,4 +126,4 @@ def _halves(params: PyTree, batch: Sequence[Array], key: Array, step: Array) -> 
 
   half = len(batch[0]) // 2
   parts = [batch[0][:half], batch[1][:half]], [batch[0][half:], batch[1][half:]]
-  return sum(_cross_entropy(forward, held(alphas), part, key, step) for alphas, part in zip((True, False), parts))
+  return sum(_cross_entropy(network, held(alphas), part, key, step) for alphas, part in zip((True, False), parts))

@@ -121,9 +121,9 @@ def test_a_network_without_the_units_that_no_input_opens_is_the_gated_one():
 
 
 def test_a_search_learns_by_halves_and_leaves_the_sharpest_operations():
-  params, key = searched.start(jax.random.key(0), width=4, cells=2), jax.random.key(1)
+  params, key = searched.network_start(jax.random.key(0), width=4, cells=2), jax.random.key(1)
   x, y = jax.random.uniform(key, (6, 64)), jnp.arange(6)
-  loss = lambda params, batch: searched._cross_entropy(searched.forward, params, batch, key, 0)
+  loss = lambda params, batch: searched._cross_entropy(searched.network, params, batch, key, 0)
   asked = architecture.bilevel(loss, params, (x[:3], y[:3]), (x[3:], y[3:]), trees.named('alpha'))
   found = jax.grad(lambda params: searched._halves(params, (x, y), key, 0))(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, asked)
@@ -132,4 +132,4 @@ def test_a_search_learns_by_halves_and_leaves_the_sharpest_operations():
     params[cell]['alpha'] = 1e3 * jax.nn.one_hot([*searched.OPERATIONS].index(name), 4)
   left = searched._only(params, chosen)
   assert [*left['cell_0']] == ['narrow'] and left['cell_1'] == {}
-  np.testing.assert_allclose(searched.forward(left, x, chosen), searched.forward(params, x), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(searched.network(left, x, chosen), searched.network(params, x), rtol=1e-5, atol=1e-5)

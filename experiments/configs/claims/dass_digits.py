@@ -2,8 +2,8 @@ r"""Tests DASS: a search among sparse operations against a dense search that is 
 
     python -m experiments.claims --workdir runs/claims --only dass_digits
 
-Mousavi et al. 2023: networks found among sparse operations are better than networks that are found dense and pruned
-then. Both searches take 900 steps, and what they found trains for 400 more under its mask.
+Mousavi et al. 2023: networks found among sparse operations are better than networks that are found dense and then
+pruned. Both searches take 900 steps, and the found networks train for 400 more under their masks.
 
 Not yet run at this size.
 """
@@ -24,6 +24,6 @@ def get_sweep():
 
 CLAIM = claims.Claim(
     title='DASS',
-    sentence='A network that was found among sparse operations is better than one that was found dense and pruned then.',
+    sentence='A network that was found among sparse operations is better than one that was found dense and pruned.',
     reference='Mousavi et al. 2023, DASS: Differentiable Architecture Search for Sparse neural networks',
     comparisons=[claims.better('DASS', 'dense-search')])
