@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from sparsejax import arguments
 from sparsejax.argument_kinds import ARRAY, FLAG, FUNCTION, PART, POSITIVE, STEP, TIMES, Kind
 from sparsejax.arguments import checked
-from sparsejax.gates import Gated
+from sparsejax.gates import Gated, refuse_logits
 from sparsejax.types import Array, Bound, Schedule
 
 __all__ = ['Gated', 'balance', 'dense_to_sparse', 'hashed', 'softmax', 'top_k']
@@ -48,6 +48,7 @@ def softmax(tau: float | Schedule = 1.0, activation: Callable[[Array], Array] | 
 
 
 def _soft(logits: Array, key: Any, step: Any, tau: Any, activation: Any) -> Gated:
+  refuse_logits('moe.softmax', logits)
   logits = logits if activation is None else activation(logits)
   return Gated(jax.nn.softmax(logits / _now(tau, step, logits)), jnp.zeros((), jnp.float32))
 
@@ -63,6 +64,7 @@ def top_k(k: int) -> Callable[..., Gated]:
 
 
 def _top_k(logits: Array, key: Any, step: Any, k: int) -> Gated:
+  refuse_logits('moe.top_k', logits)
   experts = logits.shape[-1]
   if k > experts:
     raise ValueError(f'moe.top_k: k={k} of {experts} experts; lower k, or add experts.')
@@ -112,6 +114,7 @@ def dense_to_sparse(tau: float | Schedule, threshold: float = 1e-3, hard_from: i
 
 def _dense_to_sparse(logits: Array, key: Any, step: Any, tau: Any, threshold: float, hard_from: Any, noisy: bool
                      ) -> Gated:
+  refuse_logits('moe.dense_to_sparse', logits)
   experts = logits.shape[-1]
   if threshold * experts >= 1:
     raise ValueError(f'moe.dense_to_sparse: a threshold of {threshold} may leave a token without any of {experts} '

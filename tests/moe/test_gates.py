@@ -106,6 +106,8 @@ def test_sinkhorn_and_the_assignment():
     (lambda: moe.top_k(5)(jnp.ones((2, 4)), None, 0), 'k=5 of 4 experts'),
     (lambda: moe.dense_to_sparse(1.0, 0.3)(jnp.ones((2, 4)), None, 0), 'without any of 4 experts'),
     (lambda: moe.hashed(4)(jnp.ones(3), None, 0), 'integer ids'),
+    *((lambda gate=gate: gate(jnp.ones((3, 14), int), None, 0), 'logits of dtype int32; give floating') for gate in (
+        moe.softmax(0.5), moe.top_k(1), moe.dense_to_sparse(0.5), moe.comet(2, 4))),
     (lambda: moe.sinkhorn(jnp.ones((2, 3)), 1.0), 'one row and one column'),
     (lambda: moe.permuted(jnp.ones((5, 3)), jnp.eye(4)), 'of the 3 experts')])
 def test_what_does_not_fit_is_refused(call, why):
