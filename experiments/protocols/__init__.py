@@ -27,17 +27,20 @@ from experiments.protocols import (
   experts,
   features,
   forgetting,
+  gaters,
   liked,
   midpoints,
   posteriors,
   recommended,
+  served,
   starts,
   transferred,
 )
 from sparsejax import errors
 
 PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
-    consensus, edges, experts, features, forgetting, liked, midpoints, posteriors, recommended, starts, transferred)}
+    consensus, edges, experts, features, forgetting, gaters, liked, midpoints, posteriors, recommended, served, starts,
+    transferred)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,15 +33,22 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   """Returns the accuracy on the test images, and beside it active experts an image and dropped pairs."""
   (train, test), key = both_splits(config), jax.random.key(seed)
   gate = gate_of(own['gate'], sizes, config.steps)
+  params = trained(config, sizes, own, recipe, train, key)
+  logits, _, (active, dropped) = forward(params, test[0], gate, own, sizes, None, config.steps)
+  return {'score': right(logits, test[1]), 'chance': chance(test[1]), 'active': active, 'dropped': dropped}
+
+
+def trained(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], train: Any,
+            key: Array) -> PyTree:
+  """Returns the parameters of the gate and of the experts after training on images and labels."""
+  gate = gate_of(own['gate'], sizes, config.steps)
 
   def loss(params: PyTree, batch: Any, key: Array, step: Array) -> Array:
-    logits, penalty, _ = _forward(params, batch[0], gate, own, sizes, key, step)
+    logits, penalty, _ = forward(params, batch[0], gate, own, sizes, key, step)
     task = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
     return task + sizes['balance'] * penalty
 
-  params, _ = optimised(loss, optimizer(config, recipe), _start(key, own, sizes), train, config, key)
-  logits, _, (active, dropped) = _forward(params, test[0], gate, own, sizes, None, config.steps)
-  return {'score': right(logits, test[1]), 'chance': chance(test[1]), 'active': active, 'dropped': dropped}
+  return optimised(loss, optimizer(config, recipe), _start(key, own, sizes), train, config, key)[0]
 
 
 def _start(key: Array, own: Mapping[str, Any], sizes: Mapping[str, Any]) -> PyTree:
@@ -52,7 +59,7 @@ def _start(key: Array, own: Mapping[str, Any], sizes: Mapping[str, Any]) -> PyTr
           'up': {'kernel': init(b, (experts, 64, width))}, 'down': {'kernel': init(c, (experts, width, 10))}}
 
 
-def _forward(params: PyTree, x: Array, gate: Any, own: Mapping[str, Any], sizes: Mapping[str, Any], key: Any, step: Any
+def forward(params: PyTree, x: Array, gate: Any, own: Mapping[str, Any], sizes: Mapping[str, Any], key: Any, step: Any
              ) -> Any:
   """Returns logits, the penalty of the gate, and the mean number of active experts with the number of dropped pairs."""
   weights, penalty = gate(x @ params['gate']['kernel'], key, step)
