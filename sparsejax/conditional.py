@@ -78,8 +78,8 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
   `Routing` of the rows of `x`. `capacity`: the slots of each block, needed for weights. The rows of a block beyond its
   slots are dropped and counted; the first rows come first. A row that opens nothing, and all rows of a
   gate that keeps nothing, get zeros. Gradients flow to parameters, rows and weights; a weight of 0 gets none.
-  Raises `ValueError` for parameters of other numbers of blocks, for weights of other rows, for more slots than rows,
-  and for a known `Routing` of more rows. The same holds for a block that does not return a row for each row.
+  Raises `ValueError` for parameters of other numbers of blocks, for weights of other rows, and for a known `Routing` of
+  more rows. The same holds for more slots than rows, and for a block that does not return a row for each row.
   """
   if not x.ndim:
     raise ValueError('conditional.apply: `x` is a scalar; give rows, [..., inputs].')

@@ -6,9 +6,9 @@ fraction of images that open a block to `rate`. With a `part` below 1 the layer 
 
 Training computes every block for every image, because the straight-through gradient of a closed gate needs the block.
 The test computes `slots` of the images in each block by `conditional.apply`, and draws its gates as training does. The
-score is the accuracy. Beside it stand `sure`, the accuracy without chance in the gates; `open`, the fraction of opened
-pairs of image and block; `dropped`, the pairs without a slot; and `work`, the FLOPs of the compiled test over those of
-all blocks for all images.
+score is the accuracy, and `sure` that without chance in the gates. Beside them stand `open`, the fraction of opened
+pairs of image and block, and `dropped`, the pairs without a slot. `work` is the FLOPs of the compiled test over those
+of all blocks for all images.
 
 Bengio et al. 2013 (1308.3432) train on MNIST; the network and the sizes are ours. A smooth unit is open with the
 probability sqrt(p), so that its penalty asks p for the square of `rate`. The baseline of REINFORCE is that of a second
@@ -25,40 +25,43 @@ import jax.numpy as jnp
 import optax
 
 from experiments.protocols.fitting import both_splits, chance, optimised, optimizer, right, work
-from sparsejax import conditional, gates
+from sparsejax import conditional, errors, gates
 from sparsejax.types import Array, PyTree
 
 SIZES = {'blocks': 32, 'width': 16, 'gater': 32, 'rate': 0.1, 'slots': 0.15, 'penalty': 100.0}
 RUN = {'gate': 'straight_through', 'part': 1.0}
 
 
-def gate_of(name: str, rate: float) -> Any:
+def _gate(name: str, rate: float) -> Any:
   """Returns the gate of a run; REINFORCE draws as the others do, and its slope comes from its loss."""
-  return {'straight_through': lambda: gates.bernoulli('straight_through', rate=rate),
-          'reinforce': lambda: gates.bernoulli('straight_through', rate=rate),
-          'smooth': lambda: gates.bernoulli('smooth', rate=rate**2),
-          'noisy_rectifier': lambda: gates.noisy_rectifier('logistic', rate=rate)}[name]()
+  found = {'straight_through': gates.bernoulli('straight_through', rate=rate),
+           'reinforce': gates.bernoulli('straight_through', rate=rate),
+           'smooth': gates.bernoulli('smooth', rate=rate**2),
+           'noisy_rectifier': gates.noisy_rectifier('logistic', rate=rate)}
+  if name not in found:
+    raise errors.unknown('protocols.gaters', 'gate', name, found)
+  return found[name]
 
 
 def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any], seed: int
            ) -> dict[str, float]:
   """Returns the accuracy on the test images, and of gated networks what was opened, dropped and computed."""
   (train, (x, labels)), key = both_splits(config), jax.random.key(seed)
-  gate = own['gate'] and gate_of(own['gate'], sizes['rate'])
+  gate = own['gate'] and _gate(own['gate'], sizes['rate'])
   loss = functools.partial(_loss, gate, own['gate'] == 'reinforce', sizes['penalty'])
   params, _ = optimised(loss, optimizer(config, recipe, {'key': key}), _start(key, own, sizes), train, config, key)
   if gate is None:
-    return {'score': right(forward(params, x), labels), 'chance': chance(labels)}
+    return {'score': right(_forward(params, x), labels), 'chance': chance(labels)}
   slots = math.ceil(sizes['slots'] * len(x))
   tested = lambda params, x, key: skipping(params, x, gate, key, slots)
   arguments = params, x, jax.random.fold_in(key, config.steps)
   logits, opened, dropped = tested(*arguments)
   return {'score': right(logits, labels), 'chance': chance(labels), 'open': opened, 'dropped': dropped,
           'sure': right(tested(params, x, None)[0], labels),
-          'work': work(tested, *arguments) / work(lambda params, x: forward(params, x), params, x)}
+          'work': work(tested, *arguments) / work(lambda params, x: _forward(params, x), params, x)}
 
 
-def forward(params: PyTree, x: Array, weights: Array | None = None) -> Array:
+def _forward(params: PyTree, x: Array, weights: Array | None = None) -> Array:
   """Returns the logits of images `[N, 64]`; every block is computed, times its weight in `weights`, `[N, blocks]`."""
   y = jax.vmap(_block, (0, None))(params['blocks'], x)
   return (jnp.sum(y, 0) if weights is None else jnp.einsum('nb,bno->no', weights, y)) + params['bias']
@@ -74,7 +77,7 @@ def skipping(params: PyTree, x: Array, gate: Any, key: Array | None, slots: int)
 def _loss(gate: Any, unbiased: bool, asked: float, params: PyTree, batch: Any, key: Array, step: Array) -> Array:
   """Returns the mean loss of a batch, with what the gates add to it."""
   x, labels = batch
-  each = lambda weights: optax.softmax_cross_entropy_with_integer_labels(forward(params, x, weights), labels)
+  each = lambda weights: optax.softmax_cross_entropy_with_integer_labels(_forward(params, x, weights), labels)
   if gate is None:
     return each(None).mean()
   logits = _gated(params, x)
@@ -102,7 +105,8 @@ def _gated(params: PyTree, x: Array) -> Array:
 def _start(key: Array, own: Mapping[str, Any], sizes: Mapping[str, Any]) -> PyTree:
   """Returns the initial parameters, whose gates open about the asked fraction of the blocks."""
   blocks, width, hidden = max(round(own['part'] * sizes['blocks']), 1), sizes['width'], sizes['gater']
-  he, lecun, (a, b, c, d) = jax.nn.initializers.he_normal(), jax.nn.initializers.lecun_normal(), jax.random.split(key, 4)
+  he, lecun = jax.nn.initializers.he_normal(), jax.nn.initializers.lecun_normal()
+  a, b, c, d = jax.random.split(key, 4)
   layer = lambda init, key, *shape: {'kernel': init(key, shape), 'bias': jnp.zeros(shape[1:])}
   up, down = layer(he, a, 64, blocks * width), layer(he, b, blocks * width, 10)
   gater = {'into': layer(lecun, c, 64, hidden), 'out': layer(lecun, d, hidden, blocks)} if own['gate'] else {}

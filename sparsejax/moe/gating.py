@@ -22,7 +22,7 @@ arguments.declare('balance', probabilities=ARRAY, chosen=ARRAY)
 arguments.declare('softmax dense_to_sparse', tau=Kind(
     'positive, or a schedule of the step', POSITIVE.fits, coefficient=True, scheduled=True), activation=FUNCTION,
                   threshold=PART, hard_from=STEP, noisy=FLAG)
-arguments.declare('top_k hashed', k=TIMES, experts=TIMES, seed=STEP)
+arguments.declare('top_k hashed', k=TIMES, experts=TIMES, seed=STEP, normalised=FLAG)
 
 
 @checked
@@ -54,22 +54,26 @@ def _soft(logits: Array, key: Any, step: Any, tau: Any, activation: Any) -> Gate
 
 
 @checked
-def top_k(k: int) -> Callable[..., Gated]:
+def top_k(k: int, normalised: bool = True) -> Callable[..., Gated]:
   """Returns the gate that weights the `k` largest logits by their softmax, and all other experts by 0.
 
-  Ties go to the lower index and NaN ranks last. A chosen logit that is 0 stays chosen, which the code of COMET's
-  baseline drops. The penalty is `balance` of the softmax over all experts. Raises `ValueError` for fewer experts.
+  `normalised`: the softmax is that of the chosen logits alone (Shazeer et al. 2017). With a k of 1 the weight is then
+  always 1, so that the penalty alone trains the gate. Otherwise the softmax is that of all logits (Fedus et al. 2021),
+  and the task trains the gate for each k. Ties go to the lower index and NaN ranks last. A chosen logit that is 0 stays
+  chosen, which the code of COMET's baseline drops. The penalty is `balance` of the softmax over all experts. Raises
+  `ValueError` for fewer experts.
   """
-  return Bound(_top_k, (k,))
+  return Bound(_top_k, (k, normalised))
 
 
-def _top_k(logits: Array, key: Any, step: Any, k: int) -> Gated:
+def _top_k(logits: Array, key: Any, step: Any, k: int, normalised: bool) -> Gated:
   refuse_logits('moe.top_k', logits)
   experts = logits.shape[-1]
   if k > experts:
     raise ValueError(f'moe.top_k: k={k} of {experts} experts; lower k, or add experts.')
   chosen = _best(logits, k)
-  weights = jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf))
+  among = chosen if normalised else ~jnp.isnan(logits)
+  weights = jax.nn.softmax(jnp.where(among, logits, -jnp.inf))
   return Gated(jnp.where(chosen, weights, 0), balance(jax.nn.softmax(logits), chosen))
 
 

@@ -83,6 +83,8 @@ def test_unknown_names_and_keys_are_refused(tmp_path):
                      ({'runs': {'all': {'chosen': 'best'}}}, "unknown chosen 'best'")):
     with pytest.raises(ValueError, match=f'protocols.features: .*{why}'):
       trained(job('features_digits', 'all', **wrong), tmp_path)
+  with pytest.raises(ValueError, match="unknown gate 'smoth'. Did you mean 'smooth'"):
+    trained(job('estimators_digits', 'smooth', runs={'smooth': {'gate': 'smoth'}}), tmp_path)
 
 
 def test_slots_for_the_fullest_expert_are_as_good_as_all():
@@ -102,12 +104,12 @@ def test_slots_for_the_fullest_expert_are_as_good_as_all():
 
 def test_skipped_blocks_are_those_of_the_closed_gates_and_the_rest_is_the_whole_layer():
   sizes, x = gaters.SIZES | {'blocks': 6, 'width': 3}, jax.random.normal(jax.random.key(1), (12, 64))
-  params, gate = gaters._start(jax.random.key(0), gaters.RUN, sizes), gaters.gate_of('noisy_rectifier', 0.1)
+  params, gate = gaters._start(jax.random.key(0), gaters.RUN, sizes), gaters._gate('noisy_rectifier', 0.1)
   params['gater']['out']['bias'] += 2  # From a tenth to half of the gates.
   weights = gate(gaters._gated(params, x), jax.random.key(2), 0).weights
   logits, opened, dropped = gaters.skipping(params, x, gate, jax.random.key(2), 12)
   assert 0.2 < opened < 0.8 and dropped == 0
-  np.testing.assert_allclose(logits, gaters.forward(params, x, weights), atol=1e-5)
+  np.testing.assert_allclose(logits, gaters._forward(params, x, weights), atol=1e-5)
   assert gaters.skipping(params, x, gate, jax.random.key(2), 2)[2] == sum(max(0, n - 2) for n in (weights != 0).sum(0))
 
 

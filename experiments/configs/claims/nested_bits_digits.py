@@ -3,9 +3,9 @@ r"""Tests experts that are read from nested bits: fewer bits for experts of fewe
     python -m experiments.claims --workdir runs/claims --only nested_bits_digits
 
 D2MoE (Wang et al. 2025, 2504.15299) serves experts with bits that differ from request to request, from one store, with
-53 % less memory and the accuracy of 8 bits. Three bits on average, and a bit that tells the zeros, are 56 % less than
-eight. `bytes` and `active` in `outcome.json` say what a request reads. The throughput of the paper, 1.39 times, is that
-of a device and not tested.
+53 % less memory and the accuracy of 8 bits. Three bits on average, and a bit that tells the zeros, are 55 % fewer bytes
+than eight. `bytes` and `active` in `outcome.json` say what a request reads. The throughput of the paper, 1.39 times, is
+that of a device and not tested.
 
 Not yet run at size.
 """
@@ -28,8 +28,8 @@ def get_sweep():
 
 CLAIM = claims.Claim(
     title='Nested bits',
-    sentence='Experts of 8 bits are at most one point below those of 32. Experts of 3 bits on average, and of more bits '
-    'where there are more images, are at most one point below 8 bits, and above 3 bits for each expert.',
+    sentence='Experts of 8 bits are at most one point below those of 32. Experts of 3 bits on average, and of more '
+    'bits where there are more images, are at most one point below 8 bits, and above 3 bits for each expert.',
     reference='Wang et al. 2025, D2MoE, 2504.15299',
     comparisons=[claims.better('8-bits', 'dense', bar=-1.0), claims.better('3-by-load', '8-bits', bar=-1.0),
                  claims.better('3-by-load', '3-bits')])
