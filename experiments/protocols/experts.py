@@ -1,9 +1,9 @@
 """Trains a mixture of experts on the digits, with a routing of static capacity.
 
-`gate` is `switch`, `top_k`, `comet`, `dense_to_sparse` or `softmax`; `switch` weights the largest logits by the softmax
-of all, so that the task trains the gate of a single expert too. `rectified` fills vacant slots and computes dropped
-examples in additional slots. The capacity of `switch` and `top_k` is the even load times `slack`. The dense phase of
-`dense_to_sparse`, and the gate `comet`, have a slot for every example.
+`gate` is `top_k`, `switch`, `comet`, `dense_to_sparse` or `softmax`. The balance alone trains the gate of `top_k` with
+one expert, whose weight is 1; `switch` weights by the softmax of all logits, so that the task trains the gate too.
+`rectified` fills vacant slots and computes dropped examples in additional slots. The capacity of both gates is the even
+load times `slack`. The dense phase of `dense_to_sparse`, and the gate `comet`, have a slot for every example.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from sparsejax import moe, schedules
 from sparsejax.types import Array, PyTree
 
 SIZES = {'experts': 8, 'k': 1, 'width': 16, 'slack': 1.0, 'balance': 0.01, 'entropy': 0.05}
-RUN = {'gate': 'switch', 'rectified': False}
+RUN = {'gate': 'top_k', 'rectified': False}
 
 
 def gate_of(name: str, sizes: Mapping[str, Any], steps: int) -> Any:

@@ -24,7 +24,6 @@ from sparsejax.types import Array, PyTree
 
 SIZES = {**experts.SIZES, 'k': 2, 'slack': 4.0, 'request': 30}
 RUN = {'bits': None, 'by_load': False}
-MIXTURE = {**experts.RUN, 'gate': 'top_k'}
 MOST = 8  # bits of a whole weight
 
 
@@ -32,9 +31,9 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
            ) -> dict[str, float]:
   """Returns the accuracy on the test images, and the mean bytes and experts of a request."""
   (train, (x, labels)), key = both_splits(config), jax.random.key(seed)
-  params = experts.trained_mixture(config, sizes, MIXTURE, recipe, train, key)
-  gate = experts.gate_of(MIXTURE['gate'], sizes, config.steps)
-  answer = jax.jit(lambda params, x: experts.answers(params, x, gate, MIXTURE, sizes, None, 0)[0])
+  params = experts.trained_mixture(config, sizes, experts.RUN, recipe, train, key)
+  gate = experts.gate_of('top_k', sizes, config.steps)
+  answer = jax.jit(lambda params, x: experts.answers(params, x, gate, experts.RUN, sizes, None, 0)[0])
   stores = {name: moe.nested(params[name]['kernel']) for name in ('up', 'down')}
   planes = {name: jnp.stack([store.at(bits) for bits in range(1, MOST + 1)]) for name, store in stores.items()}
   answers, told = [], []
