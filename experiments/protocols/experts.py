@@ -1,7 +1,7 @@
 """Trains a mixture of experts on the digits, with a routing of static capacity.
 
 `gate` is `top_k`, `switch`, `comet`, `dense_to_sparse` or `softmax`. The balance alone trains the gate of `top_k` with
-one expert, whose weight is 1; `switch` weights by the softmax of all logits, so that the task trains the gate too.
+one expert, whose weight is 1. The gate `switch` weights by the softmax of all logits, so that the task trains it too.
 `rectified` fills vacant slots and computes dropped examples in additional slots. The capacity of both gates is the even
 load times `slack`. The dense phase of `dense_to_sparse`, and the gate `comet`, have a slot for every example.
 """
