@@ -48,11 +48,13 @@ def routed(weights: Array, capacity: int) -> Routing:
   """Returns the `Routing` of the weights `[rows, blocks]` of a gate: a row wants a block where its weight is not zero.
 
   Each block takes the first `capacity` rows that want it, in order; the others are dropped, and counted. A gate that
-  keeps nothing leaves all slots empty. NaN counts as a weight.
+  keeps nothing leaves all slots empty. NaN counts as a weight. Raises `ValueError` for weights of another rank, and for
+  more slots than rows.
   """
   if weights.ndim != 2:
     raise ValueError(f'conditional.routed: `weights` has shape {weights.shape}; give one weight for each row and '
                      'block, [rows, blocks].')
+  refuse_capacity('conditional.routed', capacity, len(weights))
   chosen = weights != 0
   place = jnp.cumsum(chosen, 0, dtype=jnp.int32) - 1
   fits = chosen & (place < capacity)
@@ -77,7 +79,7 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
   slots are dropped and counted; the first rows come first. A row that opens nothing, and all rows of a
   gate that keeps nothing, get zeros. Gradients flow to parameters, rows and weights; a weight of 0 gets none.
   Raises `ValueError` for parameters of other numbers of blocks, for weights of other rows, and for a known `Routing` of
-  more rows. The same holds for a block that does not return a row for each row.
+  more rows. The same holds for more slots than rows, and for a block that does not return a row for each row.
   """
   if not x.ndim:
     raise ValueError('conditional.apply: `x` is a scalar; give rows, [..., inputs].')
@@ -91,6 +93,7 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
     if weights.shape[:-1] != x.shape[:-1]:
       raise ValueError(f'conditional.apply: weights of shape {weights.shape} for rows {x.shape}; give one weight for '
                        'each row and block.')
+    refuse_capacity('conditional.apply', capacity, len(rows))
     routing = routed(weights.reshape(-1, weights.shape[-1]), capacity)
   _refuse_blocks(params, len(routing.tokens))
   computed = jax.vmap(block)(params, rows[routing.tokens])  # an empty slot computes row 0, and no row of zeros
@@ -100,6 +103,13 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
   scaled = jnp.where(routing.filled[..., None], computed * routing.weights[..., None].astype(computed.dtype), 0)
   y = jnp.zeros((len(rows), computed.shape[-1]), computed.dtype).at[routing.tokens].add(scaled)
   return Applied(y.reshape(*x.shape[:-1], -1), routing.dropped)
+
+
+def refuse_capacity(function: str, capacity: int, rows: int) -> None:
+  """Raises `ValueError` for more slots than rows, which no block could fill, and which cost memory and work."""
+  if capacity > rows:
+    raise ValueError(f'{function}: `capacity` is {capacity} for {rows} rows, and a block has each row once; give at '
+                     f'most {rows}.' if rows else f'{function}: there are no rows; give at least one.')
 
 
 def refuse_rows(function: str, routing: Routing, rows: int) -> None:

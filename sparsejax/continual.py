@@ -55,8 +55,13 @@ class Bank(NamedTuple):
     """Returns the bank with one more task, which was trained to `params` under the optimizer state.
 
     The weights behind the zeros are those of the state's master, or else those of the bank. Raises `ValueError` if a
-    weight of an earlier task has changed, which `recipes.cl_dst(bank=...)` prevents.
+    weight of an earlier task has changed, which `recipes.cl_dst(bank=...)` prevents, and for parameters of another
+    model.
     """
+    given, here = ({path: w.shape for path, w in zip(*trees.flatten(tree)[:2])} for tree in (params, self.params))
+    if others := [path for path in given | here if given.get(path) != here.get(path)]:
+      raise ValueError(f'continual.Bank: {errors.some(others)}: shape {given.get(others[0])}, and the bank has '
+                       f'{here.get(others[0])}. Train from bank.params.')
     masks = states.masks(params, opt_state)
     masters = {path: w for state in states.find(opt_state) for path, w in states.by_path(state.master).items()}
     paths, held, structure = trees.flatten(params)

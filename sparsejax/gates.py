@@ -62,7 +62,14 @@ def bernoulli(estimator: str, *, rate: float | None = None) -> Gate:
   return Bound(_bernoulli, (estimator, rate))
 
 
+def refuse_logits(function: str, logits: Array) -> None:
+  """Raises `ValueError` for logits that are no floating numbers, which have no slope and would be rounded."""
+  if not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise ValueError(f'{function}: logits of dtype {logits.dtype}; give floating numbers, as in logits.astype(float).')
+
+
 def _bernoulli(logits: Array, key: Array | None, step: Step, estimator: str, rate: float | None) -> Gated:
+  refuse_logits('gates.bernoulli', logits)
   p = jax.nn.sigmoid(logits)
   chance = jnp.sqrt(p) if estimator == 'smooth' else p
   is_open = logits > 0 if key is None else jax.random.uniform(key, p.shape, p.dtype) < chance
@@ -100,6 +107,7 @@ def noisy_rectifier(noise: str = 'logistic', *, rate: float | None = None) -> Ga
 
 
 def _noisy_rectifier(logits: Array, key: Array | None, step: Step, noise: str, rate: float | None) -> Gated:
+  refuse_logits('gates.noisy_rectifier', logits)
   z = jnp.zeros_like(logits) if key is None else NOISES[noise](key, logits.shape, logits.dtype)
   p = jax.nn.sigmoid(logits) if noise == 'logistic' else jax.scipy.stats.norm.cdf(logits)
   return Gated(jax.nn.relu(logits + z), _towards(p, rate))
@@ -147,6 +155,7 @@ def reinforce(drawn: Array, logits: Array, losses: Array, baseline: Array | floa
 
 
 def _refuse_losses(function: str, drawn: Array, logits: Array, losses: Array) -> None:
+  refuse_logits(f'gates.{function}', logits)
   if drawn.shape != logits.shape or losses.shape != logits.shape[:-1]:
     raise ValueError(f'gates.{function}: draws {drawn.shape} and losses {losses.shape} of logits {logits.shape}; give '
                      'a draw for each logit, and one loss for each example, not their mean.')

@@ -27,19 +27,21 @@ from experiments.protocols import (
   experts,
   features,
   forgetting,
+  gaters,
   liked,
   midpoints,
   posteriors,
   recommended,
   searched,
+  served,
   starts,
   transferred,
 )
 from sparsejax import errors
 
 PROTOCOLS = {module.__name__.rpartition('.')[2]: module for module in (
-    consensus, edges, experts, features, forgetting, liked, midpoints, posteriors, recommended, searched, starts,
-    transferred)}
+    consensus, edges, experts, features, forgetting, gaters, liked, midpoints, posteriors, recommended, searched,
+    served, starts, transferred)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,9 @@
 """Trains a mixture of experts on the digits, with a routing of static capacity.
 
-`gate` is `top_k`, `comet`, `dense_to_sparse` or `softmax`. `rectified` fills vacant slots and computes dropped examples
-in additional slots. The capacity is the even load times `slack` for top-k gates. The dense phase of `dense_to_sparse`,
-and the gate `comet`, have a slot for every example.
+`gate` is `top_k`, `switch`, `comet`, `dense_to_sparse` or `softmax`. The balance alone trains the gate of `top_k` with
+one expert, whose weight is 1. The gate `switch` weights by the softmax of all logits, so that the task trains it too.
+`rectified` fills vacant slots and computes dropped examples in additional slots. The capacity of both gates is the even
+load times `slack`. The dense phase of `dense_to_sparse`, and the gate `comet`, have a slot for every example.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ RUN = {'gate': 'top_k', 'rectified': False}
 
 def gate_of(name: str, sizes: Mapping[str, Any], steps: int) -> Any:
   """Returns the gate of a run; the soft phase of `dense_to_sparse` is the first half of the updates."""
-  return {'top_k': lambda: moe.top_k(sizes['k']), 'softmax': moe.softmax,
+  return {'switch': lambda: moe.top_k(sizes['k'], normalised=False), 'top_k': lambda: moe.top_k(sizes['k']),
+          'softmax': moe.softmax,
           'comet': lambda: moe.comet(sizes['k'], sizes['experts'], penalty=sizes['entropy'] / sizes['balance']),
           'dense_to_sparse': lambda: moe.dense_to_sparse(
               schedules.linear(2.0, 0.3, end=steps // 2), hard_from=steps // 2)}[name]()
@@ -33,15 +35,22 @@ def scores(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe
   """Returns the accuracy on the test images, and beside it active experts an image and dropped pairs."""
   (train, test), key = both_splits(config), jax.random.key(seed)
   gate = gate_of(own['gate'], sizes, config.steps)
+  params = trained_mixture(config, sizes, own, recipe, train, key)
+  logits, _, (active, dropped) = answers(params, test[0], gate, own, sizes, None, config.steps)
+  return {'score': right(logits, test[1]), 'chance': chance(test[1]), 'active': active, 'dropped': dropped}
+
+
+def trained_mixture(config: Any, sizes: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any],
+                    train: Any, key: Array) -> PyTree:
+  """Returns the parameters of the gate and of the experts after training on images and labels."""
+  gate = gate_of(own['gate'], sizes, config.steps)
 
   def loss(params: PyTree, batch: Any, key: Array, step: Array) -> Array:
-    logits, penalty, _ = _forward(params, batch[0], gate, own, sizes, key, step)
+    logits, penalty, _ = answers(params, batch[0], gate, own, sizes, key, step)
     task = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
     return task + sizes['balance'] * penalty
 
-  params, _ = optimised(loss, optimizer(config, recipe), _start(key, own, sizes), train, config, key)
-  logits, _, (active, dropped) = _forward(params, test[0], gate, own, sizes, None, config.steps)
-  return {'score': right(logits, test[1]), 'chance': chance(test[1]), 'active': active, 'dropped': dropped}
+  return optimised(loss, optimizer(config, recipe), _start(key, own, sizes), train, config, key)[0]
 
 
 def _start(key: Array, own: Mapping[str, Any], sizes: Mapping[str, Any]) -> PyTree:
@@ -52,12 +61,12 @@ def _start(key: Array, own: Mapping[str, Any], sizes: Mapping[str, Any]) -> PyTr
           'up': {'kernel': init(b, (experts, 64, width))}, 'down': {'kernel': init(c, (experts, width, 10))}}
 
 
-def _forward(params: PyTree, x: Array, gate: Any, own: Mapping[str, Any], sizes: Mapping[str, Any], key: Any, step: Any
+def answers(params: PyTree, x: Array, gate: Any, own: Mapping[str, Any], sizes: Mapping[str, Any], key: Any, step: Any
              ) -> Any:
   """Returns logits, the penalty of the gate, and the mean number of active experts with the number of dropped pairs."""
   weights, penalty = gate(x @ params['gate']['kernel'], key, step)
   even = moe.capacity_of(len(x), sizes['experts'], sizes['k'], sizes['slack'])
-  routing = moe.plan(weights, even if own['gate'] == 'top_k' else len(x))
+  routing = moe.plan(weights, even if own['gate'] in ('switch', 'top_k') else len(x))
   if own['rectified']:
     scores = jax.nn.softmax(x @ params['gate']['kernel'])
     here = jnp.zeros(len(x), jnp.int32)

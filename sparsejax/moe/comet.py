@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sparsejax import arguments
 from sparsejax.argument_kinds import ARRAY, POSITIVE, RATE, TIMES
 from sparsejax.arguments import checked
+from sparsejax.gates import refuse_logits
 from sparsejax.moe.gating import Gated
 from sparsejax.types import Array, Bound
 
@@ -47,6 +48,7 @@ def comet(k: int, experts: int, gamma: float = 1.0, penalty: float = 1.0) -> Cal
 
 
 def _comet(logits: Array, key: Any, step: Any, k: int, experts: int, gamma: float, penalty: float) -> Gated:
+  refuse_logits('moe.comet', logits)
   splits = k * (experts - 1)
   if logits.shape[-1] != splits + k * experts:
     raise ValueError(f'moe.comet: logits of shape {logits.shape}; {k} trees over {experts} experts need '

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from sparsejax import arguments
 from sparsejax.argument_kinds import ARRAY, FLAG, FUNCTION, PART, POSITIVE, STEP, TIMES, Kind
 from sparsejax.arguments import checked
-from sparsejax.gates import Gated
+from sparsejax.gates import Gated, refuse_logits
 from sparsejax.types import Array, Bound, Schedule
 
 __all__ = ['Gated', 'balance', 'dense_to_sparse', 'hashed', 'softmax', 'top_k']
@@ -22,7 +22,7 @@ arguments.declare('balance', probabilities=ARRAY, chosen=ARRAY)
 arguments.declare('softmax dense_to_sparse', tau=Kind(
     'positive, or a schedule of the step', POSITIVE.fits, coefficient=True, scheduled=True), activation=FUNCTION,
                   threshold=PART, hard_from=STEP, noisy=FLAG)
-arguments.declare('top_k hashed', k=TIMES, experts=TIMES, seed=STEP)
+arguments.declare('top_k hashed', k=TIMES, experts=TIMES, seed=STEP, normalised=FLAG)
 
 
 @checked
@@ -48,26 +48,32 @@ def softmax(tau: float | Schedule = 1.0, activation: Callable[[Array], Array] | 
 
 
 def _soft(logits: Array, key: Any, step: Any, tau: Any, activation: Any) -> Gated:
+  refuse_logits('moe.softmax', logits)
   logits = logits if activation is None else activation(logits)
   return Gated(jax.nn.softmax(logits / _now(tau, step, logits)), jnp.zeros((), jnp.float32))
 
 
 @checked
-def top_k(k: int) -> Callable[..., Gated]:
+def top_k(k: int, normalised: bool = True) -> Callable[..., Gated]:
   """Returns the gate that weights the `k` largest logits by their softmax, and all other experts by 0.
 
-  Ties go to the lower index and NaN ranks last. A chosen logit that is 0 stays chosen, which the code of COMET's
-  baseline drops. The penalty is `balance` of the softmax over all experts. Raises `ValueError` for fewer experts.
+  `normalised`: the softmax is that of the chosen logits alone (Shazeer et al. 2017). With a k of 1 the weight is then
+  always 1, so that the penalty alone trains the gate. Otherwise the softmax is that of all logits (Fedus et al. 2021),
+  and the task trains the gate for each k. Ties go to the lower index and NaN ranks last. A chosen logit that is 0 stays
+  chosen, which the code of COMET's baseline drops. The penalty is `balance` of the softmax over all experts. Raises
+  `ValueError` for fewer experts.
   """
-  return Bound(_top_k, (k,))
+  return Bound(_top_k, (k, normalised))
 
 
-def _top_k(logits: Array, key: Any, step: Any, k: int) -> Gated:
+def _top_k(logits: Array, key: Any, step: Any, k: int, normalised: bool) -> Gated:
+  refuse_logits('moe.top_k', logits)
   experts = logits.shape[-1]
   if k > experts:
     raise ValueError(f'moe.top_k: k={k} of {experts} experts; lower k, or add experts.')
   chosen = _best(logits, k)
-  weights = jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf))
+  among = chosen if normalised else ~jnp.isnan(logits)
+  weights = jax.nn.softmax(jnp.where(among, logits, -jnp.inf))
   return Gated(jnp.where(chosen, weights, 0), balance(jax.nn.softmax(logits), chosen))
 
 
@@ -112,6 +118,7 @@ def dense_to_sparse(tau: float | Schedule, threshold: float = 1e-3, hard_from: i
 
 def _dense_to_sparse(logits: Array, key: Any, step: Any, tau: Any, threshold: float, hard_from: Any, noisy: bool
                      ) -> Gated:
+  refuse_logits('moe.dense_to_sparse', logits)
   experts = logits.shape[-1]
   if threshold * experts >= 1:
     raise ValueError(f'moe.dense_to_sparse: a threshold of {threshold} may leave a token without any of {experts} '

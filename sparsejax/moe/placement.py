@@ -62,8 +62,9 @@ def schedule(loads: Sequence[float], bits: Sequence[float], rule: str = 'johnson
 
   `loads`: the seconds, or tokens, that an expert computes; `bits`: the time of its loading, in the same unit.
   `'hottest'` takes the largest loads first, and of equal ones the fewest bits: the heuristic of D2MoE (Wang et al.
-  2025). `'johnson'` is optimal (Johnson 1954): experts that load faster than they compute come first, the fastest to
-  load in front, and then the others, the slowest to compute in front. Ties go to the lower expert.
+  2025), for whole experts where the paper orders their bits. `'johnson'` is optimal (Johnson 1954): experts that load
+  faster than they compute come first, the fastest to load in front, and then the others, the slowest to compute in
+  front. Ties go to the lower expert.
   """
   if rule not in RULES:
     raise errors.unknown('moe.schedule', 'rule', rule, RULES)

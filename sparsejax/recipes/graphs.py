@@ -22,8 +22,10 @@ def teddy(inner: Inner, sparsity: float | None = None, pattern: Pattern = Unstru
   the optimizer's slots are not masked, so that a zero may return. Biases count too, by the default of `where` without
   `axes`, and a layer may be emptied. The paper trains so on the graph whose edges `graphs.kept_edges` left, with a
   distillation from the dense model on the full graph. The authors' code rounds the count of zeros up; here it is
-  rounded half to even.
+  rounded half to even. Raises `ValueError` for a sparsity of 1.
   """
+  if (getattr(pattern, 'sparsity', None) if sparsity is None else sparsity) == 1:
+    raise ValueError('recipes.teddy: a sparsity of 1 leaves no parameter of the model; ask for less than 1.')
   selection = selections.leafwise(pattern, sparsity=sparsity, allocation=together(pattern))
   where = _every if where is None and options.get('axes') is None else where
   return transforms.sparsify(inner, flows.soft_shrink(0.0), selection, where=where, allow_empty=True, **options)

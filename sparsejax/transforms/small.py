@@ -92,23 +92,39 @@ def protected(inner: Inner, used: PyTree) -> Optimizer:
   """Returns `inner` with no gradient and no update at the weights that `used` marks, bools like the parameters.
 
   A scalar stands for all of a leaf. Neither weight decay nor momentum moves a marked weight: its update is zero.
-  Raises `ValueError` for marks that are no bools of the shape of their parameter.
+  Raises `ValueError`, from `init` on, for marks of other parameters, and for marks that are no bools of the shape of
+  their parameter.
   """
   inner = optax.with_extra_args_support(inner)
 
+  def init(params: PyTree, **values: Any) -> Any:
+    if not is_stand_in(params):
+      _marks(used, params)
+    return inner.init(params, **values)
+
   def update(grads: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
-    paths, leaves, structure = trees.flatten(grads)
-    marks = structure.flatten_up_to(used)
-    for path, g, mark in zip(paths, leaves, marks):
-      if jnp.result_type(mark) != jnp.dtype(bool) or jnp.shape(mark) not in ((), g.shape):
-        raise errors.at_leaf('transforms.protected', path, g.shape, f'`used` holds {jnp.result_type(mark)}'
-                             f'{list(jnp.shape(mark))} for it. Give bools of its shape, or a scalar for all of it.')
+    marks, structure = _marks(used, grads)
     zeroed = lambda mark, x: jnp.where(mark, jnp.zeros((), x.dtype), x)
     stopped = lambda tree: structure.unflatten(list(map(zeroed, marks, structure.flatten_up_to(tree))))
     moves, state = inner.update(stopped(grads), state, params, **extra)
     return stopped(moves), state
 
-  return optax.GradientTransformationExtraArgs(inner.init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _marks(used: PyTree, tree: PyTree) -> tuple[list[Any], Any]:
+  """Returns the marks of the leaves of `tree`, and its structure. Raises `ValueError` for the marks of another tree."""
+  paths, leaves, structure = trees.flatten(tree)
+  if jax.tree.structure(used) != structure:
+    others = trees.flatten(used)[0]
+    raise ValueError(f'transforms.protected: `used` marks {errors.some(others)}, and the parameters are '
+                     f'{errors.some(paths)}. Give marks of these, as a bank of the same model has them.')
+  marks = jax.tree.leaves(used)
+  for path, leaf, mark in zip(paths, leaves, marks):
+    if jnp.result_type(mark) != jnp.dtype(bool) or jnp.shape(mark) not in ((), leaf.shape):
+      raise errors.at_leaf('transforms.protected', path, leaf.shape, f'`used` holds {jnp.result_type(mark)}'
+                           f'{list(jnp.shape(mark))} for it. Give bools of its shape, or a scalar for all of it.')
+  return marks, structure
 
 
 @checked

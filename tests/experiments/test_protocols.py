@@ -13,7 +13,7 @@ from experiments import claims, configs, protocols
 from experiments.data import madelon, movielens
 from experiments.loop.stopping import StopRequest
 from experiments.models import perceptron
-from experiments.protocols import consensus, features, liked, searched
+from experiments.protocols import consensus, features, gaters, liked, searched, served
 from sparsejax import metrics, trees
 from sparsejax.structured import architecture
 
@@ -22,7 +22,8 @@ JOBS = {'edges_digits': 'TEDDY-80', 'unlearning_digits': 'l1', 'transfer_digits'
         'posterior_digits': 'SSVI', 'clusters_digits': 'Turbo-VBI-runs', 'experts_digits': 'rectified',
         'zero_start_digits': 'ZerO-90', 'midpoints_digits': 'independent', 'recommended_films': 'DSL',
         'comet_films': 'COMET-search', 'features_digits': 'QuickSelection',
-        'consensus_digits': 'consensus', 'dass_digits': 'DASS'}
+        'consensus_digits': 'consensus', 'estimators_digits': 'REINFORCE', 'nested_bits_digits': '3-by-load',
+        'dass_digits': 'DASS'}
 SMALLER = {'recommended_films': {'k': 5}, 'comet_films': {'experts': 4}, 'dass_digits': {'cells': 1, 'tuned': 2},
            'features_digits': {'trees': 2}}  # and a width of 8
 DATA = {'train': pictures.drawn(132, 0), 'test': pictures.drawn(110, 1)}
@@ -84,6 +85,8 @@ def test_unknown_names_and_keys_are_refused(tmp_path):
                      ({'runs': {'all': {'chosen': 'best'}}}, "unknown chosen 'best'")):
     with pytest.raises(ValueError, match=f'protocols.features: .*{why}'):
       trained(job('features_digits', 'all', **wrong), tmp_path)
+  with pytest.raises(ValueError, match="unknown gate 'smoth'. Did you mean 'smooth'"):
+    trained(job('estimators_digits', 'smooth', runs={'smooth': {'gate': 'smoth'}}), tmp_path)
 
 
 def test_slots_for_the_fullest_expert_are_as_good_as_all():
@@ -99,6 +102,24 @@ def test_slots_for_the_fullest_expert_are_as_good_as_all():
     assert slots < 12 and weights.shape == (12, 4)
     np.testing.assert_allclose(model.logits(params, batch, shift, slots=slots), model.logits(params, batch, shift),
                                atol=1e-6)
+
+
+def test_skipped_blocks_are_those_of_the_closed_gates_and_the_rest_is_the_whole_layer():
+  sizes, x = gaters.SIZES | {'blocks': 6, 'width': 3}, jax.random.normal(jax.random.key(1), (12, 64))
+  params, gate = gaters._start(jax.random.key(0), gaters.RUN, sizes), gaters._gate('noisy_rectifier', 0.1)
+  params['gater']['out']['bias'] += 2  # From a tenth to half of the gates.
+  weights = gate(gaters._gated(params, x), jax.random.key(2), 0).weights
+  logits, opened, dropped = gaters.skipping(params, x, gate, jax.random.key(2), 12)
+  assert 0.2 < opened < 0.8 and dropped == 0
+  np.testing.assert_allclose(logits, gaters._forward(params, x, weights), atol=1e-5)
+  assert gaters.skipping(params, x, gate, jax.random.key(2), 2)[2] == sum(max(0, n - 2) for n in (weights != 0).sum(0))
+
+
+@pytest.mark.parametrize('loads, mean, by_load, bits', [
+    ([9, 0, 9, 9], 3, False, [3, 0, 3, 3]), ([9, 0, 9, 9], 3, True, [3, 0, 3, 3]),
+    ([64, 16, 4, 1], 4, True, [6, 5, 3, 2]), ([1000, 1, 1], 3, True, [6, 2, 1]), ([1, 0], 8, True, [8, 0])])
+def test_planes_go_to_the_experts_of_the_largest_error(loads, mean, by_load, bits):
+  assert served.given_bits(np.array(loads), mean, by_load).tolist() == bits
 
 
 def test_useful_features_of_madelon_come_first_and_need_each_other():

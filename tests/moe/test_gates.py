@@ -53,6 +53,14 @@ def test_top_k_keeps_k_with_ties_to_the_lower_and_a_logit_of_zero():
   assert float(even.penalty) == pytest.approx(1, abs=1e-3)
 
 
+def test_the_task_trains_the_gate_of_one_expert_where_its_weight_is_the_softmax_of_all():
+  logits = jnp.asarray([[1., 3, 2], [jnp.nan, 0, -1]])
+  weights = moe.top_k(1, normalised=False)(logits, None, 0).weights
+  np.testing.assert_allclose(weights, [[0, .665241, 0], [0, .731059, 0]], rtol=1e-5)
+  slope = lambda **more: jax.grad(lambda x: jnp.sum(moe.top_k(1, **more)(x, None, 0).weights))(logits[:1])
+  assert slope(normalised=False).all() and not slope().any()
+
+
 def test_dense_to_sparse_gives_the_numbers_of_the_authors_code():
   """[run]: EvoMoE's gate with this noise already added, at three temperatures."""
   logits = jnp.asarray([[1, .5, -1, 0], [0, 3, 0, 0]]) + jnp.asarray([[0, .3, .2, -.1], [.1, 0, 0, .4]])
@@ -106,6 +114,8 @@ def test_sinkhorn_and_the_assignment():
     (lambda: moe.top_k(5)(jnp.ones((2, 4)), None, 0), 'k=5 of 4 experts'),
     (lambda: moe.dense_to_sparse(1.0, 0.3)(jnp.ones((2, 4)), None, 0), 'without any of 4 experts'),
     (lambda: moe.hashed(4)(jnp.ones(3), None, 0), 'integer ids'),
+    *((lambda gate=gate: gate(jnp.ones((3, 14), int), None, 0), 'logits of dtype int32; give floating') for gate in (
+        moe.softmax(0.5), moe.top_k(1), moe.dense_to_sparse(0.5), moe.comet(2, 4))),
     (lambda: moe.sinkhorn(jnp.ones((2, 3)), 1.0), 'one row and one column'),
     (lambda: moe.permuted(jnp.ones((5, 3)), jnp.eye(4)), 'of the 3 experts')])
 def test_what_does_not_fit_is_refused(call, why):

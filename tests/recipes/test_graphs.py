@@ -54,6 +54,12 @@ def test_l1_unlearning_fades_linearly_and_keeps_the_zeros_of_the_ticket():
   assert int(jnp.sum(params['kernel'] == 0)) == 12
 
 
+def test_a_sparsity_that_leaves_nothing_is_refused():
+  for asked in (dict(sparsity=1.0), dict(pattern=sj.Unstructured(1.0))):
+    with pytest.raises(ValueError, match='recipes.teddy: a sparsity of 1 leaves no parameter of the model'):
+      recipes.teddy(optax.sgd(1.0), **asked)
+
+
 def test_a_negative_penalty_is_refused():
   with pytest.raises(ValueError, match='recipes.l1_sparse: `penalty` must be a finite number, at least 0, not -1'):
     recipes.l1_sparse(optax.sgd(1.0), 0.5, penalty=-1)

@@ -49,6 +49,11 @@ def run(tx, params, steps=6, seed=1):
   return loop(params)
 
 
+def bank_of(params):
+  state = recipes.cl_dst(SGD, 0.5, total_steps=6, key=KEY).init(params)
+  return continual.Bank(params).added(sj.project(params, state), state)
+
+
 def test_no_task_destroys_the_weights_of_another():
   bank, before = continual.Bank(START), []
   for number in range(2):
@@ -118,6 +123,12 @@ def test_modules_come_first_and_weights_grow_where_units_fire_together():
 
 @pytest.mark.parametrize('call, said', [
     (lambda: transforms.protected(SGD, START).update(START, SGD.init(START), START), 'Give bools of its shape'),
+    (lambda: recipes.cl_dst(SGD, bank=continual.Bank({'c': START['a']}), total_steps=9, key=KEY).init(START),
+     "marks 'c/bias', 'c/kernel', and the parameters are 'a/bias', 'a/kernel', 'b/kernel'. Give marks of these"),
+    (lambda: recipes.cl_dst(SGD, bank=bank_of({**START, 'b': {'kernel': jnp.ones((6, 5))}}), total_steps=9, key=KEY
+                            ).init(START), "'b/kernel' of shape .6, 4.: `used` holds bool.6, 5."),
+    (lambda: continual.Bank(START['a']).added(START, None),
+     "'a/bias', .*: shape .6,., and the bank has None. Train from bank.params"),
     (lambda: recipes.cl_dst(SGD, bank=START, total_steps=9, key=KEY), '`bank` must be a continual.Bank'),
     (lambda: recipes.irrelevant_weights(SGD, 0.9, removed=1.0, total_steps=9), 'removed'),
     (lambda: recipes.irrelevant_weights(SGD, 0.9), 'pass total_steps='),

@@ -122,6 +122,7 @@ def test_the_penalty_falls_towards_the_asked_rate_and_polarity_towards_consensus
 
 BLOCK = {'up': jax.random.normal(KEY, (4, 6, 8)), 'down': jax.random.normal(jax.random.key(1), (4, 8, 3))}
 X = jax.random.normal(jax.random.key(2), (16, 6))
+COUNTS = jnp.ones((3, 4), int)
 run = lambda own, rows: jax.nn.relu(rows @ own['up']) @ own['down']
 
 
@@ -188,6 +189,12 @@ def test_the_compiled_program_has_the_work_of_the_slots_and_not_of_all_rows():
   (lambda: conditional.apply(run, BLOCK, X[:4], conditional.routed(jnp.ones((16, 4)), 8)), 'has row 7, .* 4 rows'),
   (lambda: conditional.apply(lambda own, rows: run(own, rows)[:1], BLOCK, X, jnp.ones((16, 4)), 2), 'for each row'),
   (lambda: conditional.apply(run, BLOCK, jnp.ones(()), jnp.ones(4), 2), 'is a scalar'),
+  (lambda: conditional.apply(run, BLOCK, X, jnp.ones((16, 4)), 2**31 - 1), 'apply: .* is 2147483647 for 16 rows'),
+  (lambda: conditional.apply(run, BLOCK, X[:0], jnp.ones((0, 4)), 1), 'apply: there are no rows'),
+  (lambda: conditional.routed(jnp.ones((16, 4)), 17), 'routed: .* at most 16'),
+  *((lambda gate=gate: gate(COUNTS, KEY, 0), 'gates.*logits of dtype int32; give floating') for gate in (
+      gates.bernoulli('straight_through'), gates.bernoulli('smooth'), gates.noisy_rectifier())),
+  (lambda: gates.reinforce(COUNTS, COUNTS, jnp.ones(3)), 'gates.reinforce: logits of dtype int32'),
 ])
 def test_bad_input_is_refused_in_words(call, said):
   with pytest.raises(ValueError, match=said):

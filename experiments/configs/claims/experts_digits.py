@@ -4,6 +4,8 @@ r"""Tests experts: rectified routing against dropped tokens, and a gate that beg
 
 Zeng et al. 2024 (2402.12399, Rectify-Router) fill vacant slots and compute dropped tokens; Nie et al. 2021 (2112.14397)
 begin with all experts. COMET's claim needs recommendation data, see `comet_films.py`.
+The balance alone trains the gate of `top-1`, whose weight is 1. With `'gate': 'switch'` the task trains the gate, and
+top-1 drops 62 % of the images: 40.7 +- 2.3 %, and rectified 96.5 +- 0.8 % (5 seeds, commit fce384bcfb69).
 
 Measured on one of two shared CPU cores (AMD EPYC), jax 0.10.2, 5 seeds. Differences in points, with 95 % intervals, and
 verdicts: rectified > top-1: +7.67 +- 2.27, reproduced; dense-to-sparse > top-1: +5.56 +- 2.58, not reproduced.

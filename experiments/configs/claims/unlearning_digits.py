@@ -7,7 +7,7 @@ model has the same mask. A score is 1 minus the gap; the membership attack is a 
 machine.
 
 Measured on one of two shared CPU cores (AMD EPYC), jax 0.10.2, 5 seeds. Differences in points, with 95 % intervals,
-and verdicts: sparse > dense: -28.63 +- 10.20, the opposite; l1 > dense: -30.47 +- 7.73, the opposite.
+and verdicts: sparse > dense: -28.63 +- 10.20, not reproduced; l1 > dense: -30.47 +- 7.73, the opposite.
 `docs/claims_of_systems.md` has the rest.
 """
 
