@@ -9,6 +9,7 @@ the results are added to their rows. The compiled program thus has `blocks * cap
 says. Rows without a slot are counted and dropped.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,13 +49,15 @@ def routed(weights: Array, capacity: int) -> Routing:
   """Returns the `Routing` of the weights `[rows, blocks]` of a gate: a row wants a block where its weight is not zero.
 
   Each block takes the first `capacity` rows that want it, in order; the others are dropped, and counted. A gate that
-  keeps nothing leaves all slots empty. NaN counts as a weight. Raises `ValueError` for weights of another rank, and for
-  more slots than rows.
+  keeps nothing leaves all slots empty. NaN counts as a weight. Raises `ValueError` for weights of another rank.
   """
   if weights.ndim != 2:
     raise ValueError(f'conditional.routed: `weights` has shape {weights.shape}; give one weight for each row and '
                      'block, [rows, blocks].')
-  refuse_capacity('conditional.routed', capacity, len(weights))
+  return _in_slots(weights, capacity)
+
+
+def _in_slots(weights: Array, capacity: int) -> Routing:
   chosen = weights != 0
   place = jnp.cumsum(chosen, 0, dtype=jnp.int32) - 1
   fits = chosen & (place < capacity)
@@ -76,14 +79,15 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
   `block(own, rows)` maps rows `[capacity, inputs]` to `[capacity, outputs]`. `params`: a pytree whose leaves have the
   blocks as their first axis. `x`: `[..., inputs]`. `weights`: `[..., blocks]`, exactly 0 where a block is skipped, or a
   `Routing` of the rows of `x`. `capacity`: the slots of each block, needed for weights. The rows of a block beyond its
-  slots are dropped and counted; the first rows come first. A row that opens nothing, and all rows of a
-  gate that keeps nothing, get zeros. Gradients flow to parameters, rows and weights; a weight of 0 gets none.
+  slots are dropped and counted; the first rows come first. Slots beyond the number of rows are not computed. A row that
+  opens nothing, and all rows of a gate that keeps nothing, get zeros. Gradients flow to parameters, rows and weights; a
+  weight of 0 gets none.
   Raises `ValueError` for parameters of other numbers of blocks, for weights of other rows, and for a known `Routing` of
-  more rows. The same holds for more slots than rows, and for a block that does not return a row for each row.
+  more rows. The same holds for a block that does not return a row for each row.
   """
   if not x.ndim:
     raise ValueError('conditional.apply: `x` is a scalar; give rows, [..., inputs].')
-  rows = x.reshape(-1, x.shape[-1])
+  rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 cannot tell how many rows are none
   if isinstance(weights, Routing):
     routing = weights
     refuse_rows('conditional.apply', routing, len(rows))
@@ -93,8 +97,7 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
     if weights.shape[:-1] != x.shape[:-1]:
       raise ValueError(f'conditional.apply: weights of shape {weights.shape} for rows {x.shape}; give one weight for '
                        'each row and block.')
-    refuse_capacity('conditional.apply', capacity, len(rows))
-    routing = routed(weights.reshape(-1, weights.shape[-1]), capacity)
+    routing = _in_slots(weights.reshape(len(rows), weights.shape[-1]), min(capacity, len(rows)))
   _refuse_blocks(params, len(routing.tokens))
   computed = jax.vmap(block)(params, rows[routing.tokens])  # an empty slot computes row 0, and no row of zeros
   if computed.ndim != 3 or computed.shape[:2] != routing.tokens.shape:
@@ -102,14 +105,7 @@ def apply(block: Callable[[PyTree, Array], Array], params: PyTree, x: Array, wei
                      f'{[*computed.shape[1:]]}; return one row of outputs for each row.')
   scaled = jnp.where(routing.filled[..., None], computed * routing.weights[..., None].astype(computed.dtype), 0)
   y = jnp.zeros((len(rows), computed.shape[-1]), computed.dtype).at[routing.tokens].add(scaled)
-  return Applied(y.reshape(*x.shape[:-1], -1), routing.dropped)
-
-
-def refuse_capacity(function: str, capacity: int, rows: int) -> None:
-  """Raises `ValueError` for more slots than rows, which no block could fill, and which cost memory and work."""
-  if capacity > rows:
-    raise ValueError(f'{function}: `capacity` is {capacity} for {rows} rows, and a block has each row once; give at '
-                     f'most {rows}.' if rows else f'{function}: there are no rows; give at least one.')
+  return Applied(y.reshape(*x.shape[:-1], y.shape[-1]), routing.dropped)
 
 
 def refuse_rows(function: str, routing: Routing, rows: int) -> None:

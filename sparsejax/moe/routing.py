@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sparsejax import arguments, conditional
 from sparsejax.argument_kinds import ARRAY, FUNCTION, PARAMS, POSITIVE, TIMES, Kind, having
 from sparsejax.arguments import checked
-from sparsejax.conditional import Routing, placed, refuse_capacity, refuse_rows, routed
+from sparsejax.conditional import Routing, placed, refuse_rows, routed
 from sparsejax.types import Array, PyTree
 
 __all__ = ['Routing', 'capacity_of', 'fill_in', 'local', 'mixture', 'plan', 'renormalised']
@@ -28,8 +28,8 @@ arguments.declare('plan fill_in local renormalised mixture', weights=ARRAY, capa
 
 @checked
 def capacity_of(tokens: int, experts: int, k: int = 1, slack: float = 1.0) -> int:
-  """Returns the slots of an expert, `ceil(slack k tokens / experts)`: the even load times `slack`, at most `tokens`."""
-  return min(math.ceil(slack * k * tokens / experts), tokens)
+  """Returns the slots of an expert, `ceil(slack k tokens / experts)`: the even load times `slack`."""
+  return math.ceil(slack * k * tokens / experts)
 
 
 @checked
@@ -37,10 +37,9 @@ def plan(weights: Array, capacity: int) -> Routing:
   """Returns the routing of the weights `[T, E]` of a gate: a pair is routed where its weight is not zero.
 
   Each expert takes its first `capacity` tokens, in order. The others are dropped, and counted. A gate that keeps
-  nothing leaves all slots empty. NaN counts as a weight. Raises `ValueError` for more slots than tokens.
+  nothing leaves all slots empty. NaN counts as a weight. Slots beyond the number of tokens stay empty.
   """
   _refuse('plan', weights)
-  refuse_capacity('moe.plan', capacity, len(weights))
   return routed(weights, capacity)
 
 
@@ -84,10 +83,9 @@ def local(routing: Routing, weights: Array, scores: Array, owner: Array, of_toke
   does not have the token yet. `owner`: the device of each expert, `int[E]`; `of_token`: that of each token, `int[T]`.
   The score becomes the weight. No token is sent to another device, and the slots are additional computation.
   `dropped` then counts further pairs of the same token, tokens whose device has no expert left, and tokens beyond the
-  slots. Raises `ValueError` for arrays of other tokens or experts, and for more additional slots than tokens.
+  slots. Raises `ValueError` for arrays of other tokens or experts.
   """
   _refuse('local', scores, routing)
-  refuse_capacity('moe.local', capacity, len(scores))
   if weights.shape != scores.shape or (*of_token.shape, *owner.shape) != scores.shape:
     raise ValueError(f'moe.local: scores {scores.shape}, weights {weights.shape}, `of_token` {of_token.shape} and '
                      f'`owner` {owner.shape}; give [T, E] twice, and the device of each token [T] and expert [E].')
