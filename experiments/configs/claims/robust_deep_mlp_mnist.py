@@ -6,7 +6,10 @@ The claim (Hayou et al. 2021, 2002.08797) is that a pruned deep model leaves the
 layers are then rescaled to the edge. The dense model starts on the edge: `E[fan_in w^2]` is 2. Adam makes up for the
 scale of a layer's gradient, so the optimizer is SGD. Gradients are clipped, because a pilot without clipping diverged.
 
-Not yet run at this size.
+Measured on one CPU core (AMD EPYC), jax 0.10.2, 5 seeds, 207 s of training in all. Not pruned: 94.78 +- 0.27 % dense.
+The difference is paired by seed, with its 95 % interval, and p is adjusted for all of `docs/claims.md`:
+
+- robust > SNIP: 50.97 and 65.76 %, -14.79 +- 4.78, p 0.018, the opposite.
 """
 
 from experiments.configs import claims
