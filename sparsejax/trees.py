@@ -254,8 +254,8 @@ def _prefixed(function: str, where: PyTree, tree: PyTree) -> list[bool]:
   try:
     return [bool(value) for value in jax.tree.leaves(jax.tree.broadcast(where, tree))]
   except ValueError as error:
-    raise ValueError(f'{function}: `where`, or `masks` of recipes.fixed, is a pytree, but no prefix of the parameters; '
-                     f'give it their structure, or a predicate such as trees.named(...). {error}') from error
+    raise ValueError(f'{function}: `where` is a pytree, but no prefix of the parameters; give it, or the `masks` of '
+                     f'recipes.fixed, their structure, or a predicate such as trees.named(...). {error}') from error
 
 
 def per_leaf(function: str, what: str, value: Any, paths: list[str]) -> list[Any]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparsejax import flows, schedules, selections, transforms, updates
 from sparsejax.patterns import NM, Staged, Switch
@@ -89,9 +88,8 @@ def _until_the_end(decay: Schedule, dense_steps: int, *, total_steps: int | None
                    fine_tune_steps: int = 0, **options: Any) -> Schedule:
   """Returns the decay, by default one that fits. Raises `ValueError` if a schedule without an end does not reach 0."""
   if total_steps is None:
-    if not says(decay, ENDLESS):
-      end = schedules.reach(decay)
-      _refuse_unless_zero(decay, np.iinfo(np.int32).max if end is None else end)
+    if (end := schedules.reach(decay)) is not None and not says(decay, ENDLESS):
+      _refuse_unless_zero(decay, end)
     return decay
   last = total_steps - dense_steps - fine_tune_steps
   if last < 1:

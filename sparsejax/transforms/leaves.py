@@ -89,7 +89,7 @@ class Leaves:
     """Returns the sparse leaves of the result of a probe. Raises `ValueError` for a leaf of another shape."""
     found = self.pick(tree, 'parameters and the `ticket`, or the result of the probe,', _LIKE_PARAMETERS)
     refuse(self.arrays, (None if jnp.shape(x) == w.shape else (
-        f'the `ticket`, or the result of the probe, has shape {jnp.shape(x)} for it. {_LIKE_PARAMETERS}')
+        f'the probe returns shape {jnp.shape(x)} for it, or the `ticket` has this shape. {_LIKE_PARAMETERS}')
         for x, w in zip(found, self.arrays.values())))
     return found
 

@@ -110,15 +110,15 @@ def test_convolutions_group_input_channels_at_each_tap():
 
 # What reaches the master of G at the sparse point. PGF and SR-STE [run], row 1 of SR-STE: [5.0001, 6, 7, 8.0002].
 REFINED = G + np.float32(2e-4) * np.where(ROW, 0, W)
-STAYS = schedules.linear(0.75, begin=9, end=10)  # for 9 steps
 GRADIENTS = {
     'ste': (recipes.ste(SGD), G),
     'sr_ste': (recipes.sr_ste(SGD), REFINED),
     'bdwp': (recipes.bdwp(SGD, sj.NM(2, 4)), G),
     # [run] PGF's Step/Linear/ExponentialDecay give G whole; AQT [code] and the abstract scale it by beta.
     'mdgf scaled, t=0': (recipes.mdgf(SGD, decay=schedules.linear(end=1000), gradient='scaled'), G),
-    'mdgf straight_through': (recipes.mdgf(SGD, decay=STAYS, gradient='straight_through'), G),
-    'mdgf scaled, beta .75': (recipes.mdgf(SGD, decay=STAYS, gradient='scaled'), G * np.where(ROW, 1, 0.75)),
+    'mdgf straight_through': (recipes.mdgf(SGD, decay=schedules.constant(0.75), gradient='straight_through'), G),
+    'mdgf scaled, beta .75': (recipes.mdgf(SGD, decay=schedules.constant(0.75), gradient='scaled'),
+                              G * np.where(ROW, 1, 0.75)),
     'mdgf scaled, beta 0': (recipes.mdgf(SGD, decay=schedules.constant(0.0), gradient='scaled'), G * ROW),
     'sdgf straight_through': (recipes.sdgf_geometric(SGD, k=1, total_steps=10), G),
     'sdgf scaled': (recipes.sdgf_geometric(SGD, k=1, total_steps=10, gradient='scaled'), G * ROW),

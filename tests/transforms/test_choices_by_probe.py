@@ -70,7 +70,7 @@ def test_a_start_takes_masks_of_ones_own():
     (lambda: by_gradient(start=starts.masks({'a': START['a']})), 'not of one structure'),
     (lambda: by_gradient(start=starts.masks(jax.tree.map(lambda w: w.T > 0, START))), 'starts.masks: parameter'),
     (lambda: by_gradient(start=starts.probed(starts.of(jax.tree.map(lambda w: w[:1], START)))),
-     'or the result of the probe, has shape'),
+     'the probe returns shape .*, or the `ticket` has'),
     (lambda: recipes.iterative_magnitude(optax.sgd(0.1), 0.5, ticket={'a': START['a']}),
      '`ticket`.* differ in .*b/kernel'),
     (lambda: by_gradient(probe=3), '`probe` must be a function'),

@@ -305,8 +305,6 @@ REFUSALS = {
         ['`loss`', 'returned float32[16, 8]', 'one floating number']),
     'a decay that ends above zero': (
         lambda: recipes.mdgf(SGD, decay=schedules.linear(0.0, 1.0, end=9)), ['is still 1', 'no weight would be zero']),
-    'a decay that stays': (
-        lambda: recipes.mdgf(SGD, decay=schedules.constant(0.5)), ['is still 0.5', 'Let it reach 0']),
     'an allocation without a leaf': (
         lambda: recipes.set_(SGD, 0.5, total_steps=9, every=2, key=jax.random.key(0),
                              allocation=lambda leaves, sparsity, axes: {'fc/kernel': 0.5}).init(PARAMS),

@@ -179,7 +179,7 @@ def test_where_that_picks_integers_is_refused():
 
 @pytest.mark.parametrize('where', [{'a': True, 'c': True}, {'a': {'kernel': True}, 'b': True}, [True, False]])
 def test_where_of_another_structure_is_refused(where):
-  with pytest.raises(ValueError, match='f: `where`, .*is a pytree, but no prefix of the parameters; .*trees.named'):
+  with pytest.raises(ValueError, match='f: `where` is a pytree, but no prefix of the parameters; .*trees.named'):
     trees.select('f', where, PARAMS)
 
 
