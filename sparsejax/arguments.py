@@ -161,7 +161,7 @@ KINDS: dict[str, Kind] = {
     'sparsify.sequential': NAME, 'sparsify.allocation': SKIPS,
     **dict.fromkeys(('unseen', 'device', 'item', 'input_gradient', 'globs', 'implementation', 'given.name',
                      'identity.name', 'over_steps.key'), NAME), 'named.name': NAMED,
-    **dict.fromkeys(('check', 'signed_zeros', 'own', 'exact', 'explain', 'band'), FLAG),
+    **dict.fromkeys(('check', 'signed_zeros', 'own', 'exact', 'explain', 'measure', 'band'), FLAG),
     **dict.fromkeys(('callback', 'metric', 'probe', 'essential_sparsity.pruned', 'schedule.value'), FUNCTION),
     **dict.fromkeys(('either.first', 'either.second'), BOOLS), 'zeroth_order.key': DRAWN,
     **dict.fromkeys(('all_but.where', 'alphas'), PREDICATE),
