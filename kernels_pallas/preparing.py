@@ -29,8 +29,7 @@ from sparsejax.types import Axes, PyTree
 # an unpacked leaf costs no more than a dense one.
 TAKEN = 1.2
 
-
-# The speed of a form of a leaf, or why there is none of any form.
+# A `Known` gives the speed of a form of a leaf, or says why no speed is known.
 Known = Callable[[PackedArray, PackedArray], measured.Speed] | str
 
 

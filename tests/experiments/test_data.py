@@ -21,7 +21,6 @@ from sklearn import datasets
 from experiments import data
 from experiments.data import digits, images
 from experiments.data.order import BatchPart, ShuffledOrder
-from experiments.data.text import Reaching
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 STEPS = (0, 7, 1000, 10, 123_456_789)
@@ -489,24 +488,3 @@ def test_sets_of_tfds(name, shape, classes, sizes):
   one = load(os.environ['SPARSEJAX_DATA_DIR'], name, batch_size=128, sequence_length=length)
   assert one.example['inputs'].shape == shape and one.num_classes == classes
   assert tuple(sum(batch['weight'].sum() for batch in split) for split in (one.valid, one.test)) == sizes
-
-
-def test_windows_that_reach_leave_one_part_out_and_repeat_a_passage():
-  content = bytes(np.random.default_rng(0).integers(0, 256, 4000, np.uint8))  # no passage comes twice by chance
-  length, reach, passage = 64, 500, 8
-  windows = Reaching(content, length, reach, seed=3, passage=passage)
-  places, copies, jumps = {content[i:i + 4]: i for i in range(len(content) - 3)}, 0, []
-  for row in range(len(windows)):
-    (tokens, positions), labels = windows[row]['inputs'].T, windows[row]['labels']
-    np.testing.assert_array_equal(tokens[1:], labels[:-1])
-    jump = np.diff(positions) - 1
-    assert positions[0] == 0 and positions[-1] < reach and (jump >= 0).all() and (jump > 0).sum() <= 1
-    jumps.append(jump.max())
-    found = np.array([places.get(bytes(tokens[i:i + 4].astype(np.uint8)), -1) for i in range(length - 3)])
-    moved = found - positions[:-3] != found[0] - positions[0]
-    copies += moved[found >= 0].any()  # bytes that stand elsewhere than their positions say
-  assert min(jumps) < 20 and max(jumps) > reach - length - 20
-  assert len(windows) // 3 < copies < 2 * len(windows) // 3
-  np.testing.assert_array_equal(windows[5]['inputs'], Reaching(content, length, reach, 3, passage)[5]['inputs'])
-  with pytest.raises(IndexError):
-    windows[len(windows)]

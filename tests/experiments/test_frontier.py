@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import frontier
+from experiments.data.text import Reaching
 from experiments.frontier import activating, engine
 from experiments.frontier.costs import Request
 from experiments.frontier.rules import RULES
@@ -106,3 +107,24 @@ def test_refusals_say_what_is_valid(case, tmp_path):
   call, message = REFUSED[case]
   with pytest.raises(ValueError, match=message):
     call(tmp_path)
+
+
+def test_windows_that_reach_leave_one_part_out_and_repeat_a_passage():
+  content = bytes(np.random.default_rng(0).integers(0, 256, 4000, np.uint8))  # no passage comes twice by chance
+  length, reach, passage = 64, 500, 8
+  windows = Reaching(content, length, reach, seed=3, passage=passage)
+  places, copies, jumps = {content[i:i + 4]: i for i in range(len(content) - 3)}, 0, []
+  for row in range(len(windows)):
+    (tokens, positions), labels = windows[row]['inputs'].T, windows[row]['labels']
+    np.testing.assert_array_equal(tokens[1:], labels[:-1])
+    jump = np.diff(positions) - 1
+    assert positions[0] == 0 and positions[-1] < reach and (jump >= 0).all() and (jump > 0).sum() <= 1
+    jumps.append(jump.max())
+    found = np.array([places.get(bytes(tokens[i:i + 4].astype(np.uint8)), -1) for i in range(length - 3)])
+    moved = found - positions[:-3] != found[0] - positions[0]
+    copies += moved[found >= 0].any()  # bytes that stand elsewhere than their positions say
+  assert min(jumps) < 20 and max(jumps) > reach - length - 20
+  assert len(windows) // 3 < copies < 2 * len(windows) // 3
+  np.testing.assert_array_equal(windows[5]['inputs'], Reaching(content, length, reach, 3, passage)[5]['inputs'])
+  with pytest.raises(IndexError):
+    windows[len(windows)]
