@@ -67,9 +67,9 @@ class Reaching:
   """A `Reaching` holds windows of text whose middle is left out, so that short windows reach over many positions.
 
   Row i has `inputs`, `int32[length, 2]`, each byte and its position, and `labels`, `int32[length]`, the bytes that
-  follow. The position jumps once, by 0 to `reach - length`, and so does the text. In half of the rows a passage of at
-  least `passage` bytes before the jump stands again behind it. A model that is trained on such windows knows
-  distances up to `reach`, at the cost of short windows. A row is a function of `seed` and i alone.
+  follow. The position jumps once in the middle half, by 0 to `reach - length`, and so does the text. A passage of at least `passage` bytes
+  before the jump stands again behind it. A model that is trained on such windows knows distances up to `reach`, at the
+  cost of short windows. A row is a function of `seed` and i alone.
   Reference: Zhu et al. 2023, PoSE, arXiv 2309.10400, with two chunks; the paper does not repeat passages.
   Raises `ValueError` for windows that the text, the reach or the passage leaves no room for.
   """
@@ -88,13 +88,13 @@ class Reaching:
     if not 0 <= row < len(self):
       raise IndexError(f'data: no window {row}; there are {len(self)}.')
     draw, length, least = np.random.default_rng((self._seed, row)).integers, self._length, self._passage
-    jump, first = draw(self._reach - length + 1), draw(least, length + 2 - least)
+    jump, first = draw(self._reach - length + 1), draw(length // 4, length + 2 - length // 4)
     places = np.arange(length + 1) + jump * (np.arange(length + 1) >= first)
     tokens = self._text[draw(len(self._text) - self._reach) + places]
-    if draw(2):
-      count = draw(least, min(first, length + 1 - first) + 1)
-      begin, again = draw(first - count + 1), draw(first, length + 2 - count)
-      tokens[again:again + count] = tokens[begin:begin + count]
+    most = min(first, length + 1 - first)
+    count = draw(max(least, most // 2), most + 1)
+    begin, again = draw(first - count + 1), draw(first, length + 2 - count)
+    tokens[again:again + count] = tokens[begin:begin + count]
     return {'inputs': np.stack([tokens[:-1], places[:-1]], 1).astype(np.int32), 'labels': tokens[1:]}
 
 

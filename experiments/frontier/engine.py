@@ -93,7 +93,7 @@ class DecoderBench:
     self._keys: list[Array] = []
     self._models: dict[Any, Stepper] = {}
     whole = self._model(DENSE, 0.0, sizes.length)
-    self._keys = [cache.k for cache in whole.fed(whole.start(sizes.windows), self._text[:, :-1])[1]]
+    self._keys = [layer.cache.k for layer in whole.fed(whole.start(sizes.windows), self._text[:, :-1])[1]]
 
   def line(self, rule: str, sparsity: float) -> dict[str, Any]:
     """Returns the scores, the costs and the seconds of a rule."""
@@ -132,8 +132,8 @@ class DecoderBench:
     """Returns the loss of each byte after the first, `[N, length]`."""
     model = self._model(rule, sparsity, length)
     logits, state = model.fed(model.start(len(tokens)), tokens[:, :-1])
-    for cache in state:
-      decode.check(cache)
+    for layer in state:
+      decode.check(layer.cache)
     return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
 

@@ -19,7 +19,8 @@ class LM(nn.Module):
 
   The decoder has causal pre-norm blocks, rotary positions and an untied head, and accepts any length. The positions are
   0 to T - 1, unless tokens are `int[B, T, 2]`, each with its position; positions increase. `scan` stacks the blocks and
-  recomputes each in the backward pass. Raises `ValueError` if the width is no multiple of twice `heads`.
+  recomputes each in the backward pass. With `recall`, the attention is `transformer.RecallAttention`. Raises
+  `ValueError` if the width is no multiple of twice `heads`, or of eight times `heads` with `recall`.
   """
 
   vocabulary: int
@@ -29,10 +30,11 @@ class LM(nn.Module):
   mlp_ratio: int = 4
   dtype: Any = jnp.float32
   scan: bool = False
+  recall: bool = False
 
   @nn.compact
   def __call__(self, tokens: Array) -> Array:
     tokens, positions = (tokens, None) if tokens.ndim == 2 else (tokens[..., 0], tokens[..., 1])
     x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name='embed')(tokens)
-    x = transformer.stack(x, self, causal=True, positions=positions)
+    x = transformer.stack(x, self, causal=True, positions=positions, recall=self.recall)
     return nn.Dense(self.vocabulary, dtype=self.dtype, name='head')(x).astype(jnp.float32)

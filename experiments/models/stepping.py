@@ -22,6 +22,13 @@ from sparsejax.types import Array
 Params = Mapping[str, Any]
 
 
+class LayerState(NamedTuple):
+  """A `LayerState` is the cache of a layer, and the newest key before it is smeared or rotated, `[B, heads, d]`."""
+
+  cache: Cache
+  key: Array
+
+
 class Stepper(NamedTuple):
   """A `Stepper` is a trained `LM` without `scan`, by its parameters, with one decoder for all layers or for each."""
 
@@ -29,17 +36,19 @@ class Stepper(NamedTuple):
   decoding: Decoder | tuple[Decoder, ...]
   capacity: int
 
-  def start(self, batch: int) -> tuple[Cache, ...]:
+  def start(self, batch: int) -> tuple[LayerState, ...]:
     """Returns an empty cache for each layer."""
     _, heads, size = self.params['block_0']['attention']['query']['kernel'].shape
-    return tuple(each.start(batch, self.capacity, heads, size) for each in _of_layers(self.decoding, self.params))
+    return tuple(LayerState(each.start(batch, self.capacity, heads, size), jnp.zeros((batch, heads, size)))
+                 for each in _of_layers(self.decoding, self.params))
 
-  def fed(self, state: tuple[Cache, ...], tokens: Array) -> tuple[Array, tuple[Cache, ...]]:
-    """Returns the logits after each of `tokens`, `float32[B, n, vocabulary]`, and the caches with all of them."""
+  def fed(self, state: tuple[LayerState, ...], tokens: Array) -> tuple[Array, tuple[LayerState, ...]]:
+    """Returns the logits after each of `tokens`, `float32[B, n, vocabulary]`, and the state with all of them."""
     return _fed(self.decoding, self.params, state, tokens)
 
-  def continued(self, state: tuple[Cache, ...], logits: Array, count: int) -> tuple[Array, tuple[Cache, ...]]:
-    """Returns the `count` likeliest tokens one after the other, `int32[B, count]`, and the caches with them.
+  def continued(self, state: tuple[LayerState, ...], logits: Array, count: int
+                ) -> tuple[Array, tuple[LayerState, ...]]:
+    """Returns the `count` likeliest tokens one after the other, `int32[B, count]`, and the state with them.
 
     `logits`, `[B, vocabulary]`, are those after the last token so far.
     """
@@ -65,27 +74,30 @@ def _continued(decoding: Any, params: Params, state: Any, logits: Array, count: 
   return tokens.T, state
 
 
-def step(decoding: Decoder | tuple[Decoder, ...], params: Params, state: tuple[Cache, ...],
-         token: Array) -> tuple[Array, tuple[Cache, ...]]:
-  """Returns the logits after `token`, `int[B]`, and the caches with it."""
-  x, caches = params['embed']['embedding'][token], []
-  for layer, (each, cache) in enumerate(zip(_of_layers(decoding, params), state)):
+def step(decoding: Decoder | tuple[Decoder, ...], params: Params, state: tuple[LayerState, ...],
+         token: Array) -> tuple[Array, tuple[LayerState, ...]]:
+  """Returns the logits after `token`, `int[B]`, and the state with it."""
+  x, after = params['embed']['embedding'][token], []
+  for layer, (each, before) in enumerate(zip(_of_layers(decoding, params), state)):
     own = params[f'block_{layer}']
-    attended, cache = _attended(each, own['attention'], cache, _normed(own['norm1'], x))
-    caches.append(cache)
+    attended, now = _attended(each, own['attention'], before, _normed(own['norm1'], x))
+    after.append(now)
     x = x + attended
     hidden = nn.gelu(_dense(own['mlp']['fc1'], _normed(own['norm2'], x)), approximate=True)
     x = x + _dense(own['mlp']['fc2'], hidden)
-  return _dense(params['head'], _normed(params['norm'], x)), tuple(caches)
+  return _dense(params['head'], _normed(params['norm'], x)), tuple(after)
 
 
-def _attended(decoding: Decoder, params: Params, cache: Cache, x: Array) -> tuple[Array, Cache]:
-  q, k, v = (jnp.einsum('bw,whd->bhd', x, params[name]['kernel']) + params[name]['bias'][None]
-             for name in ('query', 'key', 'value'))
-  q, k = (transformer.rotated_at(a[:, None], cache.length[:, None])[:, 0] for a in (q, k))
-  cache = decoding.extend(cache, k[:, None], v[:, None])
-  y = decoding.step(q, cache)
-  return jnp.einsum('bhd,hdw->bw', y, params['out']['kernel']) + params['out']['bias'][None], cache
+def _attended(decoding: Decoder, params: Params, state: LayerState, x: Array) -> tuple[Array, LayerState]:
+  q, key, v = (jnp.einsum('bw,whd->bhd', x, params[name]['kernel']) + params[name]['bias'][None]
+               for name in ('query', 'key', 'value'))
+  recall = 'smear' in params
+  k = transformer.smeared(key, state.key, params['smear']) if recall else key
+  turned = transformer.partly_rotated_at if recall else transformer.rotated_at
+  q, k = (turned(a[:, None], state.cache.length[:, None])[:, 0] for a in (q, k))
+  cache = decoding.extend(state.cache, k[:, None], v[:, None])
+  y = jnp.einsum('bhd,hdw->bw', decoding.step(q, cache), params['out']['kernel']) + params['out']['bias'][None]
+  return y, LayerState(cache, key)
 
 
 def _normed(params: Params, x: Array) -> Array:

@@ -9,6 +9,7 @@ among them. With `scan=True` the blocks are one stack, `blocks/mlp/fc1/kernel`, 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -32,14 +33,57 @@ def rotated_at(x: Array, positions: Array) -> Array:
   return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
-def causal_attention(query: Array, key: Array, value: Array, positions: Array | None = None) -> Array:
-  """Returns causal dot-product attention, `[B, T, heads, D]`, with queries and keys rotated by `rotated_at`.
+def partly_rotated_at(x: Array, positions: Array) -> Array:
+  """Returns `x` with the first quarter of the features of each head rotated by `rotated_at`.
+
+  The other features are compared alike at any distance. Reference: Black et al. 2022, GPT-NeoX-20B, arXiv:2204.06745.
+  """
+  turned = x.shape[-1] // 4
+  return jnp.concatenate([rotated_at(x[..., :turned], positions), x[..., turned:]], -1)
+
+
+def causal_attention(query: Array, key: Array, value: Array, positions: Array | None = None,
+                     rotated: Callable[[Array, Array], Array] = rotated_at) -> Array:
+  """Returns causal dot-product attention, `[B, T, heads, D]`, with queries and keys `rotated` by their positions.
 
   The default positions are 0 to T - 1. Positions must increase: a token attends to the tokens that stand before it.
   """
   positions = jnp.arange(query.shape[1], dtype=jnp.int32)[None] if positions is None else positions
-  query, key = (rotated_at(each, positions) for each in (query, key))
+  query, key = (rotated(each, positions) for each in (query, key))
   return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def smeared(key: Array, before: Array, gate: Array) -> Array:
+  """Returns each key, `[..., heads, D]`, mixed with the key `before` it by a number for each head, `gate` `[heads, 1]`.
+
+  A head can thus look for what follows a byte. Reference: Olsson et al. 2022, In-context Learning and Induction Heads,
+  arXiv:2209.11895, argument 2.
+  """
+  own = jnp.broadcast_to(nn.sigmoid(gate), key.shape)
+  return own * key + (1 - own) * before
+
+
+class RecallAttention(nn.Module):
+  """A `RecallAttention` is causal attention that learns to repeat a passage within few training steps.
+
+  Keys are `smeared`, three quarters of the features have no position (`partly_rotated_at`), and the first kernel of the
+  keys is that of the queries (Trockman & Kolter 2023, Mimetic Initialization, arXiv:2305.09828; the paper leaves noise
+  between both). The first token has a key of zeros before it. `__call__` maps `x` `[B, T, width]` to the same shape.
+  """
+
+  heads: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, positions: Array | None = None) -> Array:
+    dense = functools.partial(nn.DenseGeneral, (self.heads, x.shape[-1] // self.heads), dtype=self.dtype)
+    query = dense(name='query')(x)
+    alike = self.variables['params']['query']['kernel']
+    key = dense(kernel_init=lambda *_: jnp.copy(alike), name='key')(x)
+    gate = self.param('smear', nn.initializers.zeros, (self.heads, 1)).astype(key.dtype)
+    key = smeared(key, jnp.pad(key[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))), gate)
+    y = causal_attention(query, key, dense(name='value')(x), positions, partly_rotated_at)
+    return nn.DenseGeneral(x.shape[-1], (-2, -1), dtype=self.dtype, name='out')(y)
 
 
 class MLP(nn.Module):
@@ -62,19 +106,24 @@ class PreNormBlock(nn.Module):
   """A `PreNormBlock` is a transformer layer with a layer norm before attention and one before the `MLP`.
 
   `__call__` maps `x` `[B, T, width]` to `(x, None)`, the form that `nn.scan` requires. A causal layer takes positions.
+  With `recall`, the attention is `RecallAttention`.
   """
 
   heads: int
   ratio: int
   causal: bool
   dtype: Any
+  recall: bool = False
 
   @nn.compact
   def __call__(self, x: Array, positions: Array | None = None) -> tuple[Array, None]:
     norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
-    causal = functools.partial(causal_attention, positions=positions)
-    attend = causal if self.causal else jax.nn.dot_product_attention
-    attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, attention_fn=attend, name='attention')
+    if self.recall:
+      attention = functools.partial(RecallAttention(self.heads, self.dtype, name='attention'), positions=positions)
+    else:
+      causal = functools.partial(causal_attention, positions=positions)
+      attend = causal if self.causal else jax.nn.dot_product_attention
+      attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, attention_fn=attend, name='attention')
     x = x + attention(norm('norm1')(x))
     return x + MLP(self.ratio, self.dtype, name='mlp')(norm('norm2')(x)), None
 
@@ -99,19 +148,21 @@ class PostNormBlock(nn.Module):
     return norm('norm2')(x + MLP(self.ratio, self.dtype, exact=True, name='mlp')(x))
 
 
-def stack(x: Array, model: nn.Module, causal: bool, positions: Array | None = None) -> Array:
+def stack(x: Array, model: nn.Module, causal: bool, positions: Array | None = None, recall: bool = False) -> Array:
   """Returns `x` `[B, T, width]` after `model.depth` blocks and a last layer norm, inside the model's `__call__`.
 
-  Causal blocks rotate queries and keys by `positions`, `int[B, T]`, by default 0 to T - 1.
+  Causal blocks rotate queries and keys by `positions`, `int[B, T]`, by default 0 to T - 1. With `recall` they have
+  `RecallAttention`.
 
   `model` has the fields of `ViT` and `LM`. If `model.scan`, the blocks are one `nn.scan`, and the backward pass
-  recomputes each block. Raises `ValueError` if the width is no multiple of the heads, or, if `causal`, of twice the
-  heads.
+  recomputes each block. Raises `ValueError` if the width is no multiple of the heads, or of twice the heads if
+  `causal`, or of eight times the heads if `recall`.
   """
-  if x.shape[-1] % (2 * model.heads if causal else model.heads):
+  pairs, times = (8, 'eight times ') if recall else (2, 'twice ') if causal else (1, '')
+  if x.shape[-1] % (pairs * model.heads):
     raise ValueError(f'models.{type(model).__name__}: width {x.shape[-1]} is no multiple of '
-                     f'{"twice " if causal else ""}the {model.heads} heads; change either.')
-  arguments = (model.heads, model.mlp_ratio, causal, model.dtype)
+                     f'{times}the {model.heads} heads; change either.')
+  arguments = (model.heads, model.mlp_ratio, causal, model.dtype, recall)
   if model.scan:
     scanned = nn.scan(nn.remat(PreNormBlock), variable_axes={'params': 0}, split_rngs={'params': True},
                       in_axes=nn.broadcast, length=model.depth)

@@ -33,6 +33,9 @@ CONFIG: dict[str, Any] = {
     'optimizer': {'learning_rate': 1e-3, 'weight_decay': 0.1, 'options': {'b2': 0.95}}, 'validate_every': 64,
     'checkpoint_every': 64, 'resume_changed': True}
 LENGTH = 128  # bytes of a window
+# How many times `LENGTH` a window of a training that reaches has, with the part of the steps. Attention finds a passage
+# among few bytes first, and then learns to find it among more.
+STAGES = ((1, 0.5), (4, 0.3), (8, 0.2))
 SIZES = {'calibration': f'{CALIBRATED} windows', 'held out': f'{HELD_OUT} windows', 'bytes a window': LENGTH,
          'windows a step': CONFIG['batch_size']}
 
@@ -42,18 +45,19 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
   """Returns the decoder, trained for `steps` in `workdir / 'training'`, with the windows that `seed` draws.
 
   A training that is there already goes on, up to `steps`. `length`: bytes of a window, of the training too. With
-  `reach`, windows of the training are those of `text.Reaching`, so that the decoder knows distances up to `reach`.
+  `reach`, the decoder has `RecallAttention`, and is trained as `reaching` says; `length` is that of other windows then.
 
   Raises `training.Stopped` where a signal stops the training.
   """
   texts, names = split_texts(data_dir)
   windows = {split: _windows(content, length) for split, content in texts.items()}
-  data = _reaching(texts, length, reach) if reach else _file(workdir / 'text.txt', texts, length)
-  whole = configs.complete({**config, 'steps': steps, 'data': data})
-  outcome = training.run(whole, workdir / 'training', request)
-  params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.tested_parameters(outcome['dense']))
-  model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
-  apply = lambda params, tokens: model.apply({'params': params}, tokens)
+  if reach:
+    config = {**config, 'model': {**config['model'], 'recall': True}}
+    params = reaching(config, texts, reach, workdir, request, steps)
+  else:
+    data = _file(workdir / 'text.txt', texts, length)
+    params = _trained({**config, 'steps': steps, 'data': data}, workdir / 'training', request)
+  apply = _model(config)
   (inputs, labels), held_out = (_drawn(windows[split], count, seed)
                                 for split, count in (('train', CALIBRATED), ('test', HELD_OUT)))
   inputs, labels = jnp.asarray(inputs), jnp.asarray(labels)
@@ -63,6 +67,35 @@ def subject(data_dir: str | None, workdir: pathlib.Path, request: StopRequest, s
       functools.partial(_scored, jax.jit(functools.partial(_nats, apply)), held_out),
       {'data': names, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), **SIZES,
        'bytes a window': length, 'steps': steps, 'seed': seed})
+
+
+def reaching(config: Mapping[str, Any], texts: Mapping[str, bytes], reach: int, workdir: pathlib.Path,
+             request: StopRequest, steps: int) -> PyTree:
+  """Returns the parameters of a decoder that knows distances up to `reach` bytes, trained on the windows of `Reaching`.
+
+  The windows become longer by `STAGES`, and a step has the same bytes in each stage. `steps` is of all stages together.
+  """
+  apply, params = _model(config), None
+  for times, part in STAGES:
+    length, model = min(times * LENGTH, max(reach, LENGTH)), config['model']
+    if params is not None:
+      model = {'name': configs.OWN, 'make': configs.Own((functools.partial(lambda start, key: start, params), apply))}
+    size = max(config['batch_size'] * LENGTH // length, 1)
+    params = _trained({**config, 'model': model, 'batch_size': size, 'steps': max(round(part * steps), 1),
+                       'data': _reaching(texts, length, reach)}, workdir / f'training_{times}', request)
+  return params
+
+
+def _trained(config: Mapping[str, Any], place: pathlib.Path, request: StopRequest) -> PyTree:
+  """Returns the parameters of the first seed after training in `place`."""
+  outcome = training.run(configs.complete(config), place, request)
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.tested_parameters(outcome['dense']))
+
+
+def _model(config: Mapping[str, Any]) -> Any:
+  """Returns the function `apply(params, tokens)` of the model of a config."""
+  model = LM(text.BYTES, **{key: value for key, value in config['model'].items() if key != 'name'})
+  return lambda params, tokens: model.apply({'params': params}, tokens)
 
 
 def split_texts(data_dir: str | None) -> tuple[dict[str, bytes], str]:

@@ -98,9 +98,10 @@ def test_a_full_cache_is_refused_and_under_jit_reported():
   assert decode.check(cache) is cache
 
 
-def test_a_small_model_generates_with_a_cache():
+@pytest.mark.parametrize('recall', [False, True])
+def test_a_small_model_generates_with_a_cache(recall):
   """With every token listed the tokens are those of the whole model; so are those of a rule whose list is not full."""
-  model = LM(16, width=32, depth=2, heads=2)
+  model = LM(16, width=32, depth=2, heads=2, recall=recall)
   tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 16)
   params = model.init(jax.random.key(0), tokens)['params']
   whole = jax.jit(model.apply)({'params': params}, tokens)
@@ -111,7 +112,7 @@ def test_a_small_model_generates_with_a_cache():
   longer = jnp.concatenate([tokens, more], 1)
   following = jnp.argmax(jax.jit(model.apply)({'params': params}, longer)[:, -4:-1], -1)
   np.testing.assert_array_equal(more, following)
-  assert [cache.length.tolist() for cache in state] == [[15, 15]] * 2
+  assert [layer.cache.length.tolist() for layer in state] == [[15, 15]] * 2
   half = Stepper(params, decoder(decode.double_sparsity(np.arange(16).reshape(2, 8), 8, page=2)), 16)
   near, _ = half.fed(half.start(2), tokens)
   np.testing.assert_allclose(near[:, :8], whole[:, :8], atol=1e-5)
