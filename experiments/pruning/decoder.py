@@ -81,7 +81,7 @@ def reaching(config: Mapping[str, Any], texts: Mapping[str, bytes], reach: int, 
     if params is not None:
       model = {'name': configs.OWN, 'make': configs.Own((functools.partial(lambda start, key: start, params), apply))}
     size = max(config['batch_size'] * LENGTH // length, 1)
-    params = _trained({**config, 'model': model, 'batch_size': size, 'steps': max(round(part * steps), 1),
+    params = _trained({**config, 'model': model, 'batch_size': size, 'steps': max(round(part * steps), 1), 'validate_every': 256,
                        'data': _reaching(texts, length, reach)}, workdir / f'training_{times}', request)
   return params
 
@@ -120,7 +120,8 @@ def _file(path: pathlib.Path, texts: Mapping[str, bytes], length: int) -> dict[s
 
 def _reaching(texts: Mapping[str, bytes], length: int, reach: int) -> dict[str, Any]:
   """Returns the section `data` of a config with windows that reach over `reach` bytes."""
-  splits = {'train': texts['train'], 'test': texts['test'][:TESTED + reach]}
+  half, test = TESTED // 2, texts['test']
+  splits = {'train': texts['train'], 'valid': test[:half + reach], 'test': test[half:TESTED + reach]}
   return {'name': configs.OWN, 'num_classes': text.BYTES, 'splits': configs.Own({
       split: text.Reaching(content, length, reach, seed) for seed, (split, content) in enumerate(splits.items())})}
 

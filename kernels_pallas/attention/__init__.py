@@ -38,8 +38,8 @@ def block_sparse_attention(q: Array, k: Array, v: Array, index: Array, counts: A
 
   `edits` change the scores, after `scale`, and the weights, in their order. Their arrays broadcast to `[batch, heads,
   Tq, Tk]`, with all examples of a batch in one axis. With edits, a query whose listed keys are all hidden sees its own
-  key, if that key is listed. The result is differentiable in arrays of numbers. XLA computes edits, but for
-  segments and masks of keys, `[batch, 1, 1, Tk]`, which the kernel for TPUs computes too.
+  key, if that key is listed. The result is differentiable in arrays of numbers. XLA computes edits. The
+  kernels compute segments and masks of keys, `[batch, 1, 1, Tk]`, too.
   `segments` are the numbers of the segments of queries and of keys, `int[batch, Tq]` and `int[batch, Tk]`, or one array
   for both: a query sees only keys of its own segment, as in packs of several texts (`sparsejax.packing`).
 
@@ -112,6 +112,10 @@ class Options(NamedTuple):
     for edit in edits:
       keys = jnp.where(whole(edit.array, k) > 0, keys, jnp.iinfo(jnp.int32).min) if edit.kind == 'mask' else keys
     return queries, keys
+
+  def segments(self, q: Array, k: Array, v: Array, *rest: Array) -> dict[str, Any]:
+    """Returns the argument of kernels that hides what the edits hide, if there are edits."""
+    return {'segments': self.ids(q, k, rest[:self.arrays])} if self.kinds else {}
 
   @property
   def plain(self) -> dict[str, Any]:
@@ -227,14 +231,12 @@ def _kernel(module: str, options: Options) -> Implementation:
   load = lambda: importlib.import_module(f'kernels_pallas.attention.{module}')
 
   end = 3 + options.arrays
-  segmented = lambda args: module == 'tpu' and options.segmented(args[3:end])
 
   def run(*args: Array) -> Array:
-    more = {'segments': options.ids(*args[:2], args[3:end])} if segmented(args) else {}
-    return load().attention(*args[:3], *args[end:], **options.plain, **more)
+    return load().attention(*args[:3], *args[end:], **options.plain, **options.segments(*args))
 
   def refusal(*args):
-    if options.kinds and not segmented(args):
+    if options.kinds and not options.segmented(args[3:end]):
       kinds = list(dict.fromkeys('segments' if kind in ('segment', 'same') else kind for kind, _ in options.kinds))
       return (f'it has no {errors.some(kinds)} of scores; XLA computes them, and lists without the hidden blocks need '
               'none')
@@ -304,9 +306,12 @@ def _backward_table(options: Options) -> dict[str, Implementation]:
   def by_kernel(dy: Array, q: Array, k: Array, v: Array, *lists: Array) -> tuple[Array, ...]:
     return jax.vjp(lambda *qkv: forward.function(*qkv, *lists), q, k, v)[1](dy)
 
+  def by_gpu(dy: Array, q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, ...]:
+    return load().attention_gradients(dy, q, k, v, *rest[options.arrays:], **options.plain,
+                                      **options.segments(q, k, v, *rest))
+
   return {'xla': Implementation(functools.partial(_plain_backward, options)),
-          'mosaic_gpu': Implementation(lambda *args: load().attention_gradients(*args, **options.plain),
-                                       lambda dy, *args: of_gpu.refusal(*args)),
+          'mosaic_gpu': Implementation(by_gpu, lambda dy, *args: of_gpu.refusal(*args)),
           'mosaic_tpu': Implementation(by_kernel, lambda dy, *args: forward.refusal(*args))}
 
 

@@ -22,13 +22,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import hopper
 from kernels_pallas.attention.gpu_plan import AHEAD, QUERIES, ROWS, AttentionPlan, make_plan, steps
 from kernels_pallas.attention.heads import lists
+from kernels_pallas.attention.segments import batched
 from sparsejax.types import Array
 
 _NOTHING = -1e30  # largest score of a query that has seen no key: finite, because inf - inf is NaN
 
 
 def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
-              causal: bool, scale: float, interpret: bool = False) -> Array:
+              causal: bool, scale: float, segments: tuple[Array, Array] | None = None, interpret: bool = False) -> Array:
   """Returns the attention of `q [batch, Tq, heads, d]` to the blocks of `k` and `v` that `index` lists, shaped like
   `q`.
 
@@ -36,16 +37,22 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
   `int32[heads, Tq / block_q, R]`: the blocks of keys that a block of queries sees, in increasing order. The first
   `counts`, `int32[heads, Tq / block_q]`, blocks of a list are used, or all. If `causal`, query i sees only listed keys
   from 0 to i. The result of a query that sees no key is zero. Sums are float32.
+
+  `segments`, `int32[batch, Tq]` and `int32[batch, Tk]`: a query sees the keys of its own number alone. If none of its
+  listed keys has this number, the query sees its own key, if that key is listed.
   """
-  plan = make_plan(q, k, index, counts, block_q, block_k, causal, scale, interpret)
+  ids = () if segments is None else segments
+  plan = make_plan(q, k, index, counts, block_q, block_k, causal, scale, interpret, bool(ids))
+  given = lists(1, index, counts)
   if plan.steps is not None:
     unmasked = trips = index  # The kernel does not read them.
   else:
-    unmasked, trips = steps(plan, *lists(1, index, counts))
+    unmasked, trips = steps(plan, *given)
 
-  def body(index, unmasked, trips, q, k, v, out, **shared):
+  def body(index, unmasked, trips, q, k, v, *rest, **shared):
+    *numbers, out = rest
     refs = types.SimpleNamespace(**{'sums': None, 'weights': None, **shared}, index=index, trips=trips, q=q, k=k, v=v,
-                                 out=out, wg=lax.axis_index('wg'))
+                                 numbers=numbers, out=out, wg=lax.axis_index('wg'))
 
     def described(i):
       """Returns i, the number of steps of the i-th tile, and the number of steps that need no mask."""
@@ -59,15 +66,17 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
     pl.when(refs.wg == hopper.COMPUTE)(lambda: _copy(plan, refs, loop))
     pl.when(refs.wg < hopper.COMPUTE)(lambda: _compute(plan, refs, loop))
 
-  operands = (index, unmasked, trips, q, k, v)
-  return hopper.kernel(body, jax.ShapeDtypeStruct(q.shape, q.dtype), operands, blocks=plan.blocks,
-                       scratch=_scratch(plan, q.dtype, interpret), lanes=True, approximate=True, interpret=interpret)
+  operands = (index, unmasked, trips, q, k, v, *ids)
+  y = hopper.kernel(body, jax.ShapeDtypeStruct(q.shape, q.dtype), operands, blocks=plan.blocks,
+                    scratch=_scratch(plan, q.dtype, bool(ids), interpret), lanes=True, approximate=True,
+                    interpret=interpret)
+  return batched(y, v, *given, *ids, block_q=block_q, block_k=block_k, causal=causal) if ids else y
 
 
 def refusal(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
-            causal: bool, scale: float) -> str | None:
+            causal: bool, scale: float, segmented: bool = False) -> str | None:
   """Returns why attention to these blocks cannot run on Hopper, with the remedy, or `None`."""
-  del counts, index, scale
+  del counts, index, scale, segmented
   if why := hopper.refused_dtype(q.dtype):
     return why
   if len(dtypes := {str(a.dtype) for a in (q, k, v)}) > 1:
@@ -96,19 +105,23 @@ def _cuda() -> int | None:
   return cuda_versions.cuda_runtime_get_version() if cuda_versions is not None else None
 
 
-def _scratch(plan: AttentionPlan, dtype: Any, interpret: bool) -> dict[str, Any]:
+def _scratch(plan: AttentionPlan, dtype: Any, segmented: bool, interpret: bool) -> dict[str, Any]:
   """Returns the shared memory and the barriers: buffers of queries, a ring of keys, and a ring of values.
 
-  On the barrier `asked` the queries of a buffer arrive, and on `answered` the warpgroup that has read them.
+  On the barrier `asked` the queries of a buffer arrive, and on `answered` the warpgroup that has read them. If
+  `segmented`, the numbers of queries and keys arrive with them.
   """
   keys, d, slots, pairs = plan.keys, plan.d, plan.slots, (AHEAD, hopper.COMPUTE)
   scratch = {
       'queries': hopper.shared((*pairs, ROWS, d), dtype), 'key': hopper.shared((slots, keys, d), dtype),
       'value': hopper.shared((slots, keys, d), dtype), 'staging': hopper.shared((hopper.COMPUTE, 2, ROWS, 64), dtype),
-      'asked': plgpu.Barrier(num_barriers=pairs), 'answered': plgpu.Barrier(num_barriers=pairs),
-      **dict(zip(('key_full', 'key_free'), hopper.barriers(slots, 1))),
+      'asked': plgpu.Barrier(num_arrivals=1 + segmented, num_barriers=pairs),
+      'answered': plgpu.Barrier(num_barriers=pairs),
+      **dict(zip(('key_full', 'key_free'), hopper.barriers(slots, 1 + segmented))),
       **dict(zip(('value_full', 'value_free'), hopper.barriers(slots, 1))),
       'turn': plgpu.Barrier(num_barriers=hopper.COMPUTE)}
+  if segmented:
+    scratch |= {'of_queries': plgpu.SMEM((*pairs, ROWS), jnp.int32), 'of_keys': plgpu.SMEM((slots, keys), jnp.int32)}
   if interpret:  # Interpret mode has no accumulators that last, and no wgmma of registers.
     scratch['sums'] = plgpu.SMEM((hopper.COMPUTE, ROWS, d), jnp.float32)
     scratch['weights'] = plgpu.SMEM((hopper.COMPUTE, ROWS, keys), dtype)
@@ -130,11 +143,16 @@ def _copy(plan: AttentionPlan, refs: Any, loop: Any) -> None:
       plgpu.barrier_wait(refs.answered.at[buffer])
       queries = pl.ds(tile * QUERIES + half * ROWS, ROWS)
       plgpu.copy_gmem_to_smem(refs.q.at[example, queries, head], refs.queries.at[buffer], refs.asked.at[buffer])
+      if refs.numbers:
+        plgpu.copy_gmem_to_smem(refs.numbers[0].at[example, queries], refs.of_queries.at[buffer],
+                                refs.asked.at[buffer])
 
     def step(j, count):
       slot, keys = plan.slot(count), pl.ds(plan.first(refs.index, head, tile, j), plan.keys)
       plgpu.barrier_wait(refs.key_free.at[slot])
       plgpu.copy_gmem_to_smem(refs.k.at[example, keys, shared], refs.key.at[slot], refs.key_full.at[slot])
+      if refs.numbers:
+        plgpu.copy_gmem_to_smem(refs.numbers[1].at[example, keys], refs.of_keys.at[slot], refs.key_full.at[slot])
       plgpu.barrier_wait(refs.value_free.at[slot])
       plgpu.copy_gmem_to_smem(refs.v.at[example, keys, shared], refs.value.at[slot], refs.value_full.at[slot])
       return count + 1
@@ -215,6 +233,9 @@ def _step(plan: AttentionPlan, refs: Any, acc: Any, i: Array, j: Array, carry: t
     return plgpu.wgmma_accumulator_load(score, wait_n=1)
 
   score = pl.run_scoped(products, plgpu.ACC((ROWS, plan.keys), jnp.float32))
+  if refs.numbers:
+    same = _same(refs, (plan.buffer(i), wg), slot)
+    mask = same if mask is None else mask & same
   plgpu.barrier_arrive(refs.key_free.at[slot])
   partial = total if before is None else jnp.zeros_like(total)
   p, less, largest, partial = _softmax(score, mask, largest, partial, plan.scale)
@@ -275,6 +296,16 @@ def _seen(query: Array, key: Array, keys: int) -> Array:
   """Returns which of `keys` keys from `key` on each of 64 queries from `query` on may see, `bool[ROWS, keys]`."""
   iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), axis, layout=plgpu.Layout.WGMMA)
   return iota(0) + query >= iota(1) + key
+
+
+def _same(refs: Any, buffer: tuple[Array, Array], slot: Array) -> Array:
+  """Returns which keys of a slot have the number of each of the queries of a buffer, `bool[ROWS, keys]`."""
+  shape = ROWS, refs.of_keys.shape[1]
+  parts = (refs.of_queries.at[buffer], 1), (refs.of_keys.at[slot], 0)
+  own, keys = (lax.broadcast_in_dim(
+      ref[...] if refs.weights is not None else  # Interpret mode has no loads into a layout.
+      hopper.load(ref, plgpu.Layout.WGMMA.reduce(axis), optimized=False), shape, [1 - axis]) for ref, axis in parts)
+  return own == keys
 
 
 def _softmax(score: Array, mask: Array | None, largest: Array, total: Array,

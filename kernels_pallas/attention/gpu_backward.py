@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import hopper
 from kernels_pallas.attention.gpu_plan import QUERIES, ROWS, AttentionPlan, make_plan, steps
 from kernels_pallas.attention.heads import lists
+from kernels_pallas.attention.segments import batched
 from sparsejax.types import Array
 
 KEYS = 64  # of a step of the first kernel, and of a tile of the second
@@ -32,7 +33,8 @@ WGMMA = plgpu.Layout.WGMMA
 
 
 def attention_gradients(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *,
-                        block_q: int, block_k: int, causal: bool, scale: float, interpret: bool = False
+                        block_q: int, block_k: int, causal: bool, scale: float,
+                        segments: tuple[Array, Array] | None = None, interpret: bool = False
                         ) -> tuple[Array, Array, Array]:
   """Returns the gradients of `q`, `k` and `v` for the cotangent `dy`; arguments as those of `gpu.attention`.
 
@@ -41,10 +43,15 @@ def attention_gradients(dy: Array, q: Array, k: Array, v: Array, index: Array, c
   index, counts = lists(1, index, counts)
   plan = dataclasses.replace(make_plan(q, k, index, counts, block_q, block_k, causal, scale, interpret), keys=KEYS,
                              slots=2, steps=None)
-  dq, lse, delta = _of_queries(plan, dy.astype(q.dtype), q, k, v, index, steps(plan, index, counts)[1], interpret)
-  dk, dv = _of_keys(plan, dy.astype(q.dtype), q, k, v, lse, delta, *_turned(plan, index, counts, k), interpret)
+  ids, dy = () if segments is None else segments, dy.astype(q.dtype)
+  dq, lse, delta = _of_queries(plan, dy, q, k, v, index, steps(plan, index, counts)[1], ids, interpret)
+  dk, dv = _of_keys(plan, dy, q, k, v, lse, delta, *_turned(plan, index, counts, k), ids, interpret)
   shared = lambda total: total.sum(0).reshape(*k.shape[:3], plan.group, plan.d).sum(3)
-  return dq, shared(dk).astype(k.dtype), shared(dv).astype(v.dtype)
+  dv = shared(dv).astype(v.dtype)
+  if ids:  # Queries without a key of their number have the value of their own key.
+    own = lambda v: batched(jnp.zeros_like(q), v, index, counts, *ids, block_q=block_q, block_k=block_k, causal=causal)
+    dv += jax.vjp(own, v)[1](dy)[0]
+  return dq, shared(dk).astype(k.dtype), dv
 
 
 def _turned(plan: AttentionPlan, index: Array, counts: Array, k: Array) -> tuple[Array, Array]:
@@ -103,6 +110,21 @@ def _seen(query: Any, key: Any, turned: bool) -> Array:
   return iota(int(turned)) + query >= iota(1 - int(turned)) + key
 
 
+def _same(queries: Array, keys: Array, turned: bool) -> Array:
+  """Returns whether queries and keys have the same number, `bool[ROWS, ROWS]`; if `turned`, keys are the rows."""
+  return _spread(queries, int(turned)) == _spread(keys, 1 - int(turned))
+
+
+def _numbers(segmented: bool, **shapes: tuple[int, ...]) -> dict[str, Any]:
+  """Returns the memory of the numbers of segments, if there are any."""
+  return {name: plgpu.SMEM(shape, jnp.int32) for name, shape in shapes.items()} if segmented else {}
+
+
+def _read(ref: Any, axis: int, interpret: bool) -> Array:
+  """Returns a number for each row (axis 0) or column (axis 1). Interpret mode has no loads into a layout."""
+  return ref[...] if interpret else hopper.load(ref, WGMMA.reduce(1 - axis), optimized=False)
+
+
 def _loops(copy: Callable[[], None], compute: Callable[[], None]) -> None:
   pl.when(lax.axis_index('wg') == hopper.COMPUTE)(copy)
   pl.when(lax.axis_index('wg') < hopper.COMPUTE)(compute)
@@ -117,30 +139,31 @@ def _drained(barrier: Any, count: Array, slots: int) -> None:
 
 
 def _of_queries(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, index: Array, trips: Array,
-                interpret: bool) -> tuple[Array, Array, Array]:
+                ids: tuple[Array, ...], interpret: bool) -> tuple[Array, Array, Array]:
   """Returns `dq`, and lse and delta of each query, `float32[batch, heads, Tq]`."""
-  def body(index, trips, q, k, v, dy, dq, lse, delta, **shared):
+  def body(index, trips, q, k, v, dy, *rest, **shared):
+    *numbers, dq, lse, delta = rest
     refs = types.SimpleNamespace(**{'weights': None, **shared}, index=index, q=q, k=k, v=v, dy=dy, dq=dq, lse=lse,
-                                 delta=delta)
+                                 delta=delta, numbers=numbers)
 
     def described(i):
       _, head, tile = plan.place(i)
       return i, trips[head, tile]
 
     loop = hopper.share(plan.work, plan.blocks, described)
-    _loops(lambda: _copy_keys(plan, refs, loop), lambda: _compute_queries(plan, refs, loop))
+    _loops(lambda: _copy_keys(plan, refs, loop), lambda: _compute_queries(plan, refs, loop, interpret))
 
   pair, rows = (hopper.COMPUTE, ROWS, plan.d), plgpu.SMEM((hopper.COMPUTE, ROWS), jnp.float32)
-  full, free = hopper.barriers(plan.slots, 2)
+  full, free = hopper.barriers(plan.slots, 2 + bool(ids))
   scratch = {'query': hopper.shared(pair, q.dtype), 'out': hopper.shared(pair, q.dtype),
              'key': hopper.shared((plan.slots, KEYS, plan.d), q.dtype),
              'value': hopper.shared((plan.slots, KEYS, plan.d), q.dtype),
              'staging': hopper.shared((hopper.COMPUTE, 1, ROWS, 64), q.dtype), 'sums': rows, 'means': rows,
-             'asked': plgpu.Barrier(num_arrivals=2, num_barriers=hopper.COMPUTE),
+             'asked': plgpu.Barrier(num_arrivals=2 + bool(ids), num_barriers=hopper.COMPUTE),
              'answered': plgpu.Barrier(num_barriers=hopper.COMPUTE), 'full': full, 'free': free,
-             **_held(interpret, q.dtype)}
+             **_numbers(bool(ids), of_queries=pair[:2], of_keys=(plan.slots, KEYS)), **_held(interpret, q.dtype)}
   numbers = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-  return hopper.kernel(body, (jax.ShapeDtypeStruct(q.shape, q.dtype), numbers, numbers), (index, trips, q, k, v, dy),
+  return hopper.kernel(body, (jax.ShapeDtypeStruct(q.shape, q.dtype), numbers, numbers), (index, trips, q, k, v, dy, *ids),
                        blocks=plan.blocks, scratch=scratch, lanes=True, approximate=True, interpret=interpret)
 
 
@@ -160,12 +183,16 @@ def _copy_keys(plan: AttentionPlan, refs: Any, loop: Any) -> None:
       own = pl.ds(tile * QUERIES + half * ROWS, ROWS)
       plgpu.copy_gmem_to_smem(refs.q.at[example, own, head], refs.query.at[half], refs.asked.at[half])
       plgpu.copy_gmem_to_smem(refs.dy.at[example, own, head], refs.out.at[half], refs.asked.at[half])
+      if refs.numbers:
+        plgpu.copy_gmem_to_smem(refs.numbers[0].at[example, own], refs.of_queries.at[half], refs.asked.at[half])
 
     def step(j, count):
       slot, keys = plan.slot(count), pl.ds(plan.first(refs.index, head, tile, j), KEYS)
       plgpu.barrier_wait(refs.free.at[slot])
       plgpu.copy_gmem_to_smem(refs.k.at[example, keys, shared], refs.key.at[slot], refs.full.at[slot])
       plgpu.copy_gmem_to_smem(refs.v.at[example, keys, shared], refs.value.at[slot], refs.full.at[slot])
+      if refs.numbers:
+        plgpu.copy_gmem_to_smem(refs.numbers[1].at[example, keys], refs.of_keys.at[slot], refs.full.at[slot])
       return count + 1
 
     count = lax.fori_loop(jnp.int32(0), n, step, count)
@@ -176,7 +203,7 @@ def _copy_keys(plan: AttentionPlan, refs: Any, loop: Any) -> None:
     plgpu.barrier_wait(refs.answered.at[half])
 
 
-def _compute_queries(plan: AttentionPlan, refs: Any, loop: Any) -> None:
+def _compute_queries(plan: AttentionPlan, refs: Any, loop: Any, interpret: bool) -> None:
   wg = lax.axis_index('wg')
   hopper.start((refs.free,), plan.slots)
   plgpu.barrier_arrive(refs.answered.at[wg])
@@ -195,6 +222,9 @@ def _compute_queries(plan: AttentionPlan, refs: Any, loop: Any) -> None:
       score = _scores(refs.query.at[wg], refs.key.at[slot]) * unit
       if plan.causal:
         score = jnp.where(_seen(first, plan.first(refs.index, head, tile, j), False), score, -jnp.inf)
+      if refs.numbers:
+        same = _same(_read(refs.of_queries.at[wg], 0, interpret), _read(refs.of_keys.at[slot], 1, interpret), False)
+        score = jnp.where(same, score, -jnp.inf)
       return score, _scores(refs.out.at[wg], refs.value.at[slot])
 
     def sum_up(j, carry):
@@ -239,7 +269,7 @@ def _compute_queries(plan: AttentionPlan, refs: Any, loop: Any) -> None:
 
 
 def _of_keys(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, lse: Array, delta: Array, index: Array,
-             counts: Array, interpret: bool) -> tuple[Array, Array]:
+             counts: Array, ids: tuple[Array, ...], interpret: bool) -> tuple[Array, Array]:
   """Returns `dk` and `dv` of each head of `q`, in two parts: `float32[2, batch, Tk, heads, d]`."""
   repeats, tiles = plan.block_q // QUERIES, k.shape[1] // KEYS
   work = q.shape[0] * plan.heads * tiles
@@ -250,9 +280,10 @@ def _of_keys(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, lse: 
     i, tile = lax.div(i, jnp.int32(tiles)), lax.rem(i, jnp.int32(tiles))
     return lax.div(i, jnp.int32(plan.heads)), lax.rem(i, jnp.int32(plan.heads)), tile
 
-  def body(index, counts, q, k, v, dy, lse, delta, dk, dv, **shared):
+  def body(index, counts, q, k, v, dy, lse, delta, *rest, **shared):
+    *numbers, dk, dv = rest
     refs = types.SimpleNamespace(**{'weights': None, **shared}, q=q, k=k, v=v, dy=dy, lse=lse, delta=delta, dk=dk,
-                                 dv=dv)
+                                 dv=dv, numbers=numbers)
 
     def block(tile):
       return lax.div(tile * KEYS, jnp.int32(plan.block_k))
@@ -271,14 +302,16 @@ def _of_keys(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, lse: 
 
   out = jax.ShapeDtypeStruct((hopper.COMPUTE, *k.shape[:2], plan.heads, plan.d), jnp.float32)
   tile, ring = (KEYS, plan.d), (plan.slots, QUERIES, plan.d)
-  full, free = hopper.barriers(plan.slots, 2 + 2 * hopper.COMPUTE)
+  full, free = hopper.barriers(plan.slots, 2 + (2 + bool(ids)) * hopper.COMPUTE)
   numbers = plgpu.SMEM((plan.slots, hopper.COMPUTE, ROWS), jnp.float32)
   scratch = {'key': hopper.shared(tile, q.dtype), 'value': hopper.shared(tile, q.dtype),
              'query': hopper.shared(ring, q.dtype), 'out': hopper.shared(ring, q.dtype), 'sums': numbers,
              'means': numbers, 'staging': hopper.shared((hopper.COMPUTE, 1, ROWS, 64), jnp.float32),
-             'asked': plgpu.Barrier(num_arrivals=2), 'answered': plgpu.Barrier(num_arrivals=hopper.COMPUTE),
-             'full': full, 'free': free, **_held(interpret, q.dtype)}
-  return hopper.kernel(body, (out, out), (index, counts, q, k, v, dy, lse, delta), blocks=blocks, scratch=scratch,
+             'asked': plgpu.Barrier(num_arrivals=2 + bool(ids)),
+             'answered': plgpu.Barrier(num_arrivals=hopper.COMPUTE), 'full': full, 'free': free,
+             **_numbers(bool(ids), of_queries=(plan.slots, hopper.COMPUTE, ROWS), of_keys=(KEYS,)),
+             **_held(interpret, q.dtype)}
+  return hopper.kernel(body, (out, out), (index, counts, q, k, v, dy, lse, delta, *ids), blocks=blocks, scratch=scratch,
                        lanes=True, approximate=True, interpret=interpret)
 
 
@@ -292,16 +325,20 @@ def _copy_queries(plan: AttentionPlan, refs: Any, loop: Any, place: Any, first: 
     plgpu.barrier_wait(refs.answered)
     plgpu.copy_gmem_to_smem(refs.k.at[example, keys, shared], refs.key, refs.asked)
     plgpu.copy_gmem_to_smem(refs.v.at[example, keys, shared], refs.value, refs.asked)
+    if refs.numbers:
+      plgpu.copy_gmem_to_smem(refs.numbers[1].at[example, keys], refs.of_keys, refs.asked)
 
     def step(j, count):
       slot, query = plan.slot(count), first(head, tile, j)
       plgpu.barrier_wait(refs.free.at[slot])
       for source, to in ((refs.q, refs.query), (refs.dy, refs.out)):
         plgpu.copy_gmem_to_smem(source.at[example, pl.ds(query, QUERIES), head], to.at[slot], refs.full.at[slot])
-      for source, to in ((refs.lse, refs.sums), (refs.delta, refs.means)):
-        for half in range(hopper.COMPUTE):
-          plgpu.copy_gmem_to_smem(source.at[example, head, pl.ds(query + half * ROWS, ROWS)], to.at[slot, half],
-                                  refs.full.at[slot])
+      for half in range(hopper.COMPUTE):
+        own = pl.ds(query + half * ROWS, ROWS)
+        for source, to in ((refs.lse, refs.sums), (refs.delta, refs.means)):
+          plgpu.copy_gmem_to_smem(source.at[example, head, own], to.at[slot, half], refs.full.at[slot])
+        if refs.numbers:
+          plgpu.copy_gmem_to_smem(refs.numbers[0].at[example, own], refs.of_queries.at[slot, half], refs.full.at[slot])
       return count + 1
 
     return lax.fori_loop(jnp.int32(0), n, step, count)
@@ -316,8 +353,7 @@ def _compute_keys(plan: AttentionPlan, refs: Any, loop: Any, place: Any, first: 
   plgpu.barrier_arrive(refs.answered)
   held = None if refs.weights is None else refs.weights.at[wg]
   unit, own = plan.scale * math.log2(math.e), pl.ds(wg * ROWS, ROWS)
-  # Interpret mode has no loads into a layout.
-  read = lambda ref: ref[...] if interpret else hopper.load(ref, WGMMA.reduce(0), optimized=False)
+  read = lambda ref: _read(ref, 1, interpret)
 
   def compute_tile(described, count):
     i, n = described
@@ -332,6 +368,9 @@ def _compute_keys(plan: AttentionPlan, refs: Any, loop: Any, place: Any, first: 
       score = _scores(refs.key, queries) * unit
       if plan.causal:
         score = jnp.where(_seen(first(head, tile, j) + wg * ROWS, tile * KEYS, True), score, -jnp.inf)
+      if refs.numbers:
+        same = _same(read(refs.of_queries.at[slot, wg]), _read(refs.of_keys, 0, interpret), True)
+        score = jnp.where(same, score, -jnp.inf)
       weights = jnp.exp2(score - _spread(read(refs.sums.at[slot, wg]), 1))
       dv = _added(dv, weights.astype(refs.q.dtype), out, held)
       dscore = weights * (_scores(refs.value, out) - _spread(read(refs.means.at[slot, wg]), 1)) * plan.scale

@@ -63,11 +63,13 @@ class AttentionPlan:
 
 
 def make_plan(q: Array, k: Array, index: Array, counts: Array | None, block_q: int, block_k: int, causal: bool,
-              scale: float, interpret: bool) -> AttentionPlan:
-  """Returns the plan for attention of `q` to the blocks of keys that `index` lists."""
+              scale: float, interpret: bool, segmented: bool = False) -> AttentionPlan:
+  """Returns the plan for attention of `q` to the blocks of keys that `index` lists, maybe with numbers of segments."""
   batch, length, heads, d = q.shape
   keys, tiles = 128 if block_k % 128 == 0 else 64, length // QUERIES
-  slots = hopper.slots(hopper.nbytes((2 * keys, d), q.dtype), (AHEAD + 1) * hopper.nbytes((QUERIES, d), q.dtype), 4)
+  numbers = hopper.nbytes((segmented,), jnp.int32)  # of a query or a key
+  slots = hopper.slots(hopper.nbytes((2 * keys, d), q.dtype) + keys * numbers,
+                       (AHEAD + 1) * hopper.nbytes((QUERIES, d), q.dtype) + AHEAD * QUERIES * numbers, 4)
   work = batch * heads * tiles
   steps = index.shape[2] * (block_k // keys) if counts is None and not causal else None
   return AttentionPlan(heads, heads // k.shape[2], tiles, work, block_q, block_k, keys, d, slots,

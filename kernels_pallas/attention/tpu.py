@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.attention import heads
+from kernels_pallas.attention.segments import with_own_values
 from sparsejax.types import Array
 
 _COMPUTED = 512  # keys that are computed at a time, at most
@@ -56,8 +57,7 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
       y = y.reshape(*q.shape[:2], v.shape[2])
     if ids is None:
       return jnp.where(_sees(index, counts, block_q, block_k, causal)[..., None], y, jnp.zeros((), y.dtype))
-    return jnp.where(_sees_segment(index, counts, ids, block_q, block_k, causal)[..., None], y,
-                     _own_values(v, index, counts, q.shape[1], block_q, block_k).astype(y.dtype))
+    return with_own_values(y, v, index, counts, ids.q, ids.kv, block_q=block_q, block_k=block_k, causal=causal)
 
   if segments is None:
     return heads.first(of_heads)(q, k, v, index, counts)
@@ -130,28 +130,6 @@ def _sees(index: Array, counts: Array, block_q: int, block_k: int, causal: bool)
     return jnp.repeat(listed, block_q, 1)
   first = jnp.repeat(jnp.where(listed, index[..., 0] * block_k, jnp.iinfo(jnp.int32).max), block_q, 1)
   return first <= jax.lax.broadcasted_iota(jnp.int32, first.shape, 1)
-
-
-def _sees_segment(index: Array, counts: Array, ids: Any, block_q: int, block_k: int, causal: bool) -> Array:
-  """Returns whether each query has a listed key of its own number, `bool[heads, Tq]`."""
-  keys, queries = ids.kv.reshape(-1, block_k), ids.q.reshape(1, -1, block_q, 1, 1)
-  same = queries == jnp.take(keys, index, 0, mode='clip')[:, :, None]  # [heads, blocks, block_q, R, block_k]
-  slot = jax.lax.broadcasted_iota(jnp.int32, same.shape, 3)
-  same &= slot < counts[..., None, None, None]
-  if causal:
-    row, of_row, of_key = (jax.lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (1, 2, 4))
-    same &= index[:, :, None, :, None] * block_k + of_key <= row * block_q + of_row
-  return jnp.any(same, (3, 4)).reshape(len(index), -1)
-
-
-def _own_values(v: Array, index: Array, counts: Array, queries: int, block_q: int, block_k: int) -> Array:
-  """Returns the value of each query's own key, `[heads, Tq, d]`, or zeros where the key is not listed."""
-  own = jnp.minimum(jnp.arange(queries, dtype=jnp.int32), v.shape[1] - 1)
-  used = jax.lax.broadcasted_iota(jnp.int32, index.shape, 2) < counts[..., None]
-  lists = (jnp.repeat(a, block_q, 1) for a in (index, used))
-  listed = jnp.any((next(lists) == own[None, :, None] // block_k) & next(lists), -1)
-  values = jnp.repeat(v[:, own], len(index) // len(v), 0)
-  return jnp.where(listed[..., None], values, jnp.zeros((), v.dtype))
 
 
 def _causal(query: Array, key: Array) -> Array:
