@@ -66,10 +66,11 @@ def make_plan(q: Array, k: Array, index: Array, counts: Array | None, block_q: i
               scale: float, interpret: bool, segmented: bool = False) -> AttentionPlan:
   """Returns the plan for attention of `q` to the blocks of keys that `index` lists, maybe with numbers of segments."""
   batch, length, heads, d = q.shape
-  keys, tiles = 128 if block_k % 128 == 0 else 64, length // QUERIES
-  numbers = hopper.nbytes((segmented,), jnp.int32)  # of a query or a key
-  slots = hopper.slots(hopper.nbytes((2 * keys, d), q.dtype) + keys * numbers,
-                       (AHEAD + 1) * hopper.nbytes((QUERIES, d), q.dtype) + AHEAD * QUERIES * numbers, 4)
+  rest, tiles = (AHEAD + 1) * hopper.nbytes((QUERIES, d), q.dtype), length // QUERIES
+  rest += hopper.nbytes((AHEAD * QUERIES + 4 * 128,), jnp.int32) if segmented else 0  # numbers of queries and keys
+  fitting = lambda keys: hopper.slots(hopper.nbytes((2 * keys, d), q.dtype), rest, 4)
+  keys = 128 if block_k % 128 == 0 and fitting(128) > 1 else 64
+  slots = fitting(keys)
   work = batch * heads * tiles
   steps = index.shape[2] * (block_k // keys) if counts is None and not causal else None
   return AttentionPlan(heads, heads // k.shape[2], tiles, work, block_q, block_k, keys, d, slots,

@@ -10,6 +10,7 @@ from products import close, largest, normal
 from kernels_pallas import block_sparse_attention
 from sparsejax import packing
 from sparsejax.attention import of_mask
+from sparsejax.attention.edits import ScoreEdit
 
 LENGTHS = [3, 1, 2]
 
@@ -101,10 +102,17 @@ REFUSED = {
 }
 
 
-def test_platforms_without_segments_say_who_computes_them():
-  choices = block_sparse_attention(Q, Q, Q, jnp.zeros((1, 1, 1), jnp.int32), segments=IDS, explain=True)
-  assert "it has no 'segments' of scores; XLA computes them, and lists without" in choices['cuda'].reason
-  assert '8 keys do not divide into blocks of 128' in choices['tpu'].reason
+def test_platforms_say_who_computes_segments():
+  """Kernels compute segments, unless heads differ in them; blocks of another size are refused for their size."""
+  q, blocks = jnp.ones((1, 256, 2, 64), jnp.bfloat16), jnp.zeros((2, 2, 1), jnp.int32)
+  chosen = lambda **more: block_sparse_attention(q, q, q, blocks, explain=True, **more)
+  segments = jnp.zeros((1, 256), jnp.int32)
+  assert {chosen(segments=segments)[name].implementation for name in ('cuda', 'tpu')} == {'mosaic_gpu', 'mosaic_tpu'}
+  of_heads = ScoreEdit('mask', jnp.ones((1, 2, 1, 256), bool))
+  for choice in map(chosen(segments=segments, edits=[of_heads]).get, ('cuda', 'tpu')):
+    assert "it has no 'mask', 'segments' of scores; XLA computes them, and lists without" in choice.reason
+  small = block_sparse_attention(Q, Q, Q, jnp.zeros((1, 1, 1), jnp.int32), segments=IDS, explain=True)
+  assert all('8 keys do not divide into blocks of 128' in small[name].reason for name in ('cuda', 'tpu'))
 
 
 @pytest.mark.parametrize('case', REFUSED)

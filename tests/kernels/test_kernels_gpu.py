@@ -279,14 +279,40 @@ def test_gradients_of_attention(causal):
     np.testing.assert_allclose(f32(a), f32(b), atol=1e-2 * float(jnp.abs(b).max()))
 
 
+@transposes
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize('case', ['causal', 'hidden', 'two examples'])
+def test_attention_within_segments(case):
+  """Results and gradients are those of XLA; most keys of the case `hidden` have a number that no query has."""
+  random, batch = np.random.default_rng(0), 1 + (case == 'two examples')
+  q, dy = (normal((batch, 256, 2, 64), BF16, seed) for seed in (0, 1))
+  k, v = (normal((batch, 256, 1, 64), BF16, seed) for seed in (2, 3))
+  index, counts = jnp.asarray([[[0, 2], [1, 2]], [[1, 0], [0, 0]]], jnp.int32), jnp.asarray([[2, 2], [1, 0]], jnp.int32)
+  ids = jnp.asarray(np.sort(random.integers(0, 3, (batch, 256))), jnp.int32)
+  pair = ids, jnp.where(random.random(ids.shape) < 0.9, -1, ids) if case == 'hidden' else ids
+  options = dict(block_q=128, block_k=64, causal=case == 'causal', scale=0.1, segments=pair)
+  xla = lambda *qkv: block_sparse_attention(*qkv, index, counts, implementation='xla', **options)
+  wanted, pull_back = jax.vjp(xla, *(each.astype(F32) for each in (q, k, v)))
+  got = attention.attention(q, k, v, index, counts, interpret=True, **options)
+  np.testing.assert_allclose(f32(got), f32(wanted), atol=4 * float(jnp.finfo(BF16).eps), rtol=0.02)
+  found = gpu_backward.attention_gradients(dy, q, k, v, index, counts, interpret=True, **options)
+  for a, b in zip(found, pull_back(dy.astype(F32))):
+    np.testing.assert_allclose(f32(a), f32(b), atol=1e-2 * float(jnp.abs(b).max()))
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize('d', [64, 128])
 @pytest.mark.parametrize('causal', [False, True])
-def test_gradients_of_attention_lower_for_cuda(d, causal):
+@pytest.mark.parametrize('segmented', [False, True])
+def test_gradients_of_attention_lower_for_cuda(d, causal, segmented):
   """The program has the attention, `dq`, and `dk` with `dv`; the shared memory of all of them fits."""
   q, k, index = jnp.zeros((2, 512, 4, d), BF16), jnp.zeros((2, 512, 2, d), BF16), jnp.zeros((4, 4, 3), jnp.int32)
-  loss = lambda q, k, v, index: block_sparse_attention(q, k, v, index, causal=causal).astype(F32).sum()
-  assert kernels(jax.value_and_grad(loss, (0, 1, 2)), q, k, k, index) == 3
+
+  def loss(q, k, v, index, segments):
+    y = block_sparse_attention(q, k, v, index, causal=causal, segments=segments if segmented else None)
+    return y.astype(F32).sum()
+
+  assert kernels(jax.value_and_grad(loss, (0, 1, 2)), q, k, k, index, jnp.zeros((2, 512), jnp.int32)) == 3
 
 
 # Activation-sparse products.
