@@ -67,9 +67,9 @@ class Reaching:
   """A `Reaching` holds windows of text whose middle is left out, so that short windows reach over many positions.
 
   Row i has `inputs`, `int32[length, 2]`, each byte and its position, and `labels`, `int32[length]`, the bytes that
-  follow. The position jumps once in the middle half, by 0 to `reach - length`, and so does the text. A passage of at least `passage` bytes
-  before the jump stands again behind it. A model that is trained on such windows knows distances up to `reach`, at the
-  cost of short windows. A row is a function of `seed` and i alone.
+  follow. The position jumps once, in the middle half, by 0 to `reach - length`, and so does the text. A passage of at
+  least `passage` bytes before the jump stands again behind it. A model that is trained on such windows knows distances
+  up to `reach`, at the cost of short windows. A row is a function of `seed` and i alone.
   Reference: Zhu et al. 2023, PoSE, arXiv 2309.10400, with two chunks; the paper does not repeat passages.
   Raises `ValueError` for windows that the text, the reach or the passage leaves no room for.
   """

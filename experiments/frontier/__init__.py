@@ -8,7 +8,7 @@
 attention and with inputs of products that are skipped. `decoder` is the byte-level language model of
 `experiments.pruning`, trained first, and decodes token by token: its loss on held-out text, and on a passage that it
 has seen 4,000 bytes before. A model finds such a passage only if it was trained on distances as long: on long windows
-by `--length 4096`, or on short ones whose middle is left out, by `--reach 4096`.
+by `--length 4096`, or on shorter ones whose middle is left out, by `--reach 4096`.
 `DIR` is that of `experiments.pruning`. Reference: Nawrot et al. 2025, The Sparse Frontier, arXiv 2504.17768.
 
 Finished cells are lines of `cells.jsonl` and are skipped, so that a run that was killed goes on.

@@ -22,7 +22,7 @@ from experiments.frontier.activating import ActivationBench, rounded
 from experiments.frontier.costs import Request
 from experiments.frontier.rules import BLOCK, DENSE, RULES
 from experiments.models import encoders
-from experiments.models.stepping import Stepper
+from experiments.models.stepping import LayerState, Stepper, read
 from experiments.pruning import decoder as trained
 from experiments.pruning import encoder
 from kernels_pallas import decoder, sparse_attention
@@ -35,9 +35,8 @@ class FrontierSizes(NamedTuple):
   """`FrontierSizes` are the numbers of held-out windows and their bytes, and those of the needle task.
 
   `length`: bytes of a window, in training too. `haystack`: bytes of a window of the needle task, with the passage of
-  `needle` bytes at both ends. `reach`: bytes
-  over which windows of the training reach, because they leave a part out (`experiments.data.text.Reaching`), or 0 for
-  plain windows.
+  `needle` bytes at both ends. `reach`: bytes over which windows of the training reach, whatever `length` is, because
+  they leave a part out (`experiments.pruning.decoder.reaching`), or 0 for plain windows.
   """
 
   windows: int = 16
@@ -76,7 +75,8 @@ class DecoderBench:
   """A `DecoderBench` has the losses of a trained decoder, token by token: on held-out text and on needles.
 
   A needle is a passage of text that stands at the beginning of a window and again at its end: the score is the loss on
-  the second, where a model that finds the first knows every byte.
+  the last half of the second, where a model that finds the first knows every byte. All before the second passage is a
+  prompt, which is read at once by exact attention, and the second passage is decoded by the rule.
   """
 
   def __init__(self, params: Any, content: bytes, sizes: FrontierSizes, seed: int):
@@ -90,6 +90,7 @@ class DecoderBench:
       needle, hay = cut(sizes.needle), cut(sizes.haystack + 1 - 2 * sizes.needle)
       rows.append(np.concatenate([needle, hay, needle]))
     self._needles = jnp.asarray(np.stack(rows))
+    self._prompt = read(params, self._needles[:, :-1 - sizes.needle])
     self._keys: list[Array] = []
     self._models: dict[Any, Stepper] = {}
     whole = self._model(DENSE, 0.0, sizes.length)
@@ -98,9 +99,11 @@ class DecoderBench:
   def line(self, rule: str, sparsity: float) -> dict[str, Any]:
     """Returns the scores, the costs and the seconds of a rule."""
     sizes = self._sizes
-    nats = self._nats(rule, sparsity, self._text, sizes.length)
-    found = self._nats(rule, sparsity, self._needles, sizes.haystack)
-    model, inputs = self._model(rule, sparsity, sizes.length), self._text[:, :-1]
+    model = self._model(rule, sparsity, sizes.haystack)
+    found = _nats(model, model.reading(self._prompt), self._needles[:, -1 - sizes.needle:])
+    model = self._model(rule, sparsity, sizes.length)
+    nats = _nats(model, model.start(sizes.windows), self._text)
+    inputs = self._text[:, :-1]
     heads, d = self._keys[0].shape[2:]
     cost = Request(0, heads, heads, d, 0, sizes.haystack, bytes_each=4, intensity=1.0)
     keep = None if rule == DENSE else self._rules(rule, sparsity, sizes.haystack)[0].keep
@@ -128,13 +131,12 @@ class DecoderBench:
       self._models[cell] = Stepper(self._params, decoders, length)
     return self._models[cell]
 
-  def _nats(self, rule: str, sparsity: float, tokens: Array, length: int) -> np.ndarray:
-    """Returns the loss of each byte after the first, `[N, length]`."""
-    model = self._model(rule, sparsity, length)
-    logits, state = model.fed(model.start(len(tokens)), tokens[:, :-1])
-    for layer in state:
-      decode.check(layer.cache)
-    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
+def _nats(model: Stepper, state: tuple[LayerState, ...], tokens: Array) -> np.ndarray:
+  """Returns the loss of each of `tokens`, `[N, T]`, after the first, `[N, T - 1]`, from this state on."""
+  logits, state = model.fed(state, tokens[:, :-1])
+  for layer in state:
+    decode.check(layer.cache)
+  return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
 
 def bench(table: str, data_dir: str | None, workdir: Any, request: Any, steps: int, seed: int, sizes: FrontierSizes,

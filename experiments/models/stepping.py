@@ -2,7 +2,8 @@
 
     generate = Stepper(params, decoder(decode.quest(keep=256)), capacity=4096)
     state = generate.start(batch=1)
-    logits, state = generate.fed(state, prompt)              # every token of a prompt `int[B, n]`
+    logits, state = generate.fed(state, prompt)              # every token of a prompt `int[B, n]`, one by one
+    state = generate.reading(read(params, prompt))           # or all of them at once, by exact attention
     tokens, state = generate.continued(state, logits[:, -1], 32)
 """
 
@@ -20,6 +21,17 @@ from sparsejax.attention.decode import Cache
 from sparsejax.types import Array
 
 Params = Mapping[str, Any]
+
+
+class LayerPrompt(NamedTuple):
+  """A `LayerPrompt` holds the keys and the values of a prompt in one layer, `[B, T, heads, d]`, and the newest key.
+
+  `newest`, `[B, heads, d]`, is neither smeared nor rotated.
+  """
+
+  k: Array
+  v: Array
+  newest: Array
 
 
 class LayerState(NamedTuple):
@@ -42,6 +54,12 @@ class Stepper(NamedTuple):
     return tuple(LayerState(each.start(batch, self.capacity, heads, size), jnp.zeros((batch, heads, size)))
                  for each in _of_layers(self.decoding, self.params))
 
+  def reading(self, prompt: tuple[LayerPrompt, ...]) -> tuple[LayerState, ...]:
+    """Returns the state after a prompt that `read` has read."""
+    empty = self.start(len(prompt[0].newest))
+    return tuple(LayerState(each.extend(layer.cache, own.k, own.v), own.newest)
+                 for each, layer, own in zip(_of_layers(self.decoding, self.params), empty, prompt))
+
   def fed(self, state: tuple[LayerState, ...], tokens: Array) -> tuple[Array, tuple[LayerState, ...]]:
     """Returns the logits after each of `tokens`, `float32[B, n, vocabulary]`, and the state with all of them."""
     return _fed(self.decoding, self.params, state, tokens)
@@ -53,6 +71,24 @@ class Stepper(NamedTuple):
     `logits`, `[B, vocabulary]`, are those after the last token so far.
     """
     return _continued(self.decoding, self.params, state, logits, count)
+
+
+@jax.jit
+def read(params: Params, tokens: Array) -> tuple[LayerPrompt, ...]:
+  """Returns what each layer keeps of the prompts `tokens`, `int[B, T]`, with exact attention, example by example."""
+  return jax.tree.map(lambda a: a[:, 0], jax.lax.map(lambda row: _read(params, row[None]), tokens))
+
+
+def _read(params: Params, tokens: Array) -> tuple[LayerPrompt, ...]:
+  x, prompts, positions = params['embed']['embedding'][tokens], [], jnp.arange(tokens.shape[1])[None]
+  for layer in range(_depth(params)):
+    own = params[f'block_{layer}']
+    q, key, v = _heads(own['attention'], _normed(own['norm1'], x))
+    q, k = _turned(own['attention'], q, key, jnp.pad(key[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))), positions)
+    prompts.append(LayerPrompt(k, v, key[:, -1]))
+    x = x + _out(own['attention'], jax.nn.dot_product_attention(q, k, v, is_causal=True))
+    x = x + _mlp(own, x)
+  return tuple(prompts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -83,21 +119,45 @@ def step(decoding: Decoder | tuple[Decoder, ...], params: Params, state: tuple[L
     attended, now = _attended(each, own['attention'], before, _normed(own['norm1'], x))
     after.append(now)
     x = x + attended
-    hidden = nn.gelu(_dense(own['mlp']['fc1'], _normed(own['norm2'], x)), approximate=True)
-    x = x + _dense(own['mlp']['fc2'], hidden)
+    x = x + _mlp(own, x)
   return _dense(params['head'], _normed(params['norm'], x)), tuple(after)
 
 
 def _attended(decoding: Decoder, params: Params, state: LayerState, x: Array) -> tuple[Array, LayerState]:
-  q, key, v = (jnp.einsum('bw,whd->bhd', x, params[name]['kernel']) + params[name]['bias'][None]
-               for name in ('query', 'key', 'value'))
+  q, key, v = (each[:, None] for each in _heads(params, x))
+  q, k = _turned(params, q, key, state.key[:, None], state.cache.length[:, None])
+  cache = decoding.extend(state.cache, k, v)
+  return _out(params, decoding.step(q[:, 0], cache)), LayerState(cache, key[:, 0])
+
+
+# The parts of a layer, of tokens `[B, T, width]` or of one token `[B, width]`.
+
+
+def _heads(params: Params, x: Array) -> tuple[Array, Array, Array]:
+  """Returns queries, keys and values, `[..., heads, d]`."""
+  def of(own: Params) -> Array:
+    y = jnp.einsum('...w,whd->...hd', x, own['kernel'])
+    return y + jnp.broadcast_to(own['bias'], y.shape)
+
+  return of(params['query']), of(params['key']), of(params['value'])
+
+
+def _turned(params: Params, q: Array, key: Array, before: Array, positions: Array) -> tuple[Array, Array]:
+  """Returns queries and keys at their positions; keys are mixed with those `before` them in a model that recalls."""
   recall = 'smear' in params
-  k = transformer.smeared(key, state.key, params['smear']) if recall else key
+  k = transformer.smeared(key, before, params['smear']) if recall else key
   turned = transformer.partly_rotated_at if recall else transformer.rotated_at
-  q, k = (turned(a[:, None], state.cache.length[:, None])[:, 0] for a in (q, k))
-  cache = decoding.extend(state.cache, k[:, None], v[:, None])
-  y = jnp.einsum('bhd,hdw->bw', decoding.step(q, cache), params['out']['kernel']) + params['out']['bias'][None]
-  return y, LayerState(cache, key)
+  return turned(q, positions), turned(k, positions)
+
+
+def _out(params: Params, y: Array) -> Array:
+  y = jnp.einsum('...hd,hdw->...w', y, params['out']['kernel'])
+  return y + jnp.broadcast_to(params['out']['bias'], y.shape)
+
+
+def _mlp(params: Params, x: Array) -> Array:
+  hidden = nn.gelu(_dense(params['mlp']['fc1'], _normed(params['norm2'], x)), approximate=True)
+  return _dense(params['mlp']['fc2'], hidden)
 
 
 def _normed(params: Params, x: Array) -> Array:
@@ -105,9 +165,13 @@ def _normed(params: Params, x: Array) -> Array:
 
 
 def _dense(params: Params, x: Array) -> Array:
-  return x @ params['kernel'] + params['bias'][None]
+  y = x @ params['kernel']
+  return y + jnp.broadcast_to(params['bias'], y.shape)
+
+
+def _depth(params: Params) -> int:
+  return sum(name.startswith('block_') for name in params)
 
 
 def _of_layers(decoding: Decoder | tuple[Decoder, ...], params: Params) -> tuple[Decoder, ...]:
-  depth = sum(name.startswith('block_') for name in params)
-  return (decoding,) * depth if isinstance(decoding, Decoder) else decoding
+  return (decoding,) * _depth(params) if isinstance(decoding, Decoder) else decoding

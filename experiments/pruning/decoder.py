@@ -81,8 +81,9 @@ def reaching(config: Mapping[str, Any], texts: Mapping[str, bytes], reach: int, 
     if params is not None:
       model = {'name': configs.OWN, 'make': configs.Own((functools.partial(lambda start, key: start, params), apply))}
     size = max(config['batch_size'] * LENGTH // length, 1)
-    params = _trained({**config, 'model': model, 'batch_size': size, 'steps': max(round(part * steps), 1), 'validate_every': 256,
-                       'data': _reaching(texts, length, reach)}, workdir / f'training_{times}', request)
+    own = {'model': model, 'batch_size': size, 'steps': max(round(part * steps), 1), 'validate_every': 256,
+           'data': _reaching(texts, length, reach)}
+    params = _trained({**config, **own}, workdir / f'training_{times}', request)
   return params
 
 

@@ -29,7 +29,8 @@ _NOTHING = -1e30  # largest score of a query that has seen no key: finite, becau
 
 
 def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
-              causal: bool, scale: float, segments: tuple[Array, Array] | None = None, interpret: bool = False) -> Array:
+              causal: bool, scale: float, segments: tuple[Array, Array] | None = None, interpret: bool = False
+              ) -> Array:
   """Returns the attention of `q [batch, Tq, heads, d]` to the blocks of `k` and `v` that `index` lists, shaped like
   `q`.
 

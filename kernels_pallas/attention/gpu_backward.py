@@ -163,8 +163,9 @@ def _of_queries(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, in
              'answered': plgpu.Barrier(num_barriers=hopper.COMPUTE), 'full': full, 'free': free,
              **_numbers(bool(ids), of_queries=pair[:2], of_keys=(plan.slots, KEYS)), **_held(interpret, q.dtype)}
   numbers = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-  return hopper.kernel(body, (jax.ShapeDtypeStruct(q.shape, q.dtype), numbers, numbers), (index, trips, q, k, v, dy, *ids),
-                       blocks=plan.blocks, scratch=scratch, lanes=True, approximate=True, interpret=interpret)
+  out = jax.ShapeDtypeStruct(q.shape, q.dtype), numbers, numbers
+  return hopper.kernel(body, out, (index, trips, q, k, v, dy, *ids), blocks=plan.blocks, scratch=scratch, lanes=True,
+                       approximate=True, interpret=interpret)
 
 
 def _held(interpret: bool, dtype: Any) -> dict[str, Any]:

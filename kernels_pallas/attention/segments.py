@@ -32,7 +32,8 @@ def batched(y: Array, v: Array, index: Array, counts: Array, queries: Array, key
   return run(y.swapaxes(1, 2), v.swapaxes(1, 2), queries, keys).swapaxes(1, 2)
 
 
-def sees(index: Array, counts: Array, queries: Array, keys: Array, *, block_q: int, block_k: int, causal: bool) -> Array:
+def sees(index: Array, counts: Array, queries: Array, keys: Array, *, block_q: int, block_k: int, causal: bool
+         ) -> Array:
   """Returns whether each query has a listed key of its own number, `bool[heads, Tq]`."""
   blocks, rows = keys.reshape(-1, block_k), queries.reshape(1, -1, block_q, 1, 1)
   same = rows == jnp.take(blocks, index, 0, mode='clip')[:, :, None]  # [heads, blocks, block_q, R, block_k]

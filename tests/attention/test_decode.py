@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.models.lm import LM
-from experiments.models.stepping import Stepper
+from experiments.models.stepping import Stepper, read
 from kernels_pallas import decoder
 from sparsejax.attention import decode
 
@@ -108,6 +108,9 @@ def test_a_small_model_generates_with_a_cache(recall):
   exact = Stepper(params, decoder(decode.every(16)), 16)
   logits, state = exact.fed(exact.start(2), tokens)
   np.testing.assert_allclose(logits, whole, atol=1e-5)
+  rest, same = exact.fed(exact.reading(read(params, tokens[:, :7])), tokens[:, 7:])
+  np.testing.assert_allclose(rest, whole[:, 7:], atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), same, state)
   more, state = exact.continued(state, logits[:, -1], 3)
   longer = jnp.concatenate([tokens, more], 1)
   following = jnp.argmax(jax.jit(model.apply)({'params': params}, longer)[:, -4:-1], -1)
