@@ -132,10 +132,10 @@ def test_seeds_at_once_are_seeds_one_by_one(name, classes, inputs, shape):
 # The language model.
 
 
-@pytest.fixture(scope='module')
-def lm():
+@pytest.fixture(scope='module', params=[False, True], ids=['', 'recall'])
+def lm(request):
   with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
-    model, params = made('lm', 11, TOKENS)
+    model, params = made('lm', 11, TOKENS, recall=request.param)
     yield functools.partial(applied(model), params)
 
 
@@ -154,8 +154,21 @@ def test_any_length(lm):
 
 
 @pytest.mark.parametrize('scan', [False, True])
-def test_only_distances_of_positions_count(scan):
-  model, params = made('lm', 11, TOKENS, scan=scan)
+def test_attention_that_recalls_starts_with_keys_like_queries_and_a_key_is_mixed_with_the_one_before(scan):
+  model, params = made('lm', 11, TOKENS, scan=scan, recall=True)
+  attention = (params['blocks'] if scan else params['block_0'])['attention']
+  np.testing.assert_array_equal(attention['query']['kernel'], attention['key']['kernel'])
+  assert not np.allclose(attention['query']['kernel'], attention['value']['kernel'])
+  key, before = np.random.default_rng(0).normal(size=(2, 3, 2, 4)).astype(np.float32)
+  gate = jnp.asarray([[0.0], [100.0]])  # The first head mixes halves, and the second keeps its own key.
+  np.testing.assert_allclose(transformer.smeared(key, before, gate)[:, 0], (key + before)[:, 0] / 2, rtol=1e-6)
+  np.testing.assert_array_equal(transformer.smeared(key, before, gate)[:, 1], key[:, 1])
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('recall', [False, True])
+def test_only_distances_of_positions_count(scan, recall):
+  model, params = made('lm', 11, TOKENS, scan=scan, recall=recall)
   run = lambda *positions: applied(model)(params, np.stack([TOKENS, np.broadcast_to(positions, TOKENS.shape)], -1))
   np.testing.assert_allclose(run(*range(30, 42)), applied(model)(params, TOKENS), rtol=1e-4, atol=1e-4)
   assert not np.allclose(run(*range(6), *range(9, 15))[:, 6:], applied(model)(params, TOKENS)[:, 6:], atol=1e-3)
@@ -256,6 +269,7 @@ def test_a_pixel_shuffle_puts_each_channel_in_its_place():
     (lambda: made('vit', 10, IMAGES, patch=3), ['patch 3 does not divide images of 8 x 8']),
     (lambda: made('vit', 10, IMAGES, heads=3), ['ViT: width 16 is no multiple of the 3 heads']),
     (lambda: made('lm', 10, TOKENS, heads=16), ['LM: width 16 is no multiple of twice the 16 heads']),
+    (lambda: made('lm', 10, TOKENS, heads=4, recall=True), ['LM: width 16 is no multiple of eight times the 4 heads']),
 ])
 def test_refusals(make, says):
   with pytest.raises(ValueError) as refusal:
