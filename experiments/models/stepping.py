@@ -1,9 +1,8 @@
 """Runs an `LM` token by token, with a cache for each layer, of which a rule of `attention.decode` reads a part.
 
     generate = Stepper(params, decoder(decode.quest(keep=256)), capacity=4096)
-    state = generate.start(batch=1)
-    logits, state = generate.fed(state, prompt)              # every token of a prompt `int[B, n]`, one by one
-    state = generate.reading(read(params, prompt))           # or all of them at once, by exact attention
+    logits, state = generate.fed(generate.start(batch=1), prompt)   # every token of a prompt `int[B, n]`
+    state = generate.reading(read(params, prompt))                  # the same by exact attention
     tokens, state = generate.continued(state, logits[:, -1], 32)
 """
 
@@ -130,7 +129,7 @@ def _attended(decoding: Decoder, params: Params, state: LayerState, x: Array) ->
   return _out(params, decoding.step(q[:, 0], cache)), LayerState(cache, key[:, 0])
 
 
-# The parts of a layer, of tokens `[B, T, width]` or of one token `[B, width]`.
+# Each part of a layer takes tokens of any number of leading axes.
 
 
 def _heads(params: Params, x: Array) -> tuple[Array, Array, Array]:

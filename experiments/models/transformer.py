@@ -155,8 +155,8 @@ def stack(x: Array, model: nn.Module, causal: bool, positions: Array | None = No
   `RecallAttention`.
 
   `model` has the fields of `ViT` and `LM`. If `model.scan`, the blocks are one `nn.scan`, and the backward pass
-  recomputes each block. Raises `ValueError` if the width is no multiple of the heads, or of twice the heads if
-  `causal`, or of eight times the heads if `recall`.
+  recomputes each block. Raises `ValueError` if the width is no multiple of the heads: of twice their number if
+  `causal`, and of eight times if `recall`.
   """
   pairs, times = (8, 'eight times ') if recall else (2, 'twice ') if causal else (1, '')
   if x.shape[-1] % (pairs * model.heads):

@@ -20,12 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
+from kernels_pallas.attention.gpu_parts import NOTHING, numbers, read, row, same, seen, zeros
 from kernels_pallas.attention.gpu_plan import AHEAD, QUERIES, ROWS, AttentionPlan, make_plan, steps
 from kernels_pallas.attention.heads import lists
 from kernels_pallas.attention.segments import batched
 from sparsejax.types import Array
-
-_NOTHING = -1e30  # largest score of a query that has seen no key: finite, because inf - inf is NaN
 
 
 def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *, block_q: int, block_k: int,
@@ -51,9 +50,9 @@ def attention(q: Array, k: Array, v: Array, index: Array, counts: Array | None =
     unmasked, trips = steps(plan, *given)
 
   def body(index, unmasked, trips, q, k, v, *rest, **shared):
-    *numbers, out = rest
+    *ids, out = rest
     refs = types.SimpleNamespace(**{'sums': None, 'weights': None, **shared}, index=index, trips=trips, q=q, k=k, v=v,
-                                 numbers=numbers, out=out, wg=lax.axis_index('wg'))
+                                 numbers=ids, out=out, wg=lax.axis_index('wg'))
 
     def described(i):
       """Returns i, the number of steps of the i-th tile, and the number of steps that need no mask."""
@@ -121,8 +120,7 @@ def _scratch(plan: AttentionPlan, dtype: Any, segmented: bool, interpret: bool) 
       **dict(zip(('key_full', 'key_free'), hopper.barriers(slots, 1 + segmented))),
       **dict(zip(('value_full', 'value_free'), hopper.barriers(slots, 1))),
       'turn': plgpu.Barrier(num_barriers=hopper.COMPUTE)}
-  if segmented:
-    scratch |= {'of_queries': plgpu.SMEM((*pairs, ROWS), jnp.int32), 'of_keys': plgpu.SMEM((slots, keys), jnp.int32)}
+  scratch |= numbers(segmented, of_queries=(*pairs, ROWS), of_keys=(slots, keys))
   if interpret:  # Interpret mode has no accumulators that last, and no wgmma of registers.
     scratch['sums'] = plgpu.SMEM((hopper.COMPUTE, ROWS, d), jnp.float32)
     scratch['weights'] = plgpu.SMEM((hopper.COMPUTE, ROWS, keys), dtype)
@@ -185,7 +183,7 @@ def _answer(plan: AttentionPlan, refs: Any, loop: Any, acc: Any) -> None:
   """
   # The accumulator is zero already. Without this line, ptxas orders the instructions differently from what was
   # measured.
-  acc[...] = _zeros(plan.d)
+  acc[...] = zeros(plan.d)
 
   def answer_tile(described, carry):
     count, before, total, p = carry
@@ -193,7 +191,7 @@ def _answer(plan: AttentionPlan, refs: Any, loop: Any, acc: Any) -> None:
     buffer = plan.buffer(i), refs.wg
     plgpu.barrier_wait(refs.asked.at[buffer])
     step = functools.partial(_step, plan, refs, acc, i)
-    carry = step(jnp.int32(0), (count, _row(_NOTHING), total, p), masked=plan.causal, before=before)
+    carry = step(jnp.int32(0), (count, row(NOTHING), total, p), masked=plan.causal, before=before)
     carry = lax.fori_loop(jnp.int32(1), plain, step, carry)
     if plan.causal:
       carry = lax.fori_loop(lax.max(plain, jnp.int32(1)), n, functools.partial(step, masked=True), carry)
@@ -202,7 +200,7 @@ def _answer(plan: AttentionPlan, refs: Any, loop: Any, acc: Any) -> None:
     return count, i, total, p
 
   nothing = plgpu.layout_cast(jnp.zeros((ROWS, plan.keys), refs.q.dtype), plgpu.Layout.WGMMA)
-  count, before, total, p = loop(answer_tile, (jnp.int32(0), jnp.int32(0), _row(0.0), nothing))
+  count, before, total, p = loop(answer_tile, (jnp.int32(0), jnp.int32(0), row(0.0), nothing))
   last = plan.slot(count + plan.slots - 1)
   plgpu.barrier_wait(refs.value_full.at[last])
   _weigh(refs, acc, p, last)
@@ -221,7 +219,7 @@ def _step(plan: AttentionPlan, refs: Any, acc: Any, i: Array, j: Array, carry: t
   mask = None
   if masked:
     _, head, tile = plan.place(i)
-    mask = _seen(tile * QUERIES + wg * ROWS, plan.first(refs.index, head, tile, j), plan.keys)
+    mask = seen(tile * QUERIES + wg * ROWS, plan.first(refs.index, head, tile, j), plan.keys)
 
   def products(score):
     plgpu.barrier_wait(refs.key_full.at[slot])
@@ -235,8 +233,9 @@ def _step(plan: AttentionPlan, refs: Any, acc: Any, i: Array, j: Array, carry: t
 
   score = pl.run_scoped(products, plgpu.ACC((ROWS, plan.keys), jnp.float32))
   if refs.numbers:
-    same = _same(refs, (plan.buffer(i), wg), slot)
-    mask = same if mask is None else mask & same
+    interpret = refs.weights is not None
+    own = same(read(refs.of_queries.at[plan.buffer(i), wg], 0, interpret), read(refs.of_keys.at[slot], 1, interpret))
+    mask = own if mask is None else mask & own
   plgpu.barrier_arrive(refs.key_free.at[slot])
   partial = total if before is None else jnp.zeros_like(total)
   p, less, largest, partial = _softmax(score, mask, largest, partial, plan.scale)
@@ -249,7 +248,7 @@ def _step(plan: AttentionPlan, refs: Any, acc: Any, i: Array, j: Array, carry: t
     def _():
       plgpu.barrier_arrive(refs.value_free.at[last])
       _finish(plan, refs, acc, before, total)
-    acc[...] = _zeros(plan.d)
+    acc[...] = zeros(plan.d)
   return count + 1, largest, partial, p.astype(refs.q.dtype)
 
 
@@ -266,17 +265,8 @@ def _finish(plan: AttentionPlan, refs: Any, acc: Any, i: Array, total: Array) ->
 # The parts of a step.
 
 
-def _row(value: float) -> Array:
-  """Returns `value` for each query, in the layout of a reduced wgmma."""
-  return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-
-
 def _columns(row: Array, n: int) -> Array:
   return lax.broadcast_in_dim(row, (ROWS, n), [0])
-
-
-def _zeros(d: int) -> Array:
-  return plgpu.layout_cast(jnp.zeros((ROWS, d), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _weigh(refs: Any, acc: Any, p: Array, slot: Array) -> None:
@@ -291,22 +281,6 @@ def _weigh(refs: Any, acc: Any, p: Array, slot: Array) -> None:
     return more[...]
 
   acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
-
-
-def _seen(query: Array, key: Array, keys: int) -> Array:
-  """Returns which of `keys` keys from `key` on each of 64 queries from `query` on may see, `bool[ROWS, keys]`."""
-  iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), axis, layout=plgpu.Layout.WGMMA)
-  return iota(0) + query >= iota(1) + key
-
-
-def _same(refs: Any, buffer: tuple[Array, Array], slot: Array) -> Array:
-  """Returns which keys of a slot have the number of each of the queries of a buffer, `bool[ROWS, keys]`."""
-  shape = ROWS, refs.of_keys.shape[1]
-  parts = (refs.of_queries.at[buffer], 1), (refs.of_keys.at[slot], 0)
-  own, keys = (lax.broadcast_in_dim(
-      ref[...] if refs.weights is not None else  # Interpret mode has no loads into a layout.
-      hopper.load(ref, plgpu.Layout.WGMMA.reduce(axis), optimized=False), shape, [1 - axis]) for ref, axis in parts)
-  return own == keys
 
 
 def _softmax(score: Array, mask: Array | None, largest: Array, total: Array,

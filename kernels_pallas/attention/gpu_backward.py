@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,14 +21,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
+from kernels_pallas.attention.gpu_parts import (
+  NOTHING,
+  added,
+  broadcast,
+  drained,
+  loops,
+  numbers,
+  products,
+  read,
+  row,
+  same,
+  seen,
+  zeros,
+)
 from kernels_pallas.attention.gpu_plan import QUERIES, ROWS, AttentionPlan, make_plan, steps
 from kernels_pallas.attention.heads import lists
 from kernels_pallas.attention.segments import batched
 from sparsejax.types import Array
 
 KEYS = 64  # of a step of the first kernel, and of a tile of the second
-_NOTHING = -1e30  # largest score of a query that has seen no key: finite, because inf - inf is NaN
-WGMMA = plgpu.Layout.WGMMA
 
 
 def attention_gradients(dy: Array, q: Array, k: Array, v: Array, index: Array, counts: Array | None = None, *,
@@ -66,75 +77,6 @@ def _turned(plan: AttentionPlan, index: Array, counts: Array, k: Array) -> tuple
   return jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32), jnp.sum(seen, -1, dtype=jnp.int32)
 
 
-# A warpgroup of either kernel has 64 rows.
-
-
-def _zeros(d: int) -> Array:
-  return plgpu.layout_cast(jnp.zeros((ROWS, d), jnp.float32), WGMMA)
-
-
-def _row(value: float) -> Array:
-  return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), WGMMA.reduce(1))
-
-
-def _spread(row: Array, axis: int) -> Array:
-  """Returns a number for each row (axis 0) or column (axis 1) as `[ROWS, ROWS]`."""
-  return lax.broadcast_in_dim(row, (ROWS, ROWS), [axis])
-
-
-def _scores(a: Any, b: Any) -> Array:
-  """Returns the products of the rows of `a` and of `b`, `float32[ROWS, ROWS]`."""
-  def product(acc):
-    plgpu.wgmma(acc, a, hopper.transposed(b))
-    return acc[...]
-
-  return pl.run_scoped(product, plgpu.ACC((ROWS, ROWS), jnp.float32))
-
-
-def _added(total: Array, weights: Array, rows: Any, held: Any) -> Array:
-  """Returns `total` plus `weights` times `rows`. Interpret mode multiplies no registers, and takes memory `held`."""
-  if held is None:
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, weights, rows))(plgpu.ACC.init(total))
-  held[...] = weights
-
-  def product(acc):
-    plgpu.wgmma(acc, held, rows)
-    return acc[...]
-
-  return total + pl.run_scoped(product, plgpu.ACC(total.shape, jnp.float32))
-
-
-def _seen(query: Any, key: Any, turned: bool) -> Array:
-  """Returns whether queries from `query` on may see keys from `key` on; if `turned`, keys are the rows."""
-  iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), axis, layout=WGMMA)
-  return iota(int(turned)) + query >= iota(1 - int(turned)) + key
-
-
-def _same(queries: Array, keys: Array, turned: bool) -> Array:
-  """Returns whether queries and keys have the same number, `bool[ROWS, ROWS]`; if `turned`, keys are the rows."""
-  return _spread(queries, int(turned)) == _spread(keys, 1 - int(turned))
-
-
-def _numbers(segmented: bool, **shapes: tuple[int, ...]) -> dict[str, Any]:
-  """Returns the memory of the numbers of segments, if there are any."""
-  return {name: plgpu.SMEM(shape, jnp.int32) for name, shape in shapes.items()} if segmented else {}
-
-
-def _read(ref: Any, axis: int, interpret: bool) -> Array:
-  """Returns a number for each row (axis 0) or column (axis 1). Interpret mode has no loads into a layout."""
-  return ref[...] if interpret else hopper.load(ref, WGMMA.reduce(1 - axis), optimized=False)
-
-
-def _loops(copy: Callable[[], None], compute: Callable[[], None]) -> None:
-  pl.when(lax.axis_index('wg') == hopper.COMPUTE)(copy)
-  pl.when(lax.axis_index('wg') < hopper.COMPUTE)(compute)
-
-
-def _drained(barrier: Any, count: Array, slots: int) -> None:
-  """Waits for the last arrivals on a ring of barriers, before which a thread block must not end."""
-  lax.fori_loop(0, slots, lambda i, _: plgpu.barrier_wait(barrier.at[lax.rem(count + i, jnp.int32(slots))]), None)
-
-
 # The first kernel: a tile has 128 queries, and goes through its keys twice.
 
 
@@ -142,16 +84,16 @@ def _of_queries(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, in
                 ids: tuple[Array, ...], interpret: bool) -> tuple[Array, Array, Array]:
   """Returns `dq`, and lse and delta of each query, `float32[batch, heads, Tq]`."""
   def body(index, trips, q, k, v, dy, *rest, **shared):
-    *numbers, dq, lse, delta = rest
+    *ids, dq, lse, delta = rest
     refs = types.SimpleNamespace(**{'weights': None, **shared}, index=index, q=q, k=k, v=v, dy=dy, dq=dq, lse=lse,
-                                 delta=delta, numbers=numbers)
+                                 delta=delta, numbers=ids)
 
     def described(i):
       _, head, tile = plan.place(i)
       return i, trips[head, tile]
 
     loop = hopper.share(plan.work, plan.blocks, described)
-    _loops(lambda: _copy_keys(plan, refs, loop), lambda: _compute_queries(plan, refs, loop, interpret))
+    loops(lambda: _copy_keys(plan, refs, loop), lambda: _compute_queries(plan, refs, loop, interpret))
 
   pair, rows = (hopper.COMPUTE, ROWS, plan.d), plgpu.SMEM((hopper.COMPUTE, ROWS), jnp.float32)
   full, free = hopper.barriers(plan.slots, 2 + bool(ids))
@@ -161,9 +103,9 @@ def _of_queries(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, in
              'staging': hopper.shared((hopper.COMPUTE, 1, ROWS, 64), q.dtype), 'sums': rows, 'means': rows,
              'asked': plgpu.Barrier(num_arrivals=2 + bool(ids), num_barriers=hopper.COMPUTE),
              'answered': plgpu.Barrier(num_barriers=hopper.COMPUTE), 'full': full, 'free': free,
-             **_numbers(bool(ids), of_queries=pair[:2], of_keys=(plan.slots, KEYS)), **_held(interpret, q.dtype)}
-  numbers = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-  out = jax.ShapeDtypeStruct(q.shape, q.dtype), numbers, numbers
+             **numbers(bool(ids), of_queries=pair[:2], of_keys=(plan.slots, KEYS)), **_held(interpret, q.dtype)}
+  of_each = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+  out = jax.ShapeDtypeStruct(q.shape, q.dtype), of_each, of_each
   return hopper.kernel(body, out, (index, trips, q, k, v, dy, *ids), blocks=plan.blocks, scratch=scratch, lanes=True,
                        approximate=True, interpret=interpret)
 
@@ -199,7 +141,7 @@ def _copy_keys(plan: AttentionPlan, refs: Any, loop: Any) -> None:
     count = lax.fori_loop(jnp.int32(0), n, step, count)
     return lax.fori_loop(jnp.int32(0), n, step, count)
 
-  _drained(refs.free, loop(copy_tile), plan.slots)
+  drained(refs.free, loop(copy_tile), plan.slots)
   for half in range(hopper.COMPUTE):
     plgpu.barrier_wait(refs.answered.at[half])
 
@@ -220,13 +162,13 @@ def _compute_queries(plan: AttentionPlan, refs: Any, loop: Any, interpret: bool)
     def pair(j, slot):
       """Returns the scores in log2, and the derivatives of the weights, of one step."""
       plgpu.barrier_wait(refs.full.at[slot])
-      score = _scores(refs.query.at[wg], refs.key.at[slot]) * unit
+      score = products(refs.query.at[wg], refs.key.at[slot]) * unit
       if plan.causal:
-        score = jnp.where(_seen(first, plan.first(refs.index, head, tile, j), False), score, -jnp.inf)
+        score = jnp.where(seen(first, plan.first(refs.index, head, tile, j)), score, -jnp.inf)
       if refs.numbers:
-        same = _same(_read(refs.of_queries.at[wg], 0, interpret), _read(refs.of_keys.at[slot], 1, interpret), False)
-        score = jnp.where(same, score, -jnp.inf)
-      return score, _scores(refs.out.at[wg], refs.value.at[slot])
+        own = same(read(refs.of_queries.at[wg], 0, interpret), read(refs.of_keys.at[slot], 1, interpret))
+        score = jnp.where(own, score, -jnp.inf)
+      return score, products(refs.out.at[wg], refs.value.at[slot])
 
     def sum_up(j, carry):
       count, most, total, mean = carry
@@ -234,36 +176,41 @@ def _compute_queries(plan: AttentionPlan, refs: Any, loop: Any, interpret: bool)
       score, dweights = pair(j, slot)
       plgpu.barrier_arrive(refs.free.at[slot])
       new = jnp.maximum(most, score.max(axis=1))
-      less, weights = jnp.exp2(most - new), jnp.exp2(score - _spread(new, 0))
+      less, weights = jnp.exp2(most - new), jnp.exp2(score - broadcast(new, 0))
       return count + 1, new, total * less + weights.sum(axis=1), mean * less + (weights * dweights).sum(axis=1)
 
-    count, most, total, mean = lax.fori_loop(jnp.int32(0), n, sum_up, (count, _row(_NOTHING), _row(0.0), _row(0.0)))
+    count, most, total, mean = lax.fori_loop(jnp.int32(0), n, sum_up, (count, row(NOTHING), row(0.0), row(0.0)))
     some = jnp.maximum(total, 1e-30)
-    lse = jnp.where(total > 0, most + jnp.log(some) * math.log2(math.e), -_NOTHING)
+    lse = jnp.where(total > 0, most + jnp.log(some) * math.log2(math.e), -NOTHING)
     delta = mean / some
 
     def add(j, carry):
       count, dq = carry
       slot = plan.slot(count)
       score, dweights = pair(j, slot)
-      dscore = jnp.exp2(score - _spread(lse, 0)) * (dweights - _spread(delta, 0)) * plan.scale
-      dq = _added(dq, dscore.astype(refs.q.dtype), refs.key.at[slot], held)
+      dscore = jnp.exp2(score - broadcast(lse, 0)) * (dweights - broadcast(delta, 0)) * plan.scale
+      dq = added(dq, dscore.astype(refs.q.dtype), refs.key.at[slot], held)
       plgpu.barrier_arrive(refs.free.at[slot])
       return count + 1, dq
 
-    count, dq = lax.fori_loop(jnp.int32(0), n, add, (count, _zeros(plan.d)))
+    count, dq = lax.fori_loop(jnp.int32(0), n, add, (count, zeros(plan.d)))
     plgpu.barrier_arrive(refs.answered.at[wg])
-    hopper.store(dq.astype(refs.q.dtype), refs.staging.at[wg], lambda row, column: refs.dq.at[
-        example, pl.ds(first + row, ROWS), head, pl.ds(column, 64)])
-    for numbers, staging, target in ((lse, refs.sums, refs.lse), (delta, refs.means, refs.delta)):
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      staging.at[wg][...] = numbers
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(staging.at[wg], target.at[example, head, pl.ds(first, ROWS)])
+    _write_queries(refs, dq, lse, delta, (example, head, first))
     return count
 
   loop(compute_tile)
   plgpu.wait_smem_to_gmem(0)
+
+
+def _write_queries(refs: Any, dq: Array, lse: Array, delta: Array, place: tuple[Array, Array, Array]) -> None:
+  (example, head, first), wg = place, lax.axis_index('wg')
+  hopper.store(dq.astype(refs.q.dtype), refs.staging.at[wg], lambda row, column: refs.dq.at[
+      example, pl.ds(first + row, ROWS), head, pl.ds(column, 64)])
+  for each, staging, target in ((lse, refs.sums, refs.lse), (delta, refs.means, refs.delta)):
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    staging.at[wg][...] = each
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging.at[wg], target.at[example, head, pl.ds(first, ROWS)])
 
 
 # The second kernel: a tile has 64 keys. Each warpgroup has half of the queries of a step, and a sum of its own.
@@ -282,9 +229,9 @@ def _of_keys(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, lse: 
     return lax.div(i, jnp.int32(plan.heads)), lax.rem(i, jnp.int32(plan.heads)), tile
 
   def body(index, counts, q, k, v, dy, lse, delta, *rest, **shared):
-    *numbers, dk, dv = rest
+    *ids, dk, dv = rest
     refs = types.SimpleNamespace(**{'weights': None, **shared}, q=q, k=k, v=v, dy=dy, lse=lse, delta=delta, dk=dk,
-                                 dv=dv, numbers=numbers)
+                                 dv=dv, numbers=ids)
 
     def block(tile):
       return lax.div(tile * KEYS, jnp.int32(plan.block_k))
@@ -299,18 +246,18 @@ def _of_keys(plan: AttentionPlan, dy: Array, q: Array, k: Array, v: Array, lse: 
       return (listed * repeats + lax.rem(j, jnp.int32(repeats))) * QUERIES
 
     own = refs, hopper.share(work, blocks, described), place, first
-    _loops(functools.partial(_copy_queries, plan, *own), functools.partial(_compute_keys, plan, *own, interpret))
+    loops(functools.partial(_copy_queries, plan, *own), functools.partial(_compute_keys, plan, *own, interpret))
 
   out = jax.ShapeDtypeStruct((hopper.COMPUTE, *k.shape[:2], plan.heads, plan.d), jnp.float32)
   tile, ring = (KEYS, plan.d), (plan.slots, QUERIES, plan.d)
   full, free = hopper.barriers(plan.slots, 2 + (2 + bool(ids)) * hopper.COMPUTE)
-  numbers = plgpu.SMEM((plan.slots, hopper.COMPUTE, ROWS), jnp.float32)
+  of_each = plgpu.SMEM((plan.slots, hopper.COMPUTE, ROWS), jnp.float32)
   scratch = {'key': hopper.shared(tile, q.dtype), 'value': hopper.shared(tile, q.dtype),
-             'query': hopper.shared(ring, q.dtype), 'out': hopper.shared(ring, q.dtype), 'sums': numbers,
-             'means': numbers, 'staging': hopper.shared((hopper.COMPUTE, 1, ROWS, 64), jnp.float32),
+             'query': hopper.shared(ring, q.dtype), 'out': hopper.shared(ring, q.dtype), 'sums': of_each,
+             'means': of_each, 'staging': hopper.shared((hopper.COMPUTE, 1, ROWS, 64), jnp.float32),
              'asked': plgpu.Barrier(num_arrivals=2 + bool(ids)),
              'answered': plgpu.Barrier(num_arrivals=hopper.COMPUTE), 'full': full, 'free': free,
-             **_numbers(bool(ids), of_queries=(plan.slots, hopper.COMPUTE, ROWS), of_keys=(KEYS,)),
+             **numbers(bool(ids), of_queries=(plan.slots, hopper.COMPUTE, ROWS), of_keys=(KEYS,)),
              **_held(interpret, q.dtype)}
   return hopper.kernel(body, (out, out), (index, counts, q, k, v, dy, lse, delta, *ids), blocks=blocks, scratch=scratch,
                        lanes=True, approximate=True, interpret=interpret)
@@ -344,7 +291,7 @@ def _copy_queries(plan: AttentionPlan, refs: Any, loop: Any, place: Any, first: 
 
     return lax.fori_loop(jnp.int32(0), n, step, count)
 
-  _drained(refs.free, loop(copy_tile), plan.slots)
+  drained(refs.free, loop(copy_tile), plan.slots)
   plgpu.barrier_wait(refs.answered)
 
 
@@ -353,8 +300,7 @@ def _compute_keys(plan: AttentionPlan, refs: Any, loop: Any, place: Any, first: 
   hopper.start((refs.free,), plan.slots)
   plgpu.barrier_arrive(refs.answered)
   held = None if refs.weights is None else refs.weights.at[wg]
-  unit, own = plan.scale * math.log2(math.e), pl.ds(wg * ROWS, ROWS)
-  read = lambda ref: _read(ref, 1, interpret)
+  unit, half = plan.scale * math.log2(math.e), pl.ds(wg * ROWS, ROWS)
 
   def compute_tile(described, count):
     i, n = described
@@ -365,21 +311,22 @@ def _compute_keys(plan: AttentionPlan, refs: Any, loop: Any, place: Any, first: 
       count, dk, dv = carry
       slot = plan.slot(count)
       plgpu.barrier_wait(refs.full.at[slot])
-      queries, out = refs.query.at[slot, own], refs.out.at[slot, own]
-      score = _scores(refs.key, queries) * unit
+      queries, out = refs.query.at[slot, half], refs.out.at[slot, half]
+      score = products(refs.key, queries) * unit
       if plan.causal:
-        score = jnp.where(_seen(first(head, tile, j) + wg * ROWS, tile * KEYS, True), score, -jnp.inf)
+        score = jnp.where(seen(first(head, tile, j) + wg * ROWS, tile * KEYS, turned=True), score, -jnp.inf)
       if refs.numbers:
-        same = _same(read(refs.of_queries.at[slot, wg]), _read(refs.of_keys, 0, interpret), True)
-        score = jnp.where(same, score, -jnp.inf)
-      weights = jnp.exp2(score - _spread(read(refs.sums.at[slot, wg]), 1))
-      dv = _added(dv, weights.astype(refs.q.dtype), out, held)
-      dscore = weights * (_scores(refs.value, out) - _spread(read(refs.means.at[slot, wg]), 1)) * plan.scale
-      dk = _added(dk, dscore.astype(refs.q.dtype), queries, held)
+        own = same(read(refs.of_keys, 0, interpret), read(refs.of_queries.at[slot, wg], 1, interpret))
+        score = jnp.where(own, score, -jnp.inf)
+      sums, means = (broadcast(read(ref.at[slot, wg], 1, interpret), 1) for ref in (refs.sums, refs.means))
+      weights = jnp.exp2(score - sums)
+      dv = added(dv, weights.astype(refs.q.dtype), out, held)
+      dscore = weights * (products(refs.value, out) - means) * plan.scale
+      dk = added(dk, dscore.astype(refs.q.dtype), queries, held)
       plgpu.barrier_arrive(refs.free.at[slot])
       return count + 1, dk, dv
 
-    count, dk, dv = lax.fori_loop(jnp.int32(0), n, add, (count, _zeros(plan.d), _zeros(plan.d)))
+    count, dk, dv = lax.fori_loop(jnp.int32(0), n, add, (count, zeros(plan.d), zeros(plan.d)))
     plgpu.barrier_arrive(refs.answered)
     for value, target in ((dk, refs.dk), (dv, refs.dv)):
       hopper.store(value, refs.staging.at[wg], lambda row, column, target=target: target.at[
