@@ -97,24 +97,24 @@ def loss_of(own: Cuttable, variables: PyTree, inputs: Array, labels: Array) -> A
 
 def _optimizer(dense: Trained, cell: CutCell) -> Any:
   """Returns the method of a cell around Adam, which prunes in the first half of the updates and then trains on."""
-  sizes, budget = dense.sizes, structured.flops(cell.left)
+  sizes, asked = dense.sizes, {'budget': structured.flops(cell.left), 'multiple_of': dense.sizes.multiple}
   inner, middle = optax.adam(optax.cosine_decay_schedule(sizes.rate / 3, sizes.tuned)), sizes.tuned // 2
   if cell.method == 'oto':
     return recipes.oto(inner, dense.groups, penalty=1e-2, epsilon=0.995, begin=sizes.tuned // 4, end=middle,
-                       budget=budget)
+                       **asked)
   if cell.method == 'group_taylor':
-    return recipes.group_taylor(inner, dense.groups, begin=1, end=middle, every=max(middle // 8, 1), budget=budget)
+    return recipes.group_taylor(inner, dense.groups, begin=1, end=middle, every=max(middle // 8, 1), **asked)
   if cell.method == 'hap':
     x, y = (jnp.asarray(each[-1]) for each in dense.own.batches)
     rest = {name: value for name, value in dense.variables.items() if name != 'params'}
     loss = lambda params: loss_of(dense.own, {**rest, 'params': params}, x, y)
     return recipes.hap(inner, dense.groups, loss=loss, samples=sizes.samples, key=jax.random.key(cell.seed),
-                       budget=budget)
+                       **asked)
   if cell.method == 'wgsef':
-    keep = structured.choose(dense.groups, dense.variables, budget=budget)
+    keep = structured.choose(dense.groups, dense.variables, **asked)
     return recipes.wgsef(inner, dense.groups, int(sum(mask.sum() for mask in keep.values())), sizes.rate / 3,
-                         begin=middle, budget=budget)
-  return getattr(recipes, cell.method)(inner, dense.groups, begin=1, budget=budget)
+                         begin=middle, **asked)
+  return getattr(recipes, cell.method)(inner, dense.groups, begin=1, **asked)
 
 
 def _trained(own: Cuttable, tx: Any, variables: PyTree, first: int, steps: int) -> PyTree:

@@ -31,6 +31,7 @@ class RunSizes(NamedTuple):
   rate: float = 3e-3
   tests: int = 2000
   samples: int = 8  # random vectors of the Hessian's trace
+  multiple: int = 1  # of which the kept units of each group are a multiple
 
 
 class Cuttable(NamedTuple):

@@ -128,7 +128,7 @@ def dhspg(inner: Inner, groups: Groups, sparsity: float = 0.5, *, begin: int = 1
 
 @sentence(*SETS)
 def wgsef(inner: Inner, groups: Groups, kept: int, learning_rate: float | Schedule, *, penalty: float = 1e-2,
-          begin: int = 1, budget: Allowance | None = None, **options: Any) -> Optimizer:
+          begin: int = 1, multiple_of: int = 1, budget: Allowance | None = None, **options: Any) -> Optimizer:
   """Trains towards `kept` units by the proximal step of the group sparse envelope (WGSEF, 2023); exact from `begin` on.
 
   At `begin` the `kept` units of the largest norm stay, or as many as a `budget` allows, and all others are zero. All
@@ -138,7 +138,7 @@ def wgsef(inner: Inner, groups: Groups, kept: int, learning_rate: float | Schedu
   if not len(groups) <= kept <= sizes:
     raise ValueError(f'recipes.wgsef: kept={kept} of {sizes} units in {len(groups)} groups; keep one of each at least.')
   near = transforms.proximal(inner, penalties.sparse_envelope(penalty, groups, kept), learning_rate, where=where)
-  selection = structured.grouped(groups, 1 - kept / sizes, budget=budget)
+  selection = structured.grouped(groups, 1 - kept / sizes, multiple_of=multiple_of, budget=budget)
   return transforms.sparsify(near, flows.hard(), selection, where=where, dense_steps=begin, refresh=schedules.once(0),
                              **options)
 
