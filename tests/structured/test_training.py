@@ -89,6 +89,14 @@ def test_every_recipe_trains_half_of_the_units_to_zero_and_cut_removes_exactly_t
   assert all(row.achieved > 0 for row in sj.report(p, state).rows)
 
 
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize('name', recipes.STRUCTURED)
+def test_every_recipe_keeps_multiples(name):
+  tx = recipes.STRUCTURED[name](optax.sgd(0.05), found(), budget=structured.flops(0.7), multiple_of=2, **GIVEN[name])
+  kept = [int(mask.sum()) for mask in structured.kept(found(), trained(tx, params())[0]).values()]
+  assert all(n % 2 == 0 < n for n in kept) and sum(kept) < 14
+
+
 @pytest.mark.parametrize('name, options', [
   ('oto', {'penalty': 0.0, 'begin': 2, 'end': 4}),
   ('wgsef', {'penalty': 0.0, 'begin': 2, 'kept': 13, 'learning_rate': 0.05})])
