@@ -5,6 +5,7 @@ eighty modules is held out, and so on, in the order of the names. Of Shakespeare
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -88,8 +89,9 @@ def reaching(config: Mapping[str, Any], texts: Mapping[str, bytes], reach: int, 
 
 
 def _trained(config: Mapping[str, Any], place: pathlib.Path, request: StopRequest) -> PyTree:
-  """Returns the parameters of the first seed after training in `place`."""
-  outcome = training.run(configs.complete(config), place, request)
+  """Returns the parameters of the first seed after training in `place`, on as many devices as share a step evenly."""
+  mesh = {'data': math.gcd(config['batch_size'], jax.device_count())}
+  outcome = training.run(configs.complete({**config, 'mesh': mesh}), place, request)
   return jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), outcomes.tested_parameters(outcome['dense']))
 
 

@@ -10,6 +10,7 @@ from experiments.data.text import Reaching
 from experiments.frontier import activating, engine
 from experiments.frontier.costs import Request
 from experiments.frontier.rules import RULES
+from experiments.loop import outcomes
 from experiments.models import encoders
 from experiments.pruning import decoder, encoder
 
@@ -49,10 +50,25 @@ def test_the_frontier_of_a_tiny_decoder(tmp_path, monkeypatch):
   assert run(['quest']) == [dense, quest]
 
 
-def test_a_decoder_trains_on_windows_that_reach(tmp_path):
-  sizes = engine.FrontierSizes(windows=2, length=64, needles=2, haystack=128, needle=16, reach=128)
+def test_a_decoder_trains_on_windows_that_reach(tmp_path, monkeypatch):
+  """Each stage has longer windows, and starts where the one before ended."""
+  seen, run = [], decoder.training.run
+
+  def recorded(config, place, request):
+    data = config.data.splits.value['train']
+    outcome = run(config, place, request)
+    seen.append((place.name, config.batch_size, len(data[0]['labels']), outcomes.tested_parameters(outcome['dense'])))
+    return outcome
+
+  monkeypatch.setattr(decoder.training, 'run', recorded)
+  sizes = engine.FrontierSizes(windows=2, length=64, needles=2, haystack=128, needle=16, reach=1024)
   line, = frontier.run('decoder', tmp_path, rules=[], steps=1, sizes=sizes, config=TINY)
-  assert np.isfinite(line['scores']['needle']).all() and line['config']['reach'] == 128
+  assert np.isfinite(line['scores']['needle']).all() and line['config']['reach'] == 1024
+  assert [each[:3] for each in seen] == [('training_1', 8, 128), ('training_4', 2, 512), ('training_8', 1, 1024)]
+  moved = [max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (seen[i][3], seen[i + 1][3]))))
+           for i in range(2)]
+  assert max(moved) < 0.01, 'one step, from where the stage before ended'
+  assert 'smear' in seen[0][3]['block_0']['attention']
 
 
 def test_lines_of_activation_rules_of_a_tiny_encoder(monkeypatch):
