@@ -57,6 +57,9 @@ def test_a_decoder_trains_on_windows_that_reach(tmp_path, monkeypatch):
   def recorded(config, place, request):
     data = config.data.splits.value['train']
     outcome = run(config, place, request)
+    if seen:
+      start = config.model.make.value[0](jax.random.key(0))
+      jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0]), start, seen[-1][-1])
     seen.append((place.name, config.batch_size, len(data[0]['labels']), outcomes.tested_parameters(outcome['dense'])))
     return outcome
 
@@ -65,9 +68,6 @@ def test_a_decoder_trains_on_windows_that_reach(tmp_path, monkeypatch):
   line, = frontier.run('decoder', tmp_path, rules=[], steps=1, sizes=sizes, config=TINY)
   assert np.isfinite(line['scores']['needle']).all() and line['config']['reach'] == 1024
   assert [each[:3] for each in seen] == [('training_1', 8, 128), ('training_4', 2, 512), ('training_8', 1, 1024)]
-  moved = [max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (seen[i][3], seen[i + 1][3]))))
-           for i in range(2)]
-  assert max(moved) < 0.01, 'one step, from where the stage before ended'
   assert 'smear' in seen[0][3]['block_0']['attention']
 
 
