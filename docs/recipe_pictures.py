@@ -23,17 +23,28 @@ def draw(folder: pathlib.Path) -> None:
           drawings[kind](name, axes[0, 0])
 
 
-def network(*widths: int):
-  """Returns the parameters of a network of matrices, its function, a batch, and a loss."""
+def network(*widths: int, mixture: bool = False):
+  """Returns the parameters of a network of matrices, its function, a batch, and a loss.
+
+  With `mixture`, the first layer is a mixture of two nonlinearities, with the weights `mixture/alpha`.
+  """
   keys = jax.random.split(jax.random.key(0), len(widths))
   params = {f'layer{i}': {'kernel': jax.random.normal(key, shape) * shape[0] ** -0.5}
             for i, (key, shape) in enumerate(zip(keys, zip(widths, widths[1:])), 1)}
   x = jax.random.normal(keys[-1], (64, widths[0])) * jnp.linspace(0.2, 2.0, widths[0])
 
+  if mixture:
+    params['mixture'] = {'alpha': jnp.zeros(2)}
+
   def apply(params, x):
-    *hidden, last = params.values()
-    for layer in hidden:
-      x = jnp.tanh(x @ layer['kernel'])
+    *hidden, last = (layer for layer in params.values() if 'kernel' in layer)
+    for i, layer in enumerate(hidden):
+      x = x @ layer['kernel']
+      if mixture and i == 0:
+        first, second = jax.nn.softmax(params['mixture']['alpha'])
+        x = first * jnp.tanh(x) + second * jnp.sin(x)
+      else:
+        x = jnp.tanh(x)
     return x @ last['kernel']
 
   loss = lambda params: jnp.mean((apply(params, x) - jnp.sin(x[:, :widths[-1]])) ** 2)
@@ -41,7 +52,7 @@ def network(*widths: int):
 
 
 def _trained(name: str, axis) -> None:
-  params, apply, x, loss = network(32, 64, 16)
+  params, apply, x, loss = network(32, 64, 16, mixture=name == 'dass')
   signals = {'loss': loss, 'outputs': lambda params: apply(params, x), 'key': jax.random.key(1), 'ticket': params}
   tx = sj.recipes.from_config(optax.adam(1e-2), {'name': name, **CONFIGS.get(name, {})}, total_steps=STEPS,
                               axes=sj.contractions(apply, params, x), signals=signals)
@@ -54,10 +65,10 @@ def _trained(name: str, axis) -> None:
   state, records = tx.init(params), []
   params = sj.project(params, state)
   for i in range(STEPS + 1):
-    shares = {path: float(jnp.mean(layer['kernel'] == 0)) for path, layer in params.items()}
+    shares = {path: float(jnp.mean(layer['kernel'] == 0)) for path, layer in params.items() if 'kernel' in layer}
     records.append({'step': i, **shares})
     params, state = step(params, state)
-  for path in params:
+  for path in shares:
     sj.plot.over_steps(records, path, axis, label=path, drawstyle='steps-post')
   axis.set(ylim=(-0.02, 1.02), xlabel='update', ylabel='sparsity')
   axis.legend(loc='best')

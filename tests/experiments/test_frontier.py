@@ -135,6 +135,7 @@ def test_windows_that_reach_leave_one_part_out_and_repeat_a_passage():
     np.testing.assert_array_equal(tokens[1:], labels[:-1])
     jump = np.diff(positions) - 1
     assert positions[0] == 0 and positions[-1] < reach and (jump >= 0).all() and (jump > 0).sum() <= 1
+    assert not jump.any() or length // 4 - 1 <= jump.argmax() <= length - length // 4
     jumps.append(jump.max())
     found = np.array([places.get(bytes(tokens[i:i + 4].astype(np.uint8)), -1) for i in range(length - 3)])
     moved = found - positions[:-3] != found[0] - positions[0]
