@@ -51,11 +51,17 @@ def network(*widths: int, mixture: bool = False):
   return params, apply, x, loss
 
 
-def _trained(name: str, axis) -> None:
+def training(name: str):
+  """Returns the parameters and the loss of a tiny network, and a recipe of `sj.recipes.TABLE` for it."""
   params, apply, x, loss = network(32, 64, 16, mixture=name == 'dass')
   signals = {'loss': loss, 'outputs': lambda params: apply(params, x), 'key': jax.random.key(1), 'ticket': params}
   tx = sj.recipes.from_config(optax.adam(1e-2), {'name': name, **CONFIGS.get(name, {})}, total_steps=STEPS,
                               axes=sj.contractions(apply, params, x), signals=signals)
+  return params, loss, tx
+
+
+def _trained(name: str, axis) -> None:
+  params, loss, tx = training(name)
 
   @jax.jit
   def step(params, state):
