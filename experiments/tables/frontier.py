@@ -86,7 +86,7 @@ def draw(table: str, lines: Sequence[Line], path: pathlib.Path) -> None:
         means, halves = zip(*(_over(line, dense, name) if dense else pages.interval(np.asarray(line['scores'][name]))
                               for line in own))
         if rule == DENSE:
-          axis.axhline(0.0, color='gray', linestyle=':', label=f'dense, {own[0]["bytes"] / 1e6:.3g} MB')
+          axis.axhline(0.0, color='gray', linestyle=':', label=f'dense, {own[0]["bytes"] / 1e6:,.2f} MB')
         else:
           plot.trade_off([line['bytes'] / 1e6 for line in own], means, halves, axis=axis, linestyle='-', label=rule)
       axis.set_xlabel(READS[table])
