@@ -74,7 +74,8 @@ def reaching(config: Mapping[str, Any], texts: Mapping[str, bytes], reach: int, 
              request: StopRequest, steps: int) -> PyTree:
   """Returns the parameters of a decoder that knows distances up to `reach` bytes, trained on the windows of `Reaching`.
 
-  The windows become longer by `STAGES`, and a step has the same bytes in each stage. `steps` is of all stages together.
+  The windows become longer by `STAGES`. A step has the same bytes in each stage, unless one window has more. `steps` is
+  the number of all stages together.
   """
   apply, params = _model(config), None
   for times, part in STAGES:
