@@ -83,7 +83,7 @@ def _read(params: Params, tokens: Array) -> tuple[LayerPrompt, ...]:
   for layer in range(_depth(params)):
     own = params[f'block_{layer}']
     q, key, v = _heads(own['attention'], _normed(own['norm1'], x))
-    q, k = _turned(own['attention'], q, key, jnp.pad(key[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))), positions)
+    q, k = _turned(own['attention'], q, key, transformer.shifted(key), positions)
     prompts.append(LayerPrompt(k, v, key[:, -1]))
     x = x + _out(own['attention'], jax.nn.dot_product_attention(q, k, v, is_causal=True))
     x = x + _mlp(own, x)
@@ -111,7 +111,7 @@ def _continued(decoding: Any, params: Params, state: Any, logits: Array, count: 
 
 def step(decoding: Decoder | tuple[Decoder, ...], params: Params, state: tuple[LayerState, ...],
          token: Array) -> tuple[Array, tuple[LayerState, ...]]:
-  """Returns the logits after `token`, `int[B]`, and the state with it."""
+  """Returns the logits after `token`, `int[B]`, and the state that holds the token."""
   x, after = params['embed']['embedding'][token], []
   for layer, (each, before) in enumerate(zip(_of_layers(decoding, params), state)):
     own = params[f'block_{layer}']
@@ -142,7 +142,7 @@ def _heads(params: Params, x: Array) -> tuple[Array, Array, Array]:
 
 
 def _turned(params: Params, q: Array, key: Array, before: Array, positions: Array) -> tuple[Array, Array]:
-  """Returns queries and keys at their positions; keys are mixed with those `before` them in a model that recalls."""
+  """Returns queries and keys at their positions; a model that recalls mixes each key with the key `before` it."""
   recall = 'smear' in params
   k = transformer.smeared(key, before, params['smear']) if recall else key
   turned = transformer.partly_rotated_at if recall else transformer.rotated_at

@@ -53,6 +53,11 @@ def causal_attention(query: Array, key: Array, value: Array, positions: Array | 
   return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
+def shifted(key: Array) -> Array:
+  """Returns for each key of `[B, T, heads, D]` the key before it, and zeros for the first key."""
+  return jnp.pad(key[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+
+
 def smeared(key: Array, before: Array, gate: Array) -> Array:
   """Returns each key, `[..., heads, D]`, mixed with the key `before` it by a number for each head, `gate` `[heads, 1]`.
 
@@ -81,7 +86,7 @@ class RecallAttention(nn.Module):
     alike = self.variables['params']['query']['kernel']
     key = dense(kernel_init=lambda *_: jnp.copy(alike), name='key')(x)
     gate = self.param('smear', nn.initializers.zeros, (self.heads, 1)).astype(key.dtype)
-    key = smeared(key, jnp.pad(key[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))), gate)
+    key = smeared(key, shifted(key), gate)
     y = causal_attention(query, key, dense(name='value')(x), positions, partly_rotated_at)
     return nn.DenseGeneral(x.shape[-1], (-2, -1), dtype=self.dtype, name='out')(y)
 

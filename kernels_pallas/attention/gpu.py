@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.attention.gpu_parts import NOTHING, numbers, read, row, same, seen, zeros
+from kernels_pallas.attention.gpu_parts import NOTHING, broadcast, numbers, read, row, same, seen, zeros
 from kernels_pallas.attention.gpu_plan import AHEAD, QUERIES, ROWS, AttentionPlan, make_plan, steps
 from kernels_pallas.attention.heads import lists
 from kernels_pallas.attention.segments import batched
@@ -242,7 +242,7 @@ def _step(plan: AttentionPlan, refs: Any, acc: Any, i: Array, j: Array, carry: t
   plgpu.wgmma_wait(0)
   if before is None:
     plgpu.barrier_arrive(refs.value_free.at[last])
-    acc[...] = acc[...] * _columns(less, plan.d)
+    acc[...] = acc[...] * broadcast(less, 0, (ROWS, plan.d))
   else:
     @pl.when(count > 0)
     def _():
@@ -255,7 +255,7 @@ def _step(plan: AttentionPlan, refs: Any, acc: Any, i: Array, j: Array, carry: t
 def _finish(plan: AttentionPlan, refs: Any, acc: Any, i: Array, total: Array) -> None:
   """Writes the i-th tile of the result."""
   example, head, tile = plan.place(i)
-  y = acc[...] * _columns(1.0 / jnp.maximum(total, 1e-30), plan.d)
+  y = acc[...] * broadcast(1.0 / jnp.maximum(total, 1e-30), 0, (ROWS, plan.d))
   if plan.steps is None:
     y = jnp.where(refs.trips[head, tile] > 0, y, 0.0)
   hopper.store(y.astype(refs.q.dtype), refs.staging.at[refs.wg], lambda row, col: refs.out.at[
@@ -263,10 +263,6 @@ def _finish(plan: AttentionPlan, refs: Any, acc: Any, i: Array, total: Array) ->
 
 
 # The parts of a step.
-
-
-def _columns(row: Array, n: int) -> Array:
-  return lax.broadcast_in_dim(row, (ROWS, n), [0])
 
 
 def _weigh(refs: Any, acc: Any, p: Array, slot: Array) -> None:
@@ -294,5 +290,5 @@ def _softmax(score: Array, mask: Array | None, largest: Array, total: Array,
   unit = scale * math.log2(math.e)  # The hardware computes powers of two.
   new = jnp.maximum(largest, score.max(axis=1) * unit)
   less = jnp.exp2(largest - new)
-  p = jnp.exp2(score * unit - _columns(new, score.shape[1]))
+  p = jnp.exp2(score * unit - broadcast(new, 0, score.shape))
   return lax.optimization_barrier((p, less, new, total * less + p.sum(axis=1)))

@@ -35,7 +35,7 @@ def broadcast(numbers: Array, axis: int, shape: tuple[int, ...] = (ROWS, ROWS)) 
 
 
 def read(ref: Any, axis: int, interpret: bool) -> Array:
-  """Returns a number for each row (axis 0) or column (axis 1). Interpret mode has no loads into a layout."""
+  """Reads a number for each row (axis 0) or column (axis 1). Interpret mode has no loads into a layout."""
   return ref[...] if interpret else hopper.load(ref, WGMMA.reduce(1 - axis), optimized=False)
 
 

@@ -266,31 +266,17 @@ def test_attention_lowers_for_cuda(d, block_k, causal, counted):
 
 @transposes
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize('causal', [False, True])
-def test_gradients_of_attention(causal):
-  """Two heads share keys; their lists differ in length, and one is empty."""
-  q, dy = (normal((1, 256, 2, 64), BF16, seed) for seed in (0, 1))
-  k, v = (normal((1, 192, 1, 64), BF16, seed) for seed in (2, 3))
-  index, counts = jnp.asarray([[[0, 2], [1, 2]], [[1, 0], [0, 0]]], jnp.int32), jnp.asarray([[2, 2], [1, 0]], jnp.int32)
-  options = dict(block_q=128, block_k=64, causal=causal, scale=0.1)
-  found = gpu_backward.attention_gradients(dy, q, k, v, index, counts, interpret=True, **options)
-  dense = lambda *qkv: block_sparse_attention(*qkv, index, counts, implementation='dense', **options)
-  for a, b in zip(found, jax.vjp(dense, *(each.astype(F32) for each in (q, k, v)))[1](dy.astype(F32))):
-    np.testing.assert_allclose(f32(a), f32(b), atol=1e-2 * float(jnp.abs(b).max()))
-
-
-@transposes
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize('case', ['causal', 'hidden', 'two examples'])
-def test_attention_within_segments(case):
-  """Results and gradients are those of XLA; most keys of the case `hidden` have a number that no query has."""
-  random, batch = np.random.default_rng(0), 1 + (case == 'two examples')
+@pytest.mark.parametrize('case', ['', 'causal', 'segments', 'segments, causal', 'segments, hidden'])
+def test_attention_and_its_gradients_are_those_of_xla(case):
+  """Two heads share keys; most keys of the case `hidden` have a number of a segment that no query has."""
+  random, batch = np.random.default_rng(0), 1 + (case == 'segments')
   q, dy = (normal((batch, 256, 2, 64), BF16, seed) for seed in (0, 1))
   k, v = (normal((batch, 256, 1, 64), BF16, seed) for seed in (2, 3))
   index, counts = jnp.asarray([[[0, 2], [1, 2]], [[1, 0], [0, 0]]], jnp.int32), jnp.asarray([[2, 2], [1, 0]], jnp.int32)
   ids = jnp.asarray(np.sort(random.integers(0, 3, (batch, 256))), jnp.int32)
-  pair = ids, jnp.where(random.random(ids.shape) < 0.9, -1, ids) if case == 'hidden' else ids
-  options = dict(block_q=128, block_k=64, causal=case == 'causal', scale=0.1, segments=pair)
+  pair = ids, jnp.where(random.random(ids.shape) < 0.9, -1, ids) if 'hidden' in case else ids
+  options = dict(block_q=128, block_k=64, causal='causal' in case, scale=0.1,
+                 segments=pair if 'segments' in case else None)
   xla = lambda *qkv: block_sparse_attention(*qkv, index, counts, implementation='xla', **options)
   wanted, pull_back = jax.vjp(xla, *(each.astype(F32) for each in (q, k, v)))
   got = attention.attention(q, k, v, index, counts, interpret=True, **options)
